@@ -1,0 +1,172 @@
+//! Impossible combinations, each refused by the name of its field.
+
+use super::{AttentionConfig, ConfigError, ModelConfig, MoeConfig, TopkMethod};
+
+/// Fails with [`ConfigError::Invalid`] for `field` where `condition` does not hold.
+fn require(condition: bool, field: &'static str, problem: impl FnOnce() -> String) -> Result<(), ConfigError> {
+    if condition { Ok(()) } else { Err(ConfigError::Invalid { field, problem: problem() }) }
+}
+
+fn positive(value: usize, field: &'static str) -> Result<(), ConfigError> {
+    require(value > 0, field, || "must be at least 1".into())
+}
+
+fn positive_number(value: f64, field: &'static str) -> Result<(), ConfigError> {
+    require(value.is_finite() && value > 0.0, field, || format!("must be a positive number, not {value}"))
+}
+
+impl ModelConfig {
+    /// Checks that the numbers can be a model.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Invalid`] for the first field that cannot.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        positive(self.vocab_size, "vocab_size")?;
+        positive(self.hidden_size, "hidden_size")?;
+        positive(self.intermediate_size, "intermediate_size")?;
+        positive(self.num_hidden_layers, "num_hidden_layers")?;
+        positive(self.num_attention_heads, "num_attention_heads")?;
+        positive(self.max_position_embeddings, "max_position_embeddings")?;
+        positive_number(self.rms_norm_eps, "rms_norm_eps")?;
+        positive_number(self.rope.theta, "rope_theta")?;
+        require(self.initializer_range.is_finite() && self.initializer_range >= 0.0, "initializer_range", || {
+            format!("must not be negative, but is {}", self.initializer_range)
+        })?;
+        for &id in &self.eos_token_id {
+            require((id as usize) < self.vocab_size, "eos_token_id", || {
+                format!("is {id}, outside the vocabulary of {}", self.vocab_size)
+            })?;
+        }
+        self.validate_attention()?;
+        self.validate_rope()?;
+        self.moe.as_ref().map_or(Ok(()), |moe| self.validate_moe(moe))
+    }
+
+    fn validate_attention(&self) -> Result<(), ConfigError> {
+        match &self.attention {
+            AttentionConfig::Mla(mla) => {
+                if let Some(rank) = mla.q_lora_rank {
+                    positive(rank, "q_lora_rank")?;
+                }
+                positive(mla.kv_lora_rank, "kv_lora_rank")?;
+                positive(mla.qk_nope_head_dim, "qk_nope_head_dim")?;
+                positive(mla.qk_rope_head_dim, "qk_rope_head_dim")?;
+                positive(mla.v_head_dim, "v_head_dim")?;
+                positive_number(mla.latent_norm_eps, "kv_norm_eps")?;
+                require(mla.qk_rope_head_dim.is_multiple_of(2), "qk_rope_head_dim", || {
+                    format!("is {}, but the rotary embedding turns pairs: it must be even", mla.qk_rope_head_dim)
+                })
+            }
+            AttentionConfig::Gqa(gqa) => {
+                positive(gqa.num_key_value_heads, "num_key_value_heads")?;
+                positive(gqa.head_dim, "head_dim")?;
+                require(
+                    self.num_attention_heads.is_multiple_of(gqa.num_key_value_heads),
+                    "num_key_value_heads",
+                    || {
+                        format!(
+                            "is {}, which does not divide the {} heads",
+                            gqa.num_key_value_heads, self.num_attention_heads
+                        )
+                    },
+                )?;
+                require(gqa.head_dim.is_multiple_of(2), "head_dim", || {
+                    format!("is {}, but the rotary embedding turns pairs: it must be even", gqa.head_dim)
+                })
+            }
+        }
+    }
+
+    fn validate_rope(&self) -> Result<(), ConfigError> {
+        let Some(yarn) = &self.rope.yarn else { return Ok(()) };
+        positive(yarn.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings")?;
+        positive_number(yarn.factor, "rope_scaling.factor")?;
+        positive_number(yarn.beta_fast, "rope_scaling.beta_fast")?;
+        positive_number(yarn.beta_slow, "rope_scaling.beta_slow")?;
+        require(yarn.beta_fast >= yarn.beta_slow, "rope_scaling.beta_fast", || {
+            format!("is {}, below beta_slow ({})", yarn.beta_fast, yarn.beta_slow)
+        })
+    }
+
+    fn validate_moe(&self, moe: &MoeConfig) -> Result<(), ConfigError> {
+        positive(moe.n_routed_experts, "n_routed_experts")?;
+        positive(moe.num_experts_per_tok, "num_experts_per_tok")?;
+        positive(moe.moe_intermediate_size, "moe_intermediate_size")?;
+        positive(moe.moe_layer_freq, "moe_layer_freq")?;
+        positive(moe.n_group, "n_group")?;
+        positive_number(moe.routed_scaling_factor, "routed_scaling_factor")?;
+        let experts = moe.n_routed_experts;
+        require(moe.num_experts_per_tok <= experts, "num_experts_per_tok", || {
+            format!("is {}, more than the {experts} routed experts", moe.num_experts_per_tok)
+        })?;
+        require(experts.is_multiple_of(moe.n_group), "n_group", || {
+            format!("is {}, which does not divide the {experts} routed experts", moe.n_group)
+        })?;
+        require((1..=moe.n_group).contains(&moe.topk_group), "topk_group", || {
+            format!("is {}, outside 1..={}", moe.topk_group, moe.n_group)
+        })?;
+        let per_group = experts / moe.n_group;
+        require(moe.num_experts_per_tok <= moe.topk_group * per_group, "num_experts_per_tok", || {
+            format!(
+                "is {}, but the {} groups that a token may choose from hold {} experts",
+                moe.num_experts_per_tok,
+                moe.topk_group,
+                moe.topk_group * per_group
+            )
+        })?;
+        // A group's worth is the sum of its two best experts under `noaux_tc`.
+        let needs_two = moe.topk_method == TopkMethod::NoauxTc && moe.n_group > 1;
+        require(!needs_two || per_group >= 2, "n_group", || {
+            format!(
+                "is {}, which leaves {per_group} expert in a group; `noaux_tc` ranks groups by their two best",
+                moe.n_group
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Moonlight with one thing changed, and the field that the error must name.
+    fn refused(change: impl FnOnce(&mut ModelConfig)) -> &'static str {
+        let mut config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
+        change(&mut config);
+        match config.validate() {
+            Err(ConfigError::Invalid { field, .. }) => field,
+            other => panic!("expected a refusal, got {other:?}"),
+        }
+    }
+
+    fn moe(config: &mut ModelConfig) -> &mut MoeConfig {
+        config.moe.as_mut().unwrap()
+    }
+
+    #[test]
+    fn impossible_combinations_name_their_field() {
+        assert_eq!(refused(|c| c.vocab_size = 0), "vocab_size");
+        assert_eq!(refused(|c| c.rms_norm_eps = f64::NAN), "rms_norm_eps");
+        assert_eq!(refused(|c| c.eos_token_id = vec![163_840]), "eos_token_id");
+        assert_eq!(refused(|c| moe(c).num_experts_per_tok = 65), "num_experts_per_tok");
+        assert_eq!(refused(|c| moe(c).n_group = 7), "n_group");
+        assert_eq!(refused(|c| moe(c).topk_group = 2), "topk_group");
+        assert_eq!(refused(|c| (moe(c).n_group, moe(c).topk_group) = (64, 8)), "n_group");
+        assert_eq!(refused(|c| (moe(c).n_group, moe(c).topk_group) = (16, 1)), "num_experts_per_tok");
+        assert_eq!(
+            refused(|c| match &mut c.attention {
+                AttentionConfig::Mla(mla) => mla.qk_rope_head_dim = 63,
+                AttentionConfig::Gqa(_) => unreachable!("Moonlight has MLA"),
+            }),
+            "qk_rope_head_dim"
+        );
+    }
+
+    #[test]
+    fn published_shapes_are_accepted() {
+        for preset in super::super::PRESETS {
+            ModelConfig::preset(preset).unwrap().validate().unwrap();
+        }
+    }
+}
