@@ -1,5 +1,59 @@
 //! The Moonlight family of language models for [Burn](https://burn.dev).
+//!
+//! One definition covers DeepSeek-V3 (Moonlight, Kimi-VL's language model, Kimi-K2), DeepSeek-V2 and V2-Lite, and the
+//! dense decoders of "Muon is Scalable for LLM Training" (Llama, Qwen2). A [`ModelConfig`] parses the published
+//! `config.json`; [`ModelConfig::init`] makes a [`CausalLm`] on any of Burn's devices.
+//!
+//! ```
+//! use burn::tensor::{Device, Int, Tensor};
+//! use moonlight_model::{KvCache, ModelConfig};
+//!
+//! let mut config = ModelConfig::preset("bench-small")?;
+//! config.num_hidden_layers = 2;
+//! let device = Device::default();
+//! let model = config.init(&device);
+//!
+//! let tokens = Tensor::<2, Int>::from_data([[1, 2, 3]], &device);
+//! let logits = model.logits(tokens.clone(), None); // [batch, sequence, vocab]
+//! assert_eq!(logits.dims(), [1, 3, 8192]);
+//!
+//! let mut cache = KvCache::new(&config, 1, 16, &device, model.dtype());
+//! let next = model.decode(tokens, &mut cache); // the same, remembering the tokens
+//! assert_eq!(next.dims(), [1, 3, 8192]);
+//! # Ok::<(), moonlight_model::ConfigError>(())
+//! ```
+//!
+//! | a paper's word | here |
+//! |---|---|
+//! | multi-head latent attention | [`attention::MultiHeadLatentAttention`] |
+//! | router, auxiliary-loss-free balancing, sequence-wise balance loss | [`moe`] |
+//! | rotary embedding, YaRN | [`rope`] |
+//! | the operations that the time goes into, with hand-written gradients | [`kernels`] |
+//!
+//! Tokens travel as `[tokens, hidden]`, `tokens = batch * sequence`; only attention sees `[batch, sequence, heads,
+//! width]`. The features `cpu` (default), `cuda`, `wgpu`, `vulkan` and `metal` compile a backend in; the device chooses.
 
+pub mod attention;
+mod batch;
+mod cache;
 pub mod config;
+mod init;
+pub mod kernels;
+mod layer;
+mod mask;
+mod mlp;
+mod model;
+pub mod moe;
+mod norm;
+mod report;
+pub mod rope;
+mod transparent;
 
+pub use batch::{LmBatch, Segments};
+pub use cache::KvCache;
 pub use config::{ConfigError, ModelConfig};
+pub use layer::{DecoderLayer, FeedForward};
+pub use mlp::Mlp;
+pub use model::{CausalLm, LossOutput};
+pub use norm::RmsNorm;
+pub use report::{ForwardReport, LayerReport, Probe};

@@ -1,0 +1,109 @@
+//! Grouped-query attention (arXiv 2305.13245), as Llama and Qwen2 have it.
+
+use burn::module::Module;
+use burn::nn::Linear;
+use burn::tensor::{Device, Tensor};
+
+use super::Tokens;
+use super::probe::{LogitStatistics, measure};
+use crate::cache::LayerCache;
+use crate::config::{GqaConfig, ModelConfig};
+use crate::init::Init;
+use crate::kernels::grouped_attention;
+use crate::mask::softmax_over_past;
+
+/// Several query heads share each key and value head.
+#[derive(Module, Debug)]
+pub struct GroupedQueryAttention {
+    /// `[hidden, heads * width]`.
+    pub q_proj: Linear,
+    /// `[hidden, key heads * width]`.
+    pub k_proj: Linear,
+    /// `[hidden, key heads * width]`.
+    pub v_proj: Linear,
+    /// `[heads * width, hidden]`.
+    pub o_proj: Linear,
+    heads: usize,
+    key_heads: usize,
+    width: usize,
+    scale: f64,
+}
+
+impl GroupedQueryAttention {
+    pub(super) fn new(config: &ModelConfig, gqa: &GqaConfig, init: Init, device: &Device) -> Self {
+        let hidden = config.hidden_size;
+        let (queries, keys) = (config.num_attention_heads * gqa.head_dim, gqa.num_key_value_heads * gqa.head_dim);
+        Self {
+            q_proj: init.linear(hidden, queries, gqa.qkv_bias, device),
+            k_proj: init.linear(hidden, keys, gqa.qkv_bias, device),
+            v_proj: init.linear(hidden, keys, gqa.qkv_bias, device),
+            o_proj: init.linear(queries, hidden, gqa.o_bias, device),
+            heads: config.num_attention_heads,
+            key_heads: gqa.num_key_value_heads,
+            width: gqa.head_dim,
+            scale: config.softmax_scale(),
+        }
+    }
+
+    /// Attends over whole sequences; `kept` takes keys and values for the cache, where it is asked for.
+    pub(super) fn forward(
+        &self,
+        x: Tensor<2>,
+        tokens: &Tokens<'_>,
+        kept: Option<&mut Option<Tensor<4>>>,
+    ) -> (Tensor<2>, Option<LogitStatistics>) {
+        let (batch, sequence) = (tokens.batch, tokens.sequence);
+        let (query, key_value) = self.project(x, tokens);
+        if let Some(kept) = kept {
+            *kept = Some(key_value.clone());
+        }
+        let statistics = tokens.probe_logits.then(|| {
+            let group = self.heads / self.key_heads;
+            let key = key_value.clone().slice_dim(3, 0..self.width);
+            let key = key.reshape([batch, sequence, self.key_heads, 1, self.width]);
+            let key = key.expand([batch, sequence, self.key_heads, group, self.width]);
+            measure(query.clone(), key.reshape([batch, sequence, self.heads, self.width]), self.scale, tokens)
+        });
+        let output = grouped_attention(query, key_value, tokens.spec(self.scale));
+        (self.o_proj.forward(output.reshape([batch * sequence, self.heads * self.width])), statistics)
+    }
+
+    pub(super) fn decode(&self, x: Tensor<2>, tokens: &Tokens<'_>, cache: &mut LayerCache, length: usize) -> Tensor<2> {
+        let cache = cache.key_value();
+        let (batch, sequence, width) = (tokens.batch, tokens.sequence, self.width);
+        if length == 0 && sequence > 1 {
+            let mut kept = None;
+            let (output, _) = self.forward(x, tokens, Some(&mut kept));
+            cache.append(kept.expect("the forward pass fills what it is handed"), 0);
+            return output;
+        }
+        let (query, key_value) = self.project(x, tokens);
+        cache.append(key_value, length);
+        let group = self.heads / self.key_heads;
+        let heads = batch * self.key_heads;
+        let past = cache.filled(length + sequence).reshape([heads, length + sequence, 2 * width]);
+        let query = query.reshape([batch, sequence, self.key_heads, group, width]).permute([0, 2, 3, 1, 4]).reshape([
+            heads,
+            group * sequence,
+            width,
+        ]);
+        let scores = query.matmul(past.clone().slice_dim(2, 0..width).swap_dims(1, 2));
+        let probabilities = softmax_over_past(scores, self.scale, sequence, length);
+        let output = probabilities
+            .matmul(past.slice_dim(2, width..2 * width))
+            .reshape([batch, self.key_heads, group, sequence, width])
+            .permute([0, 3, 1, 2, 4])
+            .reshape([batch * sequence, self.heads * width]);
+        self.o_proj.forward(output)
+    }
+
+    /// Queries `[batch, sequence, heads, width]` and keys with values `[batch, sequence, key heads, 2 width]`.
+    fn project(&self, x: Tensor<2>, tokens: &Tokens<'_>) -> (Tensor<4>, Tensor<4>) {
+        let shape = |heads| [tokens.batch, tokens.sequence, heads, self.width];
+        let query = self.q_proj.forward(x.clone()).reshape(shape(self.heads));
+        let key = self.k_proj.forward(x.clone()).reshape(shape(self.key_heads));
+        let value = self.v_proj.forward(x).reshape(shape(self.key_heads));
+        let key = tokens.rotation.apply(key, 0);
+        (tokens.rotation.apply(query, 0), Tensor::cat(vec![key, value], 3))
+    }
+}

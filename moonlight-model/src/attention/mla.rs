@@ -1,0 +1,172 @@
+//! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+use burn::module::Module;
+use burn::nn::Linear;
+use burn::tensor::{DType, Device, Tensor};
+
+use super::Tokens;
+use super::probe::{LogitStatistics, measure};
+use crate::cache::{Absorbed, LatentCache, LayerCache};
+use crate::config::{MlaConfig, ModelConfig};
+use crate::init::Init;
+use crate::kernels::latent_attention;
+use crate::mask::softmax_over_past;
+use crate::norm::RmsNorm;
+
+/// Keys and values of all heads are expanded from one latent a token, and one key that carries the position is shared
+/// by all heads.
+#[derive(Module, Debug)]
+pub struct MultiHeadLatentAttention {
+    /// `[hidden, heads * (nope + rope)]`; absent where queries have a latent.
+    pub q_proj: Option<Linear>,
+    /// `[hidden, q_lora_rank]`.
+    pub q_a_proj: Option<Linear>,
+    /// `[q_lora_rank]`.
+    pub q_a_layernorm: Option<RmsNorm>,
+    /// `[q_lora_rank, heads * (nope + rope)]`.
+    pub q_b_proj: Option<Linear>,
+    /// `[hidden, kv_lora_rank + rope]`: the latent, then the shared key.
+    pub kv_a_proj_with_mqa: Linear,
+    /// `[kv_lora_rank]`.
+    pub kv_a_layernorm: RmsNorm,
+    /// `[kv_lora_rank, heads * (nope + value)]`: for each head its key, then its value.
+    pub kv_b_proj: Linear,
+    /// `[heads * value, hidden]`.
+    pub o_proj: Linear,
+    heads: usize,
+    nope: usize,
+    rope: usize,
+    value: usize,
+    latent: usize,
+    scale: f64,
+}
+
+impl MultiHeadLatentAttention {
+    pub(super) fn new(config: &ModelConfig, mla: &MlaConfig, init: Init, device: &Device) -> Self {
+        let (hidden, heads) = (config.hidden_size, config.num_attention_heads);
+        let (nope, rope, value) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim);
+        let queries = heads * (nope + rope);
+        let norm = |width| RmsNorm::new(width, mla.latent_norm_eps, device);
+        let rank = mla.q_lora_rank;
+        Self {
+            q_proj: rank.is_none().then(|| init.linear(hidden, queries, false, device)),
+            q_a_proj: rank.map(|rank| init.linear(hidden, rank, mla.attention_bias, device)),
+            q_a_layernorm: rank.map(norm),
+            q_b_proj: rank.map(|rank| init.linear(rank, queries, false, device)),
+            kv_a_proj_with_mqa: init.linear(hidden, mla.kv_lora_rank + rope, mla.attention_bias, device),
+            kv_a_layernorm: norm(mla.kv_lora_rank),
+            kv_b_proj: init.linear(mla.kv_lora_rank, heads * (nope + value), false, device),
+            o_proj: init.linear(heads * value, hidden, mla.attention_bias, device),
+            heads,
+            nope,
+            rope,
+            value,
+            latent: mla.kv_lora_rank,
+            scale: config.softmax_scale(),
+        }
+    }
+
+    /// Attends over whole sequences; `latents` takes what the cache keeps of each token, where it is asked for.
+    pub(super) fn forward(
+        &self,
+        x: Tensor<2>,
+        tokens: &Tokens<'_>,
+        latents: Option<&mut Option<Tensor<3>>>,
+    ) -> (Tensor<2>, Option<LogitStatistics>) {
+        let (batch, sequence) = (tokens.batch, tokens.sequence);
+        let query = self.query(x.clone(), tokens); // [batch, sequence, heads, nope + rope]
+        let (latent, shared_key) = self.latent(x, tokens);
+        if let Some(latents) = latents {
+            let latent = latent.clone().reshape([batch, sequence, self.latent]);
+            *latents = Some(Tensor::cat(vec![latent, shared_key.clone()], 2));
+        }
+        let pair = self.nope + self.value;
+        let key_value = self.kv_b_proj.forward(latent).reshape([batch, sequence, self.heads, pair]);
+        let statistics = tokens.probe_logits.then(|| {
+            let own = key_value.clone().slice_dim(3, 0..self.nope);
+            let shared = shared_key.clone().reshape([batch, sequence, 1, self.rope]);
+            let shared = shared.expand([batch, sequence, self.heads, self.rope]);
+            measure(query.clone(), Tensor::cat(vec![own, shared], 3), self.scale, tokens)
+        });
+        let output = latent_attention(query, key_value, shared_key, tokens.spec(self.scale));
+        let output = output.reshape([batch * sequence, self.heads * self.value]);
+        (self.o_proj.forward(output), statistics)
+    }
+
+    /// Attends to the cache and the new tokens without expanding a single old key or value.
+    ///
+    /// A score is `q_nope . (W_uk c) = (W_uk^T q_nope) . c`, so `kv_b_proj`'s key half is applied to the query, and
+    /// likewise its value half to the weighted sum of latents (arXiv 2405.04434, section 2.1.2). The first tokens of
+    /// an empty cache are cheaper to expand.
+    pub(super) fn decode(&self, x: Tensor<2>, tokens: &Tokens<'_>, cache: &mut LayerCache, length: usize) -> Tensor<2> {
+        let cache = cache.latent();
+        let (batch, sequence) = (tokens.batch, tokens.sequence);
+        if length == 0 && sequence > 1 {
+            let mut latents = None;
+            let (output, _) = self.forward(x, tokens, Some(&mut latents));
+            cache.append(latents.expect("the forward pass fills what it is handed"), 0);
+            return output;
+        }
+        let (heads, latent) = (self.heads, self.latent);
+        let query = self.query(x.clone(), tokens);
+        let (new_latent, shared_key) = self.latent(x, tokens);
+        let new_latent = new_latent.reshape([batch, sequence, latent]);
+        cache.append(Tensor::cat(vec![new_latent, shared_key], 2), length);
+        let past = cache.filled(length + sequence); // [batch, past, latent + rope]
+        let absorbed = self.absorbed(cache);
+
+        let query = query.reshape([batch * sequence, heads, self.nope + self.rope]).swap_dims(0, 1);
+        let own = query.clone().slice_dim(2, 0..self.nope).matmul(absorbed.key); // [heads, tokens, latent]
+        let turned = query.slice_dim(2, self.nope..self.nope + self.rope);
+        let query = Tensor::cat(vec![own, turned], 2)
+            .reshape([heads, batch, sequence, latent + self.rope])
+            .swap_dims(0, 1)
+            .reshape([batch, heads * sequence, latent + self.rope]);
+        let scores = query.matmul(past.clone().swap_dims(1, 2)); // [batch, heads * sequence, past]
+        let probabilities = softmax_over_past(scores, self.scale, sequence, length);
+        let mixed = probabilities
+            .matmul(past.slice_dim(2, 0..latent))
+            .reshape([batch, heads, sequence, latent])
+            .swap_dims(0, 1)
+            .reshape([heads, batch * sequence, latent]);
+        let output = mixed.matmul(absorbed.value).swap_dims(0, 1).reshape([batch * sequence, heads * self.value]);
+        self.o_proj.forward(output)
+    }
+
+    /// Queries with their positions, `[batch, sequence, heads, nope + rope]`.
+    fn query(&self, x: Tensor<2>, tokens: &Tokens<'_>) -> Tensor<4> {
+        let query = match (&self.q_proj, &self.q_a_proj, &self.q_a_layernorm, &self.q_b_proj) {
+            (Some(whole), ..) => whole.forward(x),
+            (None, Some(down), Some(norm), Some(up)) => up.forward(norm.forward(down.forward(x))),
+            _ => unreachable!("`new` makes either the one projection or all three parts"),
+        };
+        let query = query.reshape([tokens.batch, tokens.sequence, self.heads, self.nope + self.rope]);
+        tokens.rotation.apply(query, self.nope)
+    }
+
+    /// The normalised latent `[tokens, latent]` and the shared key with its position `[batch, sequence, rope]`.
+    fn latent(&self, x: Tensor<2>, tokens: &Tokens<'_>) -> (Tensor<2>, Tensor<3>) {
+        let compressed = self.kv_a_proj_with_mqa.forward(x);
+        let latent = compressed.clone().slice_dim(1, 0..self.latent);
+        let shared = compressed.slice_dim(1, self.latent..self.latent + self.rope);
+        let shared = shared.reshape([tokens.batch, tokens.sequence, 1, self.rope]);
+        let shared = tokens.rotation.apply(shared, 0).reshape([tokens.batch, tokens.sequence, self.rope]);
+        (self.kv_a_layernorm.forward(latent), shared)
+    }
+
+    /// The two halves of `kv_b_proj` as the decoding products want them, made once for a cache.
+    fn absorbed(&self, cache: &mut LatentCache) -> Absorbed {
+        cache
+            .absorbed
+            .get_or_insert_with(|| {
+                let weight = self.kv_b_proj.weight.val();
+                let weight = weight.reshape([self.latent, self.heads, self.nope + self.value]).swap_dims(0, 1);
+                let key = weight.clone().slice_dim(2, 0..self.nope).swap_dims(1, 2);
+                let value = weight.slice_dim(2, self.nope..self.nope + self.value);
+                // A product with a copy is quicker at every token than one with a strided view.
+                let copy = |tensor: Tensor<3>| tensor.clone().cast(DType::F32).cast(tensor.dtype());
+                Absorbed { key: copy(key), value: copy(value) }
+            })
+            .clone()
+    }
+}

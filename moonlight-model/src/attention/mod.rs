@@ -1,0 +1,72 @@
+//! Attention layers: multi-head latent attention and grouped-query attention.
+
+mod gqa;
+mod mla;
+mod probe;
+
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor};
+
+use crate::cache::LayerCache;
+use crate::config::{AttentionConfig, ModelConfig};
+use crate::init::Init;
+use crate::kernels::AttentionSpec;
+use crate::rope::Rotation;
+use crate::transparent::transparent_module;
+
+pub use gqa::GroupedQueryAttention;
+pub use mla::MultiHeadLatentAttention;
+pub(crate) use probe::LogitStatistics;
+
+/// The tokens of a forward pass as the attention sees them.
+pub(crate) struct Tokens<'a> {
+    pub(crate) batch: usize,
+    pub(crate) sequence: usize,
+    pub(crate) rotation: &'a Rotation,
+    /// For each token the start of its document, where sequences are packed.
+    pub(crate) starts: Option<Arc<Vec<u32>>>,
+    pub(crate) probe_logits: bool,
+}
+
+impl Tokens<'_> {
+    fn spec(&self, scale: f64) -> AttentionSpec {
+        AttentionSpec { scale: scale as f32, starts: self.starts.clone() }
+    }
+}
+
+/// A layer's attention.
+#[derive(Debug, Clone)]
+pub enum Attention {
+    /// Multi-head latent attention.
+    Mla(MultiHeadLatentAttention),
+    /// Grouped-query attention.
+    Gqa(GroupedQueryAttention),
+}
+
+transparent_module!(Attention { Mla, Gqa });
+
+impl Attention {
+    pub(crate) fn new(config: &ModelConfig, init: Init, device: &Device) -> Self {
+        match &config.attention {
+            AttentionConfig::Mla(mla) => Self::Mla(MultiHeadLatentAttention::new(config, mla, init, device)),
+            AttentionConfig::Gqa(gqa) => Self::Gqa(GroupedQueryAttention::new(config, gqa, init, device)),
+        }
+    }
+
+    /// `[tokens, hidden]` to `[tokens, hidden]`, over whole sequences.
+    pub(crate) fn forward(&self, x: Tensor<2>, tokens: &Tokens<'_>) -> (Tensor<2>, Option<LogitStatistics>) {
+        match self {
+            Self::Mla(attention) => attention.forward(x, tokens, None),
+            Self::Gqa(attention) => attention.forward(x, tokens, None),
+        }
+    }
+
+    /// Like [`forward`](Self::forward) for tokens that follow those in the cache, to which they are added.
+    pub(crate) fn decode(&self, x: Tensor<2>, tokens: &Tokens<'_>, cache: &mut LayerCache, length: usize) -> Tensor<2> {
+        match self {
+            Self::Mla(attention) => attention.decode(x, tokens, cache, length),
+            Self::Gqa(attention) => attention.decode(x, tokens, cache, length),
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! Gradients of the operations, written by hand: each keeps its inputs and calls the backend's `*_grad` kernel.
+
+use std::sync::Arc;
+
+use burn::backend::autodiff::NodeId;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, binary, unary};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Autodiff, Backend};
+
+use super::backend::Kernels;
+use super::reference::AttentionSaved;
+use super::{AttentionSpec, ExpertPlan, ModelOps, RotationSpec};
+
+impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
+    fn grouped_matmul(rows: FloatTensor<Self>, weight: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
+        match GroupedMatmul.prepare::<C>([rows.node(), weight.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(mut prep) => {
+                let state = (prep.checkpoint(&rows), prep.checkpoint(&weight), plan.clone());
+                prep.finish(state, B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &plan))
+            }
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &plan))
+            }
+        }
+    }
+
+    fn dispatch_rows(tokens: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
+        match DispatchRows.prepare::<C>([tokens.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                prep.finish(plan.clone(), B::dispatch_rows_forward(tokens.into_primitive(), &plan))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::dispatch_rows_forward(tokens.into_primitive(), &plan)),
+        }
+    }
+
+    fn combine_rows(rows: FloatTensor<Self>, weights: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
+        match CombineRows.prepare::<C>([rows.node(), weights.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(mut prep) => {
+                let state = (prep.checkpoint(&rows), prep.checkpoint(&weights), plan.clone());
+                prep.finish(state, B::combine_rows_forward(rows.into_primitive(), weights.into_primitive(), &plan))
+            }
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::combine_rows_forward(rows.into_primitive(), weights.into_primitive(), &plan))
+            }
+        }
+    }
+
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        match Swiglu.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(mut prep) => {
+                let state = (prep.checkpoint(&gate), prep.checkpoint(&up));
+                prep.finish(state, B::swiglu_forward(gate.into_primitive(), up.into_primitive()))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::swiglu_forward(gate.into_primitive(), up.into_primitive())),
+        }
+    }
+
+    fn rms_norm(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> {
+        match RmsNorm.prepare::<C>([x.node(), gain.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(mut prep) => {
+                let state = (prep.checkpoint(&x), prep.checkpoint(&gain), epsilon);
+                prep.finish(state, B::rms_norm_forward(x.into_primitive(), gain.into_primitive(), epsilon))
+            }
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::rms_norm_forward(x.into_primitive(), gain.into_primitive(), epsilon))
+            }
+        }
+    }
+
+    fn rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        spec: RotationSpec,
+    ) -> FloatTensor<Self> {
+        let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
+        match Rotate.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let state = (cos.clone(), sin.clone(), spec.clone());
+                prep.finish(state, B::rotate_forward(x.into_primitive(), cos, sin, &spec))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::rotate_forward(x.into_primitive(), cos, sin, &spec)),
+        }
+    }
+
+    fn latent_attention(
+        query: FloatTensor<Self>,
+        key_value: FloatTensor<Self>,
+        shared_key: FloatTensor<Self>,
+        spec: AttentionSpec,
+    ) -> FloatTensor<Self> {
+        let nodes = [query.node(), key_value.node(), shared_key.node()];
+        let (query, key_value, shared_key) =
+            (query.into_primitive(), key_value.into_primitive(), Some(shared_key.into_primitive()));
+        let (output, log_sum) = B::attention_forward(query.clone(), key_value.clone(), shared_key.clone(), &spec);
+        match Attention.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let saved = AttentionSaved { query, key_value, shared_key, output: output.clone(), log_sum };
+                prep.finish((saved, spec), output)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn grouped_attention(
+        query: FloatTensor<Self>,
+        key_value: FloatTensor<Self>,
+        spec: AttentionSpec,
+    ) -> FloatTensor<Self> {
+        let nodes = [query.node(), key_value.node()];
+        let (query, key_value) = (query.into_primitive(), key_value.into_primitive());
+        let (output, log_sum) = B::attention_forward(query.clone(), key_value.clone(), None, &spec);
+        match Attention.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let saved = AttentionSaved { query, key_value, shared_key: None, output: output.clone(), log_sum };
+                prep.finish((saved, spec), output)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        match CrossEntropy.prepare::<C>([logits.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(mut prep) => {
+                let state = (prep.checkpoint(&logits), targets.clone());
+                prep.finish(state, B::cross_entropy_forward(logits.into_primitive(), targets))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy_forward(logits.into_primitive(), targets)),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct GroupedMatmul;
+
+impl<B: Kernels> Backward<B, 2> for GroupedMatmul {
+    type State = (NodeId, NodeId, Arc<ExpertPlan>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let (rows, weight, plan) = ops.state;
+        let rows: FloatTensor<B> = checkpointer.retrieve_node_output(rows);
+        let weight: FloatTensor<B> = checkpointer.retrieve_node_output(weight);
+        binary::<B, _, _>(
+            ops.parents,
+            ops.node,
+            grads,
+            |grad| B::grouped_matmul_rows_grad(grad, weight, &plan),
+            |grad| B::grouped_matmul_weight_grad(rows, grad, &plan),
+        );
+    }
+}
+
+#[derive(Debug)]
+struct DispatchRows;
+
+impl<B: Kernels> Backward<B, 1> for DispatchRows {
+    type State = Arc<ExpertPlan>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let plan = ops.state;
+        unary::<B, _>(ops.parents, ops.node, grads, |grad| B::dispatch_rows_grad(grad, &plan));
+    }
+}
+
+#[derive(Debug)]
+struct CombineRows;
+
+impl<B: Kernels> Backward<B, 2> for CombineRows {
+    type State = (NodeId, NodeId, Arc<ExpertPlan>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let (rows, weights, plan) = ops.state;
+        let rows: FloatTensor<B> = checkpointer.retrieve_node_output(rows);
+        let weights: FloatTensor<B> = checkpointer.retrieve_node_output(weights);
+        let grad = grads.consume::<B>(&ops.node);
+        let (grad_rows, grad_weights) = B::combine_rows_grad(rows, weights, grad, &plan);
+        register::<B, 2>(
+            grads,
+            ops.parents.map(|parent| parent.map(|node| node.id)),
+            [Some(grad_rows), Some(grad_weights)],
+        );
+    }
+}
+
+#[derive(Debug)]
+struct Swiglu;
+
+impl<B: Kernels> Backward<B, 2> for Swiglu {
+    type State = (NodeId, NodeId);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let (gate, up) = ops.state;
+        let gate: FloatTensor<B> = checkpointer.retrieve_node_output(gate);
+        let up: FloatTensor<B> = checkpointer.retrieve_node_output(up);
+        let grad = grads.consume::<B>(&ops.node);
+        let (grad_gate, grad_up) = B::swiglu_grad(gate, up, grad);
+        register::<B, 2>(grads, ops.parents.map(|parent| parent.map(|node| node.id)), [Some(grad_gate), Some(grad_up)]);
+    }
+}
+
+#[derive(Debug)]
+struct RmsNorm;
+
+impl<B: Kernels> Backward<B, 2> for RmsNorm {
+    type State = (NodeId, NodeId, f32);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let (x, gain, epsilon) = ops.state;
+        let x: FloatTensor<B> = checkpointer.retrieve_node_output(x);
+        let gain: FloatTensor<B> = checkpointer.retrieve_node_output(gain);
+        let grad = grads.consume::<B>(&ops.node);
+        let (grad_x, grad_gain) = B::rms_norm_grad(x, gain, grad, epsilon);
+        register::<B, 2>(grads, ops.parents.map(|parent| parent.map(|node| node.id)), [Some(grad_x), Some(grad_gain)]);
+    }
+}
+
+#[derive(Debug)]
+struct Rotate;
+
+impl<B: Kernels> Backward<B, 1> for Rotate {
+    type State = (FloatTensor<B>, FloatTensor<B>, RotationSpec);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let (cos, sin, spec) = ops.state;
+        unary::<B, _>(ops.parents, ops.node, grads, |grad| B::rotate_forward(grad, cos, B::float_neg(sin), &spec));
+    }
+}
+
+#[derive(Debug)]
+struct Attention;
+
+impl<B: Kernels> Backward<B, 3> for Attention {
+    type State = (AttentionSaved<B>, AttentionSpec);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let (saved, spec) = ops.state;
+        let grad = grads.consume::<B>(&ops.node);
+        let (query, key_value, shared) = B::attention_grad(saved, grad, &spec);
+        register::<B, 3>(
+            grads,
+            ops.parents.map(|parent| parent.map(|node| node.id)),
+            [Some(query), Some(key_value), shared],
+        );
+    }
+}
+
+impl<B: Kernels> Backward<B, 2> for Attention {
+    type State = (AttentionSaved<B>, AttentionSpec);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let (saved, spec) = ops.state;
+        let grad = grads.consume::<B>(&ops.node);
+        let (query, key_value, _) = B::attention_grad(saved, grad, &spec);
+        register::<B, 2>(grads, ops.parents.map(|parent| parent.map(|node| node.id)), [Some(query), Some(key_value)]);
+    }
+}
+
+#[derive(Debug)]
+struct CrossEntropy;
+
+impl<B: Kernels> Backward<B, 1> for CrossEntropy {
+    type State = (NodeId, IntTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let (logits, targets) = ops.state;
+        let logits: FloatTensor<B> = checkpointer.retrieve_node_output(logits);
+        unary::<B, _>(ops.parents, ops.node, grads, |grad| B::cross_entropy_grad(logits, targets, grad));
+    }
+}
+
+/// Adds each gradient to its parent's, where the parent takes part in the graph.
+fn register<B: Backend, const N: usize>(
+    grads: &mut Gradients,
+    parents: [Option<NodeId>; N],
+    values: [Option<FloatTensor<B>>; N],
+) {
+    for (parent, value) in parents.into_iter().zip(values) {
+        if let (Some(parent), Some(value)) = (parent, value) {
+            grads.register::<B>(parent, value);
+        }
+    }
+}

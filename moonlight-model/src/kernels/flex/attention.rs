@@ -1,0 +1,290 @@
+//! Causal attention by blocks of queries: neither forward nor backward ever holds a `T x T` tensor.
+//!
+//! A task is one key head of one sequence. For each block of queries the scores against the keys it may see are
+//! computed into a scratch block, and in the backward pass computed again from the logarithms of the softmax
+//! denominators (FlashAttention-2, arXiv 2307.08691, without its tiling of keys: a block of scores fits the cache).
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::math::{dot, exp_in_place, largest};
+use super::matrix::{Matrix, MatrixMut, Write, multiply};
+use super::{AttentionSaved, AttentionSpec, dims, tensor, values};
+
+/// Queries of one block.
+const BLOCK: usize = 64;
+
+/// Shapes and inputs of one attention.
+struct Problem<'a> {
+    batch: usize,
+    sequence: usize,
+    heads: usize,
+    key_heads: usize,
+    /// Width of a head's query.
+    width: usize,
+    /// Width of the key that is a key head's own.
+    own: usize,
+    /// Width of the key that all heads share; `width = own + shared`.
+    shared: usize,
+    /// Width of a value.
+    value: usize,
+    query: &'a [f32],
+    key_value: &'a [f32],
+    shared_key: &'a [f32],
+    spec: &'a AttentionSpec,
+}
+
+impl<'a> Problem<'a> {
+    fn new(
+        query: &'a FlexTensor,
+        key_value: &'a FlexTensor,
+        shared_key: Option<&'a FlexTensor>,
+        spec: &'a AttentionSpec,
+    ) -> Self {
+        let [batch, sequence, heads, width] = dims(query);
+        let [_, _, key_heads, pair] = dims(key_value);
+        let shared = shared_key.map_or(0, |shared| dims::<3>(shared)[2]);
+        let own = width - shared;
+        Self {
+            batch,
+            sequence,
+            heads,
+            key_heads,
+            width,
+            own,
+            shared,
+            value: pair - own,
+            query: values(query),
+            key_value: values(key_value),
+            shared_key: shared_key.map_or(&[], values),
+            spec,
+        }
+    }
+
+    fn pair(&self) -> usize {
+        self.own + self.value
+    }
+
+    /// The first key that a query of the sequence may see.
+    fn start(&self, batch: usize, query: usize) -> usize {
+        self.spec.starts.as_ref().map_or(0, |starts| starts[batch * self.sequence + query] as usize)
+    }
+
+    /// Rows `rows` of `tensor`, `[batch, sequence, heads, total]`, restricted to `columns` of one head.
+    fn head<'b>(
+        &self,
+        tensor: &'b [f32],
+        (batch, head): (usize, usize),
+        (heads, total): (usize, usize),
+        rows: std::ops::Range<usize>,
+        columns: std::ops::Range<usize>,
+    ) -> Matrix<'b> {
+        let first = ((batch * self.sequence + rows.start) * heads + head) * total + columns.start;
+        Matrix::strided(&tensor[first..], rows.len(), columns.len(), heads * total)
+    }
+
+    /// Scaled scores of the queries `rows` against the keys `keys`, into `scores` (`rows x keys`).
+    fn scores(
+        &self,
+        scores: &mut [f32],
+        (batch, head): (usize, usize),
+        rows: std::ops::Range<usize>,
+        keys: std::ops::Range<usize>,
+    ) {
+        let (own, width) = (self.own, self.width);
+        let key_head = head / (self.heads / self.key_heads);
+        let layout = (self.heads, width);
+        let count = keys.len();
+        let query = self.head(self.query, (batch, head), layout, rows.clone(), 0..own);
+        let key_layout = (self.key_heads, self.pair());
+        let key = self.head(self.key_value, (batch, key_head), key_layout, keys.clone(), 0..own);
+        let out = MatrixMut::strided(scores, rows.len(), count, count);
+        multiply(out, query, key.transposed(), self.spec.scale, Write::Set);
+        if self.shared > 0 {
+            let query = self.head(self.query, (batch, head), layout, rows.clone(), own..width);
+            let key = self.head(self.shared_key, (batch, 0), (1, self.shared), keys, 0..self.shared);
+            let out = MatrixMut::strided(scores, rows.len(), count, count);
+            multiply(out, query, key.transposed(), self.spec.scale, Write::Add);
+        }
+    }
+
+    /// The blocks of queries of a sequence, each with the keys that any of its queries may see.
+    fn blocks(&self, batch: usize) -> impl Iterator<Item = (std::ops::Range<usize>, std::ops::Range<usize>)> + '_ {
+        (0..self.sequence).step_by(BLOCK).map(move |first| {
+            let end = self.sequence.min(first + BLOCK);
+            // Starts never decrease along a sequence, so the block's first query sees furthest back.
+            (first..end, self.start(batch, first)..end)
+        })
+    }
+}
+
+pub(super) fn forward(
+    query: &FlexTensor,
+    key_value: &FlexTensor,
+    shared_key: Option<&FlexTensor>,
+    spec: &AttentionSpec,
+) -> (FlexTensor, FlexTensor) {
+    let problem = Problem::new(query, key_value, shared_key, spec);
+    let Problem { batch, sequence, heads, own, value, .. } = problem;
+    let mut output = vec![0.0; batch * sequence * heads * value];
+    let mut log_sums = vec![0.0; batch * heads * sequence];
+    let shared_output = SharedSlice(output.as_mut_ptr());
+    log_sums.par_chunks_mut(sequence).enumerate().for_each(|(task, log_sums)| {
+        let (batch, head) = (task / heads, task % heads);
+        let key_head = head / (heads / problem.key_heads);
+        let mut scratch = vec![0.0; BLOCK.min(sequence) * sequence];
+        for (rows, keys) in problem.blocks(batch) {
+            let scores = &mut scratch[..rows.len() * keys.len()];
+            problem.scores(scores, (batch, head), rows.clone(), keys.clone());
+            for (row, scores) in rows.clone().zip(scores.chunks_exact_mut(keys.len())) {
+                log_sums[row] = softmax(scores, problem.start(batch, row) - keys.start, row - keys.start);
+            }
+            let values = problem.head(
+                problem.key_value,
+                (batch, key_head),
+                (problem.key_heads, problem.pair()),
+                keys.clone(),
+                own..own + value,
+            );
+            let first = ((batch * sequence + rows.start) * heads + head) * value;
+            // SAFETY: the rows of this head of this sequence are this task's alone.
+            let out = unsafe { shared_output.matrix(first, rows.len(), value, heads * value) };
+            multiply(out, Matrix::new(scores, rows.len(), keys.len()), values, 1.0, Write::Set);
+        }
+    });
+    (tensor(output, [batch, sequence, heads, value]), tensor(log_sums, [batch, heads, sequence]))
+}
+
+/// Turns the scores `first..=last` of one query into probabilities, all others into zero, and gives the logarithm of
+/// the softmax denominator.
+fn softmax(scores: &mut [f32], first: usize, last: usize) -> f32 {
+    scores[..first].fill(0.0);
+    scores[last + 1..].fill(0.0);
+    let seen = &mut scores[first..=last];
+    let offset = largest(seen);
+    let sum = exp_in_place(seen, offset);
+    let inverse = 1.0 / sum;
+    for value in seen.iter_mut() {
+        *value *= inverse;
+    }
+    offset + sum.ln()
+}
+
+pub(super) fn grad(
+    saved: AttentionSaved<Flex>,
+    grad: &FlexTensor,
+    spec: &AttentionSpec,
+) -> (FlexTensor, FlexTensor, Option<FlexTensor>) {
+    let query = saved.query.to_contiguous();
+    let key_value = saved.key_value.to_contiguous();
+    let shared_key = saved.shared_key.map(|shared| shared.to_contiguous());
+    let problem = Problem::new(&query, &key_value, shared_key.as_ref(), spec);
+    let Problem { batch, sequence, heads, key_heads, width, own, shared, value, .. } = problem;
+    let output = saved.output.to_contiguous();
+    let (output, log_sums, grad) = (values(&output), values(&saved.log_sum), values(grad));
+
+    let mut grad_query = vec![0.0; query.layout().num_elements()];
+    let mut grad_key_value = vec![0.0; key_value.layout().num_elements()];
+    // Every head adds to the shared key's gradient: each into its own part, summed below in a fixed order.
+    let mut grad_shared = vec![0.0; batch * heads * sequence * shared];
+    let shared_query = SharedSlice(grad_query.as_mut_ptr());
+    let shared_key_value = SharedSlice(grad_key_value.as_mut_ptr());
+    let shared_parts = SharedSlice(grad_shared.as_mut_ptr());
+    let pair = own + value;
+    (0..batch * key_heads).into_par_iter().for_each(|task| {
+        let (batch, key_head) = (task / key_heads, task % key_heads);
+        let mut probabilities = vec![0.0; BLOCK.min(sequence) * sequence];
+        let mut slopes = vec![0.0; BLOCK.min(sequence) * sequence];
+        let group = heads / key_heads;
+        for head in key_head * group..(key_head + 1) * group {
+            for (rows, keys) in problem.blocks(batch) {
+                let (height, count) = (rows.len(), keys.len());
+                let probabilities = &mut probabilities[..height * count];
+                let slopes = &mut slopes[..height * count];
+                problem.scores(probabilities, (batch, head), rows.clone(), keys.clone());
+                let key_layout = (key_heads, pair);
+                let value_matrix =
+                    problem.head(problem.key_value, (batch, key_head), key_layout, keys.clone(), own..pair);
+                let grad_matrix = problem.head(grad, (batch, head), (heads, value), rows.clone(), 0..value);
+                let out = MatrixMut::strided(slopes, height, count, count);
+                multiply(out, grad_matrix, value_matrix.transposed(), 1.0, Write::Set);
+                for (index, row) in rows.clone().enumerate() {
+                    let (first, last) = (problem.start(batch, row) - keys.start, row - keys.start);
+                    let token = ((batch * sequence + row) * heads + head) * value;
+                    let delta = dot(&grad[token..token + value], &output[token..token + value]);
+                    let probabilities = &mut probabilities[index * count..][..count];
+                    let slopes = &mut slopes[index * count..][..count];
+                    probabilities[..first].fill(0.0);
+                    probabilities[last + 1..].fill(0.0);
+                    exp_in_place(&mut probabilities[first..=last], log_sums[(batch * heads + head) * sequence + row]);
+                    for (slope, &probability) in slopes.iter_mut().zip(probabilities.iter()) {
+                        *slope = probability * (*slope - delta) * spec.scale;
+                    }
+                }
+                let probabilities = Matrix::new(probabilities, height, count);
+                let slopes = Matrix::new(slopes, height, count);
+                let key = problem.head(problem.key_value, (batch, key_head), key_layout, keys.clone(), 0..own);
+                let query = problem.head(problem.query, (batch, head), (heads, width), rows.clone(), 0..own);
+                let first_query = ((batch * sequence + rows.start) * heads + head) * width;
+                let first_key = ((batch * sequence + keys.start) * key_heads + key_head) * pair;
+                // SAFETY: this task alone writes the gradients of its key head, of that head's queries, and of their
+                // parts of the shared key.
+                unsafe {
+                    let out = shared_query.matrix(first_query, height, own, heads * width);
+                    multiply(out, slopes, key, 1.0, Write::Set);
+                    let out = shared_key_value.matrix(first_key, count, own, key_heads * pair);
+                    multiply(out, slopes.transposed(), query, 1.0, Write::Add);
+                    let out = shared_key_value.matrix(first_key + own, count, value, key_heads * pair);
+                    multiply(out, probabilities.transposed(), grad_matrix, 1.0, Write::Add);
+                    if shared > 0 {
+                        let key = problem.head(problem.shared_key, (batch, 0), (1, shared), keys.clone(), 0..shared);
+                        let query =
+                            problem.head(problem.query, (batch, head), (heads, width), rows.clone(), own..width);
+                        let out = shared_query.matrix(first_query + own, height, shared, heads * width);
+                        multiply(out, slopes, key, 1.0, Write::Set);
+                        let part = ((batch * heads + head) * sequence + keys.start) * shared;
+                        let out = shared_parts.matrix(part, count, shared, shared);
+                        multiply(out, slopes.transposed(), query, 1.0, Write::Add);
+                    }
+                }
+            }
+        }
+    });
+    let grad_shared = (shared > 0).then(|| tensor(sum_heads(&grad_shared, batch, heads), [batch, sequence, shared]));
+    (
+        tensor(grad_query, [batch, sequence, heads, width]),
+        tensor(grad_key_value, [batch, sequence, key_heads, pair]),
+        grad_shared,
+    )
+}
+
+/// `[batch, heads, rest]` to `[batch, rest]`.
+fn sum_heads(parts: &[f32], batch: usize, heads: usize) -> Vec<f32> {
+    let rest = parts.len() / (batch * heads);
+    let mut sums = vec![0.0; batch * rest];
+    for (sum, parts) in sums.chunks_exact_mut(rest).zip(parts.chunks_exact(heads * rest)) {
+        for part in parts.chunks_exact(rest) {
+            for (sum, &value) in sum.iter_mut().zip(part) {
+                *sum += value;
+            }
+        }
+    }
+    sums
+}
+
+/// Memory that several tasks write, each its own part.
+struct SharedSlice(*mut f32);
+
+// SAFETY: the pointer is only turned into views by `matrix`, whose caller promises that no two overlap.
+unsafe impl Sync for SharedSlice {}
+
+impl SharedSlice {
+    /// # Safety
+    ///
+    /// The view lies inside the allocation and no other task touches its elements.
+    unsafe fn matrix(&self, first: usize, rows: usize, columns: usize, row_stride: usize) -> MatrixMut<'_> {
+        // SAFETY: passed on to the caller.
+        unsafe { MatrixMut::from_raw(self.0.add(first), rows, columns, row_stride) }
+    }
+}

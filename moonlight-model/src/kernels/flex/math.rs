@@ -1,0 +1,131 @@
+//! Vectorised elementary functions.
+
+use multiversion::multiversion;
+
+/// `e^x` in f32, by range reduction and a polynomial of degree six; within 2 units in the last place of the exact
+/// value over the normal range, 0 below it and infinity above it. NaN stays NaN. Branchless, so loops over it vectorise.
+#[inline(always)]
+#[expect(clippy::excessive_precision, reason = "the constants are the splitting of ln 2 and Cephes' coefficients")]
+pub(super) fn exp(x: f32) -> f32 {
+    // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number.
+    const ROUND: f32 = 12_582_912.0;
+    // ln 2 in two parts, of which the first times a small whole number is exact.
+    const LN_2_HIGH: f32 = 0.693_359_375;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    let clamped = x.clamp(-88.0, 88.5);
+    let whole = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = clamped - whole * LN_2_HIGH - whole * LN_2_LOW;
+    // Cephes' expf.
+    let mut p = 1.987_569_15e-4;
+    p = p * r + 1.398_199_950_7e-3;
+    p = p * r + 8.333_451_907_3e-3;
+    p = p * r + 4.166_579_589_4e-2;
+    p = p * r + 1.666_666_545_9e-1;
+    p = p * r + 5.000_000_120_1e-1;
+    let p = p * r * r + r + 1.0;
+    // 2^whole in two factors: whole may be 128, which one exponent cannot hold.
+    let half = (whole * 0.5) as i32;
+    let rest = whole as i32 - half;
+    let scale = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
+    let result = p * scale(half) * scale(rest);
+    let result = if x > 88.72 { f32::INFINITY } else { result };
+    if x < -87.4 { 0.0 } else { result }
+}
+
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+pub(super) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// Replaces each value by `e^(value - offset)` and gives their sum.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
+pub(super) fn exp_in_place(values: &mut [f32], offset: f32) -> f32 {
+    // Sixteen running sums, so that the additions vectorise; their order is fixed, so the result is too.
+    let mut sums = [0.0f32; 16];
+    let mut chunks = values.chunks_exact_mut(16);
+    for chunk in &mut chunks {
+        for (sum, value) in sums.iter_mut().zip(chunk) {
+            *value = exp(*value - offset);
+            *sum += *value;
+        }
+    }
+    let mut total: f32 = sums.iter().sum();
+    for value in chunks.into_remainder() {
+        *value = exp(*value - offset);
+        total += *value;
+    }
+    total
+}
+
+/// The largest value, `-inf` for none; NaN if any is NaN.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
+pub(super) fn largest(values: &[f32]) -> f32 {
+    let pick = |a: f32, b: f32| if b > a || b.is_nan() { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = values.chunks_exact(16);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane = pick(*lane, value);
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| if a.is_nan() { a } else { pick(a, b) })
+}
+
+/// The sum of the products.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 16];
+    let (chunks_a, chunks_b) = (a.chunks_exact(16), b.chunks_exact(16));
+    let (rest_a, rest_b) = (chunks_a.remainder(), chunks_b.remainder());
+    for (chunk_a, chunk_b) in chunks_a.zip(chunks_b) {
+        for ((sum, &a), &b) in sums.iter_mut().zip(chunk_a).zip(chunk_b) {
+            *sum += a * b;
+        }
+    }
+    let rest: f32 = rest_a.iter().zip(rest_b).map(|(&a, &b)| a * b).sum();
+    sums.iter().sum::<f32>() + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        let mut worst = 0.0f64;
+        for step in -870_000..=880_000 {
+            let x = step as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - exact).abs() / exact);
+        }
+        assert!(worst < 2.0 * f64::from(f32::EPSILON), "{worst:e}");
+    }
+
+    #[test]
+    fn exp_has_the_right_ends() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert_eq!(exp(200.0), f32::INFINITY);
+        assert_eq!(exp(-200.0), 0.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn reductions_agree_with_plain_loops() {
+        for count in [0, 1, 15, 16, 17, 100] {
+            let a: Vec<f32> = (0..count).map(|i| (i as f32 * 0.7).sin()).collect();
+            let b: Vec<f32> = (0..count).map(|i| (i as f32 * 0.3).cos()).collect();
+            let plain: f64 = a.iter().zip(&b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+            assert!((f64::from(dot(&a, &b)) - plain).abs() < 1e-5);
+            assert_eq!(largest(&a), a.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            let mut exponentials = a.clone();
+            let sum = exp_in_place(&mut exponentials, 0.5);
+            let plain: f64 = a.iter().map(|&a| (f64::from(a) - 0.5).exp()).sum();
+            assert!((f64::from(sum) - plain).abs() < 1e-4);
+        }
+        assert!(largest(&[1.0, f32::NAN, 2.0]).is_nan());
+    }
+}

@@ -1,0 +1,398 @@
+//! Each operation and its gradient, composed of Burn's own tensor operations.
+//!
+//! This is the definition that the fast kernels are held against, and what every backend without kernels of its own
+//! runs. It may be slow; it may not be wrong.
+
+use burn::backend::tensor::{BoolTensor, Device, FloatTensor, IntTensor};
+use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
+
+use super::{AttentionSpec, ExpertPlan, RotationSpec};
+
+/// See [`super::grouped_matmul`].
+pub(super) fn grouped_matmul_forward<B: Backend>(
+    rows: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    plan: &ExpertPlan,
+) -> FloatTensor<B> {
+    per_expert::<B>(rows, weight, plan, false)
+}
+
+/// Gradient of [`super::grouped_matmul`] for the rows: `grad x weight^T`.
+pub(super) fn grouped_matmul_rows_grad<B: Backend>(
+    grad: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    plan: &ExpertPlan,
+) -> FloatTensor<B> {
+    per_expert::<B>(grad, weight, plan, true)
+}
+
+/// Gradient of [`super::grouped_matmul`] for the weight: `rows^T x grad` of each expert, zero where it has none.
+pub(super) fn grouped_matmul_weight_grad<B: Backend>(
+    rows: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    plan: &ExpertPlan,
+) -> FloatTensor<B> {
+    let (input, output) = (rows.shape()[1], grad.shape()[1]);
+    let (device, dtype) = (rows.device(), FloatDType::from(rows.dtype()));
+    let parts = (0..plan.experts())
+        .map(|expert| {
+            let (start, end) = (plan.offsets[expert], plan.offsets[expert + 1]);
+            let product = if start == end {
+                B::float_zeros(Shape::new([input, output]), &device, dtype)
+            } else {
+                let rows = slice::<B>(rows.clone(), 0, start, end);
+                B::float_matmul(B::float_transpose(rows), slice::<B>(grad.clone(), 0, start, end))
+            };
+            B::float_reshape(product, Shape::new([1, input, output]))
+        })
+        .collect();
+    B::float_cat(parts, 0)
+}
+
+/// See [`super::dispatch_rows`].
+pub(super) fn dispatch_rows_forward<B: Backend>(tokens: FloatTensor<B>, plan: &ExpertPlan) -> FloatTensor<B> {
+    let device = tokens.device();
+    B::float_select(tokens, 0, indices::<B>(&plan.token_of_row, &device))
+}
+
+/// Gradient of [`super::dispatch_rows`]: the sum of each token's rows.
+pub(super) fn dispatch_rows_grad<B: Backend>(grad: FloatTensor<B>, plan: &ExpertPlan) -> FloatTensor<B> {
+    let dtype = FloatDType::from(grad.dtype());
+    let slots = by_slot::<B>(grad, plan);
+    let [tokens, _, width] = slots.shape().dims();
+    B::float_cast(B::float_reshape(B::float_sum_dim(slots, 1), Shape::new([tokens, width])), dtype)
+}
+
+/// See [`super::combine_rows`].
+pub(super) fn combine_rows_forward<B: Backend>(
+    rows: FloatTensor<B>,
+    weights: FloatTensor<B>,
+    plan: &ExpertPlan,
+) -> FloatTensor<B> {
+    let dtype = FloatDType::from(rows.dtype());
+    let slots = by_slot::<B>(rows, plan);
+    let [tokens, k, width] = slots.shape().dims();
+    let weights = B::float_reshape(weights, Shape::new([tokens, k, 1]));
+    let sum = B::float_sum_dim(B::float_mul(slots, weights), 1);
+    B::float_cast(B::float_reshape(sum, Shape::new([tokens, width])), dtype)
+}
+
+/// Gradients of [`super::combine_rows`] for the rows and for the weights.
+pub(super) fn combine_rows_grad<B: Backend>(
+    rows: FloatTensor<B>,
+    weights: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    plan: &ExpertPlan,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (device, dtype) = (rows.device(), FloatDType::from(rows.dtype()));
+    let (count, k) = (plan.rows(), plan.k);
+    let grad_of_row = B::float_select(f32_of::<B>(grad), 0, indices::<B>(&plan.token_of_row, &device));
+    let dots = B::float_sum_dim(B::float_mul(f32_of::<B>(rows), grad_of_row.clone()), 1);
+    let grad_weights = B::float_select(dots, 0, indices::<B>(&plan.row_of_slot, &device));
+    let mut slot_of_row = vec![0; count];
+    for (slot, &row) in plan.row_of_slot.iter().enumerate() {
+        slot_of_row[row as usize] = slot as u32;
+    }
+    let weights = B::float_reshape(weights, Shape::new([count, 1]));
+    let weight_of_row = B::float_select(weights, 0, indices::<B>(&slot_of_row, &device));
+    (
+        B::float_cast(B::float_mul(grad_of_row, weight_of_row), dtype),
+        B::float_reshape(grad_weights, Shape::new([count / k, k])),
+    )
+}
+
+/// See [`super::swiglu`].
+pub(super) fn swiglu_forward<B: Backend>(gate: FloatTensor<B>, up: FloatTensor<B>) -> FloatTensor<B> {
+    let silu = B::float_mul(gate.clone(), B::sigmoid(gate));
+    B::float_mul(silu, up)
+}
+
+/// Gradients of [`super::swiglu`] for gate and up.
+///
+/// With `s = sigmoid(gate)`: `d up = g gate s`, `d gate = g up s (1 + gate (1 - s))`.
+pub(super) fn swiglu_grad<B: Backend>(
+    gate: FloatTensor<B>,
+    up: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let sigmoid = B::sigmoid(gate.clone());
+    let silu = B::float_mul(gate.clone(), sigmoid.clone());
+    let grad_up = B::float_mul(grad.clone(), silu.clone());
+    // s (1 + gate (1 - s)) = s + silu - silu s
+    let slope = B::float_sub(B::float_add(sigmoid.clone(), silu.clone()), B::float_mul(silu, sigmoid));
+    (B::float_mul(B::float_mul(grad, up), slope), grad_up)
+}
+
+/// See [`super::rms_norm`].
+pub(super) fn rms_norm_forward<B: Backend>(x: FloatTensor<B>, gain: FloatTensor<B>, epsilon: f32) -> FloatTensor<B> {
+    let dtype = FloatDType::from(x.dtype());
+    let x = f32_of::<B>(x);
+    let normalised = B::float_mul(x.clone(), inverse_rms::<B>(x, epsilon));
+    let width = gain.shape()[0];
+    let gain = B::float_reshape(gain, Shape::new([1, width]));
+    B::float_mul(B::float_cast(normalised, dtype), B::float_cast(gain, dtype))
+}
+
+/// Gradients of [`super::rms_norm`] for `x` and for the gain.
+///
+/// With `r = 1 / rms(x)` and `n = x r`: `d gain = sum_rows g n`, `d x = r (g gain - n mean(g gain n))`.
+pub(super) fn rms_norm_grad<B: Backend>(
+    x: FloatTensor<B>,
+    gain: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    epsilon: f32,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (x_dtype, gain_dtype) = (FloatDType::from(x.dtype()), FloatDType::from(gain.dtype()));
+    let width = gain.shape()[0];
+    let (x, grad) = (f32_of::<B>(x), f32_of::<B>(grad));
+    let gain = B::float_reshape(f32_of::<B>(gain), Shape::new([1, width]));
+    let inverse = inverse_rms::<B>(x.clone(), epsilon);
+    let normalised = B::float_mul(x, inverse.clone());
+    let grad_gain = B::float_sum_dim(B::float_mul(grad.clone(), normalised.clone()), 0);
+    let grad_gain = B::float_reshape(grad_gain, Shape::new([width]));
+    let scaled = B::float_mul(grad, gain);
+    let mean = B::float_mean_dim(B::float_mul(scaled.clone(), normalised.clone()), 1);
+    let grad_x = B::float_mul(B::float_sub(scaled, B::float_mul(normalised, mean)), inverse);
+    (B::float_cast(grad_x, x_dtype), B::float_cast(grad_gain, gain_dtype))
+}
+
+/// See [`super::rotate`]. Its gradient is the rotation by the negative angles.
+pub(super) fn rotate_forward<B: Backend>(
+    x: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    spec: &RotationSpec,
+) -> FloatTensor<B> {
+    let dtype = FloatDType::from(x.dtype());
+    let [batch, sequence, heads, width] = x.shape().dims();
+    let pairs = (width - spec.start) / 2;
+    // The angles are rounded to the dtype of x before the products, as the published code does.
+    let angle = |t| B::float_cast(B::float_reshape(t, Shape::new([batch, sequence, 1, pairs, 1])), dtype);
+    let (cos, sin) = (angle(cos), angle(sin));
+    let tail = slice::<B>(x.clone(), 3, spec.start, width);
+    let (pair_shape, pair_dim) =
+        if spec.interleave { ([batch, sequence, heads, pairs, 2], 4) } else { ([batch, sequence, heads, 2, pairs], 3) };
+    let paired = B::float_reshape(tail, Shape::new(pair_shape));
+    let member = |index| {
+        let part = slice::<B>(paired.clone(), pair_dim, index, index + 1);
+        B::float_reshape(part, Shape::new([batch, sequence, heads, pairs, 1]))
+    };
+    let (a, b) = (member(0), member(1));
+    let turned_a = B::float_sub(B::float_mul(a.clone(), cos.clone()), B::float_mul(b.clone(), sin.clone()));
+    let turned_b = B::float_add(B::float_mul(b, cos), B::float_mul(a, sin));
+    let turned = if spec.interleave {
+        B::float_cat(vec![turned_a, turned_b], 4)
+    } else {
+        let half = |t| B::float_reshape(t, Shape::new([batch, sequence, heads, 1, pairs]));
+        B::float_cat(vec![half(turned_a), half(turned_b)], 3)
+    };
+    let turned = B::float_reshape(turned, Shape::new([batch, sequence, heads, 2 * pairs]));
+    if spec.start == 0 { turned } else { B::float_cat(vec![slice::<B>(x, 3, 0, spec.start), turned], 3) }
+}
+
+/// See [`super::latent_attention`] and, without a shared key, [`super::grouped_attention`].
+///
+/// Gives the output and what the gradient wants of the forward: the logarithm of each query's softmax denominator,
+/// `[batch, heads, sequence]`.
+pub(super) fn attention_forward<B: Backend>(
+    query: FloatTensor<B>,
+    key_value: FloatTensor<B>,
+    shared_key: Option<FloatTensor<B>>,
+    spec: &AttentionSpec,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let dtype = FloatDType::from(query.dtype());
+    let heads = AttentionHeads::<B>::new(query, key_value, shared_key);
+    let [batch, count, sequence, _] = heads.query.shape().dims();
+    let scores = heads.scores(spec);
+    let largest = B::float_max_dim(scores.clone(), 3);
+    let exponentials = B::float_exp(B::float_sub(scores, largest.clone()));
+    let sum = B::float_sum_dim(exponentials.clone(), 3);
+    let probabilities = B::float_cast(B::float_div(exponentials, sum.clone()), dtype);
+    let output = B::float_matmul(probabilities, heads.value);
+    let log_sum = B::float_add(largest, B::float_log(sum));
+    (B::float_swap_dims(output, 1, 2), B::float_reshape(log_sum, Shape::new([batch, count, sequence])))
+}
+
+/// Gradients of the attention for query, keys with values, and the shared key.
+///
+/// With `P` the probabilities and `D = sum(dO o O)` of each query: `dV = P^T dO`, `dS = P o (dO V^T - D)`,
+/// `dQ = scale dS K`, `dK = scale dS^T Q`.
+pub(super) fn attention_grad<B: Backend>(
+    saved: AttentionSaved<B>,
+    grad: FloatTensor<B>,
+    spec: &AttentionSpec,
+) -> (FloatTensor<B>, FloatTensor<B>, Option<FloatTensor<B>>) {
+    let AttentionSaved { query, key_value, shared_key, output, log_sum } = saved;
+    let dtype = FloatDType::from(query.dtype());
+    let [batch, sequence, key_heads, pair] = key_value.shape().dims();
+    let heads = AttentionHeads::<B>::new(query, key_value, shared_key);
+    let [_, count, _, width] = heads.query.shape().dims();
+    let own = heads.own_key_width;
+    let log_sum = B::float_reshape(log_sum, Shape::new([batch, count, sequence, 1]));
+    let probabilities = B::float_exp(B::float_sub(heads.scores(spec), log_sum));
+    let grad = B::float_swap_dims(grad, 1, 2);
+    let output = B::float_swap_dims(output, 1, 2);
+    let delta = B::float_sum_dim(B::float_mul(f32_of::<B>(grad.clone()), f32_of::<B>(output)), 3);
+    let grad_probabilities = f32_of::<B>(B::float_matmul(grad.clone(), B::float_transpose(heads.value)));
+    let grad_scores = B::float_mul(probabilities.clone(), B::float_sub(grad_probabilities, delta));
+    let grad_scores = B::float_cast(B::float_mul_scalar(grad_scores, spec.scale.into()), dtype);
+    let probabilities = B::float_cast(probabilities, dtype);
+    let grad_value = B::float_matmul(B::float_transpose(probabilities), grad);
+    let grad_query = B::float_matmul(grad_scores.clone(), heads.key);
+    let grad_key = B::float_matmul(B::float_transpose(grad_scores), heads.query);
+    // Heads that share a key add up their gradients, and all heads those of the shared part.
+    let grad_key_value = B::float_cat(vec![slice::<B>(grad_key.clone(), 3, 0, own), grad_value], 3);
+    let group = count / key_heads;
+    let grad_key_value = B::float_reshape(grad_key_value, Shape::new([batch, key_heads, group, sequence, pair]));
+    let grad_key_value =
+        B::float_reshape(B::float_sum_dim(grad_key_value, 2), Shape::new([batch, key_heads, sequence, pair]));
+    let grad_shared = (width > own).then(|| {
+        let shared = B::float_sum_dim(slice::<B>(grad_key, 3, own, width), 1);
+        B::float_reshape(shared, Shape::new([batch, sequence, width - own]))
+    });
+    (B::float_swap_dims(grad_query, 1, 2), B::float_swap_dims(grad_key_value, 1, 2), grad_shared)
+}
+
+/// See [`super::cross_entropy`].
+pub(super) fn cross_entropy_forward<B: Backend>(logits: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
+    let rows = logits.shape()[0];
+    let log_probabilities = B::log_softmax(f32_of::<B>(logits), 1);
+    let targets = B::int_reshape(targets, Shape::new([rows, 1]));
+    let picked = B::float_gather(1, log_probabilities, targets);
+    B::float_neg(B::float_reshape(picked, Shape::new([rows])))
+}
+
+/// Gradient of [`super::cross_entropy`] for the logits: `g (softmax(logits) - onehot(target))`.
+pub(super) fn cross_entropy_grad<B: Backend>(
+    logits: FloatTensor<B>,
+    targets: IntTensor<B>,
+    grad: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let dtype = FloatDType::from(logits.dtype());
+    let rows = logits.shape()[0];
+    let grad = B::float_reshape(f32_of::<B>(grad), Shape::new([rows, 1]));
+    let probabilities = B::float_mul(B::softmax(f32_of::<B>(logits), 1), grad.clone());
+    let targets = B::int_reshape(targets, Shape::new([rows, 1]));
+    let update = burn::tensor::IndexingUpdateOp::Add;
+    B::float_cast(B::float_scatter(1, probabilities, targets, B::float_neg(grad), update), dtype)
+}
+
+/// What an attention keeps of its forward for its gradient.
+#[derive(Debug, Clone)]
+pub(crate) struct AttentionSaved<B: Backend> {
+    pub(crate) query: FloatTensor<B>,
+    pub(crate) key_value: FloatTensor<B>,
+    pub(crate) shared_key: Option<FloatTensor<B>>,
+    pub(crate) output: FloatTensor<B>,
+    pub(crate) log_sum: FloatTensor<B>,
+}
+
+/// Query, whole key and value of every head, `[batch, heads, sequence, width]`.
+struct AttentionHeads<B: Backend> {
+    query: FloatTensor<B>,
+    key: FloatTensor<B>,
+    value: FloatTensor<B>,
+    /// How much of the key is the head's own; the rest is shared.
+    own_key_width: usize,
+}
+
+impl<B: Backend> AttentionHeads<B> {
+    fn new(query: FloatTensor<B>, key_value: FloatTensor<B>, shared_key: Option<FloatTensor<B>>) -> Self {
+        let [batch, sequence, count, width] = query.shape().dims();
+        let [_, _, key_heads, pair] = key_value.shape().dims();
+        let shared_width = shared_key.as_ref().map_or(0, |shared| shared.shape()[2]);
+        let own_key_width = width - shared_width;
+        // Give each query head its own copy of the key head that it uses.
+        let repeated = B::float_expand(
+            B::float_reshape(key_value, Shape::new([batch, sequence, key_heads, 1, pair])),
+            Shape::new([batch, sequence, key_heads, count / key_heads, pair]),
+        );
+        let key_value =
+            B::float_swap_dims(B::float_reshape(repeated, Shape::new([batch, sequence, count, pair])), 1, 2);
+        let own_key = slice::<B>(key_value.clone(), 3, 0, own_key_width);
+        let key = match shared_key {
+            None => own_key,
+            Some(shared) => {
+                let shared = B::float_reshape(shared, Shape::new([batch, 1, sequence, shared_width]));
+                let shared = B::float_expand(shared, Shape::new([batch, count, sequence, shared_width]));
+                B::float_cat(vec![own_key, shared], 3)
+            }
+        };
+        let value = slice::<B>(key_value, 3, own_key_width, pair);
+        Self { query: B::float_swap_dims(query, 1, 2), key, value, own_key_width }
+    }
+
+    /// Scaled scores in f32, `-inf` where a query may not see a key.
+    fn scores(&self, spec: &AttentionSpec) -> FloatTensor<B> {
+        let product = B::float_matmul(self.query.clone(), B::float_transpose(self.key.clone()));
+        let scores = B::float_mul_scalar(f32_of::<B>(product), spec.scale.into());
+        let [batch, count, sequence, _] = scores.shape().dims();
+        let hidden = hidden_keys::<B>(batch, sequence, spec, &scores.device());
+        let hidden = B::bool_expand(hidden, Shape::new([batch, count, sequence, sequence]));
+        B::float_mask_fill(scores, hidden, f32::NEG_INFINITY.into())
+    }
+}
+
+/// True where query `i` may not see key `j`: after it, or before its document. `[batch, 1, sequence, sequence]`.
+fn hidden_keys<B: Backend>(batch: usize, sequence: usize, spec: &AttentionSpec, device: &Device<B>) -> BoolTensor<B> {
+    let mut hidden = vec![false; batch * sequence * sequence];
+    for (query, row) in hidden.chunks_mut(sequence).enumerate() {
+        let start = spec.starts.as_ref().map_or(0, |starts| starts[query] as usize);
+        for (key, hidden) in row.iter_mut().enumerate() {
+            *hidden = key < start || key > query % sequence;
+        }
+    }
+    B::bool_from_data(TensorData::new(hidden, [batch, 1, sequence, sequence]), device)
+}
+
+fn per_expert<B: Backend>(
+    rows: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    plan: &ExpertPlan,
+    transpose: bool,
+) -> FloatTensor<B> {
+    let [_, input, output] = weight.shape().dims();
+    let parts = (0..plan.experts())
+        .filter(|&expert| plan.offsets[expert] < plan.offsets[expert + 1])
+        .map(|expert| {
+            let rows = slice::<B>(rows.clone(), 0, plan.offsets[expert], plan.offsets[expert + 1]);
+            let weight = slice::<B>(weight.clone(), 0, expert, expert + 1);
+            let weight = B::float_reshape(weight, Shape::new([input, output]));
+            B::float_matmul(rows, if transpose { B::float_transpose(weight) } else { weight })
+        })
+        .collect();
+    B::float_cat(parts, 0)
+}
+
+/// Rows in the order of slots, in f32: `[tokens, k, width]`.
+fn by_slot<B: Backend>(rows: FloatTensor<B>, plan: &ExpertPlan) -> FloatTensor<B> {
+    let (device, width) = (rows.device(), rows.shape()[1]);
+    let slots = B::float_select(rows, 0, indices::<B>(&plan.row_of_slot, &device));
+    B::float_reshape(f32_of::<B>(slots), Shape::new([plan.tokens(), plan.k, width]))
+}
+
+fn inverse_rms<B: Backend>(x: FloatTensor<B>, epsilon: f32) -> FloatTensor<B> {
+    let square = B::float_mean_dim(B::float_mul(x.clone(), x), 1);
+    B::float_recip(B::float_sqrt(B::float_add_scalar(square, epsilon.into())))
+}
+
+fn indices<B: Backend>(values: &[u32], device: &Device<B>) -> IntTensor<B> {
+    let values: Vec<i32> = values.iter().map(|&value| value as i32).collect();
+    let count = values.len();
+    B::int_from_data(TensorData::new(values, [count]), device)
+}
+
+fn slice<B: Backend>(tensor: FloatTensor<B>, dim: usize, start: usize, end: usize) -> FloatTensor<B> {
+    let slices: Vec<Slice> = tensor
+        .shape()
+        .iter()
+        .enumerate()
+        .map(|(d, &size)| if d == dim { start..end } else { 0..size }.into())
+        .collect();
+    B::float_slice(tensor, &slices)
+}
+
+fn f32_of<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
+    if tensor.dtype() == DType::F32 { tensor } else { B::float_cast(tensor, FloatDType::F32) }
+}

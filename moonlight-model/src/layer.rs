@@ -1,0 +1,97 @@
+//! One decoder layer.
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+
+use crate::attention::{Attention, Tokens};
+use crate::cache::LayerCache;
+use crate::config::ModelConfig;
+use crate::init::Init;
+use crate::mlp::Mlp;
+use crate::moe::{Moe, MoeOutput, Routing};
+use crate::norm::RmsNorm;
+use crate::report::LayerReport;
+use crate::transparent::transparent_module;
+
+/// Attention, then a feed-forward part, each behind a norm and beside the residual stream.
+#[derive(Module, Debug)]
+pub struct DecoderLayer {
+    /// Before the attention.
+    pub input_layernorm: RmsNorm,
+    /// The attention.
+    pub self_attn: Attention,
+    /// Before the feed-forward part.
+    pub post_attention_layernorm: RmsNorm,
+    /// The feed-forward part.
+    pub mlp: FeedForward,
+}
+
+/// A layer's feed-forward part.
+#[derive(Debug, Clone)]
+pub enum FeedForward {
+    /// One MLP for every token.
+    Dense(Mlp),
+    /// A mixture of experts.
+    Moe(Moe),
+}
+
+transparent_module!(FeedForward { Dense, Moe });
+
+/// What comes out of a layer.
+pub(crate) struct LayerOutput {
+    pub(crate) hidden: Tensor<2>,
+    pub(crate) balance_loss: Option<Tensor<1>>,
+    pub(crate) report: LayerReport,
+}
+
+impl DecoderLayer {
+    pub(crate) fn new(config: &ModelConfig, layer: usize, init: Init, device: &Device) -> Self {
+        let norm = || RmsNorm::new(config.hidden_size, config.rms_norm_eps, device);
+        Self {
+            input_layernorm: norm(),
+            self_attn: Attention::new(config, init, device),
+            post_attention_layernorm: norm(),
+            mlp: match config.moe_of_layer(layer) {
+                Some(moe) => FeedForward::Moe(Moe::new(config, moe, init, device)),
+                None => FeedForward::Dense(Mlp::new(config.hidden_size, config.intermediate_size, init, device)),
+            },
+        }
+    }
+
+    /// `[tokens, hidden]` over whole sequences.
+    pub(crate) fn forward(&self, x: Tensor<2>, tokens: &Tokens<'_>, routing: &Routing<'_>) -> LayerOutput {
+        let (attended, statistics) = self.self_attn.forward(self.input_layernorm.forward(x.clone()), tokens);
+        let x = x + attended;
+        let (hidden, load, balance_loss) = self.feed_forward(x, routing);
+        let (max_attention_logit, share_above_100) = match statistics {
+            Some(statistics) => (Some(statistics.largest), Some(statistics.share_above_100)),
+            None => (None, None),
+        };
+        let report = LayerReport { layer: 0, expert_load: load, max_attention_logit, share_above_100 };
+        LayerOutput { hidden, balance_loss, report }
+    }
+
+    /// `[tokens, hidden]` of tokens that follow those in the cache.
+    pub(crate) fn decode(
+        &self,
+        x: Tensor<2>,
+        tokens: &Tokens<'_>,
+        routing: &Routing<'_>,
+        cache: &mut LayerCache,
+        length: usize,
+    ) -> Tensor<2> {
+        let attended = self.self_attn.decode(self.input_layernorm.forward(x.clone()), tokens, cache, length);
+        self.feed_forward(x + attended, routing).0
+    }
+
+    fn feed_forward(&self, x: Tensor<2>, routing: &Routing<'_>) -> (Tensor<2>, Option<Vec<u64>>, Option<Tensor<1>>) {
+        let normed = self.post_attention_layernorm.forward(x.clone());
+        match &self.mlp {
+            FeedForward::Dense(mlp) => (x + mlp.forward(normed), None, None),
+            FeedForward::Moe(moe) => {
+                let MoeOutput { hidden, load, balance_loss } = moe.forward(normed, routing);
+                (x + hidden, Some(load), balance_loss)
+            }
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! The gated MLP of dense layers and shared experts.
+
+use burn::module::Module;
+use burn::nn::Linear;
+use burn::tensor::{Device, Tensor};
+
+use crate::init::Init;
+use crate::kernels::swiglu;
+
+/// `down(silu(gate(x)) * up(x))` (arXiv 2002.05202).
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// `[hidden, width]`.
+    pub gate_proj: Linear,
+    /// `[hidden, width]`.
+    pub up_proj: Linear,
+    /// `[width, hidden]`.
+    pub down_proj: Linear,
+}
+
+impl Mlp {
+    pub(crate) fn new(hidden: usize, width: usize, init: Init, device: &Device) -> Self {
+        Self {
+            gate_proj: init.linear(hidden, width, false, device),
+            up_proj: init.linear(hidden, width, false, device),
+            down_proj: init.linear(width, hidden, false, device),
+        }
+    }
+
+    /// `[tokens, hidden]` to `[tokens, hidden]`.
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        let gate = self.gate_proj.forward(x.clone());
+        self.down_proj.forward(swiglu(gate, self.up_proj.forward(x)))
+    }
+}

@@ -1,0 +1,202 @@
+//! The causal language model.
+
+use burn::module::{Module, Param};
+use burn::nn::{Embedding, Linear};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+
+use crate::attention::Tokens;
+use crate::batch::{LmBatch, Segments};
+use crate::cache::KvCache;
+use crate::config::ModelConfig;
+use crate::init::Init;
+use crate::kernels::cross_entropy;
+use crate::layer::{DecoderLayer, FeedForward};
+use crate::moe::{Routing, bias_step};
+use crate::norm::RmsNorm;
+use crate::report::{ForwardReport, Probe};
+use crate::rope::RotaryEmbedding;
+
+/// A decoder-only language model of the Moonlight family.
+///
+/// Made by [`ModelConfig::init`]; parameters are drawn when they are first used, so a model that is about to be loaded
+/// costs nothing.
+#[derive(Module, Debug)]
+pub struct CausalLm {
+    /// `[vocab, hidden]`.
+    pub embed_tokens: Embedding,
+    /// The decoder layers.
+    pub layers: Vec<DecoderLayer>,
+    /// Before the head.
+    pub norm: RmsNorm,
+    /// `[hidden, vocab]`; absent where the embedding serves.
+    pub lm_head: Option<Linear>,
+    #[module(skip)]
+    config: ModelConfig,
+    #[module(skip)]
+    rotary: RotaryEmbedding,
+}
+
+/// What a training or validation step gets from a forward pass.
+#[derive(Debug)]
+pub struct LossOutput {
+    /// Sum over the batch of `-mask log p(target)`, f32 `[1]`, differentiable.
+    pub loss_sum: Tensor<1>,
+    /// The weighted sequence-wise balance loss, averaged over sequences and summed over layers, f32 `[1]`; `None` where
+    /// its weight is 0 or the model is dense.
+    pub balance_loss: Option<Tensor<1>>,
+    /// Expert loads, and what the probe asked for.
+    pub report: ForwardReport,
+}
+
+/// The result of the decoder's layers.
+struct Hidden {
+    /// `[tokens, hidden]`, before the final norm.
+    hidden: Tensor<2>,
+    balance_loss: Option<Tensor<1>>,
+    report: ForwardReport,
+}
+
+impl ModelConfig {
+    /// A model with fresh parameters on `device`: matrices and embeddings normal with `initializer_range`, norms 1, biases
+    /// 0.
+    pub fn init(&self, device: &Device) -> CausalLm {
+        let init = Init { standard_deviation: self.initializer_range };
+        CausalLm {
+            embed_tokens: init.embedding(self.vocab_size, self.hidden_size, device),
+            layers: (0..self.num_hidden_layers).map(|layer| DecoderLayer::new(self, layer, init, device)).collect(),
+            norm: RmsNorm::new(self.hidden_size, self.rms_norm_eps, device),
+            lm_head: (!self.tie_word_embeddings).then(|| init.linear(self.hidden_size, self.vocab_size, false, device)),
+            rotary: RotaryEmbedding::new(&self.rope, self.rope_dim()),
+            config: self.clone(),
+        }
+    }
+}
+
+impl CausalLm {
+    /// The shape of the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The dtype of the weights.
+    pub fn dtype(&self) -> DType {
+        self.embed_tokens.weight.val().dtype()
+    }
+
+    /// The logits of every token: `[batch, sequence]` to `[batch, sequence, vocab]`, in the dtype of the weights.
+    pub fn logits(&self, tokens: Tensor<2, Int>, segments: Option<&Segments>) -> Tensor<3> {
+        let [batch, sequence] = tokens.dims();
+        let hidden = self.hidden(tokens, segments, 0.0, Probe::default()).hidden;
+        self.head(hidden).reshape([batch, sequence, self.config.vocab_size])
+    }
+
+    /// The language-modelling loss of a batch.
+    ///
+    /// `sequence_balance_weight` is the weight of the experts' balance loss, 0 for none.
+    pub fn loss(&self, batch: &LmBatch, sequence_balance_weight: f64, probe: Probe) -> LossOutput {
+        let [rows, sequence] = batch.tokens.dims();
+        let Hidden { hidden, balance_loss, report } =
+            self.hidden(batch.tokens.clone(), batch.segments.as_ref(), sequence_balance_weight, probe);
+        let losses = cross_entropy(self.head(hidden), batch.targets.clone().reshape([rows * sequence]));
+        let mask = batch.loss_mask.clone().reshape([rows * sequence]);
+        LossOutput { loss_sum: (losses * mask).sum(), balance_loss, report }
+    }
+
+    /// The logits of tokens that follow those in the cache, which takes them in: `[batch, new]` to
+    /// `[batch, new, vocab]`.
+    ///
+    /// # Panics
+    ///
+    /// When the cache has no room for the tokens, or was made for another batch or model.
+    pub fn decode(&self, tokens: Tensor<2, Int>, cache: &mut KvCache) -> Tensor<3> {
+        let [batch, new] = tokens.dims();
+        assert_eq!(batch, cache.batch(), "the cache was made for another batch");
+        let length = cache.len();
+        assert!(length + new <= cache.capacity(), "the cache is full: {length} + {new} > {}", cache.capacity());
+        let device = tokens.device();
+        let positions: Vec<u32> =
+            (0..batch).flat_map(|_| (length..length + new).map(|position| position as u32)).collect();
+        let rotation = self.rotary.at(&positions, &device);
+        let context = Tokens { batch, sequence: new, rotation: &rotation, starts: None, probe_logits: false };
+        let routing = Routing { batch, sequence: new, padding: None, balance_weight: 0.0 };
+        let mut x = self.embed_tokens.forward(tokens).reshape([batch * new, self.config.hidden_size]);
+        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+            x = layer.decode(x, &context, &routing, cache, length);
+        }
+        cache.advance(new);
+        self.head(x).reshape([batch, new, self.config.vocab_size])
+    }
+
+    /// Moves each router's correction bias against its load: `b += rate (sign(e) - mean(sign(e)))`.
+    ///
+    /// `loads` has an entry for each layer, as [`ForwardReport::expert_loads`] gives them, summed over all
+    /// micro-batches of the step; `None` leaves a layer alone, and so does a router without a bias.
+    pub fn update_router_bias(mut self, loads: &[Option<Vec<u64>>], rate: f64) -> Self {
+        if rate == 0.0 {
+            return self;
+        }
+        for (layer, load) in self.layers.iter_mut().zip(loads) {
+            let (FeedForward::Moe(moe), Some(load)) = (&mut layer.mlp, load) else { continue };
+            moe.router.e_score_correction_bias = moe.router.e_score_correction_bias.take().map(|bias| {
+                let step = bias_step(load, rate);
+                move_bias(bias, step)
+            });
+        }
+        self
+    }
+
+    fn hidden(&self, tokens: Tensor<2, Int>, segments: Option<&Segments>, balance_weight: f64, probe: Probe) -> Hidden {
+        let [batch, sequence] = tokens.dims();
+        let device = tokens.device();
+        if let Some(segments) = segments {
+            assert_eq!((segments.batch, segments.sequence), (batch, sequence), "segments describe another batch");
+        }
+        let rotation = match segments {
+            Some(segments) => self.rotary.at(&segments.positions, &device),
+            None => {
+                let positions: Vec<u32> = (0..batch).flat_map(|_| 0..sequence as u32).collect();
+                self.rotary.at(&positions, &device)
+            }
+        };
+        let context = Tokens {
+            batch,
+            sequence,
+            rotation: &rotation,
+            starts: segments.map(|segments| segments.starts.clone()),
+            probe_logits: probe.attention_logits,
+        };
+        let padding = segments.map(|segments| segments.padding.as_slice());
+        let routing = Routing { batch, sequence, padding, balance_weight };
+
+        let mut hidden = self.embed_tokens.forward(tokens).reshape([batch * sequence, self.config.hidden_size]);
+        let mut balance_loss: Option<Tensor<1>> = None;
+        let mut report = ForwardReport::default();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut output = layer.forward(hidden, &context, &routing);
+            hidden = output.hidden;
+            if let Some(loss) = output.balance_loss {
+                balance_loss = Some(balance_loss.map_or(loss.clone(), |sum| sum + loss));
+            }
+            output.report.layer = index;
+            report.layers.push(output.report);
+        }
+        Hidden { hidden, balance_loss, report }
+    }
+
+    /// Final norm and head: `[tokens, hidden]` to `[tokens, vocab]`.
+    fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
+        let hidden = self.norm.forward(hidden);
+        match &self.lm_head {
+            Some(head) => head.forward(hidden),
+            None => hidden.matmul(self.embed_tokens.weight.val().transpose()),
+        }
+    }
+}
+
+fn move_bias(bias: Param<Tensor<1>>, step: Vec<f32>) -> Param<Tensor<1>> {
+    let experts = step.len();
+    bias.map(|bias| {
+        let step = Tensor::<1>::from_data(TensorData::new(step, [experts]), &bias.device());
+        bias + step
+    })
+}

@@ -1,0 +1,237 @@
+//! Which experts a token visits, and with what weights.
+
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::activation::{sigmoid, softmax};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use rayon::prelude::*;
+
+use crate::config::{MoeConfig, Scoring, TopkMethod};
+use crate::init::Init;
+
+/// Tokens that one task chooses for.
+const TOKENS_PER_TASK: usize = 64;
+
+/// The router, in f32 whatever the model's dtype.
+#[derive(Module, Debug)]
+pub struct Router {
+    /// `[hidden, experts]`.
+    pub weight: Param<Tensor<2>>,
+    /// Joins in the choice of experts, not in their weights; f32 `[experts]`, moved by a rule and not by a gradient.
+    /// Only `noaux_tc` routers have it.
+    pub e_score_correction_bias: Option<Param<Tensor<1>>>,
+    #[module(skip)]
+    rule: Rule,
+}
+
+/// How experts are chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Rule {
+    experts: usize,
+    k: usize,
+    groups: usize,
+    groups_per_token: usize,
+    scoring: Scoring,
+    method: TopkMethod,
+    normalise: bool,
+    scale: f64,
+}
+
+/// The experts of a batch of tokens.
+pub(crate) struct Routed {
+    /// `tokens * k` expert numbers.
+    pub(crate) choices: Vec<u32>,
+    /// Experts per token.
+    pub(crate) k: usize,
+    /// f32 `[tokens, k]`.
+    pub(crate) weights: Tensor<2>,
+    /// f32 `[tokens, experts]`: sigmoid or softmax of the logits.
+    pub(crate) scores: Tensor<2>,
+    /// How the scores were made.
+    pub(crate) scoring: Scoring,
+    /// The scores on the host.
+    pub(crate) host_scores: Vec<f32>,
+}
+
+impl Router {
+    pub(super) fn new(hidden: usize, moe: &MoeConfig, init: Init, device: &Device) -> Self {
+        let experts = moe.n_routed_experts;
+        let bias = (moe.topk_method == TopkMethod::NoauxTc)
+            .then(|| Initializer::Zeros.init([experts], device).set_require_grad(false));
+        Self {
+            weight: init.parameter([hidden, experts], device),
+            e_score_correction_bias: bias,
+            rule: Rule {
+                experts,
+                k: moe.num_experts_per_tok,
+                groups: moe.n_group,
+                groups_per_token: moe.topk_group,
+                scoring: moe.scoring,
+                method: moe.topk_method,
+                normalise: moe.norm_topk_prob,
+                scale: moe.routed_scaling_factor,
+            },
+        }
+    }
+
+    /// Number of routed experts.
+    pub fn experts(&self) -> usize {
+        self.rule.experts
+    }
+
+    /// Chooses the experts of each row of `[tokens, hidden]`.
+    ///
+    /// The choice is made on the host: the dispatch needs the counts there in any case.
+    pub(super) fn route(&self, x: Tensor<2>) -> Routed {
+        let tokens = x.dims()[0];
+        let logits = x.cast(DType::F32).matmul(self.weight.val().cast(DType::F32));
+        let scores = match self.rule.scoring {
+            Scoring::Sigmoid => sigmoid(logits),
+            Scoring::Softmax => softmax(logits, 1),
+        };
+        let host_scores = host(scores.clone().detach().into_data());
+        let bias = self.e_score_correction_bias.as_ref().map(|bias| host(bias.val().into_data()));
+        let choices = self.rule.choose(&host_scores, bias.as_deref());
+        let k = self.rule.k;
+        let indices: Vec<i32> = choices.iter().map(|&expert| expert as i32).collect();
+        let indices = Tensor::<2, Int>::from_data(TensorData::new(indices, [tokens, k]), &scores.device());
+        let mut weights = scores.clone().gather(1, indices);
+        if self.rule.normalise {
+            weights = weights.clone() / (weights.sum_dim(1) + 1e-20);
+        }
+        Routed { choices, k, weights: weights * self.rule.scale, scores, scoring: self.rule.scoring, host_scores }
+    }
+}
+
+fn host(data: TensorData) -> Vec<f32> {
+    data.convert::<f32>().into_vec().expect("the data was converted to f32")
+}
+
+impl Rule {
+    /// The `k` best experts of each token, best first; of equals the lower number.
+    ///
+    /// A score that is not a number counts as the worst: the loss is NaN then, and says so.
+    fn choose(&self, scores: &[f32], bias: Option<&[f32]>) -> Vec<u32> {
+        let mut choices = vec![0; scores.len() / self.experts * self.k];
+        choices
+            .par_chunks_mut(TOKENS_PER_TASK * self.k)
+            .zip(scores.par_chunks(TOKENS_PER_TASK * self.experts))
+            .for_each(|(choices, scores)| {
+                let mut ranked = vec![0.0; self.experts];
+                for (choices, scores) in choices.chunks_exact_mut(self.k).zip(scores.chunks_exact(self.experts)) {
+                    ranked.copy_from_slice(scores);
+                    if let Some(bias) = bias {
+                        ranked.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+                    }
+                    self.keep_best_groups(&mut ranked);
+                    best(&mut ranked, choices);
+                }
+            });
+        choices
+    }
+
+    /// Puts every expert outside the token's best groups out of reach.
+    fn keep_best_groups(&self, scores: &mut [f32]) {
+        if self.groups == 1 || self.method == TopkMethod::Greedy {
+            return;
+        }
+        let size = self.experts / self.groups;
+        let mut worth: Vec<f32> = scores
+            .chunks_exact(size)
+            .map(|group| {
+                let mut group = group.to_vec();
+                group.sort_by(|a, b| b.total_cmp(a));
+                match self.method {
+                    TopkMethod::NoauxTc => group[0] + group[1],
+                    TopkMethod::Greedy | TopkMethod::GroupLimitedGreedy => group[0],
+                }
+            })
+            .collect();
+        let mut kept = vec![0; self.groups_per_token];
+        best(&mut worth, &mut kept);
+        for (group, scores) in scores.chunks_exact_mut(size).enumerate() {
+            if !kept.contains(&(group as u32)) {
+                scores.fill(f32::NEG_INFINITY);
+            }
+        }
+    }
+}
+
+/// Fills `chosen` with the indices of the largest scores, best first, and strikes them from `scores`.
+fn best(scores: &mut [f32], chosen: &mut [u32]) {
+    // For the few choices of a router, looking k times beats sorting.
+    let mut taken = [0u64; 16];
+    assert!(scores.len() <= 64 * taken.len(), "a router has at most 1024 experts");
+    for chosen in chosen {
+        let mut index = usize::MAX;
+        for (candidate, &score) in scores.iter().enumerate() {
+            let free = taken[candidate / 64] & (1 << (candidate % 64)) == 0;
+            if free && (index == usize::MAX || score > scores[index] || (scores[index].is_nan() && !score.is_nan())) {
+                index = candidate;
+            }
+        }
+        taken[index / 64] |= 1 << (index % 64);
+        *chosen = index as u32;
+    }
+}
+
+/// The best experts by unbiased score, which the balance loss counts.
+pub(super) fn best_by_score(scores: &[f32], experts: usize, k: usize) -> Vec<u32> {
+    let mut choices = vec![0; scores.len() / experts * k];
+    choices.par_chunks_exact_mut(k).zip(scores.par_chunks_exact(experts)).for_each(|(choices, scores)| {
+        best(&mut scores.to_vec(), choices);
+    });
+    choices
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(method: TopkMethod, groups: usize, groups_per_token: usize) -> Rule {
+        Rule {
+            experts: 6,
+            k: 2,
+            groups,
+            groups_per_token,
+            scoring: Scoring::Sigmoid,
+            method,
+            normalise: true,
+            scale: 1.0,
+        }
+    }
+
+    const SCORES: [f32; 6] = [0.9, 0.1, 0.6, 0.5, 0.2, 0.3];
+
+    #[test]
+    fn plain_choice_takes_the_best() {
+        assert_eq!(rule(TopkMethod::Greedy, 1, 1).choose(&SCORES, None), [0, 2]);
+    }
+
+    #[test]
+    fn the_bias_moves_the_choice() {
+        let bias = [-1.0, 0.0, 0.0, 0.0, 0.0, 0.5];
+        assert_eq!(rule(TopkMethod::NoauxTc, 1, 1).choose(&SCORES, Some(&bias)), [5, 2]);
+    }
+
+    #[test]
+    fn groups_are_ranked_by_their_two_best_or_by_their_best() {
+        // Groups of two: sums 1.0, 1.1, 0.5; maxima 0.9, 0.6, 0.3.
+        assert_eq!(rule(TopkMethod::NoauxTc, 3, 1).choose(&SCORES, None), [2, 3]);
+        assert_eq!(rule(TopkMethod::GroupLimitedGreedy, 3, 1).choose(&SCORES, None), [0, 1]);
+    }
+
+    #[test]
+    fn a_negative_biased_score_is_still_better_than_a_masked_one() {
+        let bias = [-9.0; 6];
+        let choices = rule(TopkMethod::NoauxTc, 3, 1).choose(&SCORES, Some(&bias));
+        assert_eq!(choices, [2, 3]);
+    }
+
+    #[test]
+    fn equals_go_to_the_lower_number_and_nan_comes_last() {
+        let choose = |scores: [f32; 6]| rule(TopkMethod::Greedy, 1, 1).choose(&scores, None);
+        assert_eq!(choose([0.5; 6]), [0, 1]);
+        assert_eq!(choose([f32::NAN, 0.1, f32::NAN, 0.2, f32::NAN, f32::NAN]), [3, 1]);
+        assert_eq!(choose([f32::NAN; 6]), [0, 1]);
+    }
+}
