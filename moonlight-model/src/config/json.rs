@@ -151,6 +151,14 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
         }
         None => keys.string("torch_dtype")?,
     };
+    // What `write` derives from other keys is not kept twice.
+    for (key, derived) in
+        [("architectures", json!([model_type.architecture()])), ("num_key_value_heads", json!(num_attention_heads))]
+    {
+        if keys.map.get(key) == Some(&derived) {
+            keys.map.remove(key);
+        }
+    }
     Ok(ModelConfig {
         model_type,
         vocab_size: keys.size("vocab_size")?,

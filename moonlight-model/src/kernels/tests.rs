@@ -1,1 +1,398 @@
+//! Holds the fast kernels against the reference, and the hand-written gradients against Burn's autodiff.
 
+use std::sync::Arc;
+
+use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData, Tolerance};
+
+use super::{
+    AttentionSpec, ExpertPlan, RotationSpec, combine_rows, cross_entropy, dispatch_rows, grouped_attention,
+    grouped_matmul, latent_attention, rms_norm, rotate, swiglu,
+};
+
+/// A plan of `tokens` tokens with `k` different experts each; the last expert gets none, expert 0 more than its share.
+fn plan(tokens: usize, k: usize, experts: usize) -> Arc<ExpertPlan> {
+    let others = experts - 2;
+    let choices: Vec<u32> = (0..tokens)
+        .flat_map(|token| (0..k).map(move |choice| if choice == 0 { 0 } else { 1 + (token * 7 + choice) % others }))
+        .map(|expert| expert as u32)
+        .collect();
+    Arc::new(ExpertPlan::new(&choices, k, experts))
+}
+
+fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
+}
+
+/// Documents of several lengths in each of `batch` sequences, or none.
+fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 2] {
+    let starts: Vec<u32> = (0..batch)
+        .flat_map(|row| {
+            let length = 3 + 5 * row;
+            (0..sequence).map(move |index| (index / length * length) as u32)
+        })
+        .collect();
+    [AttentionSpec { scale: 0.3, starts: None }, AttentionSpec { scale: 0.3, starts: Some(Arc::new(starts)) }]
+}
+
+/// An output and the gradients of its product with fixed numbers.
+fn gradients<const D: usize, const N: usize>(
+    output: Tensor<D>,
+    inputs: [&dyn Fn(&burn::tensor::Gradients) -> Option<TensorData>; N],
+) -> (TensorData, [TensorData; N]) {
+    let count = output.shape().num_elements();
+    let weights: Vec<f32> = (0..count).map(|index| (index as f32 * 0.37).sin() + 0.2).collect();
+    let weights = Tensor::<D>::from_data(TensorData::new(weights, output.shape()), &output.device());
+    let value = output.clone().into_data();
+    let grads = (output * weights).sum().backward();
+    (value, inputs.map(|input| input(&grads).expect("every input takes part")))
+}
+
+/// Runs the operation and the same thing composed of Burn's own tensor operations, and compares values and gradients.
+macro_rules! agree {
+    ($tolerance:expr, [$($input:ident),+], $fused:expr, $composed:expr) => {{
+        $(let $input = $input.require_grad();)+
+        let of = |output| gradients(output, [$(&|grads| $input.grad(grads).map(Tensor::into_data)),+]);
+        let (value, grads) = of($fused);
+        let (expected, expected_grads) = of($composed);
+        let tolerance = Tolerance::<f32>::rel_abs($tolerance, $tolerance);
+        value.assert_approx_eq(&expected, tolerance);
+        for (grad, expected) in grads.iter().zip(&expected_grads) {
+            grad.assert_approx_eq(expected, tolerance);
+        }
+    }};
+}
+
+/// Attention composed of tensor operations that materialise everything.
+fn plain_attention(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, spec: &AttentionSpec) -> Tensor<4> {
+    let [batch, sequence, heads, _] = query.dims();
+    let scores = query.swap_dims(1, 2).matmul(key.swap_dims(1, 2).transpose()) * spec.scale;
+    let hidden: Vec<bool> = (0..batch * sequence)
+        .flat_map(|token| {
+            let start = spec.starts.as_ref().map_or(0, |starts| starts[token] as usize);
+            let query = token % sequence;
+            (0..sequence).map(move |key| key < start || key > query)
+        })
+        .collect();
+    let hidden = TensorData::new(hidden, [batch, 1, sequence, sequence]);
+    let hidden = Tensor::<4, Bool>::from_data(hidden, &scores.device());
+    let scores = scores.mask_fill(hidden.expand([batch, heads, sequence, sequence]), f32::NEG_INFINITY);
+    burn::tensor::activation::softmax(scores, 3).matmul(value.swap_dims(1, 2)).swap_dims(1, 2)
+}
+
+/// The device with gradients.
+fn device() -> Device {
+    Device::default().autodiff()
+}
+
+#[test]
+fn grouped_matmul_multiplies_each_row_by_its_experts_matrix() {
+    let device = device();
+    // Rows beyond one task, an expert with none, odd sizes, and more experts than tokens.
+    for (tokens, k, experts, input, output) in
+        [(301, 2, 5, 17, 33), (3, 2, 9, 5, 4), (1, 1, 3, 1, 1), (40, 3, 6, 64, 31)]
+    {
+        let plan = plan(tokens, k, experts);
+        let rows = random([plan.rows(), input], &device);
+        let weight = random([experts, input, output], &device);
+        agree!(1e-4, [rows, weight], grouped_matmul(rows.clone(), weight.clone(), &plan), {
+            let parts = (0..experts)
+                .filter(|&expert| plan.offsets[expert] < plan.offsets[expert + 1])
+                .map(|expert| {
+                    let rows = rows.clone().slice_dim(0, plan.offsets[expert]..plan.offsets[expert + 1]);
+                    rows.matmul(weight.clone().slice_dim(0, expert..expert + 1).squeeze_dim(0))
+                })
+                .collect();
+            Tensor::cat(parts, 0)
+        });
+    }
+}
+
+#[test]
+fn rows_travel_to_their_experts_and_back() {
+    let device = device();
+    for (tokens, k, experts, hidden) in [(130, 3, 7, 19), (1, 2, 4, 3), (67, 1, 3, 8)] {
+        let plan = plan(tokens, k, experts);
+        let index = |values: &[u32]| {
+            let values: Vec<i32> = values.iter().map(|&value| value as i32).collect();
+            Tensor::<1, Int>::from_data(TensorData::new(values, [plan.rows()]), &device)
+        };
+        let x = random([tokens, hidden], &device);
+        agree!(1e-5, [x], dispatch_rows(x.clone(), &plan), x.clone().select(0, index(&plan.token_of_row)));
+
+        let rows = random([plan.rows(), hidden], &device);
+        let weights = random([tokens, k], &device);
+        agree!(1e-5, [rows, weights], combine_rows(rows.clone(), weights.clone(), &plan), {
+            let slots = rows.clone().select(0, index(&plan.row_of_slot)).reshape([tokens, k, hidden]);
+            (slots * weights.clone().reshape([tokens, k, 1])).sum_dim(1).reshape([tokens, hidden])
+        });
+    }
+}
+
+#[test]
+fn swiglu_is_silu_times_up() {
+    let device = device();
+    for shape in [[130, 257], [1, 1], [5, 3]] {
+        let gate = random(shape, &device) * 4.0;
+        let up = random(shape, &device);
+        agree!(1e-5, [gate, up], swiglu(gate.clone(), up.clone()), {
+            gate.clone() * burn::tensor::activation::sigmoid(gate.clone()) * up.clone()
+        });
+    }
+}
+
+#[test]
+fn rms_norm_divides_by_the_root_mean_square() {
+    let device = device();
+    for (rows, width) in [(131, 67), (1, 1), (64, 16)] {
+        let x = random([rows, width], &device) * 3.0;
+        let gain = random([width], &device);
+        agree!(1e-4, [x, gain], rms_norm(x.clone(), gain.clone(), 1e-3), {
+            let mean_square = (x.clone() * x.clone()).mean_dim(1);
+            x.clone() / (mean_square + 1e-3).sqrt() * gain.clone().unsqueeze()
+        });
+    }
+}
+
+#[test]
+fn rotate_turns_pairs_by_their_angles() {
+    let device = device();
+    let (batch, sequence, heads, width) = (2, 5, 3, 14);
+    for (start, interleave) in [(0, true), (0, false), (6, true), (4, false)] {
+        let pairs = (width - start) / 2;
+        let x = random([batch, sequence, heads, width], &device);
+        let angles = random([batch * sequence, pairs], &device);
+        let (cos, sin) = (angles.clone().cos(), angles.sin());
+        let spec = RotationSpec { start, interleave };
+        agree!(1e-5, [x], rotate(x.clone(), cos.clone(), sin.clone(), spec.clone()), {
+            let turn = |t: &Tensor<2>| t.clone().reshape([batch, sequence, 1, pairs]);
+            let column = |index: usize| x.clone().slice_dim(3, index..index + 1);
+            let pair =
+                |p: usize| if interleave { (start + 2 * p, start + 2 * p + 1) } else { (start + p, start + pairs + p) };
+            let mut columns: Vec<Tensor<4>> = (0..width).map(column).collect();
+            for p in 0..pairs {
+                let (i, j) = pair(p);
+                let (cos, sin) = (turn(&cos).slice_dim(3, p..p + 1), turn(&sin).slice_dim(3, p..p + 1));
+                columns[i] = column(i) * cos.clone() - column(j) * sin.clone();
+                columns[j] = column(j) * cos + column(i) * sin;
+            }
+            Tensor::cat(columns, 3)
+        });
+    }
+}
+
+#[test]
+fn latent_attention_is_attention_with_a_shared_key_part() {
+    let device = device();
+    // Sequences of one token, within a block, at a block's end, and beyond it.
+    for (batch, sequence, heads, nope, rope, value) in
+        [(2, 1, 3, 5, 2, 4), (2, 21, 3, 6, 4, 5), (1, 64, 1, 8, 2, 8), (2, 150, 2, 7, 4, 9)]
+    {
+        for spec in specs(batch, sequence) {
+            let query = random([batch, sequence, heads, nope + rope], &device);
+            let key_value = random([batch, sequence, heads, nope + value], &device);
+            let shared = random([batch, sequence, rope], &device);
+            let fused = |query: &Tensor<4>, key_value: &Tensor<4>, shared: &Tensor<3>| {
+                latent_attention(query.clone(), key_value.clone(), shared.clone(), spec.clone())
+            };
+            agree!(1e-4, [query, key_value, shared], fused(&query, &key_value, &shared), {
+                let own = key_value.clone().slice_dim(3, 0..nope);
+                let all = shared.clone().reshape([batch, sequence, 1, rope]).expand([batch, sequence, heads, rope]);
+                let values = key_value.clone().slice_dim(3, nope..nope + value);
+                plain_attention(query.clone(), Tensor::cat(vec![own, all], 3), values, &spec)
+            });
+        }
+    }
+}
+
+#[test]
+fn grouped_attention_repeats_keys_and_values() {
+    let device = device();
+    for (batch, sequence, heads, key_heads, width, value) in
+        [(2, 1, 4, 2, 3, 3), (2, 33, 6, 2, 5, 5), (1, 130, 3, 1, 8, 4), (1, 9, 2, 2, 4, 4)]
+    {
+        for spec in specs(batch, sequence) {
+            let query = random([batch, sequence, heads, width], &device);
+            let key_value = random([batch, sequence, key_heads, width + value], &device);
+            agree!(1e-4, [query, key_value], grouped_attention(query.clone(), key_value.clone(), spec.clone()), {
+                let group = heads / key_heads;
+                let repeated = key_value
+                    .clone()
+                    .reshape([batch, sequence, key_heads, 1, width + value])
+                    .expand([batch, sequence, key_heads, group, width + value])
+                    .reshape([batch, sequence, heads, width + value]);
+                let keys = repeated.clone().slice_dim(3, 0..width);
+                plain_attention(query.clone(), keys, repeated.slice_dim(3, width..width + value), &spec)
+            });
+        }
+    }
+}
+
+#[test]
+fn cross_entropy_is_minus_the_log_probability_of_the_target() {
+    let device = device();
+    for (rows, vocab) in [(37, 101), (1, 2), (5, 16)] {
+        let logits = random([rows, vocab], &device) * 5.0;
+        let targets: Vec<i32> = (0..rows).map(|row| (row * 13 % vocab) as i32).collect();
+        let targets = Tensor::<1, Int>::from_data(TensorData::new(targets, [rows]), &device);
+        agree!(1e-4, [logits], cross_entropy(logits.clone(), targets.clone()), {
+            let log_probabilities = burn::tensor::activation::log_softmax(logits.clone(), 1);
+            -log_probabilities.gather(1, targets.clone().reshape([rows, 1])).reshape([rows])
+        });
+    }
+}
+
+/// The fast kernels against the reference directly: the tests above run whichever the device has.
+#[cfg(feature = "cpu")]
+mod flex_against_reference {
+    use burn::backend::Flex;
+    use burn::backend::flex::FlexTensor;
+    use burn::backend::ops::{FloatTensorOps, IntTensorOps};
+    use burn::tensor::{DType, TensorData, Tolerance};
+
+    use super::super::backend::Kernels;
+    use super::super::reference::{self, AttentionSaved};
+    use super::{AttentionSpec, RotationSpec, plan, specs};
+
+    /// Numbers that differ from place to place and from tensor to tensor.
+    fn numbers<const D: usize>(shape: [usize; D], seed: usize) -> FlexTensor {
+        let count: usize = shape.iter().product();
+        let values: Vec<f32> = (0..count)
+            .map(|index| ((index * 7919 + seed * 104_729 + 1) as f32 * 0.618_034).fract() * 2.0 - 1.0)
+            .collect();
+        Flex::float_from_data(TensorData::new(values, shape), &Default::default())
+    }
+
+    fn close(fast: FlexTensor, reference: FlexTensor) {
+        assert_eq!(fast.dtype(), DType::F32);
+        let tolerance = Tolerance::<f32>::rel_abs(1e-4, 1e-5);
+        fast.into_data().assert_approx_eq(&reference.into_data(), tolerance);
+    }
+
+    fn close_pair(fast: (FlexTensor, FlexTensor), reference: (FlexTensor, FlexTensor)) {
+        close(fast.0, reference.0);
+        close(fast.1, reference.1);
+    }
+
+    #[test]
+    fn grouped_products() {
+        let plan = plan(300, 2, 6);
+        let (rows, weight, grad) = (numbers([600, 19], 1), numbers([6, 19, 23], 2), numbers([600, 23], 3));
+        close(
+            Flex::grouped_matmul_forward(rows.clone(), weight.clone(), &plan),
+            reference::grouped_matmul_forward::<Flex>(rows.clone(), weight.clone(), &plan),
+        );
+        close(
+            Flex::grouped_matmul_rows_grad(grad.clone(), weight.clone(), &plan),
+            reference::grouped_matmul_rows_grad::<Flex>(grad.clone(), weight, &plan),
+        );
+        close(
+            Flex::grouped_matmul_weight_grad(rows.clone(), grad.clone(), &plan),
+            reference::grouped_matmul_weight_grad::<Flex>(rows, grad, &plan),
+        );
+    }
+
+    #[test]
+    fn rows() {
+        let plan = plan(70, 3, 6);
+        let (tokens, rows) = (numbers([70, 9], 1), numbers([210, 9], 2));
+        let (weights, grad) = (numbers([70, 3], 3), numbers([70, 9], 4));
+        close(
+            Flex::dispatch_rows_forward(tokens.clone(), &plan),
+            reference::dispatch_rows_forward::<Flex>(tokens, &plan),
+        );
+        close(
+            Flex::dispatch_rows_grad(rows.clone(), &plan),
+            reference::dispatch_rows_grad::<Flex>(rows.clone(), &plan),
+        );
+        close(
+            Flex::combine_rows_forward(rows.clone(), weights.clone(), &plan),
+            reference::combine_rows_forward::<Flex>(rows.clone(), weights.clone(), &plan),
+        );
+        close_pair(
+            Flex::combine_rows_grad(rows.clone(), weights.clone(), grad.clone(), &plan),
+            reference::combine_rows_grad::<Flex>(rows, weights, grad, &plan),
+        );
+    }
+
+    #[test]
+    fn elementwise() {
+        let (gate, up, grad) = (numbers([70, 33], 1), numbers([70, 33], 2), numbers([70, 33], 3));
+        close(
+            Flex::swiglu_forward(gate.clone(), up.clone()),
+            reference::swiglu_forward::<Flex>(gate.clone(), up.clone()),
+        );
+        close_pair(
+            Flex::swiglu_grad(gate.clone(), up.clone(), grad.clone()),
+            reference::swiglu_grad::<Flex>(gate.clone(), up, grad.clone()),
+        );
+        let gain = numbers([33], 4);
+        close(
+            Flex::rms_norm_forward(gate.clone(), gain.clone(), 1e-5),
+            reference::rms_norm_forward::<Flex>(gate.clone(), gain.clone(), 1e-5),
+        );
+        close_pair(
+            Flex::rms_norm_grad(gate.clone(), gain.clone(), grad.clone(), 1e-5),
+            reference::rms_norm_grad::<Flex>(gate, gain, grad, 1e-5),
+        );
+        for spec in [RotationSpec { start: 3, interleave: true }, RotationSpec { start: 1, interleave: false }] {
+            let pairs = (9 - spec.start) / 2;
+            let (x, cos, sin) = (numbers([2, 5, 3, 9], 5), numbers([10, pairs], 6), numbers([10, pairs], 7));
+            let whole = spec.start + 2 * pairs == 9;
+            assert!(whole, "the test's width must fit its start");
+            close(
+                Flex::rotate_forward(x.clone(), cos.clone(), sin.clone(), &spec),
+                reference::rotate_forward::<Flex>(x, cos, sin, &spec),
+            );
+        }
+    }
+
+    #[test]
+    fn cross_entropy() {
+        let (logits, grad) = (numbers([21, 50], 1), numbers([21], 2));
+        let targets: Vec<i32> = (0..21).map(|row| row * 2).collect();
+        let targets = Flex::int_from_data(TensorData::new(targets, [21]), &Default::default());
+        close(
+            Flex::cross_entropy_forward(logits.clone(), targets.clone()),
+            reference::cross_entropy_forward::<Flex>(logits.clone(), targets.clone()),
+        );
+        close(
+            Flex::cross_entropy_grad(logits.clone(), targets.clone(), grad.clone()),
+            reference::cross_entropy_grad::<Flex>(logits, targets, grad),
+        );
+    }
+
+    fn attention_agrees(
+        query: FlexTensor,
+        key_value: FlexTensor,
+        shared_key: Option<FlexTensor>,
+        spec: &AttentionSpec,
+    ) {
+        let fast = Flex::attention_forward(query.clone(), key_value.clone(), shared_key.clone(), spec);
+        let slow = reference::attention_forward::<Flex>(query.clone(), key_value.clone(), shared_key.clone(), spec);
+        close_pair(fast.clone(), slow);
+        let (output, log_sum) = fast;
+        let shape: [usize; 4] = output.layout().shape().dims();
+        let saved = AttentionSaved::<Flex> { query, key_value, shared_key, output, log_sum };
+        let grad = numbers(shape, 9);
+        let (query, key_value, shared) = Flex::attention_grad(saved.clone(), grad.clone(), spec);
+        let (slow_query, slow_key_value, slow_shared) = reference::attention_grad::<Flex>(saved, grad, spec);
+        close_pair((query, key_value), (slow_query, slow_key_value));
+        match (shared, slow_shared) {
+            (Some(shared), Some(slow)) => close(shared, slow),
+            (None, None) => {}
+            _ => panic!("only one of the two has a gradient for the shared key"),
+        }
+    }
+
+    #[test]
+    fn attention() {
+        for (batch, sequence) in [(2, 1), (2, 40), (1, 131)] {
+            for spec in specs(batch, sequence) {
+                let query = numbers([batch, sequence, 4, 10], 1);
+                let shared = numbers([batch, sequence, 4], 2);
+                attention_agrees(query.clone(), numbers([batch, sequence, 4, 6 + 7], 3), Some(shared), &spec);
+                attention_agrees(query, numbers([batch, sequence, 2, 10 + 10], 4), None, &spec);
+            }
+        }
+    }
+}

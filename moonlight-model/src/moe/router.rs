@@ -103,7 +103,7 @@ impl Router {
 }
 
 fn host(data: TensorData) -> Vec<f32> {
-    data.convert::<f32>().into_vec().expect("the data was converted to f32")
+    data.convert::<f32>().try_into_vec().expect("the data was converted to f32")
 }
 
 impl Rule {

@@ -1,0 +1,328 @@
+//! The model as a whole: parameter paths, decoding, packing, padding, routing rules.
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData, Tolerance};
+use moonlight_model::{CausalLm, KvCache, LmBatch, ModelConfig, Probe, Segments};
+use serde_json::{Value, json};
+
+/// A Moonlight of 40 dimensions, with whatever `changes` says.
+fn moonlight(changes: Value) -> ModelConfig {
+    let mut value = json!({
+        "model_type": "deepseek_v3", "vocab_size": 61, "hidden_size": 40, "intermediate_size": 56,
+        "num_hidden_layers": 3, "num_attention_heads": 3, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "initializer_range": 0.2, "q_lora_rank": null, "kv_lora_rank": 20, "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6, "v_head_dim": 7, "n_routed_experts": 9, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "norm_topk_prob": true, "routed_scaling_factor": 2.446, "rope_theta": 50000.0,
+    });
+    value.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    ModelConfig::from_value(value).unwrap()
+}
+
+/// One configuration of each kind.
+fn family() -> Vec<(&'static str, ModelConfig)> {
+    let dense = |model_type: &str, tie: bool| {
+        ModelConfig::from_value(json!({
+            "model_type": model_type, "vocab_size": 61, "hidden_size": 42, "intermediate_size": 56,
+            "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "initializer_range": 0.2,
+            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "head_dim": 8, "tie_word_embeddings": tie,
+        }))
+        .unwrap()
+    };
+    vec![
+        ("moonlight", moonlight(json!({}))),
+        (
+            "deepseek v3",
+            moonlight(json!({"q_lora_rank": 14, "n_routed_experts": 12, "n_group": 4, "topk_group": 2,
+                "attention_bias": true, "rope_scaling": {"type": "yarn", "factor": 4,
+                "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+                "mscale_all_dim": 1.0}})),
+        ),
+        (
+            "deepseek v2",
+            moonlight(json!({"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy",
+                "norm_topk_prob": false, "routed_scaling_factor": 1.0, "n_shared_experts": 1})),
+        ),
+        ("llama", dense("llama", false)),
+        ("qwen2", dense("qwen2", true)),
+    ]
+}
+
+fn tokens(batch: usize, sequence: usize, device: &Device) -> Tensor<2, Int> {
+    let values: Vec<i32> = (0..batch * sequence).map(|index| (index * 37 + index / 3) as i32 % 61).collect();
+    Tensor::from_data(TensorData::new(values, [batch, sequence]), device)
+}
+
+fn close(actual: Tensor<3>, expected: Tensor<3>) {
+    actual.into_data().assert_approx_eq(&expected.into_data(), Tolerance::<f32>::rel_abs(1e-4, 1e-4));
+}
+
+/// Collects `(path, shape)` of every parameter.
+#[derive(Default)]
+struct Paths {
+    stack: Vec<String>,
+    found: Vec<(String, Vec<usize>)>,
+}
+
+impl ModuleVisitor for Paths {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.stack.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.stack.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.found.push((self.stack.join("."), param.lazy_shape().to_vec()));
+    }
+}
+
+#[test]
+fn the_module_holds_exactly_the_parameters_that_the_configuration_lists() {
+    for (name, config) in family() {
+        let mut paths = Paths::default();
+        config.init(&Device::default()).visit(&mut paths);
+        let mut listed: Vec<_> =
+            config.parameter_shapes().into_iter().map(|parameter| (parameter.path, parameter.shape)).collect();
+        listed.sort();
+        paths.found.sort();
+        assert_eq!(paths.found, listed, "{name}");
+    }
+}
+
+#[test]
+fn fresh_parameters_have_the_configured_spread() {
+    let config = moonlight(json!({"vocab_size": 6000, "initializer_range": 0.02}));
+    let model = config.init(&Device::default());
+    let spread = |tensor: Tensor<1>| tensor.clone().powi_scalar(2).mean().sqrt().into_scalar::<f32>();
+    let embedding = spread(model.embed_tokens.weight.val().flatten(0, 1));
+    assert!((embedding - 0.02).abs() < 2e-4, "{embedding}");
+    assert_eq!(model.norm.weight.val().into_data(), TensorData::new(vec![1.0f32; 40], [40]));
+}
+
+#[test]
+fn decoding_equals_the_whole_pass() {
+    let device = Device::default();
+    for (name, config) in family() {
+        let model = config.init(&device);
+        let tokens = tokens(2, 23, &device);
+        let whole = model.logits(tokens.clone(), None);
+        // One prompt, then singles, then a chunk behind what is cached.
+        let mut cache = KvCache::new(&config, 2, 23, &device, model.dtype());
+        let mut parts = Vec::new();
+        for (start, end) in [(0, 9), (9, 10), (10, 11), (11, 18), (18, 23)] {
+            parts.push(model.decode(tokens.clone().slice_dim(1, start..end), &mut cache));
+        }
+        assert_eq!(cache.len(), 23, "{name}");
+        close(Tensor::cat(parts, 1), whole);
+        // From the first token on, one by one.
+        let mut cache = KvCache::new(&config, 2, 3, &device, model.dtype());
+        let parts = (0..3).map(|at| model.decode(tokens.clone().slice_dim(1, at..at + 1), &mut cache)).collect();
+        close(Tensor::cat(parts, 1), model.logits(tokens.slice_dim(1, 0..3), None));
+    }
+}
+
+#[test]
+fn packed_documents_do_not_see_each_other() {
+    let device = Device::default();
+    for (_, config) in family() {
+        let model = config.init(&device);
+        let tokens = tokens(1, 20, &device);
+        let documents: Vec<i32> = [0; 7].into_iter().chain([1; 9]).chain([-1; 4]).collect();
+        let packed = model.logits(tokens.clone(), Some(&Segments::new(&documents, 1, 20)));
+        for (start, end) in [(0, 7), (7, 16)] {
+            let alone = model.logits(tokens.clone().slice_dim(1, start..end), None);
+            close(packed.clone().slice_dim(1, start..end), alone);
+        }
+    }
+}
+
+fn batch(documents: Option<&[i32]>, batch: usize, sequence: usize, device: &Device) -> LmBatch {
+    let mask: Vec<f32> = (0..batch * sequence)
+        .map(|index| if documents.is_some_and(|documents| documents[index] < 0) { 0.0 } else { 1.0 })
+        .collect();
+    LmBatch {
+        tokens: tokens(batch, sequence, device),
+        targets: tokens(batch, sequence, device).flip([1]),
+        loss_mask: Tensor::from_data(TensorData::new(mask, [batch, sequence]), device),
+        segments: documents.map(|documents| Segments::new(documents, batch, sequence)),
+    }
+}
+
+#[test]
+fn padding_counts_for_nothing() {
+    let device = Device::default().autodiff();
+    let config = moonlight(json!({}));
+    let model = config.init(&device);
+    let short = batch(None, 1, 6, &device);
+    let documents = [0, 0, 0, 0, 0, 0, -1, -1, -1];
+    let long = LmBatch {
+        tokens: Tensor::cat(vec![short.tokens.clone(), Tensor::zeros([1, 3], &device)], 1),
+        targets: Tensor::cat(vec![short.targets.clone(), Tensor::zeros([1, 3], &device)], 1),
+        ..batch(Some(&documents), 1, 9, &device)
+    };
+    let (short, long) = (model.loss(&short, 0.01, Probe::default()), model.loss(&long, 0.01, Probe::default()));
+    let value = |tensor: &Tensor<1>| tensor.clone().into_scalar::<f32>();
+    assert!((value(&short.loss_sum) - value(&long.loss_sum)).abs() < 1e-4);
+    let balance = |loss: &Option<Tensor<1>>| value(loss.as_ref().expect("the weight is not zero"));
+    assert!((balance(&short.balance_loss) - balance(&long.balance_loss)).abs() < 1e-6);
+    assert_eq!(short.report.expert_loads(), long.report.expert_loads());
+    let load = short.report.expert_loads()[1].clone().expect("layer 1 has experts");
+    assert_eq!(load.iter().sum::<u64>(), 6 * 2);
+    assert_eq!(short.report.layers[0].expert_load, None);
+}
+
+#[test]
+fn a_perfectly_balanced_router_has_the_smallest_balance_loss() {
+    // With equal scores f_i P_i sums to 1 whatever is chosen: the loss is its weight for each of the two MoE layers.
+    let device = Device::default();
+    let model = zero_routers(moonlight(json!({})).init(&device));
+    let output = model.loss(&batch(None, 2, 8, &device), 0.5, Probe::default());
+    let loss = output.balance_loss.expect("the weight is not zero").into_scalar::<f32>();
+    assert!((loss - 2.0 * 0.5).abs() < 1e-5, "{loss}");
+}
+
+fn zero_routers(model: CausalLm) -> CausalLm {
+    struct Zero(Vec<String>);
+    impl ModuleMapper for Zero {
+        fn enter_module(&mut self, name: &str, _container_type: &str) {
+            self.0.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _name: &str, _container_type: &str) {
+            self.0.pop();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let router = self.0.iter().any(|name| name == "router");
+            if router { param.map(|tensor| tensor.zeros_like()) } else { param }
+        }
+    }
+    model.map(&mut Zero(Vec::new()))
+}
+
+#[test]
+fn the_bias_follows_the_load_and_changes_the_choice() {
+    let device = Device::default();
+    let model = moonlight(json!({})).init(&device);
+    let input = batch(None, 2, 16, &device);
+    let before = model.loss(&input, 0.0, Probe::default()).report.expert_loads();
+    let mut model = model;
+    for _ in 0..200 {
+        let loads = model.loss(&input, 0.0, Probe::default()).report.expert_loads();
+        model = model.update_router_bias(&loads, 0.01);
+    }
+    let after = model.loss(&input, 0.0, Probe::default()).report.expert_loads();
+    let imbalance = |load: &Vec<u64>| *load.iter().max().unwrap() as f64 * 9.0 / load.iter().sum::<u64>() as f64;
+    for layer in 1..3 {
+        let (before, after) = (before[layer].as_ref().unwrap(), after[layer].as_ref().unwrap());
+        assert!(imbalance(after) < imbalance(before).min(1.6), "{before:?} {after:?}");
+    }
+}
+
+#[test]
+fn the_bias_gets_no_gradient_and_everything_else_does() {
+    let device = Device::default().autodiff();
+    for (name, config) in family() {
+        // Enough tokens that every expert is chosen.
+        let model = config.init(&device);
+        let output = model.loss(&batch(None, 4, 64, &device), 0.01, Probe::default());
+        let loss = match output.balance_loss {
+            Some(balance) => output.loss_sum + balance,
+            None => output.loss_sum,
+        };
+        let gradients = loss.backward();
+        struct Check<'a>(&'a burn::tensor::Gradients, Vec<String>, &'static str);
+        impl ModuleVisitor for Check<'_> {
+            fn enter_module(&mut self, name: &str, _container_type: &str) {
+                self.1.push(name.to_owned());
+            }
+            fn exit_module(&mut self, _name: &str, _container_type: &str) {
+                self.1.pop();
+            }
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                let path = self.1.join(".");
+                let gradient = param.val().grad(self.0);
+                assert_eq!(gradient.is_none(), path.ends_with("e_score_correction_bias"), "{}: {path}", self.2);
+                if let Some(gradient) = gradient {
+                    assert!(gradient.abs().max().into_scalar::<f32>() > 0.0, "{}: {path} has no gradient", self.2);
+                }
+            }
+        }
+        model.visit(&mut Check(&gradients, Vec::new(), name));
+    }
+}
+
+#[test]
+fn the_probe_finds_the_largest_logit() {
+    let device = Device::default();
+    for (name, config) in family() {
+        let model = config.init(&device);
+        let quiet = model.loss(&batch(None, 2, 7, &device), 0.0, Probe::default());
+        assert!(quiet.report.layers.iter().all(|layer| layer.max_attention_logit.is_none()), "{name}");
+        let probed = model.loss(&batch(None, 2, 7, &device), 0.0, Probe { attention_logits: true });
+        for layer in probed.report.layers {
+            let largest = layer.max_attention_logit.expect("it was asked for");
+            assert_eq!(largest.dims(), [config.num_attention_heads], "{name}");
+            assert!(largest.clone().is_finite().all().into_scalar::<bool>(), "{name}");
+            assert_eq!(layer.share_above_100.expect("it was asked for").into_scalar::<f32>(), 0.0, "{name}");
+        }
+    }
+}
+
+#[test]
+fn bf16_runs_near_f32() {
+    let device = Device::default();
+    for (name, config) in family() {
+        let model = config.init(&device);
+        let tokens = tokens(2, 12, &device);
+        let full = model.logits(tokens.clone(), None);
+        let half = cast(model, DType::BF16);
+        let logits = half.logits(tokens.clone(), None);
+        assert_eq!(logits.dtype(), DType::BF16, "{name}");
+        let difference = (logits.cast(DType::F32) - full.clone()).abs().mean().into_scalar::<f32>();
+        let size = full.abs().mean().into_scalar::<f32>();
+        assert!(difference < 0.1 * size, "{name}: {difference} of {size}");
+        let mut cache = KvCache::new(&config, 2, 12, &device, half.dtype());
+        half.decode(tokens.clone().slice_dim(1, 0..5), &mut cache);
+        half.decode(tokens.slice_dim(1, 5..6), &mut cache);
+    }
+}
+
+fn cast(model: CausalLm, dtype: DType) -> CausalLm {
+    struct Cast(DType, Vec<String>);
+    impl ModuleMapper for Cast {
+        fn enter_module(&mut self, name: &str, _container_type: &str) {
+            self.1.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _name: &str, _container_type: &str) {
+            self.1.pop();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let bias = self.1.last().is_some_and(|name| name == "e_score_correction_bias");
+            if bias { param } else { param.map(|tensor| tensor.cast(self.0)) }
+        }
+    }
+    model.map(&mut Cast(dtype, Vec::new()))
+}
+
+#[test]
+fn one_token_alone_is_a_sequence() {
+    let device = Device::default().autodiff();
+    for (_, config) in family() {
+        let model = config.init(&device);
+        let output = model.loss(&batch(None, 1, 1, &device), 0.01, Probe { attention_logits: true });
+        assert!(output.loss_sum.clone().into_scalar::<f32>().is_finite());
+        output.loss_sum.backward();
+    }
+}
+
+#[test]
+fn random_input_is_deterministic() {
+    let device = Device::default();
+    let model = moonlight(json!({})).init(&device);
+    let tokens = Tensor::<2>::random([4, 300], Distribution::Uniform(0.0, 60.9), &device).int();
+    let first = model.logits(tokens.clone(), None).into_data();
+    for _ in 0..3 {
+        assert_eq!(model.logits(tokens.clone(), None).into_data(), first);
+    }
+}
