@@ -1,0 +1,193 @@
+use burn::module::{Module, Param};
+use burn::nn::{Linear, LinearConfig, LinearLayout};
+use burn::optim::GradientsParams;
+use burn::tensor::{Distribution, TensorData};
+
+use super::*;
+
+fn device() -> Device {
+    Device::default().autodiff()
+}
+
+fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+/// One step on a layer from `inputs` to `outputs` features, from a batch that gives every direction a gradient: the
+/// weight before and after, `[in, out]`, without decay and with learning rate 1.
+fn step_on_layer(config: &MuonConfig, inputs: usize, outputs: usize) -> (Tensor<2>, Tensor<2>) {
+    let device = device();
+    let layer: Linear = LinearConfig::new(inputs, outputs).with_bias(false).init(&device);
+    let x = Tensor::<2>::random([4 * (inputs + outputs), inputs], Distribution::Normal(0.0, 1.0), &device);
+    let target = Tensor::<2>::random([4 * (inputs + outputs), outputs], Distribution::Normal(0.0, 1.0), &device);
+    let loss = layer.forward(x).sub(target).square().mean();
+    let grads = GradientsParams::from_grads(loss.backward(), &layer);
+    let before = layer.weight.val().inner();
+    let layer = config.clone().with_weight_decay(0.0).init().step(1.0, layer, grads);
+    (before, layer.weight.val().inner())
+}
+
+fn rms(tensor: Tensor<2>) -> f64 {
+    f64::from(tensor.square().mean().sqrt().into_scalar::<f32>())
+}
+
+#[test]
+fn the_update_has_the_reports_rms_whatever_the_layers_shape() {
+    // Polar Express to convergence, so that the singular values are 1 and Lemma 1 holds to rounding.
+    let config = MuonConfig::new().with_coefficients(Coefficients::PolarExpress).with_steps(12);
+    for (inputs, outputs) in [(24, 64), (64, 24), (32, 32)] {
+        let (before, after) = step_on_layer(&config, inputs, outputs);
+        let rms = rms(before.sub(after));
+        assert!((rms - 0.2).abs() < 1e-4, "[{inputs}, {outputs}]: {rms}");
+    }
+}
+
+#[test]
+fn scales_that_tell_inputs_from_outputs_do_so_through_a_layer() {
+    // sqrt(max(1, out / in)) times an update of RMS 1 / sqrt(max(in, out)).
+    let config = MuonConfig::new().with_coefficients(Coefficients::PolarExpress).with_steps(12);
+    let cases = [
+        (Scale::KellerJordan, 16, 64, 2.0 / 8.0),
+        (Scale::KellerJordan, 64, 16, 1.0 / 8.0),
+        (Scale::Spectral, 16, 64, 2.0 / 8.0),
+        (Scale::Spectral, 64, 16, 0.5 / 8.0),
+        (Scale::Unit, 64, 16, 1.0 / 8.0),
+        (Scale::HiddenSize { factor: 0.2, hidden: 25 }, 64, 16, 1.0 / 8.0),
+        (Scale::UpdateNorm { factor: 0.2 }, 64, 16, 0.2),
+    ];
+    for (scale, inputs, outputs, expected) in cases {
+        let (before, after) = step_on_layer(&config.clone().with_scale(scale), inputs, outputs);
+        let rms = rms(before.sub(after));
+        assert!((rms / expected - 1.0).abs() < 1e-3, "{scale:?} [{inputs}, {outputs}]: {rms}, not {expected}");
+    }
+}
+
+#[test]
+fn a_layer_stored_column_major_takes_the_same_step() {
+    let device = device();
+    let step = |layout| {
+        let mut layer: Linear = LinearConfig::new(6, 10).with_bias(false).with_layout(layout).init(&device);
+        let values: Vec<f32> = (0..60).map(|i| ((i * 37 % 61) as f32 / 61.0) - 0.5).collect();
+        let weight = Tensor::<2>::from_data(TensorData::new(values, [6, 10]), &device.clone().inner());
+        layer.weight = layer.weight.map(|_| Tensor::from_inner(weight.clone()).require_grad());
+        let x = Tensor::<2>::ones([3, 6], &device).cumsum(0);
+        let loss = layer.forward(x).powi_scalar(3).mean();
+        let grads = GradientsParams::from_grads(loss.backward(), &layer);
+        floats(MuonConfig::new().init().step(0.1, layer, grads).weight.val())
+    };
+    assert_eq!(step(LinearLayout::Row), step(LinearLayout::Col));
+}
+
+#[test]
+fn a_stack_takes_the_steps_of_its_matrices_alone() {
+    let device = Device::default();
+    for (rows, columns) in [(5, 9), (9, 5), (7, 7)] {
+        let weight = Tensor::<3>::random([6, rows, columns], Distribution::Normal(0.0, 1.0), &device);
+        let grads: Vec<_> =
+            (0..3).map(|_| Tensor::<3>::random([6, rows, columns], Distribution::Default, &device)).collect();
+        let muon = MuonConfig::new().build();
+
+        let mut stack = (weight.clone(), None);
+        for grad in &grads {
+            stack = muon.step(0.02, stack.0, grad.clone(), stack.1);
+        }
+        for index in 0..6 {
+            let matrix = |tensor: &Tensor<3>| tensor.clone().slice([index..index + 1]).squeeze_dim::<2>(0);
+            let mut alone = (matrix(&weight), None);
+            for grad in &grads {
+                alone = muon.step(0.02, alone.0, matrix(grad), alone.1);
+            }
+            assert_eq!(floats(matrix(&stack.0)), floats(alone.0), "matrix {index} of [6, {rows}, {columns}]");
+        }
+    }
+}
+
+#[test]
+fn a_zero_gradient_moves_nothing_but_by_decay() {
+    let device = Device::default();
+    let weight = Tensor::<2>::random([4, 6], Distribution::Default, &device);
+    for epsilon in [0.0, 1e-7] {
+        for scale in [Scale::default(), Scale::UpdateNorm { factor: 0.2 }] {
+            let config = MuonConfig::new().with_epsilon(epsilon).with_scale(scale).with_weight_decay(0.0);
+            let (after, _) = config.build().step(0.1, weight.clone(), weight.zeros_like(), None);
+            assert_eq!(floats(after), floats(weight.clone()));
+            let (after, _) = config.with_weight_decay(0.5).build().step(0.1, weight.clone(), weight.zeros_like(), None);
+            assert_eq!(floats(after), floats(weight.clone().mul_scalar(0.95)));
+        }
+    }
+}
+
+#[test]
+fn decay_is_at_the_unadjusted_rate() {
+    let device = Device::default();
+    let weight = Tensor::<2>::random([16, 100], Distribution::Default, &device);
+    let grad = Tensor::<2>::random([16, 100], Distribution::Default, &device);
+    let step =
+        |decay| MuonConfig::new().with_weight_decay(decay).build().step(0.1, weight.clone(), grad.clone(), None).0;
+    let difference = step(0.0).sub(step(0.5));
+    let expected = weight.mul_scalar(0.1 * 0.5);
+    assert!(difference.sub(expected).abs().max().into_scalar::<f32>() < 1e-6);
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_shows_and_stays_in_its_own_matrix() {
+    let device = Device::default();
+    let weight = Tensor::<3>::ones([2, 3, 3], &device);
+    let mut grad = vec![0.5_f32; 18];
+    grad[1] = f32::INFINITY;
+    let grad = Tensor::from_data(TensorData::new(grad, [2, 3, 3]), &device);
+    let after = floats(MuonConfig::new().build().step(0.1, weight, grad, None).0);
+    assert!(after[..9].iter().all(|value| value.is_nan()));
+    assert!(after[9..].iter().all(|value| value.is_finite()));
+}
+
+#[test]
+#[should_panic(expected = "a parameter of shape [5] is neither and belongs in another parameter group")]
+fn a_vector_is_refused() {
+    let vector = Tensor::<1>::ones([5], &Device::default());
+    MuonConfig::new().build().step(0.1, vector.clone(), vector, None);
+}
+
+#[test]
+fn half_precision_parameters_keep_a_full_precision_momentum() {
+    let device = Device::default();
+    let weight = Tensor::<2>::random([8, 8], Distribution::Default, &device).cast(DType::BF16);
+    let grad = Tensor::<2>::random([8, 8], Distribution::Default, &device).cast(DType::BF16);
+    let (after, state) = MuonConfig::new().build().step(0.1, weight.clone(), grad.clone(), None);
+    assert_eq!(after.dtype(), DType::BF16);
+    assert_eq!(state.unwrap().momentum.dtype(), DType::F32);
+    let wide = MuonConfig::new().build().step(0.1, weight.cast(DType::F32), grad.cast(DType::F32), None).0;
+    assert_eq!(floats(after), floats(wide.cast(DType::BF16)));
+}
+
+#[test]
+fn settings_survive_serde_and_unknown_ones_are_refused() {
+    let config = MuonConfig::new()
+        .with_scale(Scale::UpdateNorm { factor: 0.1 })
+        .with_coefficients(Coefficients::Custom(vec![[2.0, -1.5, 0.5]]));
+    let json = serde_json::to_string(&config).unwrap();
+    assert_eq!(serde_json::from_str::<MuonConfig>(&json).unwrap(), config);
+    let few: MuonConfig = serde_json::from_str(r#"{"scale": "keller_jordan", "coefficients": "quintic"}"#).unwrap();
+    assert_eq!(few, MuonConfig::new().with_scale(Scale::KellerJordan).with_coefficients(Coefficients::Quintic));
+    assert!(serde_json::from_str::<MuonConfig>(r#"{"momentun": 0.9}"#).is_err());
+}
+
+#[test]
+fn a_bare_parameter_trains() {
+    // The optimum of 0.5 ||W - T||^2 is T; sign-like updates reach it to within their length.
+    #[derive(Module, Debug)]
+    struct Bare {
+        weight: Param<Tensor<2>>,
+    }
+    let device = device();
+    let target = Tensor::<2>::random([6, 4], Distribution::Default, &device);
+    let mut module = Bare { weight: Param::from_tensor(target.zeros_like()) };
+    let mut optimizer = MuonConfig::new().with_weight_decay(0.0).with_momentum(0.0).init();
+    for step in 0..200 {
+        let loss = module.weight.val().sub(target.clone()).square().sum();
+        let grads = GradientsParams::from_grads(loss.backward(), &module);
+        module = optimizer.step(0.2 * (1.0 - f64::from(step) / 200.0), module, grads);
+    }
+    let error = module.weight.val().sub(target).abs().max().into_scalar::<f32>();
+    assert!(error < 0.02, "{error}");
+}

@@ -1,0 +1,235 @@
+//! Orthogonalisation by Newton-Schulz, a stack of matrices at a time.
+
+use burn::tensor::{DType, Tensor};
+
+use crate::Coefficients;
+
+/// The iteration: which polynomials, how many, and what is added to the norm.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewtonSchulz {
+    /// `[a, b, c]` of each step.
+    pub schedule: Vec<[f64; 3]>,
+    /// Added to the norm of each matrix before dividing by it; 1e-7 in the released code. With 0 the result does not
+    /// depend on the scale of the input.
+    pub epsilon: f64,
+    /// The type that the products are computed in; the norm is computed in f32 at least whatever this is. `None`
+    /// means f32, or f64 for an f64 input.
+    pub dtype: Option<DType>,
+}
+
+impl NewtonSchulz {
+    /// `steps` steps of `coefficients`, with the released code's epsilon, in f32.
+    pub fn new(coefficients: &Coefficients, steps: usize) -> Self {
+        Self { schedule: coefficients.schedule(steps), epsilon: 1e-7, dtype: None }
+    }
+
+    /// Orthogonalises each of the `batch` matrices of `x` `[batch, rows, columns]` by itself.
+    ///
+    /// The singular vectors of each matrix stay, its singular values are brought near 1. The result has the input's
+    /// shape and at least f32's precision (f64 for an f64 input). A matrix of zeros gives zeros. A matrix that holds
+    /// a NaN or an infinity gives NaN in all its elements, and no other matrix of the stack is touched by that.
+    pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
+        let [_, rows, columns] = x.dims();
+        let wide = full_precision(x.dtype());
+        let mut x = normalise(x.cast(wide), self.epsilon);
+        if let Some(dtype) = self.dtype {
+            x = x.cast(dtype);
+        }
+        // The Gram matrix is taken on the shorter side: what the report writes for wide matrices, `p(X X^T) X`, is
+        // `X p(X^T X)` for tall ones, so nothing needs to be transposed in memory.
+        for &[a, b, c] in &self.schedule {
+            let transposed = x.clone().swap_dims(1, 2);
+            let gram = if rows <= columns { x.clone().matmul(transposed) } else { transposed.matmul(x.clone()) };
+            let polynomial = gram.clone().matmul(gram.clone()).mul_scalar(c).add(gram.mul_scalar(b));
+            let product = if rows <= columns { polynomial.matmul(x.clone()) } else { x.clone().matmul(polynomial) };
+            x = x.mul_scalar(a).add(product);
+        }
+        x.cast(wide)
+    }
+}
+
+/// Newton-Schulz on a stack of matrices `[batch, rows, columns]`: `steps` steps of `coefficients`, everything else as
+/// in the report's released code. See [`NewtonSchulz::apply`].
+pub fn newton_schulz(x: Tensor<3>, coefficients: &Coefficients, steps: usize) -> Tensor<3> {
+    NewtonSchulz::new(coefficients, steps).apply(x)
+}
+
+/// The type that norms, momentum and the final update are computed in: f64 for f64, f32 for everything else.
+pub(crate) fn full_precision(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// `x / (||x|| + epsilon)` for each matrix, without overflow or underflow of the squares: the elements are divided by
+/// the largest of them first.
+fn normalise(x: Tensor<3>, epsilon: f64) -> Tensor<3> {
+    let tiny = f64::from(f32::MIN_POSITIVE);
+    let largest = x.clone().max_abs_dims(&[1, 2]).clamp_min(tiny); // [batch, 1, 1]
+    let x = x.div(largest.clone());
+    let norm = x.clone().square().sum_dims(&[1, 2]).sqrt(); // relative to the largest element
+    // `tiny` is lost in any norm but that of a zero matrix, whose 0 / 0 it turns into 0. (A clamp would also hide NaN.)
+    let divisor = norm.add(largest.recip().mul_scalar(epsilon)).add_scalar(tiny);
+    x.div(divisor)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, TensorData};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::reference::{self, Matrix};
+
+    fn values(tensor: Tensor<3>) -> Vec<f64> {
+        tensor.into_data().iter::<f64>().collect()
+    }
+
+    /// `batch` matrices in one tensor.
+    fn stack(matrices: &[Matrix]) -> Tensor<3> {
+        let shape = [matrices.len(), matrices[0].rows, matrices[0].columns];
+        let values: Vec<f32> = matrices.iter().flat_map(|m| &m.values).map(|value| *value as f32).collect();
+        Tensor::from_data(TensorData::new(values, shape), &Device::default())
+    }
+
+    /// The norm of the difference over the norm of what is expected, and the largest difference of an element.
+    fn distance(actual: &[f64], expected: &[f64]) -> (f64, f64) {
+        let matrix = |values: Vec<f64>| Matrix::new(1, values.len(), values);
+        let difference: Vec<f64> = actual.iter().zip(expected).map(|(x, y)| x - y).collect();
+        let largest = difference.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
+        let norm = matrix(expected.to_vec()).norm();
+        let relative = if norm == 0.0 { 0.0 } else { matrix(difference).norm() / norm };
+        (relative, largest)
+    }
+
+    fn against_reference(matrices: &[Matrix], iteration: &NewtonSchulz) -> f64 {
+        let actual = values(iteration.apply(stack(matrices)));
+        let expected: Vec<f64> = matrices
+            .iter()
+            .flat_map(|m| {
+                // The reference gets what f32 holds of the values, so that only the iteration is compared.
+                let rounded = m.values.iter().map(|value| f64::from(*value as f32)).collect();
+                let matrix = Matrix::new(m.rows, m.columns, rounded);
+                reference::newton_schulz(&matrix, &iteration.schedule, iteration.epsilon).values
+            })
+            .collect();
+        distance(&actual, &expected).0
+    }
+
+    /// Deterministic values that look random, in -1..1.
+    fn noise(rows: usize, columns: usize, seed: u64) -> Matrix {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
+        };
+        Matrix::new(rows, columns, (0..rows * columns).map(|_| next()).collect())
+    }
+
+    fn scaled(matrix: &Matrix, scale: f64) -> Matrix {
+        Matrix::new(matrix.rows, matrix.columns, matrix.values.iter().map(|value| value * scale).collect())
+    }
+
+    fn coefficients() -> impl Strategy<Value = Coefficients> {
+        prop_oneof![
+            Just(Coefficients::Report),
+            Just(Coefficients::Quintic),
+            Just(Coefficients::PolarExpress),
+            Just(Coefficients::Custom(vec![[1.5, -0.5, 0.0]])),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn any_shape_and_scale_agrees_with_the_plain_reference(
+            (batch, rows, columns) in (1_usize..4, 1_usize..24, 1_usize..24),
+            exponent in -30.0_f64..30.0,
+            spread in 0.0_f64..3.0,
+            epsilon in prop_oneof![Just(0.0), Just(1e-7)],
+            (steps, coefficients) in (0_usize..8, coefficients()),
+            seed in any::<u64>(),
+        ) {
+            // Matrices of one stack may differ in scale by orders of magnitude.
+            let matrices: Vec<Matrix> = (0..batch)
+                .map(|index| {
+                    let power = (exponent + spread * index as f64).min(30.0);
+                    scaled(&noise(rows, columns, seed.wrapping_add(index as u64)), 10_f64.powf(power))
+                })
+                .collect();
+            let iteration = NewtonSchulz { schedule: coefficients.schedule(steps), epsilon, dtype: None };
+            let error = against_reference(&matrices, &iteration);
+            prop_assert!(error < 2e-4, "relative error {error}");
+        }
+
+        #[test]
+        fn low_rank_stays_low_rank(
+            (rows, columns, rank) in (2_usize..20, 2_usize..20, 1_usize..3),
+            seed in any::<u64>(),
+        ) {
+            let matrix = noise(rows, rank, seed).times(&noise(rank, columns, seed ^ 1));
+            let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+            let error = against_reference(std::slice::from_ref(&matrix), &iteration);
+            // Rounding grows by 3.4445 a step in the directions that should stay empty.
+            prop_assert!(error < 5e-4, "relative error {error}");
+        }
+    }
+
+    #[test]
+    fn a_well_conditioned_matrix_agrees_to_f32_rounding() {
+        for (rows, columns) in [(48, 96), (96, 48), (64, 64)] {
+            let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+            let error = against_reference(&[noise(rows, columns, 7), noise(rows, columns, 8)], &iteration);
+            assert!(error < 1e-5, "[{rows}, {columns}]: {error}");
+        }
+    }
+
+    #[test]
+    fn zero_gives_zero_beside_any_neighbour() {
+        for epsilon in [0.0, 1e-7] {
+            let zero = Matrix::new(3, 5, vec![0.0; 15]);
+            let iteration = NewtonSchulz { epsilon, ..NewtonSchulz::new(&Coefficients::Report, 5) };
+            let result = values(iteration.apply(stack(&[zero.clone(), noise(3, 5, 1), zero])));
+            assert!(result[..15].iter().chain(&result[30..]).all(|value| *value == 0.0));
+            assert!(result[15..30].iter().all(|value| value.is_finite() && *value != 0.0));
+        }
+    }
+
+    #[test]
+    fn a_matrix_that_is_not_finite_spoils_itself_and_no_other() {
+        for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let mut spoilt = noise(4, 6, 3);
+            spoilt.values[5] = bad;
+            let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+            let result = values(iteration.apply(stack(&[noise(4, 6, 1), spoilt, noise(4, 6, 2)])));
+            assert!(result[24..48].iter().all(|value| value.is_nan()), "{bad}");
+            let alone = values(iteration.apply(stack(&[noise(4, 6, 1)])));
+            assert_eq!(result[..24], alone);
+            assert!(result[48..].iter().all(|value| value.is_finite()));
+        }
+    }
+
+    #[test]
+    fn the_smallest_and_largest_numbers_are_orthogonalised_too() {
+        let iteration = NewtonSchulz { epsilon: 0.0, ..NewtonSchulz::new(&Coefficients::Report, 5) };
+        let matrix = noise(8, 12, 5);
+        let expected = values(iteration.apply(stack(std::slice::from_ref(&matrix))));
+        for scale in [1e-36, 1e-30, 1e30, 3e38] {
+            let result = values(iteration.apply(stack(&[scaled(&matrix, scale)])));
+            let (relative, _) = distance(&result, &expected);
+            assert!(relative < 1e-4, "{scale}: {relative}");
+        }
+    }
+
+    #[test]
+    fn bf16_products_stay_near_f32() {
+        let exact = NewtonSchulz::new(&Coefficients::Report, 5);
+        let rough = NewtonSchulz { dtype: Some(DType::BF16), ..exact.clone() };
+        let input = stack(&[noise(24, 32, 9)]);
+        let result = rough.apply(input.clone());
+        assert_eq!(result.dtype(), DType::F32);
+        let (relative, _) = distance(&values(result), &values(exact.apply(input)));
+        assert!(relative > 1e-4 && relative < 0.1, "{relative}");
+    }
+}

@@ -1,0 +1,100 @@
+//! The update written out in plain loops over `f64`, for tests to hold the fast one against.
+//!
+//! Nothing here is meant to be quick. It is public so that a user can check a backend of their own with it.
+
+/// A row-major matrix of `f64`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Matrix {
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns.
+    pub columns: usize,
+    /// `rows * columns` values, row after row.
+    pub values: Vec<f64>,
+}
+
+impl Matrix {
+    /// A matrix from its values, row after row.
+    ///
+    /// # Panics
+    ///
+    /// If there are not `rows * columns` values.
+    pub fn new(rows: usize, columns: usize, values: Vec<f64>) -> Self {
+        assert_eq!(values.len(), rows * columns, "a {rows} by {columns} matrix takes {} values", rows * columns);
+        Self { rows, columns, values }
+    }
+
+    /// The transpose.
+    pub fn transposed(&self) -> Matrix {
+        let mut values = Vec::with_capacity(self.values.len());
+        for column in 0..self.columns {
+            for row in 0..self.rows {
+                values.push(self.values[row * self.columns + column]);
+            }
+        }
+        Matrix::new(self.columns, self.rows, values)
+    }
+
+    /// The Frobenius norm.
+    pub fn norm(&self) -> f64 {
+        // Values are divided by the largest first, so that their squares neither vanish nor overflow.
+        let largest = self.values.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
+        if largest == 0.0 {
+            return 0.0;
+        }
+        largest * self.values.iter().map(|value| (value / largest).powi(2)).sum::<f64>().sqrt()
+    }
+
+    /// The product of two matrices.
+    pub fn times(&self, other: &Matrix) -> Matrix {
+        assert_eq!(self.columns, other.rows, "the inner dimensions of a product agree");
+        let mut values = vec![0.0; self.rows * other.columns];
+        for row in 0..self.rows {
+            for inner in 0..self.columns {
+                let left = self.values[row * self.columns + inner];
+                for column in 0..other.columns {
+                    values[row * other.columns + column] += left * other.values[inner * other.columns + column];
+                }
+            }
+        }
+        Matrix::new(self.rows, other.columns, values)
+    }
+
+    fn combined(&self, own: f64, other: &Matrix, theirs: f64) -> Matrix {
+        let values = self.values.iter().zip(&other.values).map(|(x, y)| own * x + theirs * y).collect();
+        Matrix::new(self.rows, self.columns, values)
+    }
+}
+
+/// Newton-Schulz as the report states it (2.1), one matrix at a time:
+/// `X <- a X + b (X X^T) X + c (X X^T)^2 X` from `X = M / (||M|| + epsilon)`, a tall matrix transposed first.
+pub fn newton_schulz(matrix: &Matrix, schedule: &[[f64; 3]], epsilon: f64) -> Matrix {
+    let tall = matrix.rows > matrix.columns;
+    let mut x = if tall { matrix.transposed() } else { matrix.clone() };
+    let norm = x.norm() + epsilon;
+    if norm > 0.0 {
+        x.values.iter_mut().for_each(|value| *value /= norm);
+    }
+    for &[a, b, c] in schedule {
+        let gram = x.times(&x.transposed());
+        let polynomial = gram.combined(b, &gram.times(&gram), c);
+        x = x.combined(a, &polynomial.times(&x), 1.0);
+    }
+    if tall { x.transposed() } else { x }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn singular_values_of_a_diagonal_matrix_follow_the_polynomial() {
+        let matrix = Matrix::new(2, 3, vec![3.0, 0.0, 0.0, 0.0, 4.0, 0.0]);
+        let result = newton_schulz(&matrix, &[[2.0, -1.5, 0.5]], 0.0);
+        let p = |x: f64| 2.0 * x - 1.5 * x.powi(3) + 0.5 * x.powi(5);
+        let expected = [p(0.6), 0.0, 0.0, 0.0, p(0.8), 0.0];
+        for (value, expected) in result.values.iter().zip(expected) {
+            assert!((value - expected).abs() < 1e-12);
+        }
+    }
+}

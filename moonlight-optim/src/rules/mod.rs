@@ -1,0 +1,217 @@
+//! Which optimizer takes which parameter: rules, checked against a module before the first step.
+
+mod assignment;
+mod error;
+mod group;
+mod parameter;
+mod pattern;
+mod rule;
+mod table;
+
+use std::collections::HashMap;
+
+use burn::module::Module;
+
+pub use assignment::{AssignedParameter, Assignment, BUFFER};
+pub use error::RuleError;
+pub use group::GroupOptimizer;
+pub use parameter::Parameter;
+pub use rule::Rule;
+
+pub(crate) use group::Kind;
+
+use crate::{AdamWConfig, MuonConfig};
+use pattern::PathPattern;
+
+/// Groups of parameters, each with an optimizer, and the rules that fill them. The first rule that matches a
+/// parameter takes it.
+///
+/// ```
+/// use burn::nn::{Linear, LinearConfig};
+/// use burn::tensor::Device;
+/// use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules, Rule};
+///
+/// let layer: Linear = LinearConfig::new(8, 16).init(&Device::default().autodiff());
+/// let assignment = ParameterRules::new()
+///     .group("muon", MuonConfig::new())
+///     .group("adamw", AdamWConfig::new())
+///     .rule(Rule::to("muon").rank(2..=3).because("matrix"))
+///     .rule(Rule::to("adamw").because("not a matrix"))
+///     .assign(&layer)?;
+/// println!("{assignment}");
+/// let optimizer = assignment.optimizer();
+/// # Ok::<(), moonlight_optim::RuleError>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct ParameterRules {
+    groups: Vec<(String, GroupOptimizer)>,
+    rules: Vec<Rule>,
+}
+
+impl ParameterRules {
+    /// No group and no rule.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The report's division for the models of this project: Muon (group `muon`) for every matrix and stack of
+    /// matrices but `embed_tokens` and `lm_head`; AdamW (group `adamw`) for these two, for norms and for biases.
+    pub fn moonlight(muon: MuonConfig, adamw: AdamWConfig) -> Self {
+        Self::new()
+            .group("muon", muon)
+            .group("adamw", adamw)
+            .rule(Rule::to("adamw").path("**.embed_tokens.**").because("embedding"))
+            // Absent where the head is tied to the embedding.
+            .rule(Rule::to("adamw").path("**.lm_head.**").because("output head").optional())
+            .with_matrices_and_vectors()
+    }
+
+    /// The same division for any module: AdamW for the weights of Burn's `Embedding` modules, for whatever matches
+    /// `except` (globs; the output head belongs here) and for what is not a matrix; Muon for all other matrices.
+    pub fn muon_except<P: Into<String>>(
+        except: impl IntoIterator<Item = P>,
+        muon: MuonConfig,
+        adamw: AdamWConfig,
+    ) -> Self {
+        let mut rules = Self::new()
+            .group("muon", muon)
+            .group("adamw", adamw)
+            .rule(Rule::to("adamw").module("Embedding").because("embedding").optional());
+        for pattern in except {
+            let pattern = pattern.into();
+            let reason = format!("excepted by `{pattern}`");
+            rules = rules.rule(Rule::to("adamw").path(pattern).because(reason));
+        }
+        rules.with_matrices_and_vectors()
+    }
+
+    /// AdamW (group `adamw`) for every parameter.
+    pub fn adamw(adamw: AdamWConfig) -> Self {
+        Self::new().group("adamw", adamw).rule(Rule::to("adamw").because("AdamW takes all"))
+    }
+
+    fn with_matrices_and_vectors(self) -> Self {
+        self.rule(Rule::to("muon").rank(2..=2).because("matrix").optional())
+            .rule(Rule::to("muon").rank(3..=3).because("stack of matrices").optional())
+            .rule(Rule::to("adamw").rank(..=1).because("not a matrix").optional())
+    }
+
+    /// Adds a group. It gets its parameters from the rules that name it.
+    pub fn group(mut self, name: impl Into<String>, optimizer: impl Into<GroupOptimizer>) -> Self {
+        self.groups.push((name.into(), optimizer.into()));
+        self
+    }
+
+    /// Adds a rule after those already there.
+    pub fn rule(mut self, rule: Rule) -> Self {
+        self.rules.push(rule);
+        self
+    }
+
+    /// Applies the rules to a module.
+    ///
+    /// # Errors
+    ///
+    /// A rule that matches or takes nothing (unless it is optional), a trainable parameter that no rule takes, a
+    /// parameter given to Muon that is not a matrix or a stack of matrices, a group that does not exist or exists
+    /// twice, a malformed pattern, a module without trainable parameters.
+    pub fn assign<M: Module>(&self, module: &M) -> Result<Assignment, RuleError> {
+        self.assign_parameters(Parameter::of(module))
+    }
+
+    /// Applies the rules to a list of parameters, without a module.
+    ///
+    /// # Errors
+    ///
+    /// As [`ParameterRules::assign`].
+    pub fn assign_parameters(&self, parameters: Vec<Parameter>) -> Result<Assignment, RuleError> {
+        self.check_groups()?;
+        let patterns = self.rules.iter().map(Self::compile).collect::<Result<Vec<_>, _>>()?;
+        let matches = |rule: usize, parameter: &Parameter| {
+            let path = patterns[rule].as_ref().is_none_or(|pattern| pattern.matches(&parameter.path));
+            path && self.rules[rule].matches_kind(parameter)
+        };
+
+        let mut matched = vec![0_usize; self.rules.len()];
+        let mut taken = vec![Vec::new(); self.rules.len()];
+        let mut not_taken = Vec::new();
+        let mut rows = Vec::with_capacity(parameters.len());
+        let mut first_paths = HashMap::new();
+        for parameter in parameters {
+            if !parameter.trainable {
+                rows.push(AssignedParameter::buffer(parameter));
+                continue;
+            }
+            if let Some(&first) = first_paths.get(&parameter.id) {
+                let owner: &AssignedParameter = &rows[first];
+                rows.push(owner.shared_as(parameter));
+                continue;
+            }
+            let mut taker = None;
+            for (rule, count) in matched.iter_mut().enumerate() {
+                if matches(rule, &parameter) {
+                    *count += 1;
+                    taker = taker.or(Some(rule));
+                }
+            }
+            let name = (parameter.path.clone(), parameter.shape.clone());
+            let Some(rule) = taker else {
+                not_taken.push(name);
+                continue;
+            };
+            taken[rule].push(name);
+            first_paths.insert(parameter.id, rows.len());
+            rows.push(AssignedParameter::taken(parameter, &self.rules[rule]));
+        }
+
+        if !not_taken.is_empty() {
+            return Err(RuleError::NotTaken { parameters: not_taken });
+        }
+        if first_paths.is_empty() {
+            return Err(RuleError::NoParameters);
+        }
+        for (rule, (&matched, taken)) in self.rules.iter().zip(matched.iter().zip(&taken)) {
+            self.check_rule(rule, matched, taken)?;
+        }
+        Ok(Assignment::new(rows, self.groups.clone()))
+    }
+
+    fn compile(rule: &Rule) -> Result<Option<PathPattern>, RuleError> {
+        let Some(pattern) = &rule.path else { return Ok(None) };
+        let compiled = PathPattern::new(pattern);
+        compiled.map(Some).map_err(|reason| RuleError::Pattern { pattern: pattern.clone(), reason })
+    }
+
+    fn check_groups(&self) -> Result<(), RuleError> {
+        for (index, (name, _)) in self.groups.iter().enumerate() {
+            if name == BUFFER || self.groups[..index].iter().any(|(earlier, _)| earlier == name) {
+                return Err(RuleError::TakenGroupName { group: name.clone() });
+            }
+        }
+        for rule in &self.rules {
+            if !self.groups.iter().any(|(name, _)| *name == rule.group) {
+                let known = self.groups.iter().map(|(name, _)| name.clone()).collect();
+                return Err(RuleError::UnknownGroup { rule: rule.describe(), group: rule.group.clone(), known });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_rule(&self, rule: &Rule, matched: usize, taken: &[(String, Vec<usize>)]) -> Result<(), RuleError> {
+        if matched == 0 && !rule.optional {
+            return Err(RuleError::MatchesNothing { rule: rule.describe() });
+        }
+        if taken.is_empty() && !rule.optional {
+            return Err(RuleError::TakesNothing { rule: rule.describe(), matched });
+        }
+        let muon = self.groups.iter().any(|(name, optimizer)| *name == rule.group && optimizer.kind() == Kind::Muon);
+        let wrong: Vec<_> = taken.iter().filter(|(_, shape)| !matches!(shape.len(), 2 | 3)).cloned().collect();
+        if muon && !wrong.is_empty() {
+            return Err(RuleError::NotAMatrix { rule: rule.describe(), parameters: wrong });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,116 @@
+//! One rule: which parameters, which group, why.
+
+use std::ops::{Bound, RangeBounds};
+
+use super::parameter::Parameter;
+
+/// Sends the parameters that it matches to a group. All conditions given must hold; a rule without any matches every
+/// parameter.
+///
+/// ```
+/// use moonlight_optim::Rule;
+///
+/// let embeddings = Rule::to("adamw").module("Embedding").because("embedding");
+/// let matrices = Rule::to("muon").path("decoder.**").rank(2..=3).because("hidden matrix");
+/// ```
+#[derive(Clone, Debug)]
+pub struct Rule {
+    pub(crate) group: String,
+    pub(crate) path: Option<String>,
+    pub(crate) module: Option<String>,
+    pub(crate) lowest_rank: usize,
+    pub(crate) highest_rank: usize,
+    pub(crate) reason: Option<String>,
+    pub(crate) optional: bool,
+}
+
+impl Rule {
+    /// A rule that sends every parameter to the group of this name.
+    pub fn to(group: impl Into<String>) -> Self {
+        Self {
+            group: group.into(),
+            path: None,
+            module: None,
+            lowest_rank: 0,
+            highest_rank: usize::MAX,
+            reason: None,
+            optional: false,
+        }
+    }
+
+    /// Only parameters whose path matches a glob in which names are separated by dots: `*` stands for any characters
+    /// of one name, `**` for any number of whole names, `?` for one character, `[0-9]` for one of a set.
+    pub fn path(mut self, pattern: impl Into<String>) -> Self {
+        self.path = Some(pattern.into());
+        self
+    }
+
+    /// Only parameters that are fields of a module of this type, such as `Embedding` or `RmsNorm`.
+    pub fn module(mut self, name: impl Into<String>) -> Self {
+        self.module = Some(name.into());
+        self
+    }
+
+    /// Only parameters with this many dimensions: 0 and 1 are scalars and vectors, 2 matrices, 3 stacks of matrices.
+    pub fn rank(mut self, ranks: impl RangeBounds<usize>) -> Self {
+        self.lowest_rank = match ranks.start_bound() {
+            Bound::Included(rank) => *rank,
+            Bound::Excluded(rank) => rank.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        self.highest_rank = match ranks.end_bound() {
+            Bound::Included(rank) => *rank,
+            // `..0` matches nothing, which assignment reports.
+            Bound::Excluded(0) => {
+                self.lowest_rank = 1;
+                0
+            }
+            Bound::Excluded(rank) => rank - 1,
+            Bound::Unbounded => usize::MAX,
+        };
+        self
+    }
+
+    /// The reason that the printed table gives for the parameters of this rule.
+    pub fn because(mut self, reason: impl Into<String>) -> Self {
+        self.reason = Some(reason.into());
+        self
+    }
+
+    /// Lets the rule match nothing. Without this, a rule that matches nothing is an error, as it usually is a misspelt
+    /// name.
+    pub fn optional(mut self) -> Self {
+        self.optional = true;
+        self
+    }
+
+    /// Whether rank and module type match; the path is matched by its compiled pattern.
+    pub(crate) fn matches_kind(&self, parameter: &Parameter) -> bool {
+        let rank = parameter.shape.len();
+        let module = self.module.as_ref().is_none_or(|name| *name == parameter.module);
+        (self.lowest_rank..=self.highest_rank).contains(&rank) && module
+    }
+
+    /// The rule in words, for messages: ``path `a.**`, rank 2 to 3``.
+    pub(crate) fn describe(&self) -> String {
+        let mut parts = Vec::new();
+        if let Some(path) = &self.path {
+            parts.push(format!("path `{path}`"));
+        }
+        if let Some(module) = &self.module {
+            parts.push(format!("module `{module}`"));
+        }
+        match (self.lowest_rank, self.highest_rank) {
+            (0, usize::MAX) => {}
+            (lowest, usize::MAX) => parts.push(format!("rank {lowest} and above")),
+            (lowest, highest) if lowest == highest => parts.push(format!("rank {lowest}")),
+            (lowest, highest) => parts.push(format!("rank {lowest} to {highest}")),
+        }
+        if parts.is_empty() { "every parameter".to_string() } else { parts.join(", ") }
+    }
+
+    /// What the table says about why.
+    pub(crate) fn why(&self) -> String {
+        self.reason.clone().unwrap_or_else(|| self.describe())
+    }
+}

@@ -1,0 +1,136 @@
+use burn::module::{Module, Param};
+use burn::nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig, RmsNorm, RmsNormConfig};
+use burn::tensor::{Device, Tensor};
+
+use super::*;
+
+#[derive(Module, Debug)]
+struct Layer {
+    up: Linear,
+    experts: Param<Tensor<3>>,
+    norm: RmsNorm,
+    bias: Param<Tensor<1>>,
+}
+
+#[derive(Module, Debug)]
+struct Model {
+    embed_tokens: Embedding,
+    layers: Vec<Layer>,
+    lm_head: Option<Linear>,
+}
+
+fn model(head: bool) -> Model {
+    let device = &Device::default().autodiff();
+    let layer = || Layer {
+        up: LinearConfig::new(4, 6).init(device),
+        experts: Initializer::Ones.init([3, 4, 5], device),
+        norm: RmsNormConfig::new(4).init(device),
+        bias: Initializer::Zeros.init([3], device).set_require_grad(false),
+    };
+    Model {
+        embed_tokens: EmbeddingConfig::new(10, 4).init(device),
+        layers: vec![layer(), layer()],
+        lm_head: head.then(|| LinearConfig::new(4, 10).with_bias(false).init(device)),
+    }
+}
+
+fn moonlight() -> ParameterRules {
+    ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new())
+}
+
+#[test]
+fn the_table_says_what_takes_each_parameter_and_why() {
+    let assignment = moonlight().assign(&model(true)).unwrap();
+    let expected = "\
+parameter            shape      optimizer  why
+embed_tokens.weight  [10, 4]    adamw      embedding
+layers.0.up.weight   [4, 6]     muon       matrix
+layers.0.up.bias     [6]        adamw      not a matrix
+layers.0.experts     [3, 4, 5]  muon       stack of matrices
+layers.0.norm.gamma  [4]        adamw      not a matrix
+layers.0.bias        [3]        buffer     no gradient
+layers.1.up.weight   [4, 6]     muon       matrix
+layers.1.up.bias     [6]        adamw      not a matrix
+layers.1.experts     [3, 4, 5]  muon       stack of matrices
+layers.1.norm.gamma  [4]        adamw      not a matrix
+layers.1.bias        [3]        buffer     no gradient
+lm_head.weight       [4, 10]    adamw      output head
+
+muon: 4 tensors, 168 elements
+adamw: 6 tensors, 100 elements
+buffer: 2 tensors, 6 elements";
+    assert_eq!(assignment.to_string(), expected);
+}
+
+#[test]
+fn a_tied_head_may_be_absent_but_not_the_embedding() {
+    assert!(moonlight().assign(&model(false)).is_ok());
+    let linear: Linear = LinearConfig::new(4, 6).init(&Device::default().autodiff());
+    let error = moonlight().assign(&linear).unwrap_err();
+    assert_eq!(error.to_string(), "the rule for path `**.embed_tokens.**` matches no parameter");
+    assert!(error.hint().is_some());
+}
+
+#[test]
+fn a_module_off_the_autodiff_device_is_assigned_as_it_would_train() {
+    let trained = moonlight().assign(&model(true)).unwrap();
+    let plain = moonlight().assign(&model(true).valid()).unwrap();
+    assert_eq!(plain.to_string(), trained.to_string());
+}
+
+#[test]
+fn embeddings_are_found_by_their_type() {
+    let rules = ParameterRules::muon_except(["lm_head.*"], MuonConfig::new(), AdamWConfig::new());
+    let assignment = rules.assign(&model(true)).unwrap();
+    let adamw: Vec<_> = assignment.parameters_of("adamw").map(|row| row.path.as_str()).collect();
+    assert_eq!(adamw[0], "embed_tokens.weight");
+    assert_eq!(adamw.last(), Some(&"lm_head.weight"));
+    let error = rules.assign(&model(false)).unwrap_err();
+    assert_eq!(error, RuleError::MatchesNothing { rule: "path `lm_head.*`".to_string() });
+}
+
+#[test]
+fn every_mistake_in_the_rules_is_an_error_that_names_it() {
+    let base = || ParameterRules::new().group("muon", MuonConfig::new()).group("adamw", AdamWConfig::new());
+    let message = |rules: ParameterRules| rules.assign(&model(true)).unwrap_err().to_string();
+
+    let rules = base().rule(Rule::to("muon").rank(3..=3)).rule(Rule::to("adamw").rank(..2));
+    assert_eq!(
+        message(rules),
+        "no rule takes `embed_tokens.weight` [10, 4], `layers.0.up.weight` [4, 6], `layers.1.up.weight` [4, 6], \
+         `lm_head.weight` [4, 10]"
+    );
+    let rules = base().rule(Rule::to("adamw")).rule(Rule::to("muon").path("layers.*.experts"));
+    assert_eq!(
+        message(rules),
+        "the rule for path `layers.*.experts` takes no parameter: all 2 that it matches are taken by earlier rules"
+    );
+    let rules = base().rule(Rule::to("muon").path("layers.**")).rule(Rule::to("adamw"));
+    assert_eq!(
+        message(rules),
+        "the rule for path `layers.**` gives Muon what is not a matrix or a stack of matrices: \
+         `layers.0.up.bias` [6], `layers.0.norm.gamma` [4], `layers.1.up.bias` [6], `layers.1.norm.gamma` [4]"
+    );
+    let rules = base().rule(Rule::to("moun").rank(2..=3)).rule(Rule::to("adamw"));
+    assert_eq!(message(rules), "the rule for rank 2 to 3 names the parameter group `moun`, which does not exist");
+    let rules = base().rule(Rule::to("adamw").path("layers.**x"));
+    assert!(message(rules).starts_with("the pattern `layers.**x` of a parameter rule is malformed"));
+    let rules = base().group("muon", MuonConfig::new()).rule(Rule::to("adamw"));
+    assert_eq!(message(rules), "the parameter group name `muon` is taken");
+    let rules = ParameterRules::new().group("buffer", AdamWConfig::new()).rule(Rule::to("buffer"));
+    assert_eq!(message(rules), "the parameter group name `buffer` is taken");
+    let rules = base().rule(Rule::to("adamw").rank(..0)).rule(Rule::to("muon"));
+    assert!(message(rules).ends_with("matches no parameter"));
+}
+
+#[test]
+fn a_shared_tensor_is_taken_once() {
+    let device = &Device::default().autodiff();
+    let first: Linear = LinearConfig::new(4, 6).with_bias(false).init(device);
+    let pair = vec![first.clone(), first];
+    let rules = ParameterRules::muon_except(Vec::<String>::new(), MuonConfig::new(), AdamWConfig::new());
+    let assignment = rules.assign(&pair).unwrap();
+    assert_eq!(assignment.parameters_of("muon").count(), 1);
+    assert_eq!(assignment.rows()[1].shared_with.as_deref(), Some("0.weight"));
+    assert!(assignment.to_string().contains("same tensor as `0.weight`"));
+}

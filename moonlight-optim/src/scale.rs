@@ -1,0 +1,101 @@
+//! How long the orthogonalised update is: the scales of the report and of the other Muons.
+
+use serde::{Deserialize, Serialize};
+
+/// Which dimension of a weight matrix is the input of its layer.
+///
+/// Only the scales that tell inputs from outputs ([`Scale::KellerJordan`], [`Scale::Spectral`]) read it; the
+/// report's scale is symmetric.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightLayout {
+    /// `[in, out]`: Burn's `Linear`.
+    #[default]
+    InOut,
+    /// `[out, in]`: PyTorch's `Linear`.
+    OutIn,
+}
+
+/// The factor on the orthogonalised update `O` of an `[A, B]` matrix.
+///
+/// The update is `W <- W - lr (factor * O + weight_decay * W)`. A full-rank `O` has RMS `1 / sqrt(max(A, B))` (the
+/// report's Lemma 1), so the report's scale makes the RMS of every update the same whatever its shape, and equal to
+/// what AdamW's is in practice: learning rate and decay found for AdamW can be used as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scale {
+    /// `factor * sqrt(max(A, B))`: the report's equation 4, "Adjusted LR", with 0.2. PyTorch calls it
+    /// `match_rms_adamw`.
+    Report {
+        /// The RMS that a full-rank update gets; the report takes 0.2.
+        factor: f64,
+    },
+    /// `factor / RMS(O)`: the report's equation 6, "Update Norm": the RMS is `factor` whatever the rank.
+    UpdateNorm {
+        /// The RMS of the update; the report takes 0.2.
+        factor: f64,
+    },
+    /// `factor * sqrt(hidden)`: the report's equation 5, its "Baseline" in Table 1.
+    HiddenSize {
+        /// 0.2 in the report.
+        factor: f64,
+        /// The hidden size of the model.
+        hidden: usize,
+    },
+    /// `sqrt(max(1, out / in))`: Keller Jordan's Muon, with the layer's own inputs and outputs whatever the layout.
+    KellerJordan,
+    /// `sqrt(out / in)`: the spectral condition of "A Spectral Condition for Feature Learning" (arXiv 2310.17813);
+    /// the default of microsoft/dion.
+    Spectral,
+    /// 1: the report's equations 1 and 3.
+    Unit,
+}
+
+impl Default for Scale {
+    fn default() -> Self {
+        Scale::Report { factor: 0.2 }
+    }
+}
+
+impl Scale {
+    /// The factor for a matrix of `rows` times `columns` as it is stored, or `None` where it depends on the update
+    /// itself ([`Scale::UpdateNorm`]).
+    pub fn factor(&self, rows: usize, columns: usize, layout: WeightLayout) -> Option<f64> {
+        let (inputs, outputs) = match layout {
+            WeightLayout::InOut => (rows as f64, columns as f64),
+            WeightLayout::OutIn => (columns as f64, rows as f64),
+        };
+        match *self {
+            Scale::Report { factor } => Some(factor * inputs.max(outputs).sqrt()),
+            Scale::UpdateNorm { .. } => None,
+            Scale::HiddenSize { factor, hidden } => Some(factor * (hidden as f64).sqrt()),
+            Scale::KellerJordan => Some((outputs / inputs).max(1.0).sqrt()),
+            Scale::Spectral => Some((outputs / inputs).sqrt()),
+            Scale::Unit => Some(1.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_report_scale_is_symmetric() {
+        let scale = Scale::default();
+        assert_eq!(scale.factor(100, 25, WeightLayout::InOut), Some(2.0));
+        assert_eq!(scale.factor(25, 100, WeightLayout::InOut), Some(2.0));
+        assert_eq!(scale.factor(25, 100, WeightLayout::OutIn), Some(2.0));
+    }
+
+    #[test]
+    fn keller_jordan_rewards_outputs_in_either_layout() {
+        let scale = Scale::KellerJordan;
+        // A layer from 16 to 64 features.
+        assert_eq!(scale.factor(16, 64, WeightLayout::InOut), Some(2.0));
+        assert_eq!(scale.factor(64, 16, WeightLayout::OutIn), Some(2.0));
+        // A layer from 64 to 16 features.
+        assert_eq!(scale.factor(64, 16, WeightLayout::InOut), Some(1.0));
+        assert_eq!(Scale::Spectral.factor(64, 16, WeightLayout::InOut), Some(0.5));
+    }
+}

@@ -1,0 +1,129 @@
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig};
+use burn::optim::GradientsParams;
+use burn::tensor::{Device, Tensor};
+
+use super::*;
+use crate::{AdamWConfig, MuonConfig, ParameterRules};
+
+#[derive(Module, Debug)]
+struct Pair {
+    first: Linear,
+    second: Linear,
+}
+
+fn pair(width: usize) -> Pair {
+    let device = &Device::default().autodiff();
+    Pair {
+        first: LinearConfig::new(width, 5).init(device),
+        second: LinearConfig::new(5, 3).with_bias(false).init(device),
+    }
+}
+
+fn assign(pair: &Pair, muon: bool) -> Assignment {
+    let rules = if muon {
+        ParameterRules::muon_except(Vec::<String>::new(), MuonConfig::new(), AdamWConfig::new())
+    } else {
+        ParameterRules::adamw(AdamWConfig::new())
+    };
+    rules.assign(pair).unwrap()
+}
+
+fn step(optimizer: &mut ModuleOptimizer, pair: Pair, power: i32) -> Pair {
+    let [width, _] = pair.first.weight.dims();
+    let x = Tensor::<2>::ones([2, width], &Device::default().autodiff()).cumsum(0);
+    let loss = pair.second.forward(pair.first.forward(x)).powi_scalar(power).mean();
+    let grads = GradientsParams::from_grads(loss.backward(), &pair);
+    optimizer.step(0.01, pair, grads)
+}
+
+fn bits(pair: &Pair) -> Vec<Vec<u32>> {
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
+    vec![
+        bits(pair.first.weight.val().into_data().iter::<f32>().collect()),
+        bits(pair.first.bias.as_ref().unwrap().val().into_data().iter::<f32>().collect()),
+        bits(pair.second.weight.val().into_data().iter::<f32>().collect()),
+    ]
+}
+
+/// The same values under new identities, as after loading a checkpoint in a new process.
+fn reborn(old: &Pair) -> Pair {
+    fn copy(old: &Linear) -> Linear {
+        let [inputs, outputs] = old.weight.dims();
+        let device = &Device::default().autodiff();
+        let mut new = LinearConfig::new(inputs, outputs).with_bias(old.bias.is_some()).init(device);
+        new.weight = new.weight.map(|_| Tensor::from_inner(old.weight.val().inner()).require_grad());
+        if let (Some(to), Some(from)) = (new.bias.take(), &old.bias) {
+            new.bias = Some(to.map(|_| Tensor::from_inner(from.val().inner()).require_grad()));
+        }
+        new
+    }
+    Pair { first: copy(&old.first), second: copy(&old.second) }
+}
+
+#[test]
+fn a_run_goes_on_bit_for_bit_under_new_identities() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("optimizer.bpk");
+    let mut model = pair(4);
+    let mut optimizer = assign(&model, true).optimizer();
+    for _ in 0..3 {
+        model = step(&mut optimizer, model, 2);
+    }
+    optimizer.save(&file).unwrap();
+    let mut resumed = reborn(&model);
+    assert_ne!(resumed.first.weight.id, model.first.weight.id);
+    assert_eq!(bits(&resumed), bits(&model));
+    let mut restored = assign(&resumed, true).load_optimizer(&file).unwrap();
+    let mut from_bytes = assign(&resumed, true).load_optimizer_bytes(optimizer.into_bytes().unwrap()).unwrap();
+    let mut twin = resumed.clone();
+    for _ in 0..3 {
+        model = step(&mut optimizer, model, 3);
+        resumed = step(&mut restored, resumed, 3);
+        twin = step(&mut from_bytes, twin, 3);
+        assert_eq!(bits(&resumed), bits(&model));
+        assert_eq!(bits(&twin), bits(&model));
+    }
+}
+
+/// The behaviour of Burn that this module exists for; should it change, the module can go.
+#[test]
+fn burns_own_load_forgets_the_state_under_new_identities() {
+    let mut model = pair(4);
+    let mut optimizer = assign(&model, true).optimizer();
+    model = step(&mut optimizer, model, 2);
+    let bytes = optimizer.into_bytes().unwrap();
+    let resumed = reborn(&model);
+    let mut restored = assign(&resumed, true).optimizer().from_bytes(bytes).unwrap();
+    assert_ne!(bits(&step(&mut restored, resumed, 3)), bits(&step(&mut optimizer, model, 3)));
+}
+
+#[test]
+fn a_state_that_does_not_fit_is_refused() {
+    let mut model = pair(4);
+    let mut optimizer = assign(&model, true).optimizer();
+    model = step(&mut optimizer, model, 2);
+    let bytes = || optimizer.into_bytes().unwrap();
+    let message = |result: Result<ModuleOptimizer, StateError>| result.err().unwrap().to_string();
+
+    assert_eq!(
+        message(assign(&model, false).load_optimizer_bytes(bytes())),
+        "the optimizer state of `first.weight` is not that of the group `adamw` which takes the parameter now"
+    );
+    assert_eq!(
+        message(assign(&pair(6), true).load_optimizer_bytes(bytes())),
+        "the optimizer state of `first.weight` has shape [4, 5], the parameter has [6, 5]"
+    );
+    let rules = ParameterRules::muon_except(Vec::<String>::new(), MuonConfig::new(), AdamWConfig::new());
+    let linear = rules.assign(&pair(4).first).unwrap();
+    assert_eq!(
+        message(linear.load_optimizer_bytes(bytes())),
+        "the optimizer state holds `first.bias`, which the model does not train"
+    );
+    let mut broken = bytes().to_vec();
+    broken.truncate(broken.len() - 8);
+    let error = message(assign(&model, true).load_optimizer_bytes(Bytes::from_bytes_vec(broken)));
+    assert!(error.starts_with("the optimizer state cannot be read"), "{error}");
+    let missing = assign(&model, true).load_optimizer("/nowhere/optimizer.bpk");
+    assert!(message(missing).contains("/nowhere/optimizer.bpk"));
+}
