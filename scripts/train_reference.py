@@ -66,10 +66,8 @@ def main(out):
     model = load(out / "init")
     batches = [sequences[step * BATCH:(step + 1) * BATCH] for step in range(STEPS)]
     steps, bias = train(model, batches)
-    write_json(
-        out / "reference.json",
-        {"seed": SEED, "batch_size": BATCH, "rules": RULES, "versions": versions(), "steps": steps, "router_bias": bias},
-    )
+    head = {"seed": SEED, "batch_size": BATCH, "rules": RULES, "versions": versions()}
+    write_json(out / "reference.json", head | {"steps": steps, "router_bias": bias})
     print(f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}")
 
 
