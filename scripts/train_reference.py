@@ -144,11 +144,11 @@ def train(model, batches):
 
 
 def rate_at(step, steps):
-    """Linear warm-up that reaches the peak at its last step, then half a cosine."""
+    """Linear warm-up that reaches the peak at its last step, then half a cosine that ends in the last step."""
     peak, final, warmup = (RULES[key] for key in ("learning_rate", "final_learning_rate", "warmup_steps"))
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / (steps - warmup)
+    progress = (step + 1 - warmup) / (steps - warmup)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
