@@ -1,0 +1,77 @@
+//! What can be wrong with data.
+
+use std::path::PathBuf;
+
+/// Data that cannot be read, or that does not fit the recipe.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DataError {
+    /// A glob that matches no file.
+    #[error("`data.{key}` has the glob `{glob}`, which matches no file")]
+    EmptyGlob {
+        /// `train` or `valid`.
+        key: &'static str,
+        /// The glob as the recipe has it.
+        glob: String,
+    },
+    /// A glob that cannot be read.
+    #[error("`data.{key}` has the glob `{glob}`, which cannot be searched: {problem}")]
+    Glob {
+        /// `train` or `valid`.
+        key: &'static str,
+        /// The glob as the recipe has it.
+        glob: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A file that cannot be read or written.
+    #[error("cannot {action} `{}`: {problem}", path.display())]
+    Io {
+        /// `read` or `write`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        problem: String,
+    },
+    /// A record that is wrong.
+    #[error("{}:{line}: {problem}", path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// Its line, counted from 1.
+        line: usize,
+        /// What is wrong.
+        problem: String,
+        /// How to mend it.
+        hint: Option<String>,
+    },
+    /// Files, but nothing in them to predict.
+    #[error("the files of `data.{key}` hold nothing to learn from: {problem}")]
+    Nothing {
+        /// `train` or `valid`.
+        key: &'static str,
+        /// What was found.
+        problem: String,
+    },
+    /// Text without a tokenizer.
+    #[error("`data.format` is text, but there is no tokenizer")]
+    NoTokenizer,
+    /// A position that belongs to other data.
+    #[error("the data are not those that the checkpoint was written with")]
+    Changed,
+}
+
+impl DataError {
+    /// How to mend it, where we know.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::EmptyGlob { .. } => {
+                Some("globs are relative to the working directory; `**` matches any depth".into())
+            }
+            Self::Record { hint, .. } => hint.clone(),
+            Self::NoTokenizer => Some("write data.tokenizer = \"bytes\", or the path of one".into()),
+            Self::Changed => Some("put the files back as they were, or start a new run".into()),
+            _ => None,
+        }
+    }
+}

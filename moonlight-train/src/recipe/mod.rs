@@ -1,0 +1,114 @@
+//! Recipes: one strict TOML file says everything about a run.
+//!
+//! [`Recipe::load`] reads a file, lays `--set section.key=value` over it, fills in the defaults and checks every
+//! value; an unknown key, a wrong type or an impossible value is an error that names the key and the line.
+//! [`Recipe::to_toml`] writes the resolved recipe with every default spelled out; reading that gives the same recipe.
+//!
+//! Paths and globs are relative to the working directory, except a `[model] preset` that is a file, which is
+//! relative to the recipe that names it. Zero means "no limit" or "never" where the key says so.
+
+mod data;
+mod error;
+mod expand;
+mod model;
+mod optimizer;
+mod run;
+mod schedule;
+mod section;
+mod train;
+mod tree;
+
+use std::path::Path;
+
+use serde::Serialize;
+
+pub use data::{BYTES_TOKENIZER, DataConfig, DataFormat, NO_TOKENIZER, TooLong};
+pub use error::RecipeError;
+pub use expand::expand;
+pub use model::{ModelRecipe, ModelSource};
+pub use optimizer::{OptimizerName, OptimizerRecipe};
+pub use run::{RunConfig, SampleConfig};
+pub use schedule::{ScheduleConfig, ScheduleName, Stage, StageShape};
+pub use train::{MoeRecipe, TrainConfig};
+
+use section::Reader;
+use tree::Tree;
+
+use crate::schedule::Schedule;
+
+/// A resolved recipe: what `moonlight train` was asked to do.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Recipe {
+    /// `[run]`: the run's name, folder, seed and device.
+    pub run: RunConfig,
+    /// `[model]`: where the model comes from.
+    pub model: ModelRecipe,
+    /// `[data]`: what it reads.
+    pub data: DataConfig,
+    /// `[optimizer]`: Muon or AdamW, and its constants.
+    pub optimizer: OptimizerRecipe,
+    /// `[schedule]`: the learning rate over the steps.
+    pub schedule: ScheduleConfig,
+    /// `[train]`: steps, batches, validation, checkpoints.
+    pub train: TrainConfig,
+    /// `[moe]`: the balance of the experts.
+    pub moe: MoeRecipe,
+    /// `[sample]`: what the trained model writes at the end.
+    pub sample: SampleConfig,
+}
+
+impl Recipe {
+    /// Reads a recipe, lays each `section.key=value` of `sets` over it, fills in defaults and checks it.
+    ///
+    /// # Errors
+    ///
+    /// [`RecipeError`], which names the key and the place.
+    pub fn load(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| RecipeError::Read { path: path.to_owned(), problem: error.to_string() })?;
+        Self::parse(&text, path, sets)
+    }
+
+    /// Like [`load`](Recipe::load), from text that was read from `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`RecipeError`], which names the key and the place.
+    pub fn parse(text: &str, path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
+        let file = path.display().to_string();
+        let mut tree = Tree::parse(text, &file)?;
+        for set in sets {
+            tree.set(set)?;
+        }
+        let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+        let mut reader = Reader::new(tree, &file);
+        let run = reader.section("run", |section| RunConfig::read(section, &stem));
+        let model = reader.section("model", |section| ModelRecipe::read(section, path.parent()));
+        let limit = model.max_position_embeddings();
+        let data = reader.section("data", |section| DataConfig::read(section, &run, &model, limit));
+        let optimizer = reader.section("optimizer", OptimizerRecipe::read);
+        let schedule = reader.section("schedule", ScheduleConfig::read);
+        let train = reader.section("train", |section| TrainConfig::read(section, &schedule));
+        let moe = reader.section("moe", |section| MoeRecipe::read(section, &model));
+        let sample = reader.section("sample", SampleConfig::read);
+        if let Err(error) = Schedule::new(&schedule, optimizer.learning_rate, train.steps) {
+            reader.problem(RecipeError::Invalid {
+                place: file,
+                key: error.key.into(),
+                problem: error.problem,
+                hint: None,
+            });
+        }
+        reader.finish()?;
+        Ok(Self { run, model, data, optimizer, schedule, train, moe, sample })
+    }
+
+    /// The recipe as TOML, every default spelled out.
+    pub fn to_toml(&self) -> String {
+        // A recipe holds nothing that TOML cannot: no nulls, no numbers beyond i64 that the reader would accept.
+        toml::to_string(self).unwrap_or_else(|error| format!("# this recipe cannot be written as TOML: {error}\n"))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+//! `[optimizer]`.
+
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use super::section::Section;
+
+/// Which optimizer takes the matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerName {
+    /// Muon for matrices, AdamW for embeddings, head, norms and biases.
+    Muon,
+    /// AdamW for everything.
+    AdamW,
+}
+
+impl FromStr for OptimizerName {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "muon" => Ok(Self::Muon),
+            "adamw" => Ok(Self::AdamW),
+            _ => Err(()),
+        }
+    }
+}
+
+/// `[optimizer]`: Muon or AdamW, and its constants. Defaults are those of "Muon is Scalable for LLM Training".
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OptimizerRecipe {
+    /// `name`: `muon` or `adamw`. Default: `muon`.
+    pub name: OptimizerName,
+    /// `learning_rate`: the peak, for Muon and AdamW alike. Required.
+    pub learning_rate: f64,
+    /// `weight_decay`: decoupled, on every parameter, norms included. Default: 0.1.
+    pub weight_decay: f64,
+    /// `momentum`: Muon's. Default: 0.95.
+    pub momentum: f64,
+    /// `nesterov`: whether Muon looks ahead. Default: true.
+    pub nesterov: bool,
+    /// `newton_schulz_steps`: iterations of the orthogonalisation. Default: 5.
+    pub newton_schulz_steps: usize,
+    /// `update_rms`: what Muon's updates are scaled to, the factor of `0.2 sqrt(max(A, B))`. Default: 0.2.
+    pub update_rms: f64,
+    /// `betas`: AdamW's. Default: [0.9, 0.95].
+    pub betas: [f64; 2],
+    /// `epsilon`: AdamW's. Default: 1e-8.
+    pub epsilon: f64,
+}
+
+impl OptimizerRecipe {
+    pub(super) fn read(section: &mut Section<'_>) -> Self {
+        let name = section.choice("name", &["muon", "adamw"]).unwrap_or(OptimizerName::Muon);
+        if !section.has("learning_rate") {
+            section.missing("learning_rate", "Muon at the report's scale takes AdamW's rates: from 2e-4 to 2e-3");
+        }
+        let learning_rate = section.number("learning_rate").unwrap_or(1e-3);
+        section.require("learning_rate", learning_rate >= 0.0, || {
+            format!("is {learning_rate}; a rate must not be negative")
+        });
+        let weight_decay = section.number("weight_decay").unwrap_or(0.1);
+        section.require("weight_decay", weight_decay >= 0.0, || format!("is {weight_decay}; it must not be negative"));
+        let momentum = section.number("momentum").unwrap_or(0.95);
+        section.require("momentum", (0.0..1.0).contains(&momentum), || {
+            format!("is {momentum}; it must be from 0 to below 1")
+        });
+        let nesterov = section.boolean("nesterov").unwrap_or(true);
+        let newton_schulz_steps = section.whole("newton_schulz_steps").unwrap_or(5) as usize;
+        section.require("newton_schulz_steps", (1..=100).contains(&newton_schulz_steps), || {
+            format!("is {newton_schulz_steps}; it must be from 1 to 100")
+        });
+        let update_rms = section.number("update_rms").unwrap_or(0.2);
+        section.require("update_rms", update_rms > 0.0, || format!("is {update_rms}; it must be above 0"));
+        let betas = section.pair("betas").unwrap_or([0.9, 0.95]);
+        section.require("betas", betas.iter().all(|beta| (0.0..1.0).contains(beta)), || {
+            format!("is {betas:?}; each must be from 0 to below 1")
+        });
+        let epsilon = section.number("epsilon").unwrap_or(1e-8);
+        section.require("epsilon", epsilon > 0.0, || format!("is {epsilon}; it must be above 0"));
+        Self { name, learning_rate, weight_decay, momentum, nesterov, newton_schulz_steps, update_rms, betas, epsilon }
+    }
+}

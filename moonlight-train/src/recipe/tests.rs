@@ -1,0 +1,198 @@
+use std::path::{Path, PathBuf};
+
+use super::*;
+use crate::tokenizer::Tokenizer;
+
+const SMALL: &str = r#"
+[model]
+preset = "bench-small"
+
+[data]
+train = ["data/*.txt"]
+
+[optimizer]
+learning_rate = 1e-3
+
+[train]
+steps = 10
+"#;
+
+fn parse(text: &str, sets: &[&str]) -> Result<Recipe, RecipeError> {
+    let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
+    Recipe::parse(text, Path::new("runs/small.toml"), &sets)
+}
+
+fn message(text: &str, sets: &[&str]) -> String {
+    parse(text, sets).unwrap_err().to_string()
+}
+
+#[test]
+fn defaults_are_filled_in() {
+    let recipe = parse(SMALL, &[]).unwrap();
+    assert_eq!(recipe.run.name, "small");
+    assert_eq!(recipe.run.folder(), PathBuf::from("runs/small"));
+    assert_eq!((recipe.data.format, recipe.data.tokenizer.as_str()), (DataFormat::Text, "bytes"));
+    assert_eq!((recipe.data.pack, recipe.data.shuffle, recipe.data.sequence_length), (true, true, 1024));
+    assert_eq!((recipe.optimizer.name, recipe.optimizer.betas), (OptimizerName::Muon, [0.9, 0.95]));
+    assert_eq!((recipe.moe.bias_update_rate, recipe.moe.sequence_balance_weight), (1e-3, 1e-4));
+    assert_eq!(recipe.data.cache_dir, PathBuf::from("runs/token-cache"));
+}
+
+#[test]
+fn the_resolved_recipe_reads_back_equal() {
+    let staged = r#"
+        [model]
+        preset = "deepseek-v3"
+        num_hidden_layers = 4
+        [data]
+        train = ["a", "b/**"]
+        valid = ["$HOME/c"]
+        tokenizer = "none"
+        format = "tokens"
+        [optimizer]
+        learning_rate = 0
+        epsilon = 1e-20
+        [schedule]
+        name = "stages"
+        [[schedule.stages]]
+        steps = 5
+        to = 4.2e-4
+        [[schedule.stages]]
+        steps = 7
+        to = 0
+        shape = "cosine"
+        gradient_accumulation = 2
+        bias_update_rate = 0.0
+        [train]
+    "#;
+    for text in [SMALL, staged] {
+        let recipe = parse(text, &["sample.prompt=fn main() {\n\t\"é\"", "run.seed=7"]).unwrap();
+        let written = recipe.to_toml();
+        let again = Recipe::parse(&written, Path::new("elsewhere/recipe.toml"), &[]).unwrap();
+        assert_eq!(again, recipe, "{written}");
+        for key in ["weight_decay", "max_file_bytes", "total_steps", "probe_every", "bias_update_rate", "top_k"] {
+            assert!(written.contains(key), "{key} is missing from\n{written}");
+        }
+    }
+    assert_eq!(parse(staged, &[]).unwrap().train.steps, 12);
+}
+
+#[test]
+fn unknown_keys_are_named_with_line_and_neighbour() {
+    let text = SMALL.replace("steps = 10", "stesp = 10");
+    let error = parse(&text, &[]).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "runs/small.toml:12: unknown key `train.stesp` (the nearest known key is `train.steps`)"
+    );
+    assert!(error.hint().unwrap().contains("gradient_clip"));
+    assert!(message(SMALL, &["train.learning_rate=1"]).contains("`optimizer.learning_rate`"));
+    assert!(message(SMALL, &["optimiser.momentum=1"]).contains("`[optimizer]`"));
+    assert!(
+        message(&format!("steps = 3\n{SMALL}"), &[])
+            .contains("runs/small.toml:1: unknown key `steps` (the nearest known key is `train.steps`)")
+    );
+    assert!(message(SMALL, &["model.hiden_size=3"]).contains("`model.hidden_size`"));
+    let stages = "[schedule]\nname = \"stages\"\nstages = [{ steps = 1, too = 1.0, to = 1.0 }]\n";
+    assert!(
+        message(&format!("{SMALL}{stages}"), &[]).contains("`schedule.stages[0].too` (the nearest known key is `to`)")
+    );
+}
+
+#[test]
+fn set_wins_over_the_file() {
+    let sets = ["optimizer.learning_rate=2e-3", "run.name=7", "model.num_hidden_layers=2", "data.train=x.txt"];
+    let recipe = parse(SMALL, &sets).unwrap();
+    assert_eq!((recipe.optimizer.learning_rate, recipe.run.name.as_str()), (2e-3, "7"));
+    assert_eq!(recipe.model.config(0).unwrap().num_hidden_layers, 2);
+    assert_eq!(recipe.data.train, ["x.txt"]);
+    assert!(
+        message(SMALL, &["train.steps=many"]).contains("--set train.steps=many: `train.steps` must be a whole number")
+    );
+}
+
+#[test]
+fn impossible_values_name_their_key() {
+    for (set, expected) in [
+        ("train.batch_size=0", "`train.batch_size` is 0; it must be at least 1"),
+        ("optimizer.learning_rate=-1", "`optimizer.learning_rate` is -1; a rate must not be negative"),
+        ("optimizer.name=sgd", "`optimizer.name` is `sgd`; it must be one of: muon, adamw"),
+        (
+            "data.sequence_length=4097",
+            "`data.sequence_length` is 4097, longer than the model's `max_position_embeddings`",
+        ),
+        ("data.sequence_length=0", "`data.sequence_length` is 0"),
+        ("data.valid_fraction=1", "`data.valid_fraction` is 1"),
+        ("data.format=chat", "`data.format` is `chat`, which this version cannot read yet"),
+        ("data.tokenizer=none", "`data.tokenizer` is `none`, but text needs one"),
+        ("data.train=[]", "`data.train` names no files"),
+        ("data.train=a[", "`data.train` has `a[`, which is not a glob"),
+        ("data.train=$NO_SUCH_THING/x", "the environment has no `NO_SUCH_THING`"),
+        ("schedule.warmup_steps=11", "`schedule.warmup_steps` is 11, more than the schedule's 10 steps"),
+        ("schedule.final_fraction=2", "`schedule.final_fraction` is 2"),
+        ("run.name=a/b", "`run.name` is `a/b`, which cannot name a folder"),
+        ("model.num_hidden_layers=0", "[model]: the model configuration's `num_hidden_layers` must be at least 1"),
+        ("model.preset=nothing", "`model.preset` is unknown"),
+        (
+            "model.path=/no/such/folder",
+            "`model.path` is `/no/such/folder`, but `/no/such/folder/config.json` cannot be",
+        ),
+        ("model.dtype=f8", "`model.dtype` is `f8`"),
+        ("train.gradient_clip=-1", "`train.gradient_clip` is -1"),
+        ("sample.top_p=0", "`sample.top_p` is 0"),
+        ("optimizer.betas=[0.9]", "`optimizer.betas` must be a list of two numbers, not [0.9]"),
+    ] {
+        let text = if set.starts_with("model.path") {
+            SMALL.replace("preset = \"bench-small\"", "")
+        } else {
+            SMALL.to_owned()
+        };
+        let message = message(&text, &[set]);
+        assert!(message.contains(expected), "{set}: {message}");
+        assert!(!message.contains('\n'), "{message}");
+    }
+}
+
+#[test]
+fn absent_keys_are_named() {
+    for (line, key) in [
+        ("steps = 10", "train.steps"),
+        ("learning_rate = 1e-3", "optimizer.learning_rate"),
+        ("train = [\"data/*.txt\"]", "data.train"),
+        ("preset = \"bench-small\"", "model.path"),
+    ] {
+        let message = message(&SMALL.replace(line, ""), &[]);
+        assert!(message.contains(&format!("the recipe lacks `{key}`")), "{message}");
+    }
+}
+
+#[test]
+fn the_vocabulary_is_the_shapes_or_else_the_tokenizers() {
+    let tokenizer = Tokenizer::open("bytes").unwrap();
+    let preset = parse(SMALL, &[]).unwrap().model.config_for(Some(&tokenizer)).unwrap();
+    assert_eq!((preset.vocab_size, preset.eos_token_id), (8192, vec![257]));
+    let small = parse(SMALL, &["model.vocab_size=258"]).unwrap().model.config_for(Some(&tokenizer)).unwrap_err();
+    assert!(small.to_string().contains("`vocab_size` is 258, but the tokenizer has 259 tokens"), "{small}");
+    let shape = SMALL.replace(
+        "preset = \"bench-small\"",
+        "model_type = \"llama\"\nhidden_size = 8\nintermediate_size = 16\nnum_hidden_layers = 1\n\
+         num_attention_heads = 2\nmax_position_embeddings = 64",
+    );
+    let recipe = parse(&shape, &[]).unwrap();
+    assert_eq!(recipe.data.sequence_length, 64);
+    assert_eq!(recipe.model.config_for(Some(&tokenizer)).unwrap().vocab_size, 259);
+    assert!(recipe.model.config_for(None).unwrap_err().to_string().contains("lacks `vocab_size`"));
+    assert!(recipe.to_toml().contains("hidden_size = 8"));
+}
+
+#[test]
+fn a_preset_may_be_a_file_beside_the_recipe() {
+    let folder = tempfile::tempdir().unwrap();
+    let shape = moonlight_model::ModelConfig::preset("bench-small").unwrap().to_json();
+    std::fs::write(folder.path().join("shape.json"), shape).unwrap();
+    let path = folder.path().join("recipe.toml");
+    std::fs::write(&path, SMALL.replace("bench-small", "shape.json")).unwrap();
+    let recipe = Recipe::load(&path, &["model.num_hidden_layers=3".into()]).unwrap();
+    let config = recipe.model.config(0).unwrap();
+    assert_eq!((config.num_hidden_layers, config.vocab_size), (3, 8192));
+}

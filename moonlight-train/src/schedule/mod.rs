@@ -1,0 +1,145 @@
+//! The learning rate over the steps.
+//!
+//! Step `s`, counted from 0, of a warm-up of `w` steps takes `(s + 1) / w` of the peak: the first step already learns,
+//! step `w - 1` is at the peak, and the decay begins with step `w`. A decay from step `a` to a schedule's end `n` takes,
+//! at step `s`, the point `(s + 1 - a) / (n - a)` of its line or cosine, so that the last step has the final rate.
+//! This is the convention of stages as well: the last step of a stage has the stage's rate.
+
+use crate::recipe::{ScheduleConfig, ScheduleName, StageShape};
+
+/// A schedule that cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{key}` {problem}")]
+pub struct ScheduleError {
+    /// The recipe's key.
+    pub key: &'static str,
+    /// What is wrong, as the rest of a sentence.
+    pub problem: String,
+}
+
+/// The learning rate, and what else the stages of a run may change, for each step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Schedule {
+    segments: Vec<Segment>,
+    /// The rate that the first segment begins with.
+    initial: f64,
+}
+
+/// Steps over which the rate goes from one value to another.
+#[derive(Debug, Clone, PartialEq)]
+struct Segment {
+    /// The first step after it.
+    end: u64,
+    steps: u64,
+    from: f64,
+    to: f64,
+    shape: StageShape,
+    gradient_accumulation: Option<usize>,
+    bias_update_rate: Option<f64>,
+}
+
+impl Schedule {
+    /// The schedule of a run of `steps` steps with the peak `learning_rate`.
+    ///
+    /// The stages of `name = "stages"` have rates of their own; `learning_rate` is not used then.
+    ///
+    /// # Errors
+    ///
+    /// [`ScheduleError`] where warm-up and decay do not fit into the steps.
+    pub fn new(config: &ScheduleConfig, learning_rate: f64, steps: u64) -> Result<Self, ScheduleError> {
+        let total = if config.total_steps > 0 { config.total_steps } else { steps };
+        let warmup = config.warmup_steps;
+        let mut schedule = Self { segments: Vec::new(), initial: 0.0 };
+        if config.name == ScheduleName::Stages {
+            for stage in &config.stages {
+                schedule.push(stage.steps, stage.to, stage.shape);
+                if let Some(segment) = schedule.segments.last_mut() {
+                    segment.gradient_accumulation = stage.gradient_accumulation;
+                    segment.bias_update_rate = stage.bias_update_rate;
+                }
+            }
+            return Ok(schedule);
+        }
+        if warmup > total {
+            let problem = format!("is {warmup}, more than the schedule's {total} steps");
+            return Err(ScheduleError { key: "schedule.warmup_steps", problem });
+        }
+        if warmup == 0 {
+            schedule.initial = learning_rate;
+        }
+        let after = total - warmup;
+        let last = learning_rate * config.final_fraction;
+        schedule.push(warmup, learning_rate, StageShape::Linear);
+        match config.name {
+            ScheduleName::Cosine => schedule.push(after, last, StageShape::Cosine),
+            ScheduleName::Linear => schedule.push(after, last, StageShape::Linear),
+            ScheduleName::Wsd => {
+                let decay = if config.decay_steps > 0 { config.decay_steps } else { (total / 5).min(after) };
+                if decay > after {
+                    let problem = format!("is {decay}, more than the {after} steps after the warm-up");
+                    return Err(ScheduleError { key: "schedule.decay_steps", problem });
+                }
+                schedule.push(after - decay, learning_rate, StageShape::Constant);
+                schedule.push(decay, last, StageShape::Linear);
+            }
+            ScheduleName::Constant | ScheduleName::Stages => {
+                schedule.push(after, learning_rate, StageShape::Constant);
+            }
+        }
+        if schedule.segments.is_empty() {
+            schedule.push(1, learning_rate, StageShape::Constant);
+        }
+        Ok(schedule)
+    }
+
+    /// Adds steps that begin where the last ended; none for none.
+    fn push(&mut self, steps: u64, to: f64, shape: StageShape) {
+        if steps == 0 {
+            return;
+        }
+        let (start, from) = self.segments.last().map_or((0, self.initial), |last| (last.end, last.to));
+        let end = start + steps;
+        self.segments.push(Segment {
+            end,
+            steps,
+            from,
+            to,
+            shape,
+            gradient_accumulation: None,
+            bias_update_rate: None,
+        });
+    }
+
+    /// The segment that a step belongs to; the last one goes on for ever.
+    fn segment(&self, step: u64) -> Option<&Segment> {
+        self.segments.iter().find(|segment| step < segment.end).or(self.segments.last())
+    }
+
+    /// The learning rate of the step about to be taken, counted from 0.
+    pub fn rate(&self, step: u64) -> f64 {
+        let Some(segment) = self.segment(step) else { return 0.0 };
+        let done = step + 1 - (segment.end - segment.steps).min(step);
+        let done = (done as f64 / segment.steps as f64).min(1.0);
+        let Segment { from, to, .. } = *segment;
+        match segment.shape {
+            StageShape::Constant => to,
+            // The ends are exact: no rounding between `from` and `to`.
+            _ if done >= 1.0 => to,
+            StageShape::Linear => from + (to - from) * done,
+            StageShape::Cosine => to + (from - to) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
+        }
+    }
+
+    /// Forward passes for the step, where its stage says so; else `[train] gradient_accumulation` holds.
+    pub fn gradient_accumulation(&self, step: u64) -> Option<usize> {
+        self.segment(step)?.gradient_accumulation
+    }
+
+    /// The rate of the experts' bias after the step, where its stage says so; else `[moe] bias_update_rate` holds.
+    pub fn bias_update_rate(&self, step: u64) -> Option<f64> {
+        self.segment(step)?.bias_update_rate
+    }
+}
+
+#[cfg(test)]
+mod tests;
