@@ -13,7 +13,9 @@ shares no code with ours:
 * global-norm clipping at 1, warm-up, cosine.
 
 Writes `init/` (the checkpoint before the first step), `tokens.jsonl` (a line is a sequence; a batch is the next four
-lines) and `reference.json` (the rules, and for each step the loss, the gradient norm before clipping, the rate).
+lines) and `reference.json` (the rules, and for each step the loss, the gradient norm before clipping, the rate); and
+`one_step.safetensors`: the weights of `../moonlight-like` after one step, not clipped, at the rate 0.02 with the
+gradients beside that checkpoint.
 """
 
 import json
@@ -22,10 +24,11 @@ import pathlib
 import shutil
 import sys
 
+import safetensors.torch
 import torch
 import transformers
 
-from make_fixtures import MOONLIGHT, draw, load, pad, save, versions, write_json
+from make_fixtures import MOONLIGHT, draw, load, pad, published, save, versions, write_json
 
 SEED = 7
 STEPS = 40
@@ -69,6 +72,7 @@ def main(out):
     head = {"seed": SEED, "batch_size": BATCH, "rules": RULES, "versions": versions()}
     write_json(out / "reference.json", head | {"steps": steps, "router_bias": bias})
     print(f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}")
+    safetensors.torch.save_file(one_step(out.parent / "moonlight-like"), out / "one_step.safetensors")
 
 
 def markov_text(count):
@@ -100,19 +104,54 @@ def initial(directory):
     return model
 
 
+def one_step(directory, rate=0.02):
+    model = load(directory)
+    gradients = safetensors.torch.load_file(directory / "gradients.safetensors")
+    for name, parameter in model.named_parameters():
+        # The stacks are put together again: gate above up.
+        stem, _, kind = name.rpartition(".")
+        kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+        if kind in kinds:
+            experts = [
+                torch.cat([gradients[f"{stem}.{expert}.{part}.weight"] for part in kinds[kind]])
+                for expert in range(parameter.shape[0])
+            ]
+            parameter.grad = torch.stack(experts)
+        else:
+            parameter.grad = gradients[name]
+    matrices, adamw = divided(model)
+    apply(matrices, adamw, {}, rate)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights |= published(name, parameter.detach())
+    return {name: weight.contiguous() for name, weight in weights.items()}
+
+
 # --- the rules --------------------------------------------------------------------------------------------------------
 
 
-def train(model, batches):
+def divided(model):
+    """Muon's matrices by name, and AdamW for the rest."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
-        (rest if parameter.ndim == 1 or name.startswith(("model.embed_tokens", "lm_head")) else matrices).append(
-            (name, parameter)
-        )
-    adamw = torch.optim.AdamW(
-        [parameter for _, parameter in rest], betas=RULES["betas"], eps=RULES["epsilon"],
-        weight_decay=RULES["weight_decay"],
-    )
+        if parameter.ndim == 1 or name.startswith(("model.embed_tokens", "lm_head")):
+            rest.append(parameter)
+        else:
+            matrices.append((name, parameter))
+    betas, epsilon, decay = (RULES[key] for key in ("betas", "epsilon", "weight_decay"))
+    return matrices, torch.optim.AdamW(rest, betas=betas, eps=epsilon, weight_decay=decay)
+
+
+def apply(matrices, adamw, momenta, rate):
+    for group in adamw.param_groups:
+        group["lr"] = rate
+    adamw.step()
+    for name, parameter in matrices:
+        muon_step(name, parameter, momenta, rate)
+
+
+def train(model, batches):
+    matrices, adamw = divided(model)
     momenta = {}
     routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
     chosen = {}
@@ -132,11 +171,7 @@ def train(model, batches):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), RULES["gradient_clip"])
         rate = rate_at(step, len(batches))
-        for group in adamw.param_groups:
-            group["lr"] = rate
-        adamw.step()
-        for name, parameter in matrices:
-            muon_step(name, parameter, momenta, rate)
+        apply(matrices, adamw, momenta, rate)
         for router, load_ in zip(routers, loads):
             update_bias(router, load_)
         history.append({"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate})

@@ -47,7 +47,7 @@ fn logprobs_of_whole_sequences() {
         let (fixture, model) = Fixture::open(family, &device);
         let mut figure: f64 = 0.0;
         for sequence in &fixture.sequences {
-            let logits = model.logits(ids(&[sequence.tokens.clone()], &device), None).into_data();
+            let logits = model.logits(ids(std::slice::from_ref(&sequence.tokens), &device), None).into_data();
             let actual = logprobs(&logits.try_to_vec::<f32>().unwrap(), fixture.vocab, &sequence.tokens);
             figure = figure.max(worst(&actual, &sequence.logprobs));
         }

@@ -1,0 +1,267 @@
+//! Training by the report's rules, held against the same in torch (`scripts/train_reference.py`).
+//!
+//! `cargo test -p moonlight-train --test parity_training -- --nocapture` prints the worst figures.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::optim::GradientsParams;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use moonlight_convert::{Checkpoint, SaveOptions, load, save};
+use moonlight_model::{CausalLm, LmBatch, Probe, Segments};
+use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::Deserialize;
+
+/// The most that the loss of any step may differ.
+const LOSS_BUDGET: f64 = 2e-3;
+/// The most that a parameter may differ after one step, relative to the largest of its elements.
+const STEP_BUDGET: f64 = 1e-5;
+/// The same, relative to the largest change. An expert with few tokens has a gradient of low rank, and Newton-Schulz
+/// multiplies what rounding puts beside it by up to 3.4445^5: torch in f32 is 1.6e-5 from torch in f64 here.
+const CHANGE_BUDGET: f64 = 5e-5;
+
+#[derive(Deserialize)]
+struct Reference {
+    batch_size: usize,
+    rules: Rules,
+    steps: Vec<Step>,
+    router_bias: Vec<Vec<f64>>,
+}
+
+#[derive(Deserialize)]
+struct Rules {
+    weight_decay: f64,
+    momentum: f64,
+    betas: [f32; 2],
+    epsilon: f32,
+    gradient_clip: f64,
+    bias_update_rate: f64,
+}
+
+#[derive(Deserialize)]
+struct Step {
+    loss: f64,
+    grad_norm: f64,
+    lr: f64,
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures")
+}
+
+impl Reference {
+    fn read() -> Self {
+        let text = std::fs::read_to_string(fixtures().join("training/reference.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn rules(&self) -> ParameterRules {
+        let Rules { weight_decay, momentum, betas, epsilon, .. } = self.rules;
+        ParameterRules::moonlight(
+            MuonConfig::new().with_momentum(momentum).with_weight_decay(weight_decay),
+            AdamWConfig::new().with_betas(betas[0], betas[1]).with_epsilon(epsilon).with_weight_decay(weight_decay),
+        )
+    }
+}
+
+fn sequences() -> Vec<Vec<i32>> {
+    #[derive(Deserialize)]
+    struct Line {
+        tokens: Vec<i32>,
+    }
+    let text = std::fs::read_to_string(fixtures().join("training/tokens.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str::<Line>(line).unwrap().tokens).collect()
+}
+
+/// Right-padded, and the number of tokens predicted.
+fn batch(sequences: &[Vec<i32>], device: &Device) -> (LmBatch, f64) {
+    let shape = [sequences.len(), sequences.iter().map(Vec::len).max().unwrap()];
+    let places = || sequences.iter().flat_map(|sequence| (0..shape[1]).map(move |place| (sequence, place)));
+    let token = |sequence: &[i32], place: usize| sequence.get(place).copied().unwrap_or(0);
+    let mask: Vec<f32> = places().map(|(s, place)| if place + 1 < s.len() { 1.0 } else { 0.0 }).collect();
+    let documents: Vec<i32> = places().map(|(s, place)| if place < s.len() { 0 } else { -1 }).collect();
+    let tokens: Vec<i32> = places().map(|(s, place)| token(s, place)).collect();
+    let targets: Vec<i32> = places().map(|(s, place)| token(s, place + 1)).collect();
+    let predicted = mask.iter().map(|&weight| f64::from(weight)).sum();
+    let batch = LmBatch {
+        tokens: Tensor::from_data(TensorData::new(tokens, shape), device),
+        targets: Tensor::from_data(TensorData::new(targets, shape), device),
+        loss_mask: Tensor::from_data(TensorData::new(mask, shape), device),
+        segments: Some(Segments::new(&documents, shape[0], shape[1])),
+    };
+    (batch, predicted)
+}
+
+/// Adds up the squares of all gradients, after scaling them.
+struct Clip<'a> {
+    gradients: &'a mut GradientsParams,
+    factor: f64,
+    squares: f64,
+}
+
+impl ModuleVisitor for Clip<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(gradient) = self.gradients.remove::<D>(param.id) else { return };
+        let gradient = gradient.mul_scalar(self.factor);
+        self.squares += f64::from(gradient.clone().powi_scalar(2).sum().into_scalar::<f32>());
+        self.gradients.register(param.id, gradient);
+    }
+}
+
+/// Clips by the global norm and returns what it was.
+fn clip(model: &CausalLm, gradients: &mut GradientsParams, most: f64) -> f64 {
+    let mut visitor = Clip { gradients, factor: 1.0, squares: 0.0 };
+    model.visit(&mut visitor);
+    let norm = visitor.squares.sqrt();
+    visitor.factor = (most / norm).min(1.0);
+    model.visit(&mut visitor);
+    norm
+}
+
+#[test]
+fn forty_steps() {
+    let reference = Reference::read();
+    let device = Device::default().autodiff();
+    let mut model = load(&fixtures().join("training/init"), &device, Some(DType::F32)).unwrap().model;
+    let mut optimizer = reference.rules().assign(&model).unwrap().optimizer();
+    let sequences = sequences();
+    assert_eq!(sequences.len(), reference.steps.len() * reference.batch_size);
+    let (mut worst, mut worst_step, mut worst_norm) = (0.0, 0, 0.0);
+    for (step, (expected, sequences)) in reference.steps.iter().zip(sequences.chunks(reference.batch_size)).enumerate()
+    {
+        let (batch, predicted) = batch(sequences, &device);
+        let output = model.loss(&batch, 0.0, Probe::default());
+        let loss = output.loss_sum.div_scalar(predicted);
+        let mut gradients = GradientsParams::from_grads(loss.backward(), &model);
+        let norm = clip(&model, &mut gradients, reference.rules.gradient_clip);
+        model = optimizer.step(expected.lr, model, gradients);
+        model = model.update_router_bias(&output.report.expert_loads(), reference.rules.bias_update_rate);
+
+        let difference = (f64::from(loss.into_scalar::<f32>()) - expected.loss).abs();
+        assert!(difference <= LOSS_BUDGET, "step {step}: the loss differs by {difference}");
+        if difference > worst {
+            (worst, worst_step) = (difference, step);
+        }
+        worst_norm = f64::max(worst_norm, (norm / expected.grad_norm - 1.0).abs());
+    }
+    println!("40 steps: loss differs by at most {worst:.1e} (step {worst_step}), gradient norm by {worst_norm:.1e}");
+
+    // The bias is a sum of steps of fixed sizes: it agrees exactly, or some load did not.
+    let saved = tempfile::tempdir().unwrap();
+    let end = weights(&model, &saved.path().join("end"));
+    let biases: Vec<_> = end.iter().filter(|(name, _)| name.ends_with("e_score_correction_bias")).collect();
+    assert_eq!(biases.len(), reference.router_bias.len());
+    for ((name, bias), expected) in biases.into_iter().zip(&reference.router_bias) {
+        let distance = bias.iter().zip(expected).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+        assert!(distance < 1e-6, "{name} differs by {distance}");
+    }
+}
+
+/// The weights of a model under the names of a checkpoint, in f32.
+fn weights(model: &CausalLm, directory: &Path) -> BTreeMap<String, Vec<f32>> {
+    save(model, directory, &SaveOptions { dtype: Some(DType::F32), ..SaveOptions::default() }).unwrap();
+    read(&Checkpoint::open(directory).unwrap())
+}
+
+fn read(checkpoint: &Checkpoint) -> BTreeMap<String, Vec<f32>> {
+    let tensors = checkpoint.tensors();
+    tensors.map(|(name, tensor)| (name.to_owned(), floats(tensor.dtype, checkpoint.data(tensor)))).collect()
+}
+
+fn floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    match dtype {
+        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        Dtype::BF16 => bytes.chunks_exact(2).map(|b| f32::from_le_bytes([0, 0, b[0], b[1]])).collect(),
+        other => panic!("no fixture has {other:?}"),
+    }
+}
+
+/// The gradients of torch as a model: a checkpoint of them (and of the biases, which have none), loaded.
+fn as_model(gradients: &Path, weights: &Path, device: &Device) -> CausalLm {
+    let directory = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(weights).unwrap();
+    let bytes = std::fs::read(gradients).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut all: Vec<(&str, TensorView<'_>)> = file.iter().collect();
+    for (name, tensor) in checkpoint.tensors().filter(|(name, _)| name.ends_with("e_score_correction_bias")) {
+        all.push((name, TensorView::new(tensor.dtype, tensor.shape.clone(), checkpoint.data(tensor)).unwrap()));
+    }
+    safetensors::serialize_to_file(all, None, &directory.path().join("model.safetensors")).unwrap();
+    std::fs::copy(weights.join("config.json"), directory.path().join("config.json")).unwrap();
+    load(directory.path(), device, Some(DType::F32)).unwrap().model
+}
+
+/// Visits the model, then its gradients in the shape of a model, and pairs them by path.
+#[derive(Default)]
+struct ByPath {
+    stack: Vec<String>,
+    ids: HashMap<String, ParamId>,
+    gradients: Option<GradientsParams>,
+}
+
+impl ModuleVisitor for ByPath {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.stack.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.stack.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let path = self.stack.join(".");
+        match &mut self.gradients {
+            None => {
+                self.ids.insert(path, param.id);
+            }
+            Some(_) if path.ends_with("e_score_correction_bias") => {}
+            Some(gradients) => gradients.register(self.ids[&path], param.val().inner()),
+        }
+    }
+}
+
+/// One step through the layers from torch's own gradients: orientation, scale, decay, and every expert by itself.
+#[test]
+fn one_step() {
+    let reference = Reference::read();
+    let device = Device::default().autodiff();
+    let source = fixtures().join("moonlight-like");
+    let model = load(&source, &device, Some(DType::F32)).unwrap().model;
+    let mut by_path = ByPath::default();
+    model.visit(&mut by_path);
+    by_path.gradients = Some(GradientsParams::new());
+    as_model(&source.join("gradients.safetensors"), &source, &device).visit(&mut by_path);
+
+    let assignment = reference.rules().assign(&model).unwrap();
+    let model = assignment.optimizer().step(0.02, model, by_path.gradients.unwrap());
+    let saved = tempfile::tempdir().unwrap();
+    let actual = weights(&model, &saved.path().join("stepped"));
+
+    let before = read(&Checkpoint::open(&source).unwrap());
+    let bytes = std::fs::read(fixtures().join("training/one_step.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut worst = [(0.0, String::new()), (0.0, String::new())];
+    for (name, view) in file.iter() {
+        let (before, actual, expected) = (&before[name], &actual[name], floats(view.dtype(), view.data()));
+        let largest = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
+        assert!(actual.iter().all(|value| value.is_finite()), "{name}");
+        let (change, distance) = (largest(&expected, before), largest(&expected, actual));
+        let size = largest(&expected, &vec![0.0; expected.len()]);
+        assert!(change > 0.0, "{name} does not move in the reference; decay at least should move it");
+        // Decay alone (an expert without a token) is so small that the rounding of the weight itself shows.
+        let past_rounding = (distance - size * f64::from(f32::EPSILON)).max(0.0);
+        for (worst, relative) in worst.iter_mut().zip([distance / size, past_rounding / change]) {
+            if relative > worst.0 {
+                *worst = (relative, name.to_owned());
+            }
+        }
+    }
+    let [(weight, weight_name), (change, change_name)] = worst;
+    println!(
+        "one step: weights differ by at most {weight:.1e} ({weight_name}), changes by {change:.1e} ({change_name})"
+    );
+    assert!(weight <= STEP_BUDGET, "{weight_name} differs by {weight}");
+    assert!(change <= CHANGE_BUDGET, "the change of {change_name} differs by {change}");
+}
