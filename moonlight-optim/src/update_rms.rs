@@ -75,3 +75,36 @@ impl ModuleVisitor for Flat {
         self.tensors.insert(self.path.join("."), tensor);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+    use burn::optim::GradientsParams;
+    use burn::tensor::{Device, Distribution};
+
+    use super::*;
+    use crate::{AdamWConfig, Coefficients, MuonConfig, ParameterRules};
+
+    #[test]
+    fn the_figures_are_those_of_the_update_rules() {
+        let device = Device::default().autodiff();
+        let layer: Linear = LinearConfig::new(24, 16).init(&device);
+        let muon = MuonConfig::new().with_coefficients(Coefficients::PolarExpress).with_steps(12);
+        let rules = ParameterRules::muon_except(Vec::<String>::new(), muon, AdamWConfig::new());
+        let assignment = rules.assign(&layer).unwrap();
+        let x = Tensor::<2>::random([200, 24], Distribution::Normal(0.0, 1.0), &device);
+        let target = Tensor::<2>::random([200, 16], Distribution::Normal(0.0, 1.0), &device);
+        let loss = layer.forward(x).sub(target).square().mean();
+        let grads = GradientsParams::from_grads(loss.backward(), &layer);
+        let before = layer.clone();
+        let lr = 0.01;
+        let after = assignment.optimizer().step(lr, layer, grads);
+
+        let figures = update_rms(&before, &after, &assignment, lr);
+        assert_eq!(figures.len(), 2);
+        // 0.2 at full rank with singular values of 1; the first step of Adam has all elements of length 1.
+        assert!(figures[0].0 == "muon" && (figures[0].1 - 0.2).abs() < 1e-3, "{figures:?}");
+        assert!(figures[1].0 == "adamw" && (figures[1].1 - 1.0).abs() < 1e-3, "{figures:?}");
+        assert!(update_rms(&before, &after, &assignment, 0.0).is_empty());
+    }
+}

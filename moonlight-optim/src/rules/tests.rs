@@ -63,6 +63,22 @@ buffer: 2 tensors, 6 elements";
 }
 
 #[test]
+fn the_short_table_has_one_row_for_all_layers() {
+    let assignment = moonlight().assign(&model(true)).unwrap();
+    let expected = "\
+parameter                shape      optimizer  why
+embed_tokens.weight      [10, 4]    adamw      embedding
+layers.{0-1}.up.weight   [4, 6]     muon       matrix
+layers.{0-1}.up.bias     [6]        adamw      not a matrix
+layers.{0-1}.experts     [3, 4, 5]  muon       stack of matrices
+layers.{0-1}.norm.gamma  [4]        adamw      not a matrix
+layers.{0-1}.bias        [3]        buffer     no gradient
+lm_head.weight           [4, 10]    adamw      output head
+";
+    assert!(format!("{assignment:#}").starts_with(expected), "{assignment:#}");
+}
+
+#[test]
 fn a_tied_head_may_be_absent_but_not_the_embedding() {
     assert!(moonlight().assign(&model(false)).is_ok());
     let linear: Linear = LinearConfig::new(4, 6).init(&Device::default().autodiff());
