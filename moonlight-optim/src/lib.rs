@@ -1,7 +1,98 @@
-//! Muon for Burn.
+//! Muon for [Burn](burn), as in "Muon is Scalable for LLM Training" (arXiv 2502.16982), for any Burn module.
+//!
+//! Muon replaces the update of a weight matrix by the nearest orthogonal one. [`Muon`] is an `impl burn::optim::Optimizer`
+//! that takes matrices and stacks of matrices (`[experts, in, out]`), on any backend. A model needs AdamW beside it, for
+//! embeddings, the output head, norms and biases; [`ParameterRules`] says which parameter goes where, checks that against
+//! the module, and builds Burn's `ModuleOptimizer` from it.
+//!
+//! ```
+//! use burn::module::Module;
+//! use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
+//! use burn::optim::GradientsParams;
+//! use burn::tensor::{Device, Int, Tensor};
+//! use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules, update_rms};
+//!
+//! // A module of yours.
+//! #[derive(Module, Debug)]
+//! struct Model {
+//!     tokens: Embedding,
+//!     hidden: Linear,
+//!     output: Linear,
+//! }
+//!
+//! let device = Device::default().autodiff();
+//! let mut model = Model {
+//!     tokens: EmbeddingConfig::new(10, 16).init(&device),
+//!     hidden: LinearConfig::new(16, 32).init(&device),
+//!     output: LinearConfig::new(32, 10).init(&device),
+//! };
+//!
+//! // Muon for all matrices but embeddings, which are found by their type, and what matches the patterns given.
+//! let rules = ParameterRules::muon_except(["output.*"], MuonConfig::new(), AdamWConfig::new());
+//! let assignment = rules.assign(&model)?;
+//! assert_eq!(
+//!     assignment.to_string(),
+//!     "\
+//! parameter      shape     optimizer  why
+//! tokens.weight  [10, 16]  adamw      embedding
+//! hidden.weight  [16, 32]  muon       matrix
+//! hidden.bias    [32]      adamw      not a matrix
+//! output.weight  [32, 10]  adamw      excepted by `output.*`
+//! output.bias    [10]      adamw      excepted by `output.*`
+//!
+//! muon: 1 tensor, 512 elements
+//! adamw: 4 tensors, 522 elements"
+//! );
+//!
+//! let mut optimizer = assignment.optimizer();
+//! for _ in 0..3 {
+//!     let tokens = Tensor::<2, Int>::from_data([[1, 2, 3, 4]], &device);
+//!     let logits = model.output.forward(model.hidden.forward(model.tokens.forward(tokens)));
+//!     let grads = GradientsParams::from_grads(logits.square().mean().backward(), &model);
+//!     let before = model.clone();
+//!     model = optimizer.step(0.02, model, grads);
+//!     // Both groups move at a like pace, so that one learning rate serves both.
+//!     println!("{:?}", update_rms(&before, &model, &assignment, 0.02));
+//! }
+//!
+//! // Stop, and go on in another process, whose module has other `ParamId`s: state is matched by parameter path.
+//! let bytes = optimizer.into_bytes()?; // or `optimizer.save("optimizer.bpk")`
+//! let optimizer = assignment.load_optimizer_bytes(bytes)?; // or `assignment.load_optimizer("optimizer.bpk")`
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # The update
+//!
+//! ```text
+//! M <- mu M + grad
+//! O  = NewtonSchulz(mu M + grad)
+//! W <- W - lr * (0.2 sqrt(max(A, B)) O + weight_decay W)
+//! ```
+//!
+//! with `mu` 0.95, five Newton-Schulz steps and weight decay 0.1. All of it can be chosen: the factor ([`Scale`]), the
+//! polynomials ([`Coefficients`]), their number, the precision of the products ([`Precision`]).
+//!
+//! Burn's own Muon takes matrices only, and its scale for Keller Jordan's rule reads a matrix as PyTorch stores it,
+//! `[out, in]`, while Burn's `Linear` stores `[in, out]`. Scales here that tell the two apart are right for Burn's layers,
+//! and can be told otherwise ([`WeightLayout`]).
+//!
+//! # Gradients of zero, NaN and infinity
+//!
+//! A zero gradient gives a zero update. A NaN or an infinity in a gradient makes that matrix NaN, and no other matrix of
+//! its stack: it shows in the next loss, rather than being passed over. Gradients of any finite size, 1e-38 or 1e38, are
+//! orthogonalised without overflow; with the default epsilon of 1e-7, as in the report's code, those much smaller than
+//! that are treated as nearly zero, and with an epsilon of 0 the size does not matter at all.
+//!
+//! # Speed
+//!
+//! On the CPU backend (feature `cpu`, on by default) Newton-Schulz runs in kernels of this crate, which take less than
+//! half of the time of the same products in Burn's operations; `cargo run --release --example newton_schulz_time`
+//! measures it. Other backends run it in Burn's operations, a stack at a time.
 
 mod adamw;
 pub mod coefficients;
+#[cfg(feature = "cpu")]
+mod flex;
 mod muon;
 mod newton_schulz;
 pub mod reference;

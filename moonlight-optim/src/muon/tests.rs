@@ -92,7 +92,7 @@ fn a_stack_takes_the_steps_of_its_matrices_alone() {
             stack = muon.step(0.02, stack.0, grad.clone(), stack.1);
         }
         for index in 0..6 {
-            let matrix = |tensor: &Tensor<3>| tensor.clone().slice([index..index + 1]).squeeze_dim::<2>(0);
+            let matrix = |tensor: &Tensor<3>| tensor.clone().narrow(0, index, 1).squeeze_dim::<2>(0);
             let mut alone = (matrix(&weight), None);
             for grad in &grads {
                 alone = muon.step(0.02, alone.0, matrix(grad), alone.1);

@@ -1,0 +1,163 @@
+//! The three products of a Newton-Schulz step, in blocks of rows.
+
+use rayon::prelude::*;
+
+/// Rows of a block: enough to pay for packing the other operand, few enough to leave out most of the upper half.
+const BLOCK: usize = 96;
+
+/// On which side of `X` the polynomial stands: on the left of a wide matrix, on the right of a tall one.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Side {
+    Left,
+    Right,
+}
+
+/// A symmetric matrix, computed by its lower half and mirrored.
+pub(super) struct Symmetric {
+    size: usize,
+    values: Vec<f32>,
+}
+
+/// An operand: element `(i, j)` lies at `i * row_stride + j * column_stride`.
+#[derive(Clone, Copy)]
+struct View<'a> {
+    values: &'a [f32],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> View<'a> {
+    fn new(values: &'a [f32], rows: usize, columns: usize) -> Self {
+        Self { values, rows, columns, row_stride: columns, column_stride: 1 }
+    }
+
+    fn transposed(self) -> Self {
+        let Self { values, rows, columns, row_stride, column_stride } = self;
+        Self { values, rows: columns, columns: rows, row_stride: column_stride, column_stride: row_stride }
+    }
+
+    fn rows(self, start: usize, count: usize) -> Self {
+        Self { values: &self.values[start * self.row_stride..], rows: count, ..self }
+    }
+
+    fn first_columns(self, count: usize) -> Self {
+        Self { columns: count, ..self }
+    }
+}
+
+/// `out = keep * out + factor * lhs * rhs` on the calling thread; `out` has `stride` values a row. With `keep` 0 what
+/// stood in `out` is not read.
+fn multiply(out: &mut [f32], stride: usize, lhs: View<'_>, rhs: View<'_>, keep: f32, factor: f32) {
+    let reach = |view: View<'_>| (view.rows - 1) * view.row_stride + (view.columns - 1) * view.column_stride;
+    assert!(lhs.columns == rhs.rows, "inner dimensions agree");
+    assert!(lhs.rows > 0 && lhs.columns > 0 && rhs.columns > 0, "nothing is empty");
+    assert!(reach(lhs) < lhs.values.len() && reach(rhs) < rhs.values.len(), "operands lie within their slices");
+    assert!(rhs.columns <= stride && (lhs.rows - 1) * stride + rhs.columns <= out.len(), "so does the result");
+    // SAFETY: all elements that the three matrices reach lie within their slices, as was just checked, and `out` is
+    // borrowed for writing, so it overlaps neither operand.
+    unsafe {
+        gemm::gemm(
+            lhs.rows,
+            rhs.columns,
+            lhs.columns,
+            out.as_mut_ptr(),
+            1,
+            stride as isize,
+            keep != 0.0,
+            lhs.values.as_ptr(),
+            lhs.column_stride as isize,
+            lhs.row_stride as isize,
+            rhs.values.as_ptr(),
+            rhs.column_stride as isize,
+            rhs.row_stride as isize,
+            keep,
+            factor,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// Runs `task` on each block of rows of `out` with the index of its first row. The blocks, and with them the result,
+/// are the same either way.
+fn for_each_block(out: &mut [f32], stride: usize, parallel: bool, task: impl Fn(usize, &mut [f32]) + Sync) {
+    let block = BLOCK * stride;
+    if parallel {
+        out.par_chunks_mut(block).enumerate().for_each(|(index, out)| task(index * BLOCK, out));
+    } else {
+        out.chunks_mut(block).enumerate().for_each(|(index, out)| task(index * BLOCK, out));
+    }
+}
+
+impl Symmetric {
+    pub(super) fn new(size: usize) -> Self {
+        Self { size, values: vec![0.0; size * size] }
+    }
+
+    fn view(&self) -> View<'_> {
+        View::new(&self.values, self.size, self.size)
+    }
+
+    /// `X X^T` for a wide `x` `[rows, columns]`, `X^T X` for a tall one.
+    pub(super) fn set_gram(&mut self, x: &[f32], rows: usize, columns: usize, side: Side, parallel: bool) {
+        let x = View::new(x, rows, columns);
+        let (lhs, rhs) = if side == Side::Left { (x, x.transposed()) } else { (x.transposed(), x) };
+        let size = self.size;
+        for_each_block(&mut self.values, size, parallel, |start, out| {
+            let count = out.len() / size;
+            multiply(out, size, lhs.rows(start, count), rhs.first_columns(start + count), 0.0, 1.0);
+        });
+        self.mirror();
+    }
+
+    /// `a I + b G + c G^2`.
+    pub(super) fn set_polynomial(&mut self, gram: &Symmetric, [a, b, c]: [f32; 3], parallel: bool) {
+        let size = self.size;
+        let whole = gram.view();
+        for_each_block(&mut self.values, size, parallel, |start, out| {
+            let count = out.len() / size;
+            out.copy_from_slice(&gram.values[start * size..][..out.len()]);
+            multiply(out, size, whole.rows(start, count), whole.first_columns(start + count), b, c);
+            for row in 0..count {
+                out[row * size + start + row] += a;
+            }
+        });
+        self.mirror();
+    }
+
+    /// Copies the lower half to the upper one, a tile at a time so that the strided side stays in cache.
+    fn mirror(&mut self) {
+        const TILE: usize = 32;
+        let size = self.size;
+        for first in (0..size).step_by(TILE) {
+            for second in (0..=first).step_by(TILE) {
+                for row in first..(first + TILE).min(size) {
+                    for column in second..(second + TILE).min(row) {
+                        self.values[column * size + row] = self.values[row * size + column];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `out = P X` for a wide `x` `[rows, columns]`, `X P` for a tall one.
+pub(super) fn product(
+    out: &mut [f32],
+    polynomial: &Symmetric,
+    x: &[f32],
+    rows: usize,
+    columns: usize,
+    side: Side,
+    parallel: bool,
+) {
+    let x = View::new(x, rows, columns);
+    let (lhs, rhs) = if side == Side::Left { (polynomial.view(), x) } else { (x, polynomial.view()) };
+    for_each_block(out, columns, parallel, |start, out| {
+        multiply(out, columns, lhs.rows(start, out.len() / columns), rhs, 0.0, 1.0);
+    });
+}
