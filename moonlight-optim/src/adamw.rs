@@ -72,6 +72,9 @@ impl AdamWConfig {
 
 /// Any Burn optimizer, run in f32 on parameters that are stored in less: gradient and parameter are widened, the
 /// parameter is rounded once at the end, the state stays wide. For f32 and f64 parameters it changes nothing.
+///
+/// Burn loads the saved state of its own optimizers in the device's default float type, f32 unless it was changed: with
+/// this, that is the type that the state of half-precision parameters has.
 #[derive(Clone, Debug)]
 pub struct FullPrecision<O>(pub O);
 
@@ -93,5 +96,42 @@ impl<O: Optimizer> Optimizer for FullPrecision<O> {
 
     fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
         O::to_device(state, device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{DType, Distribution};
+
+    use super::*;
+
+    fn floats(tensor: Tensor<1>) -> Vec<f32> {
+        tensor.into_data().iter::<f32>().collect()
+    }
+
+    #[test]
+    fn half_precision_parameters_are_stepped_in_full_precision() {
+        let device = Device::default();
+        let mut narrow = Tensor::<1>::random([64], Distribution::Default, &device).cast(DType::BF16);
+        let optimizer = AdamWConfig::new().build();
+        let (mut narrow_state, mut wide_state) = (None, None);
+        for _ in 0..3 {
+            let grad = Tensor::<1>::random([64], Distribution::Default, &device).cast(DType::BF16);
+            let wide;
+            (wide, wide_state) =
+                optimizer.0.step(0.01, narrow.clone().cast(DType::F32), grad.clone().cast(DType::F32), wide_state);
+            (narrow, narrow_state) = optimizer.step(0.01, narrow, grad, narrow_state);
+            assert_eq!(narrow.dtype(), DType::BF16);
+            assert_eq!(floats(narrow.clone()), floats(wide.cast(DType::BF16)));
+        }
+        assert_eq!(narrow_state.map(|state| state.momentum.moment_2.dtype()), Some(DType::F32));
+    }
+
+    #[test]
+    fn decay_reaches_a_gain_without_gradient() {
+        let device = Device::default();
+        let gain = Tensor::<1>::ones([4], &device);
+        let (after, _) = AdamWConfig::new().build().step(0.5, gain.clone(), gain.zeros_like(), None);
+        assert!(floats(after).iter().all(|value| (value - 0.95).abs() < 1e-6));
     }
 }

@@ -264,6 +264,19 @@ mod tests {
     }
 
     #[test]
+    fn doubles_are_iterated_in_double_precision() {
+        let matrix = noise(20, 31, 4);
+        let data = TensorData::new(matrix.values.clone(), [1, 20, 31]);
+        let input = Tensor::<3>::from_data(data, (&Device::default(), DType::F64));
+        let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+        let result = iteration.apply(input);
+        assert_eq!(result.dtype(), DType::F64);
+        let expected = reference::newton_schulz(&matrix, &iteration.schedule, iteration.epsilon);
+        let (relative, _) = distance(&values(result), &expected.values);
+        assert!(relative < 1e-12, "{relative}");
+    }
+
+    #[test]
     fn an_empty_stack_stays_empty() {
         let empty = Tensor::<3>::zeros([0, 3, 4], &Device::default());
         assert_eq!(newton_schulz(empty, &Coefficients::Report, 5).dims(), [0, 3, 4]);

@@ -114,6 +114,9 @@ impl Assignment {
         by_path.sort_by_key(|(_, path)| *path); // identities are random, messages are not
         for (old, path) in by_path {
             let row = rows.get(path.as_str()).ok_or_else(|| StateError::UnknownParameter { path: path.clone() })?;
+            if owners.values().any(|known: &&AssignedParameter| known.path == row.path) {
+                return Err(StateError::Unreadable(format!("`{path}` is there twice")));
+            }
             owners.insert(old, row);
         }
         let owner = |entry: &str| -> Result<(String, ParamId), StateError> {

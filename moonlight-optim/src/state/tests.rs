@@ -1,7 +1,7 @@
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::GradientsParams;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use super::*;
 use crate::{AdamWConfig, MuonConfig, ParameterRules};
@@ -83,6 +83,40 @@ fn a_run_goes_on_bit_for_bit_under_new_identities() {
         twin = step(&mut from_bytes, twin, 3);
         assert_eq!(bits(&resumed), bits(&model));
         assert_eq!(bits(&twin), bits(&model));
+    }
+}
+
+#[test]
+fn bf16_weights_resume_bit_for_bit_with_their_f32_state() {
+    let narrow = |pair: Pair| {
+        let cast = |mut layer: Linear| {
+            let half = |tensor: Tensor<2>| Tensor::from_inner(tensor.inner().cast(DType::BF16)).require_grad();
+            layer.weight = layer.weight.map(half);
+            layer.bias = None;
+            layer
+        };
+        Pair { first: cast(pair.first), second: cast(pair.second) }
+    };
+    let step = |optimizer: &mut ModuleOptimizer, pair: Pair| {
+        let x = Tensor::<2>::ones([2, 4], &Device::default().autodiff()).cumsum(0).cast(DType::BF16);
+        let loss = pair.second.forward(pair.first.forward(x)).square().mean();
+        let grads = GradientsParams::from_grads(loss.backward(), &pair);
+        optimizer.step(0.01, pair, grads)
+    };
+    let bits = |pair: &Pair| -> Vec<f32> { pair.second.weight.val().into_data().iter::<f32>().collect() };
+    for muon in [true, false] {
+        let mut model = narrow(pair(4));
+        let mut optimizer = assign(&model, muon).optimizer();
+        for _ in 0..3 {
+            model = step(&mut optimizer, model);
+        }
+        let mut resumed = narrow(reborn(&model));
+        let mut restored = assign(&resumed, muon).load_optimizer_bytes(optimizer.into_bytes().unwrap()).unwrap();
+        for _ in 0..3 {
+            model = step(&mut optimizer, model);
+            resumed = step(&mut restored, resumed);
+            assert_eq!(bits(&resumed), bits(&model));
+        }
     }
 }
 
