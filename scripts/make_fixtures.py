@@ -4,7 +4,7 @@
     python scripts/make_fixtures.py fixtures
 
 Needs torch and transformers from PyPI (`versions.json` beside the fixtures names those that the committed files were
-made with). Five tiny random models, one a published family, each in a directory of its own:
+made with). Six tiny random models, one a published family, each in a directory of its own:
 
     config.json, *.safetensors   the checkpoint in the layout that the family was published in
     expected.json                log-probabilities of whole sequences, a greedy continuation, the loss of one batch
@@ -124,6 +124,23 @@ DEEPSEEK_V2_LITE = MOONLIGHT | {
     "vocab_size": 89,
 }
 
+# The large DeepSeek-V2: groups ranked by their best expert, a query latent; and biases, which no published file has.
+DEEPSEEK_V2 = DEEPSEEK_V2_LITE | {
+    "attention_bias": True,
+    "hidden_size": 30,
+    "intermediate_size": 33,
+    "moe_intermediate_size": 7,
+    "n_group": 4,
+    "n_routed_experts": 12,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 2,
+    "q_lora_rank": 11,
+    "routed_scaling_factor": 16.0,
+    "topk_group": 2,
+    "topk_method": "group_limited_greedy",
+}
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "bos_token_id": 0,
@@ -171,6 +188,7 @@ FIXTURES = [
     ("moonlight-like", MOONLIGHT, 1000, {"bias_dtype": torch.bfloat16, "stale_inv_freq": True}),
     ("deepseek-v3-like", DEEPSEEK_V3, 2000, {"bias_dtype": torch.float32, "max_shard_size": 40_000}),
     ("deepseek-v2-lite-like", DEEPSEEK_V2_LITE, 3000, {}),
+    ("deepseek-v2-like", DEEPSEEK_V2, 6000, {}),
     ("llama", LLAMA, 4000, {}),
     ("qwen2", QWEN2, 5000, {}),
 ]
@@ -430,6 +448,8 @@ class RouterWatch:
         self.routed = bool(gates)
         self.hooks = [module.register_forward_hook(self.note) for _, module in gates]
         self.config = model.config
+        method = getattr(self.config, "topk_method", "noaux_tc")
+        self.grouped = self.routed and method != "greedy" and self.config.n_group > 1
 
     def close(self):
         for hook in self.hooks:
@@ -445,9 +465,9 @@ class RouterWatch:
         self.negative += (choice < 0).sum().item()
         top_k = module.top_k
         allowed = choice
-        if sigmoid and module.num_group > 1:
+        if self.grouped:
             groups = choice.view(len(choice), module.num_group, -1)
-            worth = groups.topk(2, dim=-1).values.sum(-1)
+            worth = groups.topk(2 if sigmoid else 1, dim=-1).values.sum(-1)
             ranked = worth.sort(descending=True).values
             gap = ranked[:, module.topk_group - 1] - ranked[:, module.topk_group]
             self.group_margin = min(self.group_margin, gap.min().item())
@@ -471,8 +491,8 @@ class RouterWatch:
         }
         if self.config.model_type == "deepseek_v3":
             evidence |= {"choices_moved_by_bias": self.moved_by_bias, "negative_biased_scores": self.negative}
-            if self.config.n_group > 1:
-                evidence |= {"choices_moved_by_groups": self.moved_by_groups, "group_margin": self.group_margin}
+        if self.grouped:
+            evidence |= {"choices_moved_by_groups": self.moved_by_groups, "group_margin": self.group_margin}
         return evidence
 
     def problem(self, evidence):

@@ -9,8 +9,8 @@ use moonlight_model::CausalLm;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
-pub(crate) const FAMILIES: [&str; 5] =
-    ["moonlight-like", "deepseek-v3-like", "deepseek-v2-lite-like", "llama", "qwen2"];
+pub(crate) const FAMILIES: [&str; 6] =
+    ["moonlight-like", "deepseek-v3-like", "deepseek-v2-lite-like", "deepseek-v2-like", "llama", "qwen2"];
 
 /// Tensors in f32 by the name that they have in a file.
 pub(crate) type Tensors = BTreeMap<String, HostTensor>;
@@ -56,10 +56,15 @@ pub(crate) struct Batch {
 impl Fixture {
     /// The fixture of a family, and its model in f32.
     pub(crate) fn open(family: &str, device: &Device) -> (Self, CausalLm) {
+        Self::open_in(DType::F32, family, device)
+    }
+
+    /// The same in another dtype.
+    pub(crate) fn open_in(dtype: DType, family: &str, device: &Device) -> (Self, CausalLm) {
         let directory = directory(family);
         let text = std::fs::read_to_string(directory.join("expected.json")).unwrap();
         let mut fixture: Self = serde_json::from_str(&text).unwrap();
-        let model = load(&directory, device, Some(DType::F32)).unwrap().model;
+        let model = load(&directory, device, Some(dtype)).unwrap().model;
         fixture.vocab = model.config().vocab_size;
         fixture.directory = directory;
         (fixture, model)
