@@ -13,6 +13,9 @@ use crate::Assignment;
 /// `before` and `after` are the module around one step taken with learning rate `lr`. With the report's scale Muon's
 /// figure is about 0.2 (less where updates are not of full rank), and AdamW's is 0.2 to 0.4 in practice. Groups come
 /// in the order in which they were declared; a group without parameters, or a learning rate of 0, gives no figure.
+///
+/// Keeping `before` (a clone of the module) over the step costs a copy of its parameters: do it on the steps that are
+/// logged.
 pub fn update_rms<M: Module>(before: &M, after: &M, assignment: &Assignment, lr: f64) -> Vec<(String, f64)> {
     if lr == 0.0 {
         return Vec::new();
