@@ -15,6 +15,16 @@ pub(super) const VOCAB_SIZE: usize = 259;
 
 const SPECIALS: [(u32, &str); 3] = [(BOS, "<|bos|>"), (EOS, "<|eos|>"), (PAD, "<|pad|>")];
 
+/// The bytes of the tokens; specials and ids that there are not have none.
+pub(super) fn bytes(tokens: &[u32]) -> Vec<u8> {
+    tokens.iter().filter_map(|&token| u8::try_from(token).ok()).collect()
+}
+
+/// The id of a special token.
+pub(super) fn special(text: &str) -> Option<u32> {
+    SPECIALS.iter().find(|(_, name)| *name == text).map(|(id, _)| *id)
+}
+
 /// The character that byte-level BPE writes for a byte (GPT-2's table): printable Latin-1 stands for itself, the other
 /// 68 bytes are shifted up from U+0100.
 pub(super) fn byte_to_char(byte: u8) -> char {

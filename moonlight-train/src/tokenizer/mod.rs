@@ -1,60 +1,62 @@
 //! Text to tokens and back.
 //!
-//! Three kinds, told apart by what is on disk: the 256 [bytes](BYTES_TOKENIZER) with a few specials, a Hugging Face
-//! `tokenizer.json`, and Moonlight's own `tiktoken.model`. Text that happens to spell a special token (`<|im_end|>`) is
-//! not special: [`Tokenizer::encode`] gives its characters.
+//! Three kinds, told apart by what is on disk: the 256 bytes with three specials (`bytes`), a Hugging Face
+//! `tokenizer.json`, and Moonlight's own `tiktoken.model`.
+//!
+//! Text that happens to spell a special token (`<|im_end|>`) is not special: [`Tokenizer::encode`] gives its
+//! characters, as one wants for text that others wrote. [`Tokenizer::special`] gives the id of a special token.
 
 mod bytes;
+mod error;
+mod hugging_face;
+mod names;
 mod stream;
+mod tiktoken;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use hugging_face::HuggingFace;
+use names::SpecialNames;
+use tiktoken::Tiktoken;
 
 pub use crate::recipe::BYTES_TOKENIZER;
 pub use bytes::{BOS, EOS, PAD};
+pub use error::TokenizerError;
 pub use stream::TokenStream;
 
-/// A tokenizer that cannot be had.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum TokenizerError {
-    /// There is no such file or folder, or nothing in it is a tokenizer.
-    #[error("there is no tokenizer at `{}`", .0.display())]
-    NotFound(PathBuf),
-    /// The file is not what its name says.
-    #[error("the tokenizer `{}` cannot be read: {problem}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-}
+const TOKENIZER_JSON: &str = "tokenizer.json";
+const TIKTOKEN_MODEL: &str = "tiktoken.model";
 
-impl TokenizerError {
-    /// How to mend it, where we know.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::NotFound(_) => {
-                Some("a tokenizer is `bytes`, a tokenizer.json, a tiktoken.model, or a folder with one of them".into())
-            }
-            Self::Read { .. } => None,
-        }
-    }
-}
+/// What may lie beside a tokenizer and belongs to it.
+const BESIDE: [&str; 4] =
+    ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenization_moonshot.py"];
 
-/// Text to tokens and back.
+/// Text to tokens and back. Clones share everything.
 #[derive(Clone)]
 pub struct Tokenizer {
     kind: Kind,
+    vocab_size: usize,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    companions: Arc<Vec<Companion>>,
+    fingerprint: String,
 }
 
 #[derive(Clone)]
 enum Kind {
     Bytes,
+    HuggingFace(Arc<HuggingFace>),
+    Tiktoken(Arc<Tiktoken>),
 }
 
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tokenizer").field("fingerprint", &self.fingerprint()).finish()
+        f.debug_struct("Tokenizer")
+            .field("fingerprint", &self.fingerprint)
+            .field("vocab_size", &self.vocab_size)
+            .finish_non_exhaustive()
     }
 }
 
@@ -68,80 +70,170 @@ pub struct Companion {
 }
 
 impl Tokenizer {
-    /// Opens `bytes`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one.
+    /// The 256 bytes, and [`BOS`], [`EOS`] and [`PAD`].
+    pub fn bytes() -> Self {
+        Self {
+            kind: Kind::Bytes,
+            vocab_size: bytes::VOCAB_SIZE,
+            bos: Some(BOS),
+            eos: Some(EOS),
+            companions: Arc::new(bytes::companions()),
+            fingerprint: "bytes-1".into(),
+        }
+    }
+
+    /// Opens `bytes`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one. `~` and `$NAME`
+    /// are expanded.
     ///
     /// # Errors
     ///
     /// [`TokenizerError`] for a path where there is none, and for a file that is not one.
     pub fn open(spec: &str) -> Result<Self, TokenizerError> {
         if spec == BYTES_TOKENIZER {
-            return Ok(Self { kind: Kind::Bytes });
+            return Ok(Self::bytes());
         }
-        Err(TokenizerError::NotFound(PathBuf::from(spec)))
+        let path = PathBuf::from(crate::recipe::expand(spec).unwrap_or_else(|_| spec.to_owned()));
+        if path.is_dir() {
+            return Self::from_model_dir(&path)?.ok_or(TokenizerError::NotFound(path));
+        }
+        if !path.is_file() {
+            return Err(TokenizerError::NotFound(path));
+        }
+        if path.extension().is_some_and(|ending| ending == "json") {
+            Self::from_tokenizer_json(&path)
+        } else {
+            Self::from_tiktoken_model(&path)
+        }
     }
 
-    /// The tokenizer of a model's folder; `None` where it has none.
+    /// The tokenizer of a model's folder, `tokenizer.json` before `tiktoken.model`; `None` where it has neither.
     ///
     /// # Errors
     ///
     /// [`TokenizerError::Read`] for a file that is not a tokenizer.
     pub fn from_model_dir(dir: &Path) -> Result<Option<Self>, TokenizerError> {
-        let _ = dir;
+        let file = dir.join(TOKENIZER_JSON);
+        if file.is_file() {
+            return Self::from_tokenizer_json(&file).map(Some);
+        }
+        let file = dir.join(TIKTOKEN_MODEL);
+        if file.is_file() {
+            return Self::from_tiktoken_model(&file).map(Some);
+        }
         Ok(None)
+    }
+
+    fn from_tokenizer_json(path: &Path) -> Result<Self, TokenizerError> {
+        let contents = read(path)?;
+        let bytes = Self::bytes();
+        if bytes.companions.iter().any(|companion| companion.name == TOKENIZER_JSON && companion.contents == contents) {
+            // A checkpoint of ours: the same tokens without the detour.
+            return Ok(bytes);
+        }
+        let kind =
+            HuggingFace::parse(&contents).map_err(|problem| TokenizerError::Read { path: path.to_owned(), problem })?;
+        let names = SpecialNames::beside(path);
+        let id = |name: Option<&String>, fallback: Option<u32>| name.and_then(|name| kind.id(name)).or(fallback);
+        Ok(Self {
+            vocab_size: kind.vocab_size(),
+            bos: id(names.bos.as_ref(), names.bos_id),
+            eos: id(names.eos.as_ref(), names.eos_id),
+            companions: Arc::new(companions(path, TOKENIZER_JSON, &contents)),
+            fingerprint: fingerprint("tokenizer.json", &contents),
+            kind: Kind::HuggingFace(Arc::new(kind)),
+        })
+    }
+
+    fn from_tiktoken_model(path: &Path) -> Result<Self, TokenizerError> {
+        let contents = read(path)?;
+        let names = SpecialNames::beside(path);
+        let kind = Tiktoken::parse(&contents, names.added)
+            .map_err(|problem| TokenizerError::Read { path: path.to_owned(), problem })?;
+        Ok(Self {
+            vocab_size: kind.vocab_size(),
+            bos: kind.special(names.bos.as_deref().unwrap_or("[BOS]")),
+            eos: kind.special(names.eos.as_deref().unwrap_or("[EOS]")),
+            companions: Arc::new(companions(path, TIKTOKEN_MODEL, &contents)),
+            fingerprint: fingerprint("tiktoken.model", &contents),
+            kind: Kind::Tiktoken(Arc::new(kind)),
+        })
     }
 
     /// The tokens of a text, none added at its ends; what spells a special token is not special.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         match &self.kind {
             Kind::Bytes => text.bytes().map(u32::from).collect(),
+            Kind::HuggingFace(kind) => kind.encode(text),
+            Kind::Tiktoken(kind) => kind.encode(text),
         }
     }
 
-    /// The text of tokens; bytes that are not UTF-8 become U+FFFD.
+    /// The text of tokens. Special tokens and ids that there are not have none; bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, tokens: &[u32]) -> String {
-        String::from_utf8_lossy(&self.bytes(tokens)).into_owned()
+        match &self.kind {
+            Kind::HuggingFace(kind) => kind.decode(tokens),
+            _ => String::from_utf8_lossy(&self.token_bytes(tokens).unwrap_or_default()).into_owned(),
+        }
     }
 
-    /// The bytes of tokens; special tokens and unknown ids have none.
-    pub fn bytes(&self, tokens: &[u32]) -> Vec<u8> {
+    /// The bytes of tokens, where tokens are bytes; a `tokenizer.json` may give a token another text beside others.
+    fn token_bytes(&self, tokens: &[u32]) -> Option<Vec<u8>> {
         match &self.kind {
-            Kind::Bytes => tokens.iter().filter_map(|&token| u8::try_from(token).ok()).collect(),
+            Kind::Bytes => Some(bytes::bytes(tokens)),
+            Kind::HuggingFace(_) => None,
+            Kind::Tiktoken(kind) => Some(kind.bytes(tokens)),
         }
     }
 
     /// One more than the largest token.
     pub fn vocab_size(&self) -> usize {
-        match &self.kind {
-            Kind::Bytes => bytes::VOCAB_SIZE,
-        }
+        self.vocab_size
     }
 
     /// The token that ends a document.
     pub fn eos(&self) -> Option<u32> {
-        match &self.kind {
-            Kind::Bytes => Some(EOS),
-        }
+        self.eos
     }
 
     /// The token that begins a text, for models that have one; [`encode`](Tokenizer::encode) does not add it.
     pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The id of a special token by its text, such as `<|im_end|>`.
+    pub fn special(&self, text: &str) -> Option<u32> {
         match &self.kind {
-            Kind::Bytes => Some(BOS),
+            Kind::Bytes => bytes::special(text),
+            Kind::HuggingFace(kind) => kind.special(text),
+            Kind::Tiktoken(kind) => kind.special(text),
         }
     }
 
     /// The files to keep in a checkpoint's folder so that this tokenizer, or transformers' `AutoTokenizer`, opens it.
     pub fn companions(&self) -> Vec<Companion> {
-        match &self.kind {
-            Kind::Bytes => bytes::companions(),
+        self.companions.to_vec()
+    }
+
+    /// Writes the [`companions`](Tokenizer::companions) into a folder, which is made if need be.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizerError::Write`], which names the file.
+    pub fn save(&self, dir: &Path) -> Result<(), TokenizerError> {
+        let write = |path: &Path, result: std::io::Result<()>| {
+            result.map_err(|error| TokenizerError::Write { path: path.to_owned(), problem: error.to_string() })
+        };
+        write(dir, std::fs::create_dir_all(dir))?;
+        for companion in self.companions.iter() {
+            let path = dir.join(&companion.name);
+            write(&path, std::fs::write(&path, &companion.contents))?;
         }
+        Ok(())
     }
 
     /// A name that changes whenever the tokens of a text could.
-    pub fn fingerprint(&self) -> String {
-        match &self.kind {
-            Kind::Bytes => "bytes-1".into(),
-        }
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// Decodes tokens as they come.
@@ -149,3 +241,26 @@ impl Tokenizer {
         TokenStream::new(self)
     }
 }
+
+fn read(path: &Path) -> Result<Vec<u8>, TokenizerError> {
+    std::fs::read(path).map_err(|error| TokenizerError::Read { path: path.to_owned(), problem: error.to_string() })
+}
+
+/// The tokenizer's file under its usual name, and what lies beside it.
+fn companions(path: &Path, name: &str, contents: &[u8]) -> Vec<Companion> {
+    let main = Companion { name: name.into(), contents: contents.to_owned() };
+    let beside = BESIDE.iter().filter_map(|&name| {
+        let contents = std::fs::read(path.with_file_name(name)).ok()?;
+        Some(Companion { name: name.into(), contents })
+    });
+    std::iter::once(main).chain(beside).collect()
+}
+
+fn fingerprint(kind: &str, contents: &[u8]) -> String {
+    let mut hasher = DefaultHasher::new();
+    contents.hash(&mut hasher);
+    format!("{kind}-{:016x}", hasher.finish())
+}
+
+#[cfg(test)]
+mod tests;

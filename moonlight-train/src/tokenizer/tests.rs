@@ -1,0 +1,115 @@
+use std::path::Path;
+
+use serde_json::json;
+
+use super::*;
+
+const TEXT: &str = "fn main() { println!(\"é 月光 🌙 <|eos|>\"); }\r\n\0";
+
+fn streamed(tokenizer: &Tokenizer, tokens: &[u32]) -> Vec<String> {
+    let mut stream = tokenizer.stream();
+    let mut parts: Vec<String> = tokens.iter().map(|&token| stream.push(token)).collect();
+    parts.push(stream.finish());
+    parts
+}
+
+/// Byte-level BPE with a few merges, two added specials, and its neighbour files.
+fn write_tokenizer_json(dir: &Path) {
+    let bytes = Tokenizer::bytes();
+    let ours: serde_json::Value = serde_json::from_slice(&bytes.companions()[0].contents).unwrap();
+    let mut theirs = ours.clone();
+    theirs["model"]["vocab"]["he"] = json!(256);
+    theirs["model"]["vocab"]["Ġhe"] = json!(257);
+    theirs["model"]["merges"] = json!([["h", "e"], ["Ġ", "he"]]);
+    theirs["pre_tokenizer"]["use_regex"] = json!(true);
+    theirs["added_tokens"] = json!([{"id": 258, "content": "<end>", "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false, "special": true}]);
+    std::fs::write(dir.join("tokenizer.json"), theirs.to_string()).unwrap();
+    let config = json!({"eos_token": {"content": "<end>"}, "bos_token": null});
+    std::fs::write(dir.join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn bytes_are_bytes() {
+    let tokenizer = Tokenizer::open("bytes").unwrap();
+    let tokens = tokenizer.encode(TEXT);
+    assert_eq!(tokens, TEXT.bytes().map(u32::from).collect::<Vec<_>>());
+    assert_eq!(tokenizer.decode(&tokens), TEXT);
+    assert_eq!(tokenizer.decode(&[BOS, 104, 105, EOS, PAD, 9999]), "hi");
+    assert_eq!((tokenizer.vocab_size(), tokenizer.bos(), tokenizer.eos()), (259, Some(256), Some(257)));
+    assert_eq!((tokenizer.special("<|eos|>"), tokenizer.special("a")), (Some(257), None));
+}
+
+#[test]
+fn bytes_come_back_from_a_checkpoint_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(Tokenizer::from_model_dir(dir.path()).unwrap().is_none());
+    Tokenizer::bytes().save(&dir.path().join("new")).unwrap();
+    let again = Tokenizer::from_model_dir(&dir.path().join("new")).unwrap().unwrap();
+    assert_eq!(again.fingerprint(), Tokenizer::bytes().fingerprint());
+}
+
+/// What `tokenizers`, and so transformers, makes of the file that stands for the bytes.
+#[test]
+fn the_file_for_bytes_means_bytes() {
+    let tokenizer = HuggingFace::parse(&Tokenizer::bytes().companions()[0].contents).unwrap();
+    let tokens = tokenizer.encode(TEXT);
+    assert_eq!(tokens, Tokenizer::bytes().encode(TEXT));
+    assert_eq!(tokenizer.decode(&tokens), TEXT);
+    assert_eq!(tokenizer.vocab_size(), 259);
+    assert_eq!(tokenizer.special("<|eos|>"), Some(EOS));
+    for byte in 0..=u8::MAX {
+        assert_eq!(tokenizer.id(&bytes::byte_to_char(byte).to_string()), Some(byte.into()));
+    }
+}
+
+#[test]
+fn a_tokenizer_json_with_its_neighbours() {
+    let dir = tempfile::tempdir().unwrap();
+    write_tokenizer_json(dir.path());
+    let tokenizer = Tokenizer::open(&dir.path().join("tokenizer.json").display().to_string()).unwrap();
+    assert_eq!(tokenizer.encode("he hex"), [256, 257, 120]);
+    assert_eq!((tokenizer.vocab_size(), tokenizer.eos(), tokenizer.bos()), (259, Some(258), None));
+    // What spells the special token is text.
+    let spelled = tokenizer.encode("a<end>");
+    assert_eq!(spelled, "a<end>".bytes().map(u32::from).collect::<Vec<_>>());
+    assert_eq!(tokenizer.decode(&[97, 258, 257]), "a he");
+    let names: Vec<String> = tokenizer.companions().into_iter().map(|file| file.name).collect();
+    assert_eq!(names, ["tokenizer.json", "tokenizer_config.json"]);
+}
+
+#[test]
+fn streams_never_give_half_a_character() {
+    let dir = tempfile::tempdir().unwrap();
+    write_tokenizer_json(dir.path());
+    for tokenizer in [Tokenizer::bytes(), Tokenizer::from_model_dir(dir.path()).unwrap().unwrap()] {
+        let tokens = tokenizer.encode(TEXT);
+        let parts = streamed(&tokenizer, &tokens);
+        assert_eq!(parts.concat(), TEXT);
+        assert!(parts.iter().all(|part| !part.contains('\u{FFFD}')), "{parts:?}");
+        // An end in the middle of a character.
+        let cut = streamed(&tokenizer, &[104, 0xE6, 0x9C]);
+        assert_eq!(cut, ["h", "", "", "\u{FFFD}"]);
+    }
+    let garbage = [0xFF, 0xE6, 0x41, 0x9C, 0xF0, 0x9F, 0x8C, 0x99];
+    let tokenizer = Tokenizer::bytes();
+    assert_eq!(streamed(&tokenizer, &garbage).concat(), tokenizer.decode(&garbage));
+}
+
+#[test]
+fn what_is_not_a_tokenizer_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    for (name, contents) in [("a.json", "{}"), ("b.json", "not json"), ("c.model", "abc"), ("d.model", "")] {
+        std::fs::write(dir.path().join(name), contents).unwrap();
+        let error = Tokenizer::open(&path(name)).unwrap_err();
+        assert!(error.to_string().contains(name) && !error.to_string().contains('\n'), "{error}");
+    }
+    let absent = Tokenizer::open(&path("absent")).unwrap_err();
+    assert!(absent.hint().unwrap().contains("tiktoken.model"));
+    assert!(matches!(Tokenizer::open(&dir.path().display().to_string()), Err(TokenizerError::NotFound(_))));
+    // A word-level model without an unknown token would fail on the first new word.
+    let words = json!({"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}});
+    std::fs::write(dir.path().join("w.json"), words.to_string()).unwrap();
+    assert!(Tokenizer::open(&path("w.json")).unwrap_err().to_string().contains("no token for a character"));
+}
