@@ -62,6 +62,11 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// What the operating system says of a file.
+    pub(super) fn io(action: &'static str, path: &std::path::Path, error: &std::io::Error) -> Self {
+        Self::Io { action, path: path.to_owned(), problem: error.to_string() }
+    }
+
     /// How to mend it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {

@@ -1,0 +1,119 @@
+//! The loss of a bigram model: what a model must beat to have learnt more than which token follows which.
+
+use std::collections::HashMap;
+
+/// Tokens up to which the counts stand in a table; beyond, in a hash map.
+const TABLE_VOCABULARY: usize = 2048;
+
+/// Nats per token that a bigram model counted on the documents `train` loses on `valid`; `None` where `valid` has
+/// nothing to predict.
+///
+/// Each token but a document's first is predicted from the one before it:
+/// `p(b | a) = (n(a, b) + p(b)) / (n(a) + 1)`, `p(b) = (n(b) + 1) / (n + vocab_size)`, where `n` counts predicted
+/// tokens of the training documents: one pseudo-count, spread as the tokens themselves are, so an unseen pair costs what
+/// the rarity of its second token costs. This is a harder mark than add-one smoothing.
+pub fn bigram_loss<D: Iterator<Item = u32>>(
+    train: impl Iterator<Item = D>,
+    valid: impl Iterator<Item = D>,
+    vocab_size: usize,
+) -> Option<f64> {
+    let mut counts = Counts::new(vocab_size);
+    each_pair(train, |first, second| counts.add(first, second));
+    let (mut nats, mut predicted) = (0.0, 0u64);
+    each_pair(valid, |first, second| {
+        nats -= counts.probability(first, second).ln();
+        predicted += 1;
+    });
+    (predicted > 0).then(|| nats / predicted as f64)
+}
+
+fn each_pair<D: Iterator<Item = u32>>(documents: impl Iterator<Item = D>, mut see: impl FnMut(u32, u32)) {
+    for mut document in documents {
+        let Some(mut first) = document.next() else { continue };
+        for second in document {
+            see(first, second);
+            first = second;
+        }
+    }
+}
+
+struct Counts {
+    vocab_size: usize,
+    pairs: Pairs,
+    /// Pairs that begin with each token.
+    first: Vec<u64>,
+    /// Pairs that end with each token.
+    second: Vec<u64>,
+    total: u64,
+}
+
+enum Pairs {
+    Table(Vec<u64>),
+    Map(HashMap<(u32, u32), u64>),
+}
+
+impl Counts {
+    fn new(vocab_size: usize) -> Self {
+        let pairs = if vocab_size <= TABLE_VOCABULARY {
+            Pairs::Table(vec![0; vocab_size * vocab_size])
+        } else {
+            Pairs::Map(HashMap::new())
+        };
+        Self { vocab_size, pairs, first: vec![0; vocab_size], second: vec![0; vocab_size], total: 0 }
+    }
+
+    fn add(&mut self, first: u32, second: u32) {
+        match &mut self.pairs {
+            Pairs::Table(table) => table[first as usize * self.vocab_size + second as usize] += 1,
+            Pairs::Map(map) => *map.entry((first, second)).or_default() += 1,
+        }
+        self.first[first as usize] += 1;
+        self.second[second as usize] += 1;
+        self.total += 1;
+    }
+
+    fn probability(&self, first: u32, second: u32) -> f64 {
+        let pair = match &self.pairs {
+            Pairs::Table(table) => table[first as usize * self.vocab_size + second as usize],
+            Pairs::Map(map) => map.get(&(first, second)).copied().unwrap_or(0),
+        };
+        let alone = (self.second[second as usize] + 1) as f64 / (self.total + self.vocab_size as u64) as f64;
+        (pair as f64 + alone) / (self.first[first as usize] + 1) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn loss(train: &[&[u32]], valid: &[&[u32]], vocab_size: usize) -> Option<f64> {
+        let documents = |all: &[&[u32]]| all.iter().map(|document| document.to_vec().into_iter()).collect::<Vec<_>>();
+        bigram_loss(documents(train).into_iter(), documents(valid).into_iter(), vocab_size)
+    }
+
+    #[test]
+    fn counted_by_hand() {
+        // Pairs: 01 10 01 12; ends: 1 twice, 0 once, 2 once; of 4, with a vocabulary of 4.
+        let train: &[&[u32]] = &[&[0, 1, 0, 1, 2]];
+        let one = (2.0 + 3.0 / 8.0) / 3.0; // 1 after 0
+        let unseen = (0.0 + 2.0 / 8.0) / 3.0; // 2 after 0
+        let expected = -(f64::ln(one) + f64::ln(unseen)) / 2.0;
+        let got = loss(train, &[&[0, 1], &[0, 2], &[3], &[]], 4).unwrap();
+        assert!((got - expected).abs() < 1e-12, "{got} is not {expected}");
+        assert_eq!(loss(train, &[&[3], &[]], 4), None);
+    }
+
+    #[test]
+    fn probabilities_sum_to_one_in_table_and_map() {
+        for vocab_size in [7, TABLE_VOCABULARY + 1] {
+            let mut counts = Counts::new(vocab_size);
+            for (first, second) in [(0, 1), (0, 1), (0, 2), (6, 6)] {
+                counts.add(first, second);
+            }
+            for first in [0, 1, 6] {
+                let sum: f64 = (0..vocab_size as u32).map(|second| counts.probability(first, second)).sum();
+                assert!((sum - 1.0).abs() < 1e-9, "{sum}");
+            }
+        }
+    }
+}

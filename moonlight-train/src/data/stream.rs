@@ -1,0 +1,77 @@
+//! Batches without end, from any position.
+
+use serde::{Deserialize, Serialize};
+
+use super::order::Order;
+use super::sequences::Sequences;
+use super::{DataError, HostBatch};
+
+/// Where a stream of batches stands; kept in checkpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataPosition {
+    /// Epochs that are done.
+    pub epoch: u64,
+    /// Sequences of this epoch that are done.
+    pub sequence: u64,
+    /// A hash of the tokens, the sequence length and the seed: what the position is a position in.
+    pub data: u64,
+}
+
+/// The training batches, epoch after epoch. A batch that an epoch does not fill goes on with the next one.
+pub struct TrainStream {
+    sequences: Sequences,
+    seed: Option<u64>,
+    batch_size: usize,
+    position: DataPosition,
+}
+
+impl TrainStream {
+    /// `seed` shuffles; without one the order is the files'. `sequences` must not be empty.
+    pub(super) fn new(sequences: Sequences, seed: Option<u64>, batch_size: usize, data: u64) -> Self {
+        Self { sequences, seed, batch_size, position: DataPosition { epoch: 0, sequence: 0, data } }
+    }
+
+    /// The next batch, of `batch_size` sequences.
+    ///
+    /// # Errors
+    ///
+    /// None today: the tokens are checked when the corpus is opened, and mapped. Kept for data that come from elsewhere.
+    pub fn next_batch(&mut self) -> Result<HostBatch, DataError> {
+        let count = self.sequences.count();
+        let mut order = self.order();
+        let mut indices = Vec::with_capacity(self.batch_size);
+        while indices.len() < self.batch_size {
+            let index = self.position.sequence;
+            indices.push(order.map_or(index, |order| order.at(index)));
+            self.position.sequence += 1;
+            if self.position.sequence == count {
+                self.position.epoch += 1;
+                self.position.sequence = 0;
+                order = self.order();
+            }
+        }
+        Ok(self.sequences.batch(&indices))
+    }
+
+    fn order(&self) -> Option<Order> {
+        self.seed.map(|seed| Order::new(self.sequences.count(), seed, self.position.epoch))
+    }
+
+    /// Where the next batch begins.
+    pub fn position(&self) -> DataPosition {
+        self.position
+    }
+
+    /// Goes on from `position`: the batches that follow are those that followed there.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Changed`] where it is a position in other data: other tokens, another seed or sequence length.
+    pub fn seek(&mut self, position: DataPosition) -> Result<(), DataError> {
+        if position.data != self.position.data || position.sequence >= self.sequences.count() {
+            return Err(DataError::Changed);
+        }
+        self.position = position;
+        Ok(())
+    }
+}

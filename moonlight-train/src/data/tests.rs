@@ -1,0 +1,325 @@
+use std::path::Path;
+
+use super::*;
+use crate::recipe::{DataConfig, DataFormat, TooLong};
+use crate::tokenizer::Tokenizer;
+
+const EOS: i32 = crate::tokenizer::EOS as i32;
+
+fn config(dir: &Path, glob: &str) -> DataConfig {
+    DataConfig {
+        train: vec![dir.join(glob).to_string_lossy().into_owned()],
+        valid: Vec::new(),
+        valid_fraction: 0.0,
+        format: DataFormat::Text,
+        tokenizer: "bytes".into(),
+        sequence_length: 8,
+        pack: true,
+        shuffle: false,
+        too_long: TooLong::Error,
+        max_bytes: 0,
+        max_file_bytes: 0,
+        max_tokens: 0,
+        cache_dir: dir.join("cache"),
+    }
+}
+
+fn open(config: &DataConfig) -> Result<Corpus, DataError> {
+    Corpus::open(config, Some(&Tokenizer::open("bytes").unwrap()), 259, 3)
+}
+
+fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        std::fs::write(dir.path().join(name), text).unwrap();
+    }
+    dir
+}
+
+/// Records of different lengths: record `n` holds `n % 5 + 1` times the token `n`.
+fn records(count: u32) -> String {
+    let record = |n: u32| format!("{{\"tokens\": {:?}}}\n", vec![n; n as usize % 5 + 1]);
+    (0..count).map(record).collect()
+}
+
+#[test]
+fn packed_documents_lie_end_to_end_and_attend_to_themselves() {
+    let dir = folder(&[("a.txt", "abc"), ("b.txt", "defgh"), ("c.txt", "ijklmno"), ("empty.txt", "")]);
+    let corpus = open(&config(dir.path(), "*.txt")).unwrap();
+    assert_eq!((corpus.train_tokens(), corpus.train_sequences()), (18, 3));
+    let batch = corpus.train_stream(3).next_batch().unwrap();
+    let text =
+        |text: &str| text.bytes().map(|byte| if byte == b'$' { EOS } else { i32::from(byte) }).collect::<Vec<_>>();
+    assert_eq!(batch.tokens, [text("abc$defg"), text("h$ijklmn"), text("o$"), vec![0; 6]].concat());
+    let none = vec![0];
+    assert_eq!(
+        batch.targets,
+        [text("bc$"), none.clone(), text("efgh"), text("$"), none.clone(), text("jklmno"), text("$"), vec![0; 7]]
+            .concat()
+    );
+    let mask: Vec<f32> = batch.targets.iter().map(|&target| if target == 0 { 0.0 } else { 1.0 }).collect();
+    assert_eq!(batch.loss_mask, mask);
+    assert_eq!(
+        batch.documents.clone().unwrap(),
+        [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1], [0, 0, -1, -1, -1, -1, -1, -1]].concat()
+    );
+    assert_eq!((batch.batch, batch.sequence, batch.predicted(), batch.token_count()), (3, 8, 15.0, 18));
+}
+
+#[test]
+fn one_long_document_needs_no_document_numbers() {
+    let dir = folder(&[("a.txt", "abcdefghijklmnopqrstuvw")]);
+    let corpus = open(&config(dir.path(), "*.txt")).unwrap();
+    let batch = corpus.train_stream(3).next_batch().unwrap();
+    assert_eq!(batch.documents, None);
+    assert_eq!(batch.predicted(), 23.0);
+    assert_eq!(batch.targets[..23], batch.tokens[1..]);
+}
+
+#[test]
+fn records_come_one_by_one_in_file_order_padded_on_the_right() {
+    let dir = folder(&[("a.jsonl", "{\"tokens\": [1, 2, 3]}\n\n{\"tokens\": [4], \"id\": 7}\n{\"tokens\":[5,6]}")]);
+    let mut config = config(dir.path(), "*.jsonl");
+    config.format = DataFormat::Tokens;
+    config.pack = false;
+    let corpus = Corpus::open(&config, None, 10, 0).unwrap();
+    let mut stream = corpus.train_stream(2);
+    let first = stream.next_batch().unwrap();
+    assert_eq!((first.batch, first.sequence), (2, 8));
+    assert_eq!(first.tokens, [[1, 2, 3, 0, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0, 0, 0]].concat());
+    assert_eq!(first.targets, [[2, 3, 0, 0, 0, 0, 0, 0], [0; 8]].concat());
+    assert_eq!(first.loss_mask, [[1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0; 8]].concat());
+    assert_eq!(first.documents.unwrap(), [[0, 0, 0, -1, -1, -1, -1, -1], [0, -1, -1, -1, -1, -1, -1, -1]].concat());
+    let second = stream.next_batch().unwrap();
+    assert_eq!([second.tokens[0], second.tokens[8]], [5, 1], "an epoch's end is filled up from the next");
+    assert_eq!((stream.position().epoch, stream.position().sequence), (1, 1));
+}
+
+#[test]
+fn wide_rows_are_padded_to_the_longest_of_the_batch() {
+    let record = |length: usize| format!("{{\"tokens\": {:?}}}\n", vec![1; length]);
+    let dir = folder(&[("a.jsonl", &[record(3), record(60), record(65), record(130)].concat())]);
+    let mut config = config(dir.path(), "*.jsonl");
+    (config.format, config.pack, config.sequence_length) = (DataFormat::Tokens, false, 150);
+    let mut stream = Corpus::open(&config, None, 10, 0).unwrap().train_stream(1);
+    let widths: Vec<usize> = (0..4).map(|_| stream.next_batch().unwrap().sequence).collect();
+    assert_eq!(widths, [64, 64, 128, 150]);
+}
+
+#[test]
+fn wrong_records_are_named_by_file_and_line() {
+    let fault = |text: &str| {
+        let dir = folder(&[("a.jsonl", text)]);
+        let mut config = config(dir.path(), "*.jsonl");
+        (config.format, config.pack) = (DataFormat::Tokens, false);
+        let error = Corpus::open(&config, None, 10, 0).err().unwrap();
+        let message = error.to_string();
+        message.strip_prefix(&format!("{}/a.jsonl:", dir.path().display())).unwrap_or(&message).to_owned()
+    };
+    assert_eq!(fault("{\"tokens\": [1]}\n\n{\"tokens\": [1,"), "3: EOF while parsing a value");
+    assert_eq!(fault("{\"tokens\": [1, -1]}"), "1: invalid value: integer `-1`, expected u32");
+    assert_eq!(fault("{\"text\": \"x\"}"), "1: missing field `tokens`");
+    assert_eq!(fault("{\"tokens\": []}"), "1: the record has no tokens");
+    assert_eq!(fault("{\"tokens\": [1]}\n{\"tokens\": [10]}"), "2: token 10 is outside the model's vocabulary of 10");
+    assert_eq!(
+        fault("{\"tokens\": [1, 2]}\n{\"tokens\": [1,1,1,1,1,1,1,1,1]}"),
+        "2: the record has 9 tokens; data.sequence_length is 8"
+    );
+    assert!(fault("").starts_with("the files of `data.train` hold nothing to learn from"));
+    assert!(fault("{\"tokens\": [1]}").starts_with("the files of `data.train` hold nothing to learn from"));
+}
+
+#[test]
+fn long_records_can_be_cut() {
+    let dir = folder(&[("a.jsonl", "{\"tokens\": [1,2,3,4,5,6,7,8,9]}")]);
+    let mut config = config(dir.path(), "*.jsonl");
+    (config.format, config.pack, config.too_long) = (DataFormat::Tokens, false, TooLong::Truncate);
+    let batch = Corpus::open(&config, None, 10, 0).unwrap().train_stream(1).next_batch().unwrap();
+    assert_eq!(batch.tokens, [1, 2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!(batch.predicted(), 7.0);
+}
+
+#[test]
+fn a_stream_that_seeks_equals_one_that_never_stopped() {
+    let dir = folder(&[("a.jsonl", &records(50))]);
+    for (pack, shuffle) in [(true, true), (true, false), (false, true), (false, false)] {
+        let mut config = config(dir.path(), "*.jsonl");
+        (config.format, config.pack, config.shuffle) = (DataFormat::Tokens, pack, shuffle);
+        let corpus = Corpus::open(&config, None, 100, 9).unwrap();
+        let mut whole = corpus.train_stream(4);
+        let mut seen = Vec::new();
+        for _ in 0..40 {
+            seen.push((whole.position(), whole.next_batch().unwrap()));
+        }
+        assert!(whole.position().epoch > 1);
+        // A new process opens the corpus anew, here from the cache, and reads the position from JSON.
+        let again = Corpus::open(&config, None, 100, 9).unwrap();
+        for at in [0, 1, 7, 23, 39] {
+            let mut stream = again.train_stream(4);
+            let position = serde_json::to_string(&seen[at].0).unwrap();
+            stream.seek(serde_json::from_str(&position).unwrap()).unwrap();
+            for (position, batch) in &seen[at..] {
+                assert_eq!(stream.position(), *position);
+                assert_eq!(stream.next_batch().unwrap(), *batch);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_position_in_other_data_is_refused() {
+    let dir = folder(&[("a.jsonl", &records(50))]);
+    let mut config = config(dir.path(), "*.jsonl");
+    (config.format, config.shuffle) = (DataFormat::Tokens, true);
+    let position = Corpus::open(&config, None, 100, 9).unwrap().train_stream(4).position();
+    let refused = |config: &DataConfig, seed| {
+        let mut stream = Corpus::open(config, None, 100, seed).unwrap().train_stream(4);
+        stream.seek(position) == Err(DataError::Changed)
+    };
+    assert!(!refused(&config, 9));
+    assert!(refused(&config, 10));
+    assert!(refused(&DataConfig { sequence_length: 16, ..config.clone() }, 9));
+    // The same tokens at another place and time are the same data.
+    std::fs::rename(dir.path().join("a.jsonl"), dir.path().join("b.jsonl")).unwrap();
+    assert!(!refused(&config, 9));
+    std::fs::write(dir.path().join("b.jsonl"), records(49)).unwrap();
+    assert!(refused(&config, 9));
+}
+
+#[test]
+fn an_epoch_shows_every_sequence_once_in_an_order_of_its_own() {
+    let dir = folder(&[("a.jsonl", &records(60))]);
+    let mut config = config(dir.path(), "*.jsonl");
+    (config.format, config.pack, config.shuffle) = (DataFormat::Tokens, false, true);
+    let mut stream = Corpus::open(&config, None, 100, 1).unwrap().train_stream(1);
+    let mut epoch = || (0..60).map(|_| stream.next_batch().unwrap().tokens[0]).collect::<Vec<_>>();
+    let (first, second) = (epoch(), epoch());
+    assert_ne!(first, second);
+    for mut order in [first, second] {
+        assert_ne!(order, (0..60).collect::<Vec<_>>());
+        order.sort_unstable();
+        assert_eq!(order, (0..60).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn tokens_are_kept_for_the_next_run_and_made_anew_when_files_change() {
+    let dir = folder(&[("a.txt", "abc"), ("b.txt", "def")]);
+    let config = config(dir.path(), "*.txt");
+    open(&config).unwrap();
+    let cached = |dir: &Path| -> Vec<_> {
+        std::fs::read_dir(dir.join("cache")).unwrap().map(|entry| entry.unwrap().path()).collect()
+    };
+    let [path] = cached(dir.path()).try_into().unwrap();
+    let written = std::fs::metadata(&path).unwrap().modified().unwrap();
+    open(&config).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().modified().unwrap(), written);
+    // Half a cache, as a full disk or a crash of an older program could leave it, is made anew.
+    let whole = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+    assert_eq!(open(&config).unwrap().train_tokens(), 8);
+    assert_eq!(std::fs::read(&path).unwrap(), whole);
+    std::fs::write(dir.path().join("a.txt"), "abcd").unwrap();
+    assert_eq!(open(&config).unwrap().train_tokens(), 9);
+    assert_eq!(cached(dir.path()).len(), 2);
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_is_named() {
+    let dir = folder(&[("a.txt", "abc"), ("file", "")]);
+    let mut config = config(dir.path(), "*.txt");
+    config.cache_dir = dir.path().join("file/cache");
+    let error = open(&config).err().unwrap().to_string();
+    assert!(
+        error.starts_with(&format!("cannot read `{}", config.cache_dir.display())) || error.starts_with("cannot write"),
+        "{error}"
+    );
+}
+
+#[test]
+fn validation_takes_its_files_or_its_share() {
+    let files: Vec<(String, String)> = (0..20).map(|n| (format!("{n:02}.txt"), "x".repeat(9))).collect();
+    let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
+    let dir = folder(&files);
+    let mut config = config(dir.path(), "*.txt");
+    let corpus = open(&config).unwrap();
+    assert!(!corpus.has_valid() && corpus.valid_batches(4).next().is_none() && corpus.bigram().is_none());
+    config.valid = vec![dir.path().join("0*.txt").to_string_lossy().into_owned()];
+    let corpus = open(&config).unwrap();
+    assert_eq!((corpus.train_tokens(), corpus.valid_tokens()), (100, 100));
+    let batches: Vec<HostBatch> = corpus.valid_batches(4).map(|batch| batch.unwrap()).collect();
+    assert_eq!(batches.iter().map(|batch| batch.batch).collect::<Vec<_>>(), [4, 4, 4, 1]);
+    assert_eq!(batches.iter().map(HostBatch::predicted).sum::<f64>(), 90.0);
+    assert!(corpus.bigram().unwrap() < 0.5);
+    (config.valid, config.valid_fraction) = (Vec::new(), 0.12);
+    let corpus = open(&config).unwrap();
+    assert_eq!((corpus.train_tokens(), corpus.valid_tokens()), (170, 30));
+}
+
+#[test]
+fn a_single_text_gives_its_end_to_validation() {
+    let dir = folder(&[("a.txt", "abcdefghijklmnopqrs")]);
+    let mut config = config(dir.path(), "*.txt");
+    config.valid_fraction = 0.25;
+    let corpus = open(&config).unwrap();
+    assert_eq!((corpus.train_tokens(), corpus.valid_tokens()), (15, 5));
+    let batch = corpus.valid_batches(1).next().unwrap().unwrap();
+    assert_eq!(batch.tokens[..5], [112, 113, 114, 115, EOS]);
+    let two = open(&DataConfig { valid_fraction: 0.99, ..config });
+    assert!(matches!(two, Err(DataError::Nothing { key: "train", .. })));
+}
+
+#[test]
+fn limits_are_kept() {
+    let dir = folder(&[("a.txt", "aaaaé"), ("b.txt", "bbbbbbbbbbbbbbbb"), ("c.txt", "cc")]);
+    let with = |change: fn(&mut DataConfig)| {
+        let mut config = config(dir.path(), "*.txt");
+        change(&mut config);
+        open(&config).unwrap().train_tokens()
+    };
+    assert_eq!(with(|_| {}), 27);
+    assert_eq!(with(|config| config.max_file_bytes = 10), 10);
+    assert_eq!(with(|config| config.max_tokens = 8), 24);
+    let mut one = config(dir.path(), "a.txt");
+    one.max_bytes = 5; // ends in the middle of the é
+    assert_eq!(open(&one).unwrap().train_tokens(), 4);
+    let lines = folder(&[("a.jsonl", "{\"tokens\":[1,2]}\n{\"tokens\":[3,4]}\n")]);
+    let mut some = config(lines.path(), "*.jsonl");
+    (some.format, some.max_bytes) = (DataFormat::Tokens, 20);
+    assert_eq!(Corpus::open(&some, None, 10, 0).unwrap().train_tokens(), 2);
+}
+
+#[test]
+fn bytes_that_are_not_text_are_told() {
+    let dir = folder(&[("a.txt", "fine")]);
+    std::fs::write(dir.path().join("b.txt"), [b'a', 0xff, b'b']).unwrap();
+    for _ in 0..2 {
+        let corpus = open(&config(dir.path(), "*.txt")).unwrap();
+        assert_eq!(
+            corpus.notes(),
+            ["data.train: bytes that are not UTF-8 were read as U+FFFD; files that have such: 1"]
+        );
+    }
+}
+
+/// More than one block and more than one round: what the blocks give must be what the whole text gives.
+#[test]
+fn large_files_are_read_in_blocks() {
+    let line = "let answer = 42; // 月光, é\n\n";
+    let text = line.repeat((9 << 20) / line.len());
+    let dir = folder(&[("a.txt", &text), ("b.txt", "b")]);
+    let mut config = config(dir.path(), "*.txt");
+    config.sequence_length = text.len() + 1;
+    let corpus = open(&config).unwrap();
+    assert_eq!(corpus.train_tokens(), text.len() as u64 + 3);
+    let batch = corpus.train_stream(1).next_batch().unwrap();
+    assert!(batch.tokens[..text.len()].iter().copied().eq(text.bytes().map(i32::from)));
+    assert_eq!((batch.tokens[text.len()], &batch.documents), (EOS, &None));
+}
+
+#[test]
+fn text_needs_a_tokenizer() {
+    let dir = folder(&[("a.txt", "abc")]);
+    let error = Corpus::open(&config(dir.path(), "*.txt"), None, 259, 0).err().unwrap();
+    assert_eq!(error, DataError::NoTokenizer);
+}
