@@ -1,188 +1,272 @@
-//! A Hugging Face directory, opened: its configuration, its files mapped into memory, its tensors by name.
+//! A Hugging Face directory, opened.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
 use std::ops::Range;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
-use moonlight_model::ModelConfig;
-use safetensors::{Dtype, SafeTensors};
-use serde_json::Value;
+use moonlight_model::{ConfigError, ModelConfig};
+use rayon::prelude::*;
 
 use crate::error::CheckpointError;
+use crate::index::{INDEX, Index, SINGLE};
+use crate::names;
+use crate::problem::Problem;
+use crate::shard::Shard;
+use crate::staging;
 
+/// The model's configuration.
 pub(crate) const CONFIG: &str = "config.json";
-pub(crate) const SINGLE: &str = "model.safetensors";
-pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
-/// An opened checkpoint. Headers are read and checked; no tensor is copied.
+/// A Hugging Face directory: its configuration, and the tensors of its files, mapped into memory but not read.
+///
+/// The files must not be changed while this is alive: a map shows what is on the disk.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
-    shards: Vec<Shard>,
-    tensors: BTreeMap<String, StoredTensor>,
+    files: Vec<WeightFile>,
+    tensors: Vec<StoredTensor>,
+    /// What is wrong with the files themselves.
+    pub(crate) broken: Vec<Problem>,
+    /// The keys of tensors that should lie in files that cannot be read; `None` where that may be any.
+    pub(crate) unread: Option<HashSet<String>>,
 }
 
-/// One file of weights.
+/// A file of weights.
 #[derive(Debug)]
-pub struct Shard {
-    /// The file.
-    pub path: PathBuf,
-    map: Mmap,
+pub struct WeightFile {
+    /// Its name in the directory.
+    pub name: String,
+    /// Its tensors; `None` where the file is absent or broken.
+    pub tensors: Option<usize>,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+    shard: Option<Shard>,
 }
 
-/// One tensor of a checkpoint, under the name that the file gives it.
-#[derive(Debug, Clone)]
+/// A tensor of a checkpoint, by its name in the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredTensor {
-    /// The dtype in the file.
-    pub dtype: Dtype,
-    /// The shape in the file.
+    /// Its name.
+    pub name: String,
+    /// Its dtype as safetensors spells it: `BF16`, `F32`, ….
+    pub dtype: safetensors::Dtype,
+    /// Its shape, `[out, in]` for a projection.
     pub shape: Vec<usize>,
-    shard: usize,
-    range: Range<usize>,
+    /// The file that holds it.
+    pub file: String,
+    pub(crate) shard: usize,
+    pub(crate) range: Range<usize>,
 }
 
-impl Shard {
-    /// Size of the file in bytes.
+impl StoredTensor {
+    /// Length of its data.
     pub fn bytes(&self) -> u64 {
-        self.map.len() as u64
-    }
-
-    fn open(path: PathBuf) -> Result<Self, CheckpointError> {
-        let file = File::open(&path).map_err(CheckpointError::read(&path))?;
-        let length = file.metadata().map_err(CheckpointError::read(&path))?.len();
-        if length < 8 {
-            return Err(CheckpointError::Header { path, problem: format!("it has {length} bytes") });
-        }
-        // SAFETY: the map is only read; a file that another process cuts short while it is mapped is beyond what we
-        // can guard against, as for every reader of memory-mapped weights.
-        let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::read(&path))?;
-        Ok(Self { path, map })
+        self.range.len() as u64
     }
 }
 
 impl Checkpoint {
-    /// Opens a directory with `config.json` and either `model.safetensors` or shards under an index.
+    /// Opens a directory: `config.json`, and the weights through `model.safetensors.index.json` or, where it stands there
+    /// (as transformers decides), the single file `model.safetensors`. The top folder of a model in the Hub's cache
+    /// stands for its newest snapshot.
+    ///
+    /// No weight is read. Files that are absent or broken are no error yet: [`problems`](Checkpoint::problems) lists
+    /// them beside what does not fit the model, and [`load`](crate::load) refuses all of it in one error.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError`]: a file is absent or broken, a header does not agree with its file, or the index leads out of
-    /// the directory. Whether the tensors are the model's is checked by [`load`](crate::load()).
-    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        let config = read_config(dir)?;
-        let index = dir.join(INDEX);
-        let single = dir.join(SINGLE);
-        let placed = if index.exists() {
-            read_index(dir, &index)?
-        } else if single.exists() {
-            BTreeMap::from([(SINGLE.to_owned(), BTreeSet::new())])
-        } else {
-            let missing = "`model.safetensors` and no `model.safetensors.index.json`";
-            return Err(CheckpointError::NotACheckpoint { dir: dir.to_owned(), missing });
-        };
-        let mut shards = Vec::with_capacity(placed.len());
-        let mut tensors = BTreeMap::new();
-        for (file, promised) in &placed {
-            let shard = Shard::open(dir.join(file))?;
-            let stored = read_header(&shard, shards.len())?;
-            if let Some(absent) = promised.iter().find(|name| !stored.contains_key(*name)) {
-                let problem = format!("it places `{absent}` in `{file}`, which does not hold it");
-                return Err(CheckpointError::Index { path: index, problem });
-            }
-            tensors.extend(stored);
-            shards.push(shard);
+    /// [`CheckpointError`], where there is no such directory, no configuration that can be read, no weights, or an index
+    /// that cannot be read or names a file elsewhere.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        let dir = dir.as_ref();
+        staging::recover(dir);
+        if !dir.is_dir() {
+            return Err(CheckpointError::NotADirectory { path: dir.to_path_buf() });
         }
-        Ok(Self { dir: dir.to_owned(), config, shards, tensors })
+        let dir = hub_snapshot(dir).unwrap_or_else(|| dir.to_path_buf());
+        let config = read_config(&dir)?;
+        let mut checkpoint = Self {
+            dir,
+            config,
+            files: Vec::new(),
+            tensors: Vec::new(),
+            broken: Vec::new(),
+            unread: Some(HashSet::new()),
+        };
+        let (single, index) = (checkpoint.dir.join(SINGLE), checkpoint.dir.join(INDEX));
+        if single.exists() {
+            checkpoint.open_files(vec![SINGLE.to_owned()]);
+            if !checkpoint.broken.is_empty() {
+                checkpoint.unread = None;
+            }
+        } else if index.exists() {
+            checkpoint.open_indexed(Index::read(&index)?);
+        } else {
+            return Err(CheckpointError::NoWeights { others: other_weights(&checkpoint.dir), dir: checkpoint.dir });
+        }
+        checkpoint.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(checkpoint)
     }
 
-    /// The directory.
+    /// The directory; for the top folder of a model in the Hub's cache, that of the snapshot.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The model that `config.json` describes.
+    /// What `config.json` says.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// The files of weights.
-    pub fn shards(&self) -> &[Shard] {
-        &self.shards
+    /// The files of weights, in the order of their names.
+    pub fn files(&self) -> &[WeightFile] {
+        &self.files
     }
 
-    /// All tensors in the order of their names.
+    /// All tensors of all files that can be read, in the order of their names.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
-        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
-    }
-
-    /// A tensor by the name that the file gives it.
-    pub fn tensor(&self, name: &str) -> Option<&StoredTensor> {
-        self.tensors.get(name)
+        self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor))
     }
 
     /// The bytes of a tensor of this checkpoint, little-endian.
     pub fn data(&self, tensor: &StoredTensor) -> &[u8] {
-        &self.shards[tensor.shard].map[tensor.range.clone()]
+        self.bytes(tensor.shard, tensor.range.clone())
     }
 
-    /// The file that a tensor of this checkpoint is in.
-    pub fn file(&self, tensor: &StoredTensor) -> &Path {
-        &self.shards[tensor.shard].path
+    pub(crate) fn tensor_list(&self) -> &[StoredTensor] {
+        &self.tensors
+    }
+
+    /// The bytes of a part of a file's data section.
+    pub(crate) fn bytes(&self, shard: usize, range: Range<usize>) -> &[u8] {
+        self.shard(shard).bytes(range)
+    }
+
+    pub(crate) fn prefetch(&self, shard: usize, range: &Range<usize>) {
+        self.shard(shard).prefetch(range);
+    }
+
+    fn shard(&self, shard: usize) -> &Shard {
+        self.files[shard].shard.as_ref().expect("only tensors of files that were read are asked for")
+    }
+
+    fn open_indexed(&mut self, index: Index) {
+        let mut wanted: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (tensor, file) in index.weight_map {
+            wanted.entry(file).or_default().push(tensor);
+        }
+        self.open_files(wanted.keys().cloned().collect());
+
+        let present: HashSet<(&str, usize)> =
+            self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.shard)).collect();
+        let mut unread = HashSet::new();
+        let mut misplaced = Vec::new();
+        let mut placed: HashSet<String> = HashSet::new();
+        for (shard, (file, tensors)) in wanted.iter().enumerate() {
+            let readable = self.files[shard].tensors.is_some();
+            for tensor in tensors {
+                placed.insert(tensor.clone());
+                if !readable {
+                    unread.insert(names::key(tensor).to_owned());
+                } else if !present.contains(&(tensor.as_str(), shard)) {
+                    unread.insert(names::key(tensor).to_owned());
+                    misplaced.push(Problem::NotInFile { tensor: tensor.clone(), file: file.clone() });
+                }
+            }
+            for problem in &mut self.broken {
+                if let Problem::MissingFile { file: missing, tensors: count } = problem
+                    && missing == file
+                {
+                    *count = tensors.len();
+                }
+            }
+        }
+        // A tensor that lies in two files is the one that the index names.
+        self.tensors.retain(|tensor| {
+            !placed.contains(&tensor.name)
+                || wanted.get(&tensor.file).is_some_and(|names| names.binary_search(&tensor.name).is_ok())
+        });
+        self.broken.extend(misplaced);
+        self.unread = Some(unread);
+    }
+
+    fn open_files(&mut self, names: Vec<String>) {
+        let opened: Vec<_> = names
+            .into_par_iter()
+            .map(|name| {
+                let path = self.dir.join(&name);
+                let shard = if path.exists() { Some(Shard::open(&path)) } else { None };
+                (name, shard)
+            })
+            .collect();
+        for (number, (name, shard)) in opened.into_iter().enumerate() {
+            let shard = match shard {
+                None => {
+                    self.broken.push(Problem::MissingFile { file: name.clone(), tensors: 0 });
+                    None
+                }
+                Some(Err(problem)) => {
+                    self.broken.push(Problem::BrokenFile { file: name.clone(), problem });
+                    None
+                }
+                Some(Ok(mut shard)) => {
+                    self.tensors.extend(shard.tensors.drain(..).map(|tensor| StoredTensor {
+                        name: tensor.name,
+                        dtype: tensor.dtype,
+                        shape: tensor.shape,
+                        file: name.clone(),
+                        shard: number,
+                        range: tensor.range,
+                    }));
+                    Some(shard)
+                }
+            };
+            let own = self.tensors.iter().rev().take_while(|tensor| tensor.shard == number);
+            let (count, bytes) = own.fold((0, 0), |(count, bytes), tensor| (count + 1, bytes + tensor.bytes()));
+            self.files.push(WeightFile { name, tensors: shard.is_some().then_some(count), bytes, shard });
+        }
     }
 }
 
 fn read_config(dir: &Path) -> Result<ModelConfig, CheckpointError> {
     let path = dir.join(CONFIG);
-    if !dir.is_dir() {
-        let error = fs::read_dir(dir).err().unwrap_or_else(|| std::io::ErrorKind::NotADirectory.into());
-        return Err(CheckpointError::read(dir)(error));
-    }
-    if !path.exists() {
-        return Err(CheckpointError::NotACheckpoint { dir: dir.to_owned(), missing: "`config.json`" });
-    }
-    let text = fs::read_to_string(&path).map_err(CheckpointError::read(&path))?;
-    ModelConfig::from_json(&text).map_err(|source| CheckpointError::Config { path, source })
-}
-
-/// The files that the index names, with the tensors that it places in each.
-fn read_index(dir: &Path, path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>, CheckpointError> {
-    let broken = |problem: String| CheckpointError::Index { path: path.to_owned(), problem };
-    let text = fs::read_to_string(path).map_err(CheckpointError::read(path))?;
-    let value: Value = serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
-    let map = value.get("weight_map").and_then(Value::as_object).ok_or_else(|| broken("no `weight_map`".into()))?;
-    let mut files: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    for (tensor, file) in map {
-        let file = file.as_str().ok_or_else(|| broken(format!("the file of `{tensor}` is {file}")))?;
-        let inside = !file.is_empty() && Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
-        if !inside {
-            let (path, tensor, entry) = (path.to_owned(), tensor.clone(), file.to_owned());
-            return Err(CheckpointError::OutsideDirectory { path, tensor, entry });
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(CheckpointError::NoConfig { dir: dir.to_path_buf() });
         }
-        files.entry(file.to_owned()).or_default().insert(tensor.clone());
-    }
-    if files.is_empty() {
-        return Err(broken("its `weight_map` is empty".into()));
-    }
-    let shards: Vec<String> = files.keys().filter(|file| !dir.join(file).exists()).cloned().collect();
-    if !shards.is_empty() {
-        return Err(CheckpointError::MissingShards { dir: dir.to_owned(), shards, total: files.len() });
-    }
-    Ok(files)
+        Err(error) => return Err(CheckpointError::read(&path)(error)),
+    };
+    let config = match String::from_utf8(bytes) {
+        Ok(text) => ModelConfig::from_json(&text),
+        Err(_) => Err(ConfigError::Json("it is not UTF-8 text".into())),
+    };
+    config.map_err(|source| CheckpointError::Config { path, source })
 }
 
-/// The tensors of a file. The header is checked against the file's length before anything is believed of it.
-fn read_header(shard: &Shard, index: usize) -> Result<BTreeMap<String, StoredTensor>, CheckpointError> {
-    let (header, metadata) = SafeTensors::read_metadata(&shard.map)
-        .map_err(|error| CheckpointError::Header { path: shard.path.clone(), problem: error.to_string() })?;
-    let start = 8 + header;
-    Ok(metadata
-        .tensors()
-        .into_iter()
-        .map(|(name, info)| {
-            let range = start + info.data_offsets.0..start + info.data_offsets.1;
-            (name, StoredTensor { dtype: info.dtype, shape: info.shape.clone(), shard: index, range })
-        })
-        .collect())
+/// `models--org--name` of the Hub's cache: `refs/main` names the folder below `snapshots`.
+fn hub_snapshot(dir: &Path) -> Option<PathBuf> {
+    if dir.join(CONFIG).exists() {
+        return None;
+    }
+    let revision = fs::read_to_string(dir.join("refs").join("main")).ok()?;
+    let revision = revision.trim();
+    if revision.is_empty() || !revision.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        return None;
+    }
+    Some(dir.join("snapshots").join(revision)).filter(|snapshot| snapshot.is_dir())
+}
+
+/// Files of weights that are not opened by themselves.
+fn other_weights(dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    let mut names: Vec<String> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| [".safetensors", ".bin", ".pt", ".pth", ".gguf"].iter().any(|end| name.ends_with(end)))
+        .collect();
+    names.sort_by_key(|name| (!name.ends_with(".safetensors"), name.clone()));
+    names
 }

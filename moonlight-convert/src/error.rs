@@ -1,14 +1,134 @@
-//! What can be wrong with a checkpoint.
+//! What can go wrong with a checkpoint.
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use moonlight_model::ConfigError;
 
-/// A checkpoint that cannot be opened, does not fit its model, or cannot be written.
+use crate::elements::WeightDtype;
+use crate::problem::Problems;
+
+/// A checkpoint that cannot be opened, loaded or saved.
+///
+/// The message is one sentence; [`hint`](CheckpointError::hint) says what to do where we know.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum CheckpointError {
+    /// The path does not exist or is not a directory.
+    #[error("`{}` {}", path.display(), if path.exists() { "is not a directory" } else { "does not exist" })]
+    NotADirectory {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// The directory has no `config.json`.
+    #[error("`{}` has no `config.json`", dir.display())]
+    NoConfig {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The `config.json` cannot be read as a model of the family.
+    #[error("`{}`: {source}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ConfigError,
+    },
+    /// The directory has neither `model.safetensors` nor an index of shards.
+    #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", dir.display())]
+    NoWeights {
+        /// The directory.
+        dir: PathBuf,
+        /// Other files of weights that are there.
+        others: Vec<String>,
+    },
+    /// The index of shards is not what such a file must be.
+    #[error("`{}` {problem}", path.display())]
+    Index {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        problem: String,
+    },
+    /// An entry of the index names a file outside the checkpoint's directory.
+    #[error("`{}` puts the tensor `{tensor}` into `{entry}`, which is not a file of this directory", path.display())]
+    Escape {
+        /// The index.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The file that the index names.
+        entry: String,
+    },
+    /// The files are broken, or do not hold the model that `config.json` describes. Says all that is wrong.
+    #[error("`{}`: {problems}", dir.display())]
+    Misfit {
+        /// The directory.
+        dir: PathBuf,
+        /// All that is wrong.
+        problems: Problems,
+    },
+    /// A weight that is infinite or NaN.
+    #[error("the tensor `{tensor}`{} holds infinite or NaN values", In(file))]
+    NotFinite {
+        /// The tensor's name in the file.
+        tensor: String,
+        /// The file, where the tensor comes from one.
+        file: Option<PathBuf>,
+    },
+    /// A weight that is too large for the dtype asked for.
+    #[error("the tensor `{tensor}`{} holds values that {dtype} cannot represent", In(file))]
+    Overflow {
+        /// The tensor's name in the file.
+        tensor: String,
+        /// The file, where the tensor comes from one.
+        file: Option<PathBuf>,
+        /// The dtype asked for.
+        dtype: WeightDtype,
+    },
+    /// A dtype that weights cannot be kept in.
+    #[error("weights cannot be kept as `{dtype}`")]
+    Dtype {
+        /// The dtype.
+        dtype: String,
+    },
+    /// A dtype that the device cannot compute with.
+    #[error("the device has no {dtype}")]
+    DeviceDtype {
+        /// The dtype.
+        dtype: WeightDtype,
+    },
+    /// The directory to save into has something in it, and replacing it was not asked for.
+    #[error("`{}` exists already", dir.display())]
+    Exists {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The directory to save into holds something that is not part of a checkpoint and would be lost.
+    #[error("`{}` is not replaced: `{entry}` in it is not part of a checkpoint", dir.display())]
+    Foreign {
+        /// The directory.
+        dir: PathBuf,
+        /// The file or folder.
+        entry: String,
+    },
+    /// There is no room for the checkpoint. What stood there before still does.
+    #[error("there is no room for `{}`: the checkpoint takes {} and the disk is full", dir.display(), Bytes(*needed))]
+    Full {
+        /// The directory that was to be saved.
+        dir: PathBuf,
+        /// Bytes of the whole checkpoint.
+        needed: u64,
+    },
+    /// The device could not hand over a parameter.
+    #[error("the device cannot hand over `{parameter}`: {problem}")]
+    Device {
+        /// The parameter's path in the module.
+        parameter: String,
+        /// Why not.
+        problem: String,
+    },
     /// A file or directory cannot be read.
     #[error("`{}` cannot be read: {source}", path.display())]
     Read {
@@ -25,161 +145,79 @@ pub enum CheckpointError {
         /// Why.
         source: io::Error,
     },
-    /// The directory lacks what makes it a checkpoint.
-    #[error("`{}` is not a checkpoint: it has no {missing}", dir.display())]
-    NotACheckpoint {
-        /// The directory.
-        dir: PathBuf,
-        /// The absent files.
-        missing: &'static str,
-    },
-    /// `config.json` is not a model's.
-    #[error("`{}`: {source}", path.display())]
-    Config {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        source: ConfigError,
-    },
-    /// The index is not one.
-    #[error("`{}` is not an index of weights: {problem}", path.display())]
-    Index {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The index names a file outside the checkpoint.
-    #[error("`{}` places `{tensor}` in `{entry}`, which is outside the checkpoint", path.display())]
-    OutsideDirectory {
-        /// The index.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-        /// What the index says of it.
-        entry: String,
-    },
-    /// Files that the index names are not there.
-    #[error("{} of {total} weight files of `{}` {}: {}", shards.len(), dir.display(),
-        if shards.len() == 1 { "is missing" } else { "are missing" }, list(shards))]
-    MissingShards {
-        /// The directory.
-        dir: PathBuf,
-        /// The absent files.
-        shards: Vec<String>,
-        /// Number of files that the index names.
-        total: usize,
-    },
-    /// The header of a safetensors file is broken, or the file is shorter or longer than its header says.
-    #[error("`{}` is not a whole safetensors file: {problem}", path.display())]
-    Header {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The tensors are not those of the model that `config.json` describes.
-    #[error("{0}")]
-    Mismatch(Box<Mismatch>),
-    /// Weights that are NaN or infinite.
-    #[error("`{tensor}` in `{}` holds values that are not finite numbers", path.display())]
-    NotFinite {
-        /// The tensor.
-        tensor: String,
-        /// Its file.
-        path: PathBuf,
-    },
-    /// The target exists.
-    #[error("`{}` exists already", .0.display())]
-    Exists(PathBuf),
-}
-
-/// Everything in which a checkpoint's tensors differ from those of its model.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Mismatch {
-    /// The directory.
-    pub dir: PathBuf,
-    /// Tensors that the model has and no file holds.
-    pub missing: Vec<String>,
-    /// Tensors that a file holds and the model has not, with the file.
-    pub unexpected: Vec<String>,
-    /// Tensors of another shape: name, shape in the file, shape in the model.
-    pub misshapen: Vec<(String, Vec<usize>, Vec<usize>)>,
-    /// Tensors of a dtype that cannot be loaded: name and dtype.
-    pub unsupported: Vec<(String, String)>,
-}
-
-impl Mismatch {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.missing.is_empty()
-            && self.unexpected.is_empty()
-            && self.misshapen.is_empty()
-            && self.unsupported.is_empty()
-    }
-}
-
-impl fmt::Display for Mismatch {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "the weights of `{}` do not fit its `config.json`", self.dir.display())?;
-        let misshapen: Vec<String> = self
-            .misshapen
-            .iter()
-            .map(|(name, found, expected)| format!("{name} is {found:?} and not {expected:?}"))
-            .collect();
-        let unsupported: Vec<String> =
-            self.unsupported.iter().map(|(name, dtype)| format!("{name} is {dtype}")).collect();
-        for (what, names) in [
-            ("missing", &self.missing),
-            ("unexpected", &self.unexpected),
-            ("of another shape", &misshapen),
-            ("of a dtype that cannot be loaded", &unsupported),
-        ] {
-            if !names.is_empty() {
-                write!(formatter, "; {} {what}: {}", names.len(), list(names))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Names one after the other; of a long list the first ones, and how many more there are.
-fn list(names: &[String]) -> String {
-    const SHOWN: usize = 20;
-    let mut text = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-    if names.len() > SHOWN {
-        text.push_str(&format!(" and {} more", names.len() - SHOWN));
-    }
-    text
 }
 
 impl CheckpointError {
-    /// What to do about it, where we know.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::MissingShards { .. } => Some("the download is not complete; fetch the named files".into()),
-            Self::NotACheckpoint { .. } => {
-                Some("a checkpoint has `config.json` and `model.safetensors` or `model.safetensors.index.json`".into())
-            }
-            Self::Header { .. } => Some("the file was cut short or changed; fetch it again".into()),
-            Self::Mismatch(mismatch) if !mismatch.unsupported.is_empty() => {
-                Some("weights are loaded from BF16, F16 and F32".into())
-            }
-            Self::Mismatch(_) => Some("does `config.json` belong to these weights?".into()),
-            Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("free some space; the checkpoint that stood there before is whole".into())
-            }
-            Self::Exists(_) => Some("choose another directory, or pass `--force` to replace it".into()),
-            _ => None,
-        }
-    }
-
-    pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
+    pub(crate) fn read(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_path_buf();
         move |source| Self::Read { path, source }
     }
 
-    pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
+    pub(crate) fn write(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_path_buf();
         move |source| Self::Write { path, source }
+    }
+
+    /// What to do about it, where we know.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::NotADirectory { path } if path.is_file() => {
+                Some("give the directory that holds `config.json` and the weights".into())
+            }
+            Self::NoConfig { .. } => Some(
+                "a checkpoint is a directory with `config.json` and safetensors files, as Hugging Face keeps it".into(),
+            ),
+            Self::NoWeights { others, .. } => match others.first()?.as_str() {
+                shard if shard.ends_with(".safetensors") => {
+                    Some(format!("`{shard}` is there: the index that belongs to it is missing; download it too"))
+                }
+                other => {
+                    Some(format!("`{other}` is there: only safetensors files are read; convert it with transformers"))
+                }
+            },
+            Self::Misfit { problems, .. } => problems.hint(),
+            Self::Overflow { .. } => Some("bf16 and f32 have the range; try one of them".into()),
+            Self::DeviceDtype { .. } => Some("load the weights as f32".into()),
+            Self::Dtype { .. } => Some("the dtypes of weights are f32, bf16 and f16".into()),
+            Self::Exists { .. } => Some("choose another directory, or ask for it to be replaced (`--force`)".into()),
+            Self::Foreign { .. } => Some("save into a new directory".into()),
+            Self::Full { .. } => Some(MAKE_ROOM.into()),
+            Self::Write { source, .. } if is_full(source) => Some(MAKE_ROOM.into()),
+            _ => None,
+        }
+    }
+}
+
+const MAKE_ROOM: &str = "free some space; what was there before is untouched";
+
+/// Whether a disk or a quota is full.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// ` in FILE`, or nothing.
+struct In<'a>(&'a Option<PathBuf>);
+
+impl fmt::Display for In<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(file) => write!(formatter, " in `{}`", file.display()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A number of bytes for people, in powers of 1000 as disks are sold.
+pub(crate) struct Bytes(pub(crate) u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = self.0 as f64;
+        match self.0 {
+            0..1_000 => write!(formatter, "{} B", self.0),
+            1_000..1_000_000 => write!(formatter, "{:.1} kB", bytes / 1e3),
+            1_000_000..1_000_000_000 => write!(formatter, "{:.1} MB", bytes / 1e6),
+            _ => write!(formatter, "{:.2} GB", bytes / 1e9),
+        }
     }
 }

@@ -1,31 +1,52 @@
-//! Hugging Face checkpoints of the DeepSeek-V3 family as Burn modules, and back.
+//! Hugging Face checkpoints of the Moonlight family to Burn modules and back.
 //!
-//! ```no_run
-//! use std::path::Path;
+//! ```
 //! use burn::tensor::{DType, Device};
 //! use moonlight_convert::{SaveOptions, load, save};
+//! use moonlight_model::ModelConfig;
 //!
-//! let loaded = load(Path::new("Moonlight-16B-A3B-Instruct"), &Device::default(), Some(DType::BF16))?;
-//! let model = loaded.model; // a `moonlight_model::CausalLm`
-//! save(&model, Path::new("tuned"), &SaveOptions::default())?;
-//! # Ok::<(), moonlight_convert::CheckpointError>(())
+//! # let directory = tempfile::tempdir()?;
+//! # let path = directory.path().join("model");
+//! # let mut config = ModelConfig::preset("bench-small")?;
+//! # (config.vocab_size, config.num_hidden_layers, config.hidden_size) = (64, 2, 32);
+//! let device = Device::default();
+//! let model = config.init(&device);
+//! save(&model, &path, &SaveOptions { dtype: Some(DType::BF16), ..SaveOptions::default() })?;
+//!
+//! let loaded = load(&path, &device, None)?; // as stored: bf16
+//! assert_eq!(loaded.model.dtype(), DType::BF16);
+//! println!("{}", loaded.report);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Opening maps the files and checks every header against its file; loading checks every name, shape and dtype against
-//! the model before it copies the first byte. Saving writes a directory that transformers opens, all or nothing.
+//! * [`Checkpoint`] is a directory, opened and checked but not read; [`load`] makes a model of it.
+//! * [`save`] writes a directory that transformers, vLLM and SGLang open, in one step that a crash cannot halve.
+//! * [`Checkpoint::convert`] rewrites one without building the model.
+//! * `names.rs` is the only place that spells a name of Hugging Face's.
+//!
+//! Files are mapped into memory and their headers checked before use; nothing of a file is believed because the file says
+//! so. Weights may be bf16, f16 or f32.
 
+mod check;
 mod checkpoint;
+mod companions;
+mod elements;
 mod error;
+mod index;
 mod load;
 mod names;
-mod plan;
-mod replace;
+mod problem;
 mod save;
-mod values;
+mod shard;
+mod staging;
+mod writer;
 
-pub use checkpoint::{Checkpoint, Shard, StoredTensor};
-pub use error::{CheckpointError, Mismatch};
-pub use load::{Loaded, load};
-pub use names::Skip;
-pub use replace::replace_directory;
+pub use checkpoint::{Checkpoint, StoredTensor, WeightFile};
+pub use companions::companions_in;
+pub use elements::WeightDtype;
+pub use error::CheckpointError;
+pub use load::{LoadReport, Loaded, load};
+pub use names::{HfTensor, SkipReason, hugging_face_tensors};
+pub use problem::{Problem, Problems};
 pub use save::{SaveOptions, save, write_into};
+pub use staging::replace_directory;

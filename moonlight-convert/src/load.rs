@@ -1,78 +1,196 @@
-//! A checkpoint's tensors into a model.
+//! Loading: from the mapped files straight into the model's parameters.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use moonlight_model::CausalLm;
+use moonlight_model::config::ParameterKind;
 use rayon::prelude::*;
-use safetensors::Dtype;
 
+use crate::check::{Piece, Plan, Planned};
 use crate::checkpoint::Checkpoint;
+use crate::elements::{self, Outcome, Weight, WeightDtype, with_weight};
 use crate::error::CheckpointError;
-use crate::names::Skip;
-use crate::plan::{Filling, Plan};
-use crate::values::convert;
+use crate::names::{self, SkipReason};
 
-/// A model with a checkpoint's weights.
+/// A model with the weights of a checkpoint.
 #[derive(Debug)]
 pub struct Loaded {
     /// The model.
     pub model: CausalLm,
-    /// What was passed over, by reason.
-    pub skipped: BTreeMap<Skip, Vec<String>>,
+    /// What was read and what was passed over.
+    pub report: LoadReport,
 }
 
-/// Opens a directory and loads its model; see [`Checkpoint::open`] and [`Checkpoint::load`].
+/// What loading read and passed over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadReport {
+    /// The dtype of the model's weights (the router's own and its correction bias apart).
+    pub dtype: WeightDtype,
+    /// Parameters of the model that were filled.
+    pub parameters: usize,
+    /// Tensors of the files that they were made of.
+    pub tensors: usize,
+    /// Bytes that were read from the files.
+    pub bytes: u64,
+    /// The names of tensors that have no place in the model, and need not have one.
+    pub skipped: BTreeMap<SkipReason, Vec<String>>,
+}
+
+impl fmt::Display for LoadReport {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = crate::error::Bytes(self.bytes);
+        write!(formatter, "{} tensors, {bytes}, as {}", self.tensors, self.dtype)?;
+        for (reason, names) in &self.skipped {
+            write!(formatter, "; skipped {}: {}", names.len(), reason.describe())?;
+        }
+        Ok(())
+    }
+}
+
+/// Loads a Hugging Face directory onto `device`.
+///
+/// `dtype` is that of the weights in memory; `None` keeps them as they are stored, or where the files mix dtypes, in the
+/// widest of them, which loses nothing. Two tensors go their own way: the router's correction bias is always f32, and
+/// with `None` the router's matrix keeps its own dtype.
+///
+/// Every name, shape and dtype is checked before the first byte is copied, and every value on its way.
 ///
 /// # Errors
 ///
-/// [`CheckpointError`].
+/// [`CheckpointError`]: what [`Checkpoint::open`] refuses, all that does not fit the model in one error, a value that is
+/// infinite or NaN, or a dtype that the device does not have.
 pub fn load(dir: &Path, device: &Device, dtype: Option<DType>) -> Result<Loaded, CheckpointError> {
     Checkpoint::open(dir)?.load(device, dtype)
 }
 
 impl Checkpoint {
-    /// What the model has and the checkpoint lacks, and the reverse, without copying anything.
+    /// [`load`](crate::load) of a checkpoint that is open already.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::Mismatch`], which names it all.
-    pub fn check(&self) -> Result<BTreeMap<Skip, Vec<String>>, CheckpointError> {
-        Plan::new(self).map(|plan| plan.skipped)
+    /// Those of [`load`](crate::load).
+    pub fn load(&self, device: &Device, dtype: Option<DType>) -> Result<Loaded, CheckpointError> {
+        let dtype = dtype.map(weight_dtype).transpose()?;
+        let plan = self.checked_plan()?;
+        let common = dtype.unwrap_or_else(|| stored_dtype(&plan));
+        for needed in [common, WeightDtype::F32] {
+            if !device.supports_dtype(DType::from(needed)) {
+                return Err(CheckpointError::DeviceDtype { dtype: needed });
+            }
+        }
+        let mut filling = Filling {
+            checkpoint: self,
+            plan: &plan,
+            device,
+            dtype,
+            common,
+            path: Vec::new(),
+            filled: 0,
+            failure: None,
+        };
+        let model = self.config().init(device).map(&mut filling);
+        if let Some(failure) = filling.failure {
+            return Err(failure);
+        }
+        assert_eq!(filling.filled, plan.parameters.len(), "the list of parameters is that of the module");
+        let pieces = || plan.parameters.iter().flat_map(|planned| &planned.pieces);
+        let report = LoadReport {
+            dtype: common,
+            parameters: plan.parameters.len(),
+            tensors: pieces().count(),
+            bytes: pieces().map(|piece| piece.range.len() as u64).sum(),
+            skipped: plan.skipped,
+        };
+        Ok(Loaded { model, report })
     }
 
-    /// Loads the model onto a device, in `dtype` or as stored.
-    ///
-    /// Every name, shape and dtype is checked before the first byte is copied. The router's correction bias is f32
-    /// whatever the dtype.
-    ///
-    /// # Errors
-    ///
-    /// [`CheckpointError::Mismatch`] where tensors are missing, unexpected or misshapen, and
-    /// [`CheckpointError::NotFinite`] for weights that are NaN or infinite in the dtype asked for.
-    pub fn load(&self, device: &Device, dtype: Option<DType>) -> Result<Loaded, CheckpointError> {
-        let plan = Plan::new(self)?;
-        let mut loader = Loader { plan: &plan, checkpoint: self, dtype, path: Vec::new(), error: None };
-        let model = self.config().init(device).map(&mut loader);
-        match loader.error {
-            Some(error) => Err(error),
-            None => Ok(Loaded { model, skipped: plan.skipped }),
+    /// The values of a parameter in Burn's layout.
+    fn read<T: Weight>(&self, planned: &Planned) -> Result<Vec<T>, CheckpointError> {
+        let Planned { parameter, pieces } = planned;
+        for piece in pieces {
+            self.prefetch(self.tensor_list()[piece.source].shard, &piece.range);
+        }
+        let length: usize = parameter.shape.iter().product();
+        let mut target = vec![T::default(); length];
+        target.par_chunks_mut((length / pieces.len().max(1)).max(1)).zip(pieces).try_for_each(|(target, piece)| {
+            with_weight!(piece.dtype, S => {
+                let source = self.values::<S>(piece);
+                let outcome = match piece.tensor.shape.as_slice() {
+                    &[rows, columns] if names::transposed(parameter.kind) => {
+                        elements::transpose(&source, rows, columns, 0, target)
+                    }
+                    _ => elements::convert(&source, target),
+                };
+                match outcome {
+                    Outcome::Finite => Ok(()),
+                    Outcome::NotFinite => Err(self.blame::<S, T>(piece, &source)),
+                }
+            })
+        })?;
+        Ok(target)
+    }
+
+    /// A piece's values as they are stored.
+    pub(crate) fn values<S: Weight>(&self, piece: &Piece) -> std::borrow::Cow<'_, [S]> {
+        elements::values(self.bytes(self.tensor_list()[piece.source].shard, piece.range.clone()))
+    }
+
+    /// Whose fault it is that a converted value is not finite.
+    pub(crate) fn blame<S: Weight, T: Weight>(&self, piece: &Piece, source: &[S]) -> CheckpointError {
+        let found = &self.tensor_list()[piece.source];
+        let (tensor, file) = (found.name.clone(), Some(self.dir().join(&found.file)));
+        match WeightDtype::try_from(T::dtype()) {
+            Ok(dtype) if source.iter().all(|value| value.finite()) => CheckpointError::Overflow { tensor, file, dtype },
+            _ => CheckpointError::NotFinite { tensor, file },
         }
     }
 }
 
-/// Replaces each parameter, not yet drawn, by the checkpoint's.
-struct Loader<'a> {
-    plan: &'a Plan<'a>,
-    checkpoint: &'a Checkpoint,
-    dtype: Option<DType>,
-    path: Vec<String>,
-    error: Option<CheckpointError>,
+pub(crate) fn weight_dtype(dtype: DType) -> Result<WeightDtype, CheckpointError> {
+    WeightDtype::try_from(dtype).map_err(|dtype| CheckpointError::Dtype { dtype: format!("{dtype:?}").to_lowercase() })
 }
 
-impl ModuleMapper for Loader<'_> {
+/// The widest dtype of the weights; routers do not count.
+pub(crate) fn stored_dtype(plan: &Plan) -> WeightDtype {
+    let counts = |kind| !matches!(kind, ParameterKind::Router | ParameterKind::CorrectionBias);
+    plan.parameters
+        .iter()
+        .filter(|planned| counts(planned.parameter.kind))
+        .map(Planned::stored)
+        .reduce(WeightDtype::widest)
+        .unwrap_or(WeightDtype::F32)
+}
+
+/// Replaces the parameters of a fresh model, which have not been drawn yet and never are.
+struct Filling<'a> {
+    checkpoint: &'a Checkpoint,
+    plan: &'a Plan,
+    device: &'a Device,
+    dtype: Option<WeightDtype>,
+    common: WeightDtype,
+    path: Vec<String>,
+    /// How many have been replaced: the plan has them in the module's order.
+    filled: usize,
+    failure: Option<CheckpointError>,
+}
+
+impl Filling<'_> {
+    fn data(&self, planned: &Planned) -> Result<TensorData, CheckpointError> {
+        let dtype = match (planned.parameter.kind, self.dtype) {
+            (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
+            (ParameterKind::Router, None) => planned.stored(),
+            _ => self.common,
+        };
+        let shape = planned.parameter.shape.clone();
+        with_weight!(dtype, T => Ok(TensorData::new(self.checkpoint.read::<T>(planned)?, shape)))
+    }
+}
+
+impl ModuleMapper for Filling<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -82,65 +200,24 @@ impl ModuleMapper for Loader<'_> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if self.error.is_some() {
+        if self.failure.is_some() {
             return param;
         }
-        let path = self.path.join(".");
-        let filling = self.plan.parameters.get(&path).expect("the configuration lists every parameter of its model");
-        match self.data(filling) {
+        let planned =
+            self.plan.parameters.get(self.filled).filter(|planned| planned.parameter.path == self.path.join("."));
+        let planned = planned.unwrap_or_else(|| panic!("{} is in the list of parameters", self.path.join(".")));
+        self.filled += 1;
+        match self.data(planned) {
             Ok(data) => {
                 let dtype = data.dtype();
-                let tensor = Tensor::from_data(data, (&param.lazy_device(), dtype));
+                let tensor = Tensor::from_data(data, (self.device, dtype));
                 let id = param.id;
                 param.transform_for_load(tensor, id)
             }
-            Err(error) => {
-                self.error = Some(error);
+            Err(failure) => {
+                self.failure = Some(failure);
                 param
             }
         }
-    }
-}
-
-impl Loader<'_> {
-    fn data(&self, filling: &Filling<'_>) -> Result<TensorData, CheckpointError> {
-        let stored = filling.parts[0].tensor.dtype;
-        let dtype = if filling.keeps_f32() { DType::F32 } else { self.dtype.unwrap_or_else(|| tensor_dtype(stored)) };
-        let target = file_dtype(dtype);
-        let size = target.bitsize() / 8;
-        let mut bytes = vec![0; filling.parameter.count() as usize * size];
-        let part_size = bytes.len() / filling.parts.len();
-        bytes.par_chunks_mut(part_size.max(1)).zip(&filling.parts).try_for_each(|(target_bytes, part)| {
-            if convert(part.data, part.tensor.dtype, target_bytes, target, part.transpose) {
-                Ok(())
-            } else {
-                let path = self.checkpoint.file(part.tensor).to_owned();
-                Err(CheckpointError::NotFinite { tensor: part.name.clone(), path })
-            }
-        })?;
-        Ok(TensorData::from_bytes(Bytes::from_bytes_vec(bytes), filling.parameter.shape.clone(), dtype))
-    }
-}
-
-fn tensor_dtype(dtype: Dtype) -> DType {
-    match dtype {
-        Dtype::BF16 => DType::BF16,
-        Dtype::F16 => DType::F16,
-        Dtype::F32 => DType::F32,
-        other => unreachable!("the plan refuses {other:?}"),
-    }
-}
-
-/// The dtype of the files for a tensor's.
-///
-/// # Panics
-///
-/// For dtypes that weights cannot have; the programs offer none of them.
-pub(crate) fn file_dtype(dtype: DType) -> Dtype {
-    match dtype {
-        DType::BF16 => Dtype::BF16,
-        DType::F16 => Dtype::F16,
-        DType::F32 => Dtype::F32,
-        other => panic!("weights are f32, bf16 or f16, not {other:?}"),
     }
 }

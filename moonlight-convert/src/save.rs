@@ -1,190 +1,207 @@
-//! A model as a Hugging Face directory.
+//! Saving: Hugging Face's layout, written part by part, put in place by renaming.
 
-use std::borrow::Cow;
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData};
-use moonlight_model::config::ParameterShape;
+use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::{CausalLm, ModelConfig};
-use safetensors::{Dtype, SafeTensorError, View};
-use serde_json::{Map, Value, json};
 
-use crate::checkpoint::{CONFIG, INDEX, SINGLE};
+use crate::check::Plan;
+use crate::checkpoint::{CONFIG, Checkpoint};
+use crate::companions;
+use crate::elements::{self, Outcome, Weight, WeightDtype, with_weight};
 use crate::error::CheckpointError;
-use crate::load::file_dtype;
-use crate::names::{self, Place};
-use crate::replace::replace_directory;
-use crate::values::convert;
+use crate::load::{stored_dtype, weight_dtype};
+use crate::names;
+use crate::staging::replace_directory;
+use crate::writer::{OutTensor, ShardWriter};
 
-/// Files beside the weights that belong to a checkpoint and travel with it.
-const COMPANIONS: &[&str] = &[
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tiktoken.model",
-    "tokenization_moonshot.py",
-    "tokenization_kimi.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-];
-const GENERATION_CONFIG: &str = "generation_config.json";
+/// Values that are transposed and written at a time: 64 MiB in f32.
+const PANEL: usize = 1 << 24;
 
-/// How a checkpoint is written.
-#[derive(Debug, Clone)]
+/// How a checkpoint is saved.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SaveOptions {
-    /// The dtype of the weights in the files; `None` keeps that of each tensor. The correction bias is always f32.
+    /// The dtype of the weights; `None` keeps each parameter's own. The router's correction bias is always f32.
     pub dtype: Option<DType>,
-    /// A file of weights holds at most this many bytes, unless one tensor alone is larger.
+    /// Most bytes of weights in one file (a single tensor may be larger). The default is 5 GB, as the Hub likes it.
     pub max_shard_size: u64,
-    /// A directory whose tokenizer and generation files are carried along.
+    /// A directory whose tokenizer, chat template and generation configuration are copied along.
     pub companions_from: Option<PathBuf>,
+    /// Whether a checkpoint that stands there is replaced (the default) or an error. A directory that holds anything
+    /// that is not part of a checkpoint is never replaced.
+    pub overwrite: bool,
 }
 
 impl Default for SaveOptions {
     fn default() -> Self {
-        Self { dtype: None, max_shard_size: 5_000_000_000, companions_from: None }
+        Self { dtype: None, max_shard_size: 5_000_000_000, companions_from: None, overwrite: true }
     }
 }
 
-/// Writes a model to `dir` as transformers, vLLM and SGLang read it, all or nothing: a crash, an error or a full disk
-/// leaves what stood there before.
+/// Saves a model as a Hugging Face directory: `config.json`, `generation_config.json`, the weights in
+/// `model.safetensors` or in shards with an index, and the companions asked for.
+///
+/// The directory appears whole or not at all, and one that stood there before is replaced in one step: it is written
+/// beside, flushed to the disk and renamed. After a crash at any moment the old or the new checkpoint is whole. (Linux and
+/// macOS exchange the two directories' names in one step; where a file system cannot, three renamings do it, and the
+/// next [`Checkpoint::open`] of the directory finishes what a crash between them left.) An error, a full disk for one,
+/// removes what was written and leaves the old checkpoint alone.
+///
+/// Memory: one parameter on the host at a time, and 64 MiB.
 ///
 /// # Errors
 ///
-/// [`CheckpointError::Write`], or [`CheckpointError::NotFinite`] for weights that are NaN or infinite in the dtype
-/// asked for.
+/// [`CheckpointError`], also for a weight that is infinite or NaN, or becomes so in the dtype asked for.
 pub fn save(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
-    replace_directory(dir, |new| write_into(model, new, options))
+    check_target(dir, options.overwrite)?;
+    replace_directory(dir, |new| write_shown(model, new, dir, options))
 }
 
-/// Writes the files of a checkpoint into an existing directory, for callers that have their own way of putting a
-/// finished directory in place.
+/// Writes the files of a checkpoint into a directory that exists, for callers who put it in its place themselves, say by
+/// [`replace_directory`]. Nothing is flushed to the disk, and `overwrite` means nothing here.
 ///
 /// # Errors
 ///
-/// As [`save`].
+/// Those of [`save`].
 pub fn write_into(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
-    let parameters = Parameters::of(model);
-    let tensors = tensors(model.config(), &parameters, options.dtype);
-    let mut config = model.config().clone();
-    config.dtype = Some(dtype_name(tensors[0].dtype).to_owned());
-    write_text(&dir.join(CONFIG), &config.to_json())?;
-    for companion in COMPANIONS {
-        if let Some(source) = options.companions_from.as_ref().map(|from| from.join(companion))
-            && source.exists()
-        {
-            fs::copy(&source, dir.join(companion)).map_err(CheckpointError::write(dir.join(companion)))?;
-        }
-    }
-    if !dir.join(GENERATION_CONFIG).exists() {
-        write_text(&dir.join(GENERATION_CONFIG), &generation_config(&config))?;
-    }
-    write_weights(tensors, dir, options.max_shard_size)
+    write_shown(model, dir, dir, options)
 }
 
-fn write_weights(tensors: Vec<FileTensor<'_>>, dir: &Path, max_shard_size: u64) -> Result<(), CheckpointError> {
-    let total: u64 = tensors.iter().map(|tensor| tensor.data_len() as u64).sum();
-    let mut shards: Vec<(u64, Vec<FileTensor<'_>>)> = Vec::new();
-    for tensor in tensors {
-        let bytes = tensor.data_len() as u64;
-        match shards.last_mut() {
-            Some((size, shard)) if *size + bytes <= max_shard_size => {
-                *size += bytes;
-                shard.push(tensor);
-            }
-            _ => shards.push((bytes, vec![tensor])),
-        }
+fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
+    let dtype = options.dtype.map(weight_dtype).transpose()?;
+    let mut survey =
+        Survey { parameters: model.config().parameter_shapes(), path: Vec::new(), dtypes: Vec::new(), failure: None };
+    model.visit(&mut survey);
+    if let Some(failure) = survey.failure {
+        return Err(failure);
     }
-    let count = shards.len();
-    let mut weight_map = Map::new();
-    for (index, (_, shard)) in shards.into_iter().enumerate() {
-        let file =
-            if count == 1 { SINGLE.to_owned() } else { format!("model-{:05}-of-{count:05}.safetensors", index + 1) };
-        for tensor in &shard {
-            weight_map.insert(tensor.name.clone(), json!(file));
-        }
-        write_shard(&shard, &dir.join(file))?;
+    let Survey { parameters, dtypes, .. } = survey;
+    let dtype_of = |index: usize| match (parameters[index].kind, dtype) {
+        (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
+        (_, Some(dtype)) => dtype,
+        (_, None) => dtypes[index],
+    };
+    let mut tensors = Vec::new();
+    let mut starts = Vec::with_capacity(parameters.len());
+    for (index, parameter) in parameters.iter().enumerate() {
+        starts.push(tensors.len());
+        let dtype = dtype_of(index);
+        let hugging_face = names::hugging_face_tensors(parameter);
+        tensors.extend(hugging_face.into_iter().map(|tensor| OutTensor {
+            name: tensor.name,
+            dtype,
+            shape: tensor.shape,
+        }));
     }
-    if count > 1 {
-        weight_map.sort_keys();
-        let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-        write_text(&dir.join(INDEX), &pretty(&index))?;
-    }
-    Ok(())
+    // The embedding comes first, and has the dtype that the model computes in.
+    let main = dtype_of(0);
+    fill(model.config(), main, &tensors, dir, shown, options, |writer| {
+        let mut saving =
+            Saving { parameters: &parameters, tensors: &tensors, starts: &starts, writer, at: 0, failure: None };
+        model.visit(&mut saving);
+        saving.failure.map_or(Ok(()), Err)
+    })
 }
 
-/// Writes a file of weights, one tensor at a time.
-fn write_shard(shard: &[FileTensor<'_>], path: &Path) -> Result<(), CheckpointError> {
-    // transformers wants to know which framework's layout this is.
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let views = shard.iter().map(|tensor| (tensor.name.as_str(), tensor));
-    safetensors::serialize_to_file(views, Some(metadata), path).map_err(|error| match error {
-        SafeTensorError::IoError(source) => CheckpointError::write(path)(source),
-        other => CheckpointError::write(path)(std::io::Error::other(other.to_string())),
-    })?;
-    let broken = shard.iter().find(|tensor| *tensor.broken.lock().unwrap_or_else(|lock| lock.into_inner()));
-    match broken {
-        Some(tensor) => Err(CheckpointError::NotFinite { tensor: tensor.name.clone(), path: path.to_owned() }),
+impl Checkpoint {
+    /// Writes this checkpoint anew: in another dtype, in other shards, without what loading skips, and with its experts
+    /// one by one where they were stacked. Weights go from file to file; no model is built, and memory stays small.
+    ///
+    /// The companions are this checkpoint's own unless `options` name others.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`save`] and of [`load`](crate::load).
+    pub fn convert(&self, dir: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
+        let dtype = options.dtype.map(weight_dtype).transpose()?;
+        let plan = self.checked_plan()?;
+        let tensors = out_tensors(&plan, dtype);
+        let main = dtype.unwrap_or_else(|| stored_dtype(&plan));
+        let mut options = options.clone();
+        options.companions_from.get_or_insert_with(|| self.dir().to_path_buf());
+        check_target(dir, options.overwrite)?;
+        replace_directory(dir, |new| {
+            fill(self.config(), main, &tensors, new, dir, &options, |writer| {
+                let pieces = plan.parameters.iter().flat_map(|planned| &planned.pieces);
+                for (index, piece) in pieces.enumerate() {
+                    with_weight!(piece.dtype, S => {
+                        let source = self.values::<S>(piece);
+                        with_weight!(tensors[index].dtype, T => {
+                            write_converted::<S, T>(writer, index, &source, || self.blame::<S, T>(piece, &source))?;
+                        })
+                    })
+                }
+                Ok(())
+            })
+        })
+    }
+}
+
+fn out_tensors(plan: &Plan, dtype: Option<WeightDtype>) -> Vec<OutTensor> {
+    let mut tensors = Vec::new();
+    for planned in &plan.parameters {
+        let dtype = match (planned.parameter.kind, dtype) {
+            (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
+            (_, Some(dtype)) => dtype,
+            (_, None) => planned.stored(),
+        };
+        let out =
+            |tensor: &names::HfTensor| OutTensor { name: tensor.name.clone(), dtype, shape: tensor.shape.clone() };
+        tensors.extend(planned.pieces.iter().map(|piece| out(&piece.tensor)));
+    }
+    tensors
+}
+
+/// Fills a directory with everything but the weights, which `write` writes. Messages call it `shown`.
+fn fill(
+    config: &ModelConfig,
+    dtype: WeightDtype,
+    tensors: &[OutTensor],
+    dir: &Path,
+    shown: &Path,
+    options: &SaveOptions,
+    write: impl FnOnce(&mut ShardWriter) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
+    let mut writer = ShardWriter::new(dir, shown, tensors, options.max_shard_size)?;
+    let needed = writer.total();
+    companions::write(config, dtype, options.companions_from.as_deref(), dir, shown, needed)?;
+    write(&mut writer)?;
+    writer.finish()
+}
+
+/// Refuses to replace what must not be replaced.
+fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
+    if !dir.is_dir() {
+        return Ok(());
+    }
+    let entries = fs::read_dir(dir).map_err(CheckpointError::read(dir))?;
+    let names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    if !overwrite {
+        return Err(CheckpointError::Exists { dir: dir.to_path_buf() });
+    }
+    let foreign = |name: &&String| !companions::belongs_to_checkpoint(name) || dir.join(name).is_dir();
+    let foreign = names.iter().find(foreign).or_else(|| names.first().filter(|_| !dir.join(CONFIG).exists()));
+    match foreign {
+        Some(entry) => Err(CheckpointError::Foreign { dir: dir.to_path_buf(), entry: entry.clone() }),
         None => Ok(()),
     }
 }
 
-fn generation_config(config: &ModelConfig) -> String {
-    let mut map = Map::new();
-    if let Some(bos) = config.bos_token_id {
-        map.insert("bos_token_id".into(), json!(bos));
-    }
-    if !config.eos_token_id.is_empty() {
-        map.insert("eos_token_id".into(), json!(config.eos_token_id));
-    }
-    map.insert("max_length".into(), json!(config.max_position_embeddings));
-    pretty(&Value::Object(map))
-}
-
-fn pretty(value: &Value) -> String {
-    let mut text = serde_json::to_string_pretty(value).expect("a map of plain values is always JSON");
-    text.push('\n');
-    text
-}
-
-fn write_text(path: &Path, text: &str) -> Result<(), CheckpointError> {
-    fs::write(path, text).map_err(CheckpointError::write(path))
-}
-
-fn dtype_name(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::BF16 => "bfloat16",
-        Dtype::F16 => "float16",
-        _ => "float32",
-    }
-}
-
-/// A matrix of a parameter, or the whole of it, on its way to the host.
-type Fetch<'a> = Box<dyn Fn(Option<usize>) -> TensorData + 'a>;
-
-/// A model's parameters by path; each is fetched when it is written.
-#[derive(Default)]
-struct Parameters<'a> {
+/// Collects the dtypes of all parameters, in order.
+struct Survey {
+    parameters: Vec<ParameterShape>,
     path: Vec<String>,
-    found: HashMap<String, (DType, Fetch<'a>)>,
+    dtypes: Vec<WeightDtype>,
+    failure: Option<CheckpointError>,
 }
 
-impl Parameters<'_> {
-    fn of(model: &CausalLm) -> Self {
-        let mut parameters = Self::default();
-        model.visit(&mut parameters);
-        parameters
-    }
-}
-
-impl ModuleVisitor for Parameters<'_> {
+impl ModuleVisitor for Survey {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -194,84 +211,125 @@ impl ModuleVisitor for Parameters<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let tensor = param.val().detach();
-        let dtype = tensor.dtype();
-        let fetch = move |part: Option<usize>| match part {
-            Some(index) => tensor.clone().slice_dim(0, index..index + 1).into_data(),
-            None => tensor.clone().into_data(),
-        };
-        self.found.insert(self.path.join("."), (dtype, Box::new(fetch)));
-    }
-}
-
-/// A tensor of a file, made when it is written.
-struct FileTensor<'a> {
-    name: String,
-    shape: Vec<usize>,
-    dtype: Dtype,
-    /// The parameter's rows and columns, where the file wants columns and rows.
-    transpose: Option<(usize, usize)>,
-    fetch: &'a Fetch<'a>,
-    /// The expert, of a stacked parameter.
-    part: Option<usize>,
-    /// Whether a value turned out not to be finite.
-    broken: Mutex<bool>,
-}
-
-impl View for &FileTensor<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let data = (self.fetch)(self.part);
-        let mut bytes = vec![0; FileTensor::data_len(self)];
-        if !convert(data.as_bytes(), file_dtype(data.dtype()), &mut bytes, self.dtype, self.transpose) {
-            *self.broken.lock().unwrap_or_else(|lock| lock.into_inner()) = true;
+        let path = self.path.join(".");
+        let expected = self.parameters.get(self.dtypes.len()).map(|parameter| parameter.path.as_str());
+        assert_eq!(expected, Some(path.as_str()), "the list of parameters is that of the module");
+        match weight_dtype(param.val().dtype()) {
+            Ok(dtype) => self.dtypes.push(dtype),
+            Err(failure) => {
+                self.dtypes.push(WeightDtype::F32);
+                self.failure.get_or_insert(failure);
+            }
         }
-        bytes.into()
-    }
-
-    fn data_len(&self) -> usize {
-        FileTensor::data_len(self)
     }
 }
 
-impl FileTensor<'_> {
-    fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+/// Writes parameter after parameter.
+struct Saving<'a> {
+    parameters: &'a [ParameterShape],
+    tensors: &'a [OutTensor],
+    /// For each parameter, the first of its tensors.
+    starts: &'a [usize],
+    writer: &'a mut ShardWriter,
+    at: usize,
+    failure: Option<CheckpointError>,
+}
+
+impl ModuleVisitor for Saving<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.failure.is_some() {
+            return;
+        }
+        let (parameter, first) = (&self.parameters[self.at], self.starts[self.at]);
+        self.at += 1;
+        let device = |error: String| CheckpointError::Device { parameter: parameter.path.clone(), problem: error };
+        let written = match param.val().try_into_data() {
+            Ok(data) => self.write(parameter, first, &data),
+            Err(error) => Err(device(error.to_string())),
+        };
+        self.failure = written.err();
     }
 }
 
-/// Every tensor of the files, in the order of the model.
-fn tensors<'a>(config: &ModelConfig, parameters: &'a Parameters<'a>, dtype: Option<DType>) -> Vec<FileTensor<'a>> {
-    config.parameter_shapes().iter().flat_map(|parameter| file_tensors(parameter, parameters, dtype)).collect()
+impl Saving<'_> {
+    fn write(&mut self, parameter: &ParameterShape, first: usize, data: &TensorData) -> Result<(), CheckpointError> {
+        with_weight!(weight_dtype(data.dtype())?, S => {
+            let values = data.as_slice::<S>().map_err(|error| CheckpointError::Device {
+                parameter: parameter.path.clone(),
+                problem: error.to_string(),
+            })?;
+            with_weight!(self.tensors[first].dtype, T => self.write_values::<S, T>(parameter, first, values))
+        })
+    }
+
+    fn write_values<S: Weight, T: Weight>(
+        &mut self,
+        parameter: &ParameterShape,
+        first: usize,
+        values: &[S],
+    ) -> Result<(), CheckpointError> {
+        let tensors = self.tensors;
+        let blame = |tensor: usize| move || blame::<S, T>(&tensors[tensor].name, values);
+        match parameter.shape.as_slice() {
+            &[.., input, output] if names::transposed(parameter.kind) => {
+                for (expert, matrix) in values.chunks_exact(input * output).enumerate() {
+                    let tensor = first + expert;
+                    write_transposed::<S, T>(self.writer, tensor, matrix, input, output, blame(tensor))?;
+                }
+                Ok(())
+            }
+            _ => write_converted::<S, T>(self.writer, first, values, blame(first)),
+        }
+    }
 }
 
-fn file_tensors<'a>(
-    parameter: &ParameterShape,
-    parameters: &'a Parameters<'a>,
-    dtype: Option<DType>,
-) -> Vec<FileTensor<'a>> {
-    let (held, fetch) = &parameters.found[&parameter.path];
-    let keeps_f32 = parameter.kind == moonlight_model::config::ParameterKind::CorrectionBias;
-    let dtype = file_dtype(if keeps_f32 { DType::F32 } else { dtype.unwrap_or(*held) });
-    let tensor = |name: String, shape: &[usize], transposed: bool, part: Option<usize>| {
-        let transpose = transposed.then(|| (shape[0], shape[1]));
-        let shape = if transposed { vec![shape[1], shape[0]] } else { shape.to_vec() };
-        FileTensor { name, shape, dtype, transpose, fetch, part, broken: Mutex::new(false) }
-    };
-    match names::place(parameter) {
-        Place::Same(name) => vec![tensor(name, &parameter.shape, false, None)],
-        Place::Transposed(name) => vec![tensor(name, &parameter.shape, true, None)],
-        Place::Experts(experts) => experts
-            .into_iter()
-            .enumerate()
-            .map(|(expert, name)| tensor(name, &parameter.shape[1..], true, Some(expert)))
-            .collect(),
+fn blame<S: Weight, T: Weight>(tensor: &str, source: &[S]) -> CheckpointError {
+    let tensor = tensor.to_owned();
+    match WeightDtype::try_from(T::dtype()) {
+        Ok(dtype) if source.iter().all(|value| value.finite()) => {
+            CheckpointError::Overflow { tensor, file: None, dtype }
+        }
+        _ => CheckpointError::NotFinite { tensor, file: None },
     }
+}
+
+/// Writes a matrix `[input, output]` as `[output, input]`, some rows at a time.
+fn write_transposed<S: Weight, T: Weight>(
+    writer: &mut ShardWriter,
+    tensor: usize,
+    matrix: &[S],
+    input: usize,
+    output: usize,
+    blame: impl FnOnce() -> CheckpointError,
+) -> Result<(), CheckpointError> {
+    let rows = (PANEL / input).clamp(1, output);
+    let mut panel = vec![T::default(); rows * input];
+    for first in (0..output).step_by(rows) {
+        let panel = &mut panel[..rows.min(output - first) * input];
+        if elements::transpose(matrix, input, output, first, panel) == Outcome::NotFinite {
+            return Err(blame());
+        }
+        writer.write(tensor, (first * input * size_of::<T>()) as u64, bytemuck::cast_slice(panel))?;
+    }
+    Ok(())
+}
+
+/// Writes values as they lie, some at a time.
+fn write_converted<S: Weight, T: Weight>(
+    writer: &mut ShardWriter,
+    tensor: usize,
+    values: &[S],
+    blame: impl FnOnce() -> CheckpointError,
+) -> Result<(), CheckpointError> {
+    let mut panel = vec![T::default(); PANEL.min(values.len())];
+    let mut at = 0;
+    for values in values.chunks(PANEL) {
+        let panel = &mut panel[..values.len()];
+        if elements::convert(values, panel) == Outcome::NotFinite {
+            return Err(blame());
+        }
+        writer.write(tensor, at, bytemuck::cast_slice(panel))?;
+        at += size_of_val(&*panel) as u64;
+    }
+    Ok(())
 }

@@ -1,0 +1,328 @@
+//! Weights on the host: the three floating-point formats, conversion and transposition.
+//!
+//! Hugging Face stores a projection as `[out, in]`, Burn as `[in, out]`, so nearly every byte of a checkpoint is moved by
+//! [`transpose`]. Each value is looked at once on its way: one that is not finite in the new format is reported.
+
+use std::borrow::Cow;
+
+use burn::tensor::{DType, Element};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+#[cfg(target_endian = "big")]
+compile_error!("safetensors files are little-endian, and so must the machine be");
+
+/// Rows and columns of the square that is transposed at a time: two of them in f32 stay in a first-level cache.
+const TILE: usize = 64;
+/// Values that one task copies.
+const VALUES_PER_TASK: usize = 1 << 16;
+
+/// A floating-point format that weights are kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WeightDtype {
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an f32.
+    Bf16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl WeightDtype {
+    /// Bytes of one value.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+
+    /// The spelling on the command line and in reports: `f16`, `bf16`, `f32`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+        }
+    }
+
+    /// The spelling in `config.json`: `float16`, `bfloat16`, `float32`.
+    pub fn torch_name(self) -> &'static str {
+        match self {
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+            Self::F32 => "float32",
+        }
+    }
+
+    /// The narrowest format that holds every value of both.
+    pub fn widest(self, other: Self) -> Self {
+        if self == other { self } else { Self::F32 }
+    }
+
+    pub(crate) fn from_safetensors(dtype: safetensors::Dtype) -> Option<Self> {
+        match dtype {
+            safetensors::Dtype::F16 => Some(Self::F16),
+            safetensors::Dtype::BF16 => Some(Self::Bf16),
+            safetensors::Dtype::F32 => Some(Self::F32),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn to_safetensors(self) -> safetensors::Dtype {
+        match self {
+            Self::F16 => safetensors::Dtype::F16,
+            Self::Bf16 => safetensors::Dtype::BF16,
+            Self::F32 => safetensors::Dtype::F32,
+        }
+    }
+}
+
+impl TryFrom<DType> for WeightDtype {
+    type Error = DType;
+
+    fn try_from(dtype: DType) -> Result<Self, DType> {
+        match dtype {
+            DType::F16 => Ok(Self::F16),
+            DType::BF16 => Ok(Self::Bf16),
+            DType::F32 => Ok(Self::F32),
+            other => Err(other),
+        }
+    }
+}
+
+impl From<WeightDtype> for DType {
+    fn from(dtype: WeightDtype) -> Self {
+        match dtype {
+            WeightDtype::F16 => Self::F16,
+            WeightDtype::Bf16 => Self::BF16,
+            WeightDtype::F32 => Self::F32,
+        }
+    }
+}
+
+impl std::fmt::Display for WeightDtype {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(self.as_str())
+    }
+}
+
+/// A value in one of the three formats.
+pub(crate) trait Weight: Element + bytemuck::Pod + Default + Send + Sync {
+    /// Whether the value is neither infinite nor NaN.
+    fn finite(self) -> bool;
+    /// Exact.
+    fn widen(self) -> f32;
+    /// Rounds to the nearest, ties to even.
+    fn narrow(value: f32) -> Self;
+}
+
+impl Weight for f32 {
+    fn finite(self) -> bool {
+        self.is_finite()
+    }
+    fn widen(self) -> f32 {
+        self
+    }
+    fn narrow(value: f32) -> Self {
+        value
+    }
+}
+
+impl Weight for bf16 {
+    fn finite(self) -> bool {
+        self.to_bits() & 0x7f80 != 0x7f80
+    }
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    fn narrow(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+impl Weight for f16 {
+    fn finite(self) -> bool {
+        self.to_bits() & 0x7c00 != 0x7c00
+    }
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+    fn narrow(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+/// Runs `$body` with the type of `$dtype` as `$weight`.
+macro_rules! with_weight {
+    ($dtype:expr, $weight:ident => $body:expr) => {
+        match $dtype {
+            $crate::elements::WeightDtype::F32 => {
+                type $weight = f32;
+                $body
+            }
+            $crate::elements::WeightDtype::Bf16 => {
+                type $weight = half::bf16;
+                $body
+            }
+            $crate::elements::WeightDtype::F16 => {
+                type $weight = half::f16;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_weight;
+
+/// The bytes as values: in place where they are aligned, copied where they are not.
+pub(crate) fn values<T: Weight>(bytes: &[u8]) -> Cow<'_, [T]> {
+    match bytemuck::try_cast_slice(bytes) {
+        Ok(values) => Cow::Borrowed(values),
+        Err(_) => Cow::Owned(bytemuck::pod_collect_to_vec(bytes)),
+    }
+}
+
+/// What a conversion met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Only finite values.
+    Finite,
+    /// At least one value that is not finite after the conversion.
+    NotFinite,
+}
+
+impl Outcome {
+    fn of(finite: bool) -> Self {
+        if finite { Self::Finite } else { Self::NotFinite }
+    }
+}
+
+/// Copies `source` into `target`, value by value.
+pub(crate) fn convert<S: Weight, T: Weight>(source: &[S], target: &mut [T]) -> Outcome {
+    assert_eq!(source.len(), target.len());
+    let finite = target
+        .par_chunks_mut(VALUES_PER_TASK)
+        .zip(source.par_chunks(VALUES_PER_TASK))
+        .map(|(target, source)| {
+            let mut finite = true;
+            if S::dtype() == T::dtype() {
+                target.copy_from_slice(bytemuck::cast_slice(source));
+                for value in source {
+                    finite &= value.finite();
+                }
+            } else {
+                for (target, source) in target.iter_mut().zip(source) {
+                    *target = T::narrow(source.widen());
+                    finite &= target.finite();
+                }
+            }
+            finite
+        })
+        .reduce(|| true, |a, b| a & b);
+    Outcome::of(finite)
+}
+
+/// Writes the columns from `first` on of the row-major matrix `source`, `[rows, columns]`, as the rows of `target`,
+/// as many as it holds.
+pub(crate) fn transpose<S: Weight, T: Weight>(
+    source: &[S],
+    rows: usize,
+    columns: usize,
+    first: usize,
+    target: &mut [T],
+) -> Outcome {
+    assert_eq!(source.len(), rows * columns);
+    assert!(target.len().is_multiple_of(rows.max(1)) && first + target.len() / rows.max(1) <= columns);
+    let finite = target
+        .par_chunks_mut(TILE * rows.max(1))
+        .enumerate()
+        .map(|(band, target)| {
+            let start = first + band * TILE;
+            let width = target.len() / rows;
+            let mut finite = true;
+            for top in (0..rows).step_by(TILE) {
+                for row in top..rows.min(top + TILE) {
+                    let line = &source[row * columns + start..][..width];
+                    for (target, value) in target[row..].iter_mut().step_by(rows).zip(line) {
+                        *target = T::narrow(value.widen());
+                        finite &= target.finite();
+                    }
+                }
+            }
+            finite
+        })
+        .reduce(|| true, |a, b| a & b);
+    Outcome::of(finite)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transposition_of_awkward_shapes_in_parts() {
+        for (rows, columns) in [(1, 1), (3, 130), (65, 64), (129, 67)] {
+            let source: Vec<f32> = (0..rows * columns).map(|i| i as f32).collect();
+            let mut target = vec![0.0f32; rows * columns];
+            // In two parts, as saving does.
+            let split = columns / 2;
+            let (a, b) = target.split_at_mut(split * rows);
+            assert_eq!(transpose(&source, rows, columns, 0, a), Outcome::Finite);
+            assert_eq!(transpose(&source, rows, columns, split, b), Outcome::Finite);
+            for row in 0..rows {
+                for column in 0..columns {
+                    assert_eq!(target[column * rows + row], source[row * columns + column]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn narrowing_rounds_to_nearest_even() {
+        let cases = [
+            (1.0f32, 0x3f80u16),
+            (f32::from_bits(0x3f80_8000), 0x3f80), // a tie, down to even
+            (f32::from_bits(0x3f81_8000), 0x3f82), // a tie, up to even
+            (f32::from_bits(0x3f80_8001), 0x3f81),
+            (f32::from_bits(0x3f80_7fff), 0x3f80),
+            (-0.0, 0x8000),
+        ];
+        for (value, bits) in cases {
+            let mut target = [bf16::ZERO];
+            convert(&[value], &mut target);
+            assert_eq!(target[0].to_bits(), bits, "{value}");
+        }
+    }
+
+    #[test]
+    fn every_finite_bf16_survives_f32_and_back() {
+        let all: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).filter(|value| value.finite()).collect();
+        let mut wide = vec![0.0f32; all.len()];
+        assert_eq!(convert(&all, &mut wide), Outcome::Finite);
+        let mut back = vec![bf16::ZERO; all.len()];
+        assert_eq!(convert(&wide, &mut back), Outcome::Finite);
+        assert!(all.iter().zip(&back).all(|(a, b)| a.to_bits() == b.to_bits()));
+    }
+
+    #[test]
+    fn what_is_not_finite_is_seen_wherever_it_stands() {
+        for at in [0, 99, 6_399] {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut source = vec![0.5f32; 6_400];
+                source[at] = bad;
+                let mut target = vec![bf16::ZERO; 6_400];
+                assert_eq!(transpose(&source, 64, 100, 0, &mut target), Outcome::NotFinite);
+                assert_eq!(convert(&source, &mut target), Outcome::NotFinite);
+            }
+        }
+        // Finite before, infinite after.
+        assert_eq!(convert(&[70_000.0f32], &mut [f16::ZERO]), Outcome::NotFinite);
+    }
+
+    #[test]
+    fn unaligned_bytes_are_read() {
+        let mut bytes = vec![0u8];
+        bytes.extend_from_slice(&1.5f32.to_le_bytes());
+        assert_eq!(values::<f32>(&bytes[1..]).as_ref(), [1.5]);
+    }
+}

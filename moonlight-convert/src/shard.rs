@@ -1,0 +1,159 @@
+//! One safetensors file: mapped into memory, its header checked before anything in it is believed.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+
+use memmap2::Mmap;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use crate::error::Bytes;
+
+/// Bytes of the length that a file begins with.
+const LENGTH: usize = 8;
+/// The longest header that the safetensors library reads, too.
+const LONGEST_HEADER: u64 = 100_000_000;
+
+/// A safetensors file, mapped into memory.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    map: Mmap,
+    /// Where the tensors' bytes begin.
+    data: usize,
+    pub(crate) tensors: Vec<ShardTensor>,
+}
+
+/// One tensor of the file.
+#[derive(Debug)]
+pub(crate) struct ShardTensor {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    /// Behind the header.
+    pub(crate) range: Range<usize>,
+}
+
+impl Shard {
+    /// Opens and checks a file. The error is the rest of a sentence that begins with the file's name.
+    pub(crate) fn open(path: &Path) -> Result<Self, String> {
+        let file = File::open(path).map_err(|error| format!("cannot be opened: {error}"))?;
+        let length = file.metadata().map_err(|error| format!("cannot be read: {error}"))?.len();
+        if length < LENGTH as u64 {
+            return Err(format!("is truncated: {length} bytes are too few for a safetensors file"));
+        }
+        // SAFETY: the map is read-only and private to this process. As with every mapped file, another process that
+        // shortens or rewrites it meanwhile breaks the promise; checkpoints are replaced by renaming, never in place.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| format!("cannot be mapped into memory: {error}"))?;
+        let (data, tensors) = read_header(&map)?;
+        Ok(Self { map, data, tensors })
+    }
+
+    /// The bytes of a part of the data section.
+    pub(crate) fn bytes(&self, range: Range<usize>) -> &[u8] {
+        &self.map[self.data + range.start..self.data + range.end]
+    }
+
+    /// Asks the operating system to have a part of the data section in memory soon.
+    pub(crate) fn prefetch(&self, range: &Range<usize>) {
+        #[cfg(unix)]
+        // Advice: that it is refused costs only speed.
+        let _ = self.map.advise_range(memmap2::Advice::WillNeed, self.data + range.start, range.len());
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+}
+
+/// The start of the data section, and the tensors in the order of their offsets.
+fn read_header(file: &[u8]) -> Result<(usize, Vec<ShardTensor>), String> {
+    let claimed = u64::from_le_bytes(file[..LENGTH].try_into().expect("eight bytes were sliced"));
+    let held = (file.len() - LENGTH) as u64;
+    if claimed > held {
+        return Err(format!(
+            "is truncated or no safetensors file: it claims a header of {claimed} bytes and holds {} in all",
+            file.len()
+        ));
+    }
+    if claimed > LONGEST_HEADER {
+        return Err(format!("claims a header of {claimed} bytes; {LONGEST_HEADER} are the most that is read"));
+    }
+    let data = LENGTH + claimed as usize;
+    // Reading the header also checks that the offsets follow one another without gap or overlap, and that each tensor
+    // is as long as its shape and dtype say.
+    let metadata: Metadata =
+        serde_json::from_slice(&file[LENGTH..data]).map_err(|error| format!("has a broken header: {error}"))?;
+    let (claimed, held) = (metadata.data_len(), file.len() - data);
+    if claimed > held {
+        return Err(format!(
+            "is truncated: its header claims {} of tensors, {claimed} bytes, and {held} bytes are there",
+            Bytes(claimed as u64)
+        ));
+    }
+    if claimed < held {
+        return Err(format!("holds {} bytes that its header does not account for", held - claimed));
+    }
+    let tensors = metadata
+        .offset_keys()
+        .into_iter()
+        .filter_map(|name| {
+            let info = metadata.info(&name)?;
+            let (start, end) = info.data_offsets;
+            Some(ShardTensor { dtype: info.dtype, shape: info.shape.clone(), range: start..end, name })
+        })
+        .collect();
+    Ok((data, tensors))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        bytes
+    }
+
+    fn problem(header: &str, data: usize) -> String {
+        read_header(&file(header, data)).unwrap_err()
+    }
+
+    #[test]
+    fn a_sound_header_is_read() {
+        let header = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]},
+            "a":{"dtype":"BF16","shape":[1,2],"data_offsets":[0,4]}}"#;
+        let (data, tensors) = read_header(&file(header, 8)).unwrap();
+        assert_eq!(data, 8 + header.len());
+        assert_eq!((tensors[0].name.as_str(), &tensors[0].shape, &tensors[0].range), ("a", &vec![1, 2], &(0..4)));
+        assert_eq!((tensors[1].name.as_str(), tensors[1].dtype), ("b", Dtype::F32));
+    }
+
+    #[test]
+    fn headers_that_lie_are_refused() {
+        let mut long = file("{}", 0);
+        long[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(read_header(&long).unwrap_err().contains("claims a header of 18446744073709551615 bytes and holds 10"));
+
+        let a = |dtype: &str, shape: &str, offsets: &str| {
+            format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#)
+        };
+        // More than the file holds, less than it holds.
+        let two = a("BF16", "[2]", "[0,4]");
+        assert!(
+            problem(&two, 3).contains("is truncated: its header claims 4 B of tensors, 4 bytes, and 3 bytes are there")
+        );
+        assert!(problem(&two, 9).contains("holds 5 bytes that its header does not account for"));
+        // Offsets that do not fit the shape, run backwards, leave a gap, overlap, overflow.
+        assert!(problem(&a("BF16", "[2]", "[0,6]"), 6).contains("has a broken header: invalid shape"));
+        assert!(problem(&a("BF16", "[2]", "[4,0]"), 4).contains("invalid offset for tensor `a`"));
+        assert!(problem(&a("BF16", "[2]", "[2,6]"), 6).contains("invalid offset for tensor `a`"));
+        let overlap = r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},
+            "b":{"dtype":"BF16","shape":[2],"data_offsets":[2,6]}}"#;
+        assert!(problem(overlap, 6).contains("invalid offset for tensor `b`"));
+        assert!(problem(&a("BF16", "[9223372036854775807,4]", "[0,4]"), 4).contains("overflow"));
+        // No JSON, no known dtype.
+        assert!(problem("{", 0).contains("has a broken header"));
+        assert!(problem(&a("B17", "[2]", "[0,4]"), 4).contains("unknown variant `B17`"));
+    }
+}
