@@ -28,7 +28,7 @@ pub use expand::expand;
 pub use model::{ModelRecipe, ModelSource};
 pub use optimizer::{OptimizerName, OptimizerRecipe};
 pub use run::{RunConfig, SampleConfig};
-pub use schedule::{ScheduleConfig, ScheduleName, Stage, StageShape};
+pub use schedule::{AccumulationChange, ScheduleConfig, ScheduleName, Stage, StageShape};
 pub use train::{MoeRecipe, TrainConfig};
 
 use section::Reader;

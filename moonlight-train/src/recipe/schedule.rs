@@ -72,12 +72,18 @@ pub struct Stage {
     pub to: f64,
     /// `shape`: `linear`, `cosine` or `constant`. Default: `linear`.
     pub shape: StageShape,
-    /// `gradient_accumulation`: forward passes for one step during the stage. Default: that of `[train]`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub gradient_accumulation: Option<usize>,
     /// `bias_update_rate`: of the experts' bias during the stage. Default: that of `[moe]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bias_update_rate: Option<f64>,
+}
+
+/// One entry of `[[schedule.accumulation]]`: a larger, or smaller, batch from some step on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct AccumulationChange {
+    /// `from_step`: the first step, counted from 0, with the new number.
+    pub from_step: u64,
+    /// `gradient_accumulation`: forward passes for one step from there on.
+    pub gradient_accumulation: usize,
 }
 
 /// `[schedule]`: the learning rate over the steps.
@@ -95,6 +101,8 @@ pub struct ScheduleConfig {
     pub total_steps: u64,
     /// `stages`: what `name = "stages"` goes through. After the last, its final rate stays.
     pub stages: Vec<Stage>,
+    /// `accumulation`: changes of `train.gradient_accumulation` on the way, in order. Default: none.
+    pub accumulation: Vec<AccumulationChange>,
 }
 
 impl ScheduleConfig {
@@ -116,6 +124,16 @@ impl ScheduleConfig {
             .enumerate()
             .map(|(index, table)| read_stage(section, index, table))
             .collect();
+        let accumulation: Vec<AccumulationChange> = section
+            .tables("accumulation")
+            .unwrap_or_default()
+            .into_iter()
+            .enumerate()
+            .map(|(index, table)| read_change(section, index, table))
+            .collect();
+        section.require("accumulation", accumulation.is_sorted_by(|a, b| a.from_step < b.from_step), || {
+            "must go up in `from_step`".into()
+        });
         let staged = name == ScheduleName::Stages;
         section.require("stages", staged || stages.is_empty(), || "belong to name = \"stages\" alone".into());
         section.require("stages", !staged || !stages.is_empty(), || "must list at least one stage".into());
@@ -125,13 +143,13 @@ impl ScheduleConfig {
         section.require("decay_steps", name == ScheduleName::Wsd || decay_steps == 0, || {
             "belongs to name = \"wsd\" alone".into()
         });
-        Self { name, warmup_steps, decay_steps, final_fraction, total_steps, stages }
+        Self { name, warmup_steps, decay_steps, final_fraction, total_steps, stages, accumulation }
     }
 }
 
 /// Reads one stage; `index` counts from 0.
 fn read_stage(section: &mut Section<'_>, index: usize, mut table: toml::Table) -> Stage {
-    const KEYS: &[&str] = &["steps", "to", "shape", "gradient_accumulation", "bias_update_rate"];
+    const KEYS: &[&str] = &["steps", "to", "shape", "bias_update_rate"];
     let mut wrong = |key: &str, problem: String| section.invalid("stages", format!("[{index}].{key} {problem}"), None);
     let steps = table.remove("steps");
     let steps = steps.as_ref().and_then(whole_number).filter(|&steps| steps > 0).unwrap_or_else(|| {
@@ -150,13 +168,6 @@ fn read_stage(section: &mut Section<'_>, index: usize, mut table: toml::Table) -
             StageShape::Linear
         }),
     };
-    let gradient_accumulation = table.remove("gradient_accumulation").and_then(|value| {
-        let passes = whole_number(&value).filter(|passes| (1..=u64::from(u32::MAX)).contains(passes));
-        if passes.is_none() {
-            wrong("gradient_accumulation", "must be a whole number from 1".into());
-        }
-        passes.map(|passes| passes as usize)
-    });
     let bias_update_rate = table.remove("bias_update_rate").and_then(|value: Value| {
         let rate = number(&value).filter(|&rate| rate >= 0.0);
         if rate.is_none() {
@@ -167,5 +178,22 @@ fn read_stage(section: &mut Section<'_>, index: usize, mut table: toml::Table) -
     if let Some(key) = table.keys().next() {
         section.unknown_inner(&format!("stages[{index}].{key}"), key, KEYS);
     }
-    Stage { steps, to, shape, gradient_accumulation, bias_update_rate }
+    Stage { steps, to, shape, bias_update_rate }
+}
+
+/// Reads one change of the batch; `index` counts from 0.
+fn read_change(section: &mut Section<'_>, index: usize, mut table: toml::Table) -> AccumulationChange {
+    const KEYS: &[&str] = &["from_step", "gradient_accumulation"];
+    let mut whole = |key: &str, least: u64| {
+        let value = table.remove(key).as_ref().and_then(whole_number).filter(|value| *value >= least);
+        value.filter(|&value| value <= u64::from(u32::MAX)).unwrap_or_else(|| {
+            section.invalid("accumulation", format!("[{index}].{key} must be a whole number from {least}"), None);
+            least
+        })
+    };
+    let (from_step, passes) = (whole("from_step", 0), whole("gradient_accumulation", 1));
+    if let Some(key) = table.keys().next() {
+        section.unknown_inner(&format!("accumulation[{index}].{key}"), key, KEYS);
+    }
+    AccumulationChange { from_step, gradient_accumulation: passes as usize }
 }

@@ -61,8 +61,10 @@ fn the_resolved_recipe_reads_back_equal() {
         steps = 7
         to = 0
         shape = "cosine"
-        gradient_accumulation = 2
         bias_update_rate = 0.0
+        [[schedule.accumulation]]
+        from_step = 3
+        gradient_accumulation = 2
         [train]
     "#;
     for text in [SMALL, staged] {
@@ -195,4 +197,62 @@ fn a_preset_may_be_a_file_beside_the_recipe() {
     let recipe = Recipe::load(&path, &["model.num_hidden_layers=3".into()]).unwrap();
     let config = recipe.model.config(0).unwrap();
     assert_eq!((config.num_hidden_layers, config.vocab_size), (3, 8192));
+}
+
+/// Every `.toml` of a folder of the repository.
+fn toml_files(folder: &str) -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder);
+    let files = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|end| end == "toml")).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn every_recipe_of_the_repository_is_one() {
+    let files = toml_files("configs");
+    assert!(files.len() >= 3, "{files:?}");
+    for file in files {
+        let recipe = Recipe::load(&file, &[]).unwrap_or_else(|error| panic!("{error}"));
+        let again = Recipe::parse(&recipe.to_toml(), &file, &[]).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(again, recipe);
+        recipe.model.config(0).unwrap();
+    }
+}
+
+#[test]
+fn every_shape_of_the_repository_is_one() {
+    let millions = |name: &str| match name {
+        "moonlight-1b" => 900.0..1100.0,
+        "muon-report-545m" => 500.0..570.0,
+        "muon-report-822m" => 780.0..850.0,
+        "muon-report-1.1b" => 1050.0..1150.0,
+        "muon-report-1.5b" => 1450.0..1600.0,
+        other => panic!("what is the size of {other}?"),
+    };
+    for file in toml_files("configs/models") {
+        let recipe = parse(SMALL, &[&format!("model.preset={}", file.display())]).unwrap();
+        let config = recipe.model.config(0).unwrap();
+        let name = file.file_stem().unwrap().to_string_lossy().into_owned();
+        let count = config.parameter_count();
+        let count = if name.starts_with("muon") { count.total - count.embeddings } else { count.total };
+        assert!(millions(&name).contains(&(count as f64 / 1e6)), "{name} has {count} parameters");
+    }
+}
+
+/// The numbers of the report's section 3.3.
+#[test]
+fn the_three_stages_of_the_report() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/moonlight-16b-pretrain.toml");
+    let recipe = Recipe::load(&file, &[]).unwrap();
+    let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.learning_rate, recipe.train.steps).unwrap();
+    let end = recipe.train.steps;
+    assert_eq!((schedule.rate(1999), schedule.rate(160_971), schedule.rate(161_071)), (4.2e-4, 4.2e-5, 1e-4));
+    assert_eq!((schedule.rate(end - 1), schedule.bias_update_rate(end - 1)), (0.0, Some(0.0)));
+    assert_eq!(schedule.bias_update_rate(160_971), None);
+    let sequences: u64 = (0..end)
+        .map(|step| schedule.gradient_accumulation(step).unwrap_or(recipe.train.gradient_accumulation) as u64)
+        .sum();
+    let tokens = sequences as f64 * recipe.data.sequence_length as f64;
+    assert!((tokens / 5.7e12 - 1.0).abs() < 1e-3, "{tokens}");
 }

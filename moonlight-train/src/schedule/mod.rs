@@ -5,7 +5,7 @@
 //! at step `s`, the point `(s + 1 - a) / (n - a)` of its line or cosine, so that the last step has the final rate.
 //! This is the convention of stages as well: the last step of a stage has the stage's rate.
 
-use crate::recipe::{ScheduleConfig, ScheduleName, StageShape};
+use crate::recipe::{AccumulationChange, ScheduleConfig, ScheduleName, StageShape};
 
 /// A schedule that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -23,6 +23,7 @@ pub struct Schedule {
     segments: Vec<Segment>,
     /// The rate that the first segment begins with.
     initial: f64,
+    accumulation: Vec<AccumulationChange>,
 }
 
 /// Steps over which the rate goes from one value to another.
@@ -34,7 +35,6 @@ struct Segment {
     from: f64,
     to: f64,
     shape: StageShape,
-    gradient_accumulation: Option<usize>,
     bias_update_rate: Option<f64>,
 }
 
@@ -49,12 +49,11 @@ impl Schedule {
     pub fn new(config: &ScheduleConfig, learning_rate: f64, steps: u64) -> Result<Self, ScheduleError> {
         let total = if config.total_steps > 0 { config.total_steps } else { steps };
         let warmup = config.warmup_steps;
-        let mut schedule = Self { segments: Vec::new(), initial: 0.0 };
+        let mut schedule = Self { segments: Vec::new(), initial: 0.0, accumulation: config.accumulation.clone() };
         if config.name == ScheduleName::Stages {
             for stage in &config.stages {
                 schedule.push(stage.steps, stage.to, stage.shape);
                 if let Some(segment) = schedule.segments.last_mut() {
-                    segment.gradient_accumulation = stage.gradient_accumulation;
                     segment.bias_update_rate = stage.bias_update_rate;
                 }
             }
@@ -99,15 +98,7 @@ impl Schedule {
         }
         let (start, from) = self.segments.last().map_or((0, self.initial), |last| (last.end, last.to));
         let end = start + steps;
-        self.segments.push(Segment {
-            end,
-            steps,
-            from,
-            to,
-            shape,
-            gradient_accumulation: None,
-            bias_update_rate: None,
-        });
+        self.segments.push(Segment { end, steps, from, to, shape, bias_update_rate: None });
     }
 
     /// The segment that a step belongs to; the last one goes on for ever.
@@ -130,9 +121,9 @@ impl Schedule {
         }
     }
 
-    /// Forward passes for the step, where its stage says so; else `[train] gradient_accumulation` holds.
+    /// Forward passes for the step, where the schedule says so; else `[train] gradient_accumulation` holds.
     pub fn gradient_accumulation(&self, step: u64) -> Option<usize> {
-        self.segment(step)?.gradient_accumulation
+        self.accumulation.iter().rfind(|change| change.from_step <= step).map(|change| change.gradient_accumulation)
     }
 
     /// The rate of the experts' bias after the step, where its stage says so; else `[moe] bias_update_rate` holds.

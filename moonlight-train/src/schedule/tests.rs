@@ -2,7 +2,15 @@ use super::*;
 use crate::recipe::Stage;
 
 fn config(name: ScheduleName) -> ScheduleConfig {
-    ScheduleConfig { name, warmup_steps: 0, decay_steps: 0, final_fraction: 0.0, total_steps: 0, stages: Vec::new() }
+    ScheduleConfig {
+        name,
+        warmup_steps: 0,
+        decay_steps: 0,
+        final_fraction: 0.0,
+        total_steps: 0,
+        stages: Vec::new(),
+        accumulation: Vec::new(),
+    }
 }
 
 fn close(a: f64, b: f64) -> bool {
@@ -50,14 +58,13 @@ fn wsd_is_stable_then_falls() {
 
 #[test]
 fn stages_follow_each_other() {
-    let stage = |steps, to, shape| Stage { steps, to, shape, gradient_accumulation: None, bias_update_rate: None };
+    let stage = |steps, to, shape| Stage { steps, to, shape, bias_update_rate: None };
     let mut stages = vec![
         stage(10, 4.2e-4, StageShape::Linear),
         stage(100, 4.2e-5, StageShape::Cosine),
         stage(5, 1e-4, StageShape::Linear),
         stage(20, 0.0, StageShape::Linear),
     ];
-    stages[1].gradient_accumulation = Some(4);
     stages[2].bias_update_rate = Some(0.0);
     stages[3].bias_update_rate = Some(0.0);
     let schedule = Schedule::new(&ScheduleConfig { stages, ..config(ScheduleName::Stages) }, 1.0, 135).unwrap();
@@ -65,7 +72,6 @@ fn stages_follow_each_other() {
     assert_eq!((schedule.rate(9), schedule.rate(109), schedule.rate(114)), (4.2e-4, 4.2e-5, 1e-4));
     assert_eq!((schedule.rate(134), schedule.rate(1000)), (0.0, 0.0));
     assert!(schedule.rate(10) < 4.2e-4 && schedule.rate(110) > 4.2e-5);
-    assert_eq!((schedule.gradient_accumulation(9), schedule.gradient_accumulation(10)), (None, Some(4)));
     assert_eq!((schedule.bias_update_rate(109), schedule.bias_update_rate(110)), (None, Some(0.0)));
 }
 
@@ -87,4 +93,13 @@ fn what_does_not_fit_is_named() {
 #[test]
 fn a_run_of_no_steps_has_a_rate() {
     assert_eq!(Schedule::new(&config(ScheduleName::Cosine), 0.5, 0).unwrap().rate(0), 0.5);
+}
+
+#[test]
+fn the_batch_may_change_on_the_way() {
+    let change = |from_step, gradient_accumulation| AccumulationChange { from_step, gradient_accumulation };
+    let config = ScheduleConfig { accumulation: vec![change(10, 4), change(20, 2)], ..config(ScheduleName::Constant) };
+    let schedule = Schedule::new(&config, 1.0, 30).unwrap();
+    let passes = [9, 10, 19, 20, 99].map(|step| schedule.gradient_accumulation(step));
+    assert_eq!(passes, [None, Some(4), Some(4), Some(2), Some(2)]);
 }
