@@ -1,0 +1,204 @@
+//! Checkpoints of a run: a Hugging Face directory with the optimizer's and the trainer's state beside the weights.
+//!
+//! ```text
+//! checkpoints/step-00000100/
+//!     config.json, generation_config.json, model.safetensors, tokenizer files    what transformers opens
+//!     optimizer.bpk                                                              Burn's record of the optimizer
+//!     trainer.json                                                               step, tokens, place in the data
+//! ```
+//!
+//! A checkpoint is written under a hidden name, flushed, and renamed in one step, so whatever bears a step's name is
+//! whole as far as this program is concerned; one that was damaged later is found out when it is opened, and the one
+//! before it is taken.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::optim::ModuleOptimizer;
+use moonlight_convert::{SaveOptions, replace_directory, write_into};
+use moonlight_model::CausalLm;
+use serde::{Deserialize, Serialize};
+
+use crate::data::DataPosition;
+use crate::error::TrainError;
+use crate::tokenizer::Companion;
+
+const STATE: &str = "trainer.json";
+const OPTIMIZER: &str = "optimizer.bpk";
+const PREFIX: &str = "step-";
+/// Raised when an older program could not go on from what a newer one wrote.
+const VERSION: u32 = 1;
+
+/// Where a run stands, beside its weights and its optimizer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    version: u32,
+    /// Steps taken.
+    pub step: u64,
+    /// Tokens read.
+    pub tokens: u64,
+    /// Place in the data.
+    pub data: DataPosition,
+    /// The lowest validation loss so far.
+    pub best: Option<Best>,
+}
+
+/// The lowest validation loss so far.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// The step that it was measured behind.
+    pub step: u64,
+    /// The loss, nats.
+    pub loss: f64,
+}
+
+impl TrainerState {
+    /// The state before the first step.
+    pub fn new(data: DataPosition) -> Self {
+        Self { version: VERSION, step: 0, tokens: 0, data, best: None }
+    }
+}
+
+/// The checkpoints of one run.
+#[derive(Debug, Clone)]
+pub struct Checkpoints {
+    dir: PathBuf,
+    keep: usize,
+    keep_best: bool,
+    companions: Vec<Companion>,
+    companions_from: Option<PathBuf>,
+}
+
+/// A checkpoint that can be gone on from.
+#[derive(Debug)]
+pub struct Found {
+    /// Its folder.
+    pub path: PathBuf,
+    /// What it says of the run.
+    pub state: TrainerState,
+}
+
+impl Checkpoints {
+    /// The checkpoints in `dir`, of which the `keep` newest stay (0 for all), and the best where it is asked for. Each
+    /// carries `companions`, and what belongs to a model from the folder `companions_from`.
+    pub fn new(
+        dir: PathBuf,
+        keep: usize,
+        keep_best: bool,
+        companions: Vec<Companion>,
+        companions_from: Option<PathBuf>,
+    ) -> Self {
+        Self { dir, keep, keep_best, companions, companions_from }
+    }
+
+    /// Writes the checkpoint of a step and removes those that need not stay.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be written; the checkpoints of earlier steps are whole then.
+    pub fn save(
+        &self,
+        model: &CausalLm,
+        optimizer: &ModuleOptimizer,
+        state: &TrainerState,
+    ) -> Result<PathBuf, TrainError> {
+        fs::create_dir_all(&self.dir).map_err(TrainError::write(&self.dir))?;
+        let path = self.path(state.step);
+        let mut failure = None;
+        let result = replace_directory(&path, |new| {
+            let options = SaveOptions { companions_from: self.companions_from.clone(), ..SaveOptions::default() };
+            write_into(model, new, &options)?;
+            // What is no checkpoint error goes around the converter's error type.
+            failure = self.write_state(new, optimizer, state).err();
+            match &failure {
+                None => Ok(()),
+                Some(error) => Err(moonlight_convert::CheckpointError::Write {
+                    path: new.to_owned(),
+                    source: std::io::Error::other(error.to_string()),
+                }),
+            }
+        });
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        result?;
+        self.rotate(state)?;
+        Ok(path)
+    }
+
+    fn write_state(&self, dir: &Path, optimizer: &ModuleOptimizer, state: &TrainerState) -> Result<(), TrainError> {
+        for Companion { name, contents } in &self.companions {
+            let path = dir.join(name);
+            fs::write(&path, contents).map_err(TrainError::write(&path))?;
+        }
+        let path = dir.join(OPTIMIZER);
+        let bytes = optimizer
+            .into_bytes()
+            .map_err(|error| TrainError::write(&path)(std::io::Error::other(error.to_string())))?;
+        fs::write(&path, &bytes[..]).map_err(TrainError::write(&path))?;
+        let path = dir.join(STATE);
+        let mut text = serde_json::to_string_pretty(state).expect("numbers are always JSON");
+        text.push('\n');
+        fs::write(&path, text).map_err(TrainError::write(&path))
+    }
+
+    /// The checkpoints with a readable state, newest first. Half-written ones, left by a run that was killed, are
+    /// removed.
+    ///
+    /// # Errors
+    ///
+    /// A folder that cannot be read.
+    pub fn found(&self) -> Result<Vec<Found>, TrainError> {
+        if !self.dir.exists() {
+            return Ok(Vec::new());
+        }
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(TrainError::read(&self.dir))? {
+            let path = entry.map_err(TrainError::read(&self.dir))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.starts_with(&format!(".{PREFIX}")) {
+                fs::remove_dir_all(&path).map_err(TrainError::write(&path))?;
+            } else if name.starts_with(PREFIX)
+                && let Some(state) = read_state(&path)
+            {
+                found.push(Found { path, state });
+            }
+        }
+        found.sort_by_key(|found| std::cmp::Reverse(found.state.step));
+        Ok(found)
+    }
+
+    /// The newest checkpoint's folder.
+    pub fn newest(&self) -> Option<PathBuf> {
+        self.found().ok()?.into_iter().next().map(|found| found.path)
+    }
+
+    fn rotate(&self, state: &TrainerState) -> Result<(), TrainError> {
+        if self.keep == 0 {
+            return Ok(());
+        }
+        for found in self.found()?.into_iter().skip(self.keep) {
+            let best = self.keep_best && state.best.is_some_and(|best| best.step == found.state.step);
+            if !best {
+                fs::remove_dir_all(&found.path).map_err(TrainError::write(&found.path))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn path(&self, step: u64) -> PathBuf {
+        self.dir.join(format!("{PREFIX}{step:08}"))
+    }
+}
+
+impl Found {
+    /// The file of the optimizer's state.
+    pub fn optimizer(&self) -> PathBuf {
+        self.path.join(OPTIMIZER)
+    }
+}
+
+fn read_state(dir: &Path) -> Option<TrainerState> {
+    let text = fs::read_to_string(dir.join(STATE)).ok()?;
+    serde_json::from_str::<TrainerState>(&text).ok().filter(|state| state.version == VERSION)
+}

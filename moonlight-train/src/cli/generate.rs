@@ -1,0 +1,102 @@
+//! `moonlight generate`.
+
+use std::io::Write;
+
+use clap::Args;
+use serde_json::json;
+
+use super::model::{ModelArguments, Opened};
+use crate::error::TrainError;
+use crate::generate::{Sampling, generate};
+
+/// Go on from a prompt.
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// The text to go on from.
+    #[arg(long, required_unless_present = "prompt_tokens", conflicts_with = "prompt_tokens")]
+    prompt: Option<String>,
+    /// The tokens to go on from, e.g. `1,2,3`.
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS")]
+    prompt_tokens: Option<Vec<u32>>,
+    /// The longest continuation, in tokens.
+    #[arg(long, default_value_t = 200)]
+    max_new_tokens: usize,
+    /// Divides the logits; 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.0, value_parser = not_negative)]
+    temperature: f64,
+    /// Choose among the likeliest tokens that hold this much probability.
+    #[arg(long, default_value_t = 1.0, value_parser = share)]
+    top_p: f64,
+    /// Choose among so many of the likeliest tokens; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Of the draws.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON object: prompt_tokens, tokens, text and stop.
+    #[arg(long)]
+    json: bool,
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    number(text).and_then(|value| if value >= 0.0 { Ok(value) } else { Err("it must not be negative".into()) })
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let inside = |value: f64| value > 0.0 && value <= 1.0;
+    number(text).and_then(|value| if inside(value) { Ok(value) } else { Err("it is above 0 and at most 1".into()) })
+}
+
+fn number(text: &str) -> Result<f64, String> {
+    text.parse::<f64>().ok().filter(|value| value.is_finite()).ok_or_else(|| "it is not a number".into())
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
+    let Opened { model, tokenizer, eos } = arguments.model.open()?;
+    let prompt = match (&arguments.prompt_tokens, &arguments.prompt, &tokenizer) {
+        (Some(tokens), ..) => tokens.clone(),
+        (None, Some(text), Some(tokenizer)) => tokenizer.encode(text),
+        (None, ..) => {
+            return Err(TrainError::Request {
+                problem: "the model's directory has no tokenizer".into(),
+                hint: Some("give the prompt as `--prompt-tokens 1,2,3`".into()),
+            });
+        }
+    };
+    let sampling = Sampling {
+        temperature: arguments.temperature,
+        top_p: arguments.top_p,
+        top_k: arguments.top_k,
+        seed: arguments.seed,
+    };
+    let mut stream = tokenizer.as_ref().map(|tokenizer| tokenizer.stream());
+    let mut written = Ok(());
+    let mut show = |text: &str| {
+        let mut stdout = std::io::stdout().lock();
+        let result = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+        if written.is_ok() {
+            written = result;
+        }
+    };
+    let generated = generate(&model, &prompt, arguments.max_new_tokens, sampling, &eos, |token| {
+        if !arguments.json {
+            match &mut stream {
+                Some(stream) => show(&stream.push(token)),
+                None => show(&format!("{token} ")),
+            }
+        }
+    })?;
+    if arguments.json {
+        let text = tokenizer.as_ref().map(|tokenizer| tokenizer.decode(&generated.tokens));
+        let object = json!({
+            "prompt_tokens": prompt, "tokens": generated.tokens, "text": text, "stop": generated.stop,
+        });
+        show(&object.to_string());
+    } else if let Some(mut stream) = stream {
+        show(&stream.finish());
+    }
+    show("\n");
+    written.map_err(TrainError::write("stdout"))
+}

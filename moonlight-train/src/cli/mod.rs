@@ -1,0 +1,55 @@
+//! The command line of `moonlight`.
+
+mod generate;
+mod model;
+mod score;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::TrainError;
+
+/// Exit code of a run that was interrupted (128 + SIGINT); its checkpoint is written.
+const INTERRUPTED: u8 = 130;
+
+/// Train and run language models of the Moonlight family.
+#[derive(Debug, Parser)]
+#[command(name = "moonlight", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train as a recipe says.
+    Train(train::Arguments),
+    /// Go on from a prompt.
+    Generate(generate::Arguments),
+    /// Log-probabilities of given texts or tokens.
+    Score(score::Arguments),
+}
+
+/// Runs the program: 0 for done, 1 for a failure, 2 for wrong usage, 130 for a training that was interrupted.
+pub fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Train(arguments) => train::run(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
+    };
+    result.unwrap_or_else(|error| {
+        report(&error);
+        ExitCode::FAILURE
+    })
+}
+
+fn report(error: &TrainError) {
+    // One line each, whatever a nested message holds.
+    let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    eprintln!("error: {}", line(error.to_string()));
+    if let Some(hint) = error.hint() {
+        eprintln!("hint: {}", line(hint));
+    }
+}

@@ -1,0 +1,74 @@
+//! `--model`, `--device` and `--dtype`: a model to run.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use moonlight_convert::load;
+use moonlight_model::CausalLm;
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoints;
+use crate::device::{self, Target};
+use crate::error::TrainError;
+use crate::tokenizer::Tokenizer;
+
+/// Which model to run, and on what.
+#[derive(Debug, Args)]
+pub(super) struct ModelArguments {
+    /// A Hugging Face directory, a checkpoint or folder of a run, or a repository in the Hub cache.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has.
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// f32, bf16, f16, or auto: f32 on the CPU, as stored elsewhere.
+    #[arg(long, default_value = "auto")]
+    dtype: String,
+}
+
+/// A model that is ready to run.
+pub(super) struct Opened {
+    pub(super) model: CausalLm,
+    pub(super) tokenizer: Option<Tokenizer>,
+    /// Tokens that end a text.
+    pub(super) eos: Vec<u32>,
+}
+
+impl ModelArguments {
+    pub(super) fn open(&self) -> Result<Opened, TrainError> {
+        let target = Target::open(&self.device)?;
+        let dtype = device::dtype(&self.dtype, &target)?;
+        let dir = resolve(&self.model);
+        let tokenizer = Tokenizer::from_model_dir(&dir)?;
+        let model = load(&dir, &target.device, dtype)?.model;
+        let eos = generation_eos(&dir).unwrap_or_else(|| model.config().eos_token_id.clone());
+        Ok(Opened { model, tokenizer, eos })
+    }
+}
+
+/// The folder with the weights: the folder itself, the newest checkpoint of a run, or a snapshot of the Hub cache.
+fn resolve(dir: &Path) -> PathBuf {
+    if dir.join("config.json").exists() {
+        return dir.to_owned();
+    }
+    let run = Checkpoints::new(dir.join("checkpoints"), 0, false, Vec::new(), None);
+    if let Some(newest) = run.newest() {
+        return newest;
+    }
+    let revision = std::fs::read_to_string(dir.join("refs").join("main"));
+    match revision {
+        Ok(revision) => dir.join("snapshots").join(revision.trim()),
+        Err(_) => dir.to_owned(),
+    }
+}
+
+/// `eos_token_id` of `generation_config.json`, one or a list.
+fn generation_eos(dir: &Path) -> Option<Vec<u32>> {
+    let text = std::fs::read_to_string(dir.join("generation_config.json")).ok()?;
+    let value: Value = serde_json::from_str(&text).ok()?;
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value.get("eos_token_id")? {
+        Value::Array(ids) => ids.iter().map(id).collect(),
+        one => id(one).map(|id| vec![id]),
+    }
+}

@@ -1,0 +1,128 @@
+//! `--device` and `--dtype`: the only place where a backend is named.
+
+use burn::tensor::{DType, Device};
+
+use crate::error::TrainError;
+
+/// A device to run on.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// The device, without gradients.
+    pub device: Device,
+    /// Whether it is the CPU, where weights are f32 unless another dtype is asked for.
+    pub is_cpu: bool,
+}
+
+/// The names of the devices, in the order in which `auto` tries them.
+const KINDS: &[(&str, bool)] = &[
+    ("cuda", cfg!(feature = "cuda")),
+    ("metal", cfg!(feature = "metal")),
+    ("vulkan", cfg!(feature = "vulkan")),
+    ("wgpu", cfg!(feature = "wgpu")),
+    ("cpu", cfg!(feature = "cpu")),
+];
+
+impl Target {
+    /// Opens `cpu`, `cuda[:N]`, `wgpu[:N]`, `vulkan[:N]`, `metal`, or `auto` for the first that the build has.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError::Device`] for a name that is none, and for a device that this build has not.
+    pub fn open(name: &str) -> Result<Self, TrainError> {
+        let built: Vec<&str> = KINDS.iter().filter(|(_, built)| *built).map(|(kind, _)| *kind).collect();
+        let name = if name == "auto" { built.first().copied().unwrap_or("cpu") } else { name };
+        let (kind, index) = match name.split_once(':') {
+            None => (name, None),
+            Some((kind, index)) => (kind, Some(index)),
+        };
+        let known = KINDS.iter().find(|(known, _)| *known == kind);
+        let Some((kind, built_in)) = known else {
+            return Err(TrainError::Device {
+                problem: format!("there is no device `{name}`"),
+                hint: "devices are cpu, cuda[:N], wgpu[:N], vulkan[:N] and metal".into(),
+            });
+        };
+        if !built_in {
+            return Err(TrainError::Device {
+                problem: format!("this build has no `{kind}` (it has: {})", built.join(", ")),
+                hint: format!("build with `--features {kind}`"),
+            });
+        }
+        let index = match index {
+            None => None,
+            Some(index) if !matches!(*kind, "cpu" | "metal") => {
+                Some(index.parse::<usize>().map_err(|_| TrainError::Device {
+                    problem: format!("`{index}` in `{name}` is not the number of a device"),
+                    hint: format!("write `{kind}` or `{kind}:0`"),
+                })?)
+            }
+            Some(_) => {
+                return Err(TrainError::Device {
+                    problem: format!("`{kind}` takes no number"),
+                    hint: format!("write `{kind}`"),
+                });
+            }
+        };
+        Ok(Self { device: device(kind, index), is_cpu: *kind == "cpu" })
+    }
+}
+
+#[allow(unused_variables, reason = "a build with the CPU alone has no use for the number")]
+fn device(kind: &str, index: Option<usize>) -> Device {
+    #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
+    let gpu = index.map_or(burn::tensor::DeviceKind::DefaultDevice, burn::tensor::DeviceKind::DiscreteGpu);
+    match kind {
+        #[cfg(feature = "cuda")]
+        "cuda" => Device::cuda(index.unwrap_or(0)),
+        #[cfg(feature = "wgpu")]
+        "wgpu" => Device::wgpu(gpu),
+        #[cfg(feature = "vulkan")]
+        "vulkan" => Device::vulkan(gpu),
+        #[cfg(feature = "metal")]
+        "metal" => Device::metal(gpu),
+        #[cfg(feature = "cpu")]
+        "cpu" => Device::flex(),
+        _ => Device::default(),
+    }
+}
+
+/// The dtype that `f32`, `bf16`, `f16` or `auto` stands for: `auto` is f32 on the CPU and `None`, as stored, elsewhere.
+///
+/// # Errors
+///
+/// [`TrainError::Request`] for any other name.
+pub fn dtype(name: &str, target: &Target) -> Result<Option<DType>, TrainError> {
+    match name {
+        "auto" => Ok(target.is_cpu.then_some(DType::F32)),
+        "f32" => Ok(Some(DType::F32)),
+        "bf16" => Ok(Some(DType::BF16)),
+        "f16" => Ok(Some(DType::F16)),
+        other => Err(TrainError::Request {
+            problem: format!("there is no dtype `{other}`"),
+            hint: Some("dtypes are f32, bf16, f16 and auto".into()),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_names_say_what_there_is() {
+        let hint = |name: &str| Target::open(name).unwrap_err().hint().unwrap();
+        assert!(hint("gpu").contains("vulkan[:N]"));
+        assert!(hint("cpu:1").contains("`cpu`"));
+        #[cfg(not(feature = "cuda"))]
+        assert!(hint("cuda:0").contains("--features cuda"));
+    }
+
+    #[cfg(feature = "cpu")]
+    #[test]
+    fn weights_are_f32_on_the_cpu_unless_another_dtype_is_asked_for() {
+        let cpu = Target::open("cpu").unwrap();
+        assert_eq!(dtype("auto", &cpu).unwrap(), Some(DType::F32));
+        assert_eq!(dtype("bf16", &cpu).unwrap(), Some(DType::BF16));
+        assert!(dtype("int8", &cpu).is_err());
+    }
+}

@@ -1,0 +1,123 @@
+//! What can go wrong in a run.
+
+use std::io;
+use std::path::PathBuf;
+
+use moonlight_convert::CheckpointError;
+use moonlight_optim::{RuleError, StateError};
+
+use crate::data::DataError;
+use crate::recipe::RecipeError;
+use crate::tokenizer::TokenizerError;
+
+/// Why a program stopped. Every message is one sentence for the person who started it.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The recipe.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    /// The weights, read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The data.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The division of the parameters among the optimizers.
+    #[error(transparent)]
+    Rules(#[from] RuleError),
+    /// The optimizer's state.
+    #[error("the optimizer's state `{}`: {source}", path.display())]
+    OptimizerState {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: StateError,
+    },
+    /// A file of the run cannot be read.
+    #[error("`{}` cannot be read: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file of the run cannot be written.
+    #[error("`{}` cannot be written: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The run's folder is there already.
+    #[error("the run `{}` exists", .0.display())]
+    RunExists(PathBuf),
+    /// A loss or gradient that is no number.
+    #[error("step {step}: the {what} is {value}{}", last_checkpoint.as_ref()
+        .map(|path| format!("; the last good checkpoint is `{}`", path.display())).unwrap_or_default())]
+    NotFinite {
+        /// The step, counted from 1.
+        step: u64,
+        /// The loss or the gradient norm.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+        /// The newest checkpoint.
+        last_checkpoint: Option<PathBuf>,
+    },
+    /// A device that does not exist, or that this build has not.
+    #[error("{problem}")]
+    Device {
+        /// The sentence.
+        problem: String,
+        /// What to do.
+        hint: String,
+    },
+    /// Arguments that do not go together with the model.
+    #[error("{problem}")]
+    Request {
+        /// The sentence.
+        problem: String,
+        /// What to do, where we know.
+        hint: Option<String>,
+    },
+    /// burn-train's machinery failed.
+    #[error("training stopped: {0}")]
+    Stage(String),
+}
+
+impl TrainError {
+    /// What to do about it, where we know.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Recipe(error) => error.hint(),
+            Self::Checkpoint(error) => error.hint(),
+            Self::Tokenizer(error) => error.hint(),
+            Self::Data(error) => error.hint(),
+            Self::OptimizerState { source, .. } => source.hint(),
+            Self::RunExists(_) => Some("go on with it by `--resume`, or choose another `--set run.name=...`".into()),
+            Self::NotFinite { .. } => {
+                Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
+            }
+            Self::Device { hint, .. } => Some(hint.clone()),
+            Self::Request { hint, .. } => hint.clone(),
+            Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                Some("free some space and go on by `--resume`".into())
+            }
+            _ => None,
+        }
+    }
+
+    pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Read { path, source }
+    }
+
+    pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Write { path, source }
+    }
+}

@@ -1,0 +1,121 @@
+//! The next token from a row of logits.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 always takes the likeliest token.
+    pub temperature: f64,
+    /// Only the likeliest tokens that together hold this much probability.
+    pub top_p: f64,
+    /// Only so many of the likeliest tokens; 0 for all.
+    pub top_k: usize,
+    /// Of the draws.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 }
+    }
+}
+
+/// Draws tokens.
+#[derive(Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    random: ChaCha8Rng,
+}
+
+impl Sampler {
+    /// A sampler at the beginning of its draws.
+    pub fn new(sampling: Sampling) -> Self {
+        Self { sampling, random: ChaCha8Rng::seed_from_u64(sampling.seed) }
+    }
+
+    /// Chooses a token: first the temperature, then the `top_k` likeliest, then of those the fewest that hold `top_p`
+    /// of the probability, as transformers does. Of equals the lower number is the likelier.
+    pub fn choose(&mut self, logits: &[f32]) -> u32 {
+        let Sampling { temperature, top_p, top_k, .. } = self.sampling;
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        if temperature == 0.0 {
+            return order.into_iter().min_by(likelier).unwrap_or(0);
+        }
+        order.sort_unstable_by(likelier);
+        if top_k > 0 {
+            order.truncate(top_k);
+        }
+        let largest = f64::from(logits[order[0] as usize]);
+        let weights: Vec<f64> =
+            order.iter().map(|&token| ((f64::from(logits[token as usize]) - largest) / temperature).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let mut held = 0.0;
+        let kept = weights
+            .iter()
+            .position(|weight| {
+                held += weight / total;
+                held >= top_p
+            })
+            .map_or(weights.len(), |last| last + 1);
+        let mut draw = self.random.random::<f64>() * weights[..kept].iter().sum::<f64>();
+        for (&token, weight) in order.iter().zip(&weights[..kept]) {
+            draw -= weight;
+            if draw < 0.0 {
+                return token;
+            }
+        }
+        order[kept - 1]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frequencies(sampling: Sampling, logits: &[f32]) -> Vec<f64> {
+        let mut sampler = Sampler::new(sampling);
+        let mut counts = vec![0.0; logits.len()];
+        for _ in 0..20_000 {
+            counts[sampler.choose(logits) as usize] += 1.0 / 20_000.0;
+        }
+        counts
+    }
+
+    #[test]
+    fn zero_temperature_takes_the_likeliest_and_of_equals_the_first() {
+        let mut sampler = Sampler::new(Sampling::default());
+        assert_eq!(sampler.choose(&[0.1, 3.0, 2.0, 3.0]), 1);
+    }
+
+    #[test]
+    fn draws_follow_the_softmax() {
+        let logits = [1.0f32.ln(), 2.0f32.ln(), 5.0f32.ln()];
+        let found = frequencies(Sampling { temperature: 1.0, ..Sampling::default() }, &logits);
+        for (found, expected) in found.iter().zip([0.125, 0.25, 0.625]) {
+            assert!((found - expected).abs() < 0.02, "{found} {expected}");
+        }
+    }
+
+    #[test]
+    fn top_k_and_top_p_leave_the_likeliest() {
+        let logits = [1.0f32.ln(), 2.0f32.ln(), 5.0f32.ln()];
+        let sampling = Sampling { temperature: 1.0, ..Sampling::default() };
+        assert_eq!(frequencies(Sampling { top_k: 1, ..sampling }, &logits)[2], 1.0);
+        assert_eq!(frequencies(Sampling { top_p: 0.5, ..sampling }, &logits)[2], 1.0);
+        let two = frequencies(Sampling { top_p: 0.8, ..sampling }, &logits);
+        assert!(two[0] == 0.0 && two[1] > 0.2);
+    }
+
+    #[test]
+    fn the_same_seed_draws_the_same() {
+        let sampling = Sampling { temperature: 1.0, seed: 7, ..Sampling::default() };
+        let (mut a, mut b) = (Sampler::new(sampling), Sampler::new(sampling));
+        let logits: Vec<f32> = (0..50).map(|index| (index as f32).sin()).collect();
+        for _ in 0..100 {
+            assert_eq!(a.choose(&logits), b.choose(&logits));
+        }
+    }
+}

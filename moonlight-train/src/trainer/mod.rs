@@ -1,0 +1,115 @@
+//! `moonlight train`: a recipe becomes a run.
+
+mod conclude;
+mod renderer;
+mod start;
+mod step;
+mod strategy;
+mod trainee;
+
+use std::io::IsTerminal;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
+use burn::data::dataset::DatasetError;
+use burn::tensor::Device;
+use burn::train::logger::InMemoryMetricLogger;
+use burn::train::renderer::default_renderer;
+use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
+
+use crate::device::Target;
+use crate::error::TrainError;
+use crate::metrics;
+use crate::recipe::Recipe;
+
+pub use conclude::conclude;
+pub use start::Prepared;
+pub use strategy::Finished;
+pub use trainee::{MicroBatch, MicroOutcome, Trainee};
+
+use strategy::{Run, StepStrategy};
+
+/// Trains as a recipe says, from its start or, with `resume`, from the newest whole checkpoint of the run.
+///
+/// Figures go to the dashboard where stdout is a terminal, else to stderr, a line a step; `interrupter` stops the run
+/// behind the step that it is in, with a checkpoint.
+///
+/// # Errors
+///
+/// [`TrainError`]. The newest checkpoint is whole in every case.
+pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: Interrupter) -> Result<Finished, TrainError> {
+    let dashboard = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
+    let Prepared { trainee, run } = start::prepare(recipe, target, resume, !dashboard)?;
+    let epoch_steps = Run::epoch_steps(recipe);
+    let epochs = recipe.train.steps.div_ceil(epoch_steps) as usize;
+    let starting_epoch = (run.state.step / epoch_steps) as usize;
+    let optimizer = run.optimizer.clone();
+    let strategy = Arc::new(StepStrategy::new(run));
+    let training = SupervisedTraining::new(recipe.run.folder(), NoLoader::train(), NoLoader::valid())
+        .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
+        .with_application_logger(None)
+        .with_metric_logger(InMemoryMetricLogger::default())
+        .with_interrupter(interrupter.clone())
+        .num_epochs(epochs)
+        .label(&recipe.run.name);
+    let training = if starting_epoch > 0 { training.checkpoint(starting_epoch) } else { training };
+    let training = match dashboard {
+        true => training.renderer(default_renderer(interrupter, None)),
+        false => training.renderer(Box::new(renderer::Silent)),
+    };
+    let result = metrics::register(training).launch(Learner::new(trainee, optimizer, 0.0));
+    drop(result.renderer); // the dashboard gives the terminal back
+    if let Some(error) = result.error {
+        return Err(TrainError::Stage(error.to_string()));
+    }
+    strategy.take_outcome().unwrap_or_else(|| Err(TrainError::Stage("the loop did not run".into())))
+}
+
+/// Stands where burn-train wants a data loader. Its loaders count the items of an epoch; the strategy reads its own
+/// stream, which can be resumed in the middle.
+struct NoLoader;
+
+impl NoLoader {
+    fn train() -> Arc<dyn DataLoader<MicroBatch>> {
+        Arc::new(Self)
+    }
+
+    fn valid() -> Arc<dyn DataLoader<moonlight_model::LmBatch>> {
+        Arc::new(Self)
+    }
+}
+
+impl<T: Send + 'static> DataLoader<T> for NoLoader {
+    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<T> + 'a> {
+        Box::new(NoItems(PhantomData))
+    }
+
+    fn num_items(&self) -> usize {
+        0
+    }
+
+    fn to_device(&self, _device: &Device) -> Arc<dyn DataLoader<T>> {
+        Arc::new(Self)
+    }
+
+    fn slice(&self, _start: usize, _end: usize) -> Arc<dyn DataLoader<T>> {
+        Arc::new(Self)
+    }
+}
+
+struct NoItems<T>(PhantomData<fn() -> T>);
+
+impl<T> Iterator for NoItems<T> {
+    type Item = Result<T, DatasetError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        None
+    }
+}
+
+impl<T> DataLoaderIterator<T> for NoItems<T> {
+    fn progress(&self) -> Progress {
+        Progress { items_processed: 0, items_total: 0, unit: None }
+    }
+}

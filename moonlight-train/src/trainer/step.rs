@@ -1,0 +1,156 @@
+//! One optimizer step: forward and backward over the micro-batches, clipping, update, bias rule.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
+use burn::tensor::{Device, Tensor};
+use moonlight_model::{ForwardReport, Probe};
+
+use super::trainee::{MicroBatch, Trainee};
+use crate::data::HostBatch;
+
+/// What a step is taken with.
+pub(crate) struct StepSettings {
+    /// The learning rate of this step.
+    pub(crate) learning_rate: f64,
+    /// The largest global norm of the gradient; 0 for no limit.
+    pub(crate) gradient_clip: f64,
+    /// Weight of the sequence-wise balance loss.
+    pub(crate) balance_weight: f64,
+    /// `u` of the bias rule.
+    pub(crate) bias_update_rate: f64,
+    /// What the forward passes report.
+    pub(crate) probe: Probe,
+}
+
+/// What a step has to tell.
+#[derive(Debug, Clone)]
+pub(crate) struct StepOutcome {
+    /// Mean over all predicted tokens of the step, nats.
+    pub(crate) loss: f64,
+    /// Global norm of the gradient before clipping.
+    pub(crate) gradient_norm: f64,
+    /// Tokens of each expert over all micro-batches; `None` for dense layers.
+    pub(crate) expert_loads: Vec<Option<Vec<u64>>>,
+    /// The largest attention logit and the share of logits above 100, where they were asked for.
+    pub(crate) attention: Option<(f64, f64)>,
+}
+
+/// A loss or a gradient that is no number.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NotFinite {
+    pub(crate) what: &'static str,
+    pub(crate) value: f64,
+}
+
+/// The gradient of a step, clipped, and what the step has to tell.
+///
+/// The loss of the step is the mean over all predicted tokens of all micro-batches, however unevenly they are spread.
+pub(crate) fn gradient(
+    trainee: &Trainee,
+    batches: &[HostBatch],
+    settings: &StepSettings,
+    device: &Device,
+) -> Result<(GradientsParams, StepOutcome), NotFinite> {
+    let predicted = batches.iter().map(HostBatch::predicted).sum::<f64>().max(1.0);
+    let mut accumulator = GradientsAccumulator::new();
+    let mut loss = 0.0;
+    let mut loads: Vec<Option<Vec<u64>>> = Vec::new();
+    let mut attention: Option<(f64, f64)> = None;
+    for batch in batches {
+        let output = trainee.step(MicroBatch {
+            batch: batch.to_device(device),
+            loss_scale: 1.0 / predicted,
+            balance_weight: settings.balance_weight,
+            balance_scale: 1.0 / batches.len() as f64,
+            probe: settings.probe,
+        });
+        loss += output.item.loss_sum / predicted;
+        finite("loss", loss)?;
+        add_loads(&mut loads, output.item.report.expert_loads());
+        if let Some((largest, share)) = attention_of(&output.item.report) {
+            let (old_largest, old_share) = attention.unwrap_or((f64::NEG_INFINITY, 0.0));
+            attention = Some((largest.max(old_largest), old_share + share / batches.len() as f64));
+        }
+        accumulator.accumulate(&trainee.model, output.grads);
+    }
+    let mut gradients = accumulator.grads();
+    let gradient_norm = finite("gradient norm", global_norm(&trainee.model, &gradients))?;
+    if settings.gradient_clip > 0.0 {
+        // The quotient of torch's `clip_grad_norm_`.
+        let scale = settings.gradient_clip / (gradient_norm + 1e-6);
+        if scale < 1.0 {
+            gradients = scaled(&trainee.model, gradients, scale);
+        }
+    }
+    Ok((gradients, StepOutcome { loss, gradient_norm, expert_loads: loads, attention }))
+}
+
+/// Updates the parameters by the optimizer and the routers' biases by their rule.
+pub(crate) fn update(
+    trainee: Trainee,
+    optimizer: &mut ModuleOptimizer,
+    gradients: GradientsParams,
+    expert_loads: &[Option<Vec<u64>>],
+    settings: &StepSettings,
+) -> Trainee {
+    let model = optimizer.step(settings.learning_rate, trainee.model, gradients);
+    Trainee { model: model.update_router_bias(expert_loads, settings.bias_update_rate) }
+}
+
+fn finite(what: &'static str, value: f64) -> Result<f64, NotFinite> {
+    if value.is_finite() { Ok(value) } else { Err(NotFinite { what, value }) }
+}
+
+fn add_loads(sum: &mut Vec<Option<Vec<u64>>>, loads: Vec<Option<Vec<u64>>>) {
+    if sum.is_empty() {
+        *sum = loads;
+        return;
+    }
+    for (sum, load) in sum.iter_mut().zip(loads) {
+        if let (Some(sum), Some(load)) = (sum, load) {
+            sum.iter_mut().zip(load).for_each(|(sum, load)| *sum += load);
+        }
+    }
+}
+
+/// The largest logit of all layers and heads, and the mean over the layers of the share above 100.
+fn attention_of(report: &ForwardReport) -> Option<(f64, f64)> {
+    let mut result: Option<(f64, f64)> = None;
+    for layer in &report.layers {
+        let largest = layer.max_attention_logit.clone()?.max().into_scalar::<f32>();
+        let share = layer.share_above_100.clone()?.into_scalar::<f32>();
+        let (old_largest, old_share) = result.unwrap_or((f64::NEG_INFINITY, 0.0));
+        result = Some((old_largest.max(largest.into()), old_share + f64::from(share) / report.layers.len() as f64));
+    }
+    result
+}
+
+/// The square root of the sum of all squares.
+pub(crate) fn global_norm<M: Module>(module: &M, gradients: &GradientsParams) -> f64 {
+    struct Squares<'a>(&'a GradientsParams, f64);
+    impl ModuleVisitor for Squares<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if let Some(gradient) = self.0.get::<D>(param.id) {
+                let gradient = gradient.cast(burn::tensor::DType::F32);
+                self.1 += f64::from((gradient.clone() * gradient).sum().into_scalar::<f32>());
+            }
+        }
+    }
+    let mut squares = Squares(gradients, 0.0);
+    module.visit(&mut squares);
+    squares.1.sqrt()
+}
+
+fn scaled<M: Module>(module: &M, gradients: GradientsParams, scale: f64) -> GradientsParams {
+    struct Scale(GradientsParams, GradientsParams, f64);
+    impl ModuleVisitor for Scale {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if let Some(gradient) = self.0.remove::<D>(param.id) {
+                self.1.register(param.id, gradient * self.2);
+            }
+        }
+    }
+    let mut visitor = Scale(gradients, GradientsParams::new(), scale);
+    module.visit(&mut visitor);
+    visitor.1
+}

@@ -1,0 +1,257 @@
+//! What a user can get wrong, and the one line that says so.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use common::{Home, assert_fails, checkpoint, checkpoints, moonlight, text};
+
+fn train(home: &Home, set: &str) -> Output {
+    home.train("bad", &["--set", set]).output().unwrap()
+}
+
+/// The error of a recipe, which must leave no run behind.
+fn refused(set: &str, expected: &str) {
+    let home = Home::new();
+    assert_fails(&train(&home, set), expected);
+    assert!(!home.run("bad").exists(), "`{set}` left a run behind");
+}
+
+#[test]
+fn recipes() {
+    refused("train.stepss=3", "unknown key `train.stepss` (the nearest known key is `train.steps`)");
+    refused("train.steps=many", "`train.steps`");
+    refused("train.batch_size=0", "`train.batch_size` is 0");
+    refused("optimizer.learning_rate=-1", "`optimizer.learning_rate`");
+    refused("data.train=[\"nowhere/*.txt\"]", "nowhere/*.txt");
+    refused("data.sequence_length=65", "longer than the model's `max_position_embeddings` of 64");
+    refused("data.tokenizer=nowhere", "there is no tokenizer at `nowhere`");
+    refused("model.kv_lora_rank=0", "`kv_lora_rank`");
+    refused("model.num_experts_per_tok=7", "`num_experts_per_tok`");
+    refused("run.device=gpu", "there is no device `gpu`");
+    refused("model.dtype=int8", "`model.dtype`");
+}
+
+#[test]
+fn an_unknown_key_names_its_line() {
+    let home = Home::new();
+    let path = home.path("recipe.toml");
+    let recipe = fs::read_to_string(&path).unwrap().replace("batch_size = 2", "batchsize = 2");
+    let line = recipe.lines().position(|line| line.starts_with("batchsize")).unwrap() + 1;
+    fs::write(&path, recipe).unwrap();
+    let output = home.train("bad", &[]).output().unwrap();
+    assert_fails(&output, &format!("recipe.toml:{line}"));
+    assert_fails(&output, "the nearest known key is `train.batch_size`");
+}
+
+#[test]
+fn recipes_that_are_not_there_or_not_toml() {
+    let home = Home::new();
+    assert_fails(&moonlight(&["train", "nowhere.toml"]).output().unwrap(), "nowhere.toml");
+    fs::write(home.path("recipe.toml"), "[run\n").unwrap();
+    assert_fails(&home.train("bad", &[]).output().unwrap(), "recipe.toml:1");
+}
+
+#[test]
+fn wrong_usage_is_exit_code_two() {
+    for arguments in [&["train"][..], &["fly"], &["generate", "--model", "x"], &["score", "--model", "x"], &[]] {
+        assert_eq!(moonlight(arguments).output().unwrap().status.code(), Some(2), "{arguments:?}");
+    }
+}
+
+#[test]
+fn broken_token_files_name_the_line() {
+    let home = Home::new();
+    let data = home.path("data.jsonl");
+    let run = |lines: &str| {
+        fs::write(&data, lines).unwrap();
+        let glob = format!("data.train=[\"{}\"]", data.display());
+        home.train("bad", &["--set", "data.format=tokens", "--set", "data.pack=false", "--set", &glob])
+            .output()
+            .unwrap()
+    };
+    assert_fails(&run("{\"tokens\": [1, 2]}\n{\"tokens\": [1, x]}\n"), "data.jsonl:2");
+    assert_fails(&run("{\"tokens\": [1, 999]}\n"), "data.jsonl:1");
+    let long: Vec<u32> = vec![1; 40];
+    assert_fails(&run(&format!("{{\"tokens\": {long:?}}}\n")), "data.jsonl:1");
+    assert_fails(&run(""), "data.jsonl");
+}
+
+/// A trained checkpoint, spoilt, and the error of opening it.
+struct Spoilt {
+    home: Home,
+    dir: PathBuf,
+}
+
+impl Spoilt {
+    fn new(arguments: &[&str]) -> Self {
+        let home = Home::new();
+        let run = home.trained("good", &[&["--set", "train.steps=1"], arguments].concat());
+        Self { dir: checkpoint(&run, 1), home }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    fn weights(&self) -> PathBuf {
+        self.file("model.safetensors")
+    }
+
+    fn assert_refused(&self, expected: &str) {
+        let dir = self.dir.display().to_string();
+        let generate = moonlight(&["generate", "--model", &dir, "--prompt-tokens", "1"]).output().unwrap();
+        assert_fails(&generate, expected);
+        // Fine-tuning from it is refused for the same reason, before a run is made. The recipe's shape must go.
+        let recipe = fs::read_to_string(self.home.path("recipe.toml")).unwrap();
+        let (before, rest) = recipe.split_once("[model]").unwrap();
+        let (_, after) = rest.split_once("[data]").unwrap();
+        let recipe = format!("{before}[model]\npath = \"{dir}\"\n\n[data]{after}");
+        let path = self.home.path("tune.toml");
+        fs::write(&path, recipe).unwrap();
+        let train = moonlight(&["train", &path.display().to_string(), "--set", "run.name=tune"]).output().unwrap();
+        assert_fails(&train, expected);
+        assert!(!self.home.run("tune").exists());
+    }
+}
+
+/// The header of a safetensors file and what follows it.
+fn split(weights: &Path) -> (serde_json::Value, Vec<u8>) {
+    let bytes = fs::read(weights).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    (serde_json::from_slice(&bytes[8..8 + length]).unwrap(), bytes[8 + length..].to_vec())
+}
+
+fn join(weights: &Path, header: &serde_json::Value, data: &[u8]) {
+    let header = header.to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend(data);
+    fs::write(weights, bytes).unwrap();
+}
+
+#[test]
+fn a_truncated_file() {
+    let spoilt = Spoilt::new(&[]);
+    let bytes = fs::read(spoilt.weights()).unwrap();
+    for length in [bytes.len() - 1, bytes.len() / 2, 100, 5, 0] {
+        fs::write(spoilt.weights(), &bytes[..length]).unwrap();
+        spoilt.assert_refused("model.safetensors");
+    }
+}
+
+#[test]
+fn a_header_that_claims_more_than_the_file_holds() {
+    let spoilt = Spoilt::new(&[]);
+    let (mut header, data) = split(&spoilt.weights());
+    header["model.norm.weight"]["data_offsets"][1] = serde_json::json!(1u64 << 40);
+    join(&spoilt.weights(), &header, &data);
+    spoilt.assert_refused("model.safetensors");
+    let mut bytes = fs::read(spoilt.weights()).unwrap();
+    bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    fs::write(spoilt.weights(), bytes).unwrap();
+    spoilt.assert_refused("model.safetensors");
+}
+
+#[test]
+fn a_tensor_of_another_shape() {
+    let spoilt = Spoilt::new(&[]);
+    let (mut header, data) = split(&spoilt.weights());
+    header["model.norm.weight"]["shape"] = serde_json::json!([12, 2]);
+    join(&spoilt.weights(), &header, &data);
+    spoilt.assert_refused("model.norm.weight");
+}
+
+#[test]
+fn a_tensor_under_another_name() {
+    let spoilt = Spoilt::new(&[]);
+    let (mut header, data) = split(&spoilt.weights());
+    let tensors = header.as_object_mut().unwrap();
+    let norm = tensors.remove("model.norm.weight").unwrap();
+    tensors.insert("model.nrom.weight".into(), norm);
+    join(&spoilt.weights(), &header, &data);
+    // One error names what is missing and what is there in its place.
+    spoilt.assert_refused("model.norm.weight");
+    spoilt.assert_refused("model.nrom.weight");
+}
+
+#[test]
+fn weights_that_are_not_numbers() {
+    let spoilt = Spoilt::new(&[]);
+    let (header, mut data) = split(&spoilt.weights());
+    let offset = header["model.norm.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
+    data[offset..offset + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    join(&spoilt.weights(), &header, &data);
+    spoilt.assert_refused("model.norm.weight");
+}
+
+#[test]
+fn a_missing_shard_and_an_index_that_leads_outside() {
+    let spoilt = Spoilt::new(&[]);
+    let (header, _) = split(&spoilt.weights());
+    let index = |file: &str| {
+        let map: serde_json::Map<String, serde_json::Value> = header
+            .as_object()
+            .unwrap()
+            .keys()
+            .filter(|name| *name != "__metadata__")
+            .map(|name| (name.clone(), file.into()))
+            .collect();
+        let index = serde_json::json!({"metadata": {"total_size": 1}, "weight_map": map});
+        fs::write(spoilt.file("model.safetensors.index.json"), index.to_string()).unwrap();
+    };
+    index("model-00001-of-00002.safetensors");
+    spoilt.assert_refused("model-00001-of-00002.safetensors");
+    index("../../etc/passwd");
+    spoilt.assert_refused("../../etc/passwd");
+    index("/etc/passwd");
+    spoilt.assert_refused("/etc/passwd");
+}
+
+#[test]
+fn a_directory_that_is_none() {
+    let home = Home::new();
+    fs::create_dir(home.path("empty")).unwrap();
+    let dir = home.path("empty").display().to_string();
+    assert_fails(&moonlight(&["generate", "--model", &dir, "--prompt", "x"]).output().unwrap(), "config.json");
+    let dir = home.path("nowhere").display().to_string();
+    assert_fails(&moonlight(&["score", "--model", &dir, "--data", "x"]).output().unwrap(), "`x`");
+}
+
+#[test]
+fn prompts_and_data_that_do_not_fit() {
+    let spoilt = Spoilt::new(&[]);
+    let dir = spoilt.dir.display().to_string();
+    let generate =
+        |prompt: &str| moonlight(&["generate", "--model", &dir, "--prompt-tokens", prompt]).output().unwrap();
+    assert_fails(&generate("1,999"), "there is no token 999");
+    assert_fails(&generate(&vec!["1"; 65].join(",")), "more than the model's context of 64");
+    let data = spoilt.home.path("data.jsonl");
+    fs::write(&data, "{\"tokens\": [1]}\n{\"token\": [1]}\n").unwrap();
+    let score = moonlight(&["score", "--model", &dir, "--data"]).arg(&data).output().unwrap();
+    assert_fails(&score, "data.jsonl:2");
+}
+
+/// A limit on the size of files stands in for a full disk: both are a write that fails in the middle.
+#[cfg(unix)]
+#[test]
+fn a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint_whole() {
+    let home = Home::new();
+    let run = home.trained("full", &["--set", "train.steps=2"]);
+    let weights = fs::metadata(checkpoint(&run, 2).join("model.safetensors")).unwrap().len();
+    // `ulimit -f` counts blocks of 512 or 1024 bytes; either is below the size of the weights.
+    let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", weights / 2048);
+    let output = std::process::Command::new("sh")
+        .args(["-c", &script, "sh", env!("CARGO_BIN_EXE_moonlight"), "train"])
+        .arg(home.path("recipe.toml"))
+        .args(["--set", "run.name=full", "--set", "train.steps=4", "--resume"])
+        .output()
+        .unwrap();
+    assert_fails(&output, "cannot be written");
+    assert_eq!(checkpoints(&run), ["step-00000002"], "{}", text(&output.stderr));
+    // With room again the run goes on.
+    home.trained("full", &["--set", "train.steps=4", "--resume"]);
+    assert!(checkpoints(&run).contains(&"step-00000004".to_owned()));
+}

@@ -1,0 +1,179 @@
+//! A small run of `moonlight train` in a folder of its own.
+
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use moonlight_convert::Checkpoint;
+use tempfile::TempDir;
+
+/// A folder with text to train on and a recipe for a tiny Moonlight.
+pub(crate) struct Home {
+    dir: TempDir,
+}
+
+const RECIPE: &str = r#"
+[run]
+name = "tiny"
+dir = "RUNS"
+seed = 7
+
+[model]
+vocab_size = 262
+hidden_size = 24
+intermediate_size = 40
+num_hidden_layers = 2
+num_attention_heads = 2
+max_position_embeddings = 64
+rms_norm_eps = 1e-5
+kv_lora_rank = 8
+qk_nope_head_dim = 8
+qk_rope_head_dim = 4
+v_head_dim = 8
+n_routed_experts = 6
+num_experts_per_tok = 2
+moe_intermediate_size = 12
+n_shared_experts = 1
+first_k_dense_replace = 1
+n_group = 1
+topk_group = 1
+routed_scaling_factor = 1.0
+norm_topk_prob = true
+
+[data]
+train = ["TEXT/*.txt"]
+valid_fraction = 0.2
+tokenizer = "bytes"
+sequence_length = 32
+cache_dir = "CACHE"
+
+[optimizer]
+learning_rate = 2e-3
+
+[schedule]
+name = "cosine"
+warmup_steps = 1
+
+[train]
+steps = 12
+batch_size = 2
+gradient_accumulation = 2
+validate_every = 6
+validate_batches = 2
+checkpoint_every = 4
+probe_every = 5
+keep = 2
+plots = false
+"#;
+
+impl Home {
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Self { dir };
+        let text = home.path("text");
+        fs::create_dir(&text).unwrap();
+        for file in 0..12 {
+            let sentences: Vec<String> = (0..20)
+                .map(|line| format!("File {file} says {} and {} of {line}.", (file * 31 + line) % 17, line * file % 7))
+                .collect();
+            fs::write(text.join(format!("{file}.txt")), sentences.join("\n")).unwrap();
+        }
+        let place = |name: &str| home.path(name).display().to_string();
+        let recipe =
+            RECIPE.replace("RUNS", &place("runs")).replace("TEXT", &place("text")).replace("CACHE", &place("cache"));
+        fs::write(home.path("recipe.toml"), recipe).unwrap();
+        home
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The folder of a run.
+    pub(crate) fn run(&self, name: &str) -> PathBuf {
+        self.path("runs").join(name)
+    }
+
+    /// `moonlight train recipe.toml --set run.name=NAME ARGUMENTS`.
+    pub(crate) fn train(&self, name: &str, arguments: &[&str]) -> Command {
+        let mut command = moonlight(&["train"]);
+        command.arg(self.path("recipe.toml")).args(["--set", &format!("run.name={name}")]).args(arguments);
+        command
+    }
+
+    /// Trains to the end.
+    pub(crate) fn trained(&self, name: &str, arguments: &[&str]) -> PathBuf {
+        let output = self.train(name, arguments).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        self.run(name)
+    }
+}
+
+pub(crate) fn moonlight(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moonlight"));
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The lines of `metrics.jsonl` without what depends on the clock and the machine.
+pub(crate) fn metrics(run: &Path) -> Vec<serde_json::Value> {
+    let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    lines
+        .lines()
+        .map(|line| {
+            let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+            let object = line.as_object_mut().unwrap();
+            object.remove("tokens_per_second");
+            object.remove("memory_mib");
+            line
+        })
+        .collect()
+}
+
+/// The checkpoint of a step.
+pub(crate) fn checkpoint(run: &Path, step: u64) -> PathBuf {
+    run.join("checkpoints").join(format!("step-{step:08}"))
+}
+
+/// The names of a run's checkpoints, sorted.
+pub(crate) fn checkpoints(run: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(run.join("checkpoints")) else { return Vec::new() };
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Every tensor and the trainer's state are bit for bit the same.
+pub(crate) fn assert_same_checkpoint(a: &Path, b: &Path) {
+    let (left, right) = (Checkpoint::open(a).unwrap(), Checkpoint::open(b).unwrap());
+    let of = |checkpoint: &Checkpoint| -> Vec<(String, Vec<u8>)> {
+        checkpoint.tensors().map(|(name, tensor)| (name.to_owned(), checkpoint.data(tensor).to_vec())).collect()
+    };
+    let (left, right) = (of(&left), of(&right));
+    assert_eq!(left.len(), right.len());
+    for ((name, left), (other, right)) in left.iter().zip(&right) {
+        assert_eq!(name, other);
+        assert!(left == right, "{name} differs");
+    }
+    let state = |dir: &Path| fs::read_to_string(dir.join("trainer.json")).unwrap();
+    assert_eq!(state(a), state(b));
+}
+
+/// The program failed as the contract says: exit code 1, one `error:` line with `expected` in it, and at most a
+/// `hint:` line behind it.
+pub(crate) fn assert_fails(output: &Output, expected: &str) {
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{stderr}");
+    assert!(errors[0].contains(expected), "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    let behind: Vec<&str> = stderr.lines().skip_while(|line| !line.starts_with("error: ")).skip(1).collect();
+    assert!(behind.len() <= 1 && behind.iter().all(|line| line.starts_with("hint: ")), "{stderr}");
+}

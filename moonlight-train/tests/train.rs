@@ -1,0 +1,170 @@
+//! `moonlight train`, from its first step to its last.
+
+mod common;
+
+use std::fs;
+
+use common::{Home, assert_fails, assert_same_checkpoint, checkpoint, checkpoints, metrics, moonlight, text};
+use serde_json::Value;
+
+#[test]
+fn a_run_leaves_what_the_contract_says() {
+    let home = Home::new();
+    let run = home.trained("whole", &["--set", "train.plots=true", "--set", "train.tensorboard=true"]);
+    let metrics = metrics(&run);
+    let of = |split: &str| metrics.iter().filter(|line| line["split"] == split).collect::<Vec<_>>();
+    let (train, valid) = (of("train"), of("valid"));
+    assert_eq!(train.len(), 12);
+    assert_eq!(valid.iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [6, 12]);
+    for key in ["step", "tokens", "loss", "perplexity", "lr", "grad_norm", "expert_imbalance", "dead_experts"] {
+        assert!(train.iter().all(|line| line[key].is_number()), "{key}");
+    }
+    assert!(train[4]["max_attention_logit"].is_number() && train[4]["update_rms_muon"].is_number());
+    assert!(train[3]["max_attention_logit"].is_null());
+    // Fresh weights know nothing (ln 262 = 5.57); a dozen steps teach something.
+    assert!((train[0]["loss"].as_f64().unwrap() - 5.57).abs() < 0.3);
+    assert!(valid[1]["loss"].as_f64().unwrap() < train[0]["loss"].as_f64().unwrap());
+    // Every step reads two micro-batches of two sequences of 32 tokens, few of them padding.
+    let (tokens, room) = (train[11]["tokens"].as_u64().unwrap(), 12 * 2 * 2 * 32);
+    assert!(tokens <= room && tokens > room * 9 / 10, "{tokens} of {room}");
+    // Two newest kept; the best is the last here.
+    assert_eq!(checkpoints(&run), ["step-00000008", "step-00000012"]);
+    for file in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "optimizer.bpk"] {
+        assert!(checkpoint(&run, 12).join(file).exists(), "{file}");
+    }
+    let plots: Vec<_> = fs::read_dir(run.join("plots")).unwrap().collect();
+    assert!(plots.len() >= 4, "{plots:?}");
+    assert!(fs::read_dir(run.join("tensorboard")).unwrap().count() == 1);
+    // The resolved recipe is itself a recipe and says the same.
+    let resolved = fs::read_to_string(run.join("recipe.toml")).unwrap();
+    let again = moonlight_train::recipe::Recipe::load(&run.join("recipe.toml"), &[]).unwrap();
+    assert_eq!(again.to_toml(), resolved);
+}
+
+#[test]
+fn the_same_recipe_gives_the_same_run() {
+    let home = Home::new();
+    let (a, b) = (home.trained("a", &[]), home.trained("b", &[]));
+    assert_eq!(metrics(&a), metrics(&b));
+    assert_same_checkpoint(&checkpoint(&a, 12), &checkpoint(&b, 12));
+}
+
+#[test]
+fn a_run_that_was_stopped_goes_on_bit_for_bit() {
+    let home = Home::new();
+    let whole = home.trained("whole", &[]);
+    // The schedule must not shrink with the steps of the first part.
+    let schedule = ["--set", "schedule.total_steps=12"];
+    let parts = home.trained("parts", &[&schedule[..], &["--set", "train.steps=5"]].concat());
+    // What a run that was killed behind its checkpoint has left in the file.
+    let path = parts.join("metrics.jsonl");
+    let mut lines = fs::read_to_string(&path).unwrap();
+    lines.push_str("{\"split\":\"train\",\"step\":6,\"loss\":99.0}\n{\"split\":\"tr");
+    fs::write(&path, lines).unwrap();
+    home.trained("parts", &["--resume"]);
+    assert_same_checkpoint(&checkpoint(&whole, 12), &checkpoint(&parts, 12));
+    let trained = |run| metrics(run).into_iter().filter(|line: &Value| line["split"] == "train").collect::<Vec<_>>();
+    assert_eq!(trained(&whole), trained(&parts));
+}
+
+#[test]
+fn resume_passes_over_a_damaged_checkpoint() {
+    let home = Home::new();
+    let whole = home.trained("whole", &[]);
+    let damaged = home.trained("damaged", &[]);
+    let weights = checkpoint(&damaged, 12).join("model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    let output = home.train("damaged", &["--resume"]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("warning: passing over a damaged checkpoint"));
+    assert_same_checkpoint(&checkpoint(&whole, 12), &checkpoint(&damaged, 12));
+}
+
+#[test]
+fn resume_without_a_checkpoint_starts_from_the_beginning() {
+    let home = Home::new();
+    let fresh = home.trained("fresh", &["--resume"]);
+    assert_eq!(metrics(&fresh).len(), 14);
+}
+
+#[test]
+fn a_run_that_exists_is_not_overwritten() {
+    let home = Home::new();
+    home.trained("there", &["--set", "train.steps=1"]);
+    let output = home.train("there", &[]).output().unwrap();
+    assert_fails(&output, "exists");
+    assert!(text(&output.stderr).contains("hint: go on with it by `--resume`"));
+}
+
+#[test]
+fn a_loss_that_is_no_number_stops_the_run_and_names_the_step() {
+    let home = Home::new();
+    let arguments = [
+        "--set",
+        "optimizer.learning_rate=1e30",
+        "--set",
+        "schedule.warmup_steps=0",
+        "--set",
+        "train.checkpoint_every=1",
+    ];
+    let output = home.train("broken", &arguments).output().unwrap();
+    assert_fails(&output, "step 2: the ");
+    assert!(text(&output.stderr).contains("step-00000001"));
+    assert_eq!(checkpoints(&home.run("broken")), ["step-00000001"]);
+}
+
+#[test]
+fn the_best_checkpoint_is_kept() {
+    let home = Home::new();
+    // A rate that ruins the model after a good start: the best validation comes first.
+    let run = home.trained(
+        "best",
+        &["--set", "train.keep=1", "--set", "train.validate_every=2", "--set", "train.checkpoint_every=2"],
+    );
+    let best = metrics(&run)
+        .into_iter()
+        .filter(|line| line["split"] == "valid")
+        .min_by(|a, b| a["loss"].as_f64().unwrap().total_cmp(&b["loss"].as_f64().unwrap()))
+        .unwrap()["step"]
+        .as_u64()
+        .unwrap();
+    let mut expected = vec![format!("step-{best:08}"), "step-00000012".to_owned()];
+    expected.dedup();
+    assert_eq!(checkpoints(&run), expected);
+}
+
+#[test]
+fn a_checkpoint_generates_and_scores() {
+    let home = Home::new();
+    let run = home.trained("speaker", &[]);
+    let model = run.display().to_string();
+    let generate = |arguments: &[&str]| {
+        let output = moonlight(&["generate", "--model", &model, "--max-new-tokens", "8"]).args(arguments).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let json: Value = serde_json::from_str(&generate(&["--prompt", "File", "--json"])).unwrap();
+    assert_eq!(json["prompt_tokens"], serde_json::json!([70, 105, 108, 101]));
+    let tokens = json["tokens"].as_array().unwrap();
+    assert!(tokens.len() == 8 && json["stop"] == "length" || json["stop"] == "eos", "{json}");
+    // The same continuation as text and from tokens.
+    assert_eq!(generate(&["--prompt", "File"]).trim_end_matches('\n'), json["text"].as_str().unwrap());
+    let from_tokens: Value = serde_json::from_str(&generate(&["--prompt-tokens", "70,105,108,101", "--json"])).unwrap();
+    assert_eq!(from_tokens, json);
+    let drawn = |seed: &str| generate(&["--prompt", "File", "--temperature", "1.5", "--seed", seed, "--json"]);
+    assert_eq!(drawn("3"), drawn("3"));
+
+    let data = home.path("data.jsonl");
+    fs::write(&data, "{\"tokens\": [70, 105, 108]}\n\n{\"text\": \"File\"}\n{\"tokens\": []}\n").unwrap();
+    let output = moonlight(&["score", "--model", &model, "--data"]).arg(&data).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let lines: Vec<Value> = text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 3);
+    assert_eq!(lines[1]["tokens"], serde_json::json!([70, 105, 108, 101]));
+    let logprobs = |line: &Value| line["logprobs"].as_array().unwrap().clone();
+    assert!(logprobs(&lines[0])[0].is_null() && logprobs(&lines[0])[1].as_f64().unwrap() < 0.0);
+    assert_eq!(logprobs(&lines[0])[1..], logprobs(&lines[1])[1..3]);
+    assert_eq!(logprobs(&lines[2]).len(), 0);
+}
