@@ -191,6 +191,7 @@ fn weights_that_are_not_numbers() {
 fn a_missing_shard_and_an_index_that_leads_outside() {
     let spoilt = Spoilt::new(&[]);
     let (header, _) = split(&spoilt.weights());
+    fs::remove_file(spoilt.weights()).unwrap();
     let index = |file: &str| {
         let map: serde_json::Map<String, serde_json::Value> = header
             .as_object()

@@ -180,7 +180,7 @@ impl Checkpoints {
         for found in self.found()?.into_iter().skip(self.keep) {
             let best = self.keep_best && state.best.is_some_and(|best| best.step == found.state.step);
             if !best {
-                fs::remove_dir_all(&found.path).map_err(TrainError::write(&found.path))?;
+                remove(&found.path)?;
             }
         }
         Ok(())
@@ -196,6 +196,14 @@ impl Found {
     pub fn optimizer(&self) -> PathBuf {
         self.path.join(OPTIMIZER)
     }
+}
+
+/// Removes a checkpoint. It loses its name first: one that is half removed must not look whole.
+fn remove(path: &Path) -> Result<(), TrainError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let hidden = path.with_file_name(format!(".{name}.removed"));
+    fs::rename(path, &hidden).map_err(TrainError::write(path))?;
+    fs::remove_dir_all(&hidden).map_err(TrainError::write(&hidden))
 }
 
 fn read_state(dir: &Path) -> Option<TrainerState> {
