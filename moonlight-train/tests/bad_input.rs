@@ -68,15 +68,14 @@ fn broken_token_files_name_the_line() {
     let run = |lines: &str| {
         fs::write(&data, lines).unwrap();
         let glob = format!("data.train=[\"{}\"]", data.display());
-        home.train("bad", &["--set", "data.format=tokens", "--set", "data.pack=false", "--set", &glob])
-            .output()
-            .unwrap()
+        let sets = ["data.format=tokens", "data.pack=false", "data.valid_fraction=0", "data.tokenizer=none", &glob];
+        home.train("bad", &sets.map(|set| ["--set", set]).concat()).output().unwrap()
     };
     assert_fails(&run("{\"tokens\": [1, 2]}\n{\"tokens\": [1, x]}\n"), "data.jsonl:2");
     assert_fails(&run("{\"tokens\": [1, 999]}\n"), "data.jsonl:1");
     let long: Vec<u32> = vec![1; 40];
     assert_fails(&run(&format!("{{\"tokens\": {long:?}}}\n")), "data.jsonl:1");
-    assert_fails(&run(""), "data.jsonl");
+    assert_fails(&run(""), "`data.train` hold nothing to learn from");
 }
 
 /// A trained checkpoint, spoilt, and the error of opening it.
