@@ -240,7 +240,8 @@ mod tests {
     /// cleans up.
     #[test]
     fn after_a_crash_between_any_two_steps_one_is_whole() {
-        let states: [(&str, &[(&str, &str)], &str); 6] = [
+        type State<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
+        let states: [State<'_>; 6] = [
             ("while writing", &[("checkpoint", "old"), (".checkpoint.saving", "half")], "old"),
             ("while writing the first", &[(".checkpoint.saving", "half")], ""),
             ("behind the exchange", &[("checkpoint", "new"), (".checkpoint.saving", "old")], "new"),

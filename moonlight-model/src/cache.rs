@@ -17,6 +17,7 @@ pub struct KvCache {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there are a few dozen, one a layer")]
 pub(crate) enum LayerCache {
     Latent(LatentCache),
     KeyValue(KeyValueCache),

@@ -28,6 +28,7 @@ pub struct DecoderLayer {
 
 /// A layer's feed-forward part.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "there are a few dozen, one a layer")]
 pub enum FeedForward {
     /// One MLP for every token.
     Dense(Mlp),

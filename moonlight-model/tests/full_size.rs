@@ -33,7 +33,7 @@ fn one_full_size_block_runs_forward_and_backward() {
     let device = Device::default().autodiff();
     let model = config.init(&device);
     let sequence = 48;
-    let tokens: Vec<i32> = (0..sequence).map(|index| (index * 31 % 64) as i32).collect();
+    let tokens: Vec<i32> = (0..sequence).map(|index| index * 31 % 64).collect();
     let tokens = Tensor::<2, Int>::from_data(TensorData::new(tokens, [1, sequence]), &device);
     let batch = LmBatch {
         targets: tokens.clone().flip([1]),

@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     fn loss(train: &[&[u32]], valid: &[&[u32]], vocab_size: usize) -> Option<f64> {
-        let documents = |all: &[&[u32]]| all.iter().map(|document| document.to_vec().into_iter()).collect::<Vec<_>>();
+        let documents = |all: &[&[u32]]| all.iter().map(|document| document.iter().copied()).collect::<Vec<_>>();
         bigram_loss(documents(train).into_iter(), documents(valid).into_iter(), vocab_size)
     }
 

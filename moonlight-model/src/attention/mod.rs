@@ -37,6 +37,7 @@ impl Tokens<'_> {
 
 /// A layer's attention.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "there are a few dozen, one a layer")]
 pub enum Attention {
     /// Multi-head latent attention.
     Mla(MultiHeadLatentAttention),

@@ -9,7 +9,7 @@ use super::{AttentionSpec, ExpertPlan, RotationSpec};
 /// Forward and gradient of the model's operations. The defaults are the reference; a backend overrides what it can do
 /// faster.
 pub(crate) trait Kernels: Backend {
-    /// See [`reference::grouped_matmul_forward`].
+    /// See `reference::grouped_matmul_forward`.
     fn grouped_matmul_forward(
         rows: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -18,7 +18,7 @@ pub(crate) trait Kernels: Backend {
         reference::grouped_matmul_forward::<Self>(rows, weight, plan)
     }
 
-    /// See [`reference::grouped_matmul_rows_grad`].
+    /// See `reference::grouped_matmul_rows_grad`.
     fn grouped_matmul_rows_grad(
         grad: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -27,7 +27,7 @@ pub(crate) trait Kernels: Backend {
         reference::grouped_matmul_rows_grad::<Self>(grad, weight, plan)
     }
 
-    /// See [`reference::grouped_matmul_weight_grad`].
+    /// See `reference::grouped_matmul_weight_grad`.
     fn grouped_matmul_weight_grad(
         rows: FloatTensor<Self>,
         grad: FloatTensor<Self>,
@@ -36,17 +36,17 @@ pub(crate) trait Kernels: Backend {
         reference::grouped_matmul_weight_grad::<Self>(rows, grad, plan)
     }
 
-    /// See [`reference::dispatch_rows_forward`].
+    /// See `reference::dispatch_rows_forward`.
     fn dispatch_rows_forward(tokens: FloatTensor<Self>, plan: &ExpertPlan) -> FloatTensor<Self> {
         reference::dispatch_rows_forward::<Self>(tokens, plan)
     }
 
-    /// See [`reference::dispatch_rows_grad`].
+    /// See `reference::dispatch_rows_grad`.
     fn dispatch_rows_grad(grad: FloatTensor<Self>, plan: &ExpertPlan) -> FloatTensor<Self> {
         reference::dispatch_rows_grad::<Self>(grad, plan)
     }
 
-    /// See [`reference::combine_rows_forward`].
+    /// See `reference::combine_rows_forward`.
     fn combine_rows_forward(
         rows: FloatTensor<Self>,
         weights: FloatTensor<Self>,
@@ -55,7 +55,7 @@ pub(crate) trait Kernels: Backend {
         reference::combine_rows_forward::<Self>(rows, weights, plan)
     }
 
-    /// See [`reference::combine_rows_grad`].
+    /// See `reference::combine_rows_grad`.
     fn combine_rows_grad(
         rows: FloatTensor<Self>,
         weights: FloatTensor<Self>,
@@ -65,12 +65,12 @@ pub(crate) trait Kernels: Backend {
         reference::combine_rows_grad::<Self>(rows, weights, grad, plan)
     }
 
-    /// See [`reference::swiglu_forward`].
+    /// See `reference::swiglu_forward`.
     fn swiglu_forward(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
         reference::swiglu_forward::<Self>(gate, up)
     }
 
-    /// See [`reference::swiglu_grad`].
+    /// See `reference::swiglu_grad`.
     fn swiglu_grad(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
@@ -79,12 +79,12 @@ pub(crate) trait Kernels: Backend {
         reference::swiglu_grad::<Self>(gate, up, grad)
     }
 
-    /// See [`reference::rms_norm_forward`].
+    /// See `reference::rms_norm_forward`.
     fn rms_norm_forward(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> {
         reference::rms_norm_forward::<Self>(x, gain, epsilon)
     }
 
-    /// See [`reference::rms_norm_grad`].
+    /// See `reference::rms_norm_grad`.
     fn rms_norm_grad(
         x: FloatTensor<Self>,
         gain: FloatTensor<Self>,
@@ -94,7 +94,7 @@ pub(crate) trait Kernels: Backend {
         reference::rms_norm_grad::<Self>(x, gain, grad, epsilon)
     }
 
-    /// See [`reference::rotate_forward`].
+    /// See `reference::rotate_forward`.
     fn rotate_forward(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -104,7 +104,7 @@ pub(crate) trait Kernels: Backend {
         reference::rotate_forward::<Self>(x, cos, sin, spec)
     }
 
-    /// See [`reference::attention_forward`].
+    /// See `reference::attention_forward`.
     fn attention_forward(
         query: FloatTensor<Self>,
         key_value: FloatTensor<Self>,
@@ -114,7 +114,7 @@ pub(crate) trait Kernels: Backend {
         reference::attention_forward::<Self>(query, key_value, shared_key, spec)
     }
 
-    /// See [`reference::attention_grad`].
+    /// See `reference::attention_grad`.
     fn attention_grad(
         saved: AttentionSaved<Self>,
         grad: FloatTensor<Self>,
@@ -123,12 +123,12 @@ pub(crate) trait Kernels: Backend {
         reference::attention_grad::<Self>(saved, grad, spec)
     }
 
-    /// See [`reference::cross_entropy_forward`].
+    /// See `reference::cross_entropy_forward`.
     fn cross_entropy_forward(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         reference::cross_entropy_forward::<Self>(logits, targets)
     }
 
-    /// See [`reference::cross_entropy_grad`].
+    /// See `reference::cross_entropy_grad`.
     fn cross_entropy_grad(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,

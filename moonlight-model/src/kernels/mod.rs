@@ -1,7 +1,7 @@
 //! The operations that a training step spends its time in, as backend extensions.
 //!
-//! Each is written twice. [`reference`] composes Burn's own tensor operations and runs on every backend; `flex` is
-//! the fast CPU form, for f32, and a test holds the two together. Gradients are written by hand in [`autodiff`].
+//! Each is written twice. `reference` composes Burn's own tensor operations and runs on every backend; `flex` is
+//! the fast CPU form, for f32, and a test holds the two together. Gradients are written by hand in `autodiff`.
 //! The functions of this module are what the model calls; they take and give Burn tensors and name no backend.
 //!
 //! | operation | shape | why not Burn's |

@@ -34,10 +34,13 @@ fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 2] {
     [AttentionSpec { scale: 0.3, starts: None }, AttentionSpec { scale: 0.3, starts: Some(Arc::new(starts)) }]
 }
 
+/// Picks one input's gradient.
+type GradientOf<'a> = dyn Fn(&burn::tensor::Gradients) -> Option<TensorData> + 'a;
+
 /// An output and the gradients of its product with fixed numbers.
 fn gradients<const D: usize, const N: usize>(
     output: Tensor<D>,
-    inputs: [&dyn Fn(&burn::tensor::Gradients) -> Option<TensorData>; N],
+    inputs: [&GradientOf<'_>; N],
 ) -> (TensorData, [TensorData; N]) {
     let count = output.shape().num_elements();
     let weights: Vec<f32> = (0..count).map(|index| (index as f32 * 0.37).sin() + 0.2).collect();

@@ -74,7 +74,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
     let assignment = rules(&recipe.optimizer).assign(&model)?;
     let optimizer = match &from {
         Some(found) => {
-            stream.seek(state.data.clone())?;
+            stream.seek(state.data)?;
             let path = found.optimizer();
             assignment.load_optimizer(&path).map_err(|source| TrainError::OptimizerState { path, source })?
         }
