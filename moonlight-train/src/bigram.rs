@@ -86,8 +86,11 @@ impl Counts {
 mod tests {
     use super::*;
 
+    fn documents<'a>(all: &[&'a [u32]]) -> Vec<std::iter::Copied<std::slice::Iter<'a, u32>>> {
+        all.iter().map(|document| document.iter().copied()).collect()
+    }
+
     fn loss(train: &[&[u32]], valid: &[&[u32]], vocab_size: usize) -> Option<f64> {
-        let documents = |all: &[&[u32]]| all.iter().map(|document| document.iter().copied()).collect::<Vec<_>>();
         bigram_loss(documents(train).into_iter(), documents(valid).into_iter(), vocab_size)
     }
 
