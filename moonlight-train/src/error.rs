@@ -84,6 +84,9 @@ pub enum TrainError {
         /// What to do, where we know.
         hint: Option<String>,
     },
+    /// The dashboard's `k`.
+    #[error("killed from the dashboard")]
+    Killed,
     /// burn-train's machinery failed.
     #[error("training stopped: {0}")]
     Stage(String),
@@ -102,6 +105,7 @@ impl TrainError {
             Self::NotFinite { .. } => {
                 Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
             }
+            Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
             Self::Device { hint, .. } => Some(hint.clone()),
             Self::Request { hint, .. } => hint.clone(),
             Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {

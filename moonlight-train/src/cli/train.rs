@@ -55,6 +55,7 @@ fn stop_on_signals() -> Result<Interrupter, TrainError> {
     let handle = interrupter.clone();
     ctrlc::set_handler(move || {
         if handle.should_stop() {
+            trainer::restore_terminal();
             std::process::exit(INTERRUPTED.into());
         }
         handle.stop(Some("interrupted"));

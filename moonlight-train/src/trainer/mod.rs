@@ -5,10 +5,16 @@ mod renderer;
 mod start;
 mod step;
 mod strategy;
+#[cfg(unix)]
+mod terminal;
+#[cfg(not(unix))]
+#[path = "terminal_other.rs"]
+mod terminal;
 mod trainee;
 
 use std::io::IsTerminal;
 use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
@@ -26,6 +32,7 @@ use crate::recipe::Recipe;
 pub use conclude::conclude;
 pub use start::Prepared;
 pub use strategy::Finished;
+pub use terminal::restore as restore_terminal;
 pub use trainee::{MicroBatch, MicroOutcome, Trainee};
 
 use strategy::{Run, StepStrategy};
@@ -55,10 +62,22 @@ pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: Interr
         .label(&recipe.run.name);
     let training = if starting_epoch > 0 { training.checkpoint(starting_epoch) } else { training };
     let training = match dashboard {
-        true => training.renderer(default_renderer(interrupter, None)),
+        true => {
+            terminal::remember();
+            training.renderer(default_renderer(interrupter, None))
+        }
         false => training.renderer(Box::new(renderer::Silent)),
     };
-    let result = metrics::register(training).launch(Learner::new(trainee, optimizer, 0.0));
+    let learner = Learner::new(trainee, optimizer, 0.0);
+    let launched = catch_unwind(AssertUnwindSafe(|| metrics::register(training).launch(learner)));
+    let result = match launched {
+        Ok(result) => result,
+        // The dashboard's own way to end a run at once, chosen by the user.
+        Err(panic) if panic.downcast_ref::<&str>().is_some_and(|text| text.contains("user input")) => {
+            return Err(TrainError::Killed);
+        }
+        Err(panic) => resume_unwind(panic),
+    };
     drop(result.renderer); // the dashboard gives the terminal back
     if let Some(error) = result.error {
         return Err(TrainError::Stage(error.to_string()));

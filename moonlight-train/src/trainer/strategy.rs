@@ -19,6 +19,7 @@ use moonlight_model::{CausalLm, Probe};
 use moonlight_optim::{Assignment, update_rms};
 
 use super::step::{StepSettings, gradient, update};
+use super::terminal;
 use super::trainee::Trainee;
 use crate::checkpoint::{Best, Checkpoints, TrainerState};
 use crate::data::{Corpus, HostBatch, TrainStream};
@@ -142,6 +143,9 @@ impl Run {
                 let total_items = epoch_steps.min(steps - (epoch - 1) * epoch_steps) as usize;
                 stage.train(LearnerEvent::StartSplit { epoch_number: epoch as usize, total_items });
                 in_epoch = true;
+            }
+            if !self.lines {
+                terminal::keep_interrupt_key();
             }
             let figures = self.step(trainee)?;
             saved = None;
