@@ -83,6 +83,16 @@ impl KvCache {
         self.capacity
     }
 
+    /// Forgets all but the first `length` tokens, for a text that goes on differently from there.
+    ///
+    /// # Panics
+    ///
+    /// When there are fewer.
+    pub fn truncate(&mut self, length: usize) {
+        assert!(length <= self.length, "the cache has {} tokens, not {length}", self.length);
+        self.length = length;
+    }
+
     pub(crate) fn advance(&mut self, tokens: usize) {
         self.length += tokens;
     }

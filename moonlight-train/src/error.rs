@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use moonlight_convert::CheckpointError;
 use moonlight_optim::{RuleError, StateError};
 
+use crate::chat::ChatError;
 use crate::data::DataError;
 use crate::recipe::RecipeError;
 use crate::tokenizer::TokenizerError;
@@ -25,6 +26,9 @@ pub enum TrainError {
     /// The data.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// A conversation, or the template for it.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
     /// The division of the parameters among the optimizers.
     #[error(transparent)]
     Rules(#[from] RuleError),
@@ -100,6 +104,7 @@ impl TrainError {
             Self::Checkpoint(error) => error.hint(),
             Self::Tokenizer(error) => error.hint(),
             Self::Data(error) => error.hint(),
+            Self::Chat(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
             Self::RunExists(_) => Some("go on with it by `--resume`, or choose another `--set run.name=...`".into()),
             Self::NotFinite { .. } => {

@@ -1,6 +1,7 @@
 //! Pre-training, resuming, generating and scoring with the Moonlight family: the library behind `moonlight`.
 
 pub mod bigram;
+pub mod chat;
 pub mod checkpoint;
 pub mod cli;
 pub mod data;

@@ -23,6 +23,16 @@ pub(super) struct Arguments {
     /// The longest continuation, in tokens.
     #[arg(long, default_value_t = 200)]
     max_new_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArguments,
+    /// Print one JSON object: prompt_tokens, tokens, text and stop.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Args)]
+pub(super) struct SamplingArguments {
     /// Divides the logits; 0 always takes the likeliest token.
     #[arg(long, default_value_t = 0.0, value_parser = not_negative)]
     temperature: f64,
@@ -35,9 +45,13 @@ pub(super) struct Arguments {
     /// Of the draws.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Print one JSON object: prompt_tokens, tokens, text and stop.
-    #[arg(long)]
-    json: bool,
+}
+
+impl SamplingArguments {
+    pub(super) fn sampling(&self) -> Sampling {
+        let Self { temperature, top_p, top_k, seed } = *self;
+        Sampling { temperature, top_p, top_k, seed }
+    }
 }
 
 fn not_negative(text: &str) -> Result<f64, String> {
@@ -54,7 +68,7 @@ fn number(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
-    let Opened { model, tokenizer, eos } = arguments.model.open()?;
+    let Opened { model, tokenizer, eos, .. } = arguments.model.open()?;
     let prompt = match (&arguments.prompt_tokens, &arguments.prompt, &tokenizer) {
         (Some(tokens), ..) => tokens.clone(),
         (None, Some(text), Some(tokenizer)) => tokenizer.encode(text),
@@ -65,12 +79,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
             });
         }
     };
-    let sampling = Sampling {
-        temperature: arguments.temperature,
-        top_p: arguments.top_p,
-        top_k: arguments.top_k,
-        seed: arguments.seed,
-    };
+    let sampling = arguments.sampling.sampling();
     let mut stream = tokenizer.as_ref().map(|tokenizer| tokenizer.stream());
     let mut written = Ok(());
     let mut show = |text: &str| {

@@ -1,5 +1,6 @@
 //! The command line of `moonlight`.
 
+mod chat;
 mod generate;
 mod model;
 mod score;
@@ -28,6 +29,8 @@ enum Command {
     Train(train::Arguments),
     /// Go on from a prompt.
     Generate(generate::Arguments),
+    /// Talk to a model in its own chat template.
+    Chat(chat::Arguments),
     /// Log-probabilities of given texts or tokens.
     Score(score::Arguments),
 }
@@ -37,6 +40,7 @@ pub fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Chat(arguments) => chat::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

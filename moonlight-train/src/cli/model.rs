@@ -28,6 +28,8 @@ pub(super) struct ModelArguments {
 
 /// A model that is ready to run.
 pub(super) struct Opened {
+    /// The folder that it came from.
+    pub(super) dir: PathBuf,
     pub(super) model: CausalLm,
     pub(super) tokenizer: Option<Tokenizer>,
     /// Tokens that end a text.
@@ -42,7 +44,7 @@ impl ModelArguments {
         let tokenizer = Tokenizer::from_model_dir(&dir)?;
         let model = load(&dir, &target.device, dtype)?.model;
         let eos = generation_eos(&dir).unwrap_or_else(|| model.config().eos_token_id.clone());
-        Ok(Opened { model, tokenizer, eos })
+        Ok(Opened { dir, model, tokenizer, eos })
     }
 }
 

@@ -2,6 +2,8 @@
 
 mod sampler;
 
+use std::ops::ControlFlow;
+
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use moonlight_model::{CausalLm, KvCache};
 use serde::Serialize;
@@ -18,6 +20,8 @@ pub enum Stop {
     Eos,
     /// The text is as long as was asked for, or as the model can make it.
     Length,
+    /// The caller had enough.
+    Interrupted,
 }
 
 /// What a model wrote.
@@ -29,13 +33,83 @@ pub struct Generated {
     pub stop: Stop,
 }
 
-/// Goes on from `prompt`, handing each new token to `each` as it comes.
-///
-/// Ends behind `max_new_tokens`, at a token of `eos`, or where the model's context is full.
+/// A model, and the tokens that it remembers.
+#[derive(Debug)]
+pub struct Session<'m> {
+    model: &'m CausalLm,
+    cache: KvCache,
+    read: Vec<u32>,
+}
+
+impl<'m> Session<'m> {
+    /// A session that has read nothing, with room for `capacity` tokens, the model's context at most.
+    pub fn new(model: &'m CausalLm, capacity: usize) -> Self {
+        let config = model.config();
+        let device = model.embed_tokens.weight.val().device();
+        let capacity = capacity.min(config.max_position_embeddings);
+        Self { model, cache: KvCache::new(config, 1, capacity, &device, model.dtype()), read: Vec::new() }
+    }
+
+    /// Goes on from `prompt`, handing each new token to `each` as it comes. What the prompt has in common with what was
+    /// read before is not read again.
+    ///
+    /// Ends behind `max_new_tokens`, at a token of `eos`, where there is no more room, or where `each` breaks.
+    ///
+    /// # Errors
+    ///
+    /// A prompt without a token, longer than the room, or with a token that the model does not have.
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        max_new_tokens: usize,
+        sampler: &mut Sampler,
+        eos: &[u32],
+        mut each: impl FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Generated, TrainError> {
+        check_tokens(prompt, self.model.config().vocab_size)?;
+        let capacity = self.cache.capacity();
+        if prompt.is_empty() || prompt.len() > capacity {
+            let problem = match prompt.len() {
+                0 => "the prompt has no tokens".into(),
+                length => format!("the prompt has {length} tokens, more than the model's context of {capacity}"),
+            };
+            return Err(TrainError::Request { problem, hint: None });
+        }
+        // The last token is always read: its logits are wanted.
+        let known = self.read.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
+        self.cache.truncate(known);
+        self.read.truncate(known);
+        let mut tokens = Vec::new();
+        let mut input: Vec<u32> = prompt[known..].to_vec();
+        while tokens.len() < max_new_tokens && self.read.len() + input.len() <= capacity {
+            let next = sampler.choose(&self.read(&input));
+            if eos.contains(&next) {
+                return Ok(Generated { tokens, stop: Stop::Eos });
+            }
+            tokens.push(next);
+            if each(next).is_break() {
+                return Ok(Generated { tokens, stop: Stop::Interrupted });
+            }
+            input = vec![next];
+        }
+        Ok(Generated { tokens, stop: Stop::Length })
+    }
+
+    /// Reads tokens and gives the logits of the one that follows.
+    fn read(&mut self, tokens: &[u32]) -> Vec<f32> {
+        let device = self.model.embed_tokens.weight.val().device();
+        let values: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
+        let input = Tensor::<2, Int>::from_data(TensorData::new(values, [1, tokens.len()]), &device);
+        self.read.extend(tokens);
+        last_row(self.model.decode(input, &mut self.cache))
+    }
+}
+
+/// Goes on from `prompt`, handing each new token to `each` as it comes; see [`Session::generate`].
 ///
 /// # Errors
 ///
-/// A prompt without a token, longer than the model's context, or with a token that the model does not have.
+/// Those of [`Session::generate`].
 pub fn generate(
     model: &CausalLm,
     prompt: &[u32],
@@ -44,36 +118,13 @@ pub fn generate(
     eos: &[u32],
     mut each: impl FnMut(u32),
 ) -> Result<Generated, TrainError> {
-    let config = model.config();
-    check_tokens(prompt, config.vocab_size)?;
-    let context = config.max_position_embeddings;
-    if prompt.is_empty() || prompt.len() > context {
-        let problem = match prompt.len() {
-            0 => "the prompt has no tokens".into(),
-            length => format!("the prompt has {length} tokens, more than the model's context of {context}"),
-        };
-        return Err(TrainError::Request { problem, hint: None });
-    }
-    let device = model.embed_tokens.weight.val().device();
-    let capacity = context.min(prompt.len() + max_new_tokens);
-    let mut cache = KvCache::new(config, 1, capacity, &device, model.dtype());
-    let mut sampler = Sampler::new(sampling);
-    let mut tokens = Vec::new();
-    let mut input: Vec<u32> = prompt.to_vec();
-    while tokens.len() < max_new_tokens && cache.len() + input.len() <= capacity {
-        let values: Vec<i32> = input.iter().map(|&token| token as i32).collect();
-        let length = values.len();
-        let logits =
-            model.decode(Tensor::<2, Int>::from_data(TensorData::new(values, [1, length]), &device), &mut cache);
-        let next = sampler.choose(&last_row(logits));
-        if eos.contains(&next) {
-            return Ok(Generated { tokens, stop: Stop::Eos });
-        }
-        tokens.push(next);
-        each(next);
-        input = vec![next];
-    }
-    Ok(Generated { tokens, stop: Stop::Length })
+    let context = model.config().max_position_embeddings;
+    // A prompt that is too long is told so by the session, which must not be larger than the context.
+    let mut session = Session::new(model, prompt.len().saturating_add(max_new_tokens).min(context));
+    session.generate(prompt, max_new_tokens, &mut Sampler::new(sampling), eos, |token| {
+        each(token);
+        ControlFlow::Continue(())
+    })
 }
 
 fn last_row(logits: Tensor<3>) -> Vec<f32> {

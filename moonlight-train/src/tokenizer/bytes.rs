@@ -25,6 +25,10 @@ pub(super) fn special(text: &str) -> Option<u32> {
     SPECIALS.iter().find(|(_, name)| *name == text).map(|(id, _)| *id)
 }
 
+pub(super) fn specials() -> Vec<(String, u32)> {
+    SPECIALS.iter().map(|&(id, name)| (name.to_owned(), id)).collect()
+}
+
 /// The character that byte-level BPE writes for a byte (GPT-2's table): printable Latin-1 stands for itself, the other
 /// 68 bytes are shifted up from U+0100.
 pub(super) fn byte_to_char(byte: u8) -> char {

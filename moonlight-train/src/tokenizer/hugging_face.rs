@@ -46,4 +46,12 @@ impl HuggingFace {
         let id = self.id(text)?;
         self.inner.get_added_tokens_decoder().get(&id).filter(|token| token.special).map(|_| id)
     }
+
+    pub(super) fn specials(&self) -> Vec<(String, u32)> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut specials: Vec<(String, u32)> =
+            added.into_iter().filter(|(_, token)| token.special).map(|(id, token)| (token.content, id)).collect();
+        specials.sort_by_key(|(_, id)| *id);
+        specials
+    }
 }

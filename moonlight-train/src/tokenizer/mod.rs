@@ -209,6 +209,15 @@ impl Tokenizer {
         }
     }
 
+    /// Every special token with its id.
+    pub fn specials(&self) -> Vec<(String, u32)> {
+        match &self.kind {
+            Kind::Bytes => bytes::specials(),
+            Kind::HuggingFace(kind) => kind.specials(),
+            Kind::Tiktoken(kind) => kind.specials(),
+        }
+    }
+
     /// The files to keep in a checkpoint's folder so that this tokenizer, or transformers' `AutoTokenizer`, opens it.
     pub fn companions(&self) -> Vec<Companion> {
         self.companions.to_vec()

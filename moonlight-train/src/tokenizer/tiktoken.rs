@@ -95,6 +95,10 @@ impl Tiktoken {
     pub(super) fn special(&self, text: &str) -> Option<u32> {
         self.special.get(text).copied()
     }
+
+    pub(super) fn specials(&self) -> Vec<(String, u32)> {
+        self.special.iter().map(|(name, &id)| (name.clone(), id)).collect()
+    }
 }
 
 fn parse_line(line: &[u8]) -> Option<(Vec<u8>, u32)> {
