@@ -26,7 +26,7 @@ pub use data::{BYTES_TOKENIZER, DataConfig, DataFormat, NO_TOKENIZER, TooLong};
 pub use error::RecipeError;
 pub use expand::expand;
 pub use model::{ModelRecipe, ModelSource};
-pub use optimizer::{OptimizerName, OptimizerRecipe};
+pub use optimizer::{OptimizerName, OptimizerRecipe, ScaleName};
 pub use run::{RunConfig, SampleConfig};
 pub use schedule::{AccumulationChange, ScheduleConfig, ScheduleName, Stage, StageShape};
 pub use train::{MoeRecipe, TrainConfig};

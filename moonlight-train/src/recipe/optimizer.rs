@@ -28,6 +28,44 @@ impl FromStr for OptimizerName {
     }
 }
 
+/// What the length of Muon's updates is taken from; [`moonlight_optim::Scale`] in a recipe's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleName {
+    /// `update_rms sqrt(max(A, B))`, the report's "Adjusted LR" (equation 4).
+    Report,
+    /// `update_rms / RMS(O)`, the report's "Update Norm" (equation 6).
+    UpdateNorm,
+    /// `update_rms sqrt(hidden_size)`, the report's "Baseline" (equation 5).
+    HiddenSize,
+    /// `sqrt(max(1, out / in))`, Keller Jordan's; `update_rms` is not read.
+    KellerJordan,
+    /// `sqrt(out / in)`; `update_rms` is not read.
+    Spectral,
+    /// 1; `update_rms` is not read.
+    Unit,
+}
+
+impl ScaleName {
+    const NAMES: [&str; 6] = ["report", "update_norm", "hidden_size", "keller_jordan", "spectral", "unit"];
+}
+
+impl FromStr for ScaleName {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "report" => Ok(Self::Report),
+            "update_norm" => Ok(Self::UpdateNorm),
+            "hidden_size" => Ok(Self::HiddenSize),
+            "keller_jordan" => Ok(Self::KellerJordan),
+            "spectral" => Ok(Self::Spectral),
+            "unit" => Ok(Self::Unit),
+            _ => Err(()),
+        }
+    }
+}
+
 /// `[optimizer]`: Muon or AdamW, and its constants. Defaults are those of "Muon is Scalable for LLM Training".
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct OptimizerRecipe {
@@ -43,7 +81,10 @@ pub struct OptimizerRecipe {
     pub nesterov: bool,
     /// `newton_schulz_steps`: iterations of the orthogonalisation. Default: 5.
     pub newton_schulz_steps: usize,
-    /// `update_rms`: what Muon's updates are scaled to, the factor of `0.2 sqrt(max(A, B))`. Default: 0.2.
+    /// `scale`: what the length of Muon's updates is taken from: `report`, `update_norm`, `hidden_size`,
+    /// `keller_jordan`, `spectral` or `unit`. Default: `report`.
+    pub scale: ScaleName,
+    /// `update_rms`: the factor of the first three scales, `0.2` in `0.2 sqrt(max(A, B))`. Default: 0.2.
     pub update_rms: f64,
     /// `betas`: AdamW's. Default: [0.9, 0.95].
     pub betas: [f64; 2],
@@ -72,6 +113,7 @@ impl OptimizerRecipe {
         section.require("newton_schulz_steps", (1..=100).contains(&newton_schulz_steps), || {
             format!("is {newton_schulz_steps}; it must be from 1 to 100")
         });
+        let scale = section.choice("scale", &ScaleName::NAMES).unwrap_or(ScaleName::Report);
         let update_rms = section.number("update_rms").unwrap_or(0.2);
         section.require("update_rms", update_rms > 0.0, || format!("is {update_rms}; it must be above 0"));
         let betas = section.pair("betas").unwrap_or([0.9, 0.95]);
@@ -80,6 +122,17 @@ impl OptimizerRecipe {
         });
         let epsilon = section.number("epsilon").unwrap_or(1e-8);
         section.require("epsilon", epsilon > 0.0, || format!("is {epsilon}; it must be above 0"));
-        Self { name, learning_rate, weight_decay, momentum, nesterov, newton_schulz_steps, update_rms, betas, epsilon }
+        Self {
+            name,
+            learning_rate,
+            weight_decay,
+            momentum,
+            nesterov,
+            newton_schulz_steps,
+            scale,
+            update_rms,
+            betas,
+            epsilon,
+        }
     }
 }

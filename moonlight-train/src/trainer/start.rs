@@ -16,7 +16,7 @@ use crate::data::Corpus;
 use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::metrics::MetricsFile;
-use crate::recipe::{ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe};
+use crate::recipe::{ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe, ScaleName};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
 use crate::tokenizer::Tokenizer;
@@ -71,7 +71,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
             (model, TrainerState::new(stream.position()), None)
         }
     };
-    let assignment = rules(&recipe.optimizer).assign(&model)?;
+    let assignment = rules(&recipe.optimizer, config.hidden_size).assign(&model)?;
     let optimizer = match &from {
         Some(found) => {
             stream.seek(state.data)?;
@@ -119,12 +119,21 @@ fn newest_whole(checkpoints: &Checkpoints, device: &Device) -> Result<Option<(Fo
     Ok(None)
 }
 
-/// The optimizers that a recipe asks for.
-pub(super) fn rules(recipe: &OptimizerRecipe) -> ParameterRules {
+/// The optimizers that a recipe asks for, for a model of this width.
+pub(super) fn rules(recipe: &OptimizerRecipe, hidden: usize) -> ParameterRules {
     let adamw = AdamWConfig::new()
         .with_betas(recipe.betas[0] as f32, recipe.betas[1] as f32)
         .with_epsilon(recipe.epsilon as f32)
         .with_weight_decay(recipe.weight_decay);
+    let factor = recipe.update_rms;
+    let scale = match recipe.scale {
+        ScaleName::Report => Scale::Report { factor },
+        ScaleName::UpdateNorm => Scale::UpdateNorm { factor },
+        ScaleName::HiddenSize => Scale::HiddenSize { factor, hidden },
+        ScaleName::KellerJordan => Scale::KellerJordan,
+        ScaleName::Spectral => Scale::Spectral,
+        ScaleName::Unit => Scale::Unit,
+    };
     match recipe.name {
         OptimizerName::AdamW => ParameterRules::adamw(adamw),
         OptimizerName::Muon => {
@@ -132,7 +141,7 @@ pub(super) fn rules(recipe: &OptimizerRecipe) -> ParameterRules {
                 .with_momentum(recipe.momentum)
                 .with_nesterov(recipe.nesterov)
                 .with_weight_decay(recipe.weight_decay)
-                .with_scale(Scale::Report { factor: recipe.update_rms })
+                .with_scale(scale)
                 .with_steps(recipe.newton_schulz_steps);
             ParameterRules::moonlight(muon, adamw)
         }
