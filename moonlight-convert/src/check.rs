@@ -14,6 +14,11 @@ use crate::problem::{Problem, Problems};
 
 /// More experts than any router of the family is made for.
 const MOST_EXPERTS: usize = 1 << 16;
+/// More routed experts in all layers together than any model of the family has (Kimi-K2: 23,040), beside those that have
+/// tensors of their own.
+const MOST_STACKED: usize = 1 << 15;
+/// The same where a file cannot be read and may hold any tensor.
+const MOST_UNREAD: usize = 1 << 17;
 /// Wider than any matrix of the family; products of three such numbers fit 64 bits.
 const WIDEST: usize = 1 << 21;
 
@@ -101,6 +106,11 @@ fn implausible(config: &ModelConfig, tensors: usize, unread: Option<usize>) -> O
     let experts = config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts);
     if experts > MOST_EXPERTS {
         return Some(format!("`n_routed_experts` is {experts}"));
+    }
+    // Experts without end in layers without end would be a list without end of what is missing.
+    let all = layers.saturating_mul(experts);
+    if all > unread.map_or(MOST_UNREAD, |unread| MOST_STACKED + tensors + unread) {
+        return Some(format!("{layers} layers have {experts} experts each, and the files hold {tensors} tensors"));
     }
     let moe = config.moe.as_ref().map_or([0; 2], |moe| [moe.moe_intermediate_size, moe.n_shared_experts]);
     let widths = [config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads];

@@ -9,7 +9,9 @@ use moonlight_model::{ConfigError, ModelConfig};
 use rayon::prelude::*;
 
 use crate::error::CheckpointError;
-use crate::index::{INDEX, Index, SINGLE};
+use crate::hub;
+use crate::index::{Index, SINGLE};
+use crate::inside::Inside;
 use crate::names;
 use crate::problem::Problem;
 use crate::shard::Shard;
@@ -17,6 +19,8 @@ use crate::staging;
 
 /// The model's configuration.
 pub(crate) const CONFIG: &str = "config.json";
+/// The longest configuration that is read; the published ones have a few kB.
+const LONGEST_CONFIG: u64 = 1_000_000;
 
 /// A Hugging Face directory: its configuration, and the tensors of its files, mapped into memory but not read.
 ///
@@ -70,7 +74,8 @@ impl StoredTensor {
 impl Checkpoint {
     /// Opens a directory: `config.json`, and the weights through `model.safetensors.index.json` or, where it stands there
     /// (as transformers decides), the single file `model.safetensors`. The top folder of a model in the Hub's cache
-    /// stands for its newest snapshot.
+    /// stands for its newest snapshot, and so does `org/name` where there is no such directory
+    /// ([`hub::resolve`]).
     ///
     /// No weight is read. Files that are absent or broken are no error yet: [`problems`](Checkpoint::problems) lists
     /// them beside what does not fit the model, and [`load`](crate::load) refuses all of it in one error.
@@ -80,13 +85,14 @@ impl Checkpoint {
     /// [`CheckpointError`], where there is no such directory, no configuration that can be read, no weights, or an index
     /// that cannot be read or names a file elsewhere.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        let dir = dir.as_ref();
+        let dir = &hub::resolve(dir)?;
         staging::recover(dir);
         if !dir.is_dir() {
             return Err(CheckpointError::NotADirectory { path: dir.to_path_buf() });
         }
         let dir = hub_snapshot(dir).unwrap_or_else(|| dir.to_path_buf());
-        let config = read_config(&dir)?;
+        let inside = Inside::new(&dir).map_err(CheckpointError::read(&dir))?;
+        let config = read_config(&inside, &dir)?;
         let mut checkpoint = Self {
             dir,
             config,
@@ -95,14 +101,13 @@ impl Checkpoint {
             broken: Vec::new(),
             unread: Some(HashSet::new()),
         };
-        let (single, index) = (checkpoint.dir.join(SINGLE), checkpoint.dir.join(INDEX));
-        if single.exists() {
-            checkpoint.open_files(vec![SINGLE.to_owned()]);
+        if inside.file(SINGLE)?.is_some() {
+            checkpoint.open_files(&inside, vec![SINGLE.to_owned()]);
             if !checkpoint.broken.is_empty() {
                 checkpoint.unread = None;
             }
-        } else if index.exists() {
-            checkpoint.open_indexed(Index::read(&index)?);
+        } else if let Some(index) = Index::read(&inside, &checkpoint.dir)? {
+            checkpoint.open_indexed(&inside, index);
         } else {
             return Err(CheckpointError::NoWeights { others: other_weights(&checkpoint.dir), dir: checkpoint.dir });
         }
@@ -152,12 +157,12 @@ impl Checkpoint {
         self.files[shard].shard.as_ref().expect("only tensors of files that were read are asked for")
     }
 
-    fn open_indexed(&mut self, index: Index) {
+    fn open_indexed(&mut self, inside: &Inside, index: Index) {
         let mut wanted: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (tensor, file) in index.weight_map {
             wanted.entry(file).or_default().push(tensor);
         }
-        self.open_files(wanted.keys().cloned().collect());
+        self.open_files(inside, wanted.keys().cloned().collect());
 
         let present: HashSet<(&str, usize)> =
             self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.shard)).collect();
@@ -192,12 +197,18 @@ impl Checkpoint {
         self.unread = Some(unread);
     }
 
-    fn open_files(&mut self, names: Vec<String>) {
+    fn open_files(&mut self, inside: &Inside, names: Vec<String>) {
         let opened: Vec<_> = names
             .into_par_iter()
             .map(|name| {
-                let path = self.dir.join(&name);
-                let shard = if path.exists() { Some(Shard::open(&path)) } else { None };
+                let shard = match inside.file(&name) {
+                    Ok(path) => path.map(|path| Shard::open(&path)),
+                    Err(CheckpointError::Link { .. }) => {
+                        Some(Err("is a symbolic link that leads out of the directory".into()))
+                    }
+                    Err(CheckpointError::Read { source, .. }) => Some(Err(format!("cannot be read: {source}"))),
+                    Err(error) => Some(Err(format!("cannot be read: {error}"))),
+                };
                 (name, shard)
             })
             .collect();
@@ -230,14 +241,10 @@ impl Checkpoint {
     }
 }
 
-fn read_config(dir: &Path) -> Result<ModelConfig, CheckpointError> {
+fn read_config(inside: &Inside, dir: &Path) -> Result<ModelConfig, CheckpointError> {
     let path = dir.join(CONFIG);
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(CheckpointError::NoConfig { dir: dir.to_path_buf() });
-        }
-        Err(error) => return Err(CheckpointError::read(&path)(error)),
+    let Some(bytes) = inside.read(CONFIG, LONGEST_CONFIG)? else {
+        return Err(CheckpointError::NoConfig { dir: dir.to_path_buf() });
     };
     let config = match String::from_utf8(bytes) {
         Ok(text) => ModelConfig::from_json(&text),

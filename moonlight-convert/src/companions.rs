@@ -10,6 +10,7 @@ use crate::checkpoint::CONFIG;
 use crate::elements::WeightDtype;
 use crate::error::CheckpointError;
 use crate::index::INDEX;
+use crate::inside::Inside;
 use crate::names::PREDICTION_LAYERS;
 use crate::writer::{write_failure, write_file};
 
@@ -49,17 +50,22 @@ pub(crate) fn belongs_to_checkpoint(name: &str) -> bool {
 ///
 /// # Errors
 ///
-/// [`CheckpointError`] where the directory cannot be read.
+/// [`CheckpointError`] where the directory cannot be read, or such a file is a link out of it.
 pub fn companions_in(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     if !dir.is_dir() {
         return Err(CheckpointError::NotADirectory { path: dir.to_path_buf() });
     }
     let entries = fs::read_dir(dir).map_err(CheckpointError::read(dir))?;
-    let mut names: Vec<String> = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| is_companion(name) && dir.join(name).is_file())
-        .collect();
+    let inside = Inside::new(dir).map_err(CheckpointError::read(dir))?;
+    let mut names = Vec::new();
+    for entry in entries.flatten() {
+        if let Some(name) = entry.file_name().into_string().ok().filter(|name| is_companion(name))
+            && dir.join(&name).is_file()
+            && inside.file(&name)?.is_some()
+        {
+            names.push(name);
+        }
+    }
     names.sort();
     Ok(names)
 }

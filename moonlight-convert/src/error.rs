@@ -21,6 +21,30 @@ pub enum CheckpointError {
         /// The path as given.
         path: PathBuf,
     },
+    /// No directory, and no snapshot in the Hub's cache either.
+    #[error("`{model}` is neither a directory nor a model in the Hub's cache `{}`", cache.display())]
+    NotCached {
+        /// The name as given, `org/name` or `org/name@revision`.
+        model: String,
+        /// The cache that was looked into.
+        cache: PathBuf,
+    },
+    /// A file that is reached through a symbolic link out of the directory.
+    #[error("`{}` is a symbolic link that leads out of the directory", path.display())]
+    Link {
+        /// The link.
+        path: PathBuf,
+    },
+    /// A text file of a checkpoint that is longer than any such file.
+    #[error("`{}` has {} bytes; no such file of a checkpoint has more than {most}", path.display(), bytes)]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+        /// The longest that is read.
+        most: u64,
+    },
     /// The directory has no `config.json`.
     #[error("`{}` has no `config.json`", dir.display())]
     NoConfig {
@@ -28,12 +52,26 @@ pub enum CheckpointError {
         dir: PathBuf,
     },
     /// The `config.json` cannot be read as a model of the family.
-    #[error("`{}`: {source}", path.display())]
+    #[error("`{}`: {}", path.display(), OneLine(source))]
     Config {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         source: ConfigError,
+    },
+    /// The directory has no `tiktoken.model`.
+    #[error("`{}` has no `tiktoken.model`", dir.display())]
+    NoRanks {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The tokenizer's files are not what such files must be.
+    #[error("the tokenizer `{}` is not sound: {problem}", path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
     },
     /// The directory has neither `model.safetensors` nor an index of shards.
     #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", dir.display())]
@@ -44,7 +82,7 @@ pub enum CheckpointError {
         others: Vec<String>,
     },
     /// The index of shards is not what such a file must be.
-    #[error("`{}` {problem}", path.display())]
+    #[error("`{}` {}", path.display(), OneLine(problem))]
     Index {
         /// The file.
         path: PathBuf,
@@ -52,7 +90,7 @@ pub enum CheckpointError {
         problem: String,
     },
     /// An entry of the index names a file outside the checkpoint's directory.
-    #[error("`{}` puts the tensor `{tensor}` into `{entry}`, which is not a file of this directory", path.display())]
+    #[error("`{}` puts the tensor `{tensor}` into `{}`, which is not a file of this directory", path.display(), OneLine(entry))]
     Escape {
         /// The index.
         path: PathBuf,
@@ -164,6 +202,13 @@ impl CheckpointError {
             Self::NotADirectory { path } if path.is_file() => {
                 Some("give the directory that holds `config.json` and the weights".into())
             }
+            Self::NotCached { model, .. } => Some(match model.split_once('@') {
+                None => format!("`moonlight-convert download {model}` fetches it"),
+                Some((repo, revision)) => {
+                    format!("`moonlight-convert download {repo} --revision {revision}` fetches it")
+                }
+            }),
+            Self::Link { .. } => Some("copy the file into the directory, if you trust what it leads to".into()),
             Self::NoConfig { .. } => Some(
                 "a checkpoint is a directory with `config.json` and safetensors files, as Hugging Face keeps it".into(),
             ),
@@ -193,6 +238,23 @@ const MAKE_ROOM: &str = "free some space; what was there before is untouched";
 /// Whether a disk or a quota is full.
 pub(crate) fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Text that may come from a file, with its control characters escaped: none forges a line of ours or reaches a terminal
+/// as a command.
+pub(crate) struct OneLine<T>(pub(crate) T);
+
+impl<T: fmt::Display> fmt::Display for OneLine<T> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use fmt::Write;
+        for character in self.0.to_string().chars() {
+            match character.is_control() {
+                true => write!(formatter, "{}", character.escape_default())?,
+                false => formatter.write_char(character)?,
+            }
+        }
+        Ok(())
+    }
 }
 
 /// ` in FILE`, or nothing.

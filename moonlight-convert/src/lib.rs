@@ -32,13 +32,16 @@ mod checkpoint;
 mod companions;
 mod elements;
 mod error;
+pub mod hub;
 mod index;
+mod inside;
 mod load;
 mod names;
 mod problem;
 mod save;
 mod shard;
 mod staging;
+pub mod tokenizer;
 mod writer;
 
 pub use checkpoint::{Checkpoint, StoredTensor, WeightFile};

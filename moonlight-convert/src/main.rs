@@ -1,6 +1,11 @@
 //! `moonlight-convert`: what is in a checkpoint, the same weights in another dtype or other files, and how far two
 //! checkpoints are apart.
 
+mod cli {
+    #[cfg(feature = "download")]
+    pub(crate) mod download;
+    pub(crate) mod tokenizer;
+}
 mod inspect;
 mod verify;
 
@@ -42,6 +47,11 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Fetch a model from the Hub into its cache; what is there already is checked and kept.
+    #[cfg(feature = "download")]
+    Download(cli::download::Arguments),
+    /// Write the `tokenizer.json` that means the same as a directory's `tiktoken.model`.
+    Tokenizer(cli::tokenizer::Arguments),
     /// Compare two checkpoints tensor by tensor: exit code 0 where they are equal, 1 where they are not.
     Verify {
         /// One checkpoint.
@@ -83,13 +93,16 @@ fn bytes(text: &str) -> Result<u64, String> {
 }
 
 fn main() -> ExitCode {
-    run(Arguments::parse().command).unwrap_or_else(|error| {
-        eprintln!("error: {error}");
-        if let Some(hint) = error.hint() {
-            eprintln!("hint: {hint}");
-        }
-        ExitCode::FAILURE
-    })
+    run(Arguments::parse().command).unwrap_or_else(|error| fail(&error, error.hint()))
+}
+
+/// One line for what went wrong, and one for the mend where there is one.
+fn fail(error: &dyn std::error::Error, hint: Option<String>) -> ExitCode {
+    eprintln!("error: {error}");
+    if let Some(hint) = hint {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::FAILURE
 }
 
 fn run(command: Command) -> Result<ExitCode, CheckpointError> {
@@ -104,6 +117,9 @@ fn run(command: Command) -> Result<ExitCode, CheckpointError> {
             eprintln!("{}: {bytes} bytes in {} file(s)", dst.display(), written.files().len());
             Ok(ExitCode::SUCCESS)
         }
+        #[cfg(feature = "download")]
+        Command::Download(arguments) => Ok(cli::download::run(arguments)),
+        Command::Tokenizer(arguments) => cli::tokenizer::run(&arguments),
         Command::Verify { a, b } => Ok(verify::verify(&Checkpoint::open(a)?, &Checkpoint::open(b)?)),
     }
 }

@@ -1,19 +1,28 @@
 //! One safetensors file: mapped into memory, its header checked before anything in it is believed.
 
+use std::collections::HashSet;
+use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
 use memmap2::Mmap;
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
-use crate::error::Bytes;
+use crate::error::{Bytes, OneLine};
+use crate::index::unprintable;
 
 /// Bytes of the length that a file begins with.
 const LENGTH: usize = 8;
 /// The longest header that the safetensors library reads, too.
 const LONGEST_HEADER: u64 = 100_000_000;
+/// More dimensions than any tensor has; PyTorch's own limit.
+const HIGHEST_RANK: usize = 64;
+/// Where writers leave notes, of which none are needed.
+const NOTES: &str = "__metadata__";
 
 /// A safetensors file, mapped into memory.
 #[derive(Debug)]
@@ -78,10 +87,12 @@ fn read_header(file: &[u8]) -> Result<(usize, Vec<ShardTensor>), String> {
         return Err(format!("claims a header of {claimed} bytes; {LONGEST_HEADER} are the most that is read"));
     }
     let data = LENGTH + claimed as usize;
-    // Reading the header also checks that the offsets follow one another without gap or overlap, and that each tensor
-    // is as long as its shape and dtype say.
-    let metadata: Metadata =
-        serde_json::from_slice(&file[LENGTH..data]).map_err(|error| format!("has a broken header: {error}"))?;
+    let broken = |error: &dyn fmt::Display| format!("has a broken header: {}", OneLine(error));
+    let Header(mut infos) = serde_json::from_slice(&file[LENGTH..data]).map_err(|error| broken(&error))?;
+    infos.sort_by_key(|(_, info)| info.data_offsets);
+    // This checks that the offsets follow one another without gap or overlap, and that each tensor is as long as its
+    // shape and dtype say.
+    let metadata = Metadata::new(None, infos).map_err(|error| broken(&error))?;
     let (claimed, held) = (metadata.data_len(), file.len() - data);
     if claimed > held {
         return Err(format!(
@@ -102,6 +113,47 @@ fn read_header(file: &[u8]) -> Result<(usize, Vec<ShardTensor>), String> {
         })
         .collect();
     Ok((data, tensors))
+}
+
+/// The tensors of a header as they stand there. The safetensors library's own reader takes the last of two tensors of
+/// one name.
+struct Header(Vec<(String, TensorInfo)>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Tensors;
+        impl<'de> Visitor<'de> for Tensors {
+            type Value = Header;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a map of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let (mut tensors, mut names) = (Vec::new(), HashSet::new());
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == NOTES {
+                        map.next_value::<IgnoredAny>()?;
+                        continue;
+                    }
+                    let info: TensorInfo = map.next_value()?;
+                    if let Some(problem) = unprintable(&name) {
+                        return Err(A::Error::custom(problem));
+                    }
+                    if info.shape.len() > HIGHEST_RANK {
+                        let rank = info.shape.len();
+                        return Err(A::Error::custom(format!("`{name}` has {rank} dimensions")));
+                    }
+                    if !names.insert(name.clone()) {
+                        return Err(A::Error::custom(format!("`{name}` is there twice")));
+                    }
+                    tensors.push((name, info));
+                }
+                Ok(Header(tensors))
+            }
+        }
+        deserializer.deserialize_map(Tensors)
+    }
 }
 
 #[cfg(test)]
@@ -152,7 +204,20 @@ mod tests {
             "b":{"dtype":"BF16","shape":[2],"data_offsets":[2,6]}}"#;
         assert!(problem(overlap, 6).contains("invalid offset for tensor `b`"));
         assert!(problem(&a("BF16", "[9223372036854775807,4]", "[0,4]"), 4).contains("overflow"));
-        // No JSON, no known dtype.
+        // One name twice, whether or not both could be there.
+        let same = r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},
+            "a":{"dtype":"BF16","shape":[2],"data_offsets":[OFFSETS]}}"#;
+        for (offsets, data) in [("0,4", 4), ("4,8", 8)] {
+            assert!(problem(&same.replace("OFFSETS", offsets), data).contains("`a` is there twice"));
+        }
+        // Absurd ranks, names that are no names, notes that are no notes.
+        let rank = format!("[{}]", vec!["1"; 65].join(","));
+        assert!(problem(&a("U8", &rank, "[0,1]"), 1).contains("`a` has 65 dimensions"));
+        assert!(problem(&a("U8", "[1]", "[0,1]").replace("\"a\"", "\"a\\n\""), 1).contains("control character U+000A"));
+        assert!(problem(&format!(r#"{{"__metadata__":{}}}"#, "[".repeat(300)), 0).contains("EOF"));
+        assert!(problem(&a("BF16", "[1e400]", "[0,4]"), 4).contains("out of range"));
+        // No JSON, no known dtype, no UTF-8.
+        assert!(read_header(b"\x04\0\0\0\0\0\0\0{\"\xFF\"").unwrap_err().contains("has a broken header"));
         assert!(problem("{", 0).contains("has a broken header"));
         assert!(problem(&a("B17", "[2]", "[0,4]"), 4).contains("unknown variant `B17`"));
     }

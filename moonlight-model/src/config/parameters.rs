@@ -79,20 +79,21 @@ impl ModelConfig {
         list.shapes
     }
 
-    /// Counts the parameters from their shapes.
+    /// Counts the parameters from their shapes; what is more than 64 bits count is the largest number.
     pub fn parameter_count(&self) -> ParameterCount {
         let mut count = ParameterCount { total: 0, activated: 0, embeddings: 0 };
         for parameter in self.parameter_shapes() {
             let values = parameter.count();
-            count.total += values;
-            count.activated += match (parameter.kind, &self.moe) {
+            count.total = count.total.saturating_add(values);
+            let activated = match (parameter.kind, &self.moe) {
                 (ParameterKind::Experts, Some(moe)) => {
                     values / moe.n_routed_experts as u64 * moe.num_experts_per_tok as u64
                 }
                 _ => values,
             };
+            count.activated = count.activated.saturating_add(activated);
             if matches!(parameter.kind, ParameterKind::Embedding | ParameterKind::Head) {
-                count.embeddings += values;
+                count.embeddings = count.embeddings.saturating_add(values);
             }
         }
         count

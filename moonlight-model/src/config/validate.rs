@@ -2,6 +2,20 @@
 
 use super::{AttentionConfig, ConfigError, ModelConfig, MoeConfig, TopkMethod};
 
+/// More layers than any decoder has. Lists by layer are no longer than this, whatever a file says.
+const MOST_LAYERS: usize = 10_000;
+/// More heads, or dimensions of a head, or shared experts, than any decoder has.
+const MOST_HEADS: usize = 1 << 14;
+/// Wider than any matrix is. The products of an expert's two sides, or of heads, their dimensions and a width, and the
+/// number of routed experts fit 64 bits.
+const WIDEST: usize = 1 << 21;
+/// More routed experts than any router has.
+const MOST_EXPERTS: usize = 1 << 16;
+/// Token ids have 32 bits.
+const LARGEST_VOCABULARY: usize = u32::MAX as usize;
+/// Longer than any text.
+const LONGEST: usize = u32::MAX as usize;
+
 /// Fails with [`ConfigError::Invalid`] for `field` where `condition` does not hold.
 fn require(condition: bool, field: &'static str, problem: impl FnOnce() -> String) -> Result<(), ConfigError> {
     if condition { Ok(()) } else { Err(ConfigError::Invalid { field, problem: problem() }) }
@@ -9,6 +23,16 @@ fn require(condition: bool, field: &'static str, problem: impl FnOnce() -> Strin
 
 fn positive(value: usize, field: &'static str) -> Result<(), ConfigError> {
     require(value > 0, field, || "must be at least 1".into())
+}
+
+/// At least 1 and at most `most`.
+fn size(value: usize, field: &'static str, most: usize) -> Result<(), ConfigError> {
+    positive(value, field)?;
+    at_most(value, field, most)
+}
+
+fn at_most(value: usize, field: &'static str, most: usize) -> Result<(), ConfigError> {
+    require(value <= most, field, || format!("is {value}, more than any model of the family has ({most} at most)"))
 }
 
 fn positive_number(value: f64, field: &'static str) -> Result<(), ConfigError> {
@@ -22,12 +46,12 @@ impl ModelConfig {
     ///
     /// [`ConfigError::Invalid`] for the first field that cannot.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        positive(self.vocab_size, "vocab_size")?;
-        positive(self.hidden_size, "hidden_size")?;
-        positive(self.intermediate_size, "intermediate_size")?;
-        positive(self.num_hidden_layers, "num_hidden_layers")?;
-        positive(self.num_attention_heads, "num_attention_heads")?;
-        positive(self.max_position_embeddings, "max_position_embeddings")?;
+        size(self.vocab_size, "vocab_size", LARGEST_VOCABULARY)?;
+        size(self.hidden_size, "hidden_size", WIDEST)?;
+        size(self.intermediate_size, "intermediate_size", WIDEST)?;
+        size(self.num_hidden_layers, "num_hidden_layers", MOST_LAYERS)?;
+        size(self.num_attention_heads, "num_attention_heads", MOST_HEADS)?;
+        size(self.max_position_embeddings, "max_position_embeddings", LONGEST)?;
         positive_number(self.rms_norm_eps, "rms_norm_eps")?;
         positive_number(self.rope.theta, "rope_theta")?;
         require(self.initializer_range.is_finite() && self.initializer_range >= 0.0, "initializer_range", || {
@@ -47,20 +71,20 @@ impl ModelConfig {
         match &self.attention {
             AttentionConfig::Mla(mla) => {
                 if let Some(rank) = mla.q_lora_rank {
-                    positive(rank, "q_lora_rank")?;
+                    size(rank, "q_lora_rank", WIDEST)?;
                 }
-                positive(mla.kv_lora_rank, "kv_lora_rank")?;
-                positive(mla.qk_nope_head_dim, "qk_nope_head_dim")?;
-                positive(mla.qk_rope_head_dim, "qk_rope_head_dim")?;
-                positive(mla.v_head_dim, "v_head_dim")?;
+                size(mla.kv_lora_rank, "kv_lora_rank", WIDEST)?;
+                size(mla.qk_nope_head_dim, "qk_nope_head_dim", MOST_HEADS)?;
+                size(mla.qk_rope_head_dim, "qk_rope_head_dim", MOST_HEADS)?;
+                size(mla.v_head_dim, "v_head_dim", MOST_HEADS)?;
                 positive_number(mla.latent_norm_eps, "kv_norm_eps")?;
                 require(mla.qk_rope_head_dim.is_multiple_of(2), "qk_rope_head_dim", || {
                     format!("is {}, but the rotary embedding turns pairs: it must be even", mla.qk_rope_head_dim)
                 })
             }
             AttentionConfig::Gqa(gqa) => {
-                positive(gqa.num_key_value_heads, "num_key_value_heads")?;
-                positive(gqa.head_dim, "head_dim")?;
+                size(gqa.num_key_value_heads, "num_key_value_heads", MOST_HEADS)?;
+                size(gqa.head_dim, "head_dim", MOST_HEADS)?;
                 require(
                     self.num_attention_heads.is_multiple_of(gqa.num_key_value_heads),
                     "num_key_value_heads",
@@ -80,7 +104,7 @@ impl ModelConfig {
 
     fn validate_rope(&self) -> Result<(), ConfigError> {
         let Some(yarn) = &self.rope.yarn else { return Ok(()) };
-        positive(yarn.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings")?;
+        size(yarn.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings", LONGEST)?;
         positive_number(yarn.factor, "rope_scaling.factor")?;
         positive_number(yarn.beta_fast, "rope_scaling.beta_fast")?;
         positive_number(yarn.beta_slow, "rope_scaling.beta_slow")?;
@@ -90,9 +114,10 @@ impl ModelConfig {
     }
 
     fn validate_moe(&self, moe: &MoeConfig) -> Result<(), ConfigError> {
-        positive(moe.n_routed_experts, "n_routed_experts")?;
+        size(moe.n_routed_experts, "n_routed_experts", MOST_EXPERTS)?;
         positive(moe.num_experts_per_tok, "num_experts_per_tok")?;
-        positive(moe.moe_intermediate_size, "moe_intermediate_size")?;
+        size(moe.moe_intermediate_size, "moe_intermediate_size", WIDEST)?;
+        at_most(moe.n_shared_experts, "n_shared_experts", MOST_HEADS)?;
         positive(moe.moe_layer_freq, "moe_layer_freq")?;
         positive(moe.n_group, "n_group")?;
         positive_number(moe.routed_scaling_factor, "routed_scaling_factor")?;
@@ -161,6 +186,35 @@ mod tests {
             }),
             "qk_rope_head_dim"
         );
+    }
+
+    #[test]
+    fn sizes_that_no_model_has_name_their_field() {
+        let mla = |config: &mut ModelConfig, change: fn(&mut super::super::MlaConfig)| match &mut config.attention {
+            AttentionConfig::Mla(mla) => change(mla),
+            AttentionConfig::Gqa(_) => unreachable!("Moonlight has MLA"),
+        };
+        const HUGE: usize = 1_000_000_000_000;
+        assert_eq!(refused(|c| c.num_hidden_layers = HUGE), "num_hidden_layers");
+        assert_eq!(refused(|c| c.vocab_size = usize::MAX), "vocab_size");
+        assert_eq!(refused(|c| c.hidden_size = usize::MAX), "hidden_size");
+        assert_eq!(refused(|c| c.num_attention_heads = HUGE), "num_attention_heads");
+        assert_eq!(refused(|c| c.max_position_embeddings = usize::MAX), "max_position_embeddings");
+        assert_eq!(refused(|c| moe(c).n_routed_experts = HUGE), "n_routed_experts");
+        assert_eq!(refused(|c| moe(c).n_shared_experts = usize::MAX), "n_shared_experts");
+        assert_eq!(refused(|c| mla(c, |mla| mla.qk_nope_head_dim = usize::MAX)), "qk_nope_head_dim");
+        assert_eq!(refused(|c| mla(c, |mla| mla.kv_lora_rank = usize::MAX)), "kv_lora_rank");
+        // The largest of everything is still counted without overflow.
+        let mut largest = ModelConfig::preset("moonlight-16b-a3b").unwrap();
+        (largest.hidden_size, largest.intermediate_size, largest.vocab_size) = (WIDEST, WIDEST, LARGEST_VOCABULARY);
+        (largest.num_attention_heads, largest.num_hidden_layers) = (MOST_HEADS, MOST_LAYERS);
+        mla(&mut largest, |mla| {
+            (mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank) = (MOST_HEADS, MOST_HEADS, WIDEST)
+        });
+        (moe(&mut largest).n_routed_experts, moe(&mut largest).moe_intermediate_size) = (MOST_EXPERTS, WIDEST);
+        moe(&mut largest).n_shared_experts = MOST_HEADS;
+        largest.validate().unwrap();
+        assert!(largest.parameter_count().total > 1 << 62);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use moonlight_convert::load;
+use moonlight_convert::{hub, load};
 use moonlight_model::CausalLm;
 use serde_json::Value;
 
@@ -15,7 +15,7 @@ use crate::tokenizer::Tokenizer;
 /// Which model to run, and on what.
 #[derive(Debug, Args)]
 pub(super) struct ModelArguments {
-    /// A Hugging Face directory, a checkpoint or folder of a run, or a repository in the Hub cache.
+    /// A Hugging Face directory, a checkpoint or folder of a run, or `org/name` in the Hub's cache.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has.
@@ -40,7 +40,7 @@ impl ModelArguments {
     pub(super) fn open(&self) -> Result<Opened, TrainError> {
         let target = Target::open(&self.device)?;
         let dtype = device::dtype(&self.dtype, &target)?;
-        let dir = resolve(&self.model);
+        let dir = resolve(&hub::resolve(&self.model)?);
         let tokenizer = Tokenizer::from_model_dir(&dir)?;
         let model = load(&dir, &target.device, dtype)?.model;
         let eos = generation_eos(&dir).unwrap_or_else(|| model.config().eos_token_id.clone());

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use moonlight_convert::hub;
 use moonlight_model::{ConfigError, ModelConfig};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -60,7 +61,7 @@ const DTYPES: &[&str] = &["auto", "f32", "bf16", "f16"];
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ModelSource {
-    /// `path`: weights and their `config.json`.
+    /// `path`: weights and their `config.json`, in a folder; `org/name` of the Hub's cache is resolved to its snapshot.
     Path(PathBuf),
     /// A shape, to be initialised from scratch; a `preset` is resolved to its shape when the recipe is read.
     #[serde(untagged)]
@@ -94,7 +95,7 @@ impl ModelRecipe {
             format!("is `{dtype}`; it must be one of: {}", DTYPES.join(", "))
         });
         let has_path = section.has("path");
-        let weights = path(section, "path", "");
+        let weights = weights(section);
         let preset = section.string("preset");
         let written = section.rest(SHAPE_KEYS);
         let place = section.place(if has_path { "path" } else { "" });
@@ -209,6 +210,15 @@ impl ModelRecipe {
             shape.insert("vocab_size".into(), vocab_size);
         }
     }
+}
+
+/// `path`: a folder, or a model in the Hub's cache, whose snapshot is what the run is made from and names.
+fn weights(section: &mut Section<'_>) -> PathBuf {
+    let written = path(section, "path", "");
+    hub::resolve(&written).unwrap_or_else(|error| {
+        section.invalid("path", format!("is wrong: {error}"), error.hint().as_deref());
+        written
+    })
 }
 
 /// The shape that a preset names: one of the model crate's, or a TOML or JSON file of `config.json`'s keys.

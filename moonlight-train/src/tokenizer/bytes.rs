@@ -1,5 +1,6 @@
 //! The 256 bytes and three specials, as a tokenizer that transformers opens too.
 
+use moonlight_convert::tokenizer::{TOKENIZER_JSON, byte_to_char};
 use serde_json::{Map, Value, json};
 
 use super::Companion;
@@ -29,21 +30,6 @@ pub(super) fn specials() -> Vec<(String, u32)> {
     SPECIALS.iter().map(|&(id, name)| (name.to_owned(), id)).collect()
 }
 
-/// The character that byte-level BPE writes for a byte (GPT-2's table): printable Latin-1 stands for itself, the other
-/// 68 bytes are shifted up from U+0100.
-pub(super) fn byte_to_char(byte: u8) -> char {
-    match byte {
-        b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
-        0x00..=0x20 => shifted(u32::from(byte)),
-        0x7F..=0xA0 => shifted(33 + u32::from(byte) - 0x7F),
-        0xAD => shifted(67),
-    }
-}
-
-fn shifted(index: u32) -> char {
-    char::from_u32(0x100 + index).unwrap_or('\u{FFFD}')
-}
-
 /// `tokenizer.json` (byte-level BPE without merges, so that every byte is its own token) and `tokenizer_config.json`.
 pub(super) fn companions() -> Vec<Companion> {
     let file = |name: &str, value: &Value| Companion {
@@ -51,7 +37,7 @@ pub(super) fn companions() -> Vec<Companion> {
         // Pretty printing of plain values cannot fail.
         contents: serde_json::to_vec_pretty(value).unwrap_or_default(),
     };
-    vec![file("tokenizer.json", &tokenizer_json()), file("tokenizer_config.json", &tokenizer_config())]
+    vec![file(TOKENIZER_JSON, &tokenizer_json()), file("tokenizer_config.json", &tokenizer_config())]
 }
 
 fn tokenizer_json() -> Value {

@@ -9,7 +9,6 @@
 mod bytes;
 mod error;
 mod hugging_face;
-mod names;
 mod stream;
 mod tiktoken;
 
@@ -18,16 +17,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hugging_face::HuggingFace;
-use names::SpecialNames;
+use moonlight_convert::tokenizer::{SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON};
 use tiktoken::Tiktoken;
 
 pub use crate::recipe::BYTES_TOKENIZER;
 pub use bytes::{BOS, EOS, PAD};
 pub use error::TokenizerError;
 pub use stream::TokenStream;
-
-const TOKENIZER_JSON: &str = "tokenizer.json";
-const TIKTOKEN_MODEL: &str = "tiktoken.model";
 
 /// What may lie beside a tokenizer and belongs to it.
 const BESIDE: [&str; 4] =
@@ -147,7 +143,7 @@ impl Tokenizer {
     fn from_tiktoken_model(path: &Path) -> Result<Self, TokenizerError> {
         let contents = read(path)?;
         let names = SpecialNames::beside(path);
-        let kind = Tiktoken::parse(&contents, names.added)
+        let kind = Tiktoken::parse(&contents, &names.added)
             .map_err(|problem| TokenizerError::Read { path: path.to_owned(), problem })?;
         Ok(Self {
             vocab_size: kind.vocab_size(),

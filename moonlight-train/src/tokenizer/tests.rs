@@ -1,5 +1,6 @@
 use std::path::Path;
 
+use moonlight_convert::tokenizer::byte_to_char;
 use serde_json::json;
 
 use super::*;
@@ -59,7 +60,7 @@ fn the_file_for_bytes_means_bytes() {
     assert_eq!(tokenizer.vocab_size(), 259);
     assert_eq!(tokenizer.special("<|eos|>"), Some(EOS));
     for byte in 0..=u8::MAX {
-        assert_eq!(tokenizer.id(&bytes::byte_to_char(byte).to_string()), Some(byte.into()));
+        assert_eq!(tokenizer.id(&byte_to_char(byte).to_string()), Some(byte.into()));
     }
 }
 

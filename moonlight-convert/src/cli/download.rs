@@ -1,0 +1,70 @@
+//! `moonlight-convert download`.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use moonlight_convert::hub::{Progress, Request, download};
+
+/// What to fetch.
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The model's name on the Hub, e.g. `moonshotai/Moonlight-16B-A3B-Instruct`.
+    repo: String,
+    /// A branch, tag or commit; `main` where it is not given.
+    #[arg(long)]
+    revision: Option<String>,
+    /// Files to fetch in place of those that a checkpoint is made of, e.g. `*.json`; may be given several times.
+    #[arg(long, value_name = "GLOB")]
+    include: Vec<String>,
+}
+
+/// Fetches, and prints the snapshot's directory.
+pub(crate) fn run(Arguments { repo, revision, include }: Arguments) -> ExitCode {
+    // Hidden by itself where stderr is no terminal.
+    let bar = ProgressBar::no_length().with_style(style());
+    let watch = |progress: Progress<'_>| match progress {
+        Progress::Begun { files, bytes } => {
+            bar.set_length(bytes);
+            bar.set_message(format!("{files} files"));
+        }
+        Progress::Had { bytes } => {
+            bar.inc(bytes);
+            // What was there did not come over the line: it is no part of the rate.
+            bar.reset_eta();
+        }
+        Progress::Fetched { bytes } => bar.inc(bytes),
+        Progress::Lost { bytes } => bar.dec(bytes),
+        Progress::Again { file, problem } => note(&bar, &format!("{file}: {problem}; once more")),
+        Progress::Done { file, bytes, fetched } => {
+            note(&bar, &format!("{file}: {bytes} bytes, {}", if fetched { "fetched" } else { "there already" }));
+        }
+        _ => {}
+    };
+    match download(&Request { repo, revision, include }, &watch) {
+        Ok(done) => {
+            bar.finish_and_clear();
+            eprintln!("{} files, {} bytes, {} fetched; all of them are checked", done.files, done.bytes, done.fetched);
+            println!("{}", done.dir.display());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            bar.finish_and_clear();
+            crate::fail(&error, error.hint())
+        }
+    }
+}
+
+/// A line above the bar, or on stderr where there is none.
+fn note(bar: &ProgressBar, line: &str) {
+    if bar.is_hidden() {
+        eprintln!("{line}");
+    } else {
+        bar.println(line);
+    }
+}
+
+fn style() -> ProgressStyle {
+    ProgressStyle::with_template("{msg} [{wide_bar}] {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}

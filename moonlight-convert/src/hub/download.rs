@@ -1,0 +1,237 @@
+//! A model from the Hub into the cache.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use glob::Pattern;
+use hf_hub::Cache;
+
+use super::client::{Client, Settings};
+use super::error::DownloadError;
+use super::list::{Listing, RemoteFile, Wanted};
+use super::progress::Progress;
+use super::transfer::{Transfer, partial};
+use super::{MAIN, RepoId, is_commit, is_revision, snapshot};
+
+/// Files that are fetched at a time: one connection rarely fills a line.
+const AT_A_TIME: usize = 4;
+
+/// What is to be fetched.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    /// `organisation/model`.
+    pub repo: String,
+    /// A branch, tag or commit; `main` where it is not given.
+    pub revision: Option<String>,
+    /// Globs of file names. Empty for what a checkpoint is made of: configuration, index, safetensors, tokenizer and
+    /// remote code.
+    pub include: Vec<String>,
+}
+
+/// What was fetched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Downloaded {
+    /// The snapshot: a directory with every file under its name.
+    pub dir: PathBuf,
+    /// Files that were asked for.
+    pub files: usize,
+    /// Those of them that had to be fetched, or part of them.
+    pub fetched: usize,
+    /// Bytes of all files.
+    pub bytes: u64,
+}
+
+/// Fetches a model into the Hub's cache and gives its snapshot.
+///
+/// Every file is checked by size and digest before it gets its name, those that are there from before, too. What is there
+/// in part is gone on from. The branch's name is set to the new commit when all of it is there: until then, whoever looks
+/// for the model finds what was there before. With `HF_HUB_OFFLINE` nothing is asked of the network, and the snapshot
+/// that is there is given.
+///
+/// # Errors
+///
+/// [`DownloadError`]. What was fetched stays in the cache, and the next call goes on from it.
+pub fn download(request: &Request, watch: &(dyn Fn(Progress<'_>) + Sync)) -> Result<Downloaded, DownloadError> {
+    let repo = &request.repo;
+    let id = RepoId::parse(repo).ok_or_else(|| DownloadError::Name { repo: repo.clone() })?;
+    let revision = request.revision.as_deref().unwrap_or(MAIN);
+    if !is_revision(revision) {
+        return Err(DownloadError::Revision { revision: revision.to_owned() });
+    }
+    let wanted = wanted(&request.include)?;
+    let settings = Settings::from_env();
+    let cache = &settings.cache;
+    if settings.offline {
+        return offline(cache, &id, revision);
+    }
+    let client = Client::new(&settings, &id, revision)?;
+    let Listing { commit, files } = client.list(&wanted)?;
+    if files.is_empty() {
+        return Err(DownloadError::Nothing { repo: repo.clone() });
+    }
+    let place = Place::new(cache, &id, &commit);
+    place.check_room(&files)?;
+    let bytes = files.iter().map(|file| file.size).sum();
+    watch(Progress::Begun { files: files.len(), bytes });
+    let fetched = fetch_all(&client, &place, &commit, &files, watch)?;
+    if !is_commit(revision) {
+        let reference = place.folder.join("refs").join(revision);
+        replace(&reference, |partial| fs::write(partial, &commit))?;
+    }
+    Ok(Downloaded { dir: place.snapshot, files: files.len(), fetched, bytes })
+}
+
+fn wanted(include: &[String]) -> Result<Wanted, DownloadError> {
+    let pattern = |text: &String| {
+        Pattern::new(text)
+            .map_err(|error| DownloadError::Pattern { pattern: text.clone(), problem: error.msg.to_owned() })
+    };
+    let patterns = include.iter().map(pattern).collect::<Result<Vec<_>, _>>()?;
+    Ok(if patterns.is_empty() { Wanted::Checkpoint } else { Wanted::Matching(patterns) })
+}
+
+fn offline(cache: &Cache, id: &RepoId, revision: &str) -> Result<Downloaded, DownloadError> {
+    let Some(dir) = snapshot(cache, id, revision) else {
+        let (repo, revision, cache) = (id.to_string(), revision.to_owned(), cache.path().clone());
+        return Err(DownloadError::Offline { repo, revision, cache });
+    };
+    let entries = fs::read_dir(&dir).map_err(DownloadError::read(&dir))?;
+    let sizes: Vec<u64> = entries.flatten().filter_map(|entry| Some(fs::metadata(entry.path()).ok()?.len())).collect();
+    Ok(Downloaded { dir, files: sizes.len(), fetched: 0, bytes: sizes.iter().sum() })
+}
+
+/// All files, a few at a time; the first failure ends the others. Gives how many were fetched.
+fn fetch_all(
+    client: &Client,
+    place: &Place,
+    commit: &str,
+    files: &[RemoteFile],
+    watch: &(dyn Fn(Progress<'_>) + Sync),
+) -> Result<usize, DownloadError> {
+    let (next, fetched, stop) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicBool::new(false));
+    let failure = Mutex::new(None);
+    let one = |file: &RemoteFile| {
+        let blob = place.folder.join("blobs").join(file.digest.text());
+        let lock = place.locks.join(format!("{}.lock", file.digest.text()));
+        let new = Transfer { client, file, commit, blob, lock, watch, stop: &stop }.run()?;
+        place.link(file)?;
+        watch(Progress::Done { file: &file.name, bytes: file.size, fetched: new });
+        Ok(new)
+    };
+    let work = || {
+        while let Some(file) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            match one(file) {
+                Ok(new) => {
+                    fetched.fetch_add(usize::from(new), Ordering::Relaxed);
+                }
+                Err(error) => {
+                    // Those that end because of it come later and are not kept.
+                    let first = !stop.swap(true, Ordering::SeqCst);
+                    if first && let Ok(mut failure) = failure.lock() {
+                        *failure = Some(error);
+                    }
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..AT_A_TIME.min(files.len()) {
+            scope.spawn(work);
+        }
+    });
+    match failure.into_inner().unwrap_or(Some(DownloadError::GivenUp)) {
+        Some(error) => Err(error),
+        None => Ok(fetched.into_inner()),
+    }
+}
+
+/// The folders of a repository in the cache.
+struct Place {
+    folder: PathBuf,
+    snapshot: PathBuf,
+    locks: PathBuf,
+}
+
+impl Place {
+    fn new(cache: &Cache, id: &RepoId, commit: &str) -> Self {
+        Self {
+            folder: cache.path().join(id.folder_name()),
+            snapshot: id.in_cache(cache, commit).pointer_path(commit),
+            locks: cache.path().join(".locks").join(id.folder_name()),
+        }
+    }
+
+    /// Whether the disk can hold what is missing.
+    fn check_room(&self, files: &[RemoteFile]) -> Result<(), DownloadError> {
+        fs::create_dir_all(&self.folder).map_err(DownloadError::write(&self.folder))?;
+        let length = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
+        let missing = |file: &RemoteFile| {
+            let blob = self.folder.join("blobs").join(file.digest.text());
+            file.size.saturating_sub(length(&blob).max(length(&partial(&blob))))
+        };
+        let needed = files.iter().map(missing).fold(0, u64::saturating_add);
+        match free_bytes(&self.folder) {
+            Some(free) if needed > free => Err(DownloadError::Full { cache: self.folder.clone(), needed, free }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives a blob its name in the snapshot.
+    fn link(&self, file: &RemoteFile) -> Result<(), DownloadError> {
+        let link = self.snapshot.join(&file.name);
+        let depth = Path::new(&file.name).components().filter(|part| matches!(part, Component::Normal(_))).count();
+        let mut target = PathBuf::from_iter(vec![".."; depth + 1]);
+        target.push("blobs");
+        target.push(file.digest.text());
+        if fs::read_link(&link).is_ok_and(|old| old == target) {
+            return Ok(());
+        }
+        replace(&link, |partial| point(partial, &target, &self.folder.join("blobs").join(file.digest.text())))
+    }
+}
+
+#[cfg(unix)]
+fn point(link: &Path, target: &Path, _blob: &Path) -> io::Result<()> {
+    std::os::unix::fs::symlink(target, link)
+}
+
+/// Without a privilege, Windows has no symbolic links; a second name does as well.
+#[cfg(not(unix))]
+fn point(link: &Path, _target: &Path, blob: &Path) -> io::Result<()> {
+    fs::hard_link(blob, link).or_else(|_| fs::copy(blob, link).map(drop))
+}
+
+/// Makes something beside a path and then gives it the path's name, so that there is never half of it.
+fn replace(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), DownloadError> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(format!(".{}.partial", std::process::id()));
+    let partial = PathBuf::from(partial);
+    let made = (|| {
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        match fs::remove_file(&partial) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => make(&partial)?,
+        }
+        fs::rename(&partial, path)
+    })();
+    made.map_err(DownloadError::write(path))
+}
+
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+fn free_bytes(path: &Path) -> Option<u64> {
+    let disk = rustix::fs::statvfs(path).ok()?;
+    disk.f_bavail.checked_mul(disk.f_frsize)
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
+fn free_bytes(_path: &Path) -> Option<u64> {
+    None
+}

@@ -1,0 +1,228 @@
+//! The Hub's cache on this machine: where it is, and where in it the snapshot of a model lies.
+//!
+//! The layout is `huggingface_hub`'s, so that what Python fetched is found here and the other way round:
+//!
+//! ```text
+//! $HF_HOME/hub/models--moonshotai--Moonlight-16B-A3B/
+//!     refs/main               the commit that the branch stood at when it was fetched
+//!     snapshots/COMMIT/…      links to the blobs, under the names of the repository
+//!     blobs/DIGEST            the files: SHA-256 of what LFS keeps, git's SHA-1 of the rest
+//! ```
+
+#[cfg(feature = "download")]
+mod client;
+#[cfg(feature = "download")]
+mod digest;
+#[cfg(feature = "download")]
+mod download;
+#[cfg(feature = "download")]
+mod error;
+#[cfg(feature = "download")]
+mod list;
+#[cfg(feature = "download")]
+mod progress;
+#[cfg(feature = "download")]
+mod transfer;
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+
+use crate::error::CheckpointError;
+
+#[cfg(feature = "download")]
+pub use download::{Downloaded, Request, download};
+#[cfg(feature = "download")]
+pub use error::DownloadError;
+#[cfg(feature = "download")]
+pub use progress::Progress;
+
+/// The branch that is meant where none is named.
+pub(crate) const MAIN: &str = "main";
+/// Bytes of a commit in hexadecimal.
+const COMMIT: usize = 40;
+
+/// The directory of a model that a user names: a directory that exists, or else `org/name` (or `org/name@revision`),
+/// whose snapshot is looked up in the Hub's cache. Nothing is fetched.
+///
+/// A directory always wins. A name that cannot be a repository's is returned as it is, so that opening it says what is
+/// wrong with it.
+///
+/// # Errors
+///
+/// [`CheckpointError::NotCached`] where the cache has no snapshot of that repository.
+pub fn resolve(model: impl AsRef<Path>) -> Result<PathBuf, CheckpointError> {
+    resolve_in(model.as_ref(), &cache_dir(|name| std::env::var_os(name)))
+}
+
+fn resolve_in(path: &Path, cache: &Path) -> Result<PathBuf, CheckpointError> {
+    let Some(model) = path.to_str().filter(|_| !path.exists()) else { return Ok(path.to_owned()) };
+    let (repo, revision) = model.split_once('@').unwrap_or((model, MAIN));
+    let Some(id) = RepoId::parse(repo).filter(|_| is_revision(revision)) else { return Ok(path.to_owned()) };
+    match snapshot(&Cache::new(cache.to_owned()), &id, revision) {
+        Some(snapshot) => Ok(snapshot),
+        // One word is far more often a directory that is misspelt than one of the few models without an organisation.
+        None if !repo.contains('/') => Ok(path.to_owned()),
+        None => Err(CheckpointError::NotCached { model: model.to_owned(), cache: cache.to_owned() }),
+    }
+}
+
+/// The snapshot of a revision, where the cache has it.
+pub(crate) fn snapshot(cache: &Cache, id: &RepoId, revision: &str) -> Option<PathBuf> {
+    let repo = id.in_cache(cache, revision);
+    if is_commit(revision) {
+        return Some(repo.pointer_path(revision)).filter(|path| path.is_dir());
+    }
+    let reference = cache.path().join(id.folder_name()).join("refs").join(revision);
+    let commit = fs::read_to_string(reference).ok()?;
+    let commit = commit.trim();
+    if !is_commit(commit) {
+        return None;
+    }
+    Some(repo.pointer_path(commit)).filter(|path| path.is_dir())
+}
+
+/// `HF_HUB_CACHE`, or the older `HUGGINGFACE_HUB_CACHE`, or `hub` in the Hub's [home](home_dir).
+pub(crate) fn cache_dir(variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
+    ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]
+        .iter()
+        .find_map(|name| variable(name).filter(|value| !value.is_empty()))
+        .map_or_else(|| home_dir(&variable).join("hub"), PathBuf::from)
+}
+
+/// `HF_HOME`, or `huggingface` in `XDG_CACHE_HOME` or `~/.cache`.
+pub(crate) fn home_dir(variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
+    let set = |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("HF_HOME").unwrap_or_else(|| {
+        let user = || set("HOME").or_else(|| set("USERPROFILE")).unwrap_or_default().join(".cache");
+        set("XDG_CACHE_HOME").unwrap_or_else(user).join("huggingface")
+    })
+}
+
+/// The name of a repository of models, `org/name` or `name`, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RepoId(String);
+
+impl RepoId {
+    /// The Hub's own rule: one or two parts of letters, digits, `-`, `_` and `.`, without `--` and `..`, with neither `-`
+    /// nor `.` at an end.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let part = |part: &str| {
+            !part.is_empty()
+                && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+                && !part.starts_with(['-', '.'])
+                && !part.ends_with(['-', '.'])
+        };
+        let whole = text.len() <= 96 && !text.contains("--") && !text.contains("..");
+        (whole && text.split('/').count() <= 2 && text.split('/').all(part)).then(|| Self(text.to_owned()))
+    }
+
+    pub(crate) fn repo(&self, revision: &str) -> Repo {
+        Repo::with_revision(self.0.clone(), RepoType::Model, revision.to_owned())
+    }
+
+    pub(crate) fn in_cache(&self, cache: &Cache, revision: &str) -> CacheRepo {
+        cache.repo(self.repo(revision))
+    }
+
+    /// `models--org--name`.
+    pub(crate) fn folder_name(&self) -> String {
+        self.repo(MAIN).folder_name()
+    }
+}
+
+impl std::fmt::Display for RepoId {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+/// Whether it is a whole commit, not a branch or tag.
+pub(crate) fn is_commit(text: &str) -> bool {
+    text.len() == COMMIT && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// Whether it may be a branch, tag or commit, and stays below `refs` as a path.
+pub(crate) fn is_revision(text: &str) -> bool {
+    let part = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.+".contains(&byte))
+    };
+    text.len() <= 200 && text.split('/').all(part)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHA: &str = "4e735b07a89f73647dfab71ab91b840f362ede5b";
+
+    /// A cache with one snapshot.
+    fn cache() -> (tempfile::TempDir, PathBuf) {
+        let home = tempfile::tempdir().unwrap();
+        let model = home.path().join("models--moonshotai--Moonlight");
+        let snapshot = model.join("snapshots").join(SHA);
+        fs::create_dir_all(&snapshot).unwrap();
+        fs::create_dir_all(model.join("refs").join("pr")).unwrap();
+        fs::write(model.join("refs").join("main"), SHA).unwrap();
+        fs::write(model.join("refs").join("pr").join("1"), format!("{SHA}\n")).unwrap();
+        fs::write(model.join("refs").join("broken"), "../../../etc").unwrap();
+        (home, snapshot)
+    }
+
+    #[test]
+    fn a_name_is_its_snapshot() {
+        let (home, snapshot) = cache();
+        for model in ["moonshotai/Moonlight", "moonshotai/Moonlight@main", "moonshotai/Moonlight@pr/1"] {
+            assert_eq!(resolve_in(Path::new(model), home.path()).unwrap(), snapshot, "{model}");
+        }
+        assert_eq!(resolve_in(Path::new(&format!("moonshotai/Moonlight@{SHA}")), home.path()).unwrap(), snapshot);
+        for model in ["moonshotai/Kimi", "moonshotai/Moonlight@v2", "moonshotai/Moonlight@broken"] {
+            let error = resolve_in(Path::new(model), home.path()).unwrap_err();
+            assert!(error.to_string().contains(model), "{error}");
+            assert!(error.hint().unwrap().contains("moonlight-convert download moonshotai/"), "{:?}", error.hint());
+        }
+    }
+
+    #[test]
+    fn a_directory_wins_and_what_is_no_name_stays_a_path() {
+        let (home, _) = cache();
+        assert_eq!(resolve_in(home.path(), home.path()).unwrap(), home.path());
+        for path in ["/nowhere/at-all", "./here", "../there", "a/b/c", "word", "org/..", "org/name@../main", ""] {
+            assert_eq!(resolve_in(Path::new(path), home.path()).unwrap(), Path::new(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn the_environment_decides_where_the_cache_is() {
+        let cache = |set: &[(&str, &str)]| {
+            let set: Vec<(String, OsString)> = set.iter().map(|&(name, value)| (name.into(), value.into())).collect();
+            cache_dir(|name| set.iter().find(|(other, _)| other == name).map(|(_, value)| value.clone()))
+        };
+        let home = ("HOME", "/home/me");
+        assert_eq!(cache(&[home]), Path::new("/home/me/.cache/huggingface/hub"));
+        assert_eq!(cache(&[home, ("XDG_CACHE_HOME", "/cache")]), Path::new("/cache/huggingface/hub"));
+        assert_eq!(cache(&[home, ("HF_HOME", "/hf"), ("XDG_CACHE_HOME", "/cache")]), Path::new("/hf/hub"));
+        assert_eq!(cache(&[home, ("HF_HOME", "/hf"), ("HF_HUB_CACHE", "/models")]), Path::new("/models"));
+        assert_eq!(cache(&[home, ("HF_HOME", "")]), Path::new("/home/me/.cache/huggingface/hub"));
+    }
+
+    #[test]
+    fn names_of_repositories_and_revisions() {
+        for good in ["moonshotai/Moonlight-16B-A3B", "gpt2", "a/b.c_d-1"] {
+            assert!(RepoId::parse(good).is_some(), "{good}");
+        }
+        for bad in ["", "/", "a/", "/a", "a/b/c", "a/..", "../a", "a--b/c", "a/-b", "a/b.", "a b/c", "a/é", "a\\b"] {
+            assert!(RepoId::parse(bad).is_none(), "{bad}");
+        }
+        for good in ["main", "refs/pr/3", "v1.0", SHA] {
+            assert!(is_revision(good), "{good}");
+        }
+        for bad in ["", "..", "a/../b", "/a", "a//b", "a b", "a?b", ".hidden"] {
+            assert!(!is_revision(bad), "{bad}");
+        }
+    }
+}

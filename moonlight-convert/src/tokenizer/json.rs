@@ -1,0 +1,155 @@
+//! `tokenizer.json`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::alphabet::spell;
+use super::merges::merges;
+use super::{AddedToken, Ranks, SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON, pattern, special_tokens};
+use crate::error::CheckpointError;
+use crate::hub;
+use crate::inside::Inside;
+
+/// The longest file of ranks that is read; the published one has 2,795,286 bytes.
+const LONGEST: u64 = 100_000_000;
+
+/// Writes `tokenizer.json` beside the `tiktoken.model` of a directory (or of a model in the Hub's cache), and gives its
+/// path. An existing one is replaced only where `overwrite` says so.
+///
+/// # Errors
+///
+/// [`CheckpointError`] where there are no ranks, they or the names of special tokens are not sound, or the file exists or
+/// cannot be written.
+pub fn write_tokenizer_json(dir: impl AsRef<Path>, overwrite: bool) -> Result<PathBuf, CheckpointError> {
+    let dir = hub::resolve(dir)?;
+    if !dir.is_dir() {
+        return Err(CheckpointError::NotADirectory { path: dir });
+    }
+    let inside = Inside::new(&dir).map_err(CheckpointError::read(&dir))?;
+    let Some(contents) = inside.read(TIKTOKEN_MODEL, LONGEST)? else { return Err(CheckpointError::NoRanks { dir }) };
+    let path = dir.join(TOKENIZER_JSON);
+    if !overwrite && fs::symlink_metadata(&path).is_ok() {
+        return Err(CheckpointError::Exists { dir: path });
+    }
+    let model = dir.join(TIKTOKEN_MODEL);
+    let unsound = |problem: String| CheckpointError::Tokenizer { path: model.clone(), problem };
+    let ranks = Ranks::parse(&contents).map_err(|error| unsound(error.to_string()))?;
+    let special = special_tokens(ranks.count(), &SpecialNames::beside(&model).added);
+    let json = tokenizer_json(&ranks, &special).map_err(unsound)?;
+
+    // Written beside and renamed, so that a crash leaves no half of one.
+    let partial = dir.join(format!(".{TOKENIZER_JSON}.{}", std::process::id()));
+    let text = serde_json::to_vec(&json).expect("maps with strings as keys are JSON");
+    let written = fs::write(&partial, text).and_then(|()| fs::rename(&partial, &path));
+    written.map_err(|error| {
+        // What is left of it helps nobody; that it cannot be removed would only hide the error.
+        let _ = fs::remove_file(&partial);
+        CheckpointError::write(&path)(error)
+    })?;
+    Ok(path)
+}
+
+/// The contents of `tokenizer.json` for ranks and the special tokens that follow them.
+///
+/// # Errors
+///
+/// A sentence, where two tokens have the same text: such a file would not mean what the ranks mean.
+pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>) -> Result<Value, String> {
+    let spelled: Vec<String> = ranks.tokens().iter().map(|token| spell(token)).collect();
+    let vocab: Map<String, Value> =
+        spelled.iter().zip(0..ranks.count()).map(|(token, rank)| (token.clone(), rank.into())).collect();
+    let mut contents: HashMap<&str, u32> = HashMap::new();
+    for (&id, token) in special {
+        let other = contents.insert(&token.content, id);
+        let ordinary = vocab.get(&token.content).and_then(Value::as_u64);
+        if let Some(other) = other.map(u64::from).or(ordinary) {
+            return Err(format!("the tokens {other} and {id} are both called `{}`", token.content.escape_debug()));
+        }
+    }
+    let added: Vec<Value> = special
+        .iter()
+        .map(|(id, token)| {
+            json!({
+                "id": id, "content": token.content, "single_word": token.single_word, "lstrip": token.lstrip,
+                "rstrip": token.rstrip, "normalized": false, "special": token.special,
+            })
+        })
+        .collect();
+    // As one string each: older versions of `tokenizers` read nothing else. No spelled token has a space.
+    let merges: Vec<String> = merges(ranks)
+        .into_iter()
+        .map(|(left, right)| format!("{} {}", spelled[left as usize], spelled[right as usize]))
+        .collect();
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    Ok(json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added,
+        "normalizer": null,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern()}, "behavior": "Isolated", "invert": false},
+                byte_level,
+            ],
+        },
+        "post_processor": null,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": true,
+            "vocab": vocab, "merges": merges,
+        },
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+
+    use super::*;
+
+    fn directory() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let lines: String = (0..=u8::MAX).map(|byte| format!("{} {byte}\n", STANDARD.encode([byte]))).collect();
+        fs::write(dir.path().join(TIKTOKEN_MODEL), lines).unwrap();
+        dir
+    }
+
+    #[test]
+    fn it_is_written_once() {
+        let dir = directory();
+        let path = write_tokenizer_json(dir.path(), false).unwrap();
+        let value: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(
+            (&value["added_tokens"][0]["id"], &value["added_tokens"][0]["content"]),
+            (&json!(256), &json!("[BOS]"))
+        );
+        assert_eq!(value["added_tokens"].as_array().unwrap().len(), 256);
+        assert!(matches!(write_tokenizer_json(dir.path(), false), Err(CheckpointError::Exists { .. })));
+        write_tokenizer_json(dir.path(), true).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing else is left behind");
+    }
+
+    #[test]
+    fn what_cannot_be_written_down_is_refused() {
+        let dir = directory();
+        let named = |text: &str| {
+            fs::write(dir.path().join("tokenizer_config.json"), text).unwrap();
+            write_tokenizer_json(dir.path(), false).unwrap_err().to_string()
+        };
+        let twice = named(r#"{"added_tokens_decoder": {"300": {"content": "[EOS]"}}}"#);
+        assert!(twice.contains("the tokens 257 and 300 are both called `[EOS]`"), "{twice}");
+        let byte = named(r#"{"added_tokens_decoder": {"300": {"content": "a"}}}"#);
+        assert!(byte.contains("the tokens 97 and 300 are both called `a`"), "{byte}");
+        fs::write(dir.path().join(TIKTOKEN_MODEL), "YQ== 0\n").unwrap();
+        assert!(named("{}").contains("there is no token for the byte 0"));
+        fs::remove_file(dir.path().join(TIKTOKEN_MODEL)).unwrap();
+        assert!(named("{}").contains("has no `tiktoken.model`"));
+    }
+}

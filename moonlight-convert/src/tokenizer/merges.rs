@@ -1,0 +1,48 @@
+//! Merges from ranks.
+//!
+//! tiktoken keeps no merges: of all neighbours whose bytes together are a token, it joins those whose token has the
+//! lowest rank, the leftmost first. Hugging Face's BPE keeps a list of pairs and joins the neighbours whose pair stands
+//! first in it. The two agree where the list has *every* pair of tokens that makes a token, in the order of that token's
+//! rank. One pair for each token (the last two parts when the token itself is encoded, which is how ranks were trained)
+//! is a shorter list, but another rule: beside other neighbours the same bytes may have come together from other parts.
+
+use std::collections::HashMap;
+
+use super::ranks::Ranks;
+
+/// Every pair of tokens that together is a token, by their ranks, in the order in which they are to be tried.
+///
+/// Pairs of one token stand in the order of their parts' ranks, which is transformers' order, too.
+pub fn merges(ranks: &Ranks) -> Vec<(u32, u32)> {
+    let tokens = ranks.tokens();
+    let by_bytes: HashMap<&[u8], u32> = tokens.iter().zip(0..).map(|(token, rank)| (token.as_slice(), rank)).collect();
+    let mut merges = Vec::with_capacity(2 * tokens.len());
+    for token in tokens {
+        let first = merges.len();
+        merges.extend((1..token.len()).filter_map(|end| {
+            let (left, right) = token.split_at(end);
+            Some((*by_bytes.get(left)?, *by_bytes.get(right)?))
+        }));
+        merges[first..].sort_unstable();
+    }
+    merges
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+
+    use super::*;
+
+    #[test]
+    fn every_split_into_two_tokens_is_a_merge() {
+        let bytes = (0..=u8::MAX).map(|byte| vec![byte]);
+        let more = ["bc", "ab", "abc", "xyz"].map(|token| token.as_bytes().to_vec());
+        let lines: String =
+            bytes.chain(more).enumerate().map(|(rank, token)| format!("{} {rank}\n", STANDARD.encode(token))).collect();
+        let (a, b, c) = (u32::from(b'a'), u32::from(b'b'), u32::from(b'c'));
+        // `xyz` has no parts: it is found as a whole piece or not at all.
+        assert_eq!(merges(&Ranks::parse(lines.as_bytes()).unwrap()), [(b, c), (a, b), (a, 256), (257, c)]);
+    }
+}

@@ -1,0 +1,517 @@
+//! `moonlight-convert download` against a server on this machine that does what servers and lines do: it drops
+//! connections, knows no ranges, wants a token, sends damaged or foreign bytes, falls silent. Every run ends with a whole
+//! cache, or with one line that says why not and no name for the commit.
+
+#![cfg(feature = "download")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use sha1::Sha1;
+use sha2::{Digest, Sha256};
+
+const COMMIT: &str = "4e735b07a89f73647dfab71ab91b840f362ede5b";
+const REPO: &str = "moonshotai/Moonlight-tiny";
+const TOKEN: &str = "hf_secret";
+const WEIGHTS: &str = "model.safetensors";
+
+/// How the server behaves.
+#[derive(Clone, Default)]
+struct Behaviour {
+    /// Closes the connection behind so many bytes of a file's part.
+    cut: Option<usize>,
+    /// Closes the connection where the whole file has so many bytes.
+    never_past: Option<usize>,
+    /// Sends the whole file whatever part is asked for.
+    no_ranges: bool,
+    /// Answers 401 without the token.
+    gated: bool,
+    /// Changes a byte of the weights.
+    damage: bool,
+    /// Says nothing more in the middle of the first part of the weights.
+    silent_once: bool,
+    /// Sends more than the file has.
+    longer: bool,
+    /// Sends files by way of another address, as the Hub does with LFS.
+    redirect: bool,
+    /// A status for the first requests of files.
+    busy: usize,
+    /// What the list of files says in place of the truth.
+    list: Option<Value>,
+}
+
+struct Server {
+    address: String,
+    /// Path, first byte asked for, and whether the token was sent.
+    seen: Arc<Mutex<Vec<Seen>>>,
+    behaviour: Arc<Mutex<Behaviour>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Seen {
+    path: String,
+    start: Option<usize>,
+    token: bool,
+}
+
+/// The files of the repository: a checkpoint that transformers saved, and what nobody asked for.
+fn files() -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::from([
+        ("README.md".to_owned(), b"# Moonlight".to_vec()),
+        ("figures/banner.png".to_owned(), vec![7; 100]),
+        ("tokenizer_config.json".to_owned(), b"{}".to_vec()),
+        ("chat_template.jinja".to_owned(), Vec::new()),
+    ]);
+    for name in ["config.json", "generation_config.json", WEIGHTS] {
+        files.insert(name.to_owned(), fs::read(common::fixture("moonlight-like").join(name)).unwrap());
+    }
+    files
+}
+
+fn git_digest(bytes: &[u8]) -> String {
+    let digest = Sha1::new().chain_update(format!("blob {}\0", bytes.len())).chain_update(bytes).finalize();
+    format!("{digest:x}")
+}
+
+/// As the Hub lists them: LFS for the weights, git for the rest.
+fn list() -> Value {
+    let siblings: Vec<Value> = files()
+        .into_iter()
+        .map(|(name, bytes)| {
+            let size = bytes.len();
+            let mut file = json!({"rfilename": name, "size": size, "blobId": git_digest(&bytes)});
+            if name == WEIGHTS {
+                let sha256 = format!("{:x}", Sha256::digest(&bytes));
+                file["blobId"] = json!("0000000000000000000000000000000000000000");
+                file["lfs"] = json!({"sha256": sha256, "size": size, "pointerSize": 134});
+            }
+            file
+        })
+        .collect();
+    json!({"id": REPO, "sha": COMMIT, "siblings": siblings})
+}
+
+impl Server {
+    fn new(behaviour: Behaviour) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let behaviour = Arc::new(Mutex::new(behaviour));
+        let (shared, log) = (Arc::clone(&behaviour), Arc::clone(&seen));
+        // Ends with the test program.
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (shared, log) = (Arc::clone(&shared), Arc::clone(&log));
+                // A client that hangs up is no failure of the server's.
+                std::thread::spawn(move || drop(serve(stream, &shared, &log)));
+            }
+        });
+        Self { address, seen, behaviour }
+    }
+
+    fn behave(&self, behaviour: Behaviour) {
+        *self.behaviour.lock().unwrap() = behaviour;
+        self.seen.lock().unwrap().clear();
+    }
+
+    /// Where the parts of the weights that were asked for began.
+    fn starts(&self) -> Vec<usize> {
+        let seen = self.seen.lock().unwrap();
+        seen.iter().filter(|seen| seen.path.ends_with(WEIGHTS)).filter_map(|seen| seen.start).collect()
+    }
+}
+
+fn serve(mut stream: TcpStream, shared: &Mutex<Behaviour>, log: &Mutex<Vec<Seen>>) -> std::io::Result<()> {
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let first = lines.next().transpose()?.unwrap_or_default();
+    let target = first.split(' ').nth(1).unwrap_or_default().to_owned();
+    let (mut start, mut token) = (None, false);
+    for line in lines {
+        let line = line?.to_ascii_lowercase();
+        if line.is_empty() {
+            break;
+        }
+        if let Some(range) = line.strip_prefix("range: bytes=") {
+            start = range.trim_end_matches('-').parse().ok();
+        }
+        token |= line == format!("authorization: bearer {TOKEN}");
+    }
+    let behaviour = {
+        let mut behaviour = shared.lock().unwrap();
+        let now = behaviour.clone();
+        if target.contains("/resolve/") && target.ends_with(WEIGHTS) {
+            behaviour.busy = behaviour.busy.saturating_sub(1);
+            behaviour.silent_once = false;
+        }
+        now
+    };
+    log.lock().unwrap().push(Seen { path: target.clone(), start, token });
+    let mut answer = |status: &str, headers: &str, body: &[u8]| {
+        write!(stream, "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n", body.len())?;
+        stream.write_all(body)
+    };
+    if behaviour.gated && !token {
+        return answer("401 Unauthorized", "X-Error-Code: GatedRepo\r\n", b"Access to this model is restricted.");
+    }
+    let api = format!("/api/models/{REPO}/revision/");
+    if let Some(rest) = target.strip_prefix(&api) {
+        assert!(rest.ends_with("?blobs=true"), "{rest}");
+        return match rest.split('?').next() {
+            Some("main" | "v1" | COMMIT) => {
+                let list = behaviour.list.unwrap_or_else(list);
+                answer("200 OK", "Content-Type: application/json\r\n", list.to_string().as_bytes())
+            }
+            _ => answer("404 Not Found", "X-Error-Code: RevisionNotFound\r\n", b"Invalid rev id"),
+        };
+    }
+    let resolve = format!("/{REPO}/resolve/{COMMIT}/");
+    let mut name = target.strip_prefix(&resolve);
+    if name.is_none() {
+        name = target.strip_prefix("/cdn/");
+    } else if behaviour.redirect {
+        let location = format!("Location: /cdn/{}\r\n", name.unwrap_or_default());
+        return answer("302 Found", &location, b"");
+    }
+    let Some((name, mut bytes)) = name.and_then(|name| Some((name, files().remove(name)?))) else {
+        return answer("404 Not Found", "", b"");
+    };
+    if name == WEIGHTS && behaviour.busy > 0 {
+        return answer("503 Service Unavailable", "", b"later");
+    }
+    if name == WEIGHTS && behaviour.damage {
+        bytes[500] ^= 1;
+    }
+    if behaviour.longer {
+        bytes.extend_from_slice(b"more");
+    }
+    let from = start.filter(|_| !behaviour.no_ranges).unwrap_or(0);
+    if from > bytes.len() {
+        return answer("416 Range Not Satisfiable", "", b"");
+    }
+    let part = &bytes[from..];
+    let status = if start.is_some() && !behaviour.no_ranges { "206 Partial Content" } else { "200 OK" };
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\nContent-Range: bytes {from}-{}/{}\r\n\r\n",
+        part.len(),
+        bytes.len().saturating_sub(1),
+        bytes.len()
+    )?;
+    let mut end = part.len();
+    if name == WEIGHTS {
+        end = end.min(behaviour.cut.unwrap_or(end));
+        end = end.min(behaviour.never_past.map_or(end, |most| most.saturating_sub(from)));
+        if behaviour.silent_once {
+            stream.write_all(&part[..part.len() / 2])?;
+            stream.flush()?;
+            std::thread::sleep(Duration::from_secs(20));
+            return Ok(());
+        }
+    }
+    stream.write_all(&part[..end])
+}
+
+struct Hub {
+    server: Server,
+    home: tempfile::TempDir,
+}
+
+impl Hub {
+    fn new(behaviour: Behaviour) -> Self {
+        Self { server: Server::new(behaviour), home: tempfile::tempdir().unwrap() }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_moonlight-convert"));
+        for name in [
+            "HF_HUB_CACHE",
+            "HUGGINGFACE_HUB_CACHE",
+            "HF_TOKEN",
+            "HUGGING_FACE_HUB_TOKEN",
+            "HF_TOKEN_PATH",
+            "HF_HUB_OFFLINE",
+        ] {
+            command.env_remove(name);
+        }
+        for name in ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"] {
+            command.env_remove(name);
+        }
+        command.env("HF_HOME", self.home.path()).env("HF_ENDPOINT", &self.server.address);
+        command.env("HF_HUB_DOWNLOAD_TIMEOUT", "2").args(arguments);
+        command
+    }
+
+    fn download(&self, arguments: &[&str]) -> Output {
+        self.command(&[&["download", REPO], arguments].concat()).output().unwrap()
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.home.path().join("hub").join("models--moonshotai--Moonlight-tiny")
+    }
+
+    fn snapshot(&self) -> PathBuf {
+        self.folder().join("snapshots").join(COMMIT)
+    }
+
+    fn blob_of_weights(&self) -> PathBuf {
+        self.folder().join("blobs").join(format!("{:x}", Sha256::digest(&files()[WEIGHTS])))
+    }
+
+    fn partial_of_weights(&self) -> PathBuf {
+        let mut path = self.blob_of_weights().into_os_string();
+        path.push(".incomplete");
+        path.into()
+    }
+
+    /// Every file that a checkpoint is made of is there as it should be, and nothing else.
+    #[track_caller]
+    fn assert_whole(&self, output: &Output) {
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert_eq!(text(&output.stdout).trim_end(), self.snapshot().display().to_string());
+        let mut expected = files();
+        expected.remove("README.md");
+        expected.remove("figures/banner.png");
+        let names = |folder: &Path| {
+            let mut names: Vec<String> =
+                fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&self.snapshot()), expected.keys().cloned().collect::<Vec<_>>());
+        for (name, bytes) in &expected {
+            assert!(fs::read(self.snapshot().join(name)).unwrap() == *bytes, "{name} is not the repository's");
+            #[cfg(unix)]
+            assert!(fs::read_link(self.snapshot().join(name)).unwrap().starts_with("../../blobs"));
+        }
+        let mut digests: Vec<String> = expected
+            .iter()
+            .map(
+                |(name, bytes)| {
+                    if name == WEIGHTS { format!("{:x}", Sha256::digest(bytes)) } else { git_digest(bytes) }
+                },
+            )
+            .collect();
+        digests.sort();
+        digests.dedup();
+        assert_eq!(names(&self.folder().join("blobs")), digests);
+        assert_eq!(fs::read_to_string(self.folder().join("refs").join("main")).unwrap(), COMMIT);
+    }
+
+    /// One line of error and one of hint behind whatever went before; exit code 1; the branch has no commit.
+    #[track_caller]
+    fn assert_fails(&self, output: &Output, error: &str, hint: &str) {
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        let line = |start: &str| stderr.lines().filter(|line| line.starts_with(start)).collect::<Vec<_>>().join("\n");
+        assert!(line("error: ").contains(error), "{stderr}");
+        assert!(line("hint: ").contains(hint), "{stderr}");
+        assert_eq!(stderr.matches("error: ").count(), 1, "{stderr}");
+        assert!(output.stdout.is_empty(), "{}", text(&output.stdout));
+        assert!(!self.folder().join("refs").join("main").exists());
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn a_checkpoint_is_fetched_once_and_found_by_its_name() {
+    let hub = Hub::new(Behaviour::default());
+    hub.assert_whole(&hub.download(&[]));
+    hub.server.behave(Behaviour::default());
+    let again = hub.download(&[]);
+    hub.assert_whole(&again);
+    assert!(text(&again.stderr).contains("0 fetched"), "{}", text(&again.stderr));
+    let seen = hub.server.seen.lock().unwrap().clone();
+    assert_eq!(seen.len(), 1, "only the list is asked for: {seen:?}");
+
+    // Without a network: the server's address is not even set.
+    let inspect = |model: &str| hub.command(&["inspect", model]).env_remove("HF_ENDPOINT").output().unwrap();
+    for model in [REPO, &format!("{REPO}@main"), &format!("{REPO}@{COMMIT}"), &hub.snapshot().display().to_string()] {
+        let output = inspect(model);
+        assert!(output.status.success(), "{model}: {}", text(&output.stderr));
+        assert!(text(&output.stdout).contains("DeepseekV3ForCausalLM"));
+    }
+    let copy = hub.home.path().join("copy").display().to_string();
+    assert!(hub.command(&["convert", REPO, &copy]).status().unwrap().success());
+    assert!(hub.command(&["verify", REPO, &copy]).status().unwrap().success());
+    let absent = inspect("moonshotai/Moonlight-huge");
+    assert_eq!(absent.status.code(), Some(1));
+    let stderr = text(&absent.stderr);
+    assert!(stderr.contains("neither a directory nor a model in the Hub's cache"), "{stderr}");
+    assert!(stderr.contains("hint: `moonlight-convert download moonshotai/Moonlight-huge`"), "{stderr}");
+
+    let offline = hub.command(&["download", REPO]).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    hub.assert_whole(&offline);
+    let offline = hub.command(&["download", "moonshotai/other"]).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    assert_eq!(offline.status.code(), Some(1));
+    assert!(text(&offline.stderr).contains("`HF_HUB_OFFLINE` forbids"), "{}", text(&offline.stderr));
+}
+
+#[test]
+fn patterns_and_revisions() {
+    let hub = Hub::new(Behaviour::default());
+    let output = hub.download(&["--revision", "v1", "--include", "*.md", "--include", "figures/*"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(fs::read(hub.snapshot().join("figures").join("banner.png")).unwrap(), [7; 100]);
+    assert!(hub.snapshot().join("README.md").exists() && !hub.snapshot().join("config.json").exists());
+    assert_eq!(fs::read_to_string(hub.folder().join("refs").join("v1")).unwrap(), COMMIT);
+    assert!(!hub.folder().join("refs").join("main").exists());
+    hub.assert_fails(&hub.download(&["--include", "*.gguf"]), "no file that matches", "--include '*'");
+    hub.assert_fails(&hub.download(&["--include", "***"]), "is not a pattern", "");
+    hub.assert_fails(&hub.download(&["--revision", "../v1"]), "is not a branch, tag or commit", "");
+}
+
+#[test]
+fn a_line_that_breaks_again_and_again() {
+    let size = files()[WEIGHTS].len();
+    let cut = size / 12;
+    let hub = Hub::new(Behaviour { cut: Some(cut), redirect: true, ..Behaviour::default() });
+    hub.assert_whole(&hub.download(&[]));
+    let mut starts = hub.server.starts();
+    starts.dedup();
+    assert!(starts.len() >= 12 && starts.is_sorted() && starts[1] == cut, "{starts:?}");
+}
+
+#[test]
+fn a_line_that_stays_broken_and_a_run_that_goes_on() {
+    let size = files()[WEIGHTS].len();
+    let hub = Hub::new(Behaviour { never_past: Some(size / 2), ..Behaviour::default() });
+    hub.assert_fails(
+        &hub.download(&[]),
+        &format!("`model.safetensors` stops at {} of {size} bytes", size / 2),
+        "run the same command again",
+    );
+    assert!(!hub.snapshot().join(WEIGHTS).exists() && !hub.blob_of_weights().exists());
+    assert_eq!(fs::metadata(hub.partial_of_weights()).unwrap().len() as usize, size / 2);
+    hub.server.behave(Behaviour::default());
+    hub.assert_whole(&hub.download(&[]));
+    assert_eq!(hub.server.starts(), [size / 2]);
+}
+
+#[test]
+fn parts_from_before_of_every_kind() {
+    let good = files()[WEIGHTS].clone();
+    let mut bad = good[..good.len() / 2].to_vec();
+    bad[10] ^= 0xFF;
+    let longer = [good.as_slice(), b"!"].concat();
+    let kinds: [(&str, &[u8], bool); 5] = [
+        ("all of it", &good, false),
+        ("half of it, from a server without ranges", &good[..good.len() / 2], true),
+        ("half of another file", &bad, false),
+        ("half of another file, from a server without ranges", &bad, true),
+        ("more than all of it", &longer, false),
+    ];
+    for (kind, part, no_ranges) in kinds {
+        let hub = Hub::new(Behaviour { no_ranges, ..Behaviour::default() });
+        fs::create_dir_all(hub.folder().join("blobs")).unwrap();
+        fs::write(hub.partial_of_weights(), part).unwrap();
+        let output = hub.download(&[]);
+        assert!(output.status.success(), "{kind}: {}", text(&output.stderr));
+        hub.assert_whole(&output);
+    }
+}
+
+#[test]
+fn damaged_files_get_no_name() {
+    let hub = Hub::new(Behaviour { damage: true, ..Behaviour::default() });
+    hub.assert_fails(
+        &hub.download(&[]),
+        "`model.safetensors` is damaged: its digest is",
+        "the damaged file is removed",
+    );
+    assert!(!hub.blob_of_weights().exists() && !hub.partial_of_weights().exists());
+    hub.server.behave(Behaviour { longer: true, ..Behaviour::default() });
+    hub.assert_fails(&hub.download(&["--include", WEIGHTS]), "the server sends more than the file has", "again");
+    hub.server.behave(Behaviour::default());
+    hub.assert_whole(&hub.download(&[]));
+    // One that is damaged later is found, and fetched again.
+    let mut bytes = fs::read(hub.blob_of_weights()).unwrap();
+    bytes[1000] ^= 4;
+    fs::write(hub.blob_of_weights(), &bytes).unwrap();
+    let output = hub.download(&[]);
+    hub.assert_whole(&output);
+    assert!(text(&output.stderr).contains(", 1 fetched"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn servers_that_are_busy_or_fall_silent() {
+    let hub = Hub::new(Behaviour { busy: 2, ..Behaviour::default() });
+    let output = hub.download(&[]);
+    hub.assert_whole(&output);
+    assert!(text(&output.stderr).contains("status 503; once more"), "{}", text(&output.stderr));
+    let hub = Hub::new(Behaviour { silent_once: true, ..Behaviour::default() });
+    let begun = Instant::now();
+    hub.assert_whole(&hub.download(&[]));
+    assert!(begun.elapsed() < Duration::from_secs(15), "it waited for a server that says nothing");
+}
+
+#[test]
+fn gated_absent_and_unreachable() {
+    let hub = Hub::new(Behaviour { gated: true, ..Behaviour::default() });
+    hub.assert_fails(
+        &hub.download(&[]),
+        "does not let anybody read `moonshotai/Moonlight-tiny` (status 401)",
+        "`HF_TOKEN`",
+    );
+    let wrong = hub.command(&["download", REPO]).env("HF_TOKEN", "hf_wrong").output().unwrap();
+    hub.assert_fails(&wrong, "does not let the owner of this token read", "is valid");
+    hub.assert_whole(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
+    assert!(!text(&wrong.stderr).contains("hf_wrong"), "a token is nobody's business");
+
+    let hub = Hub::new(Behaviour::default());
+    hub.assert_fails(
+        &hub.download(&["--revision", "v9"]),
+        "there is no model `moonshotai/Moonlight-tiny` with a revision `v9`",
+        "name",
+    );
+    let absent = hub.command(&["download", "moonshotai/nothing"]).output().unwrap();
+    hub.assert_fails(&absent, "there is no model `moonshotai/nothing`", "name");
+    let name = hub.command(&["download", "../../etc"]).output().unwrap();
+    hub.assert_fails(&name, "is not the name of a model", "organisation/model");
+    // A port that was free a moment ago.
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let nobody = hub.command(&["download", REPO]).env("HF_ENDPOINT", format!("http://{free}")).output().unwrap();
+    hub.assert_fails(&nobody, "cannot be reached", "`HF_ENDPOINT`");
+}
+
+#[test]
+fn lists_that_lie() {
+    let hub = Hub::new(Behaviour::default());
+    let digest = git_digest(b"x");
+    let lists = [
+        (
+            json!({"sha": COMMIT, "siblings": [{"rfilename": "../../config.json", "size": 1, "blobId": digest}]}),
+            "not a file below",
+        ),
+        (
+            json!({"sha": COMMIT, "siblings": [{"rfilename": "config.json", "size": 1, "blobId": "../../evil"}]}),
+            "size and digest",
+        ),
+        (json!({"sha": "../../evil", "siblings": []}), "is no commit"),
+        (
+            json!({"sha": COMMIT, "siblings": [{"rfilename": "config.json", "size": u64::MAX, "blobId": digest}]}),
+            "free",
+        ),
+        (json!([1, 2, 3]), "cannot be used"),
+    ];
+    for (list, error) in lists {
+        hub.server.behave(Behaviour { list: Some(list), ..Behaviour::default() });
+        hub.assert_fails(&hub.download(&["--include", "*config.json"]), error, "");
+        assert!(!hub.snapshot().exists());
+    }
+    // A file that is listed and not there.
+    let list = json!({"sha": COMMIT, "siblings": [{"rfilename": "tiktoken.model", "size": 1, "blobId": digest}]});
+    hub.server.behave(Behaviour { list: Some(list), ..Behaviour::default() });
+    hub.assert_fails(&hub.download(&[]), "there is no file `tiktoken.model` in `moonshotai/Moonlight-tiny`", "");
+}
