@@ -92,7 +92,7 @@ def texts(options):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in (file for file in files if file.is_file()):
             try:
-                text = file.read_text(encoding="utf-8", newline="")
+                text = file.read_bytes().decode("utf-8")
             except (UnicodeDecodeError, OSError):
                 continue
             for start in range(0, len(text), 50_000):

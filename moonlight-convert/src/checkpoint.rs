@@ -90,7 +90,8 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(CheckpointError::NotADirectory { path: dir.to_path_buf() });
         }
-        let dir = hub_snapshot(dir).unwrap_or_else(|| dir.to_path_buf());
+        let snapshot = if dir.join(CONFIG).exists() { None } else { hub::newest_snapshot(dir) };
+        let dir = snapshot.unwrap_or_else(|| dir.to_path_buf());
         let inside = Inside::new(&dir).map_err(CheckpointError::read(&dir))?;
         let config = read_config(&inside, &dir)?;
         let mut checkpoint = Self {
@@ -251,19 +252,6 @@ fn read_config(inside: &Inside, dir: &Path) -> Result<ModelConfig, CheckpointErr
         Err(_) => Err(ConfigError::Json("it is not UTF-8 text".into())),
     };
     config.map_err(|source| CheckpointError::Config { path, source })
-}
-
-/// `models--org--name` of the Hub's cache: `refs/main` names the folder below `snapshots`.
-fn hub_snapshot(dir: &Path) -> Option<PathBuf> {
-    if dir.join(CONFIG).exists() {
-        return None;
-    }
-    let revision = fs::read_to_string(dir.join("refs").join("main")).ok()?;
-    let revision = revision.trim();
-    if revision.is_empty() || !revision.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-        return None;
-    }
-    Some(dir.join("snapshots").join(revision)).filter(|snapshot| snapshot.is_dir())
 }
 
 /// Files of weights that are not opened by themselves.

@@ -36,6 +36,7 @@ pub(crate) fn run(Arguments { repo, revision, include }: Arguments) -> ExitCode 
         Progress::Fetched { bytes } => bar.inc(bytes),
         Progress::Lost { bytes } => bar.dec(bytes),
         Progress::Again { file, problem } => note(&bar, &format!("{file}: {problem}; once more")),
+        Progress::Waiting { file } => note(&bar, &format!("{file}: another process fetches it; waiting for it")),
         Progress::Done { file, bytes, fetched } => {
             note(&bar, &format!("{file}: {bytes} bytes, {}", if fetched { "fetched" } else { "there already" }));
         }

@@ -75,13 +75,19 @@ pub(crate) fn snapshot(cache: &Cache, id: &RepoId, revision: &str) -> Option<Pat
     if is_commit(revision) {
         return Some(repo.pointer_path(revision)).filter(|path| path.is_dir());
     }
-    let reference = cache.path().join(id.folder_name()).join("refs").join(revision);
-    let commit = fs::read_to_string(reference).ok()?;
-    let commit = commit.trim();
-    if !is_commit(commit) {
-        return None;
-    }
-    Some(repo.pointer_path(commit)).filter(|path| path.is_dir())
+    snapshot_in(&cache.path().join(id.folder_name()), revision)
+}
+
+/// The snapshot of `main` in the top folder of a model in the cache (`models--org--name`), where that is what the folder
+/// is.
+pub fn newest_snapshot(folder: &Path) -> Option<PathBuf> {
+    snapshot_in(folder, MAIN)
+}
+
+fn snapshot_in(folder: &Path, revision: &str) -> Option<PathBuf> {
+    let commit = fs::read_to_string(folder.join("refs").join(revision)).ok()?;
+    let commit = Some(commit.trim()).filter(|commit| is_commit(commit))?;
+    Some(folder.join("snapshots").join(commit)).filter(|path| path.is_dir())
 }
 
 /// `HF_HUB_CACHE`, or the older `HUGGINGFACE_HUB_CACHE`, or `hub` in the Hub's [home](home_dir).
@@ -185,6 +191,16 @@ mod tests {
             assert!(error.to_string().contains(model), "{error}");
             assert!(error.hint().unwrap().contains("moonlight-convert download moonshotai/"), "{:?}", error.hint());
         }
+    }
+
+    #[test]
+    fn the_top_folder_of_a_model_is_its_newest_snapshot() {
+        let (home, snapshot) = cache();
+        let folder = home.path().join("models--moonshotai--Moonlight");
+        assert_eq!(newest_snapshot(&folder), Some(snapshot));
+        fs::write(folder.join("refs").join("main"), "../../../etc").unwrap();
+        assert_eq!(newest_snapshot(&folder), None);
+        assert_eq!(newest_snapshot(home.path()), None);
     }
 
     #[test]

@@ -33,6 +33,11 @@ pub enum Progress<'a> {
         /// Why.
         problem: &'a str,
     },
+    /// Another process writes the same file: it is waited for.
+    Waiting {
+        /// The file.
+        file: &'a str,
+    },
     /// A file is in the cache, whole and checked.
     Done {
         /// The file.

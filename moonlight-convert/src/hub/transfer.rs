@@ -1,7 +1,7 @@
 //! One file into the cache: what is there of it is kept, the rest is fetched, the whole is checked before it gets its
 //! name.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,6 +51,9 @@ impl Transfer<'_> {
         }
         let lock = File::create(&self.lock).map_err(DownloadError::write(&self.lock))?;
         // Another process, or another file of the same contents. Given back when the file is closed.
+        if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+            (self.watch)(Progress::Waiting { file: &self.file.name });
+        }
         lock.lock().map_err(DownloadError::write(&self.lock))?;
         if self.is_there()? {
             return Ok(false);

@@ -2,9 +2,12 @@
 //!
 //! tiktoken keeps no merges: of all neighbours whose bytes together are a token, it joins those whose token has the
 //! lowest rank, the leftmost first. Hugging Face's BPE keeps a list of pairs and joins the neighbours whose pair stands
-//! first in it. The two agree where the list has *every* pair of tokens that makes a token, in the order of that token's
-//! rank. One pair for each token (the last two parts when the token itself is encoded, which is how ranks were trained)
-//! is a shorter list, but another rule: beside other neighbours the same bytes may have come together from other parts.
+//! first in it. The two are the same rule where the list has *every* pair of tokens that makes a token, in the order of
+//! that token's rank; transformers' own converter writes that list, too.
+//!
+//! One pair for each token (the last two parts when the token itself is encoded) is a list of less than half the length.
+//! No text was found where it makes a difference (300,000 random words under `cl100k_base`: 100,000 pairs in place of
+//! 233,378), but that it never does would have to be shown for each file of ranks.
 
 use std::collections::HashMap;
 

@@ -9,7 +9,7 @@
 //! | bytes | GPT-2's [alphabet](byte_to_char) |
 //! | ranks | vocabulary, and [merges] recovered from them |
 //! | a piece that is a token as a whole is that token | `ignore_merges` |
-//! | [`PATTERN`] | `Split`, each match a piece |
+//! | the [`pattern`] | `Split`, each match a piece |
 //! | special tokens | `added_tokens`, by the names of `tokenizer_config.json` |
 //!
 //! What has no counterpart: the published code cuts a text every 400,000 characters and in runs of more than 25,000

@@ -57,11 +57,7 @@ fn resolve(dir: &Path) -> PathBuf {
     if let Some(newest) = run.newest() {
         return newest;
     }
-    let revision = std::fs::read_to_string(dir.join("refs").join("main"));
-    match revision {
-        Ok(revision) => dir.join("snapshots").join(revision.trim()),
-        Err(_) => dir.to_owned(),
-    }
+    hub::newest_snapshot(dir).unwrap_or_else(|| dir.to_owned())
 }
 
 /// `eos_token_id` of `generation_config.json`, one or a list.

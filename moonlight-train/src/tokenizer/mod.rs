@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hugging_face::HuggingFace;
+use moonlight_convert::hub;
 use moonlight_convert::tokenizer::{SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON};
 use tiktoken::Tiktoken;
 
@@ -78,8 +79,8 @@ impl Tokenizer {
         }
     }
 
-    /// Opens `bytes`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one. `~` and `$NAME`
-    /// are expanded.
+    /// Opens `bytes`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one, or that of a model
+    /// in the Hub's cache (`org/name`). `~` and `$NAME` are expanded.
     ///
     /// # Errors
     ///
@@ -89,6 +90,7 @@ impl Tokenizer {
             return Ok(Self::bytes());
         }
         let path = PathBuf::from(crate::recipe::expand(spec).unwrap_or_else(|_| spec.to_owned()));
+        let path = hub::resolve(&path).unwrap_or(path);
         if path.is_dir() {
             return Self::from_model_dir(&path)?.ok_or(TokenizerError::NotFound(path));
         }
