@@ -50,7 +50,7 @@ impl Index {
 
 /// Whether a relative path names something below where it starts from. Links are followed (a Hub cache is made of
 /// them): what matters is what the entry itself can say.
-fn stays_inside(file: &str) -> bool {
+pub(crate) fn stays_inside(file: &str) -> bool {
     let mut components = Path::new(file).components().peekable();
     components.peek().is_some()
         && components.all(|component| matches!(component, Component::Normal(_)))

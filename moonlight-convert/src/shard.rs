@@ -1,4 +1,4 @@
-//! One safetensors file: mapped into memory, its header checked before anything in it is believed.
+//! One file of weights, safetensors or burnpack: mapped into memory, its header checked before anything in it is believed.
 
 use std::fs::File;
 use std::ops::Range;
@@ -8,6 +8,7 @@ use memmap2::Mmap;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use crate::burnpack;
 use crate::error::Bytes;
 
 /// Bytes of the length that a file begins with.
@@ -15,7 +16,7 @@ const LENGTH: usize = 8;
 /// The longest header that the safetensors library reads, too.
 const LONGEST_HEADER: u64 = 100_000_000;
 
-/// A safetensors file, mapped into memory.
+/// A file of weights, mapped into memory.
 #[derive(Debug)]
 pub(crate) struct Shard {
     map: Mmap,
@@ -30,7 +31,7 @@ pub(crate) struct ShardTensor {
     pub(crate) name: String,
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
-    /// Behind the header.
+    /// Behind the header; in a burnpack file, from its beginning.
     pub(crate) range: Range<usize>,
 }
 
@@ -47,6 +48,31 @@ impl Shard {
         let map = unsafe { Mmap::map(&file) }.map_err(|error| format!("cannot be mapped into memory: {error}"))?;
         let (data, tensors) = read_header(&map)?;
         Ok(Self { map, data, tensors })
+    }
+
+    /// Opens and checks a burnpack file. The error is the rest of a sentence that begins with the file's name.
+    pub(crate) fn open_burnpack(path: &Path) -> Result<Self, String> {
+        let tensors = burnpack::read(path)?;
+        let file = File::open(path).map_err(|error| format!("cannot be opened: {error}"))?;
+        // SAFETY: as above.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| format!("cannot be mapped into memory: {error}"))?;
+        if tensors.iter().any(|tensor| tensor.range.end > map.len()) {
+            return Err("became shorter while it was opened".into());
+        }
+        Ok(Self { map, data: 0, tensors })
+    }
+
+    /// Gives the memory of a part of the data section back; it is read again from the disk, or from the system's cache,
+    /// when it is asked for again.
+    pub(crate) fn release(&self, range: &Range<usize>) {
+        #[cfg(unix)]
+        // SAFETY: the map is of a file and read-only, so that dropped pages come back with the same contents.
+        // That it is refused costs only memory.
+        let _ = unsafe {
+            self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.data + range.start, range.len())
+        };
+        #[cfg(not(unix))]
+        let _ = range;
     }
 
     /// The bytes of a part of the data section.
