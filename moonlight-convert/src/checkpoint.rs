@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use moonlight_model::{ConfigError, ModelConfig};
 use rayon::prelude::*;
 
+use crate::burnpack::BURNPACK;
+use crate::decode::Part;
 use crate::error::CheckpointError;
 use crate::hub;
 use crate::index::{Index, SINGLE};
@@ -33,6 +35,8 @@ pub struct Checkpoint {
     tensors: Vec<StoredTensor>,
     /// What is wrong with the files themselves.
     pub(crate) broken: Vec<Problem>,
+    /// Whether the weights are Burn's own file, with tensors named by the module.
+    burnpack: bool,
     /// The keys of tensors that should lie in files that cannot be read; `None` where that may be any.
     pub(crate) unread: Option<HashSet<String>>,
 }
@@ -52,11 +56,11 @@ pub struct WeightFile {
 /// A tensor of a checkpoint, by its name in the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredTensor {
-    /// Its name.
+    /// Its name; in a burnpack file, the parameter's path.
     pub name: String,
     /// Its dtype as safetensors spells it: `BF16`, `F32`, ….
     pub dtype: safetensors::Dtype,
-    /// Its shape, `[out, in]` for a projection.
+    /// Its shape, `[out, in]` for a projection (`[in, out]` in a burnpack file).
     pub shape: Vec<usize>,
     /// The file that holds it.
     pub file: String,
@@ -73,9 +77,9 @@ impl StoredTensor {
 
 impl Checkpoint {
     /// Opens a directory: `config.json`, and the weights through `model.safetensors.index.json` or, where it stands there
-    /// (as transformers decides), the single file `model.safetensors`. The top folder of a model in the Hub's cache
-    /// stands for its newest snapshot, and so does `org/name` where there is no such directory
-    /// ([`hub::resolve`]).
+    /// (as transformers decides), the single file `model.safetensors`; where neither is there, Burn's `model.bpk`. The top
+    /// folder of a model in the Hub's cache stands for its newest snapshot, and so does `org/name` where there is no such
+    /// directory ([`hub::resolve`]).
     ///
     /// No weight is read. Files that are absent or broken are no error yet: [`problems`](Checkpoint::problems) lists
     /// them beside what does not fit the model, and [`load`](crate::load) refuses all of it in one error.
@@ -100,6 +104,7 @@ impl Checkpoint {
             files: Vec::new(),
             tensors: Vec::new(),
             broken: Vec::new(),
+            burnpack: false,
             unread: Some(HashSet::new()),
         };
         if inside.file(SINGLE)?.is_some() {
@@ -109,6 +114,12 @@ impl Checkpoint {
             }
         } else if let Some(index) = Index::read(&inside, &checkpoint.dir)? {
             checkpoint.open_indexed(&inside, index);
+        } else if inside.file(BURNPACK)?.is_some() {
+            checkpoint.burnpack = true;
+            checkpoint.open_files(&inside, vec![BURNPACK.to_owned()]);
+            if !checkpoint.broken.is_empty() {
+                checkpoint.unread = None;
+            }
         } else {
             return Err(CheckpointError::NoWeights { others: other_weights(&checkpoint.dir), dir: checkpoint.dir });
         }
@@ -150,8 +161,24 @@ impl Checkpoint {
         self.shard(shard).bytes(range)
     }
 
-    pub(crate) fn prefetch(&self, shard: usize, range: &Range<usize>) {
-        self.shard(shard).prefetch(range);
+    /// The bytes of a part of a file's data section.
+    pub(crate) fn part(&self, part: &Part) -> &[u8] {
+        self.bytes(part.shard, part.range.clone())
+    }
+
+    /// Asks the operating system to have a part of a file in memory soon.
+    pub(crate) fn prefetch(&self, part: &Part) {
+        self.shard(part.shard).prefetch(&part.range);
+    }
+
+    /// Gives the memory of a part of a file back.
+    pub(crate) fn release(&self, part: &Part) {
+        self.shard(part.shard).release(&part.range);
+    }
+
+    /// Whether the weights are a burnpack file.
+    pub fn is_burnpack(&self) -> bool {
+        self.burnpack
     }
 
     fn shard(&self, shard: usize) -> &Shard {
@@ -199,11 +226,12 @@ impl Checkpoint {
     }
 
     fn open_files(&mut self, inside: &Inside, names: Vec<String>) {
+        let open = if self.burnpack { Shard::open_burnpack } else { Shard::open };
         let opened: Vec<_> = names
             .into_par_iter()
             .map(|name| {
                 let shard = match inside.file(&name) {
-                    Ok(path) => path.map(|path| Shard::open(&path)),
+                    Ok(path) => path.map(|path| open(&path)),
                     Err(CheckpointError::Link { .. }) => {
                         Some(Err("is a symbolic link that leads out of the directory".into()))
                     }

@@ -6,6 +6,7 @@ use std::path::Path;
 use moonlight_model::ModelConfig;
 use serde_json::{Map, Value, json};
 
+use crate::burnpack::BURNPACK;
 use crate::checkpoint::CONFIG;
 use crate::elements::WeightDtype;
 use crate::error::CheckpointError;
@@ -43,7 +44,7 @@ pub(crate) fn is_companion(name: &str) -> bool {
 
 /// Whether a checkpoint is made of such files, so that replacing it loses nothing else.
 pub(crate) fn belongs_to_checkpoint(name: &str) -> bool {
-    name == CONFIG || name == INDEX || name.ends_with(".safetensors") || is_companion(name)
+    name == CONFIG || name == INDEX || name == BURNPACK || name.ends_with(".safetensors") || is_companion(name)
 }
 
 /// The names of the files in a directory that are carried along, sorted.

@@ -1,21 +1,19 @@
 //! Weights on the host: the three floating-point formats, conversion and transposition.
 //!
 //! Hugging Face stores a projection as `[out, in]`, Burn as `[in, out]`, so nearly every byte of a checkpoint is moved by
-//! [`transpose`]. Each value is looked at once on its way: one that is not finite in the new format is reported.
+//! [`transpose`]. Each value is looked at once on its way: one that is not finite in the new format is reported. Work is
+//! divided among threads by the callers (`transfer.rs`, `load.rs`).
 
-use std::borrow::Cow;
+use std::marker::PhantomData;
 
 use burn::tensor::{DType, Element};
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian, and so must the machine be");
 
 /// Rows and columns of the square that is transposed at a time: two of them in f32 stay in a first-level cache.
 const TILE: usize = 64;
-/// Values that one task copies.
-const VALUES_PER_TASK: usize = 1 << 16;
 
 /// A floating-point format that weights are kept in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -174,14 +172,6 @@ macro_rules! with_weight {
 }
 pub(crate) use with_weight;
 
-/// The bytes as values: in place where they are aligned, copied where they are not.
-pub(crate) fn values<T: Weight>(bytes: &[u8]) -> Cow<'_, [T]> {
-    match bytemuck::try_cast_slice(bytes) {
-        Ok(values) => Cow::Borrowed(values),
-        Err(_) => Cow::Owned(bytemuck::pod_collect_to_vec(bytes)),
-    }
-}
-
 /// What a conversion met.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
@@ -192,72 +182,104 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    fn of(finite: bool) -> Self {
+    pub(crate) fn of(finite: bool) -> Self {
         if finite { Self::Finite } else { Self::NotFinite }
     }
 }
 
-/// Copies `source` into `target`, value by value.
-pub(crate) fn convert<S: Weight, T: Weight>(source: &[S], target: &mut [T]) -> Outcome {
-    assert_eq!(source.len(), target.len());
-    let finite = target
-        .par_chunks_mut(VALUES_PER_TASK)
-        .zip(source.par_chunks(VALUES_PER_TASK))
-        .map(|(target, source)| {
-            let mut finite = true;
-            if S::dtype() == T::dtype() {
-                target.copy_from_slice(bytemuck::cast_slice(source));
-                for value in source {
-                    finite &= value.finite();
-                }
-            } else {
-                for (target, source) in target.iter_mut().zip(source) {
-                    *target = T::narrow(source.widen());
-                    finite &= target.finite();
-                }
-            }
-            finite
-        })
-        .reduce(|| true, |a, b| a & b);
+/// A matrix `[rows, columns]` that gives its values as `T`, whatever it keeps them as.
+pub(crate) trait Lines<T> {
+    /// Writes values of row `row`, from column `first` on, into `target`; whether all of them are finite.
+    fn line(&self, row: usize, first: usize, target: &mut [T]) -> bool;
+}
+
+/// A matrix of plain values, row after row, at any alignment.
+pub(crate) struct Plain<'a, S> {
+    bytes: &'a [u8],
+    columns: usize,
+    kind: PhantomData<S>,
+}
+
+impl<'a, S: Weight> Plain<'a, S> {
+    pub(crate) fn new(bytes: &'a [u8], columns: usize) -> Self {
+        Self { bytes, columns, kind: PhantomData }
+    }
+}
+
+impl<S: Weight, T: Weight> Lines<T> for Plain<'_, S> {
+    fn line(&self, row: usize, first: usize, target: &mut [T]) -> bool {
+        let size = size_of::<S>();
+        let bytes = &self.bytes[(row * self.columns + first) * size..][..target.len() * size];
+        convert_bytes::<S, T>(bytes, target)
+    }
+}
+
+/// Little-endian values of one dtype as values of another; whether all of them are finite.
+pub(crate) fn convert_bytes<S: Weight, T: Weight>(bytes: &[u8], target: &mut [T]) -> bool {
+    let mut finite = true;
+    if S::dtype() == T::dtype() {
+        bytemuck::cast_slice_mut(target).copy_from_slice(bytes);
+        for value in target {
+            finite &= value.finite();
+        }
+    } else {
+        for (target, bytes) in target.iter_mut().zip(bytes.chunks_exact(size_of::<S>())) {
+            *target = T::narrow(bytemuck::pod_read_unaligned::<S>(bytes).widen());
+            finite &= target.finite();
+        }
+    }
+    finite
+}
+
+/// Whether little-endian values are all finite.
+pub(crate) fn all_finite<T: Weight>(bytes: &[u8]) -> Outcome {
+    let mut finite = true;
+    for bytes in bytes.chunks_exact(size_of::<T>()) {
+        finite &= bytemuck::pod_read_unaligned::<T>(bytes).finite();
+    }
     Outcome::of(finite)
 }
 
-/// Writes the columns from `first` on of the row-major matrix `source`, `[rows, columns]`, as the rows of `target`,
-/// as many as it holds.
-pub(crate) fn transpose<S: Weight, T: Weight>(
-    source: &[S],
-    rows: usize,
-    columns: usize,
-    first: usize,
-    target: &mut [T],
-) -> Outcome {
-    assert_eq!(source.len(), rows * columns);
-    assert!(target.len().is_multiple_of(rows.max(1)) && first + target.len() / rows.max(1) <= columns);
-    let finite = target
-        .par_chunks_mut(TILE * rows.max(1))
-        .enumerate()
-        .map(|(band, target)| {
-            let start = first + band * TILE;
-            let width = target.len() / rows;
-            let mut finite = true;
-            for top in (0..rows).step_by(TILE) {
-                for row in top..rows.min(top + TILE) {
-                    let line = &source[row * columns + start..][..width];
-                    for (target, value) in target[row..].iter_mut().step_by(rows).zip(line) {
-                        *target = T::narrow(value.widen());
-                        finite &= target.finite();
-                    }
+/// Rows of a matrix as they lie, from row `first` on, as many as `target` holds.
+pub(crate) fn copy<T>(source: &impl Lines<T>, columns: usize, first: usize, target: &mut [T]) -> Outcome {
+    let mut finite = true;
+    for (row, target) in target.chunks_exact_mut(columns.max(1)).enumerate() {
+        finite &= source.line(first + row, 0, target);
+    }
+    Outcome::of(finite)
+}
+
+/// Columns of a matrix of `rows` rows, from column `first` on, as the rows of `target`, as many as it holds.
+pub(crate) fn transpose<T: Weight>(source: &impl Lines<T>, rows: usize, first: usize, target: &mut [T]) -> Outcome {
+    assert!(target.len().is_multiple_of(rows.max(1)));
+    let mut finite = true;
+    let mut line = [T::default(); TILE];
+    for (band, target) in target.chunks_mut(TILE * rows.max(1)).enumerate() {
+        let start = first + band * TILE;
+        let line = &mut line[..target.len() / rows];
+        for top in (0..rows).step_by(TILE) {
+            for row in top..rows.min(top + TILE) {
+                finite &= source.line(row, start, line);
+                for (target, value) in target[row..].iter_mut().step_by(rows).zip(&*line) {
+                    *target = *value;
                 }
             }
-            finite
-        })
-        .reduce(|| true, |a, b| a & b);
+        }
+    }
     Outcome::of(finite)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn plain<T: Weight>(values: &[T], columns: usize) -> Plain<'_, T> {
+        Plain::new(bytemuck::cast_slice(values), columns)
+    }
+
+    fn convert<S: Weight, T: Weight>(source: &[S], target: &mut [T]) -> Outcome {
+        copy(&plain(source, source.len()), source.len(), 0, target)
+    }
 
     #[test]
     fn transposition_of_awkward_shapes_in_parts() {
@@ -267,8 +289,9 @@ mod tests {
             // In two parts, as saving does.
             let split = columns / 2;
             let (a, b) = target.split_at_mut(split * rows);
-            assert_eq!(transpose(&source, rows, columns, 0, a), Outcome::Finite);
-            assert_eq!(transpose(&source, rows, columns, split, b), Outcome::Finite);
+            let source_lines = plain(&source, columns);
+            assert_eq!(transpose(&source_lines, rows, 0, a), Outcome::Finite);
+            assert_eq!(transpose(&source_lines, rows, split, b), Outcome::Finite);
             for row in 0..rows {
                 for column in 0..columns {
                     assert_eq!(target[column * rows + row], source[row * columns + column]);
@@ -311,7 +334,7 @@ mod tests {
                 let mut source = vec![0.5f32; 6_400];
                 source[at] = bad;
                 let mut target = vec![bf16::ZERO; 6_400];
-                assert_eq!(transpose(&source, 64, 100, 0, &mut target), Outcome::NotFinite);
+                assert_eq!(transpose(&plain(&source, 100), 64, 0, &mut target), Outcome::NotFinite);
                 assert_eq!(convert(&source, &mut target), Outcome::NotFinite);
             }
         }
@@ -323,6 +346,8 @@ mod tests {
     fn unaligned_bytes_are_read() {
         let mut bytes = vec![0u8];
         bytes.extend_from_slice(&1.5f32.to_le_bytes());
-        assert_eq!(values::<f32>(&bytes[1..]).as_ref(), [1.5]);
+        let mut target = [0.0f32];
+        assert!(convert_bytes::<f32, f32>(&bytes[1..], &mut target));
+        assert_eq!(target, [1.5]);
     }
 }

@@ -73,7 +73,7 @@ pub enum CheckpointError {
         /// What is wrong with it.
         problem: String,
     },
-    /// The directory has neither `model.safetensors` nor an index of shards.
+    /// The directory has neither `model.safetensors` nor an index of shards nor a burnpack file.
     #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", dir.display())]
     NoWeights {
         /// The directory.
@@ -84,6 +84,14 @@ pub enum CheckpointError {
     /// The index of shards is not what such a file must be.
     #[error("`{}` {}", path.display(), OneLine(problem))]
     Index {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        problem: String,
+    },
+    /// A list of digests is not what such a file must be.
+    #[error("`{}` {problem}", path.display())]
+    Digests {
         /// The file.
         path: PathBuf,
         /// What is wrong with it, as the rest of a sentence.
@@ -159,6 +167,25 @@ pub enum CheckpointError {
         /// Bytes of the whole checkpoint.
         needed: u64,
     },
+    /// There is not enough room for the checkpoint, and nothing has been written.
+    #[error("there is no room for `{}`: the checkpoint takes {}, and {} are free", dir.display(), Bytes(*needed), Bytes(*free))]
+    NoRoom {
+        /// The directory that was to be saved.
+        dir: PathBuf,
+        /// Bytes of the whole checkpoint.
+        needed: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
+    /// The caller ended the work. What was written of it has been removed.
+    #[error("interrupted; nothing was left behind")]
+    Interrupted,
+    /// The model has no parameter at or below a path.
+    #[error("the model has no parameter at or below `{path}`")]
+    NoSuchPart {
+        /// The path.
+        path: String,
+    },
     /// The device could not hand over a parameter.
     #[error("the device cannot hand over `{parameter}`: {problem}")]
     Device {
@@ -226,7 +253,7 @@ impl CheckpointError {
             Self::Dtype { .. } => Some("the dtypes of weights are f32, bf16 and f16".into()),
             Self::Exists { .. } => Some("choose another directory, or ask for it to be replaced (`--force`)".into()),
             Self::Foreign { .. } => Some("save into a new directory".into()),
-            Self::Full { .. } => Some(MAKE_ROOM.into()),
+            Self::Full { .. } | Self::NoRoom { .. } => Some(MAKE_ROOM.into()),
             Self::Write { source, .. } if is_full(source) => Some(MAKE_ROOM.into()),
             _ => None,
         }

@@ -10,11 +10,17 @@ use moonlight_model::CausalLm;
 use moonlight_model::config::ParameterKind;
 use rayon::prelude::*;
 
-use crate::check::{Piece, Plan, Planned};
+use crate::check::{Plan, Planned, Scope};
 use crate::checkpoint::Checkpoint;
-use crate::elements::{self, Outcome, Weight, WeightDtype, with_weight};
+use crate::decode::{Layout, Piece};
+use crate::elements::{Outcome, Weight, WeightDtype, with_weight};
 use crate::error::CheckpointError;
-use crate::names::{self, SkipReason};
+use crate::names::SkipReason;
+
+/// Values that one task decodes, at least.
+const VALUES_PER_TASK: usize = 1 << 20;
+/// A multiple of this many rows: of what is transposed at a time.
+const ROWS_PER_TASK: usize = 64;
 
 /// A model with the weights of a checkpoint.
 #[derive(Debug)]
@@ -74,25 +80,71 @@ impl Checkpoint {
     ///
     /// Those of [`load`](crate::load).
     pub fn load(&self, device: &Device, dtype: Option<DType>) -> Result<Loaded, CheckpointError> {
+        let plan = self.checked_plan(Scope::Whole)?;
+        let (model, report) = self.fill(self.config().init(device), "", &plan, device, dtype)?;
+        Ok(Loaded { model, report })
+    }
+
+    /// Loads a part of the model: `module` is what stands at `path` in it, such as a decoder layer at `layers.3`, the
+    /// embedding at `embed_tokens`, or with an empty path the model itself. Only what the part needs is checked and read:
+    /// other files may be absent, and none of their weights is touched. The report says how many bytes were read.
+    ///
+    /// ```
+    /// # use moonlight_convert::{Checkpoint, SaveOptions, save};
+    /// # use moonlight_model::ModelConfig;
+    /// # use burn::tensor::Device;
+    /// # let directory = tempfile::tempdir()?;
+    /// # let path = directory.path().join("model");
+    /// # let mut config = ModelConfig::preset("bench-small")?;
+    /// # (config.vocab_size, config.num_hidden_layers, config.hidden_size) = (64, 2, 32);
+    /// # let device = Device::default();
+    /// # save(&config.init(&device), &path, &SaveOptions::default())?;
+    /// let checkpoint = Checkpoint::open(&path)?;
+    /// let layer = checkpoint.config().init_layer(1, &device);
+    /// let (layer, report) = checkpoint.load_part(layer, "layers.1", &device, None)?;
+    /// println!("{} bytes were read", report.bytes);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`load`](crate::load), and [`CheckpointError::NoSuchPart`].
+    ///
+    /// # Panics
+    ///
+    /// When `module` is not what stands at `path`.
+    pub fn load_part<M: Module>(
+        &self,
+        module: M,
+        path: &str,
+        device: &Device,
+        dtype: Option<DType>,
+    ) -> Result<(M, LoadReport), CheckpointError> {
+        let plan = self.checked_plan(Scope::Below(path))?;
+        if plan.parameters.is_empty() {
+            return Err(CheckpointError::NoSuchPart { path: path.to_owned() });
+        }
+        self.fill(module, path, &plan, device, dtype)
+    }
+
+    fn fill<M: Module>(
+        &self,
+        module: M,
+        path: &str,
+        plan: &Plan,
+        device: &Device,
+        dtype: Option<DType>,
+    ) -> Result<(M, LoadReport), CheckpointError> {
         let dtype = dtype.map(weight_dtype).transpose()?;
-        let plan = self.checked_plan()?;
-        let common = dtype.unwrap_or_else(|| stored_dtype(&plan));
+        let common = dtype.unwrap_or_else(|| stored_dtype(plan));
         for needed in [common, WeightDtype::F32] {
             if !device.supports_dtype(DType::from(needed)) {
                 return Err(CheckpointError::DeviceDtype { dtype: needed });
             }
         }
-        let mut filling = Filling {
-            checkpoint: self,
-            plan: &plan,
-            device,
-            dtype,
-            common,
-            path: Vec::new(),
-            filled: 0,
-            failure: None,
-        };
-        let model = self.config().init(device).map(&mut filling);
+        let path = path.split('.').filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        let mut filling = Filling { checkpoint: self, plan, device, dtype, common, path, filled: 0, failure: None };
+        let module = module.map(&mut filling);
         if let Some(failure) = filling.failure {
             return Err(failure);
         }
@@ -102,52 +154,37 @@ impl Checkpoint {
             dtype: common,
             parameters: plan.parameters.len(),
             tensors: pieces().count(),
-            bytes: pieces().map(|piece| piece.range.len() as u64).sum(),
-            skipped: plan.skipped,
+            bytes: pieces().map(Piece::bytes).sum(),
+            skipped: plan.skipped.clone(),
         };
-        Ok(Loaded { model, report })
+        Ok((module, report))
     }
 
-    /// The values of a parameter in Burn's layout.
+    /// The values of a parameter in Burn's layout. The memory of the files that they were read from is given back, so that
+    /// a checkpoint is never in memory twice.
     fn read<T: Weight>(&self, planned: &Planned) -> Result<Vec<T>, CheckpointError> {
         let Planned { parameter, pieces } = planned;
-        for piece in pieces {
-            self.prefetch(self.tensor_list()[piece.source].shard, &piece.range);
-        }
+        pieces.iter().flat_map(Piece::parts).for_each(|part| self.prefetch(part));
         let length: usize = parameter.shape.iter().product();
         let mut target = vec![T::default(); length];
         target.par_chunks_mut((length / pieces.len().max(1)).max(1)).zip(pieces).try_for_each(|(target, piece)| {
-            with_weight!(piece.dtype, S => {
-                let source = self.values::<S>(piece);
-                let outcome = match piece.tensor.shape.as_slice() {
-                    &[rows, columns] if names::transposed(parameter.kind) => {
-                        elements::transpose(&source, rows, columns, 0, target)
-                    }
-                    _ => elements::convert(&source, target),
-                };
-                match outcome {
+            let (_, columns) = piece.dims(Layout::Burn);
+            let rows = (VALUES_PER_TASK / columns.max(1)).next_multiple_of(ROWS_PER_TASK);
+            let decoded = target.par_chunks_mut(rows * columns.max(1)).enumerate().try_for_each(|(at, target)| {
+                match self.decode(piece, Layout::Burn, at * rows, target) {
                     Outcome::Finite => Ok(()),
-                    Outcome::NotFinite => Err(self.blame::<S, T>(piece, &source)),
+                    Outcome::NotFinite => Err(()),
                 }
-            })
+            });
+            piece.parts().for_each(|part| self.release(part));
+            decoded.map_err(|()| self.blame(piece, dtype_of::<T>()))
         })?;
         Ok(target)
     }
+}
 
-    /// A piece's values as they are stored.
-    pub(crate) fn values<S: Weight>(&self, piece: &Piece) -> std::borrow::Cow<'_, [S]> {
-        elements::values(self.bytes(self.tensor_list()[piece.source].shard, piece.range.clone()))
-    }
-
-    /// Whose fault it is that a converted value is not finite.
-    pub(crate) fn blame<S: Weight, T: Weight>(&self, piece: &Piece, source: &[S]) -> CheckpointError {
-        let found = &self.tensor_list()[piece.source];
-        let (tensor, file) = (found.name.clone(), Some(self.dir().join(&found.file)));
-        match WeightDtype::try_from(T::dtype()) {
-            Ok(dtype) if source.iter().all(|value| value.finite()) => CheckpointError::Overflow { tensor, file, dtype },
-            _ => CheckpointError::NotFinite { tensor, file },
-        }
-    }
+fn dtype_of<T: Weight>() -> WeightDtype {
+    WeightDtype::try_from(T::dtype()).expect("a weight has a dtype of weights")
 }
 
 pub(crate) fn weight_dtype(dtype: DType) -> Result<WeightDtype, CheckpointError> {

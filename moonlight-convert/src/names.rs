@@ -8,6 +8,10 @@
 //! | `layers.L.mlp.experts.gate_proj`, `[experts, in, out]` | `model.layers.L.mlp.experts.E.gate_proj.weight`, each `[out, in]` |
 //! | the same | or transformers 5's `….experts.gate_up_proj`, `[experts, 2 out, in]`: rows of gate, then rows of up |
 //! | the same, `down_proj` | or `….experts.down_proj`, `[experts, out, in]` |
+//! | a projection in FP8 | `….weight` in F8_E4M3 beside `….weight_scale_inv` (compressed-tensors: `….weight_scale`) |
+//! | a projection in INT4 | `….weight_packed`, `….weight_scale`, `….weight_shape` in place of `….weight` |
+//!
+//! A burnpack file names tensors by the module path.
 //!
 //! A prefix `language_model.` (Kimi-VL, Kimi-K2.5) is dropped, with or without the `model.` behind it, and a lone
 //! `model.` may be absent.
@@ -70,6 +74,34 @@ pub(crate) struct Stacked {
     pub(crate) tensor: HfTensor,
     /// Rows of each expert's matrix that are the parameter's.
     pub(crate) rows: Range<usize>,
+}
+
+/// The names under which the scales of an FP8 matrix may stand beside it: DeepSeek's (a factor, for all its name), and
+/// compressed-tensors'.
+pub(crate) fn fp8_scales(weight: &str) -> [String; 2] {
+    [format!("{weight}_scale_inv"), format!("{weight}_scale")]
+}
+
+/// The three tensors that stand for a matrix packed by compressed-tensors.
+pub(crate) struct Packed {
+    pub(crate) values: String,
+    pub(crate) scale: String,
+    pub(crate) shape: String,
+}
+
+/// See [`Packed`].
+pub(crate) fn packed(weight: &str) -> Packed {
+    Packed { values: format!("{weight}_packed"), scale: format!("{weight}_scale"), shape: format!("{weight}_shape") }
+}
+
+/// The stale buffer that published files hold for each layer.
+pub(crate) fn inverse_frequencies(layer: usize) -> String {
+    format!("{MODEL}layers.{layer}.self_attn{INV_FREQ}")
+}
+
+/// The layer that a tensor belongs to, `None` for those of no layer.
+pub(crate) fn layer_of_tensor(name: &str) -> Option<usize> {
+    layer_of(key(name))
 }
 
 /// Whether the file holds the transpose of the parameter (of each expert's matrix in a stack).

@@ -63,6 +63,15 @@ pub enum Problem {
         /// The dtype as safetensors spells it.
         dtype: String,
     },
+    /// Packed weights in a way that is not read.
+    Packing {
+        /// The tensor's name.
+        tensor: String,
+        /// The file that holds it.
+        file: String,
+        /// Why not, as the rest of a sentence.
+        problem: String,
+    },
     /// Two tensors for one parameter.
     Twice {
         /// The one.
@@ -86,13 +95,20 @@ impl Problem {
             | Self::NotInFile { file, .. }
             | Self::Unexpected { file, .. }
             | Self::Misshapen { file, .. }
-            | Self::WrongDtype { file, .. } => Some(file),
+            | Self::WrongDtype { file, .. }
+            | Self::Packing { file, .. } => Some(file),
             Self::Missing { .. } | Self::Twice { .. } | Self::Implausible { .. } => None,
         }
     }
 
+    /// Whether something is not there, and nothing is wrong with what is.
+    pub(crate) fn is_absence(&self) -> bool {
+        matches!(self, Self::MissingFile { .. } | Self::Missing { .. })
+    }
+
     fn kind(&self) -> Kind {
         match self {
+            Self::Packing { .. } => Kind::Packing,
             Self::Implausible { .. } => Kind::Implausible,
             Self::MissingFile { .. } => Kind::MissingFile,
             Self::BrokenFile { .. } => Kind::BrokenFile,
@@ -114,6 +130,7 @@ impl Problem {
             Self::Missing { tensor } | Self::Unexpected { tensor, .. } => format!("`{tensor}`"),
             Self::Misshapen { tensor, found, expected, .. } => format!("`{tensor}` is {found:?}, not {expected:?}"),
             Self::WrongDtype { tensor, dtype, .. } => format!("`{tensor}` is {dtype}"),
+            Self::Packing { tensor, problem, .. } => format!("`{tensor}` {problem}"),
             Self::Twice { tensor, other } => format!("`{tensor}` and `{other}`"),
             Self::Implausible { problem } => problem.clone(),
         }
@@ -138,6 +155,12 @@ impl fmt::Display for Problem {
             Self::WrongDtype { tensor, file, dtype } => {
                 write!(formatter, "`{tensor}` in `{file}` is {dtype}; weights are read from F32, BF16 and F16")
             }
+            Self::Packing { tensor, file, problem } => {
+                write!(
+                    formatter,
+                    "`{tensor}` in `{file}` {problem}; packed weights are read from 4 bits without zero points"
+                )
+            }
             Self::Twice { tensor, other } => write!(formatter, "`{tensor}` and `{other}` are the same parameter"),
             Self::Implausible { problem } => formatter.write_str(problem),
         }
@@ -154,6 +177,7 @@ enum Kind {
     Unexpected,
     Misshapen,
     WrongDtype,
+    Packing,
     Twice,
 }
 
@@ -169,6 +193,9 @@ impl Kind {
             Self::Unexpected => plural("tensor is unexpected", "tensors are unexpected"),
             Self::Misshapen => plural("tensor has the wrong shape", "tensors have the wrong shape"),
             Self::WrongDtype => plural("tensor has a dtype that is not read", "tensors have a dtype that is not read"),
+            Self::Packing => {
+                plural("tensor is packed in a way that is not read", "tensors are packed in a way that is not read")
+            }
             Self::Twice => plural("parameter is there twice", "parameters are there twice"),
         }
     }
@@ -189,12 +216,15 @@ impl Problems {
     }
 
     pub(crate) fn hint(&self) -> Option<String> {
-        if let Some(method) = &self.quantised {
+        let any = |kind| self.list.iter().any(|problem| problem.kind() == kind);
+        if let Some(method) = &self.quantised
+            && (any(Kind::WrongDtype) || any(Kind::Packing) || any(Kind::Unexpected))
+        {
             return Some(format!(
-                "the weights are quantised (`quant_method` `{method}` in `config.json`); only bf16, f16 and f32 are read"
+                "the weights are quantised (`quant_method` `{method}` in `config.json`); of quantised weights FP8 in \
+                 blocks and INT4 in groups are read"
             ));
         }
-        let any = |kind| self.list.iter().any(|problem| problem.kind() == kind);
         if any(Kind::MissingFile) || any(Kind::BrokenFile) {
             return Some("a download that was cut short looks like this: fetch these files again".into());
         }

@@ -1,48 +1,77 @@
-//! Saving: Hugging Face's layout, written part by part, put in place by renaming.
+//! Saving: Hugging Face's layout or Burn's, written part by part, put in place by renaming.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData};
 use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::{CausalLm, ModelConfig};
 
-use crate::check::Plan;
+use crate::check::{Plan, Scope};
 use crate::checkpoint::{CONFIG, Checkpoint};
 use crate::companions;
-use crate::elements::{self, Outcome, Weight, WeightDtype, with_weight};
+use crate::decode::Layout;
+use crate::elements::{self, Outcome, Plain, Weight, WeightDtype, with_weight};
 use crate::error::CheckpointError;
 use crate::load::{stored_dtype, weight_dtype};
-use crate::names;
+use crate::names::{self, HfTensor};
+use crate::progress::Progress;
+use crate::room;
 use crate::staging::replace_directory;
-use crate::writer::{OutTensor, ShardWriter};
+use crate::transfer::{self, Panel, Task, in_order, panels, transfer};
+use crate::writer::{OutTensor, Output, Sharding};
 
-/// Values that are transposed and written at a time: 64 MiB in f32.
-const PANEL: usize = 1 << 24;
+/// The files that weights are saved in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    /// Safetensors under Hugging Face's names.
+    #[default]
+    HuggingFace,
+    /// One burnpack file, `model.bpk`, under the module's paths: what burn-store's `BurnpackStore` opens.
+    Burnpack,
+}
 
 /// How a checkpoint is saved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SaveOptions {
     /// The dtype of the weights; `None` keeps each parameter's own. The router's correction bias is always f32.
     pub dtype: Option<DType>,
-    /// Most bytes of weights in one file (a single tensor may be larger). The default is 5 GB, as the Hub likes it.
+    /// The files that weights are saved in.
+    pub format: Format,
+    /// Most bytes of weights in one safetensors file (a single tensor may be larger). The default is 5 GB, as the Hub
+    /// likes it.
     pub max_shard_size: u64,
+    /// One safetensors file a layer, as Moonlight was published, whatever its size.
+    pub shard_by_layer: bool,
     /// A directory whose tokenizer, chat template and generation configuration are copied along.
     pub companions_from: Option<PathBuf>,
     /// Whether a checkpoint that stands there is replaced (the default) or an error. A directory that holds anything
     /// that is not part of a checkpoint is never replaced.
     pub overwrite: bool,
+    /// Convert what is there of a checkpoint that lacks files or tensors, instead of refusing it. What is written lacks
+    /// the same parameters. For going through a checkpoint in parts where the disk does not hold it twice.
+    pub partial: bool,
 }
 
 impl Default for SaveOptions {
     fn default() -> Self {
-        Self { dtype: None, max_shard_size: 5_000_000_000, companions_from: None, overwrite: true }
+        Self {
+            dtype: None,
+            format: Format::HuggingFace,
+            max_shard_size: 5_000_000_000,
+            shard_by_layer: false,
+            companions_from: None,
+            overwrite: true,
+            partial: false,
+        }
     }
 }
 
 /// Saves a model as a Hugging Face directory: `config.json`, `generation_config.json`, the weights in
-/// `model.safetensors` or in shards with an index, and the companions asked for.
+/// `model.safetensors` or in shards with an index, and the companions asked for. With [`Format::Burnpack`] the weights
+/// are `model.bpk` instead.
 ///
 /// The directory appears whole or not at all, and one that stood there before is replaced in one step: it is written
 /// beside, flushed to the disk and renamed. After a crash at any moment the old or the new checkpoint is whole. (Linux and
@@ -50,7 +79,7 @@ impl Default for SaveOptions {
 /// next [`Checkpoint::open`] of the directory finishes what a crash between them left.) An error, a full disk for one,
 /// removes what was written and leaves the old checkpoint alone.
 ///
-/// Memory: one parameter on the host at a time, and 64 MiB.
+/// Memory: one parameter on the host at a time, and less than 100 MB.
 ///
 /// # Errors
 ///
@@ -89,6 +118,10 @@ fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
     for (index, parameter) in parameters.iter().enumerate() {
         starts.push(tensors.len());
         let dtype = dtype_of(index);
+        if options.format == Format::Burnpack {
+            tensors.push(OutTensor { name: parameter.path.clone(), dtype, shape: parameter.shape.clone() });
+            continue;
+        }
         let hugging_face = names::hugging_face_tensors(parameter);
         tensors.extend(hugging_face.into_iter().map(|tensor| OutTensor {
             name: tensor.name,
@@ -98,61 +131,90 @@ fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
     }
     // The embedding comes first, and has the dtype that the model computes in.
     let main = dtype_of(0);
-    fill(model.config(), main, &tensors, dir, shown, options, |writer| {
-        let mut saving =
-            Saving { parameters: &parameters, tensors: &tensors, starts: &starts, writer, at: 0, failure: None };
+    fill(model.config(), main, &tensors, dir, shown, options, |output| {
+        let mut saving = Saving {
+            parameters: &parameters,
+            tensors: &tensors,
+            starts: &starts,
+            format: options.format,
+            output,
+            at: 0,
+            failure: None,
+        };
         model.visit(&mut saving);
         saving.failure.map_or(Ok(()), Err)
     })
 }
 
 impl Checkpoint {
-    /// Writes this checkpoint anew: in another dtype, in other shards, without what loading skips, and with its experts
-    /// one by one where they were stacked. Weights go from file to file; no model is built, and memory stays small.
+    /// Writes this checkpoint anew: in another dtype, in other files, without what loading skips, with its experts one by
+    /// one where they were stacked, and with plain values where they were quantised. Weights go from file to file; no
+    /// model is built, and memory stays small (about 100 MB, and the largest tensor where it has to be transposed).
     ///
     /// The companions are this checkpoint's own unless `options` name others.
     ///
     /// # Errors
     ///
-    /// Those of [`save`] and of [`load`](crate::load).
+    /// Those of [`save`] and of [`load`](crate::load); [`CheckpointError::NoRoom`] before anything is written.
     pub fn convert(&self, dir: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
+        self.convert_with(dir, options, &())
+    }
+
+    /// [`convert`](Checkpoint::convert), which tells `progress` how far it has come in bytes of what it writes.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`convert`](Checkpoint::convert), and [`CheckpointError::Interrupted`] where `progress` ends the work.
+    pub fn convert_with(
+        &self,
+        dir: &Path,
+        options: &SaveOptions,
+        progress: &dyn Progress,
+    ) -> Result<(), CheckpointError> {
         let dtype = options.dtype.map(weight_dtype).transpose()?;
-        let plan = self.checked_plan()?;
-        let tensors = out_tensors(&plan, dtype);
+        let plan = self.checked_plan(if options.partial { Scope::Present } else { Scope::Whole })?;
+        let (tensors, tasks) = tasks(&plan, dtype, options.format);
         let main = dtype.unwrap_or_else(|| stored_dtype(&plan));
         let mut options = options.clone();
         options.companions_from.get_or_insert_with(|| self.dir().to_path_buf());
         check_target(dir, options.overwrite)?;
         replace_directory(dir, |new| {
-            fill(self.config(), main, &tensors, new, dir, &options, |writer| {
-                let pieces = plan.parameters.iter().flat_map(|planned| &planned.pieces);
-                for (index, piece) in pieces.enumerate() {
-                    with_weight!(piece.dtype, S => {
-                        let source = self.values::<S>(piece);
-                        with_weight!(tensors[index].dtype, T => {
-                            write_converted::<S, T>(writer, index, &source, || self.blame::<S, T>(piece, &source))?;
-                        })
-                    })
-                }
-                Ok(())
-            })
+            fill(self.config(), main, &tensors, new, dir, &options, |output| transfer(self, &tasks, output, progress))
         })
     }
 }
 
-fn out_tensors(plan: &Plan, dtype: Option<WeightDtype>) -> Vec<OutTensor> {
-    let mut tensors = Vec::new();
+/// What is written, and where each of its values comes from.
+fn tasks(plan: &Plan, dtype: Option<WeightDtype>, format: Format) -> (Vec<OutTensor>, Vec<Task<'_>>) {
+    let (mut tensors, mut tasks) = (Vec::new(), Vec::new());
     for planned in &plan.parameters {
-        let dtype = match (planned.parameter.kind, dtype) {
+        let parameter = &planned.parameter;
+        let dtype = match (parameter.kind, dtype) {
             (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
             (_, Some(dtype)) => dtype,
             (_, None) => planned.stored(),
         };
-        let out =
-            |tensor: &names::HfTensor| OutTensor { name: tensor.name.clone(), dtype, shape: tensor.shape.clone() };
-        tensors.extend(planned.pieces.iter().map(|piece| out(&piece.tensor)));
+        match format {
+            Format::HuggingFace => {
+                for piece in &planned.pieces {
+                    let HfTensor { name, shape } = &piece.tensor;
+                    let tensor = tensors.len();
+                    tensors.push(OutTensor { name: name.clone(), dtype, shape: shape.clone() });
+                    tasks.push(Task { piece, tensor, at: 0, layout: Layout::HuggingFace, dtype });
+                }
+            }
+            Format::Burnpack => {
+                let tensor = tensors.len();
+                tensors.push(OutTensor { name: parameter.path.clone(), dtype, shape: parameter.shape.clone() });
+                let mut at = 0;
+                for piece in &planned.pieces {
+                    tasks.push(Task { piece, tensor, at, layout: Layout::Burn, dtype });
+                    at += (piece.count() * dtype.size()) as u64;
+                }
+            }
+        }
     }
-    tensors
+    (tensors, tasks)
 }
 
 /// Fills a directory with everything but the weights, which `write` writes. Messages call it `shown`.
@@ -163,13 +225,22 @@ fn fill(
     dir: &Path,
     shown: &Path,
     options: &SaveOptions,
-    write: impl FnOnce(&mut ShardWriter) -> Result<(), CheckpointError>,
+    write: impl FnOnce(&Output) -> Result<(), CheckpointError>,
 ) -> Result<(), CheckpointError> {
-    let mut writer = ShardWriter::new(dir, shown, tensors, options.max_shard_size)?;
-    let needed = writer.total();
+    let output = match options.format {
+        Format::HuggingFace if options.shard_by_layer => Output::safetensors(dir, shown, tensors, Sharding::Layer),
+        Format::HuggingFace => Output::safetensors(dir, shown, tensors, Sharding::Size(options.max_shard_size)),
+        Format::Burnpack => Output::burnpack(dir, shown, tensors),
+    }?;
+    let needed = output.total();
+    if let Some(free) = room::free(dir)
+        && free < needed
+    {
+        return Err(CheckpointError::NoRoom { dir: shown.to_path_buf(), needed, free });
+    }
     companions::write(config, dtype, options.companions_from.as_deref(), dir, shown, needed)?;
-    write(&mut writer)?;
-    writer.finish()
+    write(&output)?;
+    output.finish()
 }
 
 /// Refuses to replace what must not be replaced.
@@ -230,7 +301,8 @@ struct Saving<'a> {
     tensors: &'a [OutTensor],
     /// For each parameter, the first of its tensors.
     starts: &'a [usize],
-    writer: &'a mut ShardWriter,
+    format: Format,
+    output: &'a Output,
     at: usize,
     failure: Option<CheckpointError>,
 }
@@ -271,14 +343,14 @@ impl Saving<'_> {
         let tensors = self.tensors;
         let blame = |tensor: usize| move || blame::<S, T>(&tensors[tensor].name, values);
         match parameter.shape.as_slice() {
-            &[.., input, output] if names::transposed(parameter.kind) => {
+            &[.., input, output] if names::transposed(parameter.kind) && self.format == Format::HuggingFace => {
                 for (expert, matrix) in values.chunks_exact(input * output).enumerate() {
                     let tensor = first + expert;
-                    write_transposed::<S, T>(self.writer, tensor, matrix, input, output, blame(tensor))?;
+                    write_transposed::<S, T>(self.output, tensor, matrix, input, output, blame(tensor))?;
                 }
                 Ok(())
             }
-            _ => write_converted::<S, T>(self.writer, first, values, blame(first)),
+            _ => write_converted::<S, T>(self.output, first, values, blame(first)),
         }
     }
 }
@@ -295,41 +367,51 @@ fn blame<S: Weight, T: Weight>(tensor: &str, source: &[S]) -> CheckpointError {
 
 /// Writes a matrix `[input, output]` as `[output, input]`, some rows at a time.
 fn write_transposed<S: Weight, T: Weight>(
-    writer: &mut ShardWriter,
+    output: &Output,
     tensor: usize,
     matrix: &[S],
-    input: usize,
-    output: usize,
+    rows: usize,
+    columns: usize,
     blame: impl FnOnce() -> CheckpointError,
 ) -> Result<(), CheckpointError> {
-    let rows = (PANEL / input).clamp(1, output);
-    let mut panel = vec![T::default(); rows * input];
-    for first in (0..output).step_by(rows) {
-        let panel = &mut panel[..rows.min(output - first) * input];
-        if elements::transpose(matrix, input, output, first, panel) == Outcome::NotFinite {
-            return Err(blame());
-        }
-        writer.write(tensor, (first * input * size_of::<T>()) as u64, bytemuck::cast_slice(panel))?;
-    }
-    Ok(())
+    let source = Plain::<S>::new(bytemuck::cast_slice(matrix), columns);
+    let panels = panels(std::iter::once((columns, rows * size_of::<T>())));
+    in_panels(output, tensor, &panels, rows, blame, |first, panel: &mut [T]| {
+        elements::transpose(&source, rows, first, panel)
+    })
 }
 
 /// Writes values as they lie, some at a time.
 fn write_converted<S: Weight, T: Weight>(
-    writer: &mut ShardWriter,
+    output: &Output,
     tensor: usize,
     values: &[S],
     blame: impl FnOnce() -> CheckpointError,
 ) -> Result<(), CheckpointError> {
-    let mut panel = vec![T::default(); PANEL.min(values.len())];
-    let mut at = 0;
-    for values in values.chunks(PANEL) {
-        let panel = &mut panel[..values.len()];
-        if elements::convert(values, panel) == Outcome::NotFinite {
-            return Err(blame());
+    let panels = panels(std::iter::once((values.len(), size_of::<T>())));
+    in_panels(output, tensor, &panels, 1, blame, |first, panel: &mut [T]| {
+        let values = &values[first..first + panel.len()];
+        Outcome::of(elements::convert_bytes::<S, T>(bytemuck::cast_slice(values), panel))
+    })
+}
+
+/// Has all threads make panels of rows of `width` values, and writes them.
+fn in_panels<T: Weight>(
+    output: &Output,
+    tensor: usize,
+    panels: &[Panel],
+    width: usize,
+    blame: impl FnOnce() -> CheckpointError,
+    make: impl Fn(usize, &mut [T]) -> Outcome + Sync,
+) -> Result<(), CheckpointError> {
+    let spoilt = AtomicBool::new(false);
+    in_order(panels, |_, panel, buffer| {
+        let target = transfer::values::<T>(buffer, panel.rows.len() * width);
+        if make(panel.rows.start, target) == Outcome::NotFinite {
+            spoilt.store(true, Ordering::Relaxed);
+            return Ok(());
         }
-        writer.write(tensor, at, bytemuck::cast_slice(panel))?;
-        at += size_of_val(&*panel) as u64;
-    }
-    Ok(())
+        output.write(tensor, (panel.rows.start * width * size_of::<T>()) as u64, bytemuck::cast_slice(target))
+    })?;
+    if spoilt.into_inner() { Err(blame()) } else { Ok(()) }
 }

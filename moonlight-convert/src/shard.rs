@@ -1,4 +1,4 @@
-//! One safetensors file: mapped into memory, its header checked before anything in it is believed.
+//! One file of weights, safetensors or burnpack: mapped into memory, its header checked before anything in it is believed.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -12,6 +12,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use crate::burnpack;
 use crate::error::{Bytes, OneLine};
 use crate::index::unprintable;
 
@@ -24,7 +25,7 @@ const HIGHEST_RANK: usize = 64;
 /// Where writers leave notes, of which none are needed.
 const NOTES: &str = "__metadata__";
 
-/// A safetensors file, mapped into memory.
+/// A file of weights, mapped into memory.
 #[derive(Debug)]
 pub(crate) struct Shard {
     map: Mmap,
@@ -39,7 +40,7 @@ pub(crate) struct ShardTensor {
     pub(crate) name: String,
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
-    /// Behind the header.
+    /// Behind the header; in a burnpack file, from its beginning.
     pub(crate) range: Range<usize>,
 }
 
@@ -56,6 +57,31 @@ impl Shard {
         let map = unsafe { Mmap::map(&file) }.map_err(|error| format!("cannot be mapped into memory: {error}"))?;
         let (data, tensors) = read_header(&map)?;
         Ok(Self { map, data, tensors })
+    }
+
+    /// Opens and checks a burnpack file. The error is the rest of a sentence that begins with the file's name.
+    pub(crate) fn open_burnpack(path: &Path) -> Result<Self, String> {
+        let tensors = burnpack::read(path)?;
+        let file = File::open(path).map_err(|error| format!("cannot be opened: {error}"))?;
+        // SAFETY: as above.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| format!("cannot be mapped into memory: {error}"))?;
+        if tensors.iter().any(|tensor| tensor.range.end > map.len()) {
+            return Err("became shorter while it was opened".into());
+        }
+        Ok(Self { map, data: 0, tensors })
+    }
+
+    /// Gives the memory of a part of the data section back; it is read again from the disk, or from the system's cache,
+    /// when it is asked for again.
+    pub(crate) fn release(&self, range: &Range<usize>) {
+        #[cfg(unix)]
+        // SAFETY: the map is of a file and read-only, so that dropped pages come back with the same contents.
+        // That it is refused costs only memory.
+        let _ = unsafe {
+            self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.data + range.start, range.len())
+        };
+        #[cfg(not(unix))]
+        let _ = range;
     }
 
     /// The bytes of a part of the data section.

@@ -47,6 +47,7 @@ pub mod moe;
 mod norm;
 mod report;
 pub mod rope;
+mod single_layer;
 mod transparent;
 
 pub use batch::{LmBatch, Segments};

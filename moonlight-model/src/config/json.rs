@@ -16,7 +16,7 @@ impl ModelConfig {
     /// Reads a `config.json` and checks it.
     ///
     /// Both spellings are understood: `rope_theta` and `rope_scaling`, or `rope_parameters`; `torch_dtype` or `dtype`;
-    /// one `eos_token_id` or a list. A `kimi_vl` file gives its `text_config`. Keys that do not shape the model are
+    /// one `eos_token_id` or a list. A `kimi_vl` or `kimi_k25` file gives its `text_config`. Keys that do not shape the model are
     /// kept in [`extra`](ModelConfig::extra) and written back by [`to_json`](ModelConfig::to_json).
     ///
     /// # Errors
@@ -37,8 +37,20 @@ impl ModelConfig {
             return Err(ConfigError::Json("it is not a JSON object".into()));
         };
         if let Some(text) = map.remove("text_config") {
-            // Kimi-VL and Kimi-K2.5 wrap the language model's configuration beside the vision tower's.
-            return Self::from_value(text);
+            // Kimi-VL and Kimi-K2.5 wrap the language model's configuration beside the vision tower's. How the weights are
+            // kept may be said on the outside, and transformers reads a text model without a type as a DeepSeek-V3.
+            let Value::Object(mut text) = text else {
+                return Err(ConfigError::Json("its `text_config` is not an object".into()));
+            };
+            for key in ["quantization_config", "torch_dtype", "dtype"] {
+                if let Some(value) = map.remove(key)
+                    && !text.contains_key(key)
+                {
+                    text.insert(key.into(), value);
+                }
+            }
+            text.entry("model_type").or_insert_with(|| json!("deepseek_v3"));
+            return Self::from_value(Value::Object(text));
         }
         let config = read(Keys { map })?;
         config.validate()?;
@@ -471,6 +483,24 @@ mod tests {
             let config = ModelConfig::preset(preset).unwrap();
             assert_eq!(ModelConfig::from_json(&config.to_json()).unwrap(), config, "{preset}");
         }
+    }
+
+    #[test]
+    fn a_text_model_is_taken_out_of_its_wrapping() {
+        let mut text = moonlight();
+        let plain = ModelConfig::from_value(text.clone()).unwrap();
+        text.as_object_mut().unwrap().remove("model_type");
+        let dtype = text.as_object_mut().unwrap().remove("torch_dtype").unwrap();
+        let wrapped = json!({"model_type": "kimi_k25", "torch_dtype": dtype, "text_config": text, "vision_config": {}});
+        assert_eq!(ModelConfig::from_value(wrapped.clone()).unwrap(), plain);
+        let mut quantised = wrapped;
+        quantised["quantization_config"] = json!({"quant_method": "fp8"});
+        assert_eq!(
+            ModelConfig::from_value(quantised.clone()).unwrap().extra["quantization_config"]["quant_method"],
+            "fp8"
+        );
+        quantised["text_config"] = json!(7);
+        assert!(ModelConfig::from_value(quantised).unwrap_err().to_string().contains("`text_config` is not an object"));
     }
 
     #[test]

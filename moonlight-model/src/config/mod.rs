@@ -224,7 +224,7 @@ pub enum ConfigError {
     UnknownPreset(String),
 }
 
-const KNOWN_MODEL_TYPES: &str = "deepseek_v3, deepseek_v2, kimi_k2, kimi_vl, llama, qwen2";
+const KNOWN_MODEL_TYPES: &str = "deepseek_v3, deepseek_v2, kimi_k2, kimi_k25, kimi_vl, llama, qwen2";
 
 impl ModelConfig {
     /// The experts' configuration of layer `layer`, or `None` where the layer is dense.
