@@ -15,6 +15,8 @@ use burn_pack::{HEADER_SIZE, Header, MAX_FILE_SIZE, MAX_METADATA_SIZE, TENSOR_AL
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
+use crate::error::OneLine;
+use crate::index::unprintable;
 use crate::shard::ShardTensor;
 
 /// The name of the file in a directory.
@@ -99,21 +101,24 @@ pub(crate) fn arrange(entries: &[Entry]) -> Result<Arrangement, String> {
 pub(crate) fn read(path: &Path) -> Result<Vec<ShardTensor>, String> {
     // Checks the header, the number of tensors, that every range has the length that its dtype and shape ask for, and
     // that it lies in the file.
-    burn_pack::Reader::from_file_exact(path).map_err(|error| format!("is no burnpack file: {error}"))?;
+    burn_pack::Reader::from_file_exact(path).map_err(|error| format!("is no burnpack file: {}", OneLine(error)))?;
     let cannot = |error: std::io::Error| format!("cannot be read: {error}");
     let mut file = File::open(path).map_err(cannot)?;
     let mut header = [0u8; HEADER_SIZE];
     file.read_exact(&mut header).map_err(cannot)?;
-    let header = Header::from_bytes(&header).map_err(|error| format!("is no burnpack file: {error}"))?;
+    let header = Header::from_bytes(&header).map_err(|error| format!("is no burnpack file: {}", OneLine(error)))?;
     let size = header.metadata_size as usize;
     let reader = std::io::BufReader::new(file.take(size as u64));
     let descriptors: Descriptors = ciborium::de::from_reader_with_recursion_limit(reader, DEEPEST)
-        .map_err(|error| format!("has a broken header: {error}"))?;
+        .map_err(|error| format!("has a broken header: {}", OneLine(error)))?;
     let data = aligned_data_section_start(size);
     let mut tensors: Vec<ShardTensor> = descriptors
         .tensors
         .into_iter()
         .map(|(name, descriptor)| {
+            if let Some(problem) = unprintable(&name) {
+                return Err(format!("has a broken header: {problem}"));
+            }
             let (start, end) = descriptor.data_offsets;
             let offset = |at: u64| usize::try_from(at).ok().and_then(|at| at.checked_add(data));
             let range = offset(start).zip(offset(end)).map(|(start, end)| start..end);

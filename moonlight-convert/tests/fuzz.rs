@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use moonlight_convert::tokenizer::write_tokenizer_json;
-use moonlight_convert::{Checkpoint, companions_in, hugging_face_tensors};
+use moonlight_convert::{Checkpoint, Format, SaveOptions, companions_in, hugging_face_tensors};
 use moonlight_model::ModelConfig;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -76,18 +76,22 @@ struct Part {
     kind: Kind,
     /// The text; of a file of weights, the header.
     text: Vec<u8>,
+    /// What follows it as far as it matters; the rest of a file is a hole.
+    data: Vec<u8>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Text,
-    /// With the length of its data, which is left out: the file has a hole there.
+    /// A header whose length stands before it, and the length of the data behind it.
     Weights(u64),
+    /// A header that knows its own length, and the length of the data behind it.
+    Burnpack(u64),
 }
 
 impl Part {
     fn text(name: &str, text: impl Into<Vec<u8>>) -> Self {
-        Self { name: name.into(), kind: Kind::Text, text: text.into() }
+        Self { name: name.into(), kind: Kind::Text, text: text.into(), data: Vec::new() }
     }
 
     /// Writes it: `length` for the header's in place of the true one, `data` for the data's length.
@@ -98,7 +102,12 @@ impl Part {
             Kind::Weights(own) => {
                 file.write_all(&length.unwrap_or(text.len() as u64).to_le_bytes()).unwrap();
                 file.write_all(text).unwrap();
+                file.write_all(&self.data).unwrap();
                 file.set_len(8 + text.len() as u64 + data.unwrap_or(own)).unwrap();
+            }
+            Kind::Burnpack(own) => {
+                file.write_all(text).unwrap();
+                file.set_len(text.len() as u64 + data.unwrap_or(own)).unwrap();
             }
         }
     }
@@ -107,13 +116,15 @@ impl Part {
 fn weights(path: &Path, name: &str) -> Part {
     let bytes = fs::read(path).unwrap();
     let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    Part { name: name.into(), kind: Kind::Weights((bytes.len() - header) as u64), text: bytes[8..header].to_vec() }
+    let (text, data) = (bytes[8..header].to_vec(), bytes[header..].to_vec());
+    Part { name: name.into(), kind: Kind::Weights(data.len() as u64), text, data }
 }
 
-/// The fixtures' directories, without their values.
+/// The fixtures' directories; of those that nothing is read of before their values, without these.
 fn fixtures() -> Vec<Base> {
     let base = |name: &'static str| {
         let dir = common::fixture(name);
+        let quantised = name.starts_with("quantised");
         let mut names: Vec<String> =
             fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
@@ -121,13 +132,29 @@ fn fixtures() -> Vec<Base> {
             .iter()
             .filter(|name| name.starts_with("model") || *name == "config.json")
             .map(|name| match name.ends_with(".safetensors") {
-                true => weights(&dir.join(name), name),
+                true if quantised => weights(&dir.join(name), name),
+                true => Part { data: Vec::new(), ..weights(&dir.join(name), name) },
                 false => Part::text(name, fs::read(dir.join(name)).unwrap()),
             })
             .collect();
         Base { name, files }
     };
-    common::FAMILIES.into_iter().map(base).collect()
+    common::FAMILIES.into_iter().chain(["quantised/fp8", "quantised/int4"]).map(base).collect()
+}
+
+/// A fixture as Burn keeps it.
+fn burnpack() -> Base {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("burnpack");
+    let options = SaveOptions { format: Format::Burnpack, ..SaveOptions::default() };
+    Checkpoint::open(common::fixture("moonlight-like")).unwrap().convert(&dir, &options).unwrap();
+    let bytes = fs::read(dir.join("model.bpk")).unwrap();
+    // Descriptors are CBOR: as much as there can be of them.
+    let (text, rest) = bytes.split_at(bytes.len().min(16_000));
+    let kind = Kind::Burnpack(rest.len() as u64);
+    let model = Part { name: "model.bpk".into(), kind, text: text.to_vec(), data: Vec::new() };
+    let config = Part::text("config.json", fs::read(dir.join("config.json")).unwrap());
+    Base { name: "burnpack", files: vec![config, model] }
 }
 
 /// The full-size Moonlight: its configuration, its index of all names, and one shard's header with the true sizes.
@@ -150,6 +177,7 @@ fn full_size() -> Base {
         name: "model-4-of-27.safetensors".into(),
         kind: Kind::Weights(end),
         text: Value::Object(header).to_string().into_bytes(),
+        data: Vec::new(),
     };
     let files = vec![
         Part::text("config.json", config.to_json()),
@@ -307,8 +335,11 @@ fn double_entry(text: &mut Vec<u8>, random: &mut ChaCha8Rng) {
     text.splice(commas[first]..commas[first], entry);
 }
 
-/// Everything that a program does with a directory before it reads weights.
-fn look_at(dir: &Path) -> Seen {
+/// The largest checkpoint that is converted: of those that are still sound, one may claim a terabyte of nothing.
+const MOST_CONVERTED: u64 = 1_000_000;
+
+/// Everything that a program does with a directory before it reads weights; of a small one that is sound, a conversion.
+fn look_at(dir: &Path, convert: bool) -> Seen {
     let checkpoint = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint,
         Err(error) => {
@@ -320,6 +351,10 @@ fn look_at(dir: &Path) -> Seen {
     let count = checkpoint.config().parameter_count();
     assert!(count.total >= count.activated || count.total == u64::MAX);
     drop(companions_in(checkpoint.dir()));
+    match checkpoint.summary() {
+        Ok(summary) => drop(serde_json::to_string(&summary)),
+        Err(error) => assert_one_line(&error.to_string()),
+    }
     let problems = checkpoint.problems();
     for problem in problems.iter().take(1_000) {
         assert_one_line(&problem.to_string());
@@ -330,6 +365,13 @@ fn look_at(dir: &Path) -> Seen {
     drop(checkpoint.skipped());
     for (_, tensor) in checkpoint.tensors() {
         assert_eq!(checkpoint.data(tensor).len() as u64, tensor.bytes());
+    }
+    let bytes: u64 = checkpoint.tensors().map(|(_, tensor)| tensor.bytes()).sum();
+    if convert && bytes <= MOST_CONVERTED {
+        // Values that no weight has, for one, are found now.
+        if let Err(error) = checkpoint.convert(&dir.with_extension("converted"), &SaveOptions::default()) {
+            assert_one_line(&error.to_string());
+        }
     }
     Seen::Sound
 }
@@ -373,20 +415,20 @@ fn scratch() -> tempfile::TempDir {
 fn fuzz(seed: u64, inputs: std::ops::Range<u64>) -> Report {
     let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let mut bases = fixtures();
-    bases.extend([full_size(), tokenizer()]);
+    bases.extend([burnpack(), full_size(), tokenizer()]);
     let home = scratch();
     let dirs: Vec<PathBuf> = bases
         .iter()
         .map(|base| {
             let dir = home.path().join(base.name);
-            fs::create_dir(&dir).unwrap();
+            fs::create_dir_all(&dir).unwrap();
             base.files.iter().for_each(|file| file.write(&dir, &file.text, None, None));
             dir
         })
         .collect();
     // The directories are what they are taken for.
     for (base, dir) in bases.iter().zip(&dirs) {
-        let seen = if base.name == "tokenizer" { look_at_tokenizer(dir) } else { look_at(dir) };
+        let seen = if base.name == "tokenizer" { look_at_tokenizer(dir) } else { look_at(dir, true) };
         // Of the full size, 26 of the 27 files are absent.
         let expected = if base.name == "moonlight-16b-a3b" { Seen::Problems } else { Seen::Sound };
         assert!(seen == expected, "{}", base.name);
@@ -426,7 +468,7 @@ fn fuzz(seed: u64, inputs: std::ops::Range<u64>) -> Report {
         let (before, begun) = (NOW.load(Relaxed), Instant::now());
         MOST.store(before, Relaxed);
         let seen = catch_unwind(AssertUnwindSafe(|| {
-            if base.name == "tokenizer" { look_at_tokenizer(dir) } else { look_at(dir) }
+            if base.name == "tokenizer" { look_at_tokenizer(dir) } else { look_at(dir, input % 4 == 0) }
         }));
         let (memory, time) = (MOST.load(Relaxed).saturating_sub(before), begun.elapsed());
         let names: Vec<&str> = changed.iter().map(|part| part.name.as_str()).collect();
@@ -481,7 +523,7 @@ fn known_lies() {
     let config = base.files.iter().find(|part| part.name == "config.json").unwrap();
     let weights = base.files.iter().find(|part| part.name == "model.safetensors").unwrap();
     base.files.iter().for_each(|part| part.write(dir, &part.text, None, None));
-    assert!(look_at(dir) == Seen::Sound);
+    assert!(look_at(dir, true) == Seen::Sound);
 
     let sizes: Value = serde_json::from_slice(&config.text).unwrap();
     for (key, value) in sizes.as_object().unwrap() {
@@ -495,14 +537,14 @@ fn known_lies() {
             let before = NOW.load(Relaxed);
             MOST.store(before, Relaxed);
             let begun = Instant::now();
-            look_at(dir);
+            look_at(dir, true);
             let memory = MOST.load(Relaxed).saturating_sub(before);
             assert!(memory <= MOST_MEMORY && begun.elapsed() < LONGEST, "{key} = {size}: {memory} bytes");
         }
     }
     for text in [&b"\xFF\xFE"[..], b"", b"[]", b"null", &b"[".repeat(1_000_000), br#"{"hidden_size": 1e400}"#] {
         config.write(dir, text, None, None);
-        assert!(look_at(dir) == Seen::Refused);
+        assert!(look_at(dir, true) == Seen::Refused);
     }
     config.write(dir, &[config.text.as_slice(), &b" ".repeat(2_000_000)].concat(), None, None);
     assert!(Checkpoint::open(dir).unwrap_err().to_string().contains("no such file of a checkpoint has more"));
@@ -513,7 +555,7 @@ fn known_lies() {
         weights.write(dir, &weights.text, length, data);
         let before = NOW.load(Relaxed);
         MOST.store(before, Relaxed);
-        assert!(look_at(dir) == Seen::Problems);
+        assert!(look_at(dir, true) == Seen::Problems);
         assert!(MOST.load(Relaxed).saturating_sub(before) < MOST_MEMORY);
     }
 }
