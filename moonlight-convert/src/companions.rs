@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use moonlight_model::ModelConfig;
+use moonlight_model::config::ModelType;
 use serde_json::{Map, Value, json};
 
 use crate::burnpack::BURNPACK;
@@ -113,6 +114,11 @@ fn saved_config(config: &ModelConfig, dtype: WeightDtype, companions: &[String])
         && !classes.values().all(|class| class.as_str().is_some_and(there))
     {
         config.extra.remove("auto_map");
+    }
+    if config.model_type == ModelType::KimiK2 && !config.extra.contains_key("auto_map") {
+        // Kimi-K2 is DeepSeek-V3 under a type of its own, which transformers knows from its remote code alone. Without
+        // that, the class's own type is the one that opens.
+        config.model_type = ModelType::DeepseekV3;
     }
     config
 }

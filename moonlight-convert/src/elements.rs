@@ -253,14 +253,20 @@ pub(crate) fn copy<T>(source: &impl Lines<T>, columns: usize, first: usize, targ
 pub(crate) fn transpose<T: Weight>(source: &impl Lines<T>, rows: usize, first: usize, target: &mut [T]) -> Outcome {
     assert!(target.len().is_multiple_of(rows.max(1)));
     let mut finite = true;
-    let mut line = [T::default(); TILE];
+    // Tiles are turned in a buffer of their own: rows of the target are often a power of two apart, and writing to many of
+    // them in turn would drive each out of the cache.
+    let mut tile = vec![T::default(); TILE * TILE];
     for (band, target) in target.chunks_mut(TILE * rows.max(1)).enumerate() {
         let start = first + band * TILE;
-        let line = &mut line[..target.len() / rows];
+        let width = target.len() / rows;
         for top in (0..rows).step_by(TILE) {
-            for row in top..rows.min(top + TILE) {
-                finite &= source.line(row, start, line);
-                for (target, value) in target[row..].iter_mut().step_by(rows).zip(&*line) {
+            let height = TILE.min(rows - top);
+            for (row, line) in tile.chunks_exact_mut(TILE).take(height).enumerate() {
+                finite &= source.line(top + row, start, &mut line[..width]);
+            }
+            for column in 0..width {
+                let target = &mut target[column * rows + top..][..height];
+                for (target, value) in target.iter_mut().zip(tile[column..].iter().step_by(TILE)) {
                     *target = *value;
                 }
             }

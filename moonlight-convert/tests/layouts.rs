@@ -68,6 +68,7 @@ fn quantised_weights_are_what_torch_makes_of_them_to_the_last_bit() {
             }
             let config = fs::read_to_string(target.join("config.json")).unwrap();
             assert!(!config.contains("quantization_config"), "the weights are plain now");
+            assert!(config.contains("\"deepseek_v3\""), "transformers has no `kimi_k2` without remote code");
         }
     }
 }
