@@ -1,10 +1,9 @@
 //! AdamW beside Muon: Burn's, with the report's settings, in full precision.
 
-use burn::optim::{AdamW, LearningRate, ModuleOptimizer, Optimizer};
-use burn::tensor::{Device, Tensor};
+use burn::optim::{AdamW, ModuleOptimizer};
 use serde::{Deserialize, Serialize};
 
-use crate::newton_schulz::full_precision;
+use crate::{MixedPrecision, Rounding};
 
 /// Settings of the AdamW that takes what Muon does not: the report's, which are not Burn's defaults.
 ///
@@ -20,11 +19,13 @@ pub struct AdamWConfig {
     pub epsilon: f32,
     /// Decoupled weight decay. 0.1.
     pub weight_decay: f64,
+    /// How parameters in half precision are stored. To nearest.
+    pub rounding: Rounding,
 }
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { beta_1: 0.9, beta_2: 0.95, epsilon: 1e-8, weight_decay: 0.1 }
+        Self { beta_1: 0.9, beta_2: 0.95, epsilon: 1e-8, weight_decay: 0.1, rounding: Rounding::default() }
     }
 }
 
@@ -32,6 +33,11 @@ impl AdamWConfig {
     /// The report's settings.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Keller Jordan's settings beside his Muon (`SingleDeviceMuonWithAuxAdam`): epsilon 1e-10, no decay.
+    pub fn keller_jordan() -> Self {
+        Self::default().with_epsilon(1e-10).with_weight_decay(0.0)
     }
 
     /// Sets both betas.
@@ -52,16 +58,21 @@ impl AdamWConfig {
         self
     }
 
+    /// Sets [`AdamWConfig::rounding`].
+    pub fn with_rounding(mut self, rounding: Rounding) -> Self {
+        self.rounding = rounding;
+        self
+    }
+
     /// Burn's AdamW with these settings, its moments kept in full precision.
-    pub fn build(&self) -> FullPrecision<AdamW> {
-        FullPrecision(
-            burn::optim::AdamWConfig::new()
-                .with_beta_1(self.beta_1)
-                .with_beta_2(self.beta_2)
-                .with_epsilon(self.epsilon)
-                .with_weight_decay(self.weight_decay as f32)
-                .build(),
-        )
+    pub fn build(&self) -> MixedPrecision<AdamW> {
+        let optimizer = burn::optim::AdamWConfig::new()
+            .with_beta_1(self.beta_1)
+            .with_beta_2(self.beta_2)
+            .with_epsilon(self.epsilon)
+            .with_weight_decay(self.weight_decay as f32)
+            .build();
+        MixedPrecision { optimizer, rounding: self.rounding }
     }
 
     /// AdamW for every parameter of a module.
@@ -70,38 +81,10 @@ impl AdamWConfig {
     }
 }
 
-/// Any Burn optimizer, run in f32 on parameters that are stored in less: gradient and parameter are widened, the
-/// parameter is rounded once at the end, the state stays wide. For f32 and f64 parameters it changes nothing.
-///
-/// Burn loads the saved state of its own optimizers in the device's default float type, f32 unless it was changed: with
-/// this, that is the type that the state of half-precision parameters has.
-#[derive(Clone, Debug)]
-pub struct FullPrecision<O>(pub O);
-
-impl<O: Optimizer> Optimizer for FullPrecision<O> {
-    type State<const D: usize> = O::State<D>;
-
-    fn step<const D: usize>(
-        &self,
-        lr: LearningRate,
-        tensor: Tensor<D>,
-        grad: Tensor<D>,
-        state: Option<Self::State<D>>,
-    ) -> (Tensor<D>, Option<Self::State<D>>) {
-        let stored = tensor.dtype();
-        let dtype = full_precision(stored);
-        let (tensor, state) = self.0.step(lr, tensor.cast(dtype), grad.cast(dtype), state);
-        (tensor.cast(stored), state)
-    }
-
-    fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
-        O::to_device(state, device)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{DType, Distribution};
+    use burn::optim::Optimizer;
+    use burn::tensor::{DType, Device, Distribution, Tensor};
 
     use super::*;
 
@@ -118,13 +101,20 @@ mod tests {
         for _ in 0..3 {
             let grad = Tensor::<1>::random([64], Distribution::Default, &device).cast(DType::BF16);
             let wide;
-            (wide, wide_state) =
-                optimizer.0.step(0.01, narrow.clone().cast(DType::F32), grad.clone().cast(DType::F32), wide_state);
+            (wide, wide_state) = optimizer.optimizer.step(
+                0.01,
+                narrow.clone().cast(DType::F32),
+                grad.clone().cast(DType::F32),
+                wide_state,
+            );
             (narrow, narrow_state) = optimizer.step(0.01, narrow, grad, narrow_state);
             assert_eq!(narrow.dtype(), DType::BF16);
             assert_eq!(floats(narrow.clone()), floats(wide.cast(DType::BF16)));
         }
-        assert_eq!(narrow_state.map(|state| state.momentum.moment_2.dtype()), Some(DType::F32));
+        assert_eq!(
+            narrow_state.and_then(|state| state.inner).map(|state| state.momentum.moment_2.dtype()),
+            Some(DType::F32)
+        );
     }
 
     #[test]

@@ -36,6 +36,61 @@ pub const POLAR_EXPRESS: [[f64; 3]; 8] = [
 /// `x / 1.01`, so that rounding cannot push a singular value out of the interval that the polynomial was made for.
 pub const POLAR_EXPRESS_SAFETY: f64 = 1.01;
 
+/// The composition of "Accelerating Newton-Schulz Iteration for Orthogonalization via Chebyshev-type Polynomials" (CANS,
+/// arXiv 2506.10935): Remez polynomials on intervals that adapt to the step before.
+///
+/// Source: the set "cans" of NVIDIA's Emerging-Optimizers (`muon_utils.py`), made with the paper's `polynomials.py`. It has no
+/// safety factor and is steepest at 1: a matrix of rank one, whose singular value is 1 after the norm, gets its length to
+/// about 4e-3 only in f32, here and in PyTorch alike.
+pub const CANS: [[f64; 3]; 5] = [
+    [8.4703, -25.1081, 18.6293],
+    [4.1828, -3.1087, 0.5806],
+    [3.9619, -2.9541, 0.5630],
+    [3.2866, -2.4647, 0.5074],
+    [2.2737, -1.6447, 0.4162],
+];
+
+/// Four steps for a matrix that is preconditioned as in "Turbo-Muon" (arXiv 2512.04632), by the rescaling of "Almost
+/// Orthogonal Layers" (arXiv 2208.03160): see [`Preconditioning::Aol`].
+///
+/// Source: <https://github.com/thib-s/flash-newton-schulz>, as in `newton_schulz_triton_fast` of microsoft/dion. The older
+/// table of the same name in NVIDIA's Emerging-Optimizers begins with 4.0098, -7.0585, 2.4635, which takes a singular
+/// value of 1 to -0.585: AOL brings the one singular value of a rank-one matrix to exactly 1, and its update would point
+/// uphill. This one is positive on all of (0, 1].
+pub const AOL: [[f64; 3]; 4] =
+    [[4.6051, -9.6552, 5.6769], [4.7505, -6.0861, 2.1790], [2.7763, -2.3190, 0.5523], [2.4231, -2.2861, 0.8193]];
+
+/// The ten steps of DeepSeek-V4: eight of Jordan's quintic, which lift small singular values fast, then two of
+/// `2 x - 1.5 x^3 + 0.5 x^5`, which settle them at 1.
+///
+/// Source: the DeepSeek-V4 report (`DeepSeek_V4.pdf` of deepseek-ai/DeepSeek-V4-Pro), by the set "deepseekv4" of NVIDIA's
+/// Emerging-Optimizers (`muon_utils.py`).
+pub const DEEPSEEK_V4: [[f64; 3]; 10] = [
+    REPORT[0],
+    REPORT[0],
+    REPORT[0],
+    REPORT[0],
+    REPORT[0],
+    REPORT[0],
+    REPORT[0],
+    REPORT[0],
+    [2.0, -1.5, 0.5],
+    [2.0, -1.5, 0.5],
+];
+
+/// What is done to a matrix before the first step, so that its largest singular value is at most 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Preconditioning {
+    /// `X <- X / ||X||`, the Frobenius norm.
+    #[default]
+    Frobenius,
+    /// `X <- S X` with `S = diag(1 / sqrt(sum_j |X X^T|_ij))`, on the shorter side: the rescaling of "Almost Orthogonal
+    /// Layers". It lies closer to orthogonal than `X / ||X||` does, which saves a step, but it turns the singular vectors
+    /// somewhat: the result is near the orthogonal factor of `S X`, not of `X`.
+    Aol,
+}
+
 /// Which odd polynomial `p(x) = a x + b x^3 + c x^5` each Newton-Schulz step applies to the singular values.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -48,6 +103,12 @@ pub enum Coefficients {
     Quintic,
     /// [`POLAR_EXPRESS`] with its safety factor: converges to 1, the last polynomial repeated.
     PolarExpress,
+    /// [`CANS`]: five steps to within 12 % of 1 from 1e-3 up, the last one repeated if more are asked for.
+    Cans,
+    /// [`AOL`] behind [`Preconditioning::Aol`]: four steps to within 6 % of 1, the last one repeated.
+    Aol,
+    /// [`DEEPSEEK_V4`]: ten steps, the last one repeated.
+    DeepseekV4,
     /// One triple `[a, b, c]` a step, the last one repeated if there are more steps than triples. Empty means no
     /// step at all.
     Custom(Vec<[f64; 3]>),
@@ -60,6 +121,9 @@ impl Coefficients {
             Coefficients::Report => &REPORT,
             Coefficients::Quintic => &QUINTIC,
             Coefficients::PolarExpress => &POLAR_EXPRESS,
+            Coefficients::Cans => &CANS,
+            Coefficients::Aol => &AOL,
+            Coefficients::DeepseekV4 => &DEEPSEEK_V4,
             Coefficients::Custom(table) => table,
         };
         let last = table.len().checked_sub(1)?;
@@ -69,6 +133,24 @@ impl Coefficients {
             return Some([a / safety, b / safety.powi(3), c / safety.powi(5)]);
         }
         Some([a, b, c])
+    }
+
+    /// How many steps their source takes: 5, but 4 of AOL, 10 of DeepSeek-V4, and of custom ones as many as there are.
+    pub fn default_steps(&self) -> usize {
+        match self {
+            Coefficients::Report | Coefficients::Quintic | Coefficients::PolarExpress | Coefficients::Cans => 5,
+            Coefficients::Aol => AOL.len(),
+            Coefficients::DeepseekV4 => DEEPSEEK_V4.len(),
+            Coefficients::Custom(table) => table.len(),
+        }
+    }
+
+    /// What the polynomials want done to a matrix before the first of them.
+    pub fn preconditioning(&self) -> Preconditioning {
+        match self {
+            Coefficients::Aol => Preconditioning::Aol,
+            _ => Preconditioning::Frobenius,
+        }
     }
 
     /// The triples of the first `steps` steps.
@@ -102,6 +184,38 @@ mod tests {
             let x = after(&Coefficients::PolarExpress, 10, f64::from(thousandth) / 1000.0);
             assert!((x - 1.0).abs() < 1e-9, "{thousandth}: {x}");
         }
+    }
+
+    #[test]
+    fn every_table_brings_singular_values_as_near_to_one_as_its_documentation_says() {
+        let range = |coefficients: &Coefficients, lowest: f64| {
+            (0..=1000).fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), thousandth| {
+                let start = lowest + (1.0 - lowest) * f64::from(thousandth) / 1000.0;
+                let x = after(coefficients, coefficients.default_steps(), start);
+                (low.min(x), high.max(x))
+            })
+        };
+        let cases = [
+            (Coefficients::Cans, 1e-3, 0.88, 1.12),
+            // AOL makes singular values several times larger than the Frobenius norm does.
+            (Coefficients::Aol, 1e-2, 0.94, 1.06),
+            (Coefficients::DeepseekV4, 1e-3, 0.9, 1.05),
+            (Coefficients::Quintic, 5e-3, 0.7, 1.25),
+        ];
+        for (coefficients, lowest, low, high) in cases {
+            let (lowest, highest) = range(&coefficients, lowest);
+            assert!(lowest > low && highest < high, "{coefficients:?}: {lowest} to {highest}");
+        }
+    }
+
+    #[test]
+    fn only_aol_has_a_preconditioning_of_its_own() {
+        assert_eq!(Coefficients::Aol.preconditioning(), Preconditioning::Aol);
+        assert_eq!(Coefficients::DeepseekV4.preconditioning(), Preconditioning::Frobenius);
+        assert_eq!(
+            Coefficients::DeepseekV4.schedule(12)[7..],
+            [REPORT[0], [2.0, -1.5, 0.5], [2.0, -1.5, 0.5], [2.0, -1.5, 0.5], [2.0, -1.5, 0.5]]
+        );
     }
 
     #[test]

@@ -61,6 +61,38 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # From AdamW to Muon
+//!
+//! A project that trains with Burn's `AdamWConfig::new().init()` changes five lines:
+//!
+//! ```
+//! # use burn::nn::{Linear, LinearConfig};
+//! # use burn::optim::GradientsParams;
+//! # use burn::tensor::{Device, Tensor};
+//! # #[derive(burn::module::Module, Debug)]
+//! # struct Net { hidden: Linear, output: Linear }
+//! # let device = Device::default().autodiff();
+//! # let mut model =
+//! #     Net { hidden: LinearConfig::new(8, 16).init(&device), output: LinearConfig::new(16, 4).init(&device) };
+//! # let loss = |model: &Net| {
+//! #     model.output.forward(model.hidden.forward(Tensor::<2>::ones([2, 8], &device))).square().mean()
+//! # };
+//! // Before: use burn::optim::AdamWConfig;
+//! use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
+//!
+//! // Before: let mut optimizer = AdamWConfig::new().init();
+//! let rules = ParameterRules::muon_except(["output.*"], MuonConfig::new(), AdamWConfig::new());
+//! let assignment = rules.assign(&model)?;
+//! println!("{assignment}");
+//! let mut optimizer = assignment.optimizer();
+//!
+//! // As before, at the same learning rate.
+//! let grads = GradientsParams::from_grads(loss(&model).backward(), &model);
+//! model = optimizer.step(3e-4, model, grads);
+//! # let _ = model;
+//! # Ok::<(), moonlight_optim::RuleError>(())
+//! ```
+//!
 //! # The update
 //!
 //! ```text
@@ -69,8 +101,20 @@
 //! W <- W - lr * (0.2 sqrt(max(A, B)) O + weight_decay W)
 //! ```
 //!
-//! with `mu` 0.95, five Newton-Schulz steps and weight decay 0.1. All of it can be chosen: the factor ([`Scale`]), the
-//! polynomials ([`Coefficients`]), their number, the precision of the products ([`Precision`]).
+//! with `mu` 0.95, five Newton-Schulz steps and weight decay 0.1. All of it can be chosen, in [`MuonConfig`]:
+//!
+//! * the factor on the update: [`Scale`]; the polynomials: [`Coefficients`], their number, the type of the products
+//!   ([`Precision`]) and the form of the iteration ([`Form`]);
+//! * heads and fused projections as matrices of their own: [`Blocks`], best on a [`Rule`]; convolution kernels:
+//!   [`MatrixView`];
+//! * NorMuon and AdaMuon: [`Adaptive`]; decay that is cautious, scheduled or independent of the learning rate: [`Decay`];
+//!   momentum that warms up or is kept in bf16;
+//! * parameters in half precision, with stochastic rounding or master weights: [`Rounding`].
+//!
+//! [`Assignment::batched_optimizer`] steps all equal matrices of a module together, bit for bit as one by one.
+//! [`QkClip`] holds attention logits down after a step. [`group_figures`], [`diagnostics::orthogonality_error`] and
+//! [`diagnostics::Spectrum`] say what the updates and weights are like. [`Muon::step_batch`] and [`share_out`] are what a
+//! distributed Muon is made of.
 //!
 //! Burn's own Muon takes matrices only, and its scale for Keller Jordan's rule reads a matrix as PyTorch stores it,
 //! `[out, in]`, while Burn's `Linear` stores `[in, out]`. Scales here that tell the two apart are right for Burn's layers,
@@ -85,27 +129,46 @@
 //!
 //! # Speed
 //!
-//! On the CPU backend (feature `cpu`, on by default) Newton-Schulz runs in kernels of this crate, which take less than
-//! half of the time of the same products in Burn's operations; `cargo run --release --example newton_schulz_time`
-//! measures it. Other backends run it in Burn's operations, a stack at a time.
+//! On the CPU backend (feature `cpu`, on by default) Newton-Schulz runs in kernels of this crate: in f32, and in bf16 where
+//! the processor has AVX512-BF16. Symmetric products are computed by half, and matrices that are not square iterate on
+//! their Gram matrix where that is cheaper. The README has figures against PyTorch. Other backends run it in Burn's
+//! operations, a stack at a time.
 
 mod adamw;
+mod adaptive;
+mod batched;
+mod blocks;
 pub mod coefficients;
+mod decay;
+pub mod diagnostics;
 #[cfg(feature = "cpu")]
 mod flex;
+mod form;
+mod mixed_precision;
 mod muon;
 mod newton_schulz;
+mod qk_clip;
 pub mod reference;
 mod rules;
 mod scale;
 mod state;
-mod update_rms;
+mod workers;
 
-pub use adamw::{AdamWConfig, FullPrecision};
-pub use coefficients::Coefficients;
-pub use muon::{Muon, MuonConfig, MuonState, Precision};
+pub use adamw::AdamWConfig;
+pub use adaptive::Adaptive;
+pub use batched::BatchedOptimizer;
+pub use blocks::Blocks;
+pub use coefficients::{Coefficients, Preconditioning};
+pub use decay::{Decay, DecaySchedule, decay_for_width};
+pub use diagnostics::{GroupFigures, group_figures, update_rms};
+pub use form::Form;
+pub use mixed_precision::{MixedPrecision, MixedPrecisionState, Rounding, round_stochastically};
+pub use muon::{MatrixView, MomentumPrecision, MomentumWarmup, Muon, MuonConfig, MuonState, Precision};
 pub use newton_schulz::{NewtonSchulz, newton_schulz};
-pub use rules::{AssignedParameter, Assignment, BUFFER, GroupOptimizer, Parameter, ParameterRules, Rule, RuleError};
+pub use qk_clip::{HeadLayout, QkClip};
+pub use rules::{
+    AssignedParameter, Assignment, BUFFER, GroupOptimizer, GroupSettings, Parameter, ParameterRules, Rule, RuleError,
+};
 pub use scale::{Scale, WeightLayout};
 pub use state::StateError;
-pub use update_rms::update_rms;
+pub use workers::{Sharing, share_out};

@@ -1,41 +1,53 @@
 //! Orthogonalisation by Newton-Schulz, a stack of matrices at a time.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Tensor};
 
-use crate::Coefficients;
+use crate::form::{Form, plan, plan_flops};
+use crate::{Coefficients, Preconditioning};
 
-/// The iteration: which polynomials, how many, and what is added to the norm.
+/// The iteration: which polynomials, how many, and what is done before them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewtonSchulz {
     /// `[a, b, c]` of each step.
     pub schedule: Vec<[f64; 3]>,
+    /// What brings the singular values below 1 before the first step.
+    pub preconditioning: Preconditioning,
     /// Added to the norm of each matrix before dividing by it; 1e-7 in the released code. With 0 the result does not
-    /// depend on the scale of the input.
+    /// depend on the scale of the input. [`Preconditioning::Aol`] never depends on it and takes no epsilon.
     pub epsilon: f64,
-    /// The type that the products are computed in; the norm is computed in f32 at least whatever this is. `None`
-    /// means f32, or f64 for an f64 input.
+    /// The type of the products' operands; the norm is computed in f32 at least whatever this is. `None` means f32, or f64
+    /// for an f64 input.
     pub dtype: Option<DType>,
+    /// The direct form, the Gram form, or the cheaper one.
+    pub form: Form,
 }
 
 impl NewtonSchulz {
-    /// `steps` steps of `coefficients`, with the released code's epsilon, in f32.
+    /// `steps` steps of `coefficients` with their preconditioning, with the released code's epsilon, in f32.
     pub fn new(coefficients: &Coefficients, steps: usize) -> Self {
-        Self { schedule: coefficients.schedule(steps), epsilon: 1e-7, dtype: None }
+        Self {
+            schedule: coefficients.schedule(steps),
+            preconditioning: coefficients.preconditioning(),
+            epsilon: 1e-7,
+            dtype: None,
+            form: Form::Auto,
+        }
     }
 
     /// Orthogonalises each of the `batch` matrices of `x` `[batch, rows, columns]` by itself.
     ///
-    /// The singular vectors of each matrix stay, its singular values are brought near 1. The result has the input's
-    /// shape and at least f32's precision (f64 for an f64 input). A matrix of zeros gives zeros. A matrix that holds
-    /// a NaN or an infinity gives NaN in all its elements, and no other matrix of the stack is touched by that.
+    /// The singular vectors of each matrix stay (but see [`Preconditioning::Aol`]), its singular values come near one. The
+    /// result has the input's shape and at least f32's precision (f64 for an f64 input). A matrix of zeros gives
+    /// zeros. A matrix that holds a NaN or an infinity gives NaN in all its elements, and no other matrix of the stack is
+    /// touched by that.
     ///
-    /// The products run in kernels of this crate on the CPU backend (feature `cpu`), and as
-    /// [`NewtonSchulz::apply_plain`] anywhere else.
+    /// The products run in kernels of this crate on the CPU backend (feature `cpu`; f32, and bf16 on processors with
+    /// AVX512-BF16), and as [`NewtonSchulz::apply_plain`] anywhere else.
     pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
         #[cfg(feature = "cpu")]
-        if self.dtype.is_none_or(|dtype| dtype == DType::F32)
-            && let Some(result) = crate::flex::newton_schulz(&x, &self.schedule, self.epsilon)
-        {
+        if let Some(result) = crate::flex::newton_schulz(self, &x) {
             return result;
         }
         self.apply_plain(x)
@@ -45,20 +57,40 @@ impl NewtonSchulz {
     pub fn apply_plain(&self, x: Tensor<3>) -> Tensor<3> {
         let [_, rows, columns] = x.dims();
         let wide = full_precision(x.dtype());
-        let mut x = normalise(x.cast(wide), self.epsilon);
-        if let Some(dtype) = self.dtype {
-            x = x.cast(dtype);
-        }
-        // The Gram matrix is taken on the shorter side: what the report writes for wide matrices, `p(X X^T) X`, is
-        // `X p(X^T X)` for tall ones, so nothing needs to be transposed in memory.
-        for &[a, b, c] in &self.schedule {
-            let transposed = x.clone().swap_dims(1, 2);
-            let gram = if rows <= columns { x.clone().matmul(transposed) } else { transposed.matmul(x.clone()) };
-            let polynomial = gram.clone().matmul(gram.clone()).mul_scalar(c).add(gram.mul_scalar(b));
-            let product = if rows <= columns { polynomial.matmul(x.clone()) } else { x.clone().matmul(polynomial) };
-            x = x.mul_scalar(a).add(product);
+        let dtype = self.dtype.unwrap_or(wide);
+        let mut x = match self.preconditioning {
+            Preconditioning::Frobenius => normalise(x.cast(wide), self.epsilon),
+            Preconditioning::Aol => aol(normalise(x.cast(wide), 0.0)),
+        };
+        x = x.cast(dtype);
+        for steps in plan(&self.form, &self.schedule, dtype, rows, columns, false) {
+            x = segment(x, &self.schedule[steps]);
         }
         x.cast(wide)
+    }
+
+    /// Floating point operations that the iteration takes for one matrix of this shape: those of the kernels, which compute
+    /// only half of a symmetric product, or (`symmetric` false) those of the same products in full, as
+    /// [`NewtonSchulz::apply_plain`] and PyTorch do them. For f32, or for [`NewtonSchulz::dtype`].
+    pub fn flops(&self, rows: usize, columns: usize, symmetric: bool) -> f64 {
+        let preconditioning = match self.preconditioning {
+            Preconditioning::Frobenius => 0.0,
+            // One more Gram matrix.
+            Preconditioning::Aol => {
+                let short = rows.min(columns) as f64;
+                short * short * rows.max(columns) as f64 * if symmetric { 1.0 } else { 2.0 }
+            }
+        };
+        preconditioning + plan_flops(&self.plan(rows, columns, symmetric), rows, columns, symmetric)
+    }
+
+    /// Whether a matrix of this shape is iterated in the Gram form.
+    pub fn uses_gram(&self, rows: usize, columns: usize) -> bool {
+        self.plan(rows, columns, cfg!(feature = "cpu")).iter().any(|steps| steps.len() > 1)
+    }
+
+    pub(crate) fn plan(&self, rows: usize, columns: usize, symmetric: bool) -> Vec<Range<usize>> {
+        plan(&self.form, &self.schedule, self.dtype.unwrap_or(DType::F32), rows, columns, symmetric)
     }
 }
 
@@ -66,6 +98,47 @@ impl NewtonSchulz {
 /// in the report's released code. See [`NewtonSchulz::apply`].
 pub fn newton_schulz(x: Tensor<3>, coefficients: &Coefficients, steps: usize) -> Tensor<3> {
     NewtonSchulz::new(coefficients, steps).apply(x)
+}
+
+/// The Gram matrix on the shorter side. What the report writes for wide matrices, `p(X X^T) X`, is `X p(X^T X)` for tall
+/// ones, so nothing needs to be transposed in memory.
+fn gram(x: &Tensor<3>) -> Tensor<3> {
+    let [_, rows, columns] = x.dims();
+    let transposed = x.clone().swap_dims(1, 2);
+    if rows <= columns { x.clone().matmul(transposed) } else { transposed.matmul(x.clone()) }
+}
+
+/// Steps that share one Gram matrix `R`. With `Z = b R + c R^2` a step is `X <- a X + Z X`; several of them are
+/// `Q <- a Q + Q Z`, `R <- (a I + Z)^2 R` for each and `X <- Q X` in the end.
+fn segment(x: Tensor<3>, steps: &[[f64; 3]]) -> Tensor<3> {
+    let [_, rows, columns] = x.dims();
+    let times = |polynomial: Tensor<3>, x: Tensor<3>| {
+        if rows <= columns { polynomial.matmul(x) } else { x.matmul(polynomial) }
+    };
+    let mut r = gram(&x);
+    let z_of = |r: &Tensor<3>, b: f64, c: f64| r.clone().matmul(r.clone()).mul_scalar(c).add(r.clone().mul_scalar(b));
+    if let &[[a, b, c]] = steps {
+        return x.clone().mul_scalar(a).add(times(z_of(&r, b, c), x));
+    }
+    let mut q: Option<Tensor<3>> = None;
+    for (index, &[a, b, c]) in steps.iter().enumerate() {
+        let z = z_of(&r, b, c);
+        q = Some(match q {
+            None => {
+                let identity = Tensor::<2>::eye(rows.min(columns), &x.device()).cast(x.dtype()).unsqueeze::<3>();
+                z.clone().add(identity.mul_scalar(a))
+            }
+            Some(q) => q.clone().mul_scalar(a).add(q.matmul(z.clone())),
+        });
+        if index + 1 < steps.len() {
+            let rz = r.clone().mul_scalar(a).add(r.matmul(z.clone()));
+            r = rz.clone().mul_scalar(a).add(z.matmul(rz));
+        }
+    }
+    match q {
+        Some(q) => times(q, x),
+        None => x,
+    }
 }
 
 /// The type that norms, momentum and the final update are computed in: f64 for f64, f32 for everything else.
@@ -83,6 +156,15 @@ fn normalise(x: Tensor<3>, epsilon: f64) -> Tensor<3> {
     // `tiny` is lost in any norm but that of a zero matrix, whose 0 / 0 it turns into 0. (A clamp would also hide NaN.)
     let divisor = norm.add(largest.recip().mul_scalar(epsilon)).add_scalar(tiny);
     x.div(divisor)
+}
+
+/// The rescaling of almost orthogonal layers, on the shorter side: row `i` over `sqrt(sum_j |X X^T|_ij)`. `x` has norm 1.
+fn aol(x: Tensor<3>) -> Tensor<3> {
+    let [_, rows, columns] = x.dims();
+    let sums = gram(&x).abs().sum_dim(2); // [batch, short, 1]
+    // A row of zeros stays one.
+    let factors = sums.add_scalar(f64::from(f32::MIN_POSITIVE)).sqrt().recip();
+    x.mul(if rows <= columns { factors } else { factors.swap_dims(1, 2) })
 }
 
 #[cfg(test)]
@@ -123,7 +205,7 @@ mod tests {
                 // The reference gets what f32 holds of the values, so that only the iteration is compared.
                 let rounded = m.values.iter().map(|value| f64::from(*value as f32)).collect();
                 let matrix = Matrix::new(m.rows, m.columns, rounded);
-                reference::newton_schulz(&matrix, &iteration.schedule, iteration.epsilon).values
+                reference::orthogonalised(&matrix, iteration).values
             })
             .collect();
         distance(&actual, &expected).0.max(distance(&plain, &expected).0)
@@ -154,6 +236,20 @@ mod tests {
         ]
     }
 
+    /// Coefficients with a number of steps; of those whose values swing far on the way, as many as they are made for.
+    fn schedules() -> impl Strategy<Value = (usize, Coefficients)> {
+        prop_oneof![
+            (0_usize..8, coefficients()),
+            Just((5, Coefficients::Cans)),
+            Just((4, Coefficients::Aol)),
+            Just((10, Coefficients::DeepseekV4)),
+        ]
+    }
+
+    fn forms() -> impl Strategy<Value = Form> {
+        prop_oneof![Just(Form::Auto), Just(Form::Direct), Just(Form::Gram { restarts: vec![2, 4, 6] })]
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
 
@@ -163,7 +259,8 @@ mod tests {
             exponent in -30.0_f64..30.0,
             spread in 0.0_f64..3.0,
             epsilon in prop_oneof![Just(0.0), Just(1e-7)],
-            (steps, coefficients) in (0_usize..8, coefficients()),
+            (steps, coefficients) in schedules(),
+            form in forms(),
             seed in any::<u64>(),
         ) {
             // Matrices of one stack may differ in scale by orders of magnitude.
@@ -173,9 +270,16 @@ mod tests {
                     scaled(&noise(rows, columns, seed.wrapping_add(index as u64)), 10_f64.powf(power))
                 })
                 .collect();
-            let iteration = NewtonSchulz { schedule: coefficients.schedule(steps), epsilon, dtype: None };
+            let iteration = NewtonSchulz { epsilon, form, ..NewtonSchulz::new(&coefficients, steps) };
             let error = against_reference(&matrices, &iteration);
-            prop_assert!(error < 2e-4, "relative error {error}");
+            // Rounding is multiplied by the slope of the whole composition. CANS is steepest at a singular value of 1, which
+            // a matrix of rank one has, and DeepSeek-V4's ten steps at 0, where they multiply by 8e4.
+            let tolerance = match coefficients {
+                Coefficients::Cans => 1e-2,
+                Coefficients::DeepseekV4 => 5e-3,
+                _ => 5e-4,
+            };
+            prop_assert!(error < tolerance, "relative error {error}");
         }
 
         #[test]
@@ -184,10 +288,12 @@ mod tests {
             seed in any::<u64>(),
         ) {
             let matrix = noise(rows, rank, seed).times(&noise(rank, columns, seed ^ 1));
-            let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+            for form in [Form::Auto, Form::Direct] {
+            let iteration = NewtonSchulz { form, ..NewtonSchulz::new(&Coefficients::Report, 5) };
             let error = against_reference(std::slice::from_ref(&matrix), &iteration);
             // Rounding grows by 3.4445 a step in the directions that should stay empty.
             prop_assert!(error < 5e-4, "relative error {error}");
+            }
         }
     }
 
@@ -299,5 +405,45 @@ mod tests {
         assert_eq!(result.dtype(), DType::F32);
         let (relative, _) = distance(&values(result), &values(exact.apply(input)));
         assert!((1e-4..0.1).contains(&relative), "{relative}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        /// bf16 has 8 significant bits, and five of the report's steps multiply what is wrong with a singular value by up to
+        /// 485: as exact as this is for some matrices, it is no more so for others. What is wrong altogether is off by 1.
+        #[test]
+        fn bf16_of_any_shape_and_scale_stays_near_the_reference(
+            (batch, rows, columns) in (1_usize..5, 1_usize..70, 1_usize..70),
+            exponent in -30.0_f64..30.0,
+            aol in any::<bool>(),
+            seed in any::<u64>(),
+        ) {
+            let matrices: Vec<Matrix> = (0..batch)
+                .map(|index| {
+                    scaled(&noise(rows, columns, seed.wrapping_add(index as u64)), 10_f64.powf(exponent))
+                })
+                .collect();
+            let coefficients = if aol { Coefficients::Aol } else { Coefficients::Report };
+            let iteration = NewtonSchulz {
+                epsilon: 0.0,
+                dtype: Some(DType::BF16),
+                ..NewtonSchulz::new(&coefficients, coefficients.default_steps())
+            };
+            let error = against_reference(&matrices, &iteration);
+            prop_assert!(error < 0.35, "relative error {error}");
+        }
+    }
+
+    #[test]
+    fn bf16_zero_and_spoilt_matrices_are_as_in_f32() {
+        let mut spoilt = noise(4, 6, 3);
+        spoilt.values[5] = f64::INFINITY;
+        let zero = Matrix::new(4, 6, vec![0.0; 24]);
+        let iteration = NewtonSchulz { dtype: Some(DType::BF16), ..NewtonSchulz::new(&Coefficients::Report, 5) };
+        let result = values(iteration.apply(stack(&[zero, spoilt, noise(4, 6, 2)])));
+        assert!(result[..24].iter().all(|value| *value == 0.0));
+        assert!(result[24..48].iter().all(|value| value.is_nan()));
+        assert!(result[48..].iter().all(|value| value.is_finite() && *value != 0.0));
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Nothing here is meant to be quick. It is public so that a user can check a backend of their own with it.
 
+use crate::{NewtonSchulz, Preconditioning};
+
 /// A row-major matrix of `f64`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Matrix {
@@ -75,12 +77,44 @@ pub fn newton_schulz(matrix: &Matrix, schedule: &[[f64; 3]], epsilon: f64) -> Ma
     if norm > 0.0 {
         x.values.iter_mut().for_each(|value| *value /= norm);
     }
+    x = iterated(x, schedule);
+    if tall { x.transposed() } else { x }
+}
+
+/// [`newton_schulz`] with the settings of `iteration`, its preconditioning included; types and form are not looked at.
+pub fn orthogonalised(matrix: &Matrix, iteration: &NewtonSchulz) -> Matrix {
+    if iteration.preconditioning == Preconditioning::Frobenius {
+        return newton_schulz(matrix, &iteration.schedule, iteration.epsilon);
+    }
+    let tall = matrix.rows > matrix.columns;
+    let x = if tall { matrix.transposed() } else { matrix.clone() };
+    let x = iterated(almost_orthogonal(x), &iteration.schedule);
+    if tall { x.transposed() } else { x }
+}
+
+/// The rescaling of almost orthogonal layers: row `i` over `sqrt(sum_j |X X^T|_ij)`.
+fn almost_orthogonal(mut x: Matrix) -> Matrix {
+    let norm = x.norm();
+    if norm > 0.0 {
+        x.values.iter_mut().for_each(|value| *value /= norm);
+    }
+    let gram = x.times(&x.transposed());
+    for (row, gram) in x.values.chunks_mut(x.columns).zip(gram.values.chunks(gram.columns)) {
+        let sum: f64 = gram.iter().map(|value| value.abs()).sum();
+        if sum > 0.0 {
+            row.iter_mut().for_each(|value| *value /= sum.sqrt());
+        }
+    }
+    x
+}
+
+fn iterated(mut x: Matrix, schedule: &[[f64; 3]]) -> Matrix {
     for &[a, b, c] in schedule {
         let gram = x.times(&x.transposed());
         let polynomial = gram.combined(b, &gram.times(&gram), c);
         x = x.combined(a, &polynomial.times(&x), 1.0);
     }
-    if tall { x.transposed() } else { x }
+    x
 }
 
 #[cfg(test)]

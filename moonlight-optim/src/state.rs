@@ -14,10 +14,10 @@ use burn::tensor::Bytes;
 use burn_pack::{Reader, Scalar, Tensor, Writer};
 use thiserror::Error;
 
-use crate::{AssignedParameter, Assignment};
+use crate::{AssignedParameter, Assignment, Blocks};
 
 /// The key under which Burn keeps the rank of a parameter's state.
-const RANK: &str = "__rank";
+pub(crate) const RANK: &str = "__rank";
 
 /// Why a saved optimizer state could not be loaded.
 #[derive(Debug, Error)]
@@ -101,7 +101,7 @@ impl Assignment {
         self.restore(Reader::from_bytes(bytes)?)
     }
 
-    fn restore(&self, reader: Reader) -> Result<ModuleOptimizer, StateError> {
+    pub(crate) fn restore(&self, reader: Reader) -> Result<ModuleOptimizer, StateError> {
         let paths = reader.metadata().clone();
         let scalars = reader.scalars().clone();
         let tensors = reader.into_tensors()?;
@@ -168,19 +168,30 @@ impl Assignment {
         let mut by_path: Vec<_> = owners.iter().collect();
         by_path.sort_by_key(|(_, row)| &row.path);
         for (old, row) in by_path {
-            let Some(known) = groups.get(row.group.as_str()).and_then(|group| group.kind().state_tensors()) else {
-                continue;
-            };
-            let mut found = fields.get(old).cloned().unwrap_or_default();
-            found.sort_unstable();
-            if found != known {
+            let Some(group) = groups.get(row.group.as_str()) else { continue };
+            let Some((needed, allowed)) = group.settings().state_tensors() else { continue };
+            let second_moment = group.muon().and_then(|config| {
+                let blocks = if row.blocks == Blocks::Whole { &config.blocks } else { &row.blocks };
+                config.clone().with_blocks(blocks.clone()).second_moment_shape(&row.shape)
+            });
+            let found = fields.get(old).cloned().unwrap_or_default();
+            let known = |field: &&str| needed.contains(field) || allowed.contains(field);
+            if !needed.iter().all(|field| found.contains(field)) || !found.iter().all(known) {
                 return Err(StateError::OtherOptimizer { path: row.path.clone(), group: row.group.clone() });
             }
-            // Muon and AdamW keep tensors of the parameter's own shape only.
-            for tensor in tensors.iter().filter(|tensor| tensor.name.split_once('.').map(|(id, _)| id) == Some(old)) {
-                if tensor.shape.as_slice() != row.shape {
-                    let found = tensor.shape.as_slice().to_vec();
-                    return Err(StateError::Shape { path: row.path.clone(), found, expected: row.shape.clone() });
+            // All but Muon's second moments have the parameter's own shape.
+            let own = |tensor: &&Tensor| tensor.name.split_once('.').map(|(id, _)| id) == Some(old);
+            for tensor in tensors.iter().filter(own) {
+                let expected = if tensor.name.ends_with(".second_moment") {
+                    // One that is not asked for is dropped at the next step.
+                    let Some(shape) = &second_moment else { continue };
+                    shape.as_slice()
+                } else {
+                    row.shape.as_slice()
+                };
+                if tensor.shape.as_slice() != expected {
+                    let (found, expected) = (tensor.shape.as_slice().to_vec(), expected.to_vec());
+                    return Err(StateError::Shape { path: row.path.clone(), found, expected });
                 }
             }
             let rank = scalars.get(&format!("{old}.{RANK}")).and_then(|rank| usize::try_from(*rank).ok());

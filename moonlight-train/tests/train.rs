@@ -115,6 +115,24 @@ fn a_loss_that_is_no_number_stops_the_run_and_names_the_step() {
 }
 
 #[test]
+fn qk_clip_holds_the_attention_logits_down() {
+    let home = Home::new();
+    let logits = |name: &str, clip: f64| -> Vec<f64> {
+        let clip = format!("optimizer.qk_clip={clip}");
+        let run = home.trained(name, &["--set", "train.probe_every=1", "--set", &clip]);
+        let train = metrics(&run).into_iter().filter(|line| line["split"] == "train");
+        train.map(|line| line["max_attention_logit"].as_f64().unwrap()).collect()
+    };
+    let free = logits("free", 0.0);
+    // What the first step sees is not clipped yet; what the last one sees was, eleven times.
+    let threshold = free[0] / 4.0;
+    let clipped = logits("clipped", threshold);
+    assert_eq!(clipped[0], free[0]);
+    assert!(clipped[11] < free[11] / 2.0, "{clipped:?}, {free:?}");
+    assert_eq!(logits("high", 1e6), free);
+}
+
+#[test]
 fn the_best_checkpoint_is_kept() {
     let home = Home::new();
     // A rate that ruins the model after a good start: the best validation comes first.

@@ -1,4 +1,4 @@
-//! The three products of a Newton-Schulz step, in blocks of rows.
+//! The products of a Newton-Schulz step, in blocks of rows.
 
 use rayon::prelude::*;
 
@@ -98,6 +98,22 @@ impl Symmetric {
         Self { size, values: vec![0.0; size * size] }
     }
 
+    /// The length of a side.
+    pub(super) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// The elements, row after row.
+    pub(super) fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Has the lower half written by `write`, and mirrors it.
+    pub(super) fn set_lower(&mut self, write: impl FnOnce(&mut [f32])) {
+        write(&mut self.values);
+        self.mirror();
+    }
+
     fn view(&self) -> View<'_> {
         View::new(&self.values, self.size, self.size)
     }
@@ -127,6 +143,34 @@ impl Symmetric {
             }
         });
         self.mirror();
+    }
+
+    /// `left right`, where the product is known to be symmetric: where the two commute.
+    pub(super) fn set_product(&mut self, left: &Symmetric, right: &Symmetric, parallel: bool) {
+        let size = self.size;
+        for_each_block(&mut self.values, size, parallel, |start, out| {
+            let count = out.len() / size;
+            let (left, right) = (left.view().rows(start, count), right.view().first_columns(start + count));
+            multiply(out, size, left, right, 0.0, 1.0);
+        });
+        self.mirror();
+    }
+
+    /// Divides row and column `i` by `sqrt(sum_j |value(i, j)|)`; gives the factors.
+    pub(super) fn rescale(&mut self) -> Vec<f32> {
+        let factors: Vec<f32> = self
+            .values
+            .chunks(self.size)
+            .map(|row| {
+                let sum: f64 = row.iter().map(|value| f64::from(value.abs())).sum();
+                // A row of zeros stays one.
+                (1.0 / (sum + f64::from(f32::MIN_POSITIVE)).sqrt()) as f32
+            })
+            .collect();
+        for (row, factor) in self.values.chunks_mut(self.size).zip(&factors) {
+            row.iter_mut().zip(&factors).for_each(|(value, other)| *value *= factor * other);
+        }
+        factors
     }
 
     /// Copies the lower half to the upper one, a tile at a time so that the strided side stays in cache.

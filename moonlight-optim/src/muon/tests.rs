@@ -191,3 +191,183 @@ fn a_bare_parameter_trains() {
     let error = module.weight.val().sub(target).abs().max().into_scalar::<f32>();
     assert!(error < 0.02, "{error}");
 }
+
+#[test]
+fn a_batch_takes_the_steps_of_its_members() {
+    let device = Device::default();
+    let random = |_| Tensor::<2>::random([6, 9], Distribution::Normal(0.0, 1.0), &device);
+    let weights: Vec<_> = (0..5).map(random).collect();
+    let configs = [
+        MuonConfig::new(),
+        MuonConfig::new().with_adaptive(Adaptive::nor_muon()).with_blocks(Blocks::Columns(vec![3])),
+        MuonConfig::new().with_adaptive(Adaptive::ada_muon()).with_momentum_warmup(0.5, 2),
+    ];
+    for config in configs {
+        let muon = config.build();
+        let mut together: Vec<_> = weights.iter().map(|weight| (weight.clone(), None)).collect();
+        let mut alone = together.clone();
+        for step in 0..3 {
+            let grads: Vec<_> = (0..5).map(random).collect();
+            // The third one sits the second step out, so that the batch falls into two.
+            let parameters: Vec<usize> = (0..5).filter(|index| step != 1 || *index != 2).collect();
+            let batch = parameters.iter().map(|&index| {
+                let (weight, state) = together[index].clone();
+                (weight, grads[index].clone(), state)
+            });
+            let results = muon.step_batch(0.02, batch.collect());
+            for (index, (weight, state)) in parameters.into_iter().zip(results) {
+                together[index] = (weight, Some(state));
+                let (weight, state) = alone[index].clone();
+                alone[index] = muon.step(0.02, weight, grads[index].clone(), state);
+            }
+        }
+        for ((together, _), (alone, _)) in together.into_iter().zip(alone) {
+            assert_eq!(floats(together), floats(alone));
+        }
+    }
+    assert!(MuonConfig::new().build().step_batch::<2>(0.1, Vec::new()).is_empty());
+}
+
+#[test]
+fn blocks_take_the_steps_of_matrices_of_their_own() {
+    let device = Device::default();
+    let weight = Tensor::<2>::random([8, 12], Distribution::Normal(0.0, 1.0), &device);
+    let grads: Vec<_> = (0..3).map(|_| Tensor::<2>::random([8, 12], Distribution::Default, &device)).collect();
+    let cases = [
+        (Blocks::Columns(vec![4]), 1, vec![4, 4, 4]),
+        (Blocks::Columns(vec![6, 3, 3]), 1, vec![6, 3, 3]),
+        (Blocks::Rows(vec![2]), 0, vec![2, 2, 2, 2]),
+        (Blocks::Rows(vec![1, 7]), 0, vec![1, 7]),
+    ];
+    let variants = [Adaptive::Off, Adaptive::nor_muon(), Adaptive::ada_muon()];
+    for ((blocks, dimension, sizes), adaptive) in
+        cases.iter().flat_map(|case| variants.map(|adaptive| (case, adaptive)))
+    {
+        for layout in [WeightLayout::InOut, WeightLayout::OutIn] {
+            let config = MuonConfig::new().with_adaptive(adaptive).with_layout(layout).with_scale(Scale::KellerJordan);
+            let cut = config.clone().with_blocks(blocks.clone());
+            let mut whole = (weight.clone(), None);
+            for grad in &grads {
+                whole = cut.build().step(0.02, whole.0, grad.clone(), whole.1);
+            }
+            let found = whole.1.unwrap().second_moment.map(|second| second.dims());
+            assert_eq!(found, cut.second_moment_shape(&[8, 12]), "{blocks} {adaptive:?} {layout:?}");
+            let mut start = 0;
+            for &size in sizes {
+                let block = |x: &Tensor<2>| x.clone().narrow(*dimension, start, size);
+                let mut alone = (block(&weight), None);
+                for grad in &grads {
+                    alone = config.build().step(0.02, alone.0, block(grad), alone.1);
+                }
+                assert_eq!(floats(block(&whole.0)), floats(alone.0), "{blocks} {adaptive:?} {layout:?} at {start}");
+                start += size;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_convolution_kernel_is_one_matrix_with_its_outputs_in_rows() {
+    let device = Device::default();
+    let weight = Tensor::<4>::random([8, 2, 3, 3], Distribution::Normal(0.0, 1.0), &device);
+    let grad = Tensor::<4>::random([8, 2, 3, 3], Distribution::Normal(0.0, 1.0), &device);
+    for scale in [Scale::default(), Scale::KellerJordan, Scale::Spectral] {
+        let config = MuonConfig::new().with_scale(scale);
+        let kernel = config.clone().with_view(MatrixView::Kernel).build();
+        let kernel = kernel.step(0.1, weight.clone(), grad.clone(), None).0;
+        let (flat, flat_grad) = (weight.clone().reshape([8, 18]), grad.clone().reshape([8, 18]));
+        let matrix = config.with_layout(WeightLayout::OutIn).build().step(0.1, flat, flat_grad, None).0;
+        assert_eq!(floats(kernel), floats(matrix));
+    }
+}
+
+#[test]
+fn momentum_warms_up_on_a_straight_line() {
+    let config = MuonConfig::new().with_momentum_warmup(0.85, 10);
+    assert!((config.momentum_at(0) - 0.85).abs() < 1e-12);
+    assert!((config.momentum_at(5) - 0.90).abs() < 1e-12);
+    assert_eq!((config.momentum_at(10), config.momentum_at(1000)), (0.95, 0.95));
+
+    // M after two equal gradients is (1 + mu) of one, with the momentum of the second step.
+    let device = Device::default();
+    let grad = Tensor::<2>::random([4, 4], Distribution::Default, &device);
+    let muon = MuonConfig::new().with_momentum_warmup(0.0, 4).build();
+    let (weight, state) = muon.step(0.1, grad.zeros_like(), grad.clone(), None);
+    let (_, state) = muon.step(0.1, weight, grad.clone(), state);
+    let state = state.unwrap();
+    assert_eq!(state.step, 2);
+    let expected = grad.mul_scalar(1.0 + 0.95 / 4.0);
+    assert!(state.momentum.sub(expected).abs().max().into_scalar::<f32>() < 1e-6);
+}
+
+#[test]
+fn cautious_decay_holds_back_where_it_would_work_against_the_update() {
+    let device = Device::default();
+    let weight = Tensor::<2>::random([16, 24], Distribution::Normal(0.0, 1.0), &device);
+    let grad = Tensor::<2>::random([16, 24], Distribution::Normal(0.0, 1.0), &device);
+    let step = |decay: f64, cautious: bool| {
+        let decay_kind = Decay { cautious, ..Decay::default() };
+        let config = MuonConfig::new().with_weight_decay(decay).with_decay(decay_kind);
+        floats(config.build().step(0.1, weight.clone(), grad.clone(), None).0)
+    };
+    let (plain, decayed, cautious) = (step(0.0, false), step(0.5, false), step(0.5, true));
+    let mut held = 0;
+    for (index, before) in floats(weight.clone()).into_iter().enumerate() {
+        let update = before - plain[index];
+        let expected = if before * update >= 0.0 { decayed[index] } else { plain[index] };
+        held += usize::from(before * update < 0.0);
+        assert!((cautious[index] - expected).abs() < 1e-6);
+    }
+    assert!((100..284).contains(&held), "{held} of 384");
+}
+
+#[test]
+fn bf16_momentum_is_half_the_state_and_nearly_the_same() {
+    let device = Device::default();
+    let weight = Tensor::<2>::random([24, 16], Distribution::Normal(0.0, 1.0), &device);
+    let grads: Vec<_> =
+        (0..5).map(|_| Tensor::<2>::random([24, 16], Distribution::Normal(0.0, 1.0), &device)).collect();
+    let run = |precision| {
+        let muon = MuonConfig::new().with_momentum_precision(precision).build();
+        let mut held = (weight.clone(), None);
+        for grad in &grads {
+            held = muon.step(0.1, held.0, grad.clone(), held.1);
+        }
+        (held.0, held.1.unwrap().momentum.dtype())
+    };
+    let (exact, wide) = run(MomentumPrecision::F32);
+    let (rough, narrow) = run(MomentumPrecision::Bf16);
+    assert_eq!((wide, narrow), (DType::F32, DType::BF16));
+    let moved = rms(exact.clone().sub(weight.clone()));
+    let difference = rms(exact.sub(rough)) / moved;
+    assert!((1e-5..0.05).contains(&difference), "{difference}");
+}
+
+#[test]
+fn an_infinite_gradient_shows_through_signs_as_well() {
+    let device = Device::default();
+    let grad = Tensor::<2>::from_data([[1.0_f32, f32::INFINITY], [0.5, 2.0]], &device);
+    let config = MuonConfig::new().with_adaptive(Adaptive::ada_muon());
+    let after = floats(config.build().step(0.1, grad.ones_like(), grad, None).0);
+    assert!(after.iter().all(|value| value.is_nan()));
+    let zero = Tensor::<2>::zeros([3, 2], &device);
+    for adaptive in [Adaptive::nor_muon(), Adaptive::ada_muon()] {
+        let muon = MuonConfig::new().with_adaptive(adaptive).with_weight_decay(0.0).build();
+        assert_eq!(floats(muon.step(0.1, zero.ones_like(), zero.clone(), None).0), [1.0; 6]);
+    }
+}
+
+#[test]
+fn half_precisions_stay_near_f32() {
+    let device = Device::default();
+    let grad = Tensor::<2>::random([24, 40], Distribution::Normal(0.0, 1.0), &device);
+    let step = |precision| {
+        let muon = MuonConfig::new().with_precision(precision).with_weight_decay(0.0).build();
+        muon.step(1.0, grad.zeros_like(), grad.clone(), None).0
+    };
+    let exact = step(Precision::F32);
+    for (precision, low, high) in [(Precision::Bf16, 1e-4, 0.1), (Precision::F16, 1e-5, 0.02)] {
+        let error = rms(step(precision).sub(exact.clone())) / rms(exact.clone());
+        assert!((low..high).contains(&error), "{precision:?}: {error}");
+    }
+}

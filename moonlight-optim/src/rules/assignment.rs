@@ -2,15 +2,18 @@
 
 use burn::module::{ParamGroup, ParamId};
 use burn::optim::ModuleOptimizer;
+use serde::Serialize;
+use serde::ser::SerializeStruct;
 
-use super::group::Unassigned;
+use super::group::{GroupSettings, Unassigned};
 use super::{GroupOptimizer, Parameter, Rule};
+use crate::Blocks;
 
 /// The name under which tensors without gradients are listed.
 pub const BUFFER: &str = "buffer";
 
 /// A parameter, and what takes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct AssignedParameter {
     /// Names from the root of the module, separated by dots.
     pub path: String,
@@ -22,19 +25,24 @@ pub struct AssignedParameter {
     pub reason: String,
     /// The path of the parameter that this one shares its tensor with, if it is not the first of them.
     pub shared_with: Option<String>,
-    /// Burn's identity of the parameter.
+    /// How Muon cuts it, where the rule says so.
+    pub blocks: Blocks,
+    /// Burn's identity of the parameter. It is not part of the serialised table, as it is another in every process.
+    #[serde(skip)]
     pub id: ParamId,
 }
 
 impl AssignedParameter {
     pub(crate) fn taken(parameter: Parameter, rule: &Rule) -> Self {
         let Parameter { path, shape, id, .. } = parameter;
-        Self { path, shape, group: rule.group.clone(), reason: rule.why(), shared_with: None, id }
+        let (group, blocks) = (rule.group.clone(), rule.blocks.clone());
+        Self { path, shape, group, reason: rule.why(), shared_with: None, blocks, id }
     }
 
     pub(crate) fn buffer(parameter: Parameter) -> Self {
         let Parameter { path, shape, id, .. } = parameter;
-        Self { path, shape, group: BUFFER.to_string(), reason: "no gradient".to_string(), shared_with: None, id }
+        let (group, reason) = (BUFFER.to_string(), "no gradient".to_string());
+        Self { path, shape, group, reason, shared_with: None, blocks: Blocks::Whole, id }
     }
 
     pub(crate) fn shared_as(&self, parameter: Parameter) -> Self {
@@ -53,7 +61,8 @@ impl AssignedParameter {
     }
 }
 
-/// Which group takes each parameter of a module. Prints as a table.
+/// Which group takes each parameter of a module. Prints as a table, and serialises as one: `parameters`, each with path,
+/// shape, group and reason, and `groups`, each with its optimizer's settings and totals.
 #[derive(Clone, Debug)]
 pub struct Assignment {
     rows: Vec<AssignedParameter>,
@@ -80,6 +89,22 @@ impl Assignment {
         self.rows.iter().filter(move |row| row.is_optimized() && row.group == group)
     }
 
+    /// The parameters that the optimizer of a group takes, by the blocks that it cuts them into: those of their rule, or of
+    /// the group's settings.
+    pub(crate) fn by_blocks(&self, group: &str) -> Vec<(Blocks, Vec<&str>)> {
+        let own = self.groups().find(|(name, _)| *name == group).and_then(|(_, optimizer)| optimizer.muon());
+        let own = own.map_or(Blocks::Whole, |config| config.blocks.clone());
+        let mut by_blocks: Vec<(Blocks, Vec<&str>)> = Vec::new();
+        for row in self.rows.iter().filter(|row| row.is_optimized() && row.group == group) {
+            let blocks = if row.blocks == Blocks::Whole { &own } else { &row.blocks };
+            match by_blocks.iter_mut().find(|(known, _)| known == blocks) {
+                Some((_, paths)) => paths.push(&row.path),
+                None => by_blocks.push((blocks.clone(), vec![&row.path])),
+            }
+        }
+        by_blocks
+    }
+
     /// The optimizer for the module, without any state: one group of Burn's `ModuleOptimizer` for each of ours, by
     /// path.
     ///
@@ -88,11 +113,39 @@ impl Assignment {
     pub fn optimizer(&self) -> ModuleOptimizer {
         let mut optimizer = ModuleOptimizer::from(Unassigned);
         for (name, group) in self.groups() {
-            let paths: Vec<&str> = self.parameters_of(name).map(|row| row.path.as_str()).collect();
-            if !paths.is_empty() {
-                optimizer = optimizer.with_group(ParamGroup::from_paths(paths), group.shared(), None);
+            for (blocks, paths) in self.by_blocks(name) {
+                optimizer = optimizer.with_group(ParamGroup::from_paths(paths), group.shared(&blocks), None);
             }
         }
         optimizer
+    }
+}
+
+/// A group of a serialised table.
+#[derive(Serialize)]
+struct Group<'a> {
+    name: &'a str,
+    optimizer: &'a GroupSettings,
+    learning_rate_factor: f64,
+    tensors: usize,
+    elements: usize,
+}
+
+impl Serialize for Assignment {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let groups: Vec<Group<'_>> = self
+            .groups()
+            .map(|(name, group)| Group {
+                name,
+                optimizer: group.settings(),
+                learning_rate_factor: group.learning_rate_factor(),
+                tensors: self.parameters_of(name).count(),
+                elements: self.parameters_of(name).map(AssignedParameter::elements).sum(),
+            })
+            .collect();
+        let mut table = serializer.serialize_struct("Assignment", 2)?;
+        table.serialize_field("parameters", &self.rows)?;
+        table.serialize_field("groups", &groups)?;
+        table.end()
     }
 }

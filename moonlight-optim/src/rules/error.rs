@@ -58,6 +58,28 @@ pub enum RuleError {
         /// Path and shape of each.
         parameters: Vec<(String, Vec<usize>)>,
     },
+    /// A rule cuts matrices into blocks that do not fill them, or that no Muon takes.
+    #[error("the rule for {rule} cuts `{path}` {shape:?} into {blocks}, which {problem}")]
+    Blocks {
+        /// The rule, in words.
+        rule: String,
+        /// A parameter that it takes.
+        path: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// The blocks, in words.
+        blocks: String,
+        /// What is wrong with that.
+        problem: &'static str,
+    },
+    /// A rule without conditions sends matrices to a group that is not Muon's.
+    #[error("the rule for every parameter sends matrices past Muon to `{group}`: {}", list(parameters))]
+    MatrixPastMuon {
+        /// The group that takes them.
+        group: String,
+        /// Path and shape of each.
+        parameters: Vec<(String, Vec<usize>)>,
+    },
     /// The module has no parameter to optimise.
     #[error("the module has no trainable parameter")]
     NoParameters,
@@ -78,6 +100,12 @@ impl RuleError {
             RuleError::TakesNothing { .. } => Some("the first rule that matches wins: move this one up".to_string()),
             RuleError::NotTaken { .. } => Some("add a rule for them".to_string()),
             RuleError::NotAMatrix { .. } => Some("restrict the rule with `.rank(2..=3)`".to_string()),
+            RuleError::Blocks { .. } => {
+                Some("sizes are repeated until they fill the side; a layer's outputs are its columns".to_string())
+            }
+            RuleError::MatrixPastMuon { .. } => {
+                Some("name them in a rule, or mark the rule `.matrices_too()`".to_string())
+            }
             RuleError::NoParameters => {
                 Some("parameters with `require_grad` off count as buffers, and so do integer tensors".to_string())
             }

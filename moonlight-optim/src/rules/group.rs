@@ -5,32 +5,48 @@ use std::sync::Arc;
 use burn::optim::{DynOptimizer, DynState, LearningRate, Optimizer, StateSink, StateSource};
 use burn::tensor::kind::BridgeTensor;
 use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
 
-use crate::{AdamWConfig, MuonConfig};
+use crate::{AdamWConfig, Blocks, Decay, MuonConfig};
 
 /// What a parameter group is optimised by: [`MuonConfig`], [`AdamWConfig`], or any Burn optimizer.
+///
+/// ```
+/// use moonlight_optim::{AdamWConfig, GroupOptimizer};
+///
+/// // Embeddings at a tenth of the learning rate, without decay.
+/// let slow = GroupOptimizer::from(AdamWConfig::new().with_weight_decay(0.0)).with_learning_rate_factor(0.1);
+/// ```
 #[derive(Clone)]
 pub struct GroupOptimizer {
     optimizer: Arc<dyn DynOptimizer>,
-    kind: Kind,
-    weight_decay: f64,
+    settings: GroupSettings,
+    learning_rate_factor: f64,
 }
 
-/// What is known of an optimizer beyond Burn's trait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    Muon,
-    AdamW,
-    Other,
+/// The settings of a group's optimizer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupSettings {
+    /// Muon.
+    Muon(Box<MuonConfig>),
+    /// AdamW.
+    AdamW(AdamWConfig),
+    /// Any other optimizer, of which no more is known.
+    Other {
+        /// Its decoupled weight decay.
+        weight_decay: f64,
+    },
 }
 
-impl Kind {
-    /// The tensors in a parameter's state, where known: what a saved state must hold to be this optimizer's.
-    pub(crate) fn state_tensors(self) -> Option<&'static [&'static str]> {
+impl GroupSettings {
+    /// The tensors in a parameter's state, where known: those that a saved state must hold to be this optimizer's, and
+    /// those that it may.
+    pub(crate) fn state_tensors(&self) -> Option<(&'static [&'static str], &'static [&'static str])> {
         match self {
-            Kind::Muon => Some(&["momentum"]),
-            Kind::AdamW => Some(&["momentum.moment_1", "momentum.moment_2"]),
-            Kind::Other => None,
+            GroupSettings::Muon(_) => Some((&["momentum"], &["master", "second_moment"])),
+            GroupSettings::AdamW(_) => Some((&["momentum.moment_1", "momentum.moment_2"], &["master"])),
+            GroupSettings::Other { .. } => None,
         }
     }
 }
@@ -39,46 +55,88 @@ impl GroupOptimizer {
     /// Any Burn optimizer. `weight_decay` is the decoupled decay that it applies, if it does; only
     /// [`update_rms`](crate::update_rms) needs to know it, to tell the update from the decay.
     pub fn new(optimizer: impl Optimizer, weight_decay: f64) -> Self {
-        Self { optimizer: Arc::new(optimizer), kind: Kind::Other, weight_decay }
+        let settings = GroupSettings::Other { weight_decay };
+        Self { optimizer: Arc::new(optimizer), settings, learning_rate_factor: 1.0 }
+    }
+
+    /// Sets what the learning rate of a step is multiplied with for this group.
+    pub fn with_learning_rate_factor(mut self, factor: f64) -> Self {
+        self.learning_rate_factor = factor;
+        self
+    }
+
+    /// What the learning rate of a step is multiplied with for this group; 1 unless set.
+    pub fn learning_rate_factor(&self) -> f64 {
+        self.learning_rate_factor
     }
 
     /// The decoupled weight decay that the optimizer applies.
     pub fn weight_decay(&self) -> f64 {
-        self.weight_decay
+        match &self.settings {
+            GroupSettings::Muon(config) => config.weight_decay,
+            GroupSettings::AdamW(config) => config.weight_decay,
+            GroupSettings::Other { weight_decay } => *weight_decay,
+        }
     }
 
-    pub(crate) fn kind(&self) -> Kind {
-        self.kind
+    /// The optimizer's settings.
+    pub fn settings(&self) -> &GroupSettings {
+        &self.settings
     }
 
-    pub(crate) fn shared(&self) -> Shared {
-        Shared(self.optimizer.clone())
+    /// The settings, if it is Muon.
+    pub(crate) fn muon(&self) -> Option<&MuonConfig> {
+        match &self.settings {
+            GroupSettings::Muon(config) => Some(config),
+            _ => None,
+        }
+    }
+
+    /// The decay of a step that is taken with learning rate `lr` before the group's factor.
+    pub(crate) fn decay(&self) -> Decay {
+        self.muon().map(|config| config.decay).unwrap_or_default()
+    }
+
+    /// The same group for parameters that are cut into blocks.
+    pub(crate) fn shared(&self, blocks: &Blocks) -> Shared {
+        let optimizer = match (self.muon(), blocks) {
+            (Some(config), blocks) if *blocks != Blocks::Whole => {
+                Arc::new(config.clone().with_blocks(blocks.clone()).mixed())
+            }
+            _ => self.optimizer.clone(),
+        };
+        Shared { optimizer, learning_rate_factor: self.learning_rate_factor }
     }
 }
 
 impl std::fmt::Debug for GroupOptimizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("GroupOptimizer")
-            .field("kind", &self.kind)
-            .field("weight_decay", &self.weight_decay)
+            .field("settings", &self.settings)
+            .field("learning_rate_factor", &self.learning_rate_factor)
             .finish_non_exhaustive()
     }
 }
 
 impl From<MuonConfig> for GroupOptimizer {
     fn from(config: MuonConfig) -> Self {
-        Self { optimizer: Arc::new(config.build()), kind: Kind::Muon, weight_decay: config.weight_decay }
+        let optimizer = Arc::new(config.mixed());
+        Self { optimizer, settings: GroupSettings::Muon(Box::new(config)), learning_rate_factor: 1.0 }
     }
 }
 
 impl From<AdamWConfig> for GroupOptimizer {
     fn from(config: AdamWConfig) -> Self {
-        Self { optimizer: Arc::new(config.build()), kind: Kind::AdamW, weight_decay: config.weight_decay }
+        let optimizer = Arc::new(config.build());
+        Self { optimizer, settings: GroupSettings::AdamW(config), learning_rate_factor: 1.0 }
     }
 }
 
 /// A shared optimizer as `ModuleOptimizer::with_group` takes one.
-pub(crate) struct Shared(Arc<dyn DynOptimizer>);
+pub(crate) struct Shared {
+    optimizer: Arc<dyn DynOptimizer>,
+    learning_rate_factor: f64,
+}
 
 impl DynOptimizer for Shared {
     fn step_dyn(
@@ -89,19 +147,19 @@ impl DynOptimizer for Shared {
         grad: BridgeTensor,
         state: Option<DynState>,
     ) -> (BridgeTensor, Option<DynState>) {
-        self.0.step_dyn(rank, lr, tensor, grad, state)
+        self.optimizer.step_dyn(rank, lr * self.learning_rate_factor, tensor, grad, state)
     }
 
     fn to_device_dyn(&self, state: DynState, device: &Device) -> DynState {
-        self.0.to_device_dyn(state, device)
+        self.optimizer.to_device_dyn(state, device)
     }
 
     fn state_flatten(&self, prefix: &str, state: &DynState, out: &mut StateSink) {
-        self.0.state_flatten(prefix, state, out);
+        self.optimizer.state_flatten(prefix, state, out);
     }
 
     fn state_unflatten(&self, rank: usize, prefix: &str, src: &mut StateSource, device: &Device) -> Option<DynState> {
-        self.0.state_unflatten(rank, prefix, src, device)
+        self.optimizer.state_unflatten(rank, prefix, src, device)
     }
 }
 

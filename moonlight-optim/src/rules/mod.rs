@@ -14,13 +14,11 @@ use burn::module::Module;
 
 pub use assignment::{AssignedParameter, Assignment, BUFFER};
 pub use error::RuleError;
-pub use group::GroupOptimizer;
+pub use group::{GroupOptimizer, GroupSettings};
 pub use parameter::Parameter;
 pub use rule::Rule;
 
-pub(crate) use group::Kind;
-
-use crate::{AdamWConfig, MuonConfig};
+use crate::{AdamWConfig, Blocks, MuonConfig};
 use pattern::PathPattern;
 
 /// Groups of parameters, each with an optimizer, and the rules that fill them. The first rule that matches a
@@ -85,6 +83,22 @@ impl ParameterRules {
         rules.with_matrices_and_vectors()
     }
 
+    /// Keller Jordan's division and settings: as [`ParameterRules::muon_except`], with AdamW at 0.015 times the learning
+    /// rate, that is 3e-4 beside Muon's 0.02 (`MuonWithAuxAdam` of KellerJordan/Muon).
+    pub fn keller_jordan<P: Into<String>>(except: impl IntoIterator<Item = P>) -> Self {
+        let rules = Self::muon_except(except, MuonConfig::keller_jordan(), AdamWConfig::keller_jordan());
+        let slower = |(name, group): (String, GroupOptimizer)| {
+            let group = if name == "adamw" { group.with_learning_rate_factor(0.015) } else { group };
+            (name, group)
+        };
+        Self { groups: rules.groups.into_iter().map(slower).collect(), ..rules }
+    }
+
+    /// Kimi K2's: the report's division and settings. Its other half is [`QkClip`](crate::QkClip), after each step.
+    pub fn kimi_k2() -> Self {
+        Self::moonlight(MuonConfig::kimi_k2(), AdamWConfig::new())
+    }
+
     /// AdamW (group `adamw`) for every parameter.
     pub fn adamw(adamw: AdamWConfig) -> Self {
         Self::new().group("adamw", adamw).rule(Rule::to("adamw").because("AdamW takes all"))
@@ -113,8 +127,8 @@ impl ParameterRules {
     /// # Errors
     ///
     /// A rule that matches or takes nothing (unless it is optional), a trainable parameter that no rule takes, a
-    /// parameter given to Muon that is not a matrix or a stack of matrices, a group that does not exist or exists
-    /// twice, a malformed pattern, a module without trainable parameters.
+    /// parameter given to Muon that is not a matrix or a stack of matrices, blocks that do not fill their matrix, a rule
+    /// without conditions that sends matrices past Muon, a group that does not exist or exists twice, a malformed pattern, a module without trainable parameters.
     pub fn assign<M: Module>(&self, module: &M) -> Result<Assignment, RuleError> {
         self.assign_parameters(Parameter::of(module))
     }
@@ -173,6 +187,9 @@ impl ParameterRules {
         for (rule, (&matched, taken)) in self.rules.iter().zip(matched.iter().zip(&taken)) {
             self.check_rule(rule, matched, taken)?;
         }
+        for (rule, taken) in self.rules.iter().zip(&taken) {
+            self.check_past_muon(rule, taken)?;
+        }
         Ok(Assignment::new(rows, self.groups.clone()))
     }
 
@@ -204,12 +221,49 @@ impl ParameterRules {
         if taken.is_empty() && !rule.optional {
             return Err(RuleError::TakesNothing { rule: rule.describe(), matched });
         }
-        let muon = self.groups.iter().any(|(name, optimizer)| *name == rule.group && optimizer.kind() == Kind::Muon);
-        let wrong: Vec<_> = taken.iter().filter(|(_, shape)| !matches!(shape.len(), 2 | 3)).cloned().collect();
-        if muon && !wrong.is_empty() {
+        let muon = self.groups.iter().find(|(name, _)| *name == rule.group).and_then(|(_, group)| group.muon());
+        let Some(muon) = muon else {
+            return match taken.first() {
+                Some(parameter) if rule.blocks != Blocks::Whole => {
+                    Err(Self::blocks(rule, &rule.blocks, parameter, "only Muon does"))
+                }
+                _ => Ok(()),
+            };
+        };
+        let wrong: Vec<_> = taken.iter().filter(|(_, shape)| !muon.view.takes(shape.len())).cloned().collect();
+        if !wrong.is_empty() {
             return Err(RuleError::NotAMatrix { rule: rule.describe(), parameters: wrong });
         }
+        let blocks = if rule.blocks == Blocks::Whole { &muon.blocks } else { &rule.blocks };
+        for parameter in taken {
+            let [_, rows, columns] = muon.view.stack(&parameter.1);
+            if blocks.sizes(rows, columns).is_none() {
+                return Err(Self::blocks(rule, blocks, parameter, "do not fill it"));
+            }
+        }
         Ok(())
+    }
+
+    /// Another group than Muon's must not get matrices by a rule that has no condition.
+    fn check_past_muon(&self, rule: &Rule, taken: &[(String, Vec<usize>)]) -> Result<(), RuleError> {
+        let muon =
+            |name: &str| self.groups.iter().any(|(group, optimizer)| group == name && optimizer.muon().is_some());
+        let matrices: Vec<_> = taken.iter().filter(|(_, shape)| shape.len() >= 2).cloned().collect();
+        let any_muon = self.groups.iter().any(|(name, _)| muon(name));
+        if any_muon && !muon(&rule.group) && rule.matches_all() && !rule.matrices_too && !matrices.is_empty() {
+            return Err(RuleError::MatrixPastMuon { group: rule.group.clone(), parameters: matrices });
+        }
+        Ok(())
+    }
+
+    fn blocks(rule: &Rule, blocks: &Blocks, (path, shape): &(String, Vec<usize>), problem: &'static str) -> RuleError {
+        RuleError::Blocks {
+            rule: rule.describe(),
+            path: path.clone(),
+            shape: shape.clone(),
+            blocks: blocks.to_string(),
+            problem,
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::ops::{Bound, RangeBounds};
 
 use super::parameter::Parameter;
+use crate::Blocks;
 
 /// Sends the parameters that it matches to a group. All conditions given must hold; a rule without any matches every
 /// parameter.
@@ -22,6 +23,8 @@ pub struct Rule {
     pub(crate) highest_rank: usize,
     pub(crate) reason: Option<String>,
     pub(crate) optional: bool,
+    pub(crate) blocks: Blocks,
+    pub(crate) matrices_too: bool,
 }
 
 impl Rule {
@@ -35,6 +38,8 @@ impl Rule {
             highest_rank: usize::MAX,
             reason: None,
             optional: false,
+            blocks: Blocks::Whole,
+            matrices_too: false,
         }
     }
 
@@ -84,6 +89,30 @@ impl Rule {
         self
     }
 
+    /// Has Muon cut the matrices of this rule into blocks, in place of what its group's settings say.
+    ///
+    /// ```
+    /// use moonlight_optim::{Blocks, Rule};
+    ///
+    /// let heads = Rule::to("muon").path("**.q_proj.weight").blocks(Blocks::Columns(vec![192])).because("16 heads");
+    /// ```
+    pub fn blocks(mut self, blocks: Blocks) -> Self {
+        self.blocks = blocks;
+        self
+    }
+
+    /// Says that a rule without any condition may send matrices to a group that is not Muon's. Without this it is an error
+    /// where there is a Muon group, as it is how a matrix that a pattern missed ends up with AdamW unnoticed.
+    pub fn matrices_too(mut self) -> Self {
+        self.matrices_too = true;
+        self
+    }
+
+    /// Whether it has no condition.
+    pub(crate) fn matches_all(&self) -> bool {
+        self.path.is_none() && self.module.is_none() && (self.lowest_rank, self.highest_rank) == (0, usize::MAX)
+    }
+
     /// Whether rank and module type match; the path is matched by its compiled pattern.
     pub(crate) fn matches_kind(&self, parameter: &Parameter) -> bool {
         let rank = parameter.shape.len();
@@ -111,6 +140,7 @@ impl Rule {
 
     /// What the table says about why.
     pub(crate) fn why(&self) -> String {
-        self.reason.clone().unwrap_or_else(|| self.describe())
+        let reason = self.reason.clone().unwrap_or_else(|| self.describe());
+        if self.blocks == Blocks::Whole { reason } else { format!("{reason}, {}", self.blocks) }
     }
 }

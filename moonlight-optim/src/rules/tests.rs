@@ -150,3 +150,106 @@ fn a_shared_tensor_is_taken_once() {
     assert_eq!(assignment.rows()[1].shared_with.as_deref(), Some("0.weight"));
     assert!(assignment.to_string().contains("same tensor as `0.weight`"));
 }
+#[test]
+fn matrices_do_not_fall_past_muon_unnoticed() {
+    let base = || {
+        ParameterRules::new()
+            .group("muon", MuonConfig::new())
+            .group("adamw", AdamWConfig::new())
+            .rule(Rule::to("muon").path("layers.*.experts"))
+            .rule(Rule::to("muon").path("layers.*.up.weight"))
+    };
+    let error = base().rule(Rule::to("adamw")).assign(&model(true)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the rule for every parameter sends matrices past Muon to `adamw`: `embed_tokens.weight` [10, 4], \
+         `lm_head.weight` [4, 10]"
+    );
+    assert!(error.hint().unwrap().contains(".matrices_too()"));
+    assert!(base().rule(Rule::to("adamw").matrices_too()).assign(&model(true)).is_ok());
+    // A rank that neither Muon nor a rule takes is not passed on either: a convolution kernel, say.
+    #[derive(Module, Debug)]
+    struct Kernel {
+        weight: Param<Tensor<4>>,
+    }
+    let kernel = Kernel { weight: Initializer::Ones.init([2, 3, 4, 4], &Device::default().autodiff()) };
+    let rules = ParameterRules::muon_except(Vec::<String>::new(), MuonConfig::new(), AdamWConfig::new());
+    assert_eq!(rules.assign(&kernel).unwrap_err().to_string(), "no rule takes `weight` [2, 3, 4, 4]");
+    let kernels = MuonConfig::new().with_view(crate::MatrixView::Kernel);
+    let rules = ParameterRules::new().group("kernels", kernels).rule(Rule::to("kernels").rank(4..=4));
+    assert!(rules.assign(&kernel).is_ok());
+}
+
+#[test]
+fn blocks_of_a_rule_are_checked_and_shown() {
+    let rules = |blocks: Blocks| {
+        ParameterRules::new()
+            .group("muon", MuonConfig::new())
+            .group("adamw", AdamWConfig::new())
+            .rule(Rule::to("adamw").path("embed_tokens.*"))
+            .rule(Rule::to("muon").path("layers.*.up.weight").blocks(blocks).because("two heads"))
+            .rule(Rule::to("muon").rank(2..=3))
+            .rule(Rule::to("adamw").rank(..=1))
+    };
+    let assignment = rules(Blocks::Columns(vec![3])).assign(&model(true)).unwrap();
+    assert!(
+        format!("{assignment:#}").contains("[4, 6]     muon       two heads, blocks of 3 columns\n"),
+        "{assignment:#}"
+    );
+    let error = rules(Blocks::Columns(vec![4])).assign(&model(true)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the rule for path `layers.*.up.weight` cuts `layers.0.up.weight` [4, 6] into blocks of 4 columns, which do not \
+         fill it"
+    );
+    let other = ParameterRules::new()
+        .group("adamw", AdamWConfig::new())
+        .rule(Rule::to("adamw").path("lm_head.*").blocks(Blocks::Rows(vec![2])))
+        .rule(Rule::to("adamw"));
+    assert!(other.assign(&model(true)).unwrap_err().to_string().ends_with("blocks of 2 rows, which only Muon does"));
+}
+
+#[test]
+fn the_table_serialises() {
+    let assignment = ParameterRules::keller_jordan(["lm_head.*"]).assign(&model(true)).unwrap();
+    let table = serde_json::to_value(assignment).unwrap();
+    assert_eq!(
+        table["parameters"][1],
+        serde_json::json!({
+            "path": "layers.0.up.weight",
+            "shape": [4, 6],
+            "group": "muon",
+            "reason": "matrix",
+            "shared_with": null,
+            "blocks": "whole"
+        })
+    );
+    let groups = table["groups"].as_array().unwrap();
+    assert_eq!(groups[0]["name"], "muon");
+    assert_eq!(groups[0]["optimizer"]["muon"]["scale"], "keller_jordan");
+    assert_eq!((&groups[0]["tensors"], &groups[0]["elements"]), (&4.into(), &168.into()));
+    assert_eq!(groups[1]["learning_rate_factor"], 0.015);
+}
+
+#[test]
+fn a_group_takes_its_share_of_the_learning_rate() {
+    use burn::optim::GradientsParams;
+    let device = &Device::default().autodiff();
+    let layer: Linear = LinearConfig::new(4, 6).init(device);
+    let step = |factor: f64, lr: f64| {
+        let muon = MuonConfig::new().with_weight_decay(0.5);
+        let rules = ParameterRules::new()
+            .group("muon", GroupOptimizer::from(muon).with_learning_rate_factor(factor))
+            .group("adamw", AdamWConfig::new())
+            .rule(Rule::to("muon").rank(2..=2))
+            .rule(Rule::to("adamw").rank(1..=1));
+        let mut optimizer = rules.assign(&layer).unwrap().optimizer();
+        let loss = layer.forward(Tensor::<2>::ones([2, 4], device)).powi_scalar(3).sum();
+        let grads = GradientsParams::from_grads(loss.backward(), &layer);
+        let after = optimizer.step(lr, layer.clone(), grads);
+        let floats = |data: burn::tensor::TensorData| data.iter::<f32>().collect::<Vec<_>>();
+        (floats(after.weight.val().into_data()), floats(after.bias.unwrap().val().into_data()))
+    };
+    assert_eq!(step(0.25, 0.1).0, step(1.0, 0.025).0);
+    assert_eq!(step(0.25, 0.1).1, step(1.0, 0.1).1);
+}

@@ -4,7 +4,7 @@ use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
 
 use super::*;
-use crate::{AdamWConfig, MuonConfig, ParameterRules};
+use crate::{AdamWConfig, Adaptive, MomentumPrecision, MuonConfig, ParameterRules, Rounding, Rule};
 
 #[derive(Module, Debug)]
 struct Pair {
@@ -160,4 +160,86 @@ fn a_state_that_does_not_fit_is_refused() {
     assert!(error.starts_with("the optimizer state cannot be read"), "{error}");
     let missing = assign(&model, true).load_optimizer("/nowhere/optimizer.bpk");
     assert!(message(missing).contains("/nowhere/optimizer.bpk"));
+}
+
+/// Saved by one configuration and loaded by another: what is missing starts anew, what is not wanted is dropped.
+#[test]
+fn a_state_loads_into_other_types_variants_and_groups() {
+    let save = |muon: &MuonConfig, model: &Pair| {
+        let rules = ParameterRules::muon_except(Vec::<String>::new(), muon.clone(), AdamWConfig::new());
+        let mut optimizer = rules.assign(model).unwrap().optimizer();
+        let model = step(&mut optimizer, model.clone(), 2);
+        (optimizer, model)
+    };
+    // Another division into groups: each layer's matrix has one of its own.
+    let load = |muon: &MuonConfig, model: &Pair, bytes: Bytes| {
+        let assignment = ParameterRules::new()
+            .group("first", muon.clone())
+            .group("second", muon.clone())
+            .group("rest", AdamWConfig::new())
+            .rule(Rule::to("first").path("first.weight"))
+            .rule(Rule::to("second").path("second.weight"))
+            .rule(Rule::to("rest").rank(1..=1))
+            .assign(model)
+            .unwrap();
+        assignment.load_optimizer_bytes(bytes)
+    };
+    let start = pair(4);
+    let plain = MuonConfig::new();
+    let narrow = MuonConfig::new().with_momentum_precision(MomentumPrecision::Bf16);
+    let nor = MuonConfig::new().with_adaptive(Adaptive::nor_muon());
+    let ada = MuonConfig::new().with_adaptive(Adaptive::ada_muon());
+    for (from, to) in [(&plain, &narrow), (&narrow, &plain), (&plain, &nor), (&nor, &plain), (&nor, &nor), (&ada, &ada)]
+    {
+        let (optimizer, model) = save(from, &start);
+        let mut restored = load(to, &model, optimizer.into_bytes().unwrap()).unwrap();
+        let after = step(&mut restored, model, 3);
+        assert!(bits(&after).iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()));
+        // What is held now is what the new settings keep.
+        let (native, _) = save(to, &start);
+        assert_eq!(restored.to_record().len(), native.to_record().len());
+    }
+    let (optimizer, model) = save(&nor, &start);
+    assert_eq!(
+        load(&ada, &model, optimizer.into_bytes().unwrap()).err().unwrap().to_string(),
+        "the optimizer state of `first.weight` has shape [1, 1, 5], the parameter has [1, 4, 5]"
+    );
+}
+
+#[test]
+fn master_weights_are_saved_and_loaded() {
+    let narrow = |pair: Pair| {
+        let cast = |mut layer: Linear| {
+            let half = |tensor: Tensor<2>| Tensor::from_inner(tensor.inner().cast(DType::BF16)).require_grad();
+            layer.weight = layer.weight.map(half);
+            layer.bias = None;
+            layer
+        };
+        Pair { first: cast(pair.first), second: cast(pair.second) }
+    };
+    let step = |optimizer: &mut ModuleOptimizer, pair: Pair| {
+        let x = Tensor::<2>::ones([2, 4], &Device::default().autodiff()).cumsum(0).cast(DType::BF16);
+        let loss = pair.second.forward(pair.first.forward(x)).square().mean();
+        let grads = GradientsParams::from_grads(loss.backward(), &pair);
+        optimizer.step(1e-4, pair, grads)
+    };
+    let values = |pair: &Pair| -> Vec<f32> { pair.second.weight.val().into_data().iter::<f32>().collect() };
+    let rules = ParameterRules::new()
+        .group("muon", MuonConfig::new().with_rounding(Rounding::MasterWeights))
+        .group("adamw", AdamWConfig::new().with_rounding(Rounding::MasterWeights))
+        .rule(Rule::to("muon").path("first.weight"))
+        .rule(Rule::to("adamw").path("second.weight"));
+    let mut model = narrow(pair(4));
+    let mut optimizer = rules.assign(&model).unwrap().optimizer();
+    for _ in 0..3 {
+        model = step(&mut optimizer, model);
+    }
+    let mut resumed = narrow(reborn(&model));
+    let bytes = optimizer.into_bytes().unwrap();
+    let mut restored = rules.assign(&resumed).unwrap().load_optimizer_bytes(bytes).unwrap();
+    for _ in 0..30 {
+        model = step(&mut optimizer, model);
+        resumed = step(&mut restored, resumed);
+        assert_eq!(values(&resumed), values(&model));
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use moonlight_optim::QkClip;
 use serde::Serialize;
 
 use super::section::Section;
@@ -90,9 +91,17 @@ pub struct OptimizerRecipe {
     pub betas: [f64; 2],
     /// `epsilon`: AdamW's. Default: 1e-8.
     pub epsilon: f64,
+    /// `qk_clip`: the largest attention logit that is let be; heads above it are scaled down after the step (MuonClip,
+    /// Kimi K2, where it is 100). Costs the logits of every step once more. Default: 0, off.
+    pub qk_clip: f64,
 }
 
 impl OptimizerRecipe {
+    /// QK-clip, if it is asked for.
+    pub(crate) fn qk_clip(&self) -> Option<QkClip> {
+        (self.qk_clip > 0.0).then_some(QkClip { threshold: self.qk_clip })
+    }
+
     pub(super) fn read(section: &mut Section<'_>) -> Self {
         let name = section.choice("name", &["muon", "adamw"]).unwrap_or(OptimizerName::Muon);
         if !section.has("learning_rate") {
@@ -122,6 +131,8 @@ impl OptimizerRecipe {
         });
         let epsilon = section.number("epsilon").unwrap_or(1e-8);
         section.require("epsilon", epsilon > 0.0, || format!("is {epsilon}; it must be above 0"));
+        let qk_clip = section.number("qk_clip").unwrap_or(0.0);
+        section.require("qk_clip", qk_clip >= 0.0, || format!("is {qk_clip}; it must not be negative"));
         Self {
             name,
             learning_rate,
@@ -133,6 +144,7 @@ impl OptimizerRecipe {
             update_rms,
             betas,
             epsilon,
+            qk_clip,
         }
     }
 }

@@ -33,6 +33,8 @@ pub(crate) struct StepOutcome {
     pub(crate) expert_loads: Vec<Option<Vec<u64>>>,
     /// The largest attention logit and the share of logits above 100, where they were asked for.
     pub(crate) attention: Option<(f64, f64)>,
+    /// The largest attention logit of each head of each layer, where they were asked for; else empty.
+    pub(crate) head_logits: Vec<Vec<f64>>,
 }
 
 /// A loss or a gradient that is no number.
@@ -56,6 +58,7 @@ pub(crate) fn gradient(
     let mut loss = 0.0;
     let mut loads: Vec<Option<Vec<u64>>> = Vec::new();
     let mut attention: Option<(f64, f64)> = None;
+    let mut head_logits: Vec<Vec<f64>> = Vec::new();
     for batch in batches {
         let output = trainee.step(MicroBatch {
             batch: batch.to_device(device),
@@ -67,6 +70,7 @@ pub(crate) fn gradient(
         loss += output.item.loss_sum / predicted;
         finite("loss", loss)?;
         add_loads(&mut loads, output.item.report.expert_loads());
+        add_head_logits(&mut head_logits, &output.item.report);
         if let Some((largest, share)) = attention_of(&output.item.report) {
             let (old_largest, old_share) = attention.unwrap_or((f64::NEG_INFINITY, 0.0));
             attention = Some((largest.max(old_largest), old_share + share / batches.len() as f64));
@@ -82,7 +86,7 @@ pub(crate) fn gradient(
             gradients = scaled(&trainee.model, gradients, scale);
         }
     }
-    Ok((gradients, StepOutcome { loss, gradient_norm, expert_loads: loads, attention }))
+    Ok((gradients, StepOutcome { loss, gradient_norm, expert_loads: loads, attention, head_logits }))
 }
 
 /// Updates the parameters by the optimizer and the routers' biases by their rule.
@@ -109,6 +113,18 @@ fn add_loads(sum: &mut Vec<Option<Vec<u64>>>, loads: Vec<Option<Vec<u64>>>) {
     for (sum, load) in sum.iter_mut().zip(loads) {
         if let (Some(sum), Some(load)) = (sum, load) {
             sum.iter_mut().zip(load).for_each(|(sum, load)| *sum += load);
+        }
+    }
+}
+
+/// The larger of each head's logits so far and those of one more pass.
+fn add_head_logits(so_far: &mut Vec<Vec<f64>>, report: &ForwardReport) {
+    let layers = report.layers.iter().map_while(|layer| layer.max_attention_logit.clone());
+    for (index, logits) in layers.enumerate() {
+        let logits: Vec<f64> = logits.into_data().iter::<f64>().collect();
+        match so_far.get_mut(index) {
+            Some(largest) => largest.iter_mut().zip(logits).for_each(|(largest, logit)| *largest = largest.max(logit)),
+            None => so_far.push(logits),
         }
     }
 }

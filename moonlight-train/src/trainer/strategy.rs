@@ -18,6 +18,7 @@ use burn::train::{
 use moonlight_model::{CausalLm, Probe};
 use moonlight_optim::{Assignment, update_rms};
 
+use super::qk_clip;
 use super::step::{StepSettings, gradient, update};
 use super::terminal;
 use super::trainee::Trainee;
@@ -180,12 +181,13 @@ impl Run {
         let train = &self.recipe.train;
         let index = self.state.step;
         let probed = train.probe_every > 0 && (index + 1).is_multiple_of(train.probe_every);
+        let clip = self.recipe.optimizer.qk_clip();
         let settings = StepSettings {
             learning_rate: self.schedule.rate(index),
             gradient_clip: train.gradient_clip,
             balance_weight: self.recipe.moe.sequence_balance_weight,
             bias_update_rate: self.schedule.bias_update_rate(index).unwrap_or(self.recipe.moe.bias_update_rate),
-            probe: Probe { attention_logits: probed },
+            probe: Probe { attention_logits: probed || clip.is_some() },
         };
         let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
         let batches = (0..passes).map(|_| self.stream.next_batch()).collect::<Result<Vec<_>, _>>()?;
@@ -200,6 +202,9 @@ impl Run {
         let before = probed.then(|| trainee.model.clone());
         *trainee = update(trainee.clone(), &mut self.optimizer, gradients, &outcome.expert_loads, &settings);
         let rms = before.map(|before| self.update_rms(&before, &trainee.model, settings.learning_rate));
+        if let Some(clip) = clip {
+            trainee.model = qk_clip::clip(trainee.model.clone(), &outcome.head_logits, clip);
+        }
         let rms_of = |group: &str| {
             rms.as_ref().and_then(|rms| rms.iter().find(|(name, _)| name == group)).map(|(_, value)| *value)
         };

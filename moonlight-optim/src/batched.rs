@@ -1,0 +1,404 @@
+//! Muon for a whole module, with equal matrices of different parameters in one Newton-Schulz.
+//!
+//! Burn's `ModuleOptimizer` hands an optimizer one parameter at a time and keeps the states to itself, so that it can batch
+//! within a stack only. This one takes what Muon steps out of its hands and leaves it the rest.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::optim::{GradientsParams, ModuleOptimizer};
+use burn::tensor::{Bytes, Device, Shape, Tensor, TensorData};
+use burn_pack::{Reader, Scalar, Tensor as Stored, Writer};
+
+use crate::state::{RANK, StateError};
+use crate::{Assignment, Muon, MuonState, Rounding};
+
+/// The optimizer of an [`Assignment`], as [`Assignment::optimizer`], that steps all equal matrices of Muon's groups together
+/// by [`Muon::step_batch`]: the same parameters bit for bit, sooner where there are many small ones.
+///
+/// Parameters whose group rounds them in another way than to nearest are stepped one by one. State is saved in the same
+/// format: either kind of optimizer loads what the other has saved.
+#[derive(Clone, Debug)]
+pub struct BatchedOptimizer {
+    /// Everything else.
+    rest: RestOptimizer,
+    groups: Vec<Group>,
+    /// By path.
+    states: HashMap<String, Held>,
+}
+
+/// Burn's optimizer has no `Debug`.
+#[derive(Clone)]
+struct RestOptimizer(ModuleOptimizer);
+
+impl std::fmt::Debug for RestOptimizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ModuleOptimizer")
+    }
+}
+
+/// Parameters that one Muon steps.
+#[derive(Clone, Debug)]
+struct Group {
+    muon: Muon,
+    learning_rate_factor: f64,
+    paths: HashSet<String>,
+}
+
+/// The state of a parameter.
+#[derive(Clone, Debug)]
+struct Held {
+    id: ParamId,
+    shape: Shape,
+    /// Its momentum as the stack that the parameter is stepped as.
+    state: MuonState<3>,
+}
+
+/// A parameter on its way to a step.
+struct Waiting {
+    path: String,
+    id: ParamId,
+    group: usize,
+    shape: Shape,
+    device: Device,
+    tensor: Tensor<3>,
+    gradient: Tensor<3>,
+}
+
+impl Assignment {
+    /// The optimizer for the module, without any state, that steps equal matrices together.
+    pub fn batched_optimizer(&self) -> BatchedOptimizer {
+        self.batched_around(self.optimizer(), HashMap::new())
+    }
+
+    fn batched_around(&self, rest: ModuleOptimizer, states: HashMap<String, Held>) -> BatchedOptimizer {
+        let mut groups = Vec::new();
+        for (name, group) in self.groups() {
+            let Some(config) = group.muon().filter(|config| config.rounding == Rounding::Nearest) else { continue };
+            for (blocks, paths) in self.by_blocks(name) {
+                groups.push(Group {
+                    muon: config.clone().with_blocks(blocks).build(),
+                    learning_rate_factor: group.learning_rate_factor(),
+                    paths: paths.into_iter().map(str::to_string).collect(),
+                });
+            }
+        }
+        BatchedOptimizer { rest: RestOptimizer(rest), groups, states }
+    }
+
+    /// [`Assignment::batched_optimizer`] with the state of a file that [`BatchedOptimizer::save`] or `ModuleOptimizer::save`
+    /// wrote.
+    ///
+    /// # Errors
+    ///
+    /// See [`StateError`].
+    pub fn load_batched_optimizer(&self, path: impl AsRef<Path>) -> Result<BatchedOptimizer, StateError> {
+        self.restore_batched(Reader::from_file(path)?)
+    }
+
+    /// As [`Assignment::load_batched_optimizer`], from bytes.
+    ///
+    /// # Errors
+    ///
+    /// See [`StateError`].
+    pub fn load_batched_optimizer_bytes(&self, bytes: Bytes) -> Result<BatchedOptimizer, StateError> {
+        self.restore_batched(Reader::from_bytes(bytes)?)
+    }
+
+    fn restore_batched(&self, reader: Reader) -> Result<BatchedOptimizer, StateError> {
+        // Checked and renamed as any state is; then Muon's part is taken out.
+        let reader = Reader::from_bytes(self.restore(reader)?.into_bytes().map_err(unreadable)?)?;
+        let mut optimizer = self.batched_optimizer();
+        let (paths, scalars) = (reader.metadata().clone(), reader.scalars().clone());
+        let mut rest = Vec::new();
+        let mut fields: HashMap<String, HashMap<String, TensorData>> = HashMap::new();
+        for tensor in reader.into_tensors()? {
+            let (id, field) = tensor.name.split_once('.').unwrap_or((&tensor.name, ""));
+            let path = paths.get(id).filter(|path| optimizer.group_of(path).is_some());
+            let Some(path) = path else {
+                rest.push(tensor);
+                continue;
+            };
+            let (path, field) = (path.clone(), field.to_string());
+            let (_, dtype, shape, _, bytes) = tensor.into_parts()?;
+            fields.entry(path).or_default().insert(field, TensorData::from_bytes(bytes, shape, dtype));
+        }
+        let device = Device::default();
+        let tensor = |data: TensorData, shape: [usize; 3]| {
+            let (bytes, _, dtype) = data.into_parts();
+            Tensor::<3>::from_data(TensorData::from_bytes(bytes, shape, dtype), (&device, dtype))
+        };
+        for (id, path) in &paths {
+            let (Some(group), Some(mut fields)) = (optimizer.group_of(path), fields.remove(path)) else { continue };
+            let Some(momentum) = fields.remove("momentum") else { continue };
+            let shape = momentum.shape().clone();
+            let stack = optimizer.groups[group].muon.config().view.stack(shape.as_slice());
+            let second_moment = fields.remove("second_moment").and_then(|data| {
+                let shape: [usize; 3] = data.shape().as_slice().try_into().ok()?;
+                Some(tensor(data, shape))
+            });
+            let step = scalars.get(&format!("{id}.step")).and_then(|step| usize::try_from(*step).ok()).unwrap_or(0);
+            let state = MuonState { momentum: tensor(momentum, stack), second_moment, step };
+            let id = id.parse::<u64>().map_err(|_| StateError::Nameless { entry: id.clone() })?;
+            optimizer.states.insert(path.clone(), Held { id: ParamId::from(id), shape, state });
+        }
+        let mut writer = Writer::new(rest);
+        let kept = |id: &str| paths.get(id).is_some_and(|path| !optimizer.states.contains_key(path));
+        for (name, value) in &scalars {
+            if name.split_once('.').is_some_and(|(id, _)| kept(id)) {
+                writer = writer.with_scalar(name, *value);
+            }
+        }
+        for (id, path) in paths.iter().filter(|(id, _)| kept(id)) {
+            writer = writer.with_metadata(id, path);
+        }
+        let rest = self.optimizer().from_bytes(writer.into_bytes()?).map_err(unreadable)?;
+        Ok(self.batched_around(rest, optimizer.states))
+    }
+}
+
+fn unreadable(error: burn::store::RecordError) -> StateError {
+    StateError::Unreadable(error.to_string())
+}
+
+impl BatchedOptimizer {
+    fn group_of(&self, path: &str) -> Option<usize> {
+        self.groups.iter().position(|group| group.paths.contains(path))
+    }
+
+    /// A step of the module, as `ModuleOptimizer::step`.
+    pub fn step<M: Module>(&mut self, lr: f64, module: M, mut gradients: GradientsParams) -> M {
+        let mut collector =
+            Collector { path: Vec::new(), optimizer: self, gradients: &mut gradients, waiting: Vec::new() };
+        module.visit(&mut collector);
+        let mut waiting = collector.waiting;
+        let mut updated = HashMap::with_capacity(waiting.len());
+        while let Some(first) = waiting.first() {
+            let like = (first.group, first.tensor.dims(), first.tensor.dtype(), first.device.clone());
+            let equal = |one: &Waiting| (one.group, one.tensor.dims(), one.tensor.dtype(), one.device.clone()) == like;
+            let (batch, others): (Vec<_>, Vec<_>) = waiting.into_iter().partition(equal);
+            waiting = others;
+            self.step_equal(lr, batch, &mut updated);
+        }
+        let module = module.map(&mut Replacer(updated));
+        self.rest.0.step(lr, module, gradients)
+    }
+
+    fn step_equal(&mut self, lr: f64, batch: Vec<Waiting>, updated: &mut HashMap<ParamId, Tensor<3>>) {
+        let Some(Waiting { group, device, .. }) = batch.first() else { return };
+        let Group { muon, learning_rate_factor, .. } = &self.groups[*group];
+        let device = device.clone();
+        let mut owners = Vec::with_capacity(batch.len());
+        let mut members = Vec::with_capacity(batch.len());
+        for Waiting { path, id, shape, tensor, gradient, .. } in batch {
+            let state = self.states.remove(&path).map(|held| MuonState {
+                momentum: held.state.momentum.to_device(&device),
+                second_moment: held.state.second_moment.map(|second| second.to_device(&device)),
+                step: held.state.step,
+            });
+            members.push((tensor, gradient, state));
+            owners.push((path, id, shape));
+        }
+        let stepped = muon.step_stacks(lr * learning_rate_factor, members);
+        for ((path, id, shape), (tensor, state)) in owners.into_iter().zip(stepped) {
+            updated.insert(id, tensor);
+            self.states.insert(path, Held { id, shape, state });
+        }
+    }
+
+    /// The state as bytes, in the format of `ModuleOptimizer::into_bytes`.
+    ///
+    /// # Errors
+    ///
+    /// If the state cannot be put together.
+    pub fn into_bytes(&self) -> Result<Bytes, StateError> {
+        Ok(self.writer()?.into_bytes()?)
+    }
+
+    /// Writes the state to a file, as `ModuleOptimizer::save`.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), StateError> {
+        Ok(self.writer()?.write_to_file(path)?)
+    }
+
+    fn writer(&self) -> Result<Writer, StateError> {
+        let reader = Reader::from_bytes(self.rest.0.into_bytes().map_err(unreadable)?)?;
+        let (paths, scalars) = (reader.metadata().clone(), reader.scalars().clone());
+        let mut tensors = reader.into_tensors()?;
+        let mut by_path: Vec<_> = self.states.iter().collect();
+        by_path.sort_by_key(|(path, _)| *path);
+        for (_, Held { id, shape, state }) in &by_path {
+            let mut push = |field: &str, data: TensorData, shape: Shape| {
+                let (bytes, _, dtype) = data.into_parts();
+                tensors.push(Stored::new(format!("{}.{field}", id.val()), dtype, shape, Some(id.val()), bytes));
+            };
+            push("momentum", state.momentum.clone().into_data(), shape.clone());
+            if let Some(second) = &state.second_moment {
+                push("second_moment", second.clone().into_data(), second.shape());
+            }
+        }
+        let mut writer = Writer::new(tensors);
+        for (name, value) in &scalars {
+            writer = writer.with_scalar(name, *value);
+        }
+        for (id, path) in &paths {
+            writer = writer.with_metadata(id, path);
+        }
+        for (path, Held { id, shape, state }) in by_path {
+            let id = id.val();
+            writer = writer.with_scalar(&format!("{id}.{RANK}"), Scalar::from(shape.as_slice().len()));
+            writer = writer.with_scalar(&format!("{id}.step"), Scalar::from(state.step));
+            writer = writer.with_metadata(&id.to_string(), path);
+        }
+        Ok(writer)
+    }
+}
+
+/// Takes the parameters and gradients of Muon's groups.
+struct Collector<'a> {
+    path: Vec<String>,
+    optimizer: &'a BatchedOptimizer,
+    gradients: &'a mut GradientsParams,
+    waiting: Vec<Waiting>,
+}
+
+impl ModuleVisitor for Collector<'_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let path = self.path.join(".");
+        let Some(group) = self.optimizer.group_of(&path) else { return };
+        let Some(gradient) = self.gradients.remove::<D>(param.id) else { return };
+        let device = gradient.device();
+        let tensor = param.val().inner().to_device(&device);
+        let shape = tensor.shape();
+        let stack = self.optimizer.groups[group].muon.config().view.stack(shape.as_slice());
+        let (tensor, gradient) = (tensor.reshape(stack), gradient.reshape(stack));
+        self.waiting.push(Waiting { path, id: param.id, group, shape, device, tensor, gradient });
+    }
+}
+
+/// Puts stepped parameters in the place of the old ones.
+struct Replacer(HashMap<ParamId, Tensor<3>>);
+
+impl ModuleMapper for Replacer {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(updated) = self.0.remove(&param.id) else { return param };
+        param.map(|old| {
+            let mut new = Tensor::from_inner(updated.clone().reshape(old.shape()));
+            if let Some(strategy) = old.gradient_checkpointing_strategy() {
+                new = new.with_gradient_checkpointing_strategy(strategy);
+            }
+            new.set_require_grad(old.is_require_grad())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+    use burn::tensor::Distribution;
+
+    use super::*;
+    use crate::{AdamWConfig, Adaptive, Blocks, GroupOptimizer, MuonConfig, ParameterRules, Rule};
+
+    #[derive(Module, Debug)]
+    struct Net {
+        first: Vec<Linear>,
+        experts: Param<Tensor<3>>,
+        narrow: Linear,
+    }
+
+    fn net() -> Net {
+        let device = &Device::default().autodiff();
+        let experts = Tensor::<3>::random([3, 6, 6], Distribution::Default, device);
+        Net {
+            first: (0..4).map(|_| LinearConfig::new(6, 6).init(device)).collect(),
+            experts: Param::from_tensor(experts),
+            narrow: LinearConfig::new(6, 4).init(device),
+        }
+    }
+
+    fn rules(adaptive: Adaptive) -> ParameterRules {
+        ParameterRules::new()
+            .group(
+                "muon",
+                GroupOptimizer::from(MuonConfig::new().with_adaptive(adaptive)).with_learning_rate_factor(0.5),
+            )
+            .group("adamw", AdamWConfig::new())
+            .rule(Rule::to("muon").path("first.3.weight").blocks(Blocks::Columns(vec![2])))
+            .rule(Rule::to("muon").rank(2..=3))
+            .rule(Rule::to("adamw").rank(1..=1))
+    }
+
+    fn gradients(net: &Net, seed: u64) -> GradientsParams {
+        let device = &Device::default().autodiff();
+        let x = Tensor::<2>::ones([3, 6], device).cumsum(0).mul_scalar(0.1 * seed as f64 + 0.1);
+        let mut hidden = x.clone();
+        for layer in &net.first {
+            hidden = layer.forward(hidden).tanh();
+        }
+        let experts = hidden.clone().unsqueeze::<3>().matmul(net.experts.val().slice([0..1])).sum();
+        let loss = net.narrow.forward(hidden).powi_scalar(2).mean().add(experts.clone().mul(experts));
+        GradientsParams::from_grads(loss.backward(), net)
+    }
+
+    fn values(net: &Net) -> Vec<f32> {
+        let mut all = Vec::new();
+        for layer in net.first.iter().chain([&net.narrow]) {
+            all.extend(layer.weight.val().into_data().iter::<f32>());
+            all.extend(layer.bias.as_ref().unwrap().val().into_data().iter::<f32>());
+        }
+        all.extend(net.experts.val().into_data().iter::<f32>());
+        all
+    }
+
+    #[test]
+    fn the_steps_are_those_of_burns_optimizer_bit_for_bit() {
+        for adaptive in [Adaptive::Off, Adaptive::nor_muon(), Adaptive::ada_muon()] {
+            let start = net();
+            let assignment = rules(adaptive).assign(&start).unwrap();
+            let (mut one, mut other) = (start.clone(), start.clone());
+            let (mut plain, mut batched) = (assignment.optimizer(), assignment.batched_optimizer());
+            for seed in 0..4 {
+                let taken = gradients(&one, seed);
+                one = plain.step(0.05, one, taken);
+                let taken = gradients(&other, seed);
+                other = batched.step(0.05, other, taken);
+                assert_eq!(values(&one), values(&other), "{adaptive:?} step {seed}");
+            }
+            assert_ne!(values(&one), values(&start));
+
+            // What either saved, the other loads.
+            let mut crossed = assignment.load_batched_optimizer_bytes(plain.into_bytes().unwrap()).unwrap();
+            let mut back = assignment.load_optimizer_bytes(batched.into_bytes().unwrap()).unwrap();
+            for seed in 4..6 {
+                let taken = gradients(&one, seed);
+                one = back.step(0.05, one, taken);
+                let taken = gradients(&other, seed);
+                other = crossed.step(0.05, other, taken);
+                assert_eq!(values(&one), values(&other), "{adaptive:?} step {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn parameters_still_train_afterwards() {
+        let start = net();
+        let mut batched = rules(Adaptive::Off).assign(&start).unwrap().batched_optimizer();
+        let taken = gradients(&start, 0);
+        let stepped = batched.step(0.05, start, taken);
+        assert!(stepped.first.iter().all(|layer| layer.weight.val().is_require_grad()));
+        assert!(stepped.experts.val().is_require_grad());
+    }
+}

@@ -1,0 +1,320 @@
+//! Figures about updates and weights, as values.
+
+use std::collections::HashMap;
+
+use burn::linalg::svd;
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::Assignment;
+
+/// What a step did to a group of parameters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupFigures {
+    /// The group's name.
+    pub group: String,
+    /// The RMS of the update, before the learning rate and without decay, over all elements of the group:
+    /// `sqrt(mean(((before - after) / lr - decay)^2))`. With the report's scale Muon's is about 0.2 (less where updates
+    /// are not of full rank), and AdamW's is 0.2 to 0.4 in practice.
+    pub update_rms: f64,
+    /// The RMS of the parameters after the step, as in the report's Tables 1 and 8.
+    pub weight_rms: f64,
+    /// The learning rate that the group was stepped with: the step's times the group's own factor.
+    pub learning_rate: f64,
+}
+
+/// The figures of each group for one step taken with learning rate `lr`, the module's `step`-th (from 0; only decay that
+/// goes by a schedule needs to know it).
+///
+/// `before` and `after` are the module around the step. Groups come in the order in which they were declared; a group
+/// without parameters, or a learning rate of 0, gives no figure.
+///
+/// Keeping `before` (a clone of the module) over the step costs a copy of its parameters: do it on the steps that are
+/// logged.
+pub fn group_figures<M: Module>(
+    before: &M,
+    after: &M,
+    assignment: &Assignment,
+    lr: f64,
+    step: usize,
+) -> Vec<GroupFigures> {
+    let before = flat(before);
+    let after = flat(after);
+    let mut figures = Vec::new();
+    for (name, group) in assignment.groups() {
+        let learning_rate = lr * group.learning_rate_factor();
+        if learning_rate == 0.0 {
+            continue;
+        }
+        let decay = group.decay();
+        let rate = decay.fraction(group.weight_decay(), learning_rate, step) / learning_rate;
+        let mut sums: Option<Tensor<1>> = None; // of squared updates, of squared weights
+        let mut count = 0;
+        for row in assignment.parameters_of(name) {
+            let (Some(old), Some(new)) = (before.get(&row.path), after.get(&row.path)) else { continue };
+            let change = old.clone().sub(new.clone()).div_scalar(learning_rate);
+            let decayed = change.clone().sub(old.clone().mul_scalar(rate));
+            let update = if decay.cautious {
+                // Along the weight, a change with decay is `rate` of it at least, and one without is against it.
+                let along = change.clone().mul(old.clone());
+                let against = along.lower(old.clone().square().mul_scalar(0.5 * rate));
+                decayed.mask_where(against, change)
+            } else {
+                decayed
+            };
+            let squares = Tensor::cat(vec![update.square().sum(), new.clone().square().sum()], 0);
+            count += row.elements();
+            // Kept on the device: two numbers a group are read back, not two a parameter.
+            sums = Some(match sums {
+                Some(sums) => {
+                    let device = sums.device();
+                    sums.add(squares.to_device(&device))
+                }
+                None => squares,
+            });
+        }
+        let Some(sums) = sums else { continue };
+        let sums: Vec<f64> = sums.into_data().iter::<f64>().collect();
+        let rms = |sum: f64| (sum / count as f64).sqrt();
+        let (update_rms, weight_rms) = (rms(sums[0]), rms(sums[1]));
+        figures.push(GroupFigures { group: name.to_string(), update_rms, weight_rms, learning_rate });
+    }
+    figures
+}
+
+/// [`GroupFigures::update_rms`] of each group, by name. For decay that goes by a schedule, see [`group_figures`].
+pub fn update_rms<M: Module>(before: &M, after: &M, assignment: &Assignment, lr: f64) -> Vec<(String, f64)> {
+    let figures = group_figures(before, after, assignment, lr, 0);
+    figures.into_iter().map(|figures| (figures.group, figures.update_rms)).collect()
+}
+
+/// How far each matrix of a stack `[batch, rows, columns]` is from orthogonal: `||X X^T - I|| / sqrt(n)` in the Frobenius
+/// norm, with the Gram matrix on the shorter side, `n` long. 0 is orthogonal; singular values of 0.7 to 1.2 give about 0.3.
+pub fn orthogonality_error(x: Tensor<3>) -> Vec<f64> {
+    let [_, rows, columns] = x.dims();
+    let x = x.cast(DType::F32);
+    let transposed = x.clone().swap_dims(1, 2);
+    let gram = if rows <= columns { x.matmul(transposed) } else { transposed.matmul(x) };
+    let short = rows.min(columns);
+    let identity = Tensor::<2>::eye(short, &gram.device()).cast(DType::F32).unsqueeze::<3>();
+    let squares = gram.sub(identity).square().sum_dims(&[1, 2]); // [batch, 1, 1]
+    squares.into_data().iter::<f64>().map(|square| (square / short as f64).sqrt()).collect()
+}
+
+/// The singular values of a matrix, and what the report reads from them (3.4).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Spectrum {
+    /// In descending order.
+    pub singular_values: Vec<f64>,
+}
+
+impl Spectrum {
+    /// The spectrum of a matrix `[rows, columns]`, by Burn's `svd`, which runs on the host in the time of a few `m n^2`
+    /// scalar operations: seconds for matrices of a thousand rows. `None` for a matrix that is not finite.
+    pub fn of(matrix: Tensor<2>) -> Option<Self> {
+        /// QR sweeps a singular value; two or three are usual.
+        const SWEEPS: usize = 60;
+        let matrix = matrix.cast(DType::F32);
+        // Divided by the largest element, so that squares inside neither overflow nor vanish.
+        let largest = f64::from(matrix.clone().abs().max().into_scalar::<f32>());
+        if !largest.is_finite() {
+            return None;
+        }
+        let short = *matrix.dims().iter().min()?;
+        if largest == 0.0 {
+            return Some(Self { singular_values: vec![0.0; short] });
+        }
+        let (_, values, _) = svd::<2, 1>(matrix.div_scalar(largest), SWEEPS);
+        let singular_values = values.into_data().iter::<f64>().map(|value| value * largest).collect();
+        Some(Self { singular_values })
+    }
+
+    /// `H = -1 / log(n) sum_i p_i log p_i` with `p_i = sigma_i^2 / sum_j sigma_j^2`, the report's SVD entropy: 1 where all
+    /// singular values are equal, 0 where there is one, and 0 for a matrix of zeros.
+    pub fn entropy(&self) -> f64 {
+        let squares = self.squares();
+        let sum: f64 = squares.iter().sum();
+        if squares.len() < 2 || sum == 0.0 {
+            return 0.0;
+        }
+        let terms = squares.iter().map(|square| square / sum).filter(|p| *p > 0.0).map(|p| p * p.ln());
+        -terms.sum::<f64>() / (squares.len() as f64).ln()
+    }
+
+    /// `sum_i sigma_i^2 / max_i sigma_i^2`: how many singular values as large as the largest would weigh as much. 0 for a
+    /// matrix of zeros.
+    pub fn stable_rank(&self) -> f64 {
+        let squares = self.squares();
+        let largest = squares.iter().copied().fold(0.0, f64::max);
+        if largest == 0.0 { 0.0 } else { squares.iter().sum::<f64>() / largest }
+    }
+
+    /// Squares, as a share of the largest singular value.
+    fn squares(&self) -> Vec<f64> {
+        let largest = self.singular_values.iter().copied().fold(0.0, f64::max);
+        if largest == 0.0 {
+            return vec![0.0; self.singular_values.len()];
+        }
+        self.singular_values.iter().map(|value| (value / largest).powi(2)).collect()
+    }
+}
+
+/// The float tensors of a module by path, flat, in f32 and outside any graph.
+fn flat<M: Module>(module: &M) -> HashMap<String, Tensor<1>> {
+    let mut collector = Flat::default();
+    module.visit(&mut collector);
+    collector.tensors
+}
+
+#[derive(Default)]
+struct Flat {
+    path: Vec<String>,
+    tensors: HashMap<String, Tensor<1>>,
+}
+
+impl ModuleVisitor for Flat {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let tensor = param.base().inner();
+        let elements = tensor.shape().num_elements();
+        let tensor = tensor.reshape([elements]).cast(DType::F32);
+        self.tensors.insert(self.path.join("."), tensor);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+    use burn::optim::GradientsParams;
+    use burn::tensor::{Device, Distribution};
+
+    use super::*;
+    use crate::{
+        AdamWConfig, Coefficients, Decay, DecaySchedule, GroupOptimizer, MuonConfig, NewtonSchulz, ParameterRules,
+    };
+
+    #[test]
+    fn the_figures_are_those_of_the_update_rules() {
+        let device = Device::default().autodiff();
+        let layer: Linear = LinearConfig::new(24, 16).init(&device);
+        let muon = MuonConfig::new().with_coefficients(Coefficients::PolarExpress).with_steps(12);
+        let rules = ParameterRules::muon_except(Vec::<String>::new(), muon, AdamWConfig::new());
+        let assignment = rules.assign(&layer).unwrap();
+        let x = Tensor::<2>::random([200, 24], Distribution::Normal(0.0, 1.0), &device);
+        let target = Tensor::<2>::random([200, 16], Distribution::Normal(0.0, 1.0), &device);
+        let loss = layer.forward(x).sub(target).square().mean();
+        let grads = GradientsParams::from_grads(loss.backward(), &layer);
+        let before = layer.clone();
+        let lr = 0.01;
+        let after = assignment.optimizer().step(lr, layer, grads);
+
+        let figures = update_rms(&before, &after, &assignment, lr);
+        assert_eq!(figures.len(), 2);
+        // 0.2 at full rank with singular values of 1; the first step of Adam has all elements of length 1.
+        assert!(figures[0].0 == "muon" && (figures[0].1 - 0.2).abs() < 1e-3, "{figures:?}");
+        assert!(figures[1].0 == "adamw" && (figures[1].1 - 1.0).abs() < 1e-3, "{figures:?}");
+        assert!(update_rms(&before, &after, &assignment, 0.0).is_empty());
+    }
+
+    #[test]
+    fn figures_see_through_every_kind_of_decay() {
+        let device = Device::default().autodiff();
+        let schedule = DecaySchedule::InverseSquare { hold: 1 };
+        let decays = [
+            Decay::default(),
+            Decay { cautious: true, ..Decay::default() },
+            Decay { independent: true, cautious: true, schedule },
+            Decay { schedule, ..Decay::default() },
+        ];
+        for decay in decays {
+            // Weights far larger than updates, so that any decay that is not taken out would show.
+            let mut layer: Linear = LinearConfig::new(12, 20).with_bias(false).init(&device);
+            layer.weight = layer.weight.map(|weight| weight.mul_scalar(20.0).detach().require_grad());
+            let muon = MuonConfig::new()
+                .with_coefficients(Coefficients::PolarExpress)
+                .with_steps(12)
+                .with_weight_decay(0.3)
+                .with_decay(decay);
+            let assignment = ParameterRules::new()
+                .group("muon", GroupOptimizer::from(muon).with_learning_rate_factor(0.5))
+                .rule(crate::Rule::to("muon"))
+                .assign(&layer)
+                .unwrap();
+            let mut optimizer = assignment.optimizer();
+            let x = Tensor::<2>::random([200, 12], Distribution::Normal(0.0, 1.0), &device);
+            let target = Tensor::<2>::random([200, 20], Distribution::Normal(0.0, 1.0), &device);
+            for step in 0..3 {
+                let loss = layer.forward(x.clone()).sub(target.clone()).square().mean();
+                let grads = GradientsParams::from_grads(loss.backward(), &layer);
+                let before = layer.clone();
+                layer = optimizer.step(0.02, layer, grads);
+                let figures = &group_figures(&before, &layer, &assignment, 0.02, step)[0];
+                assert!((figures.update_rms - 0.2).abs() < 2e-3, "{decay:?} step {step}: {figures:?}");
+                assert_eq!(figures.learning_rate, 0.01);
+                let rms = layer.weight.val().square().mean().sqrt().into_scalar::<f32>();
+                assert!((figures.weight_rms - f64::from(rms)).abs() < 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn orthogonal_matrices_have_no_error() {
+        let device = Device::default();
+        let x = Tensor::<3>::random([3, 10, 24], Distribution::Normal(0.0, 1.0), &device);
+        let exact = NewtonSchulz::new(&Coefficients::PolarExpress, 12).apply(x.clone());
+        assert!(orthogonality_error(exact.clone()).iter().all(|error| *error < 1e-5));
+        assert!(orthogonality_error(exact.swap_dims(1, 2)).iter().all(|error| *error < 1e-5));
+        let report = orthogonality_error(NewtonSchulz::new(&Coefficients::Report, 5).apply(x));
+        assert!(report.iter().all(|error| (0.05..0.5).contains(error)), "{report:?}");
+    }
+
+    #[test]
+    fn spectra_of_known_matrices() {
+        let device = Device::default();
+        let spectrum = |matrix: Tensor<2>| Spectrum::of(matrix).unwrap();
+        let identity = spectrum(Tensor::eye(8, &device).mul_scalar(1e-25));
+        assert!((identity.entropy() - 1.0).abs() < 1e-6 && (identity.stable_rank() - 8.0).abs() < 1e-4);
+        let one = spectrum(Tensor::ones([4, 6], &device));
+        assert!(one.entropy() < 1e-6 && (one.stable_rank() - 1.0).abs() < 1e-5);
+        assert!((one.singular_values[0] - 24_f64.sqrt()).abs() < 1e-4);
+        let diagonal = spectrum(Tensor::from_data([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]], &device));
+        assert!((diagonal.stable_rank() - 25.0 / 16.0).abs() < 1e-6);
+        // p = 9/25 and 16/25.
+        let expected = -(0.36_f64 * 0.36_f64.ln() + 0.64 * 0.64_f64.ln()) / 2_f64.ln();
+        assert!((diagonal.entropy() - expected).abs() < 1e-6);
+        let zero = spectrum(Tensor::zeros([3, 3], &device));
+        assert_eq!((zero.entropy(), zero.stable_rank()), (0.0, 0.0));
+        assert!(Spectrum::of(Tensor::full([2, 2], f32::NAN, &device)).is_none());
+    }
+
+    /// Lemma 1 of the report: an `[A, B]` update of full rank has RMS `1 / sqrt(max(A, B))`.
+    #[test]
+    fn lemma_1_holds_over_shapes() {
+        let device = Device::default();
+        for [rows, columns] in [[16, 16], [16, 64], [64, 16], [24, 200], [128, 96], [1, 50]] {
+            let x = Tensor::<3>::random([2, rows, columns], Distribution::Normal(0.0, 1.0), &device);
+            // Converged, so that the singular values are 1 as the lemma has them; a square one needs the most steps.
+            let update = NewtonSchulz::new(&Coefficients::PolarExpress, 14).apply(x);
+            let rms = update.square().mean().sqrt().into_scalar::<f32>();
+            let expected = 1.0 / (rows.max(columns) as f32).sqrt();
+            assert!((rms / expected - 1.0).abs() < 1e-3, "[{rows}, {columns}]: {rms}, not {expected}");
+        }
+        // Of rank r: sqrt(r / (A B)).
+        let low = Tensor::<2>::random([30, 3], Distribution::Normal(0.0, 1.0), &device).matmul(Tensor::random(
+            [3, 40],
+            Distribution::Normal(0.0, 1.0),
+            &device,
+        ));
+        let update = NewtonSchulz::new(&Coefficients::PolarExpress, 8).apply(low.unsqueeze());
+        let rms = update.square().mean().sqrt().into_scalar::<f32>();
+        assert!((rms / (3.0_f32 / 1200.0).sqrt() - 1.0).abs() < 1e-2, "{rms}");
+    }
+}

@@ -1,0 +1,225 @@
+//! Parameters in half precision: how a step reaches them.
+
+use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource};
+use burn::tensor::{DType, Device, Distribution, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::newton_schulz::full_precision;
+
+/// How parameters that are stored in bf16 or f16 take an update. For f32 and f64 parameters all are the same.
+///
+/// bf16 has 8 significant bits: a change of less than 1/512 of a weight is lost when the sum is rounded to nearest. At the
+/// learning rates that end a schedule that is most updates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rounding {
+    /// To nearest. Small updates are lost.
+    #[default]
+    Nearest,
+    /// To one of the two neighbours at random, the nearer one the more probable, so that the mean over steps is exact. No
+    /// extra memory. Draws from the device's generator, so a run that is stopped and resumed is not the same bit for bit.
+    Stochastic,
+    /// The optimizer keeps the parameter in f32 beside its other state, 4 bytes an element. If something else changes
+    /// the stored parameter between two steps (QK-clip does), that element goes on from there.
+    MasterWeights,
+}
+
+/// Any Burn optimizer, run in f32 on parameters that are stored in less: gradient and parameter are widened, the
+/// parameter is rounded once at the end, the state stays wide. For f32 and f64 parameters it changes nothing.
+///
+/// Burn loads the saved state of its own optimizers in the device's default float type, f32 unless it was changed: with
+/// this, that is the type that the state of half-precision parameters has.
+#[derive(Clone, Debug)]
+pub struct MixedPrecision<O> {
+    /// The optimizer.
+    pub optimizer: O,
+    /// How its result is stored.
+    pub rounding: Rounding,
+}
+
+/// The state of the optimizer, and the parameter in f32 if it is kept.
+#[derive(Clone, Debug)]
+pub struct MixedPrecisionState<S, const D: usize> {
+    /// The optimizer's own.
+    pub inner: Option<S>,
+    /// The parameter in f32.
+    pub master: Option<Tensor<D>>,
+}
+
+impl<S: RecordState, const D: usize> RecordState for MixedPrecisionState<S, D> {
+    fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
+        if let Some(inner) = &self.inner {
+            inner.state_flatten(prefix, out);
+        }
+        if let Some(master) = &self.master {
+            out.push_tensor(prefix, "master", master.clone().into_data());
+        }
+    }
+
+    fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
+        let master = src.take_tensor(prefix, "master").map(|data| {
+            let dtype = data.dtype();
+            Tensor::from_data(data, (device, dtype))
+        });
+        let inner = S::state_unflatten(prefix, src, device);
+        (inner.is_some() || master.is_some()).then_some(Self { inner, master })
+    }
+}
+
+impl<O: Optimizer> Optimizer for MixedPrecision<O> {
+    type State<const D: usize> = MixedPrecisionState<O::State<D>, D>;
+
+    fn step<const D: usize>(
+        &self,
+        lr: LearningRate,
+        tensor: Tensor<D>,
+        grad: Tensor<D>,
+        state: Option<Self::State<D>>,
+    ) -> (Tensor<D>, Option<Self::State<D>>) {
+        let stored = tensor.dtype();
+        let wide = full_precision(stored);
+        let (inner, master) = match state {
+            Some(state) => (state.inner, state.master),
+            None => (None, None),
+        };
+        let start = match master.filter(|_| self.rounding == Rounding::MasterWeights && stored != wide) {
+            Some(master) => {
+                let untouched = master.clone().cast(stored).equal(tensor.clone());
+                tensor.cast(wide).mask_where(untouched, master)
+            }
+            None => tensor.cast(wide),
+        };
+        let (exact, inner) = self.optimizer.step(lr, start, grad.cast(wide), inner);
+        if stored == wide {
+            let state = inner.map(|inner| MixedPrecisionState { inner: Some(inner), master: None });
+            return (exact, state);
+        }
+        let (tensor, master) = match self.rounding {
+            Rounding::Nearest => (exact.cast(stored), None),
+            Rounding::Stochastic => (round_stochastically(exact, stored), None),
+            Rounding::MasterWeights => (exact.clone().cast(stored), Some(exact)),
+        };
+        let state = (inner.is_some() || master.is_some()).then_some(MixedPrecisionState { inner, master });
+        (tensor, state)
+    }
+
+    fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
+        MixedPrecisionState {
+            inner: state.inner.map(|inner| O::to_device(inner, device)),
+            master: state.master.map(|master| master.to_device(device)),
+        }
+    }
+}
+
+/// `x` (f32) in `dtype` (bf16 or f16), rounded to either neighbour with the probability that makes the mean exact.
+pub fn round_stochastically<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
+    let wide = x.dtype();
+    let nearest = x.clone().cast(dtype).cast(wide);
+    let error = x.clone().sub(nearest.clone());
+    // A nudge of a little more than half a spacing, which is 2^-bits of the value at most and half of that at least:
+    // rounded to nearest it lands on the neighbour, on the near side of a power of two as well.
+    let bits = if dtype == DType::BF16 { 8 } else { 11 };
+    let nudge = nearest.clone().abs().mul_scalar(1.01 / f64::from(1 << bits)).mul(error.clone().sign());
+    let other = nearest.clone().add(nudge).cast(dtype).cast(wide);
+    let distance = other.clone().sub(nearest.clone());
+    // Where the value is exact, or 0, or not finite, there is no neighbour: 0 / 0 is NaN, and no number is below that.
+    let chance = error.div(distance);
+    let draw = Tensor::<D>::random(x.shape(), Distribution::Uniform(0.0, 1.0), &x.device()).cast(wide);
+    let moves = draw.lower(chance);
+    nearest.mask_where(moves, other).cast(dtype)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AdamWConfig, MuonConfig};
+
+    fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+        tensor.into_data().iter::<f32>().collect()
+    }
+
+    /// A bf16 matrix of ones after 200 steps of which each is a tenth of bf16's spacing there, by its mean.
+    fn mean_after(rounding: Rounding, adamw: bool) -> f64 {
+        let device = Device::default();
+        let lr = 1e-4;
+        let mut weight = Tensor::<2>::ones([32, 32], &device).cast(DType::BF16);
+        let grad = Tensor::<2>::eye(32, &device).add_scalar(0.5).cast(DType::BF16);
+        if adamw {
+            let optimizer = AdamWConfig::new().with_weight_decay(0.0).with_rounding(rounding).build();
+            let mut state = None;
+            for _ in 0..200 {
+                (weight, state) = optimizer.step(lr, weight, grad.clone(), state);
+            }
+        } else {
+            // Every singular vector of this gradient but one is free of a mean: the mean moves by the rest.
+            let config = MuonConfig::new().with_weight_decay(1.0).with_rounding(rounding);
+            let optimizer = MixedPrecision { optimizer: config.build(), rounding };
+            let mut state = None;
+            for _ in 0..200 {
+                (weight, state) = optimizer.step(lr, weight, grad.clone().zeros_like(), state);
+            }
+        }
+        let values = floats(weight);
+        values.iter().map(|value| f64::from(*value)).sum::<f64>() / values.len() as f64
+    }
+
+    #[test]
+    fn tiny_updates_are_lost_to_nearest_and_kept_by_the_other_two() {
+        for adamw in [false, true] {
+            // Steps of Adam, or of decay alone, are lr long: 200 of 1e-4.
+            let expected = 0.98;
+            assert_eq!(mean_after(Rounding::Nearest, adamw), 1.0);
+            let master = mean_after(Rounding::MasterWeights, adamw);
+            assert!((master - expected).abs() < 0.003, "{adamw}: {master}");
+            let stochastic = mean_after(Rounding::Stochastic, adamw);
+            assert!((stochastic - expected).abs() < 0.003, "{adamw}: {stochastic}");
+        }
+    }
+
+    #[test]
+    fn stochastic_rounding_takes_neighbours_only_and_is_exact_in_the_mean() {
+        let device = Device::default();
+        for (dtype, bits) in [(DType::BF16, 7), (DType::F16, 10)] {
+            // Above and below powers of two, of either sign.
+            for value in [1.001_f32, 0.9991, -1.9999, 2.0004, -0.12503, 3.3, 1e-3] {
+                let count = 20_000;
+                let x = Tensor::<1>::full([count], value, &device);
+                let rounded = floats(round_stochastically(x, dtype));
+                let spacing = 2_f32.powi(value.abs().log2().floor() as i32 - bits);
+                assert!(rounded.iter().all(|result| (result - value).abs() < spacing), "{value}");
+                let mean = rounded.iter().map(|result| f64::from(*result)).sum::<f64>() / count as f64;
+                let deviation = f64::from(spacing) / (count as f64).sqrt();
+                assert!((mean - f64::from(value)).abs() < 3.0 * deviation, "{value} in {dtype:?}: {mean}");
+            }
+            // What is exact stays, and so does what is no number.
+            let x = Tensor::<1>::from_data([0.0_f32, 1.0, -0.5, f32::INFINITY], &device);
+            assert_eq!(floats(round_stochastically(x, dtype)), [0.0, 1.0, -0.5, f32::INFINITY]);
+            let nan = Tensor::<1>::from_data([f32::NAN], &device);
+            assert!(floats(round_stochastically(nan, dtype))[0].is_nan());
+        }
+    }
+
+    #[test]
+    fn a_master_weight_follows_what_others_do_to_the_parameter() {
+        let device = Device::default();
+        let optimizer = MixedPrecision {
+            optimizer: MuonConfig::new().with_weight_decay(0.0).build(),
+            rounding: Rounding::MasterWeights,
+        };
+        let weight = Tensor::<2>::ones([2, 2], &device).cast(DType::BF16);
+        let zero = weight.zeros_like();
+        let (weight, state) = optimizer.step(0.1, weight, zero.clone(), None);
+        let clipped = weight.mul_scalar(0.5);
+        let (after, state) = optimizer.step(0.1, clipped, zero, state);
+        assert_eq!(floats(after), [0.5; 4]);
+        assert_eq!(floats(state.unwrap().master.unwrap()), [0.5; 4]);
+    }
+
+    #[test]
+    fn wide_parameters_keep_no_copy() {
+        let weight = Tensor::<2>::ones([2, 2], &Device::default());
+        let optimizer = MixedPrecision { optimizer: MuonConfig::new().build(), rounding: Rounding::MasterWeights };
+        let (_, state) = optimizer.step(0.1, weight.clone(), weight, None);
+        assert!(state.unwrap().master.is_none());
+    }
+}
