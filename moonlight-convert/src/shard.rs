@@ -16,6 +16,10 @@ const LENGTH: usize = 8;
 /// The longest header that the safetensors library reads, too.
 const LONGEST_HEADER: u64 = 100_000_000;
 
+/// What Linux maps at most around a page that is asked for (`fault_around_bytes`).
+#[cfg(unix)]
+const MAPPED_AROUND: usize = 64 << 10;
+
 /// A file of weights, mapped into memory.
 #[derive(Debug)]
 pub(crate) struct Shard {
@@ -66,11 +70,16 @@ impl Shard {
     /// when it is asked for again.
     pub(crate) fn release(&self, range: &Range<usize>) {
         #[cfg(unix)]
-        // SAFETY: the map is of a file and read-only, so that dropped pages come back with the same contents.
-        // That it is refused costs only memory.
-        let _ = unsafe {
-            self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.data + range.start, range.len())
-        };
+        {
+            // What the system mapped around the part goes with it: left alone, it would add up from part to part.
+            let start = (self.data + range.start) / MAPPED_AROUND * MAPPED_AROUND;
+            let end = (self.data + range.end).next_multiple_of(MAPPED_AROUND).min(self.map.len());
+            // SAFETY: the map is of a file and read-only, so that dropped pages come back with the same contents.
+            // That it is refused costs only memory.
+            let _ = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end.saturating_sub(start))
+            };
+        }
         #[cfg(not(unix))]
         let _ = range;
     }
