@@ -72,8 +72,8 @@ impl Shard {
         #[cfg(unix)]
         {
             // What the system mapped around the part goes with it: left alone, it would add up from part to part.
-            let start = (self.data + range.start) / MAPPED_AROUND * MAPPED_AROUND;
-            let end = (self.data + range.end).next_multiple_of(MAPPED_AROUND).min(self.map.len());
+            let start = (self.data + range.start).saturating_sub(MAPPED_AROUND);
+            let end = (self.data + range.end).saturating_add(MAPPED_AROUND).min(self.map.len());
             // SAFETY: the map is of a file and read-only, so that dropped pages come back with the same contents.
             // That it is refused costs only memory.
             let _ = unsafe {
