@@ -65,6 +65,10 @@ def expect(name, holds, detail=""):
 
 def load(directory, dtype=torch.float32):
     eager = {"attn_implementation": "eager"}
+    rope = json.loads((directory / "config.json").read_text()).get("rope_parameters")
+    if transformers.__version__.startswith("4") and rope:
+        # The spelling of transformers 5, which 4 passes over in silence; what we write has the one that both read.
+        eager["rope_theta"] = rope["rope_theta"]
     if transformers.__version__.startswith("5"):
         # The plain loop over experts: torch's grouped product refuses rows that are not a multiple of 16 bytes.
         eager["experts_implementation"] = "eager"

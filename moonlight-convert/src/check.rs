@@ -1,6 +1,6 @@
 //! Every tensor of a checkpoint against every parameter of its model, before a byte is copied.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 
 use moonlight_model::ModelConfig;
@@ -162,6 +162,8 @@ struct Matching<'a> {
     problems: Vec<Problem>,
     by_key: HashMap<&'a str, usize>,
     used: Vec<bool>,
+    /// Tensors whose dtype has been complained of: gate_up_proj is asked for twice.
+    of_wrong_dtype: HashSet<&'a str>,
     /// Whether a tensor that was asked for may well lie in a file that could not be read.
     unreadable_wanted: bool,
 }
@@ -178,7 +180,7 @@ impl<'a> Matching<'a> {
             }
         }
         let used = vec![false; tensors.len()];
-        Self { checkpoint, scheme, problems, by_key, used, unreadable_wanted: false }
+        Self { checkpoint, scheme, problems, by_key, used, of_wrong_dtype: HashSet::new(), unreadable_wanted: false }
     }
 
     fn plan(&mut self, parameter: ParameterShape) -> Planned {
@@ -259,14 +261,13 @@ impl<'a> Matching<'a> {
         self.problems.push(Problem::Misshapen { tensor, file, found, expected });
     }
 
-    fn wrong_dtype(&mut self, tensor: &StoredTensor) {
-        let problem = Problem::WrongDtype {
-            tensor: tensor.name.clone(),
-            file: tensor.file.clone(),
-            dtype: tensor.dtype.to_string(),
-        };
-        if !self.problems.contains(&problem) {
-            self.problems.push(problem);
+    fn wrong_dtype(&mut self, tensor: &'a StoredTensor) {
+        if self.of_wrong_dtype.insert(&tensor.name) {
+            self.problems.push(Problem::WrongDtype {
+                tensor: tensor.name.clone(),
+                file: tensor.file.clone(),
+                dtype: tensor.dtype.to_string(),
+            });
         }
     }
 

@@ -255,7 +255,7 @@ pub(crate) fn transpose<T: Weight>(source: &impl Lines<T>, rows: usize, first: u
     let mut finite = true;
     // Tiles are turned in a buffer of their own: rows of the target are often a power of two apart, and writing to many of
     // them in turn would drive each out of the cache.
-    let mut tile = vec![T::default(); TILE * TILE];
+    let mut tile = [T::default(); TILE * TILE];
     for (band, target) in target.chunks_mut(TILE * rows.max(1)).enumerate() {
         let start = first + band * TILE;
         let width = target.len() / rows;

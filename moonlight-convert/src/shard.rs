@@ -25,6 +25,10 @@ const HIGHEST_RANK: usize = 64;
 /// Where writers leave notes, of which none are needed.
 const NOTES: &str = "__metadata__";
 
+/// What Linux maps at most around a page that is asked for (`fault_around_bytes`).
+#[cfg(unix)]
+const MAPPED_AROUND: usize = 64 << 10;
+
 /// A file of weights, mapped into memory.
 #[derive(Debug)]
 pub(crate) struct Shard {
@@ -75,11 +79,16 @@ impl Shard {
     /// when it is asked for again.
     pub(crate) fn release(&self, range: &Range<usize>) {
         #[cfg(unix)]
-        // SAFETY: the map is of a file and read-only, so that dropped pages come back with the same contents.
-        // That it is refused costs only memory.
-        let _ = unsafe {
-            self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.data + range.start, range.len())
-        };
+        {
+            // What the system mapped around the part goes with it: left alone, it would add up from part to part.
+            let start = (self.data + range.start).saturating_sub(MAPPED_AROUND);
+            let end = (self.data + range.end).saturating_add(MAPPED_AROUND).min(self.map.len());
+            // SAFETY: the map is of a file and read-only, so that dropped pages come back with the same contents.
+            // That it is refused costs only memory.
+            let _ = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end.saturating_sub(start))
+            };
+        }
         #[cfg(not(unix))]
         let _ = range;
     }

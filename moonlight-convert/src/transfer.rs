@@ -18,10 +18,12 @@ use crate::writer::Output;
 const PANELS: usize = 96 << 20;
 /// A panel is no larger, where there are few threads.
 const LARGEST_PANEL: usize = 16 << 20;
-/// Rows of a transposed panel: a multiple of what is transposed at a time.
+/// A panel is about so large: it is written while a core's cache still holds it.
+const USUAL_PANEL: usize = 1 << 20;
+/// Rows of a transposed panel: a multiple of what is transposed at a time, and no fewer where rows are long.
 const TILE: usize = 64;
 /// How many panels ahead the system is asked to read.
-const AHEAD: usize = 4;
+const AHEAD: usize = 16;
 
 /// A tensor, and where it goes.
 pub(crate) struct Task<'a> {
@@ -46,7 +48,7 @@ pub(crate) fn panels(pieces: impl Iterator<Item = (usize, usize)>) -> Vec<Panel>
     let most = (PANELS / threads()).min(LARGEST_PANEL);
     let mut panels = Vec::new();
     for (piece, (rows, row)) in pieces.enumerate() {
-        let height = (most / row.max(1)).max(1);
+        let height = (USUAL_PANEL.min(most) / row.max(1)).max(TILE.min(most / row.max(1))).max(1);
         let height = if height > TILE { height / TILE * TILE } else { height };
         panels.extend((0..rows).step_by(height).map(|first| Panel { piece, rows: first..rows.min(first + height) }));
     }
