@@ -348,7 +348,7 @@ mod tests {
         for layer in &net.first {
             hidden = layer.forward(hidden).tanh();
         }
-        let experts = hidden.clone().unsqueeze::<3>().matmul(net.experts.val().slice([0..1])).sum();
+        let experts = hidden.clone().unsqueeze::<3>().matmul(net.experts.val().narrow(0, 0, 1)).sum();
         let loss = net.narrow.forward(hidden).powi_scalar(2).mean().add(experts.clone().mul(experts));
         GradientsParams::from_grads(loss.backward(), net)
     }
