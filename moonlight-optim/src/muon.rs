@@ -530,6 +530,11 @@ impl Muon {
             let (now, later): (Vec<_>, Vec<_>) =
                 waiting.into_iter().partition(|(_, (_, _, state))| age(state) == together);
             waiting = later;
+            #[cfg(feature = "cpu")]
+            let now = match self.step_plainly(lr, together.unwrap_or(0), now, &mut results) {
+                None => continue,
+                Some(now) => now,
+            };
             let mut places = Vec::with_capacity(now.len());
             let (mut tensors, mut grads) = (Vec::with_capacity(now.len()), Vec::with_capacity(now.len()));
             let (mut momenta, mut seconds) = (Vec::new(), Vec::new());
@@ -556,6 +561,49 @@ impl Muon {
             }
         }
         results.into_iter().flatten().collect()
+    }
+
+    /// A step of members of one age in the CPU backend's kernel, if it has one for these settings; gives them back if not.
+    #[cfg(feature = "cpu")]
+    fn step_plainly(
+        &self,
+        lr: LearningRate,
+        step: usize,
+        members: Vec<(usize, Member<3>)>,
+        results: &mut [Option<(Tensor<3>, MuonState<3>)>],
+    ) -> Option<Vec<(usize, Member<3>)>> {
+        let config = &self.config;
+        let Some((_, (first, _, _))) = members.first() else { return Some(members) };
+        let [_, rows, columns] = first.dims();
+        let plain = config.adaptive == Adaptive::Off
+            && config.blocks == Blocks::Whole
+            && !config.decay.cautious
+            && config.momentum_precision == MomentumPrecision::F32
+            && self.newton_schulz.preconditioning == Preconditioning::Frobenius;
+        let Some(factor) = config.scale.factor(rows, columns, config.layout_of_view()).filter(|_| plain) else {
+            return Some(members);
+        };
+        let numbers = crate::flex::Step {
+            momentum: config.momentum_at(step),
+            nesterov: config.nesterov,
+            kept: 1.0 - config.decay.fraction(config.weight_decay, lr, step),
+            factor,
+            learning_rate: lr,
+        };
+        let operands: Vec<_> = members
+            .iter()
+            .map(|(_, (tensor, grad, state))| {
+                (tensor.clone(), grad.clone(), state.as_ref().map(|state| state.momentum.clone()))
+            })
+            .collect();
+        let Some(stepped) = crate::flex::step_many(&self.newton_schulz, numbers, &operands) else {
+            return Some(members);
+        };
+        for ((place, _), stepped) in members.into_iter().zip(stepped) {
+            let state = MuonState { momentum: stepped.momentum, second_moment: None, step: step + 1 };
+            results[place] = Some((stepped.tensor, state));
+        }
+        None
     }
 
     /// `[batch, A, B]` of a parameter's shape.

@@ -69,6 +69,96 @@ fn orthogonalise(iteration: &NewtonSchulz, input: &[f32], [batch, rows, columns]
     output
 }
 
+/// The numbers of a plain Muon step.
+#[derive(Clone, Copy)]
+pub(crate) struct Step {
+    /// `mu`.
+    pub(crate) momentum: f64,
+    pub(crate) nesterov: bool,
+    /// What decay leaves of a weight.
+    pub(crate) kept: f64,
+    /// The factor on the orthogonalised update.
+    pub(crate) factor: f64,
+    pub(crate) learning_rate: f64,
+}
+
+/// One matrix of a plain step, or a stack of them, `[batch, rows, columns]`.
+pub(crate) struct Stepped {
+    pub(crate) tensor: Tensor<3>,
+    pub(crate) momentum: Tensor<3>,
+}
+
+/// Plain steps of many equal stacks, `(parameter, gradient, momentum)` of each, with everything that is done to a matrix
+/// done while it is in cache: the same bits as in Burn's operations, without their passes over all of the memory. `None`
+/// where there is no kernel, and where there are too few stacks to keep all threads busy.
+pub(crate) fn step_many(
+    iteration: &NewtonSchulz,
+    step: Step,
+    members: &[(Tensor<3>, Tensor<3>, Option<Tensor<3>>)],
+) -> Option<Vec<Stepped>> {
+    let shape = members.first()?.0.dims();
+    let [_, rows, columns] = shape;
+    let size = rows * columns;
+    if size == 0 || members.len() < 2 * rayon::current_num_threads() || !has_kernel(iteration, shape) {
+        return None;
+    }
+    let flex = |tensor: &Tensor<3>| {
+        if tensor.dtype() != DType::F32 {
+            return None;
+        }
+        Some(tensor.clone().try_into_primitive::<Flex>().ok()?.to_contiguous())
+    };
+    let mut operands = Vec::with_capacity(members.len());
+    for (tensor, gradient, momentum) in members {
+        let momentum = match momentum {
+            Some(momentum) => Some(flex(momentum)?),
+            None => None,
+        };
+        operands.push((flex(tensor)?, flex(gradient)?, momentum));
+    }
+    let mut slices = Vec::with_capacity(operands.len());
+    for (tensor, gradient, momentum) in &operands {
+        let momentum: Option<&[f32]> = match momentum {
+            Some(momentum) => Some(momentum.as_slice()?),
+            None => None,
+        };
+        slices.push((tensor.as_slice::<f32>()?, gradient.as_slice::<f32>()?, momentum));
+    }
+    let plan = iteration.plan(rows, columns, true);
+    let gathers = plan.iter().any(|steps| steps.len() > 1);
+    let work = || (Workspace::new(rows, columns, gathers), vec![0.0; size], vec![0.0; size]);
+    let (mu, kept) = (step.momentum as f32, step.kept as f32);
+    let (factor, learning_rate) = (step.factor as f32, step.learning_rate as f32);
+    let stepped = slices.par_iter().map_init(work, |(work, input, update), &(tensor, gradient, momentum)| {
+        let new_momentum: Vec<f32> = match momentum {
+            Some(momentum) => momentum.iter().zip(gradient).map(|(old, gradient)| old * mu + gradient).collect(),
+            None => gradient.to_vec(),
+        };
+        let mut new_tensor = tensor.to_vec();
+        let matrices = new_tensor.chunks_mut(size).zip(new_momentum.chunks(size).zip(gradient.chunks(size)));
+        for (tensor, (momentum, gradient)) in matrices {
+            if step.nesterov {
+                let ahead = momentum.iter().zip(gradient).map(|(momentum, gradient)| momentum * mu + gradient);
+                input.iter_mut().zip(ahead).for_each(|(input, value)| *input = value);
+                work.run(update, input, iteration, &plan, false);
+            } else {
+                work.run(update, momentum, iteration, &plan, false);
+            }
+            for (tensor, update) in tensor.iter_mut().zip(update.iter()) {
+                *tensor = *tensor * kept - update * factor * learning_rate;
+            }
+        }
+        (new_tensor, new_momentum)
+    });
+    let stepped: Vec<(Vec<f32>, Vec<f32>)> = stepped.collect();
+    let tensor = |values: Vec<f32>| {
+        let layout = Layout::contiguous(Shape::new(shape));
+        Tensor::from_primitive::<Flex>(FlexTensor::new(Bytes::from_elems(values), layout, DType::F32))
+    };
+    let stepped = stepped.into_iter();
+    Some(stepped.map(|(new, momentum)| Stepped { tensor: tensor(new), momentum: tensor(momentum) }).collect())
+}
+
 /// The memory of one matrix under iteration.
 struct Workspace {
     rows: usize,
