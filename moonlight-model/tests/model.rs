@@ -279,9 +279,13 @@ fn bf16_runs_near_f32() {
         let half = cast(model, DType::BF16);
         let logits = half.logits(tokens.clone(), None);
         assert_eq!(logits.dtype(), DType::BF16, "{name}");
-        let difference = (logits.cast(DType::F32) - full.clone()).abs().mean().into_scalar::<f32>();
+        // The median: a token whose scores are nearly equal may visit another expert in bf16, and is far off then.
+        let differences = (logits.cast(DType::F32) - full.clone()).abs().into_data();
+        let mut differences = differences.try_into_vec::<f32>().unwrap();
+        differences.sort_by(f32::total_cmp);
+        let difference = differences[differences.len() / 2];
         let size = full.abs().mean().into_scalar::<f32>();
-        assert!(difference < 0.1 * size, "{name}: {difference} of {size}");
+        assert!(difference < 0.05 * size, "{name}: {difference} of {size}");
         let mut cache = KvCache::new(&config, 2, 12, &device, half.dtype());
         half.decode(tokens.clone().slice_dim(1, 0..5), &mut cache);
         half.decode(tokens.slice_dim(1, 5..6), &mut cache);
