@@ -86,23 +86,28 @@ fn a_run_goes_on_bit_for_bit_under_new_identities() {
     }
 }
 
+/// The weights of a pair in bf16, without biases.
+fn narrow(pair: Pair) -> Pair {
+    let cast = |mut layer: Linear| {
+        let half = |tensor: Tensor<2>| Tensor::from_inner(tensor.inner().cast(DType::BF16)).require_grad();
+        layer.weight = layer.weight.map(half);
+        layer.bias = None;
+        layer
+    };
+    Pair { first: cast(pair.first), second: cast(pair.second) }
+}
+
+/// A step of a narrow pair.
+fn narrow_step(optimizer: &mut ModuleOptimizer, lr: f64, pair: Pair) -> Pair {
+    let x = Tensor::<2>::ones([2, 4], &Device::default().autodiff()).cumsum(0).cast(DType::BF16);
+    let loss = pair.second.forward(pair.first.forward(x)).square().mean();
+    let grads = GradientsParams::from_grads(loss.backward(), &pair);
+    optimizer.step(lr, pair, grads)
+}
+
 #[test]
 fn bf16_weights_resume_bit_for_bit_with_their_f32_state() {
-    let narrow = |pair: Pair| {
-        let cast = |mut layer: Linear| {
-            let half = |tensor: Tensor<2>| Tensor::from_inner(tensor.inner().cast(DType::BF16)).require_grad();
-            layer.weight = layer.weight.map(half);
-            layer.bias = None;
-            layer
-        };
-        Pair { first: cast(pair.first), second: cast(pair.second) }
-    };
-    let step = |optimizer: &mut ModuleOptimizer, pair: Pair| {
-        let x = Tensor::<2>::ones([2, 4], &Device::default().autodiff()).cumsum(0).cast(DType::BF16);
-        let loss = pair.second.forward(pair.first.forward(x)).square().mean();
-        let grads = GradientsParams::from_grads(loss.backward(), &pair);
-        optimizer.step(0.01, pair, grads)
-    };
+    let step = |optimizer: &mut ModuleOptimizer, pair: Pair| narrow_step(optimizer, 0.01, pair);
     let bits = |pair: &Pair| -> Vec<f32> { pair.second.weight.val().into_data().iter::<f32>().collect() };
     for muon in [true, false] {
         let mut model = narrow(pair(4));
@@ -208,21 +213,7 @@ fn a_state_loads_into_other_types_variants_and_groups() {
 
 #[test]
 fn master_weights_are_saved_and_loaded() {
-    let narrow = |pair: Pair| {
-        let cast = |mut layer: Linear| {
-            let half = |tensor: Tensor<2>| Tensor::from_inner(tensor.inner().cast(DType::BF16)).require_grad();
-            layer.weight = layer.weight.map(half);
-            layer.bias = None;
-            layer
-        };
-        Pair { first: cast(pair.first), second: cast(pair.second) }
-    };
-    let step = |optimizer: &mut ModuleOptimizer, pair: Pair| {
-        let x = Tensor::<2>::ones([2, 4], &Device::default().autodiff()).cumsum(0).cast(DType::BF16);
-        let loss = pair.second.forward(pair.first.forward(x)).square().mean();
-        let grads = GradientsParams::from_grads(loss.backward(), &pair);
-        optimizer.step(1e-4, pair, grads)
-    };
+    let step = |optimizer: &mut ModuleOptimizer, pair: Pair| narrow_step(optimizer, 1e-4, pair);
     let values = |pair: &Pair| -> Vec<f32> { pair.second.weight.val().into_data().iter::<f32>().collect() };
     let rules = ParameterRules::new()
         .group("muon", MuonConfig::new().with_rounding(Rounding::MasterWeights))
