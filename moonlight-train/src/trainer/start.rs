@@ -76,9 +76,9 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         Some(found) => {
             stream.seek(state.data)?;
             let path = found.optimizer();
-            assignment.load_optimizer(&path).map_err(|source| TrainError::OptimizerState { path, source })?
+            assignment.load_batched_optimizer(&path).map_err(|source| TrainError::OptimizerState { path, source })?
         }
-        None => assignment.optimizer(),
+        None => assignment.batched_optimizer(),
     };
 
     fs::create_dir_all(&folder).map_err(TrainError::write(&folder))?;

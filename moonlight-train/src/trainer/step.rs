@@ -1,9 +1,10 @@
 //! One optimizer step: forward and backward over the micro-batches, clipping, update, bias rule.
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
+use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Tensor};
 use moonlight_model::{ForwardReport, Probe};
+use moonlight_optim::BatchedOptimizer;
 
 use super::trainee::{MicroBatch, Trainee};
 use crate::data::HostBatch;
@@ -91,14 +92,14 @@ pub(crate) fn gradient(
 
 /// Updates the parameters by the optimizer and the routers' biases by their rule.
 pub(crate) fn update(
-    trainee: Trainee,
-    optimizer: &mut ModuleOptimizer,
+    trainee: &mut Trainee,
+    optimizer: &mut BatchedOptimizer,
     gradients: GradientsParams,
     expert_loads: &[Option<Vec<u64>>],
     settings: &StepSettings,
-) -> Trainee {
-    let model = optimizer.step(settings.learning_rate, trainee.model, gradients);
-    Trainee { model: model.update_router_bias(expert_loads, settings.bias_update_rate) }
+) {
+    let model = optimizer.step(settings.learning_rate, trainee.take_model(), gradients);
+    trainee.model = model.update_router_bias(expert_loads, settings.bias_update_rate);
 }
 
 fn finite(what: &'static str, value: f64) -> Result<f64, NotFinite> {

@@ -9,14 +9,13 @@ use std::time::Instant;
 
 use burn::data::dataloader::Progress;
 use burn::module::Module;
-use burn::optim::ModuleOptimizer;
 use burn::tensor::Device;
 use burn::train::{
     EventProcessorTraining, Interrupter, Learner, LearnerEvent, SupervisedLearningStrategy,
     SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem, ValidLoader,
 };
 use moonlight_model::{CausalLm, Probe};
-use moonlight_optim::{Assignment, update_rms};
+use moonlight_optim::{Assignment, BatchedOptimizer, update_rms};
 
 use super::qk_clip;
 use super::step::{StepSettings, gradient, update};
@@ -36,7 +35,7 @@ pub(super) struct Run {
     pub(super) schedule: Schedule,
     pub(super) corpus: Corpus,
     pub(super) stream: TrainStream,
-    pub(super) optimizer: ModuleOptimizer,
+    pub(super) optimizer: BatchedOptimizer,
     pub(super) assignment: Assignment,
     /// The device with gradients.
     pub(super) device: Device,
@@ -200,10 +199,10 @@ impl Run {
                 last_checkpoint: self.checkpoints.newest(),
             })?;
         let before = probed.then(|| trainee.model.clone());
-        *trainee = update(trainee.clone(), &mut self.optimizer, gradients, &outcome.expert_loads, &settings);
+        update(trainee, &mut self.optimizer, gradients, &outcome.expert_loads, &settings);
         let rms = before.map(|before| self.update_rms(&before, &trainee.model, settings.learning_rate));
         if let Some(clip) = clip {
-            trainee.model = qk_clip::clip(trainee.model.clone(), &outcome.head_logits, clip);
+            trainee.model = qk_clip::clip(trainee.take_model(), &outcome.head_logits, clip);
         }
         let rms_of = |group: &str| {
             rms.as_ref().and_then(|rms| rms.iter().find(|(name, _)| name == group)).map(|(_, value)| *value)
