@@ -11,6 +11,7 @@ use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
 use burn_pack::{Reader, Scalar, Tensor as Stored, Writer};
 
+use crate::newton_schulz::full_precision;
 use crate::state::{RANK, StateError};
 use crate::{Assignment, Muon, MuonState, Rounding};
 
@@ -21,8 +22,8 @@ const ELEMENTS_TOGETHER: usize = 1 << 24;
 /// The optimizer of an [`Assignment`], as [`Assignment::optimizer`], that steps all equal matrices of Muon's groups together
 /// by [`Muon::step_batch`]: the same parameters bit for bit, sooner where there are many small ones.
 ///
-/// Parameters whose group rounds them in another way than to nearest are stepped one by one. State is saved in the same
-/// format: either kind of optimizer loads what the other has saved.
+/// State is saved in the same format: either kind of optimizer loads what the other has saved. (Stochastic rounding draws
+/// in another order.)
 #[derive(Clone, Debug)]
 pub struct BatchedOptimizer {
     /// Everything else.
@@ -57,6 +58,8 @@ struct Held {
     shape: Shape,
     /// Its momentum as the stack that the parameter is stepped as.
     state: MuonState<3>,
+    /// Its f32 master, as the same stack.
+    master: Option<Tensor<3>>,
 }
 
 /// A parameter that waits for its step.
@@ -88,7 +91,7 @@ impl Assignment {
     fn batched_around(&self, rest: ModuleOptimizer, states: HashMap<String, Held>) -> BatchedOptimizer {
         let mut groups = Vec::new();
         for (name, group) in self.groups() {
-            let Some(config) = group.muon().filter(|config| config.rounding == Rounding::Nearest) else { continue };
+            let Some(config) = group.muon() else { continue };
             for (blocks, paths) in self.by_blocks(name) {
                 groups.push(Group {
                     muon: config.clone().with_blocks(blocks).build(),
@@ -153,8 +156,9 @@ impl Assignment {
             });
             let step = scalars.get(&format!("{id}.step")).and_then(|step| usize::try_from(*step).ok()).unwrap_or(0);
             let state = MuonState { momentum: tensor(momentum, stack), second_moment, step };
+            let master = fields.remove("master").map(|data| tensor(data, stack));
             let id = id.parse::<u64>().map_err(|_| StateError::Nameless { entry: id.clone() })?;
-            optimizer.states.insert(path.clone(), Held { id: ParamId::from(id), shape, state });
+            optimizer.states.insert(path.clone(), Held { id: ParamId::from(id), shape, state, master });
         }
         let mut writer = Writer::new(rest);
         let kept = |id: &str| paths.get(id).is_some_and(|path| !optimizer.states.contains_key(path));
@@ -214,24 +218,31 @@ impl BatchedOptimizer {
     ) -> HashMap<ParamId, (Shape, Tensor<3>)> {
         let Some(Waiting { group, device, .. }) = batch.first() else { return HashMap::new() };
         let Group { muon, learning_rate_factor, .. } = &self.groups[*group];
-        let device = device.clone();
+        let (device, rounding) = (device.clone(), muon.config().rounding);
         let mut owners = Vec::with_capacity(batch.len());
         let mut members = Vec::with_capacity(batch.len());
         for Waiting { path, id, shape, .. } in batch {
             let Some((tensor, gradient)) = lifted.remove(&id) else { continue };
-            let state = self.states.remove(&path).map(|held| MuonState {
-                momentum: held.state.momentum.to_device(&device),
-                second_moment: held.state.second_moment.map(|second| second.to_device(&device)),
-                step: held.state.step,
+            let (state, master) = self.states.remove(&path).map(|held| (held.state, held.master)).unzip();
+            let state = state.map(|state| MuonState {
+                momentum: state.momentum.to_device(&device),
+                second_moment: state.second_moment.map(|second| second.to_device(&device)),
+                step: state.step,
             });
-            members.push((tensor, gradient, state));
-            owners.push((path, id, shape));
+            let stored = tensor.dtype();
+            let start = match stored == full_precision(stored) || rounding == Rounding::Nearest {
+                true => tensor,
+                false => rounding.start(tensor, master.flatten().map(|master| master.to_device(&device))),
+            };
+            members.push((start, gradient, state));
+            owners.push((path, id, shape, stored));
         }
         let stepped = muon.step_stacks(lr * learning_rate_factor, members);
         let mut updated = HashMap::with_capacity(stepped.len());
-        for ((path, id, shape), (tensor, state)) in owners.into_iter().zip(stepped) {
+        for ((path, id, shape, stored), (tensor, state)) in owners.into_iter().zip(stepped) {
+            let (tensor, master) = rounding.finish(tensor, stored);
             updated.insert(id, (shape.clone(), tensor));
-            self.states.insert(path, Held { id, shape, state });
+            self.states.insert(path, Held { id, shape, state, master });
         }
         updated
     }
@@ -260,12 +271,15 @@ impl BatchedOptimizer {
         let mut tensors = reader.into_tensors()?;
         let mut by_path: Vec<_> = self.states.iter().collect();
         by_path.sort_by_key(|(path, _)| *path);
-        for (_, Held { id, shape, state }) in &by_path {
+        for (_, Held { id, shape, state, master }) in &by_path {
             let mut push = |field: &str, data: TensorData, shape: Shape| {
                 let (bytes, _, dtype) = data.into_parts();
                 tensors.push(Stored::new(format!("{}.{field}", id.val()), dtype, shape, Some(id.val()), bytes));
             };
             push("momentum", state.momentum.clone().into_data(), shape.clone());
+            if let Some(master) = master {
+                push("master", master.clone().into_data(), shape.clone());
+            }
             if let Some(second) = &state.second_moment {
                 push("second_moment", second.clone().into_data(), second.shape());
             }
@@ -277,7 +291,7 @@ impl BatchedOptimizer {
         for (id, path) in &paths {
             writer = writer.with_metadata(id, path);
         }
-        for (path, Held { id, shape, state }) in by_path {
+        for (path, Held { id, shape, state, .. }) in by_path {
             let id = id.val();
             writer = writer.with_scalar(&format!("{id}.{RANK}"), Scalar::from(shape.as_slice().len()));
             writer = writer.with_scalar(&format!("{id}.step"), Scalar::from(state.step));
@@ -444,6 +458,57 @@ mod tests {
                 assert_eq!(values(&one), values(&other), "{adaptive:?} step {seed}");
             }
         }
+    }
+
+    #[test]
+    fn masters_are_kept_saved_and_loaded_by_either_kind() {
+        let narrow = |net: Net| {
+            struct Narrow;
+            impl ModuleMapper for Narrow {
+                fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                    param.map(|tensor| tensor.cast(DType::BF16).detach().require_grad())
+                }
+            }
+            net.map(&mut Narrow)
+        };
+        let wide = net();
+        let start = narrow(wide.clone());
+        let taken = |seed: u64| {
+            let mut narrow = GradientsParams::new();
+            let all = gradients(&wide, seed);
+            struct Cast<'a>(GradientsParams, &'a mut GradientsParams);
+            impl ModuleVisitor for Cast<'_> {
+                fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                    if let Some(gradient) = self.0.remove::<D>(param.id) {
+                        self.1.register(param.id, gradient.cast(DType::BF16));
+                    }
+                }
+            }
+            wide.visit(&mut Cast(all, &mut narrow));
+            narrow
+        };
+        let muon = MuonConfig::new().with_rounding(Rounding::MasterWeights);
+        let adamw = AdamWConfig::new().with_rounding(Rounding::MasterWeights);
+        let assignment = ParameterRules::new()
+            .group("muon", muon)
+            .group("adamw", adamw)
+            .rule(Rule::to("muon").rank(2..=3))
+            .rule(Rule::to("adamw").rank(1..=1))
+            .assign(&start)
+            .unwrap();
+        let (mut one, mut other) = (start.clone(), start.clone());
+        let (mut plain, mut batched) = (assignment.optimizer(), assignment.batched_optimizer());
+        for seed in 0..6 {
+            one = plain.step(1e-3, one, taken(seed));
+            other = batched.step(1e-3, other, taken(seed));
+            assert_eq!(values(&one), values(&other), "step {seed}");
+            if seed == 2 {
+                let crossed = assignment.load_batched_optimizer_bytes(plain.into_bytes().unwrap()).unwrap();
+                plain = assignment.load_optimizer_bytes(batched.into_bytes().unwrap()).unwrap();
+                batched = crossed;
+            }
+        }
+        assert_ne!(values(&one), values(&start));
     }
 
     #[test]

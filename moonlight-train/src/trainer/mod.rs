@@ -1,5 +1,6 @@
 //! `moonlight train`: a recipe becomes a run.
 
+mod backward;
 mod conclude;
 mod qk_clip;
 mod renderer;
@@ -30,6 +31,7 @@ use crate::error::TrainError;
 use crate::metrics;
 use crate::recipe::Recipe;
 
+pub use backward::Sparing;
 pub use conclude::conclude;
 pub use start::Prepared;
 pub use strategy::Finished;
