@@ -1,6 +1,7 @@
 //! The command line of `moonlight`.
 
 mod chat;
+mod data;
 mod generate;
 mod model;
 mod score;
@@ -32,6 +33,9 @@ enum Command {
     Generate(generate::Arguments),
     /// Talk to a model in its own chat template.
     Chat(chat::Arguments),
+    /// Look at the data of a recipe.
+    #[command(subcommand)]
+    Data(data::Command),
     /// Log-probabilities of given texts or tokens.
     Score(score::Arguments),
     /// SVD entropy and stable rank of the weights, by the report's six groups.
@@ -44,6 +48,7 @@ pub fn main() -> ExitCode {
         Command::Train(arguments) => train::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Chat(arguments) => chat::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Data(command) => data::run(&command).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Spectrum(arguments) => spectrum::run(&arguments).map(|()| ExitCode::SUCCESS),
     };

@@ -23,7 +23,7 @@ use crate::recipe::{
 };
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Companion, Tokenizer};
 
 /// A run at its first or next step.
 pub struct Prepared {
@@ -55,7 +55,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         folder.join("checkpoints"),
         recipe.train.keep,
         recipe.train.keep_best,
-        tokenizer.as_ref().map(Tokenizer::companions).unwrap_or_default(),
+        companions(tokenizer.as_ref(), &corpus),
         companions_from.clone(),
     );
     let device = target.device.clone().autodiff();
@@ -110,6 +110,16 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         lines,
     };
     Ok(Prepared { trainee: Trainee { model }, run })
+}
+
+/// The tokenizer's files, and the chat template where conversations were made with another than theirs.
+fn companions(tokenizer: Option<&Tokenizer>, corpus: &Corpus) -> Vec<Companion> {
+    let mut companions = tokenizer.map(Tokenizer::companions).unwrap_or_default();
+    if let Some(template) = corpus.template() {
+        companions.retain(|companion| companion.name != template.name);
+        companions.push(template.clone());
+    }
+    companions
 }
 
 /// The newest checkpoint that opens, with its model; a damaged one is named and passed over.
