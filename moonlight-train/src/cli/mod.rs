@@ -4,6 +4,7 @@ mod chat;
 mod data;
 mod generate;
 mod model;
+mod plan;
 mod score;
 mod spectrum;
 mod train;
@@ -38,6 +39,8 @@ enum Command {
     Data(data::Command),
     /// Log-probabilities of given texts or tokens.
     Score(score::Arguments),
+    /// Parameters, operations and memory of a run or a model, before it is started.
+    Plan(plan::Arguments),
     /// SVD entropy and stable rank of the weights, by the report's six groups.
     Spectrum(spectrum::Arguments),
 }
@@ -50,6 +53,7 @@ pub fn main() -> ExitCode {
         Command::Chat(arguments) => chat::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Data(command) => data::run(&command).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Plan(arguments) => plan::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Spectrum(arguments) => spectrum::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

@@ -6,7 +6,7 @@ use std::path::Path;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use moonlight_convert::load;
-use moonlight_model::CausalLm;
+use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::{
     AdamWConfig, Assignment, MomentumPrecision, MuonConfig, ParameterRules, Precision, Rounding, Scale,
 };
@@ -18,6 +18,7 @@ use crate::data::Corpus;
 use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::metrics::MetricsFile;
+use crate::plan::{Plan, Setting, Threads, available_memory};
 use crate::recipe::{
     HalfOrFull, ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe, RoundingName, ScaleName,
 };
@@ -42,6 +43,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         name => Some(Tokenizer::open(name)?),
     };
     let config = recipe.model.config_for(tokenizer.as_ref())?;
+    check_memory(recipe, &config, target)?;
     let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.learning_rate, recipe.train.steps)
         .map_err(|error| TrainError::Request { problem: error.to_string(), hint: None })?;
     let corpus = Corpus::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
@@ -120,6 +122,34 @@ fn companions(tokenizer: Option<&Tokenizer>, corpus: &Corpus) -> Vec<Companion> 
         companions.push(template.clone());
     }
     companions
+}
+
+/// Refuses a run that cannot fit. Where the system does not say what it has, as of a GPU, the run has to find out.
+fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Result<(), TrainError> {
+    let Some(available) = available_memory().filter(|_| target.is_cpu && recipe.train.check_memory) else {
+        return Ok(());
+    };
+    let plan = Plan::new(config.clone(), Setting::of_recipe(recipe, config, true, Threads::here()));
+    if plan.peak() <= available {
+        return Ok(());
+    }
+    let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+    let advice = plan.advice(available);
+    let hint = match advice.last() {
+        Some(last) if last.peak <= available => {
+            let changes: Vec<_> = advice.iter().map(|advice| format!("`{}`", advice.change)).collect();
+            format!("it fits with {}; `train.check_memory = false` starts it all the same", changes.join(" and "))
+        }
+        _ => "`moonlight plan` says what takes it; `train.check_memory = false` starts it all the same".into(),
+    };
+    Err(TrainError::Request {
+        problem: format!(
+            "a step needs {:.2} GB of memory, and {:.2} GB are available",
+            gigabytes(plan.peak()),
+            gigabytes(available)
+        ),
+        hint: Some(hint),
+    })
 }
 
 /// The newest checkpoint that opens, with its model; a damaged one is named and passed over.
