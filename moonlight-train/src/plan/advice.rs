@@ -63,23 +63,93 @@ const LADDER: &[Change] = &[
 ];
 
 impl Plan {
-    /// Changes, one upon the other, until the run fits into `budget` bytes or nothing is left to change. Those that do not
-    /// help are left out.
+    /// Changes, one upon the other, until the run fits into `budget` bytes or nothing is left to change. Those that it
+    /// fits without are left out.
     pub fn advice(&self, budget: u64) -> Vec<Advice> {
-        let mut taken = Vec::new();
-        let mut setting = self.setting.clone();
-        let mut peak = self.peak();
+        let peak = |taken: &[Change]| self.with(taken).last().map_or(self.peak(), |advice| advice.peak);
+        let mut taken: Vec<Change> = Vec::new();
         for change in LADDER {
-            if peak <= budget {
+            if peak(&taken) <= budget {
                 break;
             }
-            let Some((change, changed)) = change(&setting) else { continue };
-            let with = Plan::new(self.config.clone(), changed.clone()).peak();
-            if with < peak {
-                (setting, peak) = (changed, with);
-                taken.push(Advice { change, peak });
+            taken.push(*change);
+        }
+        // The dearest first: what came before it on the ladder may have been for nothing.
+        let least = peak(&taken).max(budget);
+        for index in (0..taken.len()).rev() {
+            let mut fewer = taken.clone();
+            fewer.remove(index);
+            if peak(&fewer) <= least {
+                taken = fewer;
             }
         }
+        self.with(&taken)
+    }
+
+    /// What each change comes to, those before it included; a change that has no place is left out.
+    fn with(&self, changes: &[Change]) -> Vec<Advice> {
+        let mut setting = self.setting.clone();
+        let mut taken = Vec::new();
+        for change in changes {
+            let Some((change, changed)) = change(&setting) else { continue };
+            let peak = Plan::new(self.config.clone(), changed.clone()).peak();
+            setting = changed;
+            taken.push(Advice { change, peak });
+        }
         taken
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use moonlight_model::ModelConfig;
+
+    use super::*;
+
+    /// Moonlight-16B in bf16 with f32 masters, one sequence of 4096 tokens a micro-batch, on a GPU.
+    fn sixteen() -> Plan {
+        let setting = Setting {
+            batch: 1,
+            sequence: 4096,
+            bytes: 2,
+            recompute: false,
+            loss_chunk_tokens: 0,
+            fused: false,
+            accumulates: false,
+            muon: true,
+            momentum_bytes: 4,
+            masters: true,
+            cpu: false,
+            fast: false,
+            threads: 1,
+        };
+        Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), setting)
+    }
+
+    #[test]
+    fn a_run_that_fits_needs_no_advice() {
+        assert!(sixteen().advice(u64::MAX).is_empty());
+    }
+
+    #[test]
+    fn each_change_is_needed_and_the_last_one_fits() {
+        let plan = sixteen();
+        for budget in [190e9 as u64, 141e9 as u64, 79e9 as u64] {
+            let advice = plan.advice(budget);
+            assert!(advice.last().unwrap().peak <= budget, "{advice:?}");
+            let again = plan.advice(advice.last().unwrap().peak);
+            assert_eq!(again.last().unwrap().peak, advice.last().unwrap().peak);
+        }
+        assert_eq!(plan.advice(190e9 as u64).len(), 1);
+        // Full fine-tuning on one GPU of 80 GB takes no masters, and gradients of one layer at a time.
+        let advice = plan.advice(79e9 as u64);
+        let has = |words: &str| advice.iter().any(|advice| advice.change.contains(words));
+        assert!(has("fuse_update") && has("stochastic") && has("block"), "{advice:?}");
+    }
+
+    #[test]
+    fn what_cannot_fit_is_made_as_small_as_it_goes() {
+        let advice = sixteen().advice(1);
+        assert!(advice.last().unwrap().peak > 60e9 as u64);
     }
 }
