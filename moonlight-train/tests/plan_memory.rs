@@ -114,6 +114,14 @@ const GRID: &[(&str, Sets, Sets)] = &[
     ("activations-block", DEEP, &["train.activation_checkpointing=\"block\""]),
     ("activations-adamw", DEEP, &["optimizer.name=\"adamw\""]),
     ("activations-long", DEEP, &["data.sequence_length=1024", "train.batch_size=2"]),
+    ("activations-bf16", DEEP, &["model.dtype=\"bf16\""]),
+    ("activations-bf16-block", DEEP, &["model.dtype=\"bf16\"", "train.activation_checkpointing=\"block\""]),
+    ("activations-experts", DEEP, &["model.num_experts_per_tok=6", "model.moe_intermediate_size=256"]),
+    (
+        "activations-experts-block",
+        DEEP,
+        &["model.num_experts_per_tok=6", "model.moe_intermediate_size=256", "train.activation_checkpointing=\"block\""],
+    ),
     ("head", WIDE_HEAD, &[]),
     ("head-chunks", WIDE_HEAD, &["train.loss_chunk_tokens=128"]),
     ("head-chunks-block", WIDE_HEAD, &["train.loss_chunk_tokens=128", "train.activation_checkpointing=\"block\""]),
@@ -128,6 +136,16 @@ const GRID: &[(&str, Sets, Sets)] = &[
         "weights-fused",
         &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
         &["train.batch_size=1", "train.fuse_update=true", "train.activation_checkpointing=\"block\""],
+    ),
+    (
+        "weights-bf16-stochastic",
+        &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
+        &["train.batch_size=1", "model.dtype=\"bf16\"", "optimizer.rounding=\"stochastic\""],
+    ),
+    (
+        "weights-bf16-master",
+        &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
+        &["train.batch_size=1", "model.dtype=\"bf16\""],
     ),
     (
         "weights-adamw",

@@ -29,8 +29,8 @@ pub(super) fn of_layer(
         Some(moe) => of_moe(config, moe, n),
         None => {
             let width = config.intermediate_size as u64;
-            // gate, up and their product; on the way back the gradients of the three.
-            (3 * n * width, 3 * n * width)
+            // gate, up and their product; on the way back, the product gone, its gradient becomes those of the two.
+            (3 * n * width, 2 * n * width)
         }
     };
     // Beside them: the normed input of either half, and the sum between the halves.
@@ -81,9 +81,10 @@ fn of_moe(config: &ModelConfig, moe: &MoeConfig, n: u64) -> (u64, u64) {
     let kept = rows * (2 * hidden + 3 * width) + 3 * n * shared;
     // Scores and what the weights of the chosen are made of.
     let routing = n * (4 * experts + 6 * k);
-    // Gradients of the rows either way and of gate and up.
-    let transient = rows * (2 * hidden + 2 * width) + n * hidden;
-    (kept + routing, transient)
+    // On the way back things go as their gradients come. Beyond what was kept there are, one after the other: the gradient
+    // of the rows that came back; those of gate and up in place of the rows and the product; those of the rows that went.
+    let transient = (rows * hidden).max((2 * rows * width).saturating_sub(rows * hidden)).max(rows * width);
+    (kept + routing, transient + n * hidden)
 }
 
 /// Values that the head holds for `tokens` tokens at a time: what it keeps, and the logits with their gradient.

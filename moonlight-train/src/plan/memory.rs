@@ -341,13 +341,17 @@ impl Step<'_> {
         let [stack, rows, columns] = first.shape;
         let values = batch.len() as u64 * first.values;
         let short = rows.min(columns);
-        // The new momentum, what Newton-Schulz gets and what it gives; old momentum and gradient are gone by then.
-        let stack_bytes = (12 - setting.momentum_bytes - first.bytes) * values;
+        // In Newton-Schulz: the new momentum, what goes in and what comes out, while old momentum and gradient are gone; of
+        // a parameter in half precision its f32 form in place of itself, or of its master.
+        let narrow = first.bytes < 4;
+        let widened = if narrow { 4 - first.bytes } else { 0 };
+        let replaced = if narrow && setting.masters { 4 } else { 0 };
+        let stack_bytes = (12 + widened - setting.momentum_bytes - first.bytes - replaced) * values;
         // X and its successor; the Gram matrix, its polynomial, and in the Gram form three more.
         let matrix = 2 * rows * columns + 5 * short * short;
         let threads = setting.threads as u64;
-        if setting.fast {
-            let many = batch.len() as u64 >= 2 * threads && setting.momentum_bytes == 4;
+        if setting.cpu {
+            let many = batch.len() as u64 >= 2 * threads && setting.momentum_bytes == 4 && !narrow;
             let at_once = if many || stack * batch.len() as u64 >= 2 * threads { threads } else { 1 };
             let copies = if many { 4 * MUON_KERNEL_COPIES * values } else { stack_bytes };
             copies + 4 * at_once * matrix
