@@ -58,8 +58,7 @@ impl AdapterConfig {
             return Err(AdapterError::NoConfig { dir: dir.to_path_buf() });
         };
         let wrong = |problem: String| AdapterError::Config { path: path.clone(), problem };
-        let config: Self =
-            serde_json::from_slice(&bytes).map_err(|error| wrong(format!("cannot be read: {error}")))?;
+        let config: Self = serde_json::from_slice(&bytes).map_err(|error| wrong(format!("cannot be read: {error}")))?;
         let unknown = [
             (config.peft_type != "LORA", format!("is of the type `{}`; only LORA is known", config.peft_type)),
             (config.use_dora, "asks for DoRA, which is not known here".into()),
@@ -90,9 +89,8 @@ impl AdapterConfig {
     pub(super) fn of(&self, names: &[String]) -> (usize, LowRankSettings) {
         let find = |patterns: &Option<Map<String, Value>>| {
             let mut patterns = patterns.iter().flatten();
-            let found = patterns.find(|(key, _)| {
-                Key::new(key).is_some_and(|key| names.iter().any(|name| key.matches(name)))
-            });
+            let found =
+                patterns.find(|(key, _)| Key::new(key).is_some_and(|key| names.iter().any(|name| key.matches(name))));
             found.and_then(|(_, value)| value.as_f64())
         };
         let rank = find(&self.rank_pattern).map_or(self.r, |rank| rank as usize);
