@@ -10,6 +10,7 @@ use crate::init::Init;
 use crate::mlp::Mlp;
 use crate::moe::{Moe, MoeOutput, Routing};
 use crate::norm::RmsNorm;
+use crate::pass::LayerOutput;
 use crate::report::LayerReport;
 use crate::transparent::transparent_module;
 
@@ -37,13 +38,6 @@ pub enum FeedForward {
 }
 
 transparent_module!(FeedForward { Dense, Moe });
-
-/// What comes out of a layer.
-pub(crate) struct LayerOutput {
-    pub(crate) hidden: Tensor<2>,
-    pub(crate) balance_loss: Option<Tensor<1>>,
-    pub(crate) report: LayerReport,
-}
 
 impl DecoderLayer {
     pub(crate) fn new(config: &ModelConfig, layer: usize, init: Init, device: &Device) -> Self {

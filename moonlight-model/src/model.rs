@@ -97,7 +97,7 @@ impl CausalLm {
         let [rows, sequence] = batch.tokens.dims();
         let Hidden { hidden, balance_loss, report } =
             self.hidden(batch.tokens.clone(), batch.segments.as_ref(), sequence_balance_weight, probe);
-        let losses = cross_entropy(self.head(hidden), batch.targets.clone().reshape([rows * sequence]));
+        let losses = self.token_losses(hidden, batch.targets.clone().reshape([rows * sequence]));
         let mask = batch.loss_mask.clone().reshape([rows * sequence]);
         LossOutput { loss_sum: (losses * mask).sum(), balance_loss, report }
     }
@@ -146,41 +146,28 @@ impl CausalLm {
     }
 
     fn hidden(&self, tokens: Tensor<2, Int>, segments: Option<&Segments>, balance_weight: f64, probe: Probe) -> Hidden {
-        let [batch, sequence] = tokens.dims();
-        let device = tokens.device();
-        if let Some(segments) = segments {
-            assert_eq!((segments.batch, segments.sequence), (batch, sequence), "segments describe another batch");
-        }
-        let rotation = match segments {
-            Some(segments) => self.rotary.at(&segments.positions, &device),
-            None => {
-                let positions: Vec<u32> = (0..batch).flat_map(|_| 0..sequence as u32).collect();
-                self.rotary.at(&positions, &device)
-            }
-        };
-        let context = Tokens {
-            batch,
-            sequence,
-            rotation: &rotation,
-            starts: segments.map(|segments| segments.starts.clone()),
-            probe_logits: probe.attention_logits,
-        };
-        let padding = segments.map(|segments| segments.padding.as_slice());
-        let routing = Routing { batch, sequence, padding, balance_weight };
-
-        let mut hidden = self.embed_tokens.forward(tokens).reshape([batch * sequence, self.config.hidden_size]);
+        let pass = self.pass_of(&tokens, segments, balance_weight, probe);
+        let mut hidden = self.embed(tokens);
         let mut balance_loss: Option<Tensor<1>> = None;
         let mut report = ForwardReport::default();
-        for (index, layer) in self.layers.iter().enumerate() {
-            let mut output = layer.forward(hidden, &context, &routing);
+        for index in 0..self.layers.len() {
+            let output = self.run_layer(index, hidden, &pass);
             hidden = output.hidden;
             if let Some(loss) = output.balance_loss {
                 balance_loss = Some(balance_loss.map_or(loss.clone(), |sum| sum + loss));
             }
-            output.report.layer = index;
             report.layers.push(output.report);
         }
         Hidden { hidden, balance_loss, report }
+    }
+
+    pub(crate) fn rotary(&self) -> &RotaryEmbedding {
+        &self.rotary
+    }
+
+    /// `-log p` of each token's target, f32 `[tokens]`, from the last layer's `[tokens, hidden]`.
+    pub fn token_losses(&self, hidden: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+        cross_entropy(self.head(hidden), targets)
     }
 
     /// Final norm and head: `[tokens, hidden]` to `[tokens, vocab]`.

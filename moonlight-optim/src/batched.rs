@@ -8,17 +8,22 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer};
-use burn::tensor::{Bytes, Device, Shape, Tensor, TensorData};
+use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
 use burn_pack::{Reader, Scalar, Tensor as Stored, Writer};
 
+use crate::newton_schulz::full_precision;
 use crate::state::{RANK, StateError};
 use crate::{Assignment, Muon, MuonState, Rounding};
+
+/// The most elements that are stepped together: what gains from company is small, and the workspace of Newton-Schulz is a
+/// few times a batch. One parameter that is larger goes alone.
+const ELEMENTS_TOGETHER: usize = 1 << 24;
 
 /// The optimizer of an [`Assignment`], as [`Assignment::optimizer`], that steps all equal matrices of Muon's groups together
 /// by [`Muon::step_batch`]: the same parameters bit for bit, sooner where there are many small ones.
 ///
-/// Parameters whose group rounds them in another way than to nearest are stepped one by one. State is saved in the same
-/// format: either kind of optimizer loads what the other has saved.
+/// State is saved in the same format: either kind of optimizer loads what the other has saved. (Stochastic rounding draws
+/// in another order.)
 #[derive(Clone, Debug)]
 pub struct BatchedOptimizer {
     /// Everything else.
@@ -53,17 +58,28 @@ struct Held {
     shape: Shape,
     /// Its momentum as the stack that the parameter is stepped as.
     state: MuonState<3>,
+    /// Its f32 master, as the same stack.
+    master: Option<Tensor<3>>,
 }
 
-/// A parameter on its way to a step.
+/// A parameter that waits for its step.
+#[derive(Clone, Debug)]
 struct Waiting {
     path: String,
     id: ParamId,
     group: usize,
     shape: Shape,
+    /// `[batch, A, B]` that it is stepped as.
+    stack: [usize; 3],
+    dtype: DType,
     device: Device,
-    tensor: Tensor<3>,
-    gradient: Tensor<3>,
+}
+
+impl Waiting {
+    /// Whether the two can be stepped as one stack.
+    fn equals(&self, other: &Self) -> bool {
+        (self.group, self.stack, self.dtype) == (other.group, other.stack, other.dtype) && self.device == other.device
+    }
 }
 
 impl Assignment {
@@ -75,7 +91,7 @@ impl Assignment {
     fn batched_around(&self, rest: ModuleOptimizer, states: HashMap<String, Held>) -> BatchedOptimizer {
         let mut groups = Vec::new();
         for (name, group) in self.groups() {
-            let Some(config) = group.muon().filter(|config| config.rounding == Rounding::Nearest) else { continue };
+            let Some(config) = group.muon() else { continue };
             for (blocks, paths) in self.by_blocks(name) {
                 groups.push(Group {
                     muon: config.clone().with_blocks(blocks).build(),
@@ -140,8 +156,9 @@ impl Assignment {
             });
             let step = scalars.get(&format!("{id}.step")).and_then(|step| usize::try_from(*step).ok()).unwrap_or(0);
             let state = MuonState { momentum: tensor(momentum, stack), second_moment, step };
+            let master = fields.remove("master").map(|data| tensor(data, stack));
             let id = id.parse::<u64>().map_err(|_| StateError::Nameless { entry: id.clone() })?;
-            optimizer.states.insert(path.clone(), Held { id: ParamId::from(id), shape, state });
+            optimizer.states.insert(path.clone(), Held { id: ParamId::from(id), shape, state, master });
         }
         let mut writer = Writer::new(rest);
         let kept = |id: &str| paths.get(id).is_some_and(|path| !optimizer.states.contains_key(path));
@@ -167,44 +184,67 @@ impl BatchedOptimizer {
         self.groups.iter().position(|group| group.paths.contains(path))
     }
 
-    /// A step of the module, as `ModuleOptimizer::step`.
-    pub fn step<M: Module>(&mut self, lr: f64, module: M, mut gradients: GradientsParams) -> M {
-        let mut collector =
-            Collector { path: Vec::new(), optimizer: self, gradients: &mut gradients, waiting: Vec::new() };
-        module.visit(&mut collector);
-        let mut waiting = collector.waiting;
-        let mut updated = HashMap::with_capacity(waiting.len());
+    /// A step of the module, as `ModuleOptimizer::step`: parameters without a gradient stay as they are.
+    ///
+    /// At no time are there two copies of more than a batch of parameters, if the caller keeps none.
+    pub fn step<M: Module>(&mut self, lr: f64, mut module: M, mut gradients: GradientsParams) -> M {
+        let mut listing = Listing { path: Vec::new(), optimizer: self, gradients: &gradients, waiting: Vec::new() };
+        module.visit(&mut listing);
+        let mut waiting = listing.waiting;
         while let Some(first) = waiting.first() {
-            let like = (first.group, first.tensor.dims(), first.tensor.dtype(), first.device.clone());
-            let equal = |one: &Waiting| (one.group, one.tensor.dims(), one.tensor.dtype(), one.device.clone()) == like;
-            let (batch, others): (Vec<_>, Vec<_>) = waiting.into_iter().partition(equal);
-            waiting = others;
-            self.step_equal(lr, batch, &mut updated);
+            let first = first.clone();
+            let most = (ELEMENTS_TOGETHER / first.stack.iter().product::<usize>().max(1)).max(1);
+            let mut batch = Vec::new();
+            waiting.retain(|one| {
+                let taken = batch.len() < most && one.equals(&first);
+                if taken {
+                    batch.push(one.clone());
+                }
+                !taken
+            });
+            let mut lifter = Lifter { wanted: &batch, gradients: &mut gradients, lifted: HashMap::new() };
+            module = module.map(&mut lifter);
+            let lifted = lifter.lifted;
+            module = module.map(&mut Replacer(self.step_equal(lr, batch, lifted)));
         }
-        let module = module.map(&mut Replacer(updated));
         self.rest.0.step(lr, module, gradients)
     }
 
-    fn step_equal(&mut self, lr: f64, batch: Vec<Waiting>, updated: &mut HashMap<ParamId, Tensor<3>>) {
-        let Some(Waiting { group, device, .. }) = batch.first() else { return };
+    fn step_equal(
+        &mut self,
+        lr: f64,
+        batch: Vec<Waiting>,
+        mut lifted: HashMap<ParamId, (Tensor<3>, Tensor<3>)>,
+    ) -> HashMap<ParamId, (Shape, Tensor<3>)> {
+        let Some(Waiting { group, device, .. }) = batch.first() else { return HashMap::new() };
         let Group { muon, learning_rate_factor, .. } = &self.groups[*group];
-        let device = device.clone();
+        let (device, rounding) = (device.clone(), muon.config().rounding);
         let mut owners = Vec::with_capacity(batch.len());
         let mut members = Vec::with_capacity(batch.len());
-        for Waiting { path, id, shape, tensor, gradient, .. } in batch {
-            let state = self.states.remove(&path).map(|held| MuonState {
-                momentum: held.state.momentum.to_device(&device),
-                second_moment: held.state.second_moment.map(|second| second.to_device(&device)),
-                step: held.state.step,
+        for Waiting { path, id, shape, .. } in batch {
+            let Some((tensor, gradient)) = lifted.remove(&id) else { continue };
+            let (state, master) = self.states.remove(&path).map(|held| (held.state, held.master)).unzip();
+            let state = state.map(|state| MuonState {
+                momentum: state.momentum.to_device(&device),
+                second_moment: state.second_moment.map(|second| second.to_device(&device)),
+                step: state.step,
             });
-            members.push((tensor, gradient, state));
-            owners.push((path, id, shape));
+            let stored = tensor.dtype();
+            let start = match stored == full_precision(stored) || rounding == Rounding::Nearest {
+                true => tensor,
+                false => rounding.start(tensor, master.flatten().map(|master| master.to_device(&device))),
+            };
+            members.push((start, gradient, state));
+            owners.push((path, id, shape, stored));
         }
         let stepped = muon.step_stacks(lr * learning_rate_factor, members);
-        for ((path, id, shape), (tensor, state)) in owners.into_iter().zip(stepped) {
-            updated.insert(id, tensor);
-            self.states.insert(path, Held { id, shape, state });
+        let mut updated = HashMap::with_capacity(stepped.len());
+        for ((path, id, shape, stored), (tensor, state)) in owners.into_iter().zip(stepped) {
+            let (tensor, master) = rounding.finish(tensor, stored);
+            updated.insert(id, (shape.clone(), tensor));
+            self.states.insert(path, Held { id, shape, state, master });
         }
+        updated
     }
 
     /// The state as bytes, in the format of `ModuleOptimizer::into_bytes`.
@@ -231,12 +271,15 @@ impl BatchedOptimizer {
         let mut tensors = reader.into_tensors()?;
         let mut by_path: Vec<_> = self.states.iter().collect();
         by_path.sort_by_key(|(path, _)| *path);
-        for (_, Held { id, shape, state }) in &by_path {
+        for (_, Held { id, shape, state, master }) in &by_path {
             let mut push = |field: &str, data: TensorData, shape: Shape| {
                 let (bytes, _, dtype) = data.into_parts();
                 tensors.push(Stored::new(format!("{}.{field}", id.val()), dtype, shape, Some(id.val()), bytes));
             };
             push("momentum", state.momentum.clone().into_data(), shape.clone());
+            if let Some(master) = master {
+                push("master", master.clone().into_data(), shape.clone());
+            }
             if let Some(second) = &state.second_moment {
                 push("second_moment", second.clone().into_data(), second.shape());
             }
@@ -248,7 +291,7 @@ impl BatchedOptimizer {
         for (id, path) in &paths {
             writer = writer.with_metadata(id, path);
         }
-        for (path, Held { id, shape, state }) in by_path {
+        for (path, Held { id, shape, state, .. }) in by_path {
             let id = id.val();
             writer = writer.with_scalar(&format!("{id}.{RANK}"), Scalar::from(shape.as_slice().len()));
             writer = writer.with_scalar(&format!("{id}.step"), Scalar::from(state.step));
@@ -258,15 +301,15 @@ impl BatchedOptimizer {
     }
 }
 
-/// Takes the parameters and gradients of Muon's groups.
-struct Collector<'a> {
+/// Lists the parameters of Muon's groups that have a gradient.
+struct Listing<'a> {
     path: Vec<String>,
     optimizer: &'a BatchedOptimizer,
-    gradients: &'a mut GradientsParams,
+    gradients: &'a GradientsParams,
     waiting: Vec<Waiting>,
 }
 
-impl ModuleVisitor for Collector<'_> {
+impl ModuleVisitor for Listing<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_string());
     }
@@ -278,30 +321,55 @@ impl ModuleVisitor for Collector<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let path = self.path.join(".");
         let Some(group) = self.optimizer.group_of(&path) else { return };
-        let Some(gradient) = self.gradients.remove::<D>(param.id) else { return };
-        let device = gradient.device();
-        let tensor = param.val().inner().to_device(&device);
-        let shape = tensor.shape();
+        let Some(gradient) = self.gradients.get::<D>(param.id) else { return };
+        if self.waiting.iter().any(|waiting| waiting.id == param.id) {
+            return; // a second name of the same tensor
+        }
+        let (shape, dtype, device) = (gradient.shape(), param.val().dtype(), gradient.device());
         let stack = self.optimizer.groups[group].muon.config().view.stack(shape.as_slice());
-        let (tensor, gradient) = (tensor.reshape(stack), gradient.reshape(stack));
-        self.waiting.push(Waiting { path, id: param.id, group, shape, device, tensor, gradient });
+        self.waiting.push(Waiting { path, id: param.id, group, shape, stack, dtype, device });
     }
 }
 
-/// Puts stepped parameters in the place of the old ones.
-struct Replacer(HashMap<ParamId, Tensor<3>>);
+/// Takes the parameters of a batch out of the module, and their gradients, so that nothing else holds them.
+struct Lifter<'a> {
+    wanted: &'a [Waiting],
+    gradients: &'a mut GradientsParams,
+    lifted: HashMap<ParamId, (Tensor<3>, Tensor<3>)>,
+}
+
+impl ModuleMapper for Lifter<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(wanted) = self.wanted.iter().find(|wanted| wanted.id == param.id) else { return param };
+        let Some(gradient) = self.gradients.remove::<D>(param.id) else { return param };
+        let Self { lifted, .. } = self;
+        param.map(|old| {
+            let empty = Tensor::<D>::empty([0; D], (&wanted.device, wanted.dtype));
+            let empty = in_place_of(&old, empty);
+            let tensor = old.inner().to_device(&wanted.device);
+            lifted.insert(wanted.id, (tensor.reshape(wanted.stack), gradient.reshape(wanted.stack)));
+            empty
+        })
+    }
+}
+
+/// Puts stepped parameters back.
+struct Replacer(HashMap<ParamId, (Shape, Tensor<3>)>);
 
 impl ModuleMapper for Replacer {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(updated) = self.0.remove(&param.id) else { return param };
-        param.map(|old| {
-            let mut new = Tensor::from_inner(updated.clone().reshape(old.shape()));
-            if let Some(strategy) = old.gradient_checkpointing_strategy() {
-                new = new.with_gradient_checkpointing_strategy(strategy);
-            }
-            new.set_require_grad(old.is_require_grad())
-        })
+        let Some((shape, updated)) = self.0.remove(&param.id) else { return param };
+        param.map(|old| in_place_of(&old, updated.reshape(shape)))
     }
+}
+
+/// A tensor without a graph as the new value of a parameter, which trains as the old one did.
+fn in_place_of<const D: usize>(old: &Tensor<D>, new: Tensor<D>) -> Tensor<D> {
+    let mut new = Tensor::from_inner(new);
+    if let Some(strategy) = old.gradient_checkpointing_strategy() {
+        new = new.with_gradient_checkpointing_strategy(strategy);
+    }
+    new.set_require_grad(old.is_require_grad())
 }
 
 #[cfg(test)]
@@ -390,6 +458,57 @@ mod tests {
                 assert_eq!(values(&one), values(&other), "{adaptive:?} step {seed}");
             }
         }
+    }
+
+    #[test]
+    fn masters_are_kept_saved_and_loaded_by_either_kind() {
+        let narrow = |net: Net| {
+            struct Narrow;
+            impl ModuleMapper for Narrow {
+                fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                    param.map(|tensor| tensor.cast(DType::BF16).detach().require_grad())
+                }
+            }
+            net.map(&mut Narrow)
+        };
+        let wide = net();
+        let start = narrow(wide.clone());
+        let taken = |seed: u64| {
+            let mut narrow = GradientsParams::new();
+            let all = gradients(&wide, seed);
+            struct Cast<'a>(GradientsParams, &'a mut GradientsParams);
+            impl ModuleVisitor for Cast<'_> {
+                fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                    if let Some(gradient) = self.0.remove::<D>(param.id) {
+                        self.1.register(param.id, gradient.cast(DType::BF16));
+                    }
+                }
+            }
+            wide.visit(&mut Cast(all, &mut narrow));
+            narrow
+        };
+        let muon = MuonConfig::new().with_rounding(Rounding::MasterWeights);
+        let adamw = AdamWConfig::new().with_rounding(Rounding::MasterWeights);
+        let assignment = ParameterRules::new()
+            .group("muon", muon)
+            .group("adamw", adamw)
+            .rule(Rule::to("muon").rank(2..=3))
+            .rule(Rule::to("adamw").rank(1..=1))
+            .assign(&start)
+            .unwrap();
+        let (mut one, mut other) = (start.clone(), start.clone());
+        let (mut plain, mut batched) = (assignment.optimizer(), assignment.batched_optimizer());
+        for seed in 0..6 {
+            one = plain.step(1e-3, one, taken(seed));
+            other = batched.step(1e-3, other, taken(seed));
+            assert_eq!(values(&one), values(&other), "step {seed}");
+            if seed == 2 {
+                let crossed = assignment.load_batched_optimizer_bytes(plain.into_bytes().unwrap()).unwrap();
+                plain = assignment.load_optimizer_bytes(batched.into_bytes().unwrap()).unwrap();
+                batched = crossed;
+            }
+        }
+        assert_ne!(values(&one), values(&start));
     }
 
     #[test]

@@ -82,23 +82,9 @@ impl<O: Optimizer> Optimizer for MixedPrecision<O> {
             Some(state) => (state.inner, state.master),
             None => (None, None),
         };
-        let start = match master.filter(|_| self.rounding == Rounding::MasterWeights && stored != wide) {
-            Some(master) => {
-                let untouched = master.clone().cast(stored).equal(tensor.clone());
-                tensor.cast(wide).mask_where(untouched, master)
-            }
-            None => tensor.cast(wide),
-        };
+        let start = self.rounding.start(tensor, master);
         let (exact, inner) = self.optimizer.step(lr, start, grad.cast(wide), inner);
-        if stored == wide {
-            let state = inner.map(|inner| MixedPrecisionState { inner: Some(inner), master: None });
-            return (exact, state);
-        }
-        let (tensor, master) = match self.rounding {
-            Rounding::Nearest => (exact.cast(stored), None),
-            Rounding::Stochastic => (round_stochastically(exact, stored), None),
-            Rounding::MasterWeights => (exact.clone().cast(stored), Some(exact)),
-        };
+        let (tensor, master) = self.rounding.finish(exact, stored);
         let state = (inner.is_some() || master.is_some()).then_some(MixedPrecisionState { inner, master });
         (tensor, state)
     }
@@ -107,6 +93,33 @@ impl<O: Optimizer> Optimizer for MixedPrecision<O> {
         MixedPrecisionState {
             inner: state.inner.map(|inner| O::to_device(inner, device)),
             master: state.master.map(|master| master.to_device(device)),
+        }
+    }
+}
+
+impl Rounding {
+    /// What an update starts from, in full precision: the parameter, or its master where that rounds to the parameter.
+    pub(crate) fn start<const D: usize>(self, tensor: Tensor<D>, master: Option<Tensor<D>>) -> Tensor<D> {
+        let stored = tensor.dtype();
+        let wide = full_precision(stored);
+        match master.filter(|_| self == Rounding::MasterWeights && stored != wide) {
+            Some(master) => {
+                let untouched = master.clone().cast(stored).equal(tensor.clone());
+                tensor.cast(wide).mask_where(untouched, master)
+            }
+            None => tensor.cast(wide),
+        }
+    }
+
+    /// The updated parameter as it is `stored`, and its master where it has one.
+    pub(crate) fn finish<const D: usize>(self, exact: Tensor<D>, stored: DType) -> (Tensor<D>, Option<Tensor<D>>) {
+        if stored == exact.dtype() {
+            return (exact, None);
+        }
+        match self {
+            Rounding::Nearest => (exact.cast(stored), None),
+            Rounding::Stochastic => (round_stochastically(exact, stored), None),
+            Rounding::MasterWeights => (exact.clone().cast(stored), Some(exact)),
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod plots;
 pub mod recipe;
 pub mod schedule;
 pub mod score;
+pub mod spectrum;
 pub mod tensorboard;
 pub mod tokenizer;
 pub mod trainer;

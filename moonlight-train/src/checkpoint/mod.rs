@@ -14,9 +14,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn::optim::ModuleOptimizer;
 use moonlight_convert::{SaveOptions, replace_directory, write_into};
 use moonlight_model::CausalLm;
+use moonlight_optim::BatchedOptimizer;
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataPosition;
@@ -99,7 +99,7 @@ impl Checkpoints {
     pub fn save(
         &self,
         model: &CausalLm,
-        optimizer: &ModuleOptimizer,
+        optimizer: &BatchedOptimizer,
         state: &TrainerState,
     ) -> Result<PathBuf, TrainError> {
         fs::create_dir_all(&self.dir).map_err(TrainError::write(&self.dir))?;
@@ -126,7 +126,7 @@ impl Checkpoints {
         Ok(path)
     }
 
-    fn write_state(&self, dir: &Path, optimizer: &ModuleOptimizer, state: &TrainerState) -> Result<(), TrainError> {
+    fn write_state(&self, dir: &Path, optimizer: &BatchedOptimizer, state: &TrainerState) -> Result<(), TrainError> {
         for Companion { name, contents } in &self.companions {
             let path = dir.join(name);
             fs::write(&path, contents).map_err(TrainError::write(&path))?;

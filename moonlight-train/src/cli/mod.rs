@@ -4,6 +4,7 @@ mod chat;
 mod generate;
 mod model;
 mod score;
+mod spectrum;
 mod train;
 
 use std::process::ExitCode;
@@ -33,6 +34,8 @@ enum Command {
     Chat(chat::Arguments),
     /// Log-probabilities of given texts or tokens.
     Score(score::Arguments),
+    /// SVD entropy and stable rank of the weights, by the report's six groups.
+    Spectrum(spectrum::Arguments),
 }
 
 /// Runs the program: 0 for done, 1 for a failure, 2 for wrong usage, 130 for a training that was interrupted.
@@ -42,6 +45,7 @@ pub fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Chat(arguments) => chat::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Spectrum(arguments) => spectrum::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         report(&error);

@@ -49,7 +49,7 @@ impl ModelArguments {
 }
 
 /// The folder with the weights: the folder itself, the newest checkpoint of a run, or a snapshot of the Hub cache.
-fn resolve(dir: &Path) -> PathBuf {
+pub(super) fn resolve(dir: &Path) -> PathBuf {
     if dir.join("config.json").exists() {
         return dir.to_owned();
     }

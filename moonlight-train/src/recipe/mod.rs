@@ -26,10 +26,10 @@ pub use data::{BYTES_TOKENIZER, DataConfig, DataFormat, NO_TOKENIZER, TooLong};
 pub use error::RecipeError;
 pub use expand::expand;
 pub use model::{ModelRecipe, ModelSource};
-pub use optimizer::{OptimizerName, OptimizerRecipe, ScaleName};
+pub use optimizer::{HalfOrFull, OptimizerName, OptimizerRecipe, RoundingName, ScaleName};
 pub use run::{RunConfig, SampleConfig};
 pub use schedule::{AccumulationChange, ScheduleConfig, ScheduleName, Stage, StageShape};
-pub use train::{MoeRecipe, TrainConfig};
+pub use train::{Checkpointing, MoeRecipe, TrainConfig};
 
 use section::Reader;
 use tree::Tree;

@@ -67,6 +67,53 @@ impl FromStr for ScaleName {
     }
 }
 
+/// How parameters in half precision take an update; [`moonlight_optim::Rounding`] in a recipe's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RoundingName {
+    /// To the nearest: updates below half a step are lost.
+    Nearest,
+    /// Up or down by chance, exact in the mean.
+    Stochastic,
+    /// An f32 copy takes the update.
+    Master,
+}
+
+impl FromStr for RoundingName {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "nearest" => Ok(Self::Nearest),
+            "stochastic" => Ok(Self::Stochastic),
+            "master" => Ok(Self::Master),
+            _ => Err(()),
+        }
+    }
+}
+
+/// A dtype of the optimizer's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HalfOrFull {
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+}
+
+impl FromStr for HalfOrFull {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            _ => Err(()),
+        }
+    }
+}
+
 /// `[optimizer]`: Muon or AdamW, and its constants. Defaults are those of "Muon is Scalable for LLM Training".
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct OptimizerRecipe {
@@ -91,6 +138,15 @@ pub struct OptimizerRecipe {
     pub betas: [f64; 2],
     /// `epsilon`: AdamW's. Default: 1e-8.
     pub epsilon: f64,
+    /// `rounding`: how parameters in half precision take an update: `nearest`, `stochastic`, or `master`, which keeps an
+    /// f32 copy of each. Nothing to f32 parameters. Default: `master`, since updates are often smaller than half a step
+    /// of bf16.
+    pub rounding: RoundingName,
+    /// `momentum_dtype`: `f32` or `bf16`, which halves what Muon keeps. Default: `f32`.
+    pub momentum_dtype: HalfOrFull,
+    /// `newton_schulz_dtype`: of the products of Newton-Schulz, `f32` or `bf16`, as in the report's training. Default:
+    /// `f32`.
+    pub newton_schulz_dtype: HalfOrFull,
     /// `qk_clip`: the largest attention logit that is let be; heads above it are scaled down after the step (MuonClip,
     /// Kimi K2, where it is 100). Costs the logits of every step once more. Default: 0, off.
     pub qk_clip: f64,
@@ -131,6 +187,10 @@ impl OptimizerRecipe {
         });
         let epsilon = section.number("epsilon").unwrap_or(1e-8);
         section.require("epsilon", epsilon > 0.0, || format!("is {epsilon}; it must be above 0"));
+        let rounding = section.choice("rounding", &["nearest", "stochastic", "master"]).unwrap_or(RoundingName::Master);
+        let dtypes = ["f32", "bf16"];
+        let momentum_dtype = section.choice("momentum_dtype", &dtypes).unwrap_or(HalfOrFull::F32);
+        let newton_schulz_dtype = section.choice("newton_schulz_dtype", &dtypes).unwrap_or(HalfOrFull::F32);
         let qk_clip = section.number("qk_clip").unwrap_or(0.0);
         section.require("qk_clip", qk_clip >= 0.0, || format!("is {qk_clip}; it must not be negative"));
         Self {
@@ -144,6 +204,9 @@ impl OptimizerRecipe {
             update_rms,
             betas,
             epsilon,
+            rounding,
+            momentum_dtype,
+            newton_schulz_dtype,
             qk_clip,
         }
     }

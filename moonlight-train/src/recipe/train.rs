@@ -1,5 +1,7 @@
 //! `[train]` and `[moe]`.
 
+use std::str::FromStr;
+
 use serde::Serialize;
 
 use super::section::Section;
@@ -35,8 +37,39 @@ pub struct TrainConfig {
     pub probe_every: u64,
     /// `tensorboard`: whether event files are written. Default: false.
     pub tensorboard: bool,
+    /// `activation_checkpointing`: `none`, or `block` to keep each layer's input alone and run the layer again for its
+    /// gradient: a third more time, and the activations of one layer instead of all. Default: `none`.
+    pub activation_checkpointing: Checkpointing,
+    /// `loss_chunk_tokens`: tokens whose logits are in memory at once; 0 for all of a batch. Default: 0.
+    pub loss_chunk_tokens: usize,
+    /// `fuse_update`: whether each layer is updated as soon as its gradients are there, so that all of them never exist at
+    /// once. Needs `gradient_clip = 0` and `gradient_accumulation = 1`, and with `activation_checkpointing = "none"` it
+    /// spares the head's gradients alone. Default: false.
+    pub fuse_update: bool,
     /// `plots`: whether SVG plots are drawn at the end. Default: true.
     pub plots: bool,
+}
+
+/// Which activations are kept for the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Checkpointing {
+    /// All.
+    None,
+    /// Each layer's input.
+    Block,
+}
+
+impl FromStr for Checkpointing {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "none" => Ok(Self::None),
+            "block" => Ok(Self::Block),
+            _ => Err(()),
+        }
+    }
 }
 
 impl TrainConfig {
@@ -67,6 +100,18 @@ impl TrainConfig {
         let log_every = positive(section, "log_every", 1);
         let probe_every = section.whole("probe_every").unwrap_or(50);
         let tensorboard = section.boolean("tensorboard").unwrap_or(false);
+        let activation_checkpointing =
+            section.choice("activation_checkpointing", &["none", "block"]).unwrap_or(Checkpointing::None);
+        let loss_chunk_tokens = section.whole("loss_chunk_tokens").unwrap_or(0) as usize;
+        let fuse_update = section.boolean("fuse_update").unwrap_or(false);
+        section.require("fuse_update", !fuse_update || gradient_clip == 0.0, || {
+            format!("needs `gradient_clip = 0` (it is {gradient_clip}): the norm is known when all layers are updated")
+        });
+        let accumulates =
+            gradient_accumulation > 1 || schedule.accumulation.iter().any(|change| change.gradient_accumulation > 1);
+        section.require("fuse_update", !fuse_update || !accumulates, || {
+            "needs `gradient_accumulation = 1`: gradients that are summed have to be kept".into()
+        });
         let plots = section.boolean("plots").unwrap_or(true);
         Self {
             steps,
@@ -81,6 +126,9 @@ impl TrainConfig {
             log_every,
             probe_every,
             tensorboard,
+            activation_checkpointing,
+            loss_chunk_tokens,
+            fuse_update,
             plots,
         }
     }

@@ -1,5 +1,6 @@
 //! `moonlight train`: a recipe becomes a run.
 
+mod backward;
 mod conclude;
 mod qk_clip;
 mod renderer;
@@ -30,6 +31,7 @@ use crate::error::TrainError;
 use crate::metrics;
 use crate::recipe::Recipe;
 
+pub use backward::Sparing;
 pub use conclude::conclude;
 pub use start::Prepared;
 pub use strategy::Finished;
@@ -52,7 +54,8 @@ pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: Interr
     let epoch_steps = Run::epoch_steps(recipe);
     let epochs = recipe.train.steps.div_ceil(epoch_steps) as usize;
     let starting_epoch = (run.state.step / epoch_steps) as usize;
-    let optimizer = run.optimizer.clone();
+    // burn-train wants an optimizer of its kind; the strategy steps with its own.
+    let optimizer = run.assignment.optimizer();
     let strategy = Arc::new(StepStrategy::new(run));
     let training = SupervisedTraining::new(recipe.run.folder(), NoLoader::train(), NoLoader::valid())
         .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))

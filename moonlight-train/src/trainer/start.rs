@@ -7,7 +7,9 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use moonlight_convert::load;
 use moonlight_model::CausalLm;
-use moonlight_optim::{AdamWConfig, Assignment, MuonConfig, ParameterRules, Scale};
+use moonlight_optim::{
+    AdamWConfig, Assignment, MomentumPrecision, MuonConfig, ParameterRules, Precision, Rounding, Scale,
+};
 
 use super::strategy::Run;
 use super::trainee::Trainee;
@@ -16,7 +18,9 @@ use crate::data::Corpus;
 use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::metrics::MetricsFile;
-use crate::recipe::{ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe, ScaleName};
+use crate::recipe::{
+    HalfOrFull, ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe, RoundingName, ScaleName,
+};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
 use crate::tokenizer::Tokenizer;
@@ -76,9 +80,9 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         Some(found) => {
             stream.seek(state.data)?;
             let path = found.optimizer();
-            assignment.load_optimizer(&path).map_err(|source| TrainError::OptimizerState { path, source })?
+            assignment.load_batched_optimizer(&path).map_err(|source| TrainError::OptimizerState { path, source })?
         }
-        None => assignment.optimizer(),
+        None => assignment.batched_optimizer(),
     };
 
     fs::create_dir_all(&folder).map_err(TrainError::write(&folder))?;
@@ -121,10 +125,16 @@ fn newest_whole(checkpoints: &Checkpoints, device: &Device) -> Result<Option<(Fo
 
 /// The optimizers that a recipe asks for, for a model of this width.
 pub(super) fn rules(recipe: &OptimizerRecipe, hidden: usize) -> ParameterRules {
+    let rounding = match recipe.rounding {
+        RoundingName::Nearest => Rounding::Nearest,
+        RoundingName::Stochastic => Rounding::Stochastic,
+        RoundingName::Master => Rounding::MasterWeights,
+    };
     let adamw = AdamWConfig::new()
         .with_betas(recipe.betas[0] as f32, recipe.betas[1] as f32)
         .with_epsilon(recipe.epsilon as f32)
-        .with_weight_decay(recipe.weight_decay);
+        .with_weight_decay(recipe.weight_decay)
+        .with_rounding(rounding);
     let factor = recipe.update_rms;
     let scale = match recipe.scale {
         ScaleName::Report => Scale::Report { factor },
@@ -142,7 +152,16 @@ pub(super) fn rules(recipe: &OptimizerRecipe, hidden: usize) -> ParameterRules {
                 .with_nesterov(recipe.nesterov)
                 .with_weight_decay(recipe.weight_decay)
                 .with_scale(scale)
-                .with_steps(recipe.newton_schulz_steps);
+                .with_steps(recipe.newton_schulz_steps)
+                .with_rounding(rounding)
+                .with_momentum_precision(match recipe.momentum_dtype {
+                    HalfOrFull::F32 => MomentumPrecision::F32,
+                    HalfOrFull::Bf16 => MomentumPrecision::Bf16,
+                })
+                .with_precision(match recipe.newton_schulz_dtype {
+                    HalfOrFull::F32 => Precision::F32,
+                    HalfOrFull::Bf16 => Precision::Bf16,
+                });
             ParameterRules::moonlight(muon, adamw)
         }
     }

@@ -1,11 +1,13 @@
 //! One optimizer step: forward and backward over the micro-batches, clipping, update, bias rule.
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
+use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
 use moonlight_model::{ForwardReport, Probe};
+use moonlight_optim::BatchedOptimizer;
 
-use super::trainee::{MicroBatch, Trainee};
+use super::backward::{Sparing, Summing, Taker, Updating, backward};
+use super::trainee::{MicroBatch, MicroOutcome, Trainee};
 use crate::data::HostBatch;
 
 /// What a step is taken with.
@@ -20,10 +22,14 @@ pub(crate) struct StepSettings {
     pub(crate) bias_update_rate: f64,
     /// What the forward passes report.
     pub(crate) probe: Probe,
+    /// How memory is spared.
+    pub(crate) sparing: Sparing,
+    /// Whether each layer is updated as soon as its gradients are there: no clipping, and one micro-batch a step.
+    pub(crate) fused: bool,
 }
 
 /// What a step has to tell.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct StepOutcome {
     /// Mean over all predicted tokens of the step, nats.
     pub(crate) loss: f64,
@@ -44,61 +50,91 @@ pub(crate) struct NotFinite {
     pub(crate) value: f64,
 }
 
-/// The gradient of a step, clipped, and what the step has to tell.
+/// Takes the step: forward and backward over its micro-batches, clipping, update, bias rule.
 ///
-/// The loss of the step is the mean over all predicted tokens of all micro-batches, however unevenly they are spread.
-pub(crate) fn gradient(
+/// The loss of the step is the mean over all predicted tokens of all micro-batches, however unevenly they are spread. The
+/// model is as it was where the loss or the gradient is no number, but for a `fused` step, which has no gradient to look
+/// at before it has updated some layers.
+pub(crate) fn step(
+    trainee: &mut Trainee,
+    optimizer: &mut BatchedOptimizer,
+    batches: &[HostBatch],
+    settings: &StepSettings,
+    device: &Device,
+) -> Result<StepOutcome, NotFinite> {
+    let outcome = if settings.fused {
+        fused(trainee, optimizer, batches, settings, device)?
+    } else {
+        let (gradients, outcome) = gradient(trainee, batches, settings, device)?;
+        trainee.model = optimizer.step(settings.learning_rate, trainee.take_model(), gradients);
+        outcome
+    };
+    trainee.model = trainee.take_model().update_router_bias(&outcome.expert_loads, settings.bias_update_rate);
+    Ok(outcome)
+}
+
+/// The gradient of a step, clipped, and what the step has to tell.
+fn gradient(
     trainee: &Trainee,
     batches: &[HostBatch],
     settings: &StepSettings,
     device: &Device,
 ) -> Result<(GradientsParams, StepOutcome), NotFinite> {
+    let mut taker = Summing::new(&trainee.model);
+    let mut outcome = passes(&mut taker, batches, settings, device)?;
+    let mut gradients = taker.finish();
+    outcome.gradient_norm = finite("gradient norm", global_norm(&trainee.model, &gradients))?;
+    if settings.gradient_clip > 0.0 {
+        // The quotient of torch's `clip_grad_norm_`.
+        let scale = settings.gradient_clip / (outcome.gradient_norm + 1e-6);
+        if scale < 1.0 {
+            gradients = scaled(&trainee.model, gradients, scale);
+        }
+    }
+    Ok((gradients, outcome))
+}
+
+/// A step that updates each layer as soon as its gradients are there. There is no norm to clip by before the last of them.
+fn fused(
+    trainee: &mut Trainee,
+    optimizer: &mut BatchedOptimizer,
+    batches: &[HostBatch],
+    settings: &StepSettings,
+    device: &Device,
+) -> Result<StepOutcome, NotFinite> {
+    let mut taker = Updating::new(trainee, optimizer, settings.learning_rate);
+    let mut outcome = passes(&mut taker, batches, settings, device)?;
+    outcome.gradient_norm = finite("gradient norm", taker.norm())?;
+    Ok(outcome)
+}
+
+/// Forward and backward of each micro-batch; the gradient norm is not yet in what they tell.
+fn passes(
+    taker: &mut impl Taker,
+    batches: &[HostBatch],
+    settings: &StepSettings,
+    device: &Device,
+) -> Result<StepOutcome, NotFinite> {
     let predicted = batches.iter().map(HostBatch::predicted).sum::<f64>().max(1.0);
-    let mut accumulator = GradientsAccumulator::new();
-    let mut loss = 0.0;
-    let mut loads: Vec<Option<Vec<u64>>> = Vec::new();
-    let mut attention: Option<(f64, f64)> = None;
-    let mut head_logits: Vec<Vec<f64>> = Vec::new();
+    let mut told = StepOutcome::default();
     for batch in batches {
-        let output = trainee.step(MicroBatch {
+        let input = MicroBatch {
             batch: batch.to_device(device),
             loss_scale: 1.0 / predicted,
             balance_weight: settings.balance_weight,
             balance_scale: 1.0 / batches.len() as f64,
             probe: settings.probe,
-        });
-        loss += output.item.loss_sum / predicted;
-        finite("loss", loss)?;
-        add_loads(&mut loads, output.item.report.expert_loads());
-        add_head_logits(&mut head_logits, &output.item.report);
-        if let Some((largest, share)) = attention_of(&output.item.report) {
-            let (old_largest, old_share) = attention.unwrap_or((f64::NEG_INFINITY, 0.0));
-            attention = Some((largest.max(old_largest), old_share + share / batches.len() as f64));
-        }
-        accumulator.accumulate(&trainee.model, output.grads);
-    }
-    let mut gradients = accumulator.grads();
-    let gradient_norm = finite("gradient norm", global_norm(&trainee.model, &gradients))?;
-    if settings.gradient_clip > 0.0 {
-        // The quotient of torch's `clip_grad_norm_`.
-        let scale = settings.gradient_clip / (gradient_norm + 1e-6);
-        if scale < 1.0 {
-            gradients = scaled(&trainee.model, gradients, scale);
+        };
+        let MicroOutcome { loss_sum, report } = backward(taker, input, settings.sparing)?;
+        told.loss += loss_sum / predicted;
+        add_loads(&mut told.expert_loads, report.expert_loads());
+        add_head_logits(&mut told.head_logits, &report);
+        if let Some((largest, share)) = attention_of(&report) {
+            let (old_largest, old_share) = told.attention.unwrap_or((f64::NEG_INFINITY, 0.0));
+            told.attention = Some((largest.max(old_largest), old_share + share / batches.len() as f64));
         }
     }
-    Ok((gradients, StepOutcome { loss, gradient_norm, expert_loads: loads, attention, head_logits }))
-}
-
-/// Updates the parameters by the optimizer and the routers' biases by their rule.
-pub(crate) fn update(
-    trainee: Trainee,
-    optimizer: &mut ModuleOptimizer,
-    gradients: GradientsParams,
-    expert_loads: &[Option<Vec<u64>>],
-    settings: &StepSettings,
-) -> Trainee {
-    let model = optimizer.step(settings.learning_rate, trainee.model, gradients);
-    Trainee { model: model.update_router_bias(expert_loads, settings.bias_update_rate) }
+    Ok(told)
 }
 
 fn finite(what: &'static str, value: f64) -> Result<f64, NotFinite> {

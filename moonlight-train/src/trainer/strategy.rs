@@ -9,26 +9,29 @@ use std::time::Instant;
 
 use burn::data::dataloader::Progress;
 use burn::module::Module;
-use burn::optim::ModuleOptimizer;
 use burn::tensor::Device;
 use burn::train::{
     EventProcessorTraining, Interrupter, Learner, LearnerEvent, SupervisedLearningStrategy,
     SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem, ValidLoader,
 };
 use moonlight_model::{CausalLm, Probe};
-use moonlight_optim::{Assignment, update_rms};
+use moonlight_optim::{Assignment, BatchedOptimizer, update_rms};
 
+use super::backward::Sparing;
 use super::qk_clip;
-use super::step::{StepSettings, gradient, update};
+use super::step::{StepSettings, step};
 use super::terminal;
 use super::trainee::Trainee;
 use crate::checkpoint::{Best, Checkpoints, TrainerState};
 use crate::data::{Corpus, HostBatch, TrainStream};
 use crate::error::TrainError;
 use crate::metrics::{Figures, MetricsFile, Split, resident_memory_mib};
-use crate::recipe::Recipe;
+use crate::recipe::{Checkpointing, Recipe};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
+
+/// The golden ratio in 64 bits: seeds of neighbouring steps and of neighbouring runs do not meet.
+const SEED_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// Everything that the loop works with.
 pub(super) struct Run {
@@ -36,7 +39,7 @@ pub(super) struct Run {
     pub(super) schedule: Schedule,
     pub(super) corpus: Corpus,
     pub(super) stream: TrainStream,
-    pub(super) optimizer: ModuleOptimizer,
+    pub(super) optimizer: BatchedOptimizer,
     pub(super) assignment: Assignment,
     /// The device with gradients.
     pub(super) device: Device,
@@ -178,6 +181,8 @@ impl Run {
 
     fn step(&mut self, trainee: &mut Trainee) -> Result<Figures, TrainError> {
         let started = Instant::now();
+        // What a step draws, for dropout or rounding, comes from the seed and its number: a resumed run draws the same.
+        self.device.seed(self.recipe.run.seed.wrapping_add(self.state.step.wrapping_mul(SEED_STRIDE)));
         let train = &self.recipe.train;
         let index = self.state.step;
         let probed = train.probe_every > 0 && (index + 1).is_multiple_of(train.probe_every);
@@ -188,22 +193,27 @@ impl Run {
             balance_weight: self.recipe.moe.sequence_balance_weight,
             bias_update_rate: self.schedule.bias_update_rate(index).unwrap_or(self.recipe.moe.bias_update_rate),
             probe: Probe { attention_logits: probed || clip.is_some() },
+            sparing: Sparing {
+                recompute: train.activation_checkpointing == Checkpointing::Block,
+                loss_chunk_tokens: train.loss_chunk_tokens,
+            },
+            fused: train.fuse_update,
         };
         let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
         let batches = (0..passes).map(|_| self.stream.next_batch()).collect::<Result<Vec<_>, _>>()?;
         let tokens: u64 = batches.iter().map(HostBatch::token_count).sum();
-        let (gradients, outcome) =
-            gradient(trainee, &batches, &settings, &self.device).map_err(|broken| TrainError::NotFinite {
+        let before = probed.then(|| trainee.model.clone());
+        let outcome = step(trainee, &mut self.optimizer, &batches, &settings, &self.device).map_err(|broken| {
+            TrainError::NotFinite {
                 step: index + 1,
                 what: broken.what,
                 value: broken.value,
                 last_checkpoint: self.checkpoints.newest(),
-            })?;
-        let before = probed.then(|| trainee.model.clone());
-        *trainee = update(trainee.clone(), &mut self.optimizer, gradients, &outcome.expert_loads, &settings);
+            }
+        })?;
         let rms = before.map(|before| self.update_rms(&before, &trainee.model, settings.learning_rate));
         if let Some(clip) = clip {
-            trainee.model = qk_clip::clip(trainee.model.clone(), &outcome.head_logits, clip);
+            trainee.model = qk_clip::clip(trainee.take_model(), &outcome.head_logits, clip);
         }
         let rms_of = |group: &str| {
             rms.as_ref().and_then(|rms| rms.iter().find(|(name, _)| name == group)).map(|(_, value)| *value)

@@ -1,6 +1,7 @@
 //! The model as burn-train sees it.
 
 use burn::module::Module;
+use burn::tensor::Device;
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use moonlight_model::{CausalLm, ForwardReport, LmBatch, Probe};
 
@@ -49,6 +50,13 @@ impl TrainStep for Trainee {
 }
 
 impl Trainee {
+    /// The model itself, so that an update can let go of each old parameter at once. What stands in its place until it
+    /// is put back holds nothing: parameters that are never used are never drawn.
+    pub(super) fn take_model(&mut self) -> CausalLm {
+        let stand_in = self.model.config().init(&Device::default());
+        std::mem::replace(&mut self.model, stand_in)
+    }
+
     /// Forward and backward of one micro-batch.
     pub fn step(&self, input: MicroBatch) -> TrainOutput<MicroOutcome> {
         let output = self.model.loss(&input.batch, input.balance_weight, input.probe);

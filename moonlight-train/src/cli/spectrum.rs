@@ -1,0 +1,56 @@
+//! `moonlight spectrum`.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+use moonlight_convert::{Checkpoint, hub};
+use serde_json::json;
+
+use super::model::resolve;
+use crate::error::TrainError;
+use crate::spectrum::{Selection, by_group, layer_spectra};
+
+/// SVD entropy and stable rank of the weights, by the report's six groups.
+///
+/// A model with more entropy uses more of its matrices' directions; models trained by Muon have more than those trained
+/// by AdamW (arXiv 2502.16982, section 3.4).
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// A Hugging Face directory, a checkpoint or folder of a run, or `org/name` in the Hub's cache.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Routed experts of each layer that stand for all; 0 for all.
+    #[arg(long, default_value_t = 3)]
+    experts: usize,
+    /// Chooses the experts.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Prints each matrix and the groups as one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
+    let checkpoint = Checkpoint::open(resolve(&hub::resolve(&arguments.model)?))?;
+    let selection = Selection { experts: arguments.experts, seed: arguments.seed };
+    let layers = checkpoint.config().num_hidden_layers;
+    let mut matrices = Vec::new();
+    for layer in 0..layers {
+        matrices.extend(layer_spectra(&checkpoint, layer, selection)?);
+        eprintln!("layer {} of {layers}: {} matrices so far", layer + 1, matrices.len());
+    }
+    let groups = by_group(&matrices);
+    let mut output = std::io::stdout().lock();
+    let write = |result: std::io::Result<()>| result.map_err(TrainError::write("stdout"));
+    if arguments.json {
+        return write(writeln!(output, "{}", json!({"matrices": matrices, "groups": groups})));
+    }
+    write(writeln!(output, "{:<14} {:>8} {:>12} {:>12}", "group", "matrices", "SVD entropy", "stable rank"))?;
+    for group in groups {
+        let name = format!("{:?}", group.group);
+        let (count, entropy, rank) = (group.matrices, group.entropy, group.stable_rank);
+        write(writeln!(output, "{name:<14} {count:>8} {entropy:>12.4} {rank:>12.2}"))?;
+    }
+    Ok(())
+}
