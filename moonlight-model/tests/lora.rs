@@ -1,12 +1,19 @@
 //! Adapters in the model: beginnings, gradients, merging, decoding, dropout.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData, Tolerance};
 use moonlight_model::lora::{Adapter, LoraConfig, LoraError, LowRankSettings};
 use moonlight_model::{CausalLm, KvCache, LmBatch, ModelConfig, Probe};
 use serde_json::{Value, json};
+
+/// The device has one generator: tests that draw from it do so one after the other.
+fn alone() -> MutexGuard<'static, ()> {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A small model with a dense layer and two of experts, with `changes` laid over it.
 fn config(changes: Value) -> ModelConfig {
@@ -124,6 +131,7 @@ fn by_path(model: &CausalLm, of: impl Look) -> BTreeMap<String, TensorData> {
 
 #[test]
 fn a_fresh_adapter_changes_nothing_and_its_seed_decides_it() {
+    let _alone = alone();
     let device = Device::default();
     for (name, config) in family() {
         let base = config.init(&device);
@@ -144,6 +152,7 @@ fn a_fresh_adapter_changes_nothing_and_its_seed_decides_it() {
 
 #[test]
 fn merged_equals_unmerged_and_decoding_sees_the_adapters() {
+    let _alone = alone();
     let device = Device::default();
     for (name, config) in family() {
         let model = adapted(&config, &["all"], &device);
@@ -173,6 +182,7 @@ impl ModuleMapper for Thaw {
 /// The adapters' gradients are the chain rule's of the merged weight's: `dA = s dW B^T`, `dB = s A^T dW`.
 #[test]
 fn gradients_are_those_of_the_merged_weight_and_nothing_else_has_any() {
+    let _alone = alone();
     let device = Device::default().autodiff();
     for (name, config) in family() {
         let model = adapted(&config, &["all"], &device);
@@ -224,6 +234,7 @@ fn rslora_scales_by_the_root_of_the_rank() {
 
 #[test]
 fn dropout_follows_its_seed_and_is_off_without_one() {
+    let _alone = alone();
     let device = Device::default();
     let model = moved(config(json!({})).init(&device).with_lora(&lora(&["all"]), 3).unwrap(), 0.5);
     let logits = |seed: Option<u64>| {
@@ -241,6 +252,7 @@ fn dropout_follows_its_seed_and_is_off_without_one() {
 /// The mean over many masks is the pass without any, where everything behind it is linear.
 #[test]
 fn dropout_keeps_the_mean() {
+    let _alone = alone();
     let device = Device::default();
     let model =
         moved(config(json!({})).init(&device).with_lora(&lora(&["layers.0.self_attn.o_proj"]), 3).unwrap(), 0.3);
@@ -263,6 +275,7 @@ fn dropout_keeps_the_mean() {
 
 #[test]
 fn what_does_not_fit_is_an_error() {
+    let _alone = alone();
     let device = Device::default();
     let base = config(json!({})).init(&device);
     let error = base.clone().with_lora(&lora(&["q_proj", "qproj"]), 0).unwrap_err();

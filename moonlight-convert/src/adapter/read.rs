@@ -40,7 +40,7 @@ struct Pair {
 /// [`AdapterError`]: files that are absent or broken, ranks that are not those of the configuration, tensors and shapes
 /// that do not belong to the model.
 pub fn load_adapter(model: CausalLm, dir: &Path) -> Result<CausalLm, AdapterError> {
-    let adapters = read(model.config(), dir)?;
+    let adapters = read_adapter(model.config(), dir)?;
     model.with_adapters(adapters).map_err(|source| AdapterError::Misfit { dir: dir.to_path_buf(), source })
 }
 
@@ -53,7 +53,12 @@ struct Reading {
     adapters: Vec<Adapter>,
 }
 
-fn read(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, AdapterError> {
+/// The adapters of a directory for a model of this configuration, as [`load_adapter`] hands them to the model.
+///
+/// # Errors
+///
+/// Those of [`load_adapter`].
+pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, AdapterError> {
     let config = AdapterConfig::read(dir)?;
     let inside = Inside::new(dir).map_err(CheckpointError::read(dir))?;
     let Some(path) = inside.file(ADAPTER_WEIGHTS)? else {
@@ -194,7 +199,11 @@ impl Reading {
         let is_gate_up = inner || (!has_inner && alone_is_gate_up());
         let (parts, input, height): (&[&str], _, _) =
             if is_gate_up { (&["gate_proj", "up_proj"], hidden, width) } else { (&["down_proj"], width, hidden) };
-        if a.columns != input || b.rows != parts.len() * height || a.rows % experts != 0 || b.columns % experts != 0 {
+        if a.columns != input
+            || b.rows != parts.len() * height
+            || !a.rows.is_multiple_of(experts)
+            || !b.columns.is_multiple_of(experts)
+        {
             return Err(self.wrong(format!(
                 "holds an adapter of `{module}` with A [{}, {}] and B [{}, {}], which do not fit {experts} experts of \
                  {input} inputs and {} outputs",

@@ -11,7 +11,7 @@ mod low_rank;
 mod target;
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 pub use low_rank::{LowRank, LowRankSettings};
 pub use target::TARGET_GROUPS;
@@ -21,7 +21,7 @@ use crate::layer::FeedForward;
 use crate::mlp::Mlp;
 use crate::model::CausalLm;
 use crate::projection::Projection;
-use low_rank::DropoutSeed;
+use low_rank::{DropoutSeed, mix};
 use target::Target;
 
 /// What adapters a model gets.
@@ -140,16 +140,15 @@ impl CausalLm {
                 return Err(LoraError::NoSuchTarget { target: (*text).clone(), known });
             }
         }
-        device.seed(seed);
         let shared = DropoutSeed::default();
         let wanted = slots.iter_mut().filter(|(path, _)| targets.iter().any(|(_, target)| target.matches(path)));
         for (index, (_, slot)) in wanted.enumerate() {
             match slot {
                 Slot::Matrix(weight, lora) => {
-                    **lora = Some(fresh(weight.lazy_shape().dims::<2>(), config, index, &shared, &device));
+                    **lora = Some(fresh(weight.lazy_shape().dims::<2>(), config, (seed, index), &shared, &device));
                 }
                 Slot::Experts(weight, lora) => {
-                    **lora = Some(fresh(weight.lazy_shape().dims::<3>(), config, index, &shared, &device));
+                    **lora = Some(fresh(weight.lazy_shape().dims::<3>(), config, (seed, index), &shared, &device));
                 }
             }
         }
@@ -302,17 +301,22 @@ fn push_mlp<'a>(slots: &mut Vec<(String, Slot<'a>)>, path: &str, mlp: &'a mut Ml
 fn fresh<const D: usize>(
     weight: [usize; D],
     config: &LoraConfig,
-    index: usize,
-    seed: &DropoutSeed,
+    (seed, index): (u64, usize),
+    dropout: &DropoutSeed,
     device: &Device,
 ) -> LowRank<D> {
     let (mut shape_a, mut shape_b) = (weight, weight);
     shape_a[D - 1] = config.rank;
     shape_b[D - 2] = config.rank;
     let bound = (weight[D - 2] as f64).sqrt().recip();
-    let a = Tensor::random(shape_a, Distribution::Uniform(-bound, bound), (device, DType::F32));
+    // Drawn on the host, the same on every device.
+    let seed = mix(seed ^ mix(index as u64));
+    let uniform = |number: usize| (mix(seed ^ mix(number as u64)) >> 11) as f64 / (1_u64 << 53) as f64;
+    let count: usize = shape_a.iter().product();
+    let values: Vec<f32> = (0..count).map(|number| ((2.0 * uniform(number) - 1.0) * bound) as f32).collect();
+    let a = Tensor::from_data(TensorData::new(values, shape_a), (device, DType::F32));
     let b = Tensor::zeros(shape_b, (device, DType::F32));
-    LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings, index, seed.clone())
+    LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings, index, dropout.clone())
 }
 
 fn given<const D: usize>(

@@ -2,6 +2,7 @@
 
 mod chat;
 mod generate;
+mod merge;
 mod model;
 mod score;
 mod spectrum;
@@ -30,6 +31,8 @@ enum Command {
     Train(train::Arguments),
     /// Go on from a prompt.
     Generate(generate::Arguments),
+    /// Add an adapter to the weights of its model.
+    Merge(merge::Arguments),
     /// Talk to a model in its own chat template.
     Chat(chat::Arguments),
     /// Log-probabilities of given texts or tokens.
@@ -43,6 +46,7 @@ pub fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Merge(arguments) => merge::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Chat(arguments) => chat::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Spectrum(arguments) => spectrum::run(&arguments).map(|()| ExitCode::SUCCESS),
