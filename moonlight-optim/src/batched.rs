@@ -272,16 +272,19 @@ impl BatchedOptimizer {
         let mut by_path: Vec<_> = self.states.iter().collect();
         by_path.sort_by_key(|(path, _)| *path);
         for (_, Held { id, shape, state, master }) in &by_path {
-            let mut push = |field: &str, data: TensorData, shape: Shape| {
-                let (bytes, _, dtype) = data.into_parts();
-                tensors.push(Stored::new(format!("{}.{field}", id.val()), dtype, shape, Some(id.val()), bytes));
+            // Each comes off its device when its turn to be written comes: a save needs room for one of them.
+            let mut push = |field: &str, value: &Tensor<3>, shape: Shape| {
+                let (name, dtype, value) = (format!("{}.{field}", id.val()), value.dtype(), value.clone());
+                let bytes = shape.num_elements() * dtype.size();
+                let provider = move || Ok(value.clone().into_data().into_parts().0);
+                tensors.push(Stored::deferred(name, dtype, shape, Some(id.val()), bytes, provider));
             };
-            push("momentum", state.momentum.clone().into_data(), shape.clone());
+            push("momentum", &state.momentum, shape.clone());
             if let Some(master) = master {
-                push("master", master.clone().into_data(), shape.clone());
+                push("master", master, shape.clone());
             }
             if let Some(second) = &state.second_moment {
-                push("second_moment", second.clone().into_data(), second.shape());
+                push("second_moment", second, second.shape());
             }
         }
         let mut writer = Writer::new(tensors);

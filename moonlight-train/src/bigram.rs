@@ -8,30 +8,33 @@ const TABLE_VOCABULARY: usize = 2048;
 /// Nats per token that a bigram model counted on the documents `train` loses on `valid`; `None` where `valid` has
 /// nothing to predict.
 ///
-/// Each token but a document's first is predicted from the one before it:
+/// A document is its tokens with their weights; a token of weight 0 is neither counted nor predicted, and the mean is
+/// weighted. Each token but a document's first is predicted from the one before it:
 /// `p(b | a) = (n(a, b) + p(b)) / (n(a) + 1)`, `p(b) = (n(b) + 1) / (n + vocab_size)`, where `n` counts predicted
 /// tokens of the training documents: one pseudo-count, spread as the tokens themselves are, so an unseen pair costs what
 /// the rarity of its second token costs. This is a harder mark than add-one smoothing.
-pub fn bigram_loss<D: Iterator<Item = u32>>(
+pub fn bigram_loss<D: Iterator<Item = (u32, f32)>>(
     train: impl Iterator<Item = D>,
     valid: impl Iterator<Item = D>,
     vocab_size: usize,
 ) -> Option<f64> {
     let mut counts = Counts::new(vocab_size);
-    each_pair(train, |first, second| counts.add(first, second));
-    let (mut nats, mut predicted) = (0.0, 0u64);
-    each_pair(valid, |first, second| {
-        nats -= counts.probability(first, second).ln();
-        predicted += 1;
+    each_pair(train, |first, second, _| counts.add(first, second));
+    let (mut nats, mut predicted) = (0.0, 0.0);
+    each_pair(valid, |first, second, weight| {
+        nats -= weight * counts.probability(first, second).ln();
+        predicted += weight;
     });
-    (predicted > 0).then(|| nats / predicted as f64)
+    (predicted > 0.0).then(|| nats / predicted)
 }
 
-fn each_pair<D: Iterator<Item = u32>>(documents: impl Iterator<Item = D>, mut see: impl FnMut(u32, u32)) {
+fn each_pair<D: Iterator<Item = (u32, f32)>>(documents: impl Iterator<Item = D>, mut see: impl FnMut(u32, u32, f64)) {
     for mut document in documents {
-        let Some(mut first) = document.next() else { continue };
-        for second in document {
-            see(first, second);
+        let Some((mut first, _)) = document.next() else { continue };
+        for (second, weight) in document {
+            if weight > 0.0 {
+                see(first, second, weight.into());
+            }
             first = second;
         }
     }
@@ -86,8 +89,9 @@ impl Counts {
 mod tests {
     use super::*;
 
-    fn documents<'a>(all: &[&'a [u32]]) -> Vec<std::iter::Copied<std::slice::Iter<'a, u32>>> {
-        all.iter().map(|document| document.iter().copied()).collect()
+    fn documents(all: &[&[u32]]) -> Vec<std::vec::IntoIter<(u32, f32)>> {
+        let weighted = |document: &[u32]| document.iter().map(|&token| (token, 1.0)).collect::<Vec<_>>();
+        all.iter().map(|document| weighted(document).into_iter()).collect()
     }
 
     fn loss(train: &[&[u32]], valid: &[&[u32]], vocab_size: usize) -> Option<f64> {
@@ -104,6 +108,19 @@ mod tests {
         let got = loss(train, &[&[0, 1], &[0, 2], &[3], &[]], 4).unwrap();
         assert!((got - expected).abs() < 1e-12, "{got} is not {expected}");
         assert_eq!(loss(train, &[&[3], &[]], 4), None);
+    }
+
+    #[test]
+    fn what_is_not_learned_does_not_count() {
+        let of = |document: &'static [(u32, f32)]| std::iter::once(document.iter().copied());
+        let train = &[(0, 0.0), (1, 1.0), (0, 0.0), (1, 1.0), (2, 1.0)];
+        // Counted: 01 01 12, with a vocabulary of 4.
+        let probability = |pair: f64, alone: f64, first: f64| (pair + alone / 7.0) / (first + 1.0);
+        let (one, two) = (probability(2.0, 3.0, 2.0), probability(1.0, 2.0, 1.0));
+        let valid = &[(0, 1.0), (1, 1.0), (0, 0.0), (1, 0.0), (2, 0.5)];
+        let got = bigram_loss(of(train), of(valid), 4).unwrap();
+        let expected = -(f64::ln(one) + 0.5 * f64::ln(two)) / 1.5;
+        assert!((got - expected).abs() < 1e-12, "{got} is not {expected}");
     }
 
     #[test]

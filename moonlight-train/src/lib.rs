@@ -9,6 +9,7 @@ pub mod device;
 pub mod error;
 pub mod generate;
 pub mod metrics;
+pub mod plan;
 pub mod plots;
 pub mod recipe;
 pub mod schedule;

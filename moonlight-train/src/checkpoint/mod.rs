@@ -153,10 +153,7 @@ impl Checkpoints {
             fs::write(&path, contents).map_err(TrainError::write(&path))?;
         }
         let path = dir.join(OPTIMIZER);
-        let bytes = optimizer
-            .into_bytes()
-            .map_err(|error| TrainError::write(&path)(std::io::Error::other(error.to_string())))?;
-        fs::write(&path, &bytes[..]).map_err(TrainError::write(&path))?;
+        optimizer.save(&path).map_err(|source| TrainError::OptimizerState { path: path.clone(), source })?;
         let path = dir.join(STATE);
         let mut text = serde_json::to_string_pretty(state).expect("numbers are always JSON");
         text.push('\n');

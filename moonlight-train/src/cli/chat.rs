@@ -12,7 +12,7 @@ use rustyline::error::ReadlineError;
 
 use super::generate::SamplingArguments;
 use super::model::{ModelArguments, Opened};
-use crate::chat::{ChatTemplate, Message};
+use crate::chat::{ChatEncoder, ChatTemplate, Message};
 use crate::error::TrainError;
 use crate::generate::{Sampler, Session, Stop};
 use crate::tokenizer::Tokenizer;
@@ -38,7 +38,7 @@ pub(super) struct Arguments {
 
 /// A conversation in progress.
 struct Conversation<'a> {
-    template: ChatTemplate,
+    encoder: ChatEncoder,
     tokenizer: &'a Tokenizer,
     session: Session<'a>,
     sampler: Sampler,
@@ -68,7 +68,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     }
     let mut conversation = Conversation {
         session: Session::new(&model, model.config().max_position_embeddings),
-        template,
+        encoder: ChatEncoder::new(template, tokenizer.clone()),
         tokenizer: &tokenizer,
         sampler: Sampler::new(arguments.sampling.sampling()),
         eos,
@@ -129,7 +129,7 @@ impl Conversation<'_> {
     /// Says a line to the model and writes its answer as it comes.
     fn answer(&mut self, line: &str) -> Result<(), TrainError> {
         self.messages.push(Message::new("user", line));
-        let prompt = self.template.tokens(self.tokenizer, &self.messages, true)?;
+        let prompt = self.encoder.tokens(&self.messages, true)?;
         self.interrupted.store(false, Ordering::Relaxed);
         let mut stream = self.tokenizer.stream();
         let mut written = Ok(());

@@ -1,9 +1,11 @@
 //! The command line of `moonlight`.
 
 mod chat;
+mod data;
 mod generate;
 mod merge;
 mod model;
+mod plan;
 mod score;
 mod spectrum;
 mod train;
@@ -35,8 +37,13 @@ enum Command {
     Merge(merge::Arguments),
     /// Talk to a model in its own chat template.
     Chat(chat::Arguments),
+    /// Look at the data of a recipe.
+    #[command(subcommand)]
+    Data(data::Command),
     /// Log-probabilities of given texts or tokens.
     Score(score::Arguments),
+    /// Parameters, operations and memory of a run or a model, before it is started.
+    Plan(plan::Arguments),
     /// SVD entropy and stable rank of the weights, by the report's six groups.
     Spectrum(spectrum::Arguments),
 }
@@ -48,7 +55,9 @@ pub fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Merge(arguments) => merge::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Chat(arguments) => chat::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Data(command) => data::run(&command).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Plan(arguments) => plan::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Spectrum(arguments) => spectrum::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

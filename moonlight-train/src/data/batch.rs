@@ -8,9 +8,10 @@ use moonlight_model::{LmBatch, Segments};
 pub struct HostBatch {
     /// Token ids; 0 in padding.
     pub tokens: Vec<i32>,
-    /// The token that follows each; 0 where the mask is zero.
+    /// The token that follows each; 0 in padding and for the last token of a document.
     pub targets: Vec<i32>,
-    /// 1 where the target is predicted; 0 in padding and for the last token of a document.
+    /// How much the target counts in the loss: 1 where it is predicted, in conversations the weight of its message; 0 in
+    /// padding, for the last token of a document and for what the assistant did not say.
     pub loss_mask: Vec<f32>,
     /// The document of each token, negative for padding; `None` where each sequence is one document without padding.
     pub documents: Option<Vec<i32>>,
@@ -33,7 +34,7 @@ impl HostBatch {
         }
     }
 
-    /// Predicted tokens: the sum of the mask.
+    /// Predicted tokens, each as much as it counts: the sum of the mask, by which a sum of losses becomes their mean.
     pub fn predicted(&self) -> f64 {
         self.loss_mask.iter().map(|&weight| f64::from(weight)).sum()
     }

@@ -4,18 +4,24 @@ use std::sync::Arc;
 
 use super::files::{self, SourceFile};
 use super::hash::Hash;
-use super::sequences::Sequences;
-use super::store::Store;
+use super::report::{Fault, Faults};
+use super::sequences::{Packing, Sequences};
+use super::store::{Origin, Store};
 use super::tokenise::Reading;
 use super::{DataError, HostBatch, TrainStream};
 use crate::bigram::bigram_loss;
+use crate::chat::{ChatEncoder, ChatError, ChatTemplate};
 use crate::recipe::{DataConfig, DataFormat, TooLong};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Companion, Tokenizer};
 
 /// The data of a recipe, tokenised and on disk.
 pub struct Corpus {
-    train: Sequences,
-    valid: Option<Sequences>,
+    pub(super) train: Sequences,
+    pub(super) valid: Option<Sequences>,
+    /// The files of the training data, by which its documents are named.
+    pub(super) files: Vec<SourceFile>,
+    /// The template, where it does not come with the tokenizer.
+    template: Option<Companion>,
     seed: Option<u64>,
     /// Hash of everything that a position in the training data depends on.
     data: u64,
@@ -39,33 +45,41 @@ impl Corpus {
         vocab_size: usize,
         seed: u64,
     ) -> Result<Self, DataError> {
-        if config.format == DataFormat::Text && tokenizer.is_none() {
+        if config.format != DataFormat::Tokens && tokenizer.is_none() {
             return Err(DataError::NoTokenizer);
         }
+        let chat = match (config.format, tokenizer) {
+            (DataFormat::Chat, Some(tokenizer)) => Some(chat_encoder(config, tokenizer)?),
+            _ => None,
+        };
         let mut train_files = files::find("train", &config.train)?;
         let valid_files = if config.valid.is_empty() { Vec::new() } else { files::find("valid", &config.valid)? };
         train_files.retain(|file| valid_files.iter().all(|valid| valid.path != file.path));
         let (mut documents, mut notes) = (Vec::new(), Vec::new());
+        let mut files_of_train = Vec::new();
+        if let Some(chat) = &chat {
+            notes.push(format!("data: chat template: {}", chat.template().source()));
+        }
         for (key, files) in [("train", train_files), ("valid", valid_files)] {
             if files.is_empty() && key == "valid" {
                 continue;
             }
             let files = choose(files, config);
-            let max_tokens = config.max_tokens;
-            let reading = Reading { key, files: &files, format: config.format, tokenizer, vocab_size, max_tokens };
+            let (max_tokens, broken) = (config.max_tokens, config.broken);
+            let (format, chat) = (config.format, chat.as_ref());
+            let reading = Reading { key, files: &files, format, tokenizer, chat, broken, vocab_size, max_tokens };
             let store = reading.store(&config.cache_dir)?;
-            if store.replaced() > 0 {
-                notes.push(format!(
-                    "data.{key}: bytes that are not UTF-8 were read as U+FFFD; files that have such: {}",
-                    store.replaced()
-                ));
+            notes.extend(store.report().notes(key, &files));
+            let Parts { parts, notes: more } = parts(key, &store, &files, config)?;
+            notes.extend(more);
+            if key == "train" {
+                files_of_train = files;
             }
-            let parts = parts(&store, &files, config)?;
             documents.push((key, Arc::new(store), parts));
         }
         let mut documents = documents.into_iter();
         let sequences = |key, store: Arc<Store>, parts| {
-            let sequences = Sequences::new(store, parts, config.sequence_length, config.pack);
+            let sequences = Sequences::new(store, parts, config.sequence_length, packing(config));
             match sequences.predicted() {
                 0 => Err(DataError::Nothing { key, problem: format!("{} tokens in all", sequences.tokens()) }),
                 _ => Ok(sequences),
@@ -76,6 +90,10 @@ impl Corpus {
         };
         let mut valid = None;
         if config.valid_fraction > 0.0 {
+            if config.format == DataFormat::Chat && train.len() == 1 {
+                let problem = "one conversation cannot be divided".into();
+                return Err(DataError::Nothing { key: "valid_fraction", problem });
+            }
             let parts = split(&mut train, config.valid_fraction);
             valid = Some(sequences("valid_fraction", store.clone(), parts)?);
         } else if let Some((key, store, parts)) = documents.next() {
@@ -94,7 +112,22 @@ impl Corpus {
             hash.number(number);
         }
         let train = sequences("train", store, train)?;
-        Ok(Self { train, valid, seed, data: hash.finish(), vocab_size, notes })
+        if config.format == DataFormat::Chat {
+            notes.push(learned("train", &train));
+            notes.extend(valid.as_ref().map(|valid| learned("valid", valid)));
+        }
+        let template = chat.filter(|chat| !comes_with_tokenizer(config, tokenizer, chat)).map(|chat| Companion {
+            name: "chat_template.jinja".into(),
+            contents: chat.template().text().as_bytes().to_owned(),
+        });
+        let files = files_of_train;
+        Ok(Self { train, valid, files, template, seed, data: hash.finish(), vocab_size, notes })
+    }
+
+    /// The chat template that the data were made with, where the tokenizer's own files have none or another: a
+    /// checkpoint should carry it.
+    pub fn template(&self) -> Option<&Companion> {
+        self.template.as_ref()
     }
 
     /// The training batches from the beginning, `batch_size` (at least 1) sequences each.
@@ -154,30 +187,105 @@ fn choose(mut files: Vec<SourceFile>, config: &DataConfig) -> Vec<SourceFile> {
     files::limit(files, config.max_bytes)
 }
 
-/// The span of each document, checked against the sequence length where each is a sequence of its own.
-fn parts(store: &Store, files: &[SourceFile], config: &DataConfig) -> Result<Vec<(u64, u64)>, DataError> {
+/// The template and the tokenizer of `format = "chat"`.
+fn chat_encoder(config: &DataConfig, tokenizer: &Tokenizer) -> Result<ChatEncoder, DataError> {
+    let template = match config.chat_template.as_os_str().is_empty() {
+        true => ChatTemplate::of_tokenizer(tokenizer),
+        false => ChatTemplate::of_file(&config.chat_template, tokenizer),
+    };
+    let template = template.map_err(|error| DataError::Template {
+        problem: error.to_string(),
+        hint: match &error {
+            ChatError::NoTemplate { .. } => Some(
+                "name one by data.chat_template = \"FILE.jinja\"; a model of bytes learns to chat with data.tokenizer = \
+                 \"bytes-chat\""
+                    .into(),
+            ),
+            error => error.hint(),
+        },
+    })?;
+    Ok(ChatEncoder::new(template, tokenizer.clone()))
+}
+
+fn comes_with_tokenizer(config: &DataConfig, tokenizer: Option<&Tokenizer>, chat: &ChatEncoder) -> bool {
+    let own = tokenizer.and_then(|tokenizer| ChatTemplate::of_tokenizer(tokenizer).ok());
+    config.chat_template.as_os_str().is_empty()
+        && own.is_some_and(|own| own.source() == chat.template().source() && own.is_in_a_file())
+}
+
+fn packing(config: &DataConfig) -> Packing {
+    match (config.pack, config.format) {
+        (false, _) => Packing::OneByOne,
+        (true, DataFormat::Chat) => Packing::Whole,
+        (true, DataFormat::Text | DataFormat::Tokens) => Packing::EndToEnd,
+    }
+}
+
+/// How much of the tokens is learned, and how full the sequences are.
+fn learned(key: &str, sequences: &Sequences) -> String {
+    let (learned, tokens) = (sequences.predicted(), sequences.tokens());
+    let full = sequences.fill().map(|fill| format!("; the sequences are {:.1} % full", 100.0 * fill));
+    format!(
+        "data.{key}: {learned} of {tokens} tokens are learned ({:.1} %){}",
+        100.0 * learned as f64 / tokens.max(1) as f64,
+        full.unwrap_or_default()
+    )
+}
+
+/// The documents that are used, and what was done to some of them.
+struct Parts {
+    parts: Vec<(u64, u64)>,
+    notes: Vec<String>,
+}
+
+/// The span of each document, checked against the sequence length where it is not to be cut into sequences.
+fn parts(key: &str, store: &Store, files: &[SourceFile], config: &DataConfig) -> Result<Parts, DataError> {
     let longest = config.sequence_length as u64;
-    (0..store.documents())
-        .map(|document| {
-            let span = store.span(document);
-            let length = span.end - span.start;
-            if config.pack || length <= longest {
-                return Ok((span.start, span.end));
+    let mut parts = Vec::with_capacity(store.documents());
+    let [mut skipped, mut cut, mut unlearned] = [(); 3].map(|()| Faults::default());
+    for document in 0..store.documents() {
+        let span = store.span(document);
+        let length = span.end - span.start;
+        if packing(config) == Packing::EndToEnd || length <= longest {
+            parts.push((span.start, span.end));
+            continue;
+        }
+        let Origin { file, line } = store.origin(document);
+        let fault = Fault { file, line, problem: format!("{length} tokens") };
+        match config.too_long {
+            TooLong::Error => {
+                return Err(DataError::Record {
+                    path: files.get(file as usize).map(|file| file.path.clone()).unwrap_or_default(),
+                    line: line as usize,
+                    problem: format!("the record has {length} tokens; data.sequence_length is {longest}"),
+                    hint: Some(match config.format {
+                        DataFormat::Chat => {
+                            "raise data.sequence_length, or set data.too_long = \"skip\" or \"truncate\"".into()
+                        }
+                        _ => {
+                            "raise data.sequence_length, or set data.too_long = \"truncate\" or data.pack = true".into()
+                        }
+                    }),
+                });
             }
-            if config.too_long == TooLong::Truncate {
-                return Ok((span.start, span.start + longest));
+            TooLong::Skip => skipped.add(fault),
+            TooLong::Truncate => {
+                let end = span.start + longest;
+                if store.weights(span.start..end).skip(1).all(|weight| weight == 0.0) {
+                    unlearned.add(fault);
+                } else {
+                    cut.add(fault);
+                    parts.push((span.start, end));
+                }
             }
-            let origin = store.origin(document);
-            Err(DataError::Record {
-                path: files.get(origin.file as usize).map(|file| file.path.clone()).unwrap_or_default(),
-                line: origin.line as usize,
-                problem: format!("the record has {length} tokens; data.sequence_length is {longest}"),
-                hint: Some(
-                    "raise data.sequence_length, or set data.too_long = \"truncate\" or data.pack = true".into(),
-                ),
-            })
-        })
-        .collect()
+        }
+    }
+    let notes = [
+        skipped.note(key, &format!("longer than {longest} tokens and left out"), files),
+        cut.note(key, &format!("longer than {longest} tokens and cut"), files),
+        unlearned.note(key, &format!("left out, as nothing in the first {longest} tokens is learned"), files),
+    ];
+    Ok(Parts { parts, notes: notes.into_iter().flatten().collect() })
 }
 
 /// Takes documents, in the order of a hash of their numbers, until they hold `fraction` of the tokens; never all of

@@ -54,8 +54,16 @@ pub enum DataError {
         problem: String,
     },
     /// Text without a tokenizer.
-    #[error("`data.format` is text, but there is no tokenizer")]
+    #[error("`data.format` is text or chat, but there is no tokenizer")]
     NoTokenizer,
+    /// Conversations without a template that can be used.
+    #[error("{problem}")]
+    Template {
+        /// What is wrong with it.
+        problem: String,
+        /// How to mend it.
+        hint: Option<String>,
+    },
     /// A position that belongs to other data.
     #[error("the data are not those that the checkpoint was written with")]
     Changed,
@@ -73,7 +81,7 @@ impl DataError {
             Self::EmptyGlob { .. } => {
                 Some("globs are relative to the working directory; `**` matches any depth".into())
             }
-            Self::Record { hint, .. } => hint.clone(),
+            Self::Record { hint, .. } | Self::Template { hint, .. } => hint.clone(),
             Self::NoTokenizer => Some("write data.tokenizer = \"bytes\", or the path of one".into()),
             Self::Changed => Some("put the files back as they were, or start a new run".into()),
             _ => None,

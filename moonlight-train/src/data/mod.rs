@@ -1,18 +1,26 @@
 //! What the model reads: files to tokens, tokens to sequences, sequences to batches.
 //!
 //! * `files.rs`: globs to files.
-//! * `tokenise.rs`: files to documents of tokens, in parallel.
+//! * `compressed.rs`: what is in a file, unpacked where it is compressed.
+//! * `tokenise.rs`: files to documents of tokens, in parallel; conversations with a weight for each token.
+//! * `report.rs`: what was found on the way.
 //! * `store.rs`: the documents on disk, mapped into memory, kept for the next run.
+//! * `packing.rs`: which documents share a sequence, where none may be cut.
 //! * `sequences.rs`: documents to sequences, packed or one by one.
 //! * `order.rs`: the order of an epoch.
 //! * `stream.rs`: batches without end, from any position.
+//! * `inspect.rs`: figures and samples, to look at before a run.
 
 mod batch;
+mod compressed;
 mod corpus;
 mod error;
 mod files;
 mod hash;
+mod inspect;
 mod order;
+mod packing;
+mod report;
 mod sequences;
 mod store;
 mod stream;
@@ -21,6 +29,7 @@ mod tokenise;
 pub use batch::HostBatch;
 pub use corpus::Corpus;
 pub use error::DataError;
+pub use inspect::{Figures, Inspection, Sample};
 pub use stream::{DataPosition, TrainStream};
 
 #[cfg(test)]

@@ -1,16 +1,29 @@
-//! Documents to sequences.
+//! Documents to sequences, in one of three ways.
 //!
-//! Packed, the chosen documents lie end to end and are cut every `length` tokens; each token's target is the one that
-//! follows it in its document, across the cut. Unpacked, every document is one sequence.
+//! End to end, the chosen documents follow each other and are cut every `length` tokens; each token's target is the one
+//! that follows it in its document, across the cut. Packed whole, documents share a sequence and are never cut. One by
+//! one, every document is a sequence.
 
 use std::sync::Arc;
 
 use super::HostBatch;
+use super::packing::Bins;
 use super::store::Store;
 
 /// Rows that are not packed are padded to a multiple of this many tokens (or to the sequence length), so that a few
 /// shapes serve all batches.
 const PADDING_STEP: usize = 64;
+
+/// How documents become sequences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Packing {
+    /// Laid end to end and cut.
+    EndToEnd,
+    /// Together where they fit, never cut.
+    Whole,
+    /// Each for itself.
+    OneByOne,
+}
 
 /// The sequences of a choice of documents.
 #[derive(Clone)]
@@ -19,7 +32,14 @@ pub(super) struct Sequences {
     documents: Arc<Vec<Part>>,
     tokens: u64,
     length: usize,
-    pack: bool,
+    rows: RowPlan,
+}
+
+#[derive(Clone)]
+enum RowPlan {
+    EndToEnd,
+    Whole(Arc<Bins>),
+    OneByOne,
 }
 
 /// A document, or a part of one, among those chosen.
@@ -33,18 +53,19 @@ pub(super) struct Part {
 }
 
 impl Part {
-    fn len(&self) -> u64 {
+    pub(super) fn len(&self) -> u64 {
         self.end - self.start
     }
 }
 
 impl Sequences {
-    /// The sequences of `length` tokens over the spans of tokens `parts`.
+    /// The sequences of `length` tokens over the spans of tokens `parts`, which must not be longer than that where they
+    /// are packed whole.
     pub(super) fn new(
         store: Arc<Store>,
         parts: impl IntoIterator<Item = (u64, u64)>,
         length: usize,
-        pack: bool,
+        packing: Packing,
     ) -> Self {
         let mut tokens = 0;
         let mut documents = Vec::new();
@@ -52,12 +73,24 @@ impl Sequences {
             documents.push(Part { start, end, before: tokens });
             tokens += end - start;
         }
-        Self { store, documents: Arc::new(documents), tokens, length, pack }
+        let rows = match packing {
+            Packing::EndToEnd => RowPlan::EndToEnd,
+            Packing::OneByOne => RowPlan::OneByOne,
+            Packing::Whole => {
+                let lengths: Vec<u64> = documents.iter().map(Part::len).collect();
+                RowPlan::Whole(Arc::new(Bins::best_fit(&lengths, length as u64)))
+            }
+        };
+        Self { store, documents: Arc::new(documents), tokens, length, rows }
     }
 
     /// How many there are.
     pub(super) fn count(&self) -> u64 {
-        if self.pack { self.tokens.div_ceil(self.length as u64) } else { self.documents.len() as u64 }
+        match &self.rows {
+            RowPlan::EndToEnd => self.tokens.div_ceil(self.length as u64),
+            RowPlan::Whole(bins) => bins.count(),
+            RowPlan::OneByOne => self.documents.len() as u64,
+        }
     }
 
     /// Tokens in all.
@@ -65,25 +98,54 @@ impl Sequences {
         self.tokens
     }
 
-    /// The tokens that have one before them in their document.
+    /// The tokens that are predicted: those with one before them in their document, and a weight above 0.
     pub(super) fn predicted(&self) -> u64 {
-        self.documents.iter().map(|part| part.len().saturating_sub(1)).sum()
+        if !self.store.is_weighted() {
+            return self.documents.iter().map(|part| part.len().saturating_sub(1)).sum();
+        }
+        let learned =
+            |part: &Part| self.store.weights(part.start..part.end).skip(1).filter(|&weight| weight > 0.0).count();
+        self.documents.iter().map(|part| learned(part) as u64).sum()
     }
 
-    /// The tokens of each document.
-    pub(super) fn documents(&self) -> impl Iterator<Item = impl ExactSizeIterator<Item = u32> + '_> + '_ {
-        self.documents.iter().map(|part| self.store.tokens(part.start..part.end))
+    /// The share of the rows that tokens fill; `None` where rows are padded to the longest of their batch.
+    pub(super) fn fill(&self) -> Option<f64> {
+        let room = self.count() * self.length as u64;
+        (!matches!(self.rows, RowPlan::OneByOne) && room > 0).then(|| self.tokens as f64 / room as f64)
+    }
+
+    /// The documents, or the parts of them that were chosen.
+    pub(super) fn parts(&self) -> &[Part] {
+        &self.documents
+    }
+
+    /// Where the tokens are.
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The tokens of each document, with their weights.
+    pub(super) fn documents(&self) -> impl Iterator<Item = impl ExactSizeIterator<Item = (u32, f32)> + '_> + '_ {
+        let tokens = |part: &Part| {
+            let span = part.start..part.end;
+            self.store.tokens(span.clone()).zip(self.store.weights(span))
+        };
+        self.documents.iter().map(tokens)
     }
 
     /// The batch of these sequences.
     pub(super) fn batch(&self, indices: &[u64]) -> HostBatch {
-        let sequence = if self.pack { self.length } else { self.padded(indices) };
+        let sequence = if matches!(self.rows, RowPlan::OneByOne) { self.padded(indices) } else { self.length };
         let mut rows = Rows { sequence, alone: true, ..Rows::default() };
         for &index in indices {
-            if self.pack {
-                self.pack_row(index, &mut rows);
-            } else {
-                rows.add(&self.store, self.documents[index as usize], 0, sequence);
+            match &self.rows {
+                RowPlan::EndToEnd => self.pack_row(index, &mut rows),
+                RowPlan::Whole(bins) => {
+                    for &document in bins.documents(index) {
+                        rows.add(&self.store, self.documents[document as usize], 0, sequence);
+                    }
+                }
+                RowPlan::OneByOne => rows.add(&self.store, self.documents[index as usize], 0, sequence),
             }
             rows.end();
         }
@@ -137,12 +199,14 @@ impl Rows {
         let start = part.start + from;
         let end = part.end.min(start + most as u64);
         // One token more, where the document has it, is the last one's target.
-        let known: Vec<i32> = store.tokens(start..part.end.min(end + 1)).map(|token| token as i32).collect();
+        let span = start..part.end.min(end + 1);
+        let weights = store.weights(span.clone());
+        let known: Vec<(i32, f32)> = store.tokens(span).map(|token| token as i32).zip(weights).collect();
         for index in 0..(end - start) as usize {
-            let target = known.get(index + 1);
-            self.tokens.push(known[index]);
-            self.targets.push(target.copied().unwrap_or(0));
-            self.mask.push(if target.is_some() { 1.0 } else { 0.0 });
+            let (target, weight) = known.get(index + 1).copied().unwrap_or((0, 0.0));
+            self.tokens.push(known[index].0);
+            self.targets.push(target);
+            self.mask.push(weight);
             self.documents.push(self.document);
         }
         self.document += 1;

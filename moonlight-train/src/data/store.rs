@@ -1,8 +1,9 @@
 //! Documents of tokens on disk.
 //!
 //! A file is written once, beside its place, and renamed into it; readers map it. Layout, little-endian: the tokens (16
-//! bits each where the vocabulary allows, else 32), zeros up to 8 bytes, 16 bytes for each document (end in tokens u64,
-//! file u32, line u32), then the [footer](Footer).
+//! bits each where the vocabulary allows, else 32; where they have weights, 32 bits and the weight as an f32), zeros up to
+//! 8 bytes, 16 bytes for each document (end in tokens u64, file u32, line u32), the [report](Report) as JSON, zeros up to 8
+//! bytes, then the [footer](Footer).
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -13,10 +14,13 @@ use memmap2::Mmap;
 
 use super::DataError;
 use super::hash::Hash;
+use super::report::Report;
 
-const MAGIC: u64 = u64::from_le_bytes(*b"moontok1");
+const MAGIC: u64 = u64::from_le_bytes(*b"moontok2");
 const FOOTER_BYTES: usize = 8 * 8;
 const DOCUMENT_BYTES: usize = 16;
+/// Bytes of a token with a weight.
+const WEIGHTED: u64 = 8;
 
 /// The end of the file, which says what the rest is.
 struct Footer {
@@ -24,7 +28,7 @@ struct Footer {
     documents: u64,
     tokens: u64,
     width: u64,
-    replaced: u64,
+    report: u64,
     content: u64,
 }
 
@@ -33,6 +37,7 @@ pub(super) struct Store {
     map: Mmap,
     footer: Footer,
     table: usize,
+    report: Report,
 }
 
 /// Where a document came from.
@@ -69,15 +74,21 @@ impl Store {
             documents: word(2),
             tokens: word(3),
             width: word(4),
-            replaced: word(5),
+            report: word(5),
             content: word(6),
         };
         let table = footer.tokens.checked_mul(footer.width).and_then(|bytes| bytes.checked_next_multiple_of(8));
-        let whole = table
+        let reported = table
             .zip(footer.documents.checked_mul(DOCUMENT_BYTES as u64))
             .and_then(|(table, documents)| table.checked_add(documents));
-        let (Some(table), true) = (table, footer.key == key && whole == Some(start as u64)) else { return Ok(None) };
-        Ok(Some(Self { footer, table: table as usize, map }))
+        let whole = reported.and_then(|reported| reported.checked_add(footer.report)?.checked_next_multiple_of(8));
+        let (Some(table), Some(reported), true) = (table, reported, footer.key == key && whole == Some(start as u64))
+        else {
+            return Ok(None);
+        };
+        let report = &map[reported as usize..(reported + footer.report) as usize];
+        let Ok(report) = serde_json::from_slice(report) else { return Ok(None) };
+        Ok(Some(Self { footer, table: table as usize, report, map }))
     }
 
     /// Number of documents.
@@ -85,12 +96,17 @@ impl Store {
         self.footer.documents as usize
     }
 
-    /// Number of files whose bytes were not all UTF-8.
-    pub(super) fn replaced(&self) -> u64 {
-        self.footer.replaced
+    /// What was found when the files were read.
+    pub(super) fn report(&self) -> &Report {
+        &self.report
     }
 
-    /// A hash of all tokens and of where documents end.
+    /// Whether the tokens have weights of their own.
+    pub(super) fn is_weighted(&self) -> bool {
+        self.footer.width == WEIGHTED
+    }
+
+    /// A hash of all tokens and weights and of where documents end.
     pub(super) fn content(&self) -> u64 {
         self.footer.content
     }
@@ -108,14 +124,34 @@ impl Store {
         Origin { file: packed as u32, line: (packed >> 32) as u32 }
     }
 
+    /// Where the document came from that holds the token at a position.
+    pub(super) fn origin_at(&self, position: u64) -> Origin {
+        let (mut low, mut high) = (0, self.documents().saturating_sub(1));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.span(middle).end <= position { low = middle + 1 } else { high = middle }
+        }
+        self.origin(low)
+    }
+
     /// The tokens at positions `span`.
     pub(super) fn tokens(&self, span: Range<u64>) -> impl ExactSizeIterator<Item = u32> + '_ {
         let width = self.footer.width as usize;
         let bytes = &self.map[span.start as usize * width..span.end as usize * width];
         bytes.chunks_exact(width).map(|token| match *token {
             [a, b] => u32::from(u16::from_le_bytes([a, b])),
-            [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
+            [a, b, c, d, ..] => u32::from_le_bytes([a, b, c, d]),
             _ => 0,
+        })
+    }
+
+    /// The weights of the tokens at positions `span`: how much each counts in the loss when it is predicted.
+    pub(super) fn weights(&self, span: Range<u64>) -> impl ExactSizeIterator<Item = f32> + '_ {
+        let width = self.footer.width as usize;
+        let bytes = &self.map[span.start as usize * width..span.end as usize * width];
+        bytes.chunks_exact(width).map(|token| match *token {
+            [_, _, _, _, a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+            _ => 1.0,
         })
     }
 }
@@ -131,7 +167,7 @@ pub(super) struct StoreWriter {
     path: PathBuf,
     temporary: PathBuf,
     out: BufWriter<File>,
-    wide: bool,
+    width: u64,
     tokens: u64,
     documents: Vec<(u64, Origin)>,
     content: Hash,
@@ -139,8 +175,9 @@ pub(super) struct StoreWriter {
 }
 
 impl StoreWriter {
-    /// Begins the file that [`finish`](StoreWriter::finish) will put at `path`; `vocab_size` decides its width.
-    pub(super) fn create(path: &Path, vocab_size: usize) -> Result<Self, DataError> {
+    /// Begins the file that [`finish`](StoreWriter::finish) will put at `path`; `vocab_size` decides its width,
+    /// and whether the tokens have weights.
+    pub(super) fn create(path: &Path, vocab_size: usize, weighted: bool) -> Result<Self, DataError> {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(|error| DataError::io("write", folder, &error))?;
         }
@@ -151,7 +188,11 @@ impl StoreWriter {
             path: path.to_owned(),
             temporary,
             out: BufWriter::with_capacity(1 << 20, file),
-            wide: vocab_size > 1 << 16,
+            width: match weighted {
+                true => WEIGHTED,
+                false if vocab_size > 1 << 16 => 4,
+                false => 2,
+            },
             tokens: 0,
             documents: Vec::new(),
             content: Hash::new(1),
@@ -169,14 +210,19 @@ impl StoreWriter {
         self.tokens - self.documents.last().map_or(0, |(end, _)| *end)
     }
 
-    /// Adds tokens to the document that is being written.
-    pub(super) fn extend(&mut self, tokens: &[u32]) -> Result<(), DataError> {
-        let mut bytes = Vec::with_capacity(4 * tokens.len());
+    /// Adds tokens to the document that is being written, with a weight for each where the store has weights.
+    pub(super) fn extend(&mut self, tokens: &[u32], weights: &[f32]) -> Result<(), DataError> {
+        let mut bytes = Vec::with_capacity(self.width as usize * tokens.len());
         for &token in tokens {
             self.content.number(u64::from(token));
             match u16::try_from(token) {
-                Ok(narrow) if !self.wide => bytes.extend_from_slice(&narrow.to_le_bytes()),
+                Ok(narrow) if self.width == 2 => bytes.extend_from_slice(&narrow.to_le_bytes()),
                 _ => bytes.extend_from_slice(&token.to_le_bytes()),
+            }
+            if self.width == WEIGHTED {
+                let weight = weights[bytes.len() / WEIGHTED as usize];
+                self.content.number(u64::from(weight.to_bits()));
+                bytes.extend_from_slice(&weight.to_le_bytes());
             }
         }
         self.tokens += tokens.len() as u64;
@@ -189,9 +235,9 @@ impl StoreWriter {
         self.documents.push((self.tokens, origin));
     }
 
-    /// Writes the rest, and puts the file into its place; `replaced` files were not all UTF-8.
-    pub(super) fn finish(mut self, key: [u64; 2], replaced: u64) -> Result<(), DataError> {
-        let width = if self.wide { 4 } else { 2 };
+    /// Writes the rest, and puts the file into its place.
+    pub(super) fn finish(mut self, key: [u64; 2], report: &Report) -> Result<(), DataError> {
+        let width = self.width;
         let padding = (self.tokens * width).next_multiple_of(8) - self.tokens * width;
         self.write(&vec![0; padding as usize])?;
         let documents = std::mem::take(&mut self.documents);
@@ -199,8 +245,12 @@ impl StoreWriter {
             let origin = u64::from(origin.file) | u64::from(origin.line) << 32;
             self.write(&[end.to_le_bytes(), origin.to_le_bytes()].concat())?;
         }
-        let words =
-            [key[0], key[1], documents.len() as u64, self.tokens, width, replaced, self.content.finish(), MAGIC];
+        // Numbers and names: nothing in it that JSON has not.
+        let mut report = serde_json::to_vec(report).unwrap_or_default();
+        let length = report.len() as u64;
+        report.resize(report.len().next_multiple_of(8), 0);
+        self.write(&report)?;
+        let words = [key[0], key[1], documents.len() as u64, self.tokens, width, length, self.content.finish(), MAGIC];
         self.write(&words.map(u64::to_le_bytes).concat())?;
         let write = |error: &std::io::Error| DataError::io("write", &self.temporary, error);
         self.out.flush().map_err(|error| write(&error))?;
@@ -229,15 +279,15 @@ mod tests {
     use super::*;
 
     fn write(path: &Path, vocab_size: usize, documents: &[&[u32]]) {
-        let mut writer = StoreWriter::create(path, vocab_size).unwrap();
+        let mut writer = StoreWriter::create(path, vocab_size, false).unwrap();
         for (index, tokens) in documents.iter().enumerate() {
             let (left, right) = tokens.split_at(tokens.len() / 2);
-            writer.extend(left).unwrap();
-            writer.extend(right).unwrap();
+            writer.extend(left, &[]).unwrap();
+            writer.extend(right, &[]).unwrap();
             assert_eq!(writer.open_tokens(), tokens.len() as u64);
             writer.end_document(Origin { file: 7, line: index as u32 });
         }
-        writer.finish([1, 2], 5).unwrap();
+        writer.finish([1, 2], &Report { replaced: 5, ..Report::default() }).unwrap();
     }
 
     #[test]
@@ -249,13 +299,32 @@ mod tests {
             let path = dir.path().join(format!("folder/{vocab_size}.tokens"));
             write(&path, vocab_size, &documents);
             let store = Store::open(&path, [1, 2]).unwrap().unwrap();
-            assert_eq!((store.documents(), store.replaced()), (3, 5));
+            assert_eq!((store.documents(), store.report().replaced, store.is_weighted()), (3, 5, false));
             for (index, tokens) in documents.iter().enumerate() {
                 assert_eq!(store.tokens(store.span(index)).collect::<Vec<_>>(), *tokens);
                 assert_eq!(store.origin(index), Origin { file: 7, line: index as u32 });
             }
         }
         assert_eq!(std::fs::read_dir(dir.path().join("folder")).unwrap().count(), 2, "no temporary file is left");
+    }
+
+    #[test]
+    fn weights_read_back_and_change_the_hash() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let content = |weights: &[f32]| {
+            let mut writer = StoreWriter::create(&path, 300, true).unwrap();
+            writer.extend(&[7, 8], &weights[..2]).unwrap();
+            writer.extend(&[9], &weights[2..]).unwrap();
+            writer.end_document(Origin { file: 0, line: 1 });
+            writer.finish([1, 2], &Report::default()).unwrap();
+            let store = Store::open(&path, [1, 2]).unwrap().unwrap();
+            assert!(store.is_weighted());
+            assert_eq!(store.tokens(0..3).collect::<Vec<_>>(), [7, 8, 9]);
+            assert_eq!(store.weights(1..3).collect::<Vec<_>>(), weights[1..]);
+            store.content()
+        };
+        assert_ne!(content(&[0.0, 1.0, 0.5]), content(&[0.0, 1.0, 1.0]));
     }
 
     #[test]
@@ -288,8 +357,8 @@ mod tests {
     #[test]
     fn what_is_not_finished_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = StoreWriter::create(&dir.path().join("x"), 300).unwrap();
-        writer.extend(&[1, 2]).unwrap();
+        let mut writer = StoreWriter::create(&dir.path().join("x"), 300, false).unwrap();
+        writer.extend(&[1, 2], &[]).unwrap();
         drop(writer);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }

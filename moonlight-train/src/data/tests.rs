@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::recipe::{DataConfig, DataFormat, TooLong};
+use crate::recipe::{Broken, DataConfig, DataFormat, TooLong};
 use crate::tokenizer::Tokenizer;
 
 const EOS: i32 = crate::tokenizer::EOS as i32;
@@ -12,11 +12,13 @@ fn config(dir: &Path, glob: &str) -> DataConfig {
         valid: Vec::new(),
         valid_fraction: 0.0,
         format: DataFormat::Text,
+        chat_template: Default::default(),
         tokenizer: "bytes".into(),
         sequence_length: 8,
         pack: true,
         shuffle: false,
         too_long: TooLong::Error,
+        broken: Broken::Error,
         max_bytes: 0,
         max_file_bytes: 0,
         max_tokens: 0,
@@ -322,4 +324,251 @@ fn text_needs_a_tokenizer() {
     let dir = folder(&[("a.txt", "abc")]);
     let error = Corpus::open(&config(dir.path(), "*.txt"), None, 259, 0).err().unwrap();
     assert_eq!(error, DataError::NoTokenizer);
+}
+
+/// The configuration of conversations in `dir`, without a system message of the template's own.
+fn chat_config(dir: &Path, glob: &str) -> DataConfig {
+    std::fs::write(
+        dir.join("template.jinja"),
+        "{% for m in messages %}<|im_user|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt \
+         %}<|im_user|>{% endif %}",
+    )
+    .unwrap();
+    DataConfig {
+        format: DataFormat::Chat,
+        tokenizer: "bytes-chat".into(),
+        chat_template: dir.join("template.jinja"),
+        sequence_length: 16,
+        ..config(dir, glob)
+    }
+}
+
+fn open_chat(config: &DataConfig) -> Result<Corpus, DataError> {
+    Corpus::open(config, Some(&Tokenizer::bytes_chat()), 259, 3)
+}
+
+fn talk(question: &str, answer: &str) -> String {
+    serde_json::json!({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+        .to_string()
+        + "\n"
+}
+
+/// The tokens of `_` for `<|im_user|>` and `.` for `<|im_end|>`.
+fn chat_text(text: &str) -> Vec<i32> {
+    let token = |byte| match byte {
+        b'_' => 0xF6,
+        b'.' => 0xF5,
+        byte => i32::from(byte),
+    };
+    text.bytes().map(token).collect()
+}
+
+#[test]
+fn the_assistants_words_are_learned_by_their_weight() {
+    let weighted = r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0},
+        {"from": "human", "value": "c"}, {"from": "gpt", "value": "de", "weight": 0.5}]}"#
+        .replace('\n', " ");
+    let alpaca = r#"{"instruction": "f", "output": "g"}"#;
+    let dir = folder(&[("a.jsonl", &format!("{weighted}\n{alpaca}\n"))]);
+    let mut config = chat_config(dir.path(), "*.jsonl");
+    config.pack = false;
+    for _ in 0..2 {
+        // Made, then from the cache.
+        let corpus = open_chat(&config).unwrap();
+        let batch = corpus.train_stream(2).next_batch().unwrap();
+        assert_eq!(batch.tokens, [chat_text("_a._b._c._de."), vec![0; 3], chat_text("_f._g."), vec![0; 10]].concat());
+        let mut mask = vec![0.0; 32];
+        mask[9..12].fill(0.5); // d, e and the end
+        mask[16 + 3..16 + 5].fill(1.0); // g and the end
+        assert_eq!(batch.loss_mask, mask);
+        assert_eq!(batch.predicted(), 3.5);
+        assert_eq!(
+            corpus.notes()[1..],
+            [
+                "data.train: conversations: 1 with `conversations` (ShareGPT), 1 with `instruction` (Alpaca)"
+                    .to_owned(),
+                "data.train: 5 of 19 tokens are learned (26.3 %)".into(),
+            ]
+        );
+        assert_eq!(corpus.template().unwrap().name, "chat_template.jinja");
+    }
+}
+
+#[test]
+fn conversations_are_packed_whole() {
+    let lines: Vec<String> =
+        (0..200u32).map(|n| talk(&"q".repeat(1 + n as usize % 3), &"a".repeat(1 + n as usize % 7))).collect();
+    let dir = folder(&[("a.jsonl", &lines.concat())]);
+    let mut config = chat_config(dir.path(), "*.jsonl");
+    config.shuffle = true;
+    let corpus = open_chat(&config).unwrap();
+    let mut stream = corpus.train_stream(1);
+    let mut epoch = || {
+        let mut documents = Vec::new();
+        let mut rows = Vec::new();
+        for _ in 0..corpus.train_sequences() {
+            let batch = stream.next_batch().unwrap();
+            let numbers = batch.documents.clone().unwrap_or(vec![0; 16]);
+            for document in 0..=*numbers.iter().max().unwrap() {
+                let of_document = (0..16).filter(|&at| numbers[at] == document);
+                documents.push(of_document.map(|at| batch.tokens[at]).collect::<Vec<i32>>());
+            }
+            rows.push(batch.tokens);
+        }
+        documents.sort();
+        (documents, rows)
+    };
+    let (first, rows) = epoch();
+    let (second, other_rows) = epoch();
+    let mut whole: Vec<Vec<i32>> = (0..200)
+        .map(|n: usize| chat_text(&format!("_{}._{}.", "q".repeat(1 + n % 3), "a".repeat(1 + n % 7))))
+        .collect();
+    whole.sort();
+    assert!(first == whole && second == whole, "each conversation comes once and whole in each epoch");
+    assert_ne!(rows, other_rows, "in an order of its own");
+    assert!(corpus.notes().iter().any(|note| note.contains("% full")), "{:?}", corpus.notes());
+    // From any position, as all data.
+    let mut whole = corpus.train_stream(3);
+    for _ in 0..50 {
+        let position = whole.position();
+        let mut other = corpus.train_stream(3);
+        other.seek(position).unwrap();
+        assert_eq!(other.next_batch().unwrap(), whole.next_batch().unwrap());
+    }
+}
+
+#[test]
+fn broken_conversations_are_named_or_left_out() {
+    let bad = [
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"Q\"}]}\n",
+        "{\"messages\": [{\"role\": \"robot\", \"content\": \"Q\"}]}\n",
+        "{\"messages\": [\n",
+        "{\"text\": \"x\"}\n",
+        "{\"messages\": [{\"role\": \"assistant\"}]}\n",
+    ];
+    for (line, expected) in bad.iter().zip([
+        "2: the conversation has no assistant message",
+        "2: `messages[0]` has the unknown role `robot`",
+        "2: the record is not JSON: EOF while parsing a list",
+        "2: the record is no conversation: it has `text`",
+        "2: `messages[0]` has no content",
+    ]) {
+        let dir = folder(&[("a.jsonl", &format!("{}{line}", talk("q", "a")))]);
+        let message = open_chat(&chat_config(dir.path(), "*.jsonl")).err().unwrap().to_string();
+        assert!(message.ends_with(&format!("a.jsonl:{expected}")), "{message}");
+    }
+    let dir = folder(&[("a.jsonl", &[&talk("q", "a"), &bad.concat(), bad[0], bad[1], &talk("r", "b")].concat())]);
+    let mut bytes = std::fs::read(dir.path().join("a.jsonl")).unwrap();
+    bytes.extend(b"{\"messages\": \"\xff\"}\n");
+    std::fs::write(dir.path().join("a.jsonl"), bytes).unwrap();
+    let mut config = chat_config(dir.path(), "*.jsonl");
+    config.broken = Broken::Skip;
+    for _ in 0..2 {
+        let corpus = open_chat(&config).unwrap();
+        assert_eq!(corpus.train_tokens(), 12);
+        let note = &corpus.notes()[2];
+        assert!(note.starts_with("data.train: 8 records were broken and left out: "), "{note}");
+        assert!(note.contains("a.jsonl:2 (the conversation has no assistant message), "), "{note}");
+        assert!(note.ends_with("a.jsonl:6 (`messages[0]` has no content), and 3 more"), "{note}");
+    }
+    // A token that the model does not have is no fault of the record's.
+    let error = Corpus::open(&config, Some(&Tokenizer::bytes_chat()), 100, 0).err().unwrap().to_string();
+    assert!(error.contains("token 246 is outside the model's vocabulary of 100"), "{error}");
+}
+
+#[test]
+fn conversations_that_are_too_long() {
+    let lines = [talk("q", "a"), talk("q", &"long".repeat(5)), talk(&"long".repeat(5), "a"), talk("r", "b")].concat();
+    let dir = folder(&[("a.jsonl", &lines)]);
+    let config = chat_config(dir.path(), "*.jsonl");
+    let with = |too_long| open_chat(&DataConfig { too_long, ..config.clone() });
+    let error = with(TooLong::Error).err().unwrap();
+    assert!(error.to_string().ends_with("a.jsonl:2: the record has 25 tokens; data.sequence_length is 16"), "{error}");
+    assert!(error.hint().unwrap().contains("data.too_long"));
+    let note = |corpus: &Corpus, what: &str| {
+        let note = corpus.notes().iter().find(|note| note.contains(what));
+        note.unwrap_or_else(|| panic!("{:?}", corpus.notes())).replace(&format!("{}/", dir.path().display()), "")
+    };
+    let skipped = with(TooLong::Skip).unwrap();
+    assert_eq!(
+        note(&skipped, "left out"),
+        "data.train: 2 records were longer than 16 tokens and left out: a.jsonl:2 (25 tokens), a.jsonl:3 (25 tokens)"
+    );
+    assert_eq!(skipped.train_tokens(), 12);
+    let cut = with(TooLong::Truncate).unwrap();
+    assert!(note(&cut, "and cut").ends_with("1 record was longer than 16 tokens and cut: a.jsonl:2 (25 tokens)"));
+    assert!(note(&cut, "nothing in the first 16 tokens is learned").ends_with("a.jsonl:3 (25 tokens)"));
+    assert_eq!(cut.train_tokens(), 12 + 16);
+}
+
+#[test]
+fn conversations_need_a_template() {
+    let dir = folder(&[("a.jsonl", &talk("q", "a"))]);
+    let mut config = chat_config(dir.path(), "*.jsonl");
+    config.chat_template = Default::default();
+    let error = open(&config).err().unwrap();
+    assert_eq!(error.to_string(), "`bytes` has no chat template");
+    assert!(error.hint().unwrap().contains("bytes-chat"));
+    config.sequence_length = 200;
+    let corpus = open_chat(&config).unwrap();
+    assert!(corpus.template().is_none(), "it comes with the tokenizer");
+    config.chat_template = dir.path().join("nowhere.jinja");
+    let error = open_chat(&config).err().unwrap().to_string();
+    assert!(error.contains("nowhere.jinja"), "{error}");
+}
+
+#[test]
+fn compressed_files_hold_the_same_data() {
+    use std::io::Write;
+    let lines: String = (0..30).map(|n| talk(&format!("q{n}"), "a")).collect();
+    let dir = folder(&[("a.jsonl", &lines)]);
+    let mut gzip = flate2::write::GzEncoder::new(
+        std::fs::File::create(dir.path().join("a.jsonl.gz")).unwrap(),
+        flate2::Compression::fast(),
+    );
+    gzip.write_all(lines.as_bytes()).unwrap();
+    gzip.finish().unwrap();
+    let zstd = ruzstd::encoding::compress_to_vec(lines.as_bytes(), ruzstd::encoding::CompressionLevel::Fastest);
+    std::fs::write(dir.path().join("a.jsonl.zst"), zstd).unwrap();
+    std::fs::write(dir.path().join("b.txt"), "some words").unwrap();
+    let mut gzip = flate2::write::GzEncoder::new(
+        std::fs::File::create(dir.path().join("b.txt.gz")).unwrap(),
+        flate2::Compression::fast(),
+    );
+    gzip.write_all(b"some words").unwrap();
+    gzip.finish().unwrap();
+    let batch = |config: &DataConfig| open_chat(config).unwrap().train_stream(4).next_batch().unwrap();
+    let plain = batch(&chat_config(dir.path(), "a.jsonl"));
+    for name in ["a.jsonl.gz", "a.jsonl.zst"] {
+        assert_eq!(batch(&chat_config(dir.path(), name)), plain);
+    }
+    assert_eq!(batch(&config(dir.path(), "b.txt")), batch(&config(dir.path(), "b.txt.gz")));
+    std::fs::write(dir.path().join("a.jsonl.gz"), &std::fs::read(dir.path().join("a.jsonl.gz")).unwrap()[..40])
+        .unwrap();
+    let error = open_chat(&chat_config(dir.path(), "a.jsonl.gz")).err().unwrap().to_string();
+    assert!(error.starts_with("cannot read `") && error.contains("a.jsonl.gz"), "{error}");
+}
+
+#[test]
+fn what_the_data_are() {
+    let lines: String = (0..40).map(|n| talk("q", &"a".repeat(1 + n % 9))).collect();
+    let dir = folder(&[("a.jsonl", &lines)]);
+    let mut config = chat_config(dir.path(), "*.jsonl");
+    config.valid_fraction = 0.2;
+    let inspection = open_chat(&config).unwrap().inspect(3);
+    let Figures { documents, tokens, learned, lengths, histogram, fill, .. } = inspection.train.clone();
+    assert_eq!(documents + inspection.valid.unwrap().documents, 40);
+    assert_eq!(lengths, [6, 10, 14]);
+    assert_eq!(histogram.iter().map(|(_, count)| *count as usize).sum::<usize>(), documents);
+    assert_eq!(histogram.iter().map(|(bound, _)| *bound).collect::<Vec<_>>(), [8, 16]);
+    // Of each conversation four tokens are not learned.
+    assert_eq!(learned, tokens - 4 * documents as u64);
+    assert!(fill.unwrap() > 0.5);
+    assert_eq!(inspection.samples.len(), 3);
+    for sample in &inspection.samples {
+        let number = sample.line as usize - 1;
+        let text = chat_text(&format!("_q._{}.", "a".repeat(1 + number % 9)));
+        assert!(sample.tokens.iter().map(|&(token, _)| token as i32).eq(text));
+        assert!(sample.tokens.iter().skip(4).all(|&(_, weight)| weight == 1.0));
+    }
 }

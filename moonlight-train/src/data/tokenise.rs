@@ -1,7 +1,6 @@
 //! Files to documents of tokens: read in blocks one after the other, tokenised in parallel, written in order.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
@@ -9,12 +8,17 @@ use rayon::prelude::*;
 use serde::Deserialize;
 
 use super::DataError;
+use super::compressed::{Opened, open};
 use super::files::SourceFile;
 use super::hash::Hash;
+use super::report::{Fault, Report};
 use super::store::{Origin, Store, StoreWriter};
-use crate::recipe::DataFormat;
+use crate::chat::{ChatEncoder, Shape, WeightedTokens};
+use crate::recipe::{Broken, DataFormat};
 use crate::tokenizer::Tokenizer;
 
+/// Raised when the same template gives other tokens or weights.
+const TEMPLATES: u64 = 1;
 /// Bytes of a text file that are tokenised at once.
 const BLOCK_BYTES: usize = 4 << 20;
 /// Bytes that are read before the blocks are shared out; bounds the memory.
@@ -26,6 +30,9 @@ pub(super) struct Reading<'a> {
     pub(super) files: &'a [SourceFile],
     pub(super) format: DataFormat,
     pub(super) tokenizer: Option<&'a Tokenizer>,
+    /// For `format = "chat"`.
+    pub(super) chat: Option<&'a ChatEncoder>,
+    pub(super) broken: Broken,
     pub(super) vocab_size: usize,
     /// Stop after the document that reaches so many tokens; 0 for never.
     pub(super) max_tokens: u64,
@@ -47,7 +54,17 @@ enum End {
 
 struct Tokenised {
     tokens: Vec<u32>,
+    /// One for each token, or none at all.
+    weights: Vec<f32>,
+    /// Whether bytes were not UTF-8.
     replaced: bool,
+    shape: Option<Shape>,
+}
+
+/// A block that is left out.
+struct Refused {
+    problem: String,
+    hint: Option<String>,
 }
 
 /// A line of `format = "tokens"`.
@@ -79,7 +96,14 @@ impl Reading<'_> {
             hash.number(match self.format {
                 DataFormat::Text => 0,
                 DataFormat::Tokens => 1,
+                DataFormat::Chat => 2,
             });
+            hash.number(match self.broken {
+                Broken::Error => 0,
+                Broken::Skip => 1,
+            });
+            hash.bytes(self.chat.map(|chat| chat.template().text()).unwrap_or_default().as_bytes());
+            hash.number(TEMPLATES);
             hash.bytes(self.tokenizer.map(Tokenizer::fingerprint).unwrap_or_default().as_bytes());
             hash.number(self.vocab_size as u64);
             hash.number(self.max_tokens);
@@ -94,41 +118,47 @@ impl Reading<'_> {
     }
 
     fn write(&self, path: &Path, digest: [u64; 2]) -> Result<(), DataError> {
-        let mut writer = StoreWriter::create(path, self.vocab_size)?;
-        let mut replaced = BTreeSet::new();
+        let mut writer = StoreWriter::create(path, self.vocab_size, self.format == DataFormat::Chat)?;
+        let mut found = Found::default();
         let mut round = Round { blocks: Vec::new(), bytes: 0 };
         for (index, file) in self.files.iter().enumerate() {
             let mut full = |round: &mut Round| {
-                if round.bytes < ROUND_BYTES { Ok(false) } else { self.flush(round, &mut writer, &mut replaced) }
+                if round.bytes < ROUND_BYTES { Ok(false) } else { self.flush(round, &mut writer, &mut found) }
             };
             let done = match self.format {
                 DataFormat::Text => self.read_text(index as u32, file, &mut round, &mut full)?,
-                DataFormat::Tokens => self.read_lines(index as u32, file, &mut round, &mut full)?,
+                DataFormat::Tokens | DataFormat::Chat => self.read_lines(index as u32, file, &mut round, &mut full)?,
             };
             if done {
-                return writer.finish(digest, replaced.len() as u64);
+                return writer.finish(digest, &found.report());
             }
         }
-        self.flush(&mut round, &mut writer, &mut replaced)?;
-        writer.finish(digest, replaced.len() as u64)
+        self.flush(&mut round, &mut writer, &mut found)?;
+        writer.finish(digest, &found.report())
     }
 
     /// Tokenises the blocks of a round and writes them; says whether there are tokens enough.
-    fn flush(
-        &self,
-        round: &mut Round,
-        writer: &mut StoreWriter,
-        replaced: &mut BTreeSet<u32>,
-    ) -> Result<bool, DataError> {
+    fn flush(&self, round: &mut Round, writer: &mut StoreWriter, found: &mut Found) -> Result<bool, DataError> {
         round.bytes = 0;
         let blocks = std::mem::take(&mut round.blocks);
         let tokenised: Vec<_> = blocks.par_iter().map(|block| self.tokenise(block)).collect();
         for (block, tokenised) in blocks.iter().zip(tokenised) {
-            let tokenised = tokenised?;
+            let Origin { file, line } = block.origin;
+            let tokenised = match tokenised? {
+                Ok(tokenised) => tokenised,
+                Err(Refused { problem, .. }) if self.broken == Broken::Skip => {
+                    found.report.broken.add(Fault { file, line, problem });
+                    continue;
+                }
+                Err(refused) => return Err(self.record(block, refused)),
+            };
             if tokenised.replaced {
-                replaced.insert(block.origin.file);
+                found.replaced.insert(file);
             }
-            writer.extend(&tokenised.tokens)?;
+            if let Some(shape) = tokenised.shape {
+                *found.report.shapes.entry(shape).or_default() += 1;
+            }
+            writer.extend(&tokenised.tokens, &tokenised.weights)?;
             if block.end.is_some() && writer.open_tokens() > 0 {
                 writer.end_document(block.origin);
                 if self.max_tokens > 0 && writer.tokens() >= self.max_tokens {
@@ -139,15 +169,14 @@ impl Reading<'_> {
         Ok(false)
     }
 
-    fn tokenise(&self, block: &Block) -> Result<Tokenised, DataError> {
-        let path = &self.files[block.origin.file as usize].path;
-        let record = |problem: String, hint: Option<String>| DataError::Record {
-            path: path.clone(),
-            line: block.origin.line as usize,
-            problem,
-            hint,
-        };
-        let (tokens, replaced) = match self.format {
+    fn record(&self, block: &Block, Refused { problem, hint }: Refused) -> DataError {
+        let path = self.files[block.origin.file as usize].path.clone();
+        DataError::Record { path, line: block.origin.line as usize, problem, hint }
+    }
+
+    /// The tokens of a block, or why it is left out; what no other block could mend is an error.
+    fn tokenise(&self, block: &Block) -> Result<Result<Tokenised, Refused>, DataError> {
+        let tokenised = match self.format {
             DataFormat::Text => {
                 let tokenizer = self.tokenizer.ok_or(DataError::NoTokenizer)?;
                 let text = String::from_utf8_lossy(&block.bytes);
@@ -155,27 +184,20 @@ impl Reading<'_> {
                 if block.end == Some(End::Whole) {
                     tokens.extend(tokenizer.eos());
                 }
-                (tokens, matches!(text, std::borrow::Cow::Owned(_)))
+                let replaced = matches!(text, std::borrow::Cow::Owned(_));
+                Ok(Tokenised { tokens, weights: Vec::new(), replaced, shape: None })
             }
-            DataFormat::Tokens => {
-                let parsed: Record = serde_json::from_slice(&block.bytes).map_err(|error| {
-                    // The parser counts lines too, but of this one line only.
-                    let problem = error.to_string();
-                    let problem = problem.split(" at line 1 column").next().unwrap_or_default().to_owned();
-                    record(problem, Some("a line is {\"tokens\": [1, 2, 3]}".into()))
-                })?;
-                if parsed.tokens.is_empty() {
-                    return Err(record("the record has no tokens".into(), None));
-                }
-                (parsed.tokens, false)
-            }
+            DataFormat::Tokens => tokens_of(&block.bytes),
+            DataFormat::Chat => conversation_of(&block.bytes, self.chat.ok_or(DataError::NoTokenizer)?),
         };
-        match tokens.iter().find(|&&token| token as usize >= self.vocab_size) {
+        let tokens = tokenised.iter().flat_map(|tokenised| &tokenised.tokens);
+        match tokens.copied().find(|&token| token as usize >= self.vocab_size) {
             Some(token) => {
                 let problem = format!("token {token} is outside the model's vocabulary of {}", self.vocab_size);
-                Err(record(problem, Some("the data or the tokenizer belong to another model".into())))
+                let hint = Some("the data or the tokenizer belong to another model".into());
+                Err(self.record(block, Refused { problem, hint }))
             }
-            None => Ok(Tokenised { tokens, replaced }),
+            None => Ok(tokenised),
         }
     }
 
@@ -191,8 +213,9 @@ impl Reading<'_> {
             return Ok(false);
         }
         let origin = Origin { file: index, line: 0 };
-        let mut reader = open(file)?.take(file.read);
-        let mut left = file.read;
+        let Opened { reader, limit, cut } = open(file)?;
+        let mut reader = reader.take(limit);
+        let mut left = limit;
         let mut bytes = Vec::new();
         loop {
             let before = bytes.len();
@@ -200,7 +223,6 @@ impl Reading<'_> {
             left -= read.map_err(|error| DataError::io("read", &file.path, &error))? as u64;
             // A file that has shrunk since it was looked at ends early.
             if left == 0 || bytes.len() == before {
-                let cut = file.read < file.size;
                 if cut {
                     bytes.truncate(whole_characters(&bytes));
                 }
@@ -223,14 +245,15 @@ impl Reading<'_> {
         round: &mut Round,
         full: &mut impl FnMut(&mut Round) -> Result<bool, DataError>,
     ) -> Result<bool, DataError> {
-        let mut reader = BufReader::with_capacity(1 << 20, open(file)?);
+        let Opened { reader, limit, .. } = open(file)?;
+        let mut reader = BufReader::with_capacity(1 << 20, reader);
         let mut position = 0;
         for line in 1.. {
             let mut bytes = Vec::new();
             let read = reader.read_until(b'\n', &mut bytes);
             position += read.map_err(|error| DataError::io("read", &file.path, &error))? as u64;
             // `max_bytes` takes whole records only.
-            if bytes.is_empty() || position > file.read {
+            if bytes.is_empty() || position > limit {
                 break;
             }
             if !bytes.trim_ascii().is_empty() {
@@ -258,8 +281,43 @@ impl Round {
     }
 }
 
-fn open(file: &SourceFile) -> Result<File, DataError> {
-    File::open(&file.path).map_err(|error| DataError::io("read", &file.path, &error))
+/// What was found so far.
+#[derive(Default)]
+struct Found {
+    report: Report,
+    /// The files whose bytes were not all UTF-8.
+    replaced: BTreeSet<u32>,
+}
+
+impl Found {
+    fn report(self) -> Report {
+        Report { replaced: self.replaced.len() as u64, ..self.report }
+    }
+}
+
+/// The tokens of a line of `format = "tokens"`.
+fn tokens_of(line: &[u8]) -> Result<Tokenised, Refused> {
+    let parsed: Record = serde_json::from_slice(line).map_err(|error| {
+        // The parser counts lines too, but of this one line only.
+        let problem = error.to_string();
+        let problem = problem.split(" at line 1 column").next().unwrap_or_default().to_owned();
+        Refused { problem, hint: Some("a line is {\"tokens\": [1, 2, 3]}".into()) }
+    })?;
+    if parsed.tokens.is_empty() {
+        return Err(Refused { problem: "the record has no tokens".into(), hint: None });
+    }
+    Ok(Tokenised { tokens: parsed.tokens, weights: Vec::new(), replaced: false, shape: None })
+}
+
+/// The tokens and weights of a conversation.
+fn conversation_of(line: &[u8], chat: &ChatEncoder) -> Result<Tokenised, Refused> {
+    let read = chat.parse(line).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation.turns)?)));
+    match read {
+        Ok((shape, WeightedTokens { tokens, weights })) => {
+            Ok(Tokenised { tokens, weights, replaced: false, shape: Some(shape) })
+        }
+        Err(error) => Err(Refused { problem: error.to_string(), hint: error.hint() }),
+    }
 }
 
 /// Where a block of text can end without a token crossing the border: after the last line break that is followed by

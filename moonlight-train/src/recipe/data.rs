@@ -12,6 +12,8 @@ use super::{ModelRecipe, ModelSource, RunConfig};
 
 /// The value of `tokenizer` that stands for the 256 bytes.
 pub const BYTES_TOKENIZER: &str = "bytes";
+/// The value of `tokenizer` that stands for the 256 bytes with Moonlight's tokens of a conversation.
+pub const BYTES_CHAT_TOKENIZER: &str = "bytes-chat";
 /// The value of `tokenizer` that stands for none at all, for data that are tokens already.
 pub const NO_TOKENIZER: &str = "none";
 
@@ -23,9 +25,24 @@ pub enum DataFormat {
     Text,
     /// Each line is one document: `{"tokens": [...]}`.
     Tokens,
+    /// Each record is one conversation, of which the assistant's words are learned.
+    Chat,
 }
 
-/// What to do with a record that is longer than `sequence_length` where records are not packed.
+impl FromStr for DataFormat {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "text" => Ok(Self::Text),
+            "tokens" => Ok(Self::Tokens),
+            "chat" => Ok(Self::Chat),
+            _ => Err(()),
+        }
+    }
+}
+
+/// What to do with a record that is longer than `sequence_length` and cannot be cut into sequences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TooLong {
@@ -33,6 +50,30 @@ pub enum TooLong {
     Error,
     /// Keep its first `sequence_length` tokens.
     Truncate,
+    /// Leave it out, count it, and name the first few.
+    Skip,
+}
+
+/// What to do with a record that is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Broken {
+    /// Stop, and name the record.
+    Error,
+    /// Leave it out, count it, and name the first few.
+    Skip,
+}
+
+impl FromStr for Broken {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "error" => Ok(Self::Error),
+            "skip" => Ok(Self::Skip),
+            _ => Err(()),
+        }
+    }
 }
 
 impl FromStr for TooLong {
@@ -42,6 +83,7 @@ impl FromStr for TooLong {
         match name {
             "error" => Ok(Self::Error),
             "truncate" => Ok(Self::Truncate),
+            "skip" => Ok(Self::Skip),
             _ => Err(()),
         }
     }
@@ -56,21 +98,26 @@ pub struct DataConfig {
     pub valid: Vec<String>,
     /// `valid_fraction`: the share of the training documents that is kept for validation, chosen by hash. Default: 0.
     pub valid_fraction: f64,
-    /// `format`: `text` or `tokens`. Default: `text`.
+    /// `format`: `text`, `tokens` or `chat`. Default: `text`.
     pub format: DataFormat,
-    /// `tokenizer`: `bytes`, `none`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one.
-    /// Default: that of `model.path`; else `bytes` for text and `none` for tokens.
+    /// `chat_template`: for `chat`, a file with the Jinja template to use in place of the tokenizer's own; empty for the
+    /// tokenizer's. Default: empty.
+    pub chat_template: PathBuf,
+    /// `tokenizer`: `bytes`, `bytes-chat`, `none`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one.
+    /// Default: that of `model.path`; else `bytes` for text, `bytes-chat` for chat and `none` for tokens.
     pub tokenizer: String,
     /// `sequence_length`: tokens in a sequence. Default: 1024, or the model's longest where that is shorter.
     pub sequence_length: usize,
-    /// `pack`: whether documents are laid end to end into full sequences; otherwise each record is one sequence,
-    /// padded on the right. Default: true.
+    /// `pack`: whether documents are laid end to end into full sequences, or, for `chat`, whole conversations together
+    /// into sequences that they fill best; otherwise each record is one sequence, padded on the right. Default: true.
     pub pack: bool,
     /// `shuffle`: whether the sequences of each epoch come in a new order, given by `run.seed`. Default: true.
     pub shuffle: bool,
-    /// `too_long`: what happens, with `pack = false`, to a record longer than `sequence_length`: `error` or
-    /// `truncate`. Default: `error`.
+    /// `too_long`: what happens, with `pack = false` or `format = "chat"`, to a record longer than `sequence_length`:
+    /// `error`, `truncate` or `skip`. Default: `error`.
     pub too_long: TooLong,
+    /// `broken`: what happens to a line of `tokens` or `chat` that is wrong: `error` or `skip`. Default: `error`.
+    pub broken: Broken,
     /// `max_bytes`: take files, spread by hash of their path, until so many bytes are reached, for training and again
     /// for validation; 0 for all. Default: 0.
     pub max_bytes: u64,
@@ -105,7 +152,8 @@ impl DataConfig {
         section.require("valid_fraction", valid_fraction == 0.0 || valid.is_empty(), || {
             "and `data.valid` exclude each other".into()
         });
-        let format = read_format(section);
+        let format = section.choice("format", &["text", "tokens", "chat"]).unwrap_or(DataFormat::Text);
+        let chat_template = path(section, "chat_template", "");
         let tokenizer = read_tokenizer(section, model, format);
         let longest = max_position_embeddings.unwrap_or(usize::MAX);
         let sequence_length = section.whole("sequence_length").map_or(longest.min(1024), |length| length as usize);
@@ -115,7 +163,8 @@ impl DataConfig {
         });
         let pack = section.boolean("pack").unwrap_or(true);
         let shuffle = section.boolean("shuffle").unwrap_or(true);
-        let too_long = section.choice("too_long", &["error", "truncate"]).unwrap_or(TooLong::Error);
+        let too_long = section.choice("too_long", &["error", "truncate", "skip"]).unwrap_or(TooLong::Error);
+        let broken = section.choice("broken", &["error", "skip"]).unwrap_or(Broken::Error);
         let max_bytes = section.whole("max_bytes").unwrap_or(0);
         let max_file_bytes = section.whole("max_file_bytes").unwrap_or(0);
         let max_tokens = section.whole("max_tokens").unwrap_or(0);
@@ -126,11 +175,13 @@ impl DataConfig {
             valid,
             valid_fraction,
             format,
+            chat_template,
             tokenizer,
             sequence_length,
             pack,
             shuffle,
             too_long,
+            broken,
             max_bytes,
             max_file_bytes,
             max_tokens,
@@ -155,34 +206,16 @@ fn globs(section: &mut Section<'_>, key: &str) -> Vec<String> {
     globs
 }
 
-fn read_format(section: &mut Section<'_>) -> DataFormat {
-    match section.string("format").as_deref() {
-        None | Some("text") => DataFormat::Text,
-        Some("tokens") => DataFormat::Tokens,
-        Some("chat") => {
-            section.invalid(
-                "format",
-                "is `chat`, which this version cannot read yet",
-                Some("render the conversations to tokens and use format = \"tokens\""),
-            );
-            DataFormat::Text
-        }
-        Some(other) => {
-            section.invalid("format", format!("is `{other}`; it must be one of: text, tokens"), None);
-            DataFormat::Text
-        }
-    }
-}
-
 fn read_tokenizer(section: &mut Section<'_>, model: &ModelRecipe, format: DataFormat) -> String {
     let tokenizer = section.string("tokenizer").unwrap_or_else(|| match (&model.source, format) {
-        (ModelSource::Path(path), DataFormat::Text) => path.to_string_lossy().into_owned(),
+        (ModelSource::Path(path), DataFormat::Text | DataFormat::Chat) => path.to_string_lossy().into_owned(),
         (ModelSource::Path(path), DataFormat::Tokens)
             if ["tokenizer.json", "tiktoken.model"].iter().any(|name| path.join(name).exists()) =>
         {
             path.to_string_lossy().into_owned()
         }
         (_, DataFormat::Text) => BYTES_TOKENIZER.into(),
+        (_, DataFormat::Chat) => BYTES_CHAT_TOKENIZER.into(),
         (_, DataFormat::Tokens) => NO_TOKENIZER.into(),
     });
     section.require("tokenizer", !tokenizer.is_empty(), || "is empty; write `bytes`, `none` or a path".into());

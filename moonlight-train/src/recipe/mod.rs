@@ -23,7 +23,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-pub use data::{BYTES_TOKENIZER, DataConfig, DataFormat, NO_TOKENIZER, TooLong};
+pub use data::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Broken, DataConfig, DataFormat, NO_TOKENIZER, TooLong};
 pub use error::RecipeError;
 pub use expand::expand;
 pub use lora::LoraRecipe;

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::RecipeError;
 use super::run::path;
 use super::section::Section;
+use crate::checkpoint::Checkpoints;
 use crate::tokenizer::Tokenizer;
 
 /// The keys of `config.json` that shape a model of the family.
@@ -61,7 +62,7 @@ const DTYPES: &[&str] = &["auto", "f32", "bf16", "f16"];
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ModelSource {
-    /// `path`: weights and their `config.json`, in a folder; `org/name` of the Hub's cache is resolved to its snapshot.
+    /// `path`: weights and their `config.json`, in a folder; a run's folder is resolved to its newest checkpoint, `org/name` of the Hub's cache is resolved to its snapshot.
     Path(PathBuf),
     /// A shape, to be initialised from scratch; a `preset` is resolved to its shape when the recipe is read.
     #[serde(untagged)]
@@ -212,9 +213,16 @@ impl ModelRecipe {
     }
 }
 
-/// `path`: a folder, or a model in the Hub's cache, whose snapshot is what the run is made from and names.
+/// `path`: a folder, the folder of a run, whose newest checkpoint is taken, or a model in the Hub's cache, whose snapshot
+/// is what the run is made from and names.
 fn weights(section: &mut Section<'_>) -> PathBuf {
     let written = path(section, "path", "");
+    if !written.as_os_str().is_empty() && !written.join("config.json").exists() {
+        let run = Checkpoints::new(written.join("checkpoints"), 0, false, Vec::new(), None);
+        if let Some(newest) = run.newest() {
+            return newest;
+        }
+    }
     hub::resolve(&written).unwrap_or_else(|error| {
         section.invalid("path", format!("is wrong: {error}"), error.hint().as_deref());
         written

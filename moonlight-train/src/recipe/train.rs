@@ -49,6 +49,9 @@ pub struct TrainConfig {
     /// `freeze`: parameters that are not trained, as globs over their names in the checkpoint: `*` within one name, `**` for
     /// any number of names (`**.mlp.gate.weight`, `model.embed_tokens.**`). Default: none.
     pub freeze: Vec<String>,
+    /// `check_memory`: whether a run on the CPU that needs more memory than there is (`moonlight plan`) is refused.
+    /// Default: true.
+    pub check_memory: bool,
     /// `plots`: whether SVG plots are drawn at the end. Default: true.
     pub plots: bool,
 }
@@ -116,6 +119,7 @@ impl TrainConfig {
             "needs `gradient_accumulation = 1`: gradients that are summed have to be kept".into()
         });
         let freeze = section.strings("freeze").unwrap_or_default();
+        let check_memory = section.boolean("check_memory").unwrap_or(true);
         let plots = section.boolean("plots").unwrap_or(true);
         Self {
             steps,
@@ -134,6 +138,7 @@ impl TrainConfig {
             loss_chunk_tokens,
             fuse_update,
             freeze,
+            check_memory,
             plots,
         }
     }

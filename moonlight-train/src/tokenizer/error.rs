@@ -30,9 +30,11 @@ impl TokenizerError {
     /// How to mend it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::NotFound(_) => {
-                Some("a tokenizer is `bytes`, a tokenizer.json, a tiktoken.model, or a folder with one of them".into())
-            }
+            Self::NotFound(_) => Some(
+                "a tokenizer is `bytes`, `bytes-chat`, a tokenizer.json, a tiktoken.model, or a folder with one of \
+                     them"
+                    .into(),
+            ),
             Self::Read { .. } | Self::Write { .. } => None,
         }
     }

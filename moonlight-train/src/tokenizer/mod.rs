@@ -1,7 +1,8 @@
 //! Text to tokens and back.
 //!
-//! Three kinds, told apart by what is on disk: the 256 bytes with three specials (`bytes`), a Hugging Face
-//! `tokenizer.json`, and Moonlight's own `tiktoken.model`.
+//! Three kinds, told apart by what is on disk: the 256 bytes with three specials (`bytes`; `bytes-chat` where five bytes
+//! that no UTF-8 holds are the tokens of a conversation), a Hugging Face `tokenizer.json`, and Moonlight's own
+//! `tiktoken.model`.
 //!
 //! Text that happens to spell a special token (`<|im_end|>`) is not special: [`Tokenizer::encode`] gives its
 //! characters, as one wants for text that others wrote. [`Tokenizer::special`] gives the id of a special token.
@@ -21,7 +22,8 @@ use moonlight_convert::hub;
 use moonlight_convert::tokenizer::{SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON};
 use tiktoken::Tiktoken;
 
-pub use crate::recipe::BYTES_TOKENIZER;
+pub use crate::recipe::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER};
+use bytes::Bytes;
 pub use bytes::{BOS, EOS, PAD};
 pub use error::TokenizerError;
 pub use stream::TokenStream;
@@ -39,11 +41,12 @@ pub struct Tokenizer {
     eos: Option<u32>,
     companions: Arc<Vec<Companion>>,
     fingerprint: String,
+    name: Arc<str>,
 }
 
 #[derive(Clone)]
 enum Kind {
-    Bytes,
+    Bytes(Bytes),
     HuggingFace(Arc<HuggingFace>),
     Tiktoken(Arc<Tiktoken>),
 }
@@ -69,17 +72,32 @@ pub struct Companion {
 impl Tokenizer {
     /// The 256 bytes, and [`BOS`], [`EOS`] and [`PAD`].
     pub fn bytes() -> Self {
+        Self::of_bytes(Bytes::Plain)
+    }
+
+    /// [`bytes`](Tokenizer::bytes) with Moonlight's tokens of a conversation and its chat template: `<|im_end|>`,
+    /// `<|im_user|>`, `<|im_assistant|>`, `<|im_system|>` and `<|im_middle|>` stand for 0xF5 to 0xF9, which no UTF-8 holds.
+    pub fn bytes_chat() -> Self {
+        Self::of_bytes(Bytes::Chat)
+    }
+
+    fn of_bytes(kind: Bytes) -> Self {
+        let (fingerprint, name) = match kind {
+            Bytes::Plain => ("bytes-1", BYTES_TOKENIZER),
+            Bytes::Chat => ("bytes-chat-1", BYTES_CHAT_TOKENIZER),
+        };
         Self {
-            kind: Kind::Bytes,
             vocab_size: bytes::VOCAB_SIZE,
             bos: Some(BOS),
             eos: Some(EOS),
-            companions: Arc::new(bytes::companions()),
-            fingerprint: "bytes-1".into(),
+            companions: Arc::new(kind.companions()),
+            fingerprint: fingerprint.into(),
+            name: name.into(),
+            kind: Kind::Bytes(kind),
         }
     }
 
-    /// Opens `bytes`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one, or that of a model
+    /// Opens `bytes` or `bytes-chat`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one, or that of a model
     /// in the Hub's cache (`org/name`). `~` and `$NAME` are expanded.
     ///
     /// # Errors
@@ -88,6 +106,9 @@ impl Tokenizer {
     pub fn open(spec: &str) -> Result<Self, TokenizerError> {
         if spec == BYTES_TOKENIZER {
             return Ok(Self::bytes());
+        }
+        if spec == BYTES_CHAT_TOKENIZER {
+            return Ok(Self::bytes_chat());
         }
         let path = PathBuf::from(crate::recipe::expand(spec).unwrap_or_else(|_| spec.to_owned()));
         let path = hub::resolve(&path).unwrap_or(path);
@@ -123,10 +144,13 @@ impl Tokenizer {
 
     fn from_tokenizer_json(path: &Path) -> Result<Self, TokenizerError> {
         let contents = read(path)?;
-        let bytes = Self::bytes();
-        if bytes.companions.iter().any(|companion| companion.name == TOKENIZER_JSON && companion.contents == contents) {
-            // A checkpoint of ours: the same tokens without the detour.
-            return Ok(bytes);
+        for bytes in [Self::bytes(), Self::bytes_chat()] {
+            let same = |file: &Companion| file.name == TOKENIZER_JSON && file.contents == contents;
+            if bytes.companions.iter().any(same) {
+                // A checkpoint of ours: the same tokens without the detour. What lies beside may be newer than ours.
+                let companions = Arc::new(companions(path, TOKENIZER_JSON, &contents));
+                return Ok(Self { companions, name: name(path), ..bytes });
+            }
         }
         let kind =
             HuggingFace::parse(&contents).map_err(|problem| TokenizerError::Read { path: path.to_owned(), problem })?;
@@ -138,6 +162,7 @@ impl Tokenizer {
             eos: id(names.eos.as_ref(), names.eos_id),
             companions: Arc::new(companions(path, TOKENIZER_JSON, &contents)),
             fingerprint: fingerprint("tokenizer.json", &contents),
+            name: name(path),
             kind: Kind::HuggingFace(Arc::new(kind)),
         })
     }
@@ -153,6 +178,7 @@ impl Tokenizer {
             eos: kind.special(names.eos.as_deref().unwrap_or("[EOS]")),
             companions: Arc::new(companions(path, TIKTOKEN_MODEL, &contents)),
             fingerprint: fingerprint("tiktoken.model", &contents),
+            name: name(path),
             kind: Kind::Tiktoken(Arc::new(kind)),
         })
     }
@@ -160,7 +186,7 @@ impl Tokenizer {
     /// The tokens of a text, none added at its ends; what spells a special token is not special.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         match &self.kind {
-            Kind::Bytes => text.bytes().map(u32::from).collect(),
+            Kind::Bytes(_) => text.bytes().map(u32::from).collect(),
             Kind::HuggingFace(kind) => kind.encode(text),
             Kind::Tiktoken(kind) => kind.encode(text),
         }
@@ -177,7 +203,7 @@ impl Tokenizer {
     /// The bytes of tokens, where tokens are bytes; a `tokenizer.json` may give a token another text beside others.
     fn token_bytes(&self, tokens: &[u32]) -> Option<Vec<u8>> {
         match &self.kind {
-            Kind::Bytes => Some(bytes::bytes(tokens)),
+            Kind::Bytes(kind) => Some(kind.bytes(tokens)),
             Kind::HuggingFace(_) => None,
             Kind::Tiktoken(kind) => Some(kind.bytes(tokens)),
         }
@@ -201,7 +227,7 @@ impl Tokenizer {
     /// The id of a special token by its text, such as `<|im_end|>`.
     pub fn special(&self, text: &str) -> Option<u32> {
         match &self.kind {
-            Kind::Bytes => bytes::special(text),
+            Kind::Bytes(kind) => kind.special(text),
             Kind::HuggingFace(kind) => kind.special(text),
             Kind::Tiktoken(kind) => kind.special(text),
         }
@@ -210,7 +236,7 @@ impl Tokenizer {
     /// Every special token with its id.
     pub fn specials(&self) -> Vec<(String, u32)> {
         match &self.kind {
-            Kind::Bytes => bytes::specials(),
+            Kind::Bytes(kind) => kind.specials(),
             Kind::HuggingFace(kind) => kind.specials(),
             Kind::Tiktoken(kind) => kind.specials(),
         }
@@ -238,6 +264,11 @@ impl Tokenizer {
         Ok(())
     }
 
+    /// `bytes`, `bytes-chat`, or the folder that it was opened from.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// A name that changes whenever the tokens of a text could.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
@@ -261,6 +292,11 @@ fn companions(path: &Path, name: &str, contents: &[u8]) -> Vec<Companion> {
         Some(Companion { name: name.into(), contents })
     });
     std::iter::once(main).chain(beside).collect()
+}
+
+/// The folder of a tokenizer's file.
+fn name(path: &Path) -> Arc<str> {
+    path.parent().unwrap_or(path).display().to_string().into()
 }
 
 fn fingerprint(kind: &str, contents: &[u8]) -> String {

@@ -64,6 +64,30 @@ fn the_file_for_bytes_means_bytes() {
     }
 }
 
+/// The same tokens as `bytes`, but for five bytes that no text has.
+#[test]
+fn bytes_that_can_chat() {
+    let tokenizer = Tokenizer::open("bytes-chat").unwrap();
+    assert_eq!(tokenizer.encode(TEXT), Tokenizer::bytes().encode(TEXT));
+    assert_eq!((tokenizer.vocab_size(), tokenizer.eos()), (259, Some(257)));
+    assert_eq!(tokenizer.special("<|im_end|>"), Some(0xF5));
+    assert_eq!(tokenizer.specials().len(), 8);
+    assert_eq!(tokenizer.decode(&[104, 0xF6, 105, 0xF9, EOS]), "hi");
+    let dir = tempfile::tempdir().unwrap();
+    tokenizer.save(dir.path()).unwrap();
+    let again = Tokenizer::from_model_dir(dir.path()).unwrap().unwrap();
+    assert_eq!(again.fingerprint(), tokenizer.fingerprint());
+    assert_ne!(again.fingerprint(), Tokenizer::bytes().fingerprint());
+    // What `tokenizers`, and so transformers, makes of the file.
+    let theirs = HuggingFace::parse(&tokenizer.companions()[0].contents).unwrap();
+    assert_eq!(theirs.encode(TEXT), tokenizer.encode(TEXT));
+    assert_eq!((theirs.vocab_size(), theirs.specials().len()), (259, 8));
+    for (name, id) in tokenizer.specials() {
+        assert_eq!(theirs.special(&name), Some(id), "{name}");
+    }
+    assert_eq!(theirs.encode("<|im_end|>"), "<|im_end|>".bytes().map(u32::from).collect::<Vec<_>>());
+}
+
 #[test]
 fn a_tokenizer_json_with_its_neighbours() {
     let dir = tempfile::tempdir().unwrap();

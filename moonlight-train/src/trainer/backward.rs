@@ -11,9 +11,10 @@
 //! The gradient is the same in all of them: what differs is the order in which a weight's gradient is summed over the
 //! chunks of the head, and nothing else.
 
+use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor};
-use moonlight_model::{CausalLm, ForwardReport, LayerOutput, Pass};
+use moonlight_model::{CausalLm, ForwardReport, LayerOutput, LmBatch, Pass, Probe};
 use moonlight_optim::BatchedOptimizer;
 
 use super::step::{NotFinite, global_norm};
@@ -100,7 +101,11 @@ pub(crate) fn backward(taker: &mut impl Taker, input: MicroBatch, sparing: Spari
     let MicroBatch { batch, loss_scale, balance_weight, balance_scale, probe } = input;
     let [rows, sequence] = batch.tokens.dims();
     let pass = taker.model().pass(&batch, balance_weight, probe);
-    let trunk = Trunk::forward(taker.model(), batch.tokens.clone(), &pass, sparing.recompute);
+    let trunk = if sparing.recompute {
+        Trunk::without_graph(taker.model(), &batch, balance_weight, probe)
+    } else {
+        Trunk::with_graph(taker.model(), batch.tokens.clone(), &pass)
+    };
     let tokens = rows * sequence;
     let head = Head {
         targets: batch.targets.reshape([tokens]),
@@ -108,7 +113,7 @@ pub(crate) fn backward(taker: &mut impl Taker, input: MicroBatch, sparing: Spari
         scale: loss_scale,
         chunk: if sparing.loss_chunk_tokens == 0 { tokens } else { sparing.loss_chunk_tokens.min(tokens) },
     };
-    let (loss_sum, gradient, mut gradients) = head.backward(taker.model(), trunk.last.clone().inner());
+    let (loss_sum, gradient, mut gradients) = head.backward(taker.model(), trunk.output());
     if !loss_sum.is_finite() {
         return Err(NotFinite { what: "loss", value: loss_sum * loss_scale });
     }
@@ -137,27 +142,48 @@ struct Trunk {
 }
 
 impl Trunk {
-    fn forward(model: &CausalLm, tokens: Tensor<2, Int>, pass: &Pass, recompute: bool) -> Self {
-        // Layers that run twice do so with a graph both times: what depends on there being one, as dropout does, is equal.
-        let cut = |hidden: Tensor<2>| if recompute { Tensor::from_inner(hidden.inner()) } else { hidden };
-        let mut trunk = Self {
-            last: cut(model.embed(tokens)),
-            balance_loss: None,
-            inputs: Vec::new(),
-            report: ForwardReport::default(),
-        };
+    /// Keeps the whole graph.
+    fn with_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &Pass) -> Self {
+        let mut trunk = Self::at(model.embed(tokens));
         for index in 0..model.layers.len() {
-            if recompute {
-                trunk.inputs.push(trunk.last.clone().inner());
-            }
             let LayerOutput { hidden, balance_loss, report } = model.run_layer(index, trunk.last, pass);
-            trunk.last = cut(hidden);
-            if !recompute && let Some(loss) = balance_loss {
+            trunk.last = hidden;
+            if let Some(loss) = balance_loss {
                 trunk.balance_loss = Some(trunk.balance_loss.map_or(loss.clone(), |sum| sum + loss));
             }
             trunk.report.layers.push(report);
         }
         trunk
+    }
+
+    /// Keeps each layer's input. A graph that is dropped gives its memory back with the next backward pass only, so there
+    /// is none: the layers run on the device without gradients.
+    fn without_graph(model: &CausalLm, batch: &LmBatch, balance_weight: f64, probe: Probe) -> Self {
+        let model = model.valid();
+        let batch = LmBatch {
+            tokens: batch.tokens.clone().inner(),
+            targets: batch.targets.clone().inner(),
+            loss_mask: batch.loss_mask.clone().inner(),
+            segments: batch.segments.clone(),
+        };
+        let pass = model.pass(&batch, balance_weight, probe);
+        let mut trunk = Self::at(model.embed(batch.tokens));
+        for index in 0..model.layers.len() {
+            trunk.inputs.push(trunk.last.clone());
+            let LayerOutput { hidden, report, .. } = model.run_layer(index, trunk.last, &pass);
+            trunk.last = hidden;
+            trunk.report.layers.push(report);
+        }
+        trunk
+    }
+
+    fn at(last: Tensor<2>) -> Self {
+        Self { last, balance_loss: None, inputs: Vec::new(), report: ForwardReport::default() }
+    }
+
+    fn output(&self) -> Tensor<2> {
+        let output = self.last.clone();
+        if self.inputs.is_empty() { output.inner() } else { output }
     }
 
     /// From the gradient of the last layer's output, `[tokens, hidden]`, to those of all parameters.
@@ -252,9 +278,9 @@ impl Head {
 
 #[cfg(test)]
 mod tests {
-    use burn::module::{Module, ModuleVisitor, Param};
+    use burn::module::{ModuleVisitor, Param};
     use burn::tensor::Device;
-    use moonlight_model::{ModelConfig, Probe};
+    use moonlight_model::ModelConfig;
     use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
 
     use super::*;

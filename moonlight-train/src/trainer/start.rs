@@ -7,7 +7,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use moonlight_convert::adapter::{AdapterError, read_adapter};
 use moonlight_convert::load;
-use moonlight_model::CausalLm;
+use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::{
     AdamWConfig, Assignment, MomentumPrecision, MuonConfig, ParameterRules, Precision, Rounding, Scale,
 };
@@ -20,12 +20,13 @@ use crate::data::Corpus;
 use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::metrics::MetricsFile;
+use crate::plan::{Plan, Setting, Threads, available_memory};
 use crate::recipe::{
     HalfOrFull, LoraRecipe, ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe, RoundingName, ScaleName,
 };
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Companion, Tokenizer};
 
 /// A run at its first or next step.
 pub struct Prepared {
@@ -44,6 +45,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         name => Some(Tokenizer::open(name)?),
     };
     let config = recipe.model.config_for(tokenizer.as_ref())?;
+    check_memory(recipe, &config, target)?;
     let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.learning_rate, recipe.train.steps)
         .map_err(|error| TrainError::Request { problem: error.to_string(), hint: None })?;
     let corpus = Corpus::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
@@ -57,7 +59,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         folder.join("checkpoints"),
         recipe.train.keep,
         recipe.train.keep_best,
-        tokenizer.as_ref().map(Tokenizer::companions).unwrap_or_default(),
+        companions(tokenizer.as_ref(), &corpus),
         companions_from.clone(),
     );
     let checkpoints = match &recipe.lora {
@@ -127,6 +129,44 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         lines,
     };
     Ok(Prepared { trainee: Trainee { model }, run })
+}
+
+/// The tokenizer's files, and the chat template where conversations were made with another than theirs.
+fn companions(tokenizer: Option<&Tokenizer>, corpus: &Corpus) -> Vec<Companion> {
+    let mut companions = tokenizer.map(Tokenizer::companions).unwrap_or_default();
+    if let Some(template) = corpus.template() {
+        companions.retain(|companion| companion.name != template.name);
+        companions.push(template.clone());
+    }
+    companions
+}
+
+/// Refuses a run that cannot fit. Where the system does not say what it has, as of a GPU, the run has to find out.
+fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Result<(), TrainError> {
+    let Some(available) = available_memory().filter(|_| target.is_cpu && recipe.train.check_memory) else {
+        return Ok(());
+    };
+    let plan = Plan::new(config.clone(), Setting::of_recipe(recipe, config, true, Threads::here()));
+    if plan.peak() <= available {
+        return Ok(());
+    }
+    let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+    let advice = plan.advice(available);
+    let hint = match advice.last() {
+        Some(last) if last.peak <= available => {
+            let changes: Vec<_> = advice.iter().map(|advice| format!("`{}`", advice.change)).collect();
+            format!("it fits with {}; `train.check_memory = false` starts it all the same", changes.join(" and "))
+        }
+        _ => "`moonlight plan` says what takes it; `train.check_memory = false` starts it all the same".into(),
+    };
+    Err(TrainError::Request {
+        problem: format!(
+            "a step needs {:.2} GB of memory, and {:.2} GB are available",
+            gigabytes(plan.peak()),
+            gigabytes(available)
+        ),
+        hint: Some(hint),
+    })
 }
 
 /// The newest checkpoint that opens, with its model; a damaged one is named and passed over.

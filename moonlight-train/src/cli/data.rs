@@ -1,0 +1,144 @@
+//! `moonlight data`.
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use crate::data::{Corpus, Figures, Sample};
+use crate::error::TrainError;
+use crate::recipe::{NO_TOKENIZER, Recipe};
+use crate::tokenizer::Tokenizer;
+
+/// The widest bar of the histogram, in characters.
+const BAR: u64 = 40;
+
+/// What to do with the data.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Figures of the data, and samples in which what is not learned is dim (on a terminal) or within `[...]`.
+    Inspect(Arguments),
+}
+
+/// Look at the data of a recipe.
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// The recipe, a TOML file.
+    recipe: PathBuf,
+    /// Lay a value over the recipe's, e.g. `--set data.sequence_length=4096`; may be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// How many documents to show, spread over the training data.
+    #[arg(long, default_value_t = 3)]
+    samples: usize,
+    /// The most tokens of a document to show; 0 for all.
+    #[arg(long, default_value_t = 2000, value_name = "TOKENS")]
+    longest: usize,
+}
+
+pub(super) fn run(command: &Command) -> Result<(), TrainError> {
+    let Command::Inspect(arguments) = command;
+    let recipe = Recipe::load(&arguments.recipe, &arguments.sets)?;
+    let tokenizer = match recipe.data.tokenizer.as_str() {
+        NO_TOKENIZER => None,
+        name => Some(Tokenizer::open(name)?),
+    };
+    let config = recipe.model.config_for(tokenizer.as_ref())?;
+    let corpus = Corpus::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
+    let inspection = corpus.inspect(arguments.samples);
+    let mut text = String::new();
+    for note in corpus.notes() {
+        text.push_str(&format!("{note}\n"));
+    }
+    for (key, figures) in
+        std::iter::once(("train", &inspection.train)).chain(Some("valid").zip(inspection.valid.as_ref()))
+    {
+        text.push_str(&describe(key, figures));
+    }
+    let show = Show {
+        tokenizer: tokenizer.as_ref(),
+        specials: tokenizer.as_ref().map(Tokenizer::specials).unwrap_or_default(),
+        dim: match std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        {
+            true => ["\x1b[2m", "\x1b[0m"],
+            false => ["[", "]"],
+        },
+        longest: if arguments.longest == 0 { usize::MAX } else { arguments.longest },
+    };
+    for sample in &inspection.samples {
+        text.push_str(&show.sample(sample));
+    }
+    std::io::stdout().write_all(text.as_bytes()).map_err(TrainError::write("stdout"))
+}
+
+/// The figures of the training or the validation data, in lines.
+fn describe(key: &str, figures: &Figures) -> String {
+    let Figures { documents, tokens, learned, sequences, fill, lengths: [shortest, median, longest], histogram } =
+        figures;
+    let share = |part: u64, whole: u64| 100.0 * part as f64 / whole.max(1) as f64;
+    let mut text = format!(
+        "\n{key}: {documents} documents, {tokens} tokens, {learned} learned ({:.1} %), {sequences} sequences",
+        share(*learned, *tokens)
+    );
+    match fill {
+        Some(fill) => text.push_str(&format!(", {:.1} % full\n", 100.0 * fill)),
+        None => text.push_str(", padded to the longest of a batch\n"),
+    }
+    text.push_str(&format!("  tokens of a document: {shortest} to {longest}, median {median}\n"));
+    let most = histogram.iter().map(|(_, count)| *count).max().unwrap_or(0).max(1);
+    for (bound, count) in histogram {
+        // A bar for whatever there is, however little.
+        let bar = if *count == 0 { 0 } else { (count * BAR / most).max(1) };
+        let line = format!("  up to {bound:>7} {count:>8} {}", "#".repeat(bar as usize));
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// How samples are shown.
+struct Show<'a> {
+    tokenizer: Option<&'a Tokenizer>,
+    specials: Vec<(String, u32)>,
+    /// Around what is not learned.
+    dim: [&'static str; 2],
+    longest: usize,
+}
+
+impl Show<'_> {
+    fn sample(&self, Sample { path, line, tokens }: &Sample) -> String {
+        let learned = tokens.iter().skip(1).filter(|(_, weight)| *weight > 0.0).count();
+        let place = if *line > 0 { format!("{}:{line}", path.display()) } else { path.display().to_string() };
+        let mut text = format!("\n{place}: {} tokens, {learned} learned\n", tokens.len());
+        let shown = &tokens[..tokens.len().min(self.longest)];
+        for part in shown.chunk_by(|a, b| a.1 == b.1) {
+            let words = self.text(part);
+            match part[0].1 {
+                0.0 => text.extend([self.dim[0], &words, self.dim[1]]),
+                1.0 => text.push_str(&words),
+                weight => text.push_str(&format!("{words}{}x{weight}{}", self.dim[0], self.dim[1])),
+            }
+        }
+        text.push('\n');
+        if shown.len() < tokens.len() {
+            text.push_str(&format!("... and {} tokens more\n", tokens.len() - shown.len()));
+        }
+        text
+    }
+
+    /// The text of tokens, special ones spelled; the numbers where there is no tokenizer.
+    fn text(&self, tokens: &[(u32, f32)]) -> String {
+        let Some(tokenizer) = self.tokenizer else {
+            return tokens.iter().map(|(token, _)| token.to_string()).collect::<Vec<_>>().join(" ");
+        };
+        let name = |token: u32| self.specials.iter().find(|(_, id)| *id == token).map(|(name, _)| name.as_str());
+        let mut text = String::new();
+        for run in tokens.chunk_by(|a, b| name(a.0).is_none() && name(b.0).is_none()) {
+            match name(run[0].0) {
+                Some(name) => text.push_str(name),
+                None => text.push_str(&tokenizer.decode(&run.iter().map(|(token, _)| *token).collect::<Vec<_>>())),
+            }
+        }
+        text
+    }
+}

@@ -1,0 +1,174 @@
+//! `moonlight plan`.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+use moonlight_convert::{Checkpoint, hub};
+use moonlight_model::ModelConfig;
+use moonlight_model::config::AttentionConfig;
+use serde_json::json;
+
+use super::model::resolve;
+use crate::error::TrainError;
+use crate::plan::{Operations, Part, Plan, Threads, available_memory};
+use crate::recipe::Recipe;
+
+/// The memory of GPUs that are sold, GB.
+const SIZES: [u64; 4] = [24, 48, 80, 141];
+/// Kept free on a GPU, for its driver and for the gaps of its allocator, GB.
+const RESERVE: u64 = 1;
+
+/// Parameters, operations and memory of a run or a model, before it is started.
+///
+/// The memory of a run is foretold from its shapes, moment by moment of a step, for tensors alone: on the CPU within a
+/// tenth of what is allocated; of a GPU it is arithmetic that was not measured.
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// A recipe to train by.
+    #[arg(required_unless_present = "model", conflicts_with = "model")]
+    recipe: Option<PathBuf>,
+    /// A model to run: a Hugging Face directory, a checkpoint or folder of a run, or `org/name` in the Hub's cache.
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Lay a value over the recipe's, e.g. `--set train.batch_size=1`; may be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "model")]
+    sets: Vec<String>,
+    /// What the run has to fit into, GB (10^9 bytes); else what this machine has left, for a run on the CPU.
+    #[arg(long, value_name = "GB", conflicts_with = "model")]
+    budget: Option<f64>,
+    /// Prints one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
+    let text = match (&arguments.recipe, &arguments.model) {
+        (Some(recipe), _) => of_recipe(recipe, arguments)?,
+        (None, Some(model)) => of_model(model, arguments.json)?,
+        (None, None) => unreachable!("clap wants one of the two"),
+    };
+    std::io::stdout().write_all(text.as_bytes()).map_err(TrainError::write("stdout"))
+}
+
+fn gigabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e9
+}
+
+fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, TrainError> {
+    let recipe = Recipe::load(path, &arguments.sets)?;
+    let plan = Plan::of_recipe(&recipe, Threads::here())?;
+    let setting = &plan.setting;
+    let budget = match arguments.budget {
+        Some(budget) => Some((budget * 1e9) as u64),
+        None => available_memory().filter(|_| setting.cpu),
+    };
+    let advice = budget.map(|budget| plan.advice(budget)).unwrap_or_default();
+    let count = plan.parameters();
+    let operations = plan.operations();
+    let holds = |size: &&u64| gigabytes(plan.peak()) <= (**size - RESERVE) as f64;
+    if arguments.json {
+        let parts = |moment: &crate::plan::Moment| {
+            Part::ALL
+                .iter()
+                .map(|&part| (part.name().to_owned(), json!(moment.of(part))))
+                .collect::<serde_json::Map<_, _>>()
+        };
+        let moments: Vec<_> =
+            plan.moments().iter().map(|moment| json!({"moment": moment.what, "bytes": parts(moment)})).collect();
+        let advice: Vec<_> =
+            advice.iter().map(|advice| json!({"change": advice.change, "peak_bytes": advice.peak})).collect();
+        let value = json!({
+            "parameters": {"total": count.total, "activated": count.activated, "embeddings": count.embeddings},
+            "operations_per_token": operations.training(setting.recompute),
+            "peak_bytes": plan.peak(),
+            "largest_moment": plan.largest().what,
+            "moments": moments,
+            "budget_bytes": budget,
+            "advice": advice,
+        });
+        return Ok(format!("{value}\n"));
+    }
+    let mut text = heading(&plan.config, operations);
+    let tokens = (setting.batch * setting.sequence * recipe.train.gradient_accumulation) as f64;
+    let step = operations.training(setting.recompute) as f64 * tokens;
+    text += &format!("a step:      {tokens:.0} tokens, {step:.3e} floating-point operations\n");
+    text += &format!("\nmemory at the largest moment of a step ({})\n", plan.largest().what);
+    for part in Part::ALL {
+        let bytes = plan.largest().of(part);
+        if bytes > 0 {
+            text += &format!("  {:<16} {:>10.3} GB\n", part.name(), gigabytes(bytes));
+        }
+    }
+    text += &format!("  {:<16} {:>10.3} GB\n\n", "together", gigabytes(plan.peak()));
+    let sizes: Vec<String> = SIZES.iter().filter(holds).map(|size| format!("{size} GB")).collect();
+    text += &match sizes.as_slice() {
+        [] => format!("no GPU of up to {} GB holds it\n", SIZES[SIZES.len() - 1]),
+        [first, ..] => format!("the smallest GPU that holds it, with {RESERVE} GB to spare: {first}\n"),
+    };
+    if let Some(budget) = budget {
+        let verdict = if plan.peak() <= budget { "it fits into" } else { "it does not fit into" };
+        text += &format!("{verdict} {:.2} GB\n", gigabytes(budget));
+        for advice in &advice {
+            text += &format!("  with `{}`: {:.3} GB\n", advice.change, gigabytes(advice.peak));
+        }
+        if plan.peak() > budget && advice.last().is_none_or(|last| last.peak > budget) {
+            text += "  nothing else in a recipe makes it smaller but a shorter `data.sequence_length` or LoRA\n";
+        }
+    }
+    Ok(text)
+}
+
+/// Parameters and operations.
+fn heading(config: &ModelConfig, operations: Operations) -> String {
+    let count = config.parameter_count();
+    let million = |count: u64| count as f64 / 1e6;
+    format!(
+        "parameters:  {:.2} M, of which a token uses {:.2} M; {:.2} M in embeddings\n\
+         a token:     {:.3e} floating-point operations forward, {:.3e} of them in attention\n",
+        million(count.total),
+        million(count.activated),
+        million(count.embeddings),
+        operations.forward() as f64,
+        operations.attention as f64,
+    )
+}
+
+fn of_model(path: &std::path::Path, as_json: bool) -> Result<String, TrainError> {
+    let checkpoint = Checkpoint::open(resolve(&hub::resolve(path)?))?;
+    let config = checkpoint.config();
+    let weights = config.parameter_count().total;
+    let per_token = cache_values(config);
+    let context = config.max_position_embeddings as u64;
+    let operations = Operations::of(config, config.max_position_embeddings);
+    if as_json {
+        let count = config.parameter_count();
+        let value = json!({
+            "parameters": {"total": count.total, "activated": count.activated, "embeddings": count.embeddings},
+            "operations_per_token": operations.forward(),
+            "weights_bytes": {"f32": 4 * weights, "bf16": 2 * weights},
+            "cache_bytes_per_token": {"f32": 4 * per_token, "bf16": 2 * per_token},
+            "context": context,
+        });
+        return Ok(format!("{value}\n"));
+    }
+    let mut text = heading(config, operations);
+    text += &format!("\n{:<24} {:>12} {:>12}\n", "memory to run it", "bf16", "f32");
+    let mut line = |name: &str, values: u64| {
+        let (half, full) = (gigabytes(2 * values), gigabytes(4 * values));
+        text += &format!("{name:<24} {half:>9.3} GB {full:>9.3} GB\n");
+    };
+    line("weights", weights);
+    line(&format!("cache of {context} tokens"), per_token * context);
+    line("together", weights + per_token * context);
+    Ok(text)
+}
+
+/// Values that the cache keeps of a token.
+fn cache_values(config: &ModelConfig) -> u64 {
+    let of_layer = match &config.attention {
+        AttentionConfig::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
+        AttentionConfig::Gqa(gqa) => 2 * gqa.num_key_value_heads * gqa.head_dim,
+    };
+    (config.num_hidden_layers * of_layer) as u64
+}

@@ -1,0 +1,95 @@
+//! Figures and samples of the data, to look at before a run.
+
+use std::path::PathBuf;
+
+use super::Corpus;
+use super::sequences::{Part, Sequences};
+
+/// What the data are.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Inspection {
+    /// The training data.
+    pub train: Figures,
+    /// The validation data.
+    pub valid: Option<Figures>,
+    /// Documents of the training data, spread evenly over it.
+    pub samples: Vec<Sample>,
+}
+
+/// Figures of a part of the data.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Figures {
+    /// Number of documents or conversations.
+    pub documents: usize,
+    /// Their tokens.
+    pub tokens: u64,
+    /// The tokens that are predicted and learned.
+    pub learned: u64,
+    /// Sequences of an epoch.
+    pub sequences: u64,
+    /// Share of the room in the sequences that tokens fill; `None` where each document is a row of its own.
+    pub fill: Option<f64>,
+    /// The shortest, the median and the longest document.
+    pub lengths: [u64; 3],
+    /// Documents by length: `(n, count)` of those with at most `n` tokens and more than half of that.
+    pub histogram: Vec<(u64, u64)>,
+}
+
+/// A document as the model sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// Its file.
+    pub path: PathBuf,
+    /// Its line, from 1; 0 where the document is the whole file.
+    pub line: u32,
+    /// Its tokens and how much each counts in the loss when it is predicted.
+    pub tokens: Vec<(u32, f32)>,
+}
+
+impl Corpus {
+    /// Figures of the data, and up to `samples` documents.
+    pub fn inspect(&self, samples: usize) -> Inspection {
+        let parts = self.train.parts();
+        let count = samples.min(parts.len());
+        let chosen = (0..count).map(|index| parts[index * parts.len() / count]);
+        Inspection {
+            train: figures(&self.train),
+            valid: self.valid.as_ref().map(figures),
+            samples: chosen.map(|part| self.sample(part)).collect(),
+        }
+    }
+
+    fn sample(&self, part: Part) -> Sample {
+        let store = self.train.store();
+        let origin = store.origin_at(part.start);
+        let path = self.files.get(origin.file as usize).map(|file| file.path.clone()).unwrap_or_default();
+        let span = part.start..part.end;
+        Sample { path, line: origin.line, tokens: store.tokens(span.clone()).zip(store.weights(span)).collect() }
+    }
+}
+
+fn figures(sequences: &Sequences) -> Figures {
+    let mut lengths: Vec<u64> = sequences.parts().iter().map(Part::len).collect();
+    lengths.sort_unstable();
+    let at = |index: usize| lengths.get(index).copied().unwrap_or(0);
+    let mut histogram: Vec<(u64, u64)> = Vec::new();
+    for &length in &lengths {
+        let bound = length.max(1).next_power_of_two();
+        while histogram.last().is_none_or(|&(last, _)| last < bound) {
+            let next = histogram.last().map_or(bound, |&(last, _)| 2 * last);
+            histogram.push((next, 0));
+        }
+        if let Some((_, count)) = histogram.last_mut() {
+            *count += 1;
+        }
+    }
+    Figures {
+        documents: lengths.len(),
+        tokens: sequences.tokens(),
+        learned: sequences.predicted(),
+        sequences: sequences.count(),
+        fill: sequences.fill(),
+        lengths: [at(0), at(lengths.len() / 2), at(lengths.len().saturating_sub(1))],
+        histogram,
+    }
+}

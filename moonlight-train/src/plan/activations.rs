@@ -1,0 +1,92 @@
+//! What one decoder layer and the head hold for their gradients, in values.
+//!
+//! A forward pass in the graph keeps the inputs of every product and of every kernel (`moonlight_model::kernels`); the
+//! list below follows the code, in its order. `n` is the number of tokens of a micro-batch.
+
+use moonlight_model::config::{AttentionConfig, ModelConfig, MoeConfig};
+
+/// Values that a layer's graph keeps, and the most that its backward pass holds beside them at a time.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct LayerActivations {
+    /// Kept, the layer's own input not counted: it is the previous layer's last sum.
+    pub(super) kept: u64,
+    /// Gradients of activations, at the widest place.
+    pub(super) transient: u64,
+}
+
+/// Of layer `layer`, for `batch` sequences of `sequence` tokens.
+pub(super) fn of_layer(
+    config: &ModelConfig,
+    layer: usize,
+    batch: usize,
+    sequence: usize,
+    fast: bool,
+) -> LayerActivations {
+    let n = (batch * sequence) as u64;
+    let hidden = config.hidden_size as u64;
+    let (attention, attention_transient) = of_attention(config, batch, sequence, fast);
+    let (feed_forward, feed_forward_transient) = match config.moe_of_layer(layer) {
+        Some(moe) => of_moe(config, moe, n),
+        None => {
+            let width = config.intermediate_size as u64;
+            // gate, up and their product; on the way back the gradients of the three.
+            (3 * n * width, 3 * n * width)
+        }
+    };
+    // Beside them: the normed input of either half, and the sum between the halves.
+    let kept = 3 * n * hidden + attention + feed_forward;
+    // The gradient of the residual stream waits while either half is gone through.
+    let transient = 2 * n * hidden + attention_transient.max(feed_forward_transient);
+    LayerActivations { kept, transient }
+}
+
+fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, fast: bool) -> (u64, u64) {
+    let n = (batch * sequence) as u64;
+    let heads = config.num_attention_heads as u64;
+    let (query, key_value, output, compressed) = match &config.attention {
+        AttentionConfig::Mla(mla) => {
+            let (nope, rope, value) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim);
+            let query = heads * (nope + rope) as u64;
+            let key_value = heads * (nope + value) as u64;
+            // The latent before its norm lies in one tensor with the shared key; then the normed one, and the turned key.
+            let mut compressed = (mla.kv_lora_rank + rope + mla.kv_lora_rank + rope) as u64;
+            if let Some(rank) = mla.q_lora_rank {
+                compressed += 2 * rank as u64;
+            }
+            (query, key_value, heads * value as u64, compressed)
+        }
+        AttentionConfig::Gqa(gqa) => {
+            let width = gqa.head_dim as u64;
+            (heads * width, 2 * gqa.num_key_value_heads as u64 * width, heads * width, 0)
+        }
+    };
+    // The logarithm of each softmax's denominator stays as well.
+    let kept = n * (query + key_value + output + compressed + heads);
+    // Gradients of output, query (turned and not), keys and values.
+    let mut transient = n * (output + 2 * query + key_value);
+    if !fast {
+        // The plain form has scores, probabilities and their gradients of all heads at once.
+        transient += 5 * batch as u64 * heads * (sequence as u64).pow(2);
+    }
+    (kept, transient)
+}
+
+fn of_moe(config: &ModelConfig, moe: &MoeConfig, n: u64) -> (u64, u64) {
+    let hidden = config.hidden_size as u64;
+    let (k, width) = (moe.num_experts_per_tok as u64, moe.moe_intermediate_size as u64);
+    let shared = (moe.n_shared_experts * moe.moe_intermediate_size) as u64;
+    let experts = moe.n_routed_experts as u64;
+    let rows = n * k;
+    // Rows as they go to the experts and as they come back, gate, up and their product, and the shared ones' three.
+    let kept = rows * (2 * hidden + 3 * width) + 3 * n * shared;
+    // Scores and what the weights of the chosen are made of.
+    let routing = n * (4 * experts + 6 * k);
+    // Gradients of the rows either way and of gate and up.
+    let transient = rows * (2 * hidden + 2 * width) + n * hidden;
+    (kept + routing, transient)
+}
+
+/// Values that the head holds for `tokens` tokens at a time: what it keeps, and the logits with their gradient.
+pub(super) fn of_head(config: &ModelConfig, tokens: u64) -> (u64, u64) {
+    (2 * tokens * config.hidden_size as u64, 2 * tokens * config.vocab_size as u64)
+}

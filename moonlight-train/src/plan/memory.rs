@@ -1,0 +1,384 @@
+//! The memory of a training step, part by part, at each of its moments.
+//!
+//! A step is followed from moment to moment as the trainer takes it (`trainer/backward.rs`, `trainer/step.rs` and the
+//! optimizer), and what is alive at each is added up. The largest moment is what has to fit.
+
+use moonlight_model::ModelConfig;
+use moonlight_model::config::{ParameterKind, ParameterShape};
+use serde::Serialize;
+
+use super::activations::{of_head, of_layer};
+
+/// What memory is taken by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// The parameters.
+    Weights,
+    /// Momentum, Adam's moments, f32 masters.
+    OptimizerState,
+    /// Gradients of parameters.
+    Gradients,
+    /// The input of each layer, where layers run again.
+    LayerInputs,
+    /// What graphs keep for the backward pass, and gradients of activations.
+    Activations,
+    /// Logits and their gradient.
+    Logits,
+    /// What an update needs beside parameter, gradient and state.
+    Update,
+}
+
+impl Part {
+    /// All, in the order in which they are printed.
+    pub const ALL: [Part; 7] = [
+        Part::Weights,
+        Part::OptimizerState,
+        Part::Gradients,
+        Part::LayerInputs,
+        Part::Activations,
+        Part::Logits,
+        Part::Update,
+    ];
+
+    /// The name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Part::Weights => "weights",
+            Part::OptimizerState => "optimizer state",
+            Part::Gradients => "gradients",
+            Part::LayerInputs => "layer inputs",
+            Part::Activations => "activations",
+            Part::Logits => "logits",
+            Part::Update => "update",
+        }
+    }
+}
+
+/// What is alive at a moment of a step, bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Moment {
+    /// What happens.
+    pub what: String,
+    bytes: [u64; Part::ALL.len()],
+}
+
+impl Moment {
+    /// Bytes of a part.
+    pub fn of(&self, part: Part) -> u64 {
+        self.bytes[part as usize]
+    }
+
+    /// Bytes of all parts.
+    pub fn total(&self) -> u64 {
+        self.bytes.iter().sum()
+    }
+
+    fn with(mut self, part: Part, bytes: u64) -> Self {
+        self.bytes[part as usize] += bytes;
+        self
+    }
+}
+
+/// Which optimizer takes a parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TakenBy {
+    /// Muon.
+    Muon,
+    /// AdamW.
+    AdamW,
+    /// None: it is frozen, or a buffer.
+    Nothing,
+}
+
+/// How a run trains, as far as memory is concerned.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Setting {
+    /// Sequences of a micro-batch.
+    pub batch: usize,
+    /// Tokens of a sequence.
+    pub sequence: usize,
+    /// Bytes of a weight, an activation and a gradient: 4 or 2.
+    pub bytes: u64,
+    /// Whether layers run again for their gradients.
+    pub recompute: bool,
+    /// Tokens of the head at a time; 0 for all.
+    pub loss_chunk_tokens: usize,
+    /// Whether layers are updated one by one.
+    pub fused: bool,
+    /// Whether gradients of several micro-batches are summed.
+    pub accumulates: bool,
+    /// Whether matrices are Muon's.
+    pub muon: bool,
+    /// Bytes of a momentum value.
+    pub momentum_bytes: u64,
+    /// Whether parameters that are not f32 have an f32 master.
+    pub masters: bool,
+    /// Whether weights and checkpoints share their memory: the device is the CPU.
+    pub cpu: bool,
+    /// Whether the device has the fast kernels (the CPU in f32), or runs their plain forms.
+    pub fast: bool,
+    /// Matrices that the CPU's Newton-Schulz works on at a time.
+    pub threads: usize,
+}
+
+/// A parameter with what it costs.
+struct Parameter {
+    stage: Stage,
+    /// `[stack, rows, columns]`.
+    shape: [u64; 3],
+    values: u64,
+    bytes: u64,
+    by: TakenBy,
+}
+
+/// When a parameter's gradient is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Head,
+    Layer(usize),
+    Embedding,
+}
+
+/// All moments of a step.
+pub(super) fn moments(config: &ModelConfig, setting: &Setting) -> Vec<Moment> {
+    let parameters: Vec<Parameter> =
+        config.parameter_shapes().iter().map(|shape| Parameter::new(shape, config, setting)).collect();
+    Step { config, setting, parameters: &parameters }.moments()
+}
+
+impl Parameter {
+    fn new(shape: &ParameterShape, config: &ModelConfig, setting: &Setting) -> Self {
+        let stage = match shape.path.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse().ok()) {
+            Some(layer) => Stage::Layer(layer),
+            None if shape.kind == ParameterKind::Embedding && !config.tie_word_embeddings => Stage::Embedding,
+            // A tied embedding has a gradient from the head on.
+            None => Stage::Head,
+        };
+        let by = match shape.kind {
+            ParameterKind::CorrectionBias => TakenBy::Nothing,
+            ParameterKind::Matrix | ParameterKind::Experts | ParameterKind::Router if setting.muon => TakenBy::Muon,
+            _ => TakenBy::AdamW,
+        };
+        let dims: Vec<u64> = shape.shape.iter().map(|&dim| dim as u64).collect();
+        let shape3 = match dims[..] {
+            [stack, rows, columns] => [stack, rows, columns],
+            [rows, columns] => [1, rows, columns],
+            _ => [1, 1, dims.iter().product()],
+        };
+        let bytes = if shape.kind == ParameterKind::CorrectionBias { 4 } else { setting.bytes };
+        Self { stage, shape: shape3, values: shape.count(), bytes, by }
+    }
+
+    fn weight(&self) -> u64 {
+        self.values * self.bytes
+    }
+
+    fn gradient(&self) -> u64 {
+        if self.by == TakenBy::Nothing { 0 } else { self.weight() }
+    }
+
+    fn state(&self, setting: &Setting) -> u64 {
+        let master = if setting.masters && self.bytes < 4 { 4 } else { 0 };
+        self.values
+            * match self.by {
+                TakenBy::Muon => setting.momentum_bytes + master,
+                TakenBy::AdamW => 8 + master,
+                TakenBy::Nothing => 0,
+            }
+    }
+}
+
+/// A step as it is followed.
+struct Step<'a> {
+    config: &'a ModelConfig,
+    setting: &'a Setting,
+    parameters: &'a [Parameter],
+}
+
+impl Step<'_> {
+    fn moments(&self) -> Vec<Moment> {
+        let mut moments = self.pass();
+        if !self.setting.fused {
+            moments.extend(self.update(|_| true, 0));
+        }
+        if self.setting.cpu {
+            // The state of AdamW's parameters leaves Burn's optimizer as one record, which is made into one file.
+            let adamw = self.parameters.iter().filter(|parameter| parameter.by == TakenBy::AdamW);
+            let state: u64 = adamw.map(|parameter| parameter.state(self.setting)).sum();
+            moments.push(self.standing("checkpoint").with(Part::Update, 2 * state));
+        }
+        moments
+    }
+
+    /// What is there all the time.
+    fn standing(&self, what: &str) -> Moment {
+        let moment = Moment { what: what.to_owned(), bytes: [0; Part::ALL.len()] };
+        moment
+            .with(Part::Weights, self.parameters.iter().map(Parameter::weight).sum())
+            .with(Part::OptimizerState, self.parameters.iter().map(|parameter| parameter.state(self.setting)).sum())
+    }
+
+    fn gradients(&self, of: impl Fn(&Parameter) -> bool) -> u64 {
+        self.parameters.iter().filter(|parameter| of(parameter)).map(Parameter::gradient).sum()
+    }
+
+    /// Forward and backward of the last micro-batch, and where the step is fused its updates.
+    fn pass(&self) -> Vec<Moment> {
+        let Self { config, setting, .. } = self;
+        let bytes = setting.bytes;
+        let n = (setting.batch * setting.sequence) as u64;
+        let stream = n * config.hidden_size as u64 * bytes; // the residual stream at one place
+        let layers = config.num_hidden_layers;
+        let activations: Vec<_> = (0..layers)
+            .map(|layer| of_layer(config, layer, setting.batch, setting.sequence, setting.fast))
+            .map(|layer| (layer.kept * bytes, layer.transient * bytes))
+            .collect();
+        let summed = if setting.accumulates { self.gradients(|_| true) } else { 0 };
+        // Gradients that are there when the pass comes to a stage: where sums exist already, new ones last for a stage.
+        let kept = |of: &dyn Fn(&Parameter) -> bool| match (setting.fused, setting.accumulates && setting.recompute) {
+            (true, _) | (_, true) => 0,
+            _ => self.gradients(of),
+        };
+        let mut moments = Vec::new();
+
+        let inputs = |layer: usize| if setting.recompute { (layer as u64 + 1) * stream } else { 0 };
+        let graph: u64 = if setting.recompute { 0 } else { activations.iter().map(|(kept, _)| kept + stream).sum() };
+        let chunk = if setting.loss_chunk_tokens == 0 { n } else { n.min(setting.loss_chunk_tokens as u64) };
+        let (head_kept, logits) = of_head(config, chunk);
+        let head = self.gradients(|parameter| parameter.stage == Stage::Head);
+        // With the gradient of the logits in hand, that of the head is made; over chunks it is summed.
+        let chunks = if chunk < n { 2 } else { 1 };
+        let at_head = || {
+            self.standing("head and loss")
+                .with(Part::Gradients, summed)
+                .with(Part::LayerInputs, inputs(layers - 1))
+                .with(Part::Activations, graph + head_kept * bytes + 2 * stream)
+        };
+        moments.push(at_head().with(Part::Logits, logits * bytes).with(Part::Gradients, (chunks - 1) * head));
+        moments.push(at_head().with(Part::Logits, logits / 2 * bytes).with(Part::Gradients, chunks * head));
+        if setting.fused {
+            moments
+                .extend(self.update(|parameter| parameter.stage == Stage::Head, inputs(layers - 1) + graph + stream));
+        }
+        for layer in (0..layers).rev() {
+            let (own, transient) = activations[layer];
+            let later = |parameter: &Parameter| match parameter.stage {
+                Stage::Head => true,
+                Stage::Layer(other) => other > layer,
+                Stage::Embedding => false,
+            };
+            let of_this = |parameter: &Parameter| parameter.stage == Stage::Layer(layer);
+            let alive = if setting.recompute {
+                own + stream
+            } else {
+                activations[..=layer].iter().map(|(kept, _)| kept + stream).sum()
+            };
+            let moment = self
+                .standing(&format!("backward of layer {layer}"))
+                .with(Part::Gradients, summed + kept(&later))
+                .with(Part::LayerInputs, inputs(layer))
+                .with(Part::Activations, alive + stream);
+            // At first the gradients of activations, at last those of the layer's parameters.
+            moments.push(moment.clone().with(Part::Activations, transient));
+            let left = alive.saturating_sub(own);
+            let end = self
+                .standing(&format!("backward of layer {layer}"))
+                .with(Part::Gradients, summed + kept(&later) + self.gradients(of_this))
+                .with(Part::LayerInputs, inputs(layer))
+                .with(Part::Activations, left + own / 4 + 3 * stream);
+            moments.push(end);
+            if setting.fused && setting.recompute {
+                let beside = if layer == 0 { stream } else { inputs(layer - 1) + stream };
+                moments.extend(self.update(of_this, beside));
+            }
+        }
+        if setting.fused {
+            let rest = |parameter: &Parameter| match parameter.stage {
+                Stage::Head => false,
+                Stage::Layer(_) => !setting.recompute,
+                Stage::Embedding => true,
+            };
+            moments.extend(self.update(rest, stream));
+        } else {
+            let all = self.gradients(|_| true);
+            let embedding = self.gradients(|parameter| parameter.stage == Stage::Embedding);
+            let new = if setting.accumulates && setting.recompute { embedding } else { all };
+            moments.push(
+                self.standing("end of the backward pass")
+                    .with(Part::Gradients, summed + new)
+                    .with(Part::Activations, 2 * stream),
+            );
+        }
+        moments
+    }
+
+    /// The update of some parameters, whose gradients go one after the other; `beside` is what lives in the meantime.
+    fn update(&self, of: impl Fn(&Parameter) -> bool, beside: u64) -> Vec<Moment> {
+        let mut waiting: Vec<&Parameter> = self.parameters.iter().filter(|parameter| of(parameter)).collect();
+        waiting.retain(|parameter| parameter.by != TakenBy::Nothing);
+        let mut gradients: u64 = waiting.iter().map(|parameter| parameter.gradient()).sum();
+        let (muon, adamw): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|one| one.by == TakenBy::Muon);
+        let mut moments = Vec::new();
+        let mut note = |what: &str, gradients: u64, workspace: u64| {
+            let moment = self.standing(what).with(Part::Gradients, gradients);
+            moments.push(moment.with(Part::Update, workspace).with(Part::Activations, beside));
+        };
+        for batch in batches(muon) {
+            note("Muon", gradients, self.muon_workspace(&batch));
+            gradients -= batch.iter().map(|parameter| parameter.gradient()).sum::<u64>();
+        }
+        for parameter in adamw {
+            note("AdamW", gradients, ADAMW_COPIES * parameter.values * 4);
+            gradients -= parameter.gradient();
+        }
+        moments
+    }
+
+    fn muon_workspace(&self, batch: &[&Parameter]) -> u64 {
+        let Some(first) = batch.first() else { return 0 };
+        let setting = self.setting;
+        let [stack, rows, columns] = first.shape;
+        let values = batch.len() as u64 * first.values;
+        let short = rows.min(columns);
+        // The new momentum, what Newton-Schulz gets and what it gives; old momentum and gradient are gone by then.
+        let stack_bytes = (12 - setting.momentum_bytes - first.bytes) * values;
+        // X and its successor; the Gram matrix, its polynomial, and in the Gram form three more.
+        let matrix = 2 * rows * columns + 5 * short * short;
+        let threads = setting.threads as u64;
+        if setting.fast {
+            let many = batch.len() as u64 >= 2 * threads && setting.momentum_bytes == 4;
+            let at_once = if many || stack * batch.len() as u64 >= 2 * threads { threads } else { 1 };
+            let copies = if many { 4 * MUON_KERNEL_COPIES * values } else { stack_bytes };
+            copies + 4 * at_once * matrix
+        } else {
+            // Every matrix of the batch is on its way at once.
+            stack_bytes + 4 * (values + stack * batch.len() as u64 * 3 * short * short)
+        }
+    }
+}
+
+/// New parameter and new momentum.
+const MUON_KERNEL_COPIES: u64 = 2;
+/// Both moments without their bias, and the new parameter.
+const ADAMW_COPIES: u64 = 3;
+/// As the batched optimizer has it.
+const ELEMENTS_TOGETHER: u64 = 1 << 24;
+
+/// Equal matrices together, as the batched optimizer takes them.
+fn batches(mut waiting: Vec<&Parameter>) -> Vec<Vec<&Parameter>> {
+    let mut batches = Vec::new();
+    while let Some(first) = waiting.first().copied() {
+        let most = (ELEMENTS_TOGETHER / first.values.max(1)).max(1) as usize;
+        let mut batch = Vec::new();
+        waiting.retain(|one| {
+            let taken = batch.len() < most && one.shape == first.shape;
+            if taken {
+                batch.push(*one);
+            }
+            !taken
+        });
+        batches.push(batch);
+    }
+    batches
+}

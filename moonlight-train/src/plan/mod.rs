@@ -1,0 +1,124 @@
+//! What a model or a run needs before it is started: parameters, floating-point operations, memory by part.
+//!
+//! * `activations.rs`: what a layer keeps for its gradient.
+//! * `memory.rs`: a step followed from moment to moment.
+//! * `operations.rs`: the work of a token.
+//! * `advice.rs`: what to change so that a run fits.
+//! * `available.rs`: what this machine has left.
+
+mod activations;
+mod advice;
+mod available;
+mod memory;
+mod operations;
+
+use moonlight_model::ModelConfig;
+use moonlight_model::config::ParameterCount;
+
+use crate::device::Target;
+use crate::error::TrainError;
+use crate::recipe::{Checkpointing, HalfOrFull, NO_TOKENIZER, OptimizerName, Recipe, RoundingName};
+use crate::tokenizer::Tokenizer;
+
+pub use advice::Advice;
+pub use available::available_memory;
+pub use memory::{Moment, Part, Setting, TakenBy};
+pub use operations::Operations;
+
+/// Threads of the CPU that a plan counts with.
+#[derive(Debug, Clone, Copy)]
+pub struct Threads(pub usize);
+
+impl Threads {
+    /// Those of this machine.
+    pub fn here() -> Self {
+        Self(rayon::current_num_threads())
+    }
+}
+
+impl Setting {
+    /// How a recipe trains a model of this shape, on the CPU or elsewhere.
+    pub fn of_recipe(recipe: &Recipe, config: &ModelConfig, cpu: bool, threads: Threads) -> Self {
+        let half = match recipe.model.dtype.as_str() {
+            "bf16" | "f16" => true,
+            "auto" if !cpu => config.dtype.as_deref().is_some_and(|dtype| dtype != "float32"),
+            _ => false,
+        };
+        let accumulates = recipe.train.gradient_accumulation > 1
+            || recipe.schedule.accumulation.iter().any(|change| change.gradient_accumulation > 1);
+        Self {
+            batch: recipe.train.batch_size,
+            sequence: recipe.data.sequence_length,
+            bytes: if half { 2 } else { 4 },
+            recompute: recipe.train.activation_checkpointing == Checkpointing::Block,
+            loss_chunk_tokens: recipe.train.loss_chunk_tokens,
+            fused: recipe.train.fuse_update,
+            accumulates,
+            muon: recipe.optimizer.name == OptimizerName::Muon,
+            momentum_bytes: if recipe.optimizer.momentum_dtype == HalfOrFull::Bf16 { 2 } else { 4 },
+            masters: recipe.optimizer.rounding == RoundingName::Master,
+            cpu,
+            fast: cpu && !half,
+            threads: threads.0,
+        }
+    }
+}
+
+/// What a run needs.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The model's shape.
+    pub config: ModelConfig,
+    /// How it trains.
+    pub setting: Setting,
+    moments: Vec<Moment>,
+}
+
+impl Plan {
+    /// The plan of a shape under a setting.
+    pub fn new(config: ModelConfig, setting: Setting) -> Self {
+        let moments = memory::moments(&config, &setting);
+        Self { config, setting, moments }
+    }
+
+    /// The plan of a recipe, for the device that it names.
+    ///
+    /// # Errors
+    ///
+    /// A tokenizer, a model or a device that does not open.
+    pub fn of_recipe(recipe: &Recipe, threads: Threads) -> Result<Self, TrainError> {
+        let tokenizer = match recipe.data.tokenizer.as_str() {
+            NO_TOKENIZER => None,
+            name => Some(Tokenizer::open(name)?),
+        };
+        let config = recipe.model.config_for(tokenizer.as_ref())?;
+        let cpu = Target::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
+        let setting = Setting::of_recipe(recipe, &config, cpu, threads);
+        Ok(Self::new(config, setting))
+    }
+
+    /// The moment that needs the most memory.
+    pub fn largest(&self) -> &Moment {
+        self.moments.iter().max_by_key(|moment| moment.total()).expect("a step has moments")
+    }
+
+    /// The most memory that a step needs, bytes.
+    pub fn peak(&self) -> u64 {
+        self.largest().total()
+    }
+
+    /// Operations of a token.
+    pub fn operations(&self) -> Operations {
+        Operations::of(&self.config, self.setting.sequence)
+    }
+
+    /// All moments of a step, in their order.
+    pub fn moments(&self) -> &[Moment] {
+        &self.moments
+    }
+
+    /// Parameters.
+    pub fn parameters(&self) -> ParameterCount {
+        self.config.parameter_count()
+    }
+}

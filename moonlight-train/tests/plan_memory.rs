@@ -1,0 +1,169 @@
+//! The memory that `moonlight plan` foretells, held against what training takes: all that is allocated, counted by an
+//! allocator of this test's own, over a grid of shapes and settings.
+//!
+//! `cargo test --release -p moonlight-train --test plan_memory -- --nocapture` prints the table.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use burn::train::Interrupter;
+use moonlight_train::device::Target;
+use moonlight_train::plan::{Plan, Threads};
+use moonlight_train::recipe::Recipe;
+use moonlight_train::trainer::train;
+
+/// The system's allocator, which counts.
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn taken(bytes: usize) {
+    let live = LIVE.fetch_add(bytes, Ordering::Relaxed) + bytes;
+    PEAK.fetch_max(live, Ordering::Relaxed);
+}
+
+// SAFETY: everything is handed to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        taken(layout.size());
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const RECIPE: &str = r#"
+[run]
+name = "NAME"
+dir = "HOME/runs"
+device = "cpu"
+[model]
+vocab_size = 1000
+hidden_size = 128
+intermediate_size = 512
+num_hidden_layers = 4
+num_attention_heads = 4
+max_position_embeddings = 4096
+rms_norm_eps = 1e-5
+kv_lora_rank = 64
+qk_nope_head_dim = 32
+qk_rope_head_dim = 16
+v_head_dim = 32
+n_routed_experts = 8
+num_experts_per_tok = 2
+moe_intermediate_size = 96
+n_shared_experts = 1
+first_k_dense_replace = 1
+n_group = 1
+topk_group = 1
+routed_scaling_factor = 1.0
+norm_topk_prob = true
+[data]
+train = ["HOME/tokens.jsonl"]
+format = "tokens"
+tokenizer = "none"
+sequence_length = 256
+cache_dir = "HOME/cache"
+[optimizer]
+learning_rate = 1e-3
+[train]
+steps = 3
+batch_size = 4
+gradient_clip = 0.0
+validate_every = 0
+checkpoint_every = 0
+probe_every = 0
+plots = false
+"#;
+
+/// What a case changes in the recipe.
+type Sets = &'static [&'static str];
+
+/// Bytes that training took beyond what there was before, and bytes that were foretold.
+fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, Plan) {
+    let path = home.join(format!("{name}.toml"));
+    let text = RECIPE.replace("HOME", &home.display().to_string()).replace("NAME", name);
+    std::fs::write(&path, text).unwrap();
+    let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+    let recipe = Recipe::load(&path, &sets).unwrap();
+    let plan = Plan::of_recipe(&recipe, Threads::here()).unwrap();
+    let target = Target::open("cpu").unwrap();
+    let before = LIVE.load(Ordering::Relaxed);
+    PEAK.store(before, Ordering::Relaxed);
+    train(&recipe, &target, false, Interrupter::new()).unwrap();
+    (PEAK.load(Ordering::Relaxed) - before, plan)
+}
+
+const DEEP: Sets = &["model.num_hidden_layers=10", "train.batch_size=8"];
+const WIDE_HEAD: Sets = &["model.vocab_size=16384", "train.batch_size=8"];
+
+/// Name, base, and what is changed in it.
+const GRID: &[(&str, Sets, Sets)] = &[
+    ("activations", DEEP, &[]),
+    ("activations-block", DEEP, &["train.activation_checkpointing=\"block\""]),
+    ("activations-adamw", DEEP, &["optimizer.name=\"adamw\""]),
+    ("activations-long", DEEP, &["data.sequence_length=1024", "train.batch_size=2"]),
+    ("head", WIDE_HEAD, &[]),
+    ("head-chunks", WIDE_HEAD, &["train.loss_chunk_tokens=128"]),
+    ("head-chunks-block", WIDE_HEAD, &["train.loss_chunk_tokens=128", "train.activation_checkpointing=\"block\""]),
+    ("head-tied", WIDE_HEAD, &["model.tie_word_embeddings=true"]),
+    ("weights", &["model.n_routed_experts=64", "model.num_hidden_layers=8"], &["train.batch_size=1"]),
+    (
+        "weights-accumulated",
+        &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
+        &["train.batch_size=1", "train.gradient_accumulation=2"],
+    ),
+    (
+        "weights-fused",
+        &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
+        &["train.batch_size=1", "train.fuse_update=true", "train.activation_checkpointing=\"block\""],
+    ),
+    (
+        "weights-adamw",
+        &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
+        &["train.batch_size=1", "optimizer.name=\"adamw\""],
+    ),
+    (
+        "weights-bf16-momentum",
+        &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
+        &["train.batch_size=1", "optimizer.momentum_dtype=\"bf16\""],
+    ),
+];
+
+#[test]
+fn the_plan_is_within_a_tenth_of_what_training_takes() {
+    let home = tempfile::tempdir().unwrap();
+    let mut lines = String::new();
+    for line in 0..64 {
+        let tokens: Vec<usize> = (0..1200).map(|index| (index * 31 + line * 17) % 1000).collect();
+        writeln!(lines, "{{\"tokens\": {tokens:?}}}").unwrap();
+    }
+    std::fs::write(home.path().join("tokens.jsonl"), lines).unwrap();
+    let mib = |bytes: f64| bytes / f64::from(1 << 20);
+    let mut table =
+        String::from("| case | taken, MiB | foretold, MiB | ratio | largest moment |\n|---|---|---|---|---|\n");
+    let mut wrong = Vec::new();
+    for (name, base, changes) in GRID {
+        let (taken, plan) = measured_and_foretold(home.path(), name, &[*base, *changes].concat());
+        let (moment, foretold) = (&plan.largest().what, plan.peak());
+        let ratio = foretold as f64 / taken as f64;
+        let (taken, foretold) = (mib(taken as f64), mib(foretold as f64));
+        writeln!(table, "| {name} | {taken:.1} | {foretold:.1} | {ratio:.3} | {moment} |").unwrap();
+        if (ratio - 1.0).abs() > 0.1 {
+            wrong.push(*name);
+        }
+    }
+    println!("{table}");
+    assert!(wrong.is_empty(), "more than a tenth off: {wrong:?}");
+}
