@@ -72,6 +72,15 @@ pub fn companions_in(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     Ok(names)
 }
 
+/// Copies the companions from one directory to another.
+pub(crate) fn copy(from: &Path, dir: &Path) -> Result<(), CheckpointError> {
+    for name in companions_in(from)? {
+        let target = dir.join(&name);
+        fs::copy(from.join(&name), &target).map_err(CheckpointError::write(&target))?;
+    }
+    Ok(())
+}
+
 /// Copies the companions and writes the two configurations.
 pub(crate) fn write(
     config: &ModelConfig,

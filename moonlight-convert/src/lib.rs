@@ -25,11 +25,13 @@
 //!   and back; [`Checkpoint::compare`] says how far two are apart; both in little memory, whatever their size.
 //! * [`Checkpoint::load_part`] loads one layer, or any other part, without reading the rest.
 //! * [`Checkpoint::summary`] says what is in one, and [`check_digests`] whether its files are what they should be.
-//! * `names.rs` is the only place that spells a name of Hugging Face's.
+//! * [`adapter`] reads and writes LoRA adapters as peft lays them out.
+//! * `names.rs` is the only place that spells a name of Hugging Face's, `adapter/names.rs` one of peft's.
 //!
 //! Files are mapped into memory and their headers checked before use; nothing of a file is believed because the file says
 //! so. Weights may be bf16, f16 or f32, FP8 in blocks or INT4 in groups; quantised ones are read as what they stand for.
 
+pub mod adapter;
 mod burnpack;
 mod check;
 mod checkpoint;

@@ -79,6 +79,8 @@ impl Default for SaveOptions {
 /// next [`Checkpoint::open`] of the directory finishes what a crash between them left.) An error, a full disk for one,
 /// removes what was written and leaves the old checkpoint alone.
 ///
+/// Adapters are merged into what is written; [`write_adapter`](crate::adapter::write_adapter) writes them by themselves.
+///
 /// Memory: one parameter on the host at a time, and less than 100 MB.
 ///
 /// # Errors
@@ -100,6 +102,13 @@ pub fn write_into(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result
 }
 
 fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
+    let merged;
+    let model = if model.has_adapters() {
+        merged = model.clone().merge();
+        &merged
+    } else {
+        model
+    };
     let dtype = options.dtype.map(weight_dtype).transpose()?;
     let mut survey =
         Survey { parameters: model.config().parameter_shapes(), path: Vec::new(), dtypes: Vec::new(), failure: None };

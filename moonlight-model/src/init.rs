@@ -4,6 +4,8 @@ use burn::module::{Initializer, Param};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 
+use crate::projection::Projection;
+
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Init {
     pub(crate) standard_deviation: f64,
@@ -18,12 +20,16 @@ impl Init {
         self.normal().init(shape, device)
     }
 
-    pub(crate) fn linear(self, input: usize, output: usize, bias: bool, device: &Device) -> Linear {
-        let mut linear = LinearConfig::new(input, output).with_bias(false).with_initializer(self.normal()).init(device);
-        if bias {
-            linear.bias = Some(Initializer::Zeros.init([output], device));
+    pub(crate) fn projection(self, input: usize, output: usize, bias: bool, device: &Device) -> Projection {
+        Projection {
+            weight: self.parameter([input, output], device),
+            bias: bias.then(|| Initializer::Zeros.init([output], device)),
+            lora: None,
         }
-        linear
+    }
+
+    pub(crate) fn head(self, input: usize, output: usize, device: &Device) -> Linear {
+        LinearConfig::new(input, output).with_bias(false).with_initializer(self.normal()).init(device)
     }
 
     pub(crate) fn embedding(self, rows: usize, width: usize, device: &Device) -> Embedding {

@@ -28,6 +28,7 @@
 //! | multi-head latent attention | [`attention::MultiHeadLatentAttention`] |
 //! | router, auxiliary-loss-free balancing, sequence-wise balance loss | [`moe`] |
 //! | rotary embedding, YaRN | [`rope`] |
+//! | LoRA: low-rank adapters beside frozen weights | [`lora`] |
 //! | the operations that the time goes into, with hand-written gradients | [`kernels`] |
 //!
 //! Tokens travel as `[tokens, hidden]`, `tokens = batch * sequence`; only attention sees `[batch, sequence, heads,
@@ -40,12 +41,15 @@ pub mod config;
 mod init;
 pub mod kernels;
 mod layer;
+pub mod lora;
 mod mask;
 mod mlp;
 mod model;
 pub mod moe;
 mod norm;
 mod pass;
+mod pattern;
+mod projection;
 mod report;
 pub mod rope;
 mod single_layer;
@@ -59,4 +63,6 @@ pub use mlp::Mlp;
 pub use model::{CausalLm, LossOutput};
 pub use norm::RmsNorm;
 pub use pass::{LayerOutput, Pass};
+pub use pattern::NamePattern;
+pub use projection::Projection;
 pub use report::{ForwardReport, LayerReport, Probe};

@@ -1,29 +1,29 @@
 //! The gated MLP of dense layers and shared experts.
 
 use burn::module::Module;
-use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 
 use crate::init::Init;
 use crate::kernels::swiglu;
+use crate::projection::Projection;
 
 /// `down(silu(gate(x)) * up(x))` (arXiv 2002.05202).
 #[derive(Module, Debug)]
 pub struct Mlp {
     /// `[hidden, width]`.
-    pub gate_proj: Linear,
+    pub gate_proj: Projection,
     /// `[hidden, width]`.
-    pub up_proj: Linear,
+    pub up_proj: Projection,
     /// `[width, hidden]`.
-    pub down_proj: Linear,
+    pub down_proj: Projection,
 }
 
 impl Mlp {
     pub(crate) fn new(hidden: usize, width: usize, init: Init, device: &Device) -> Self {
         Self {
-            gate_proj: init.linear(hidden, width, false, device),
-            up_proj: init.linear(hidden, width, false, device),
-            down_proj: init.linear(width, hidden, false, device),
+            gate_proj: init.projection(hidden, width, false, device),
+            up_proj: init.projection(hidden, width, false, device),
+            down_proj: init.projection(width, hidden, false, device),
         }
     }
 

@@ -65,7 +65,7 @@ impl ModelConfig {
             embed_tokens: init.embedding(self.vocab_size, self.hidden_size, device),
             layers: (0..self.num_hidden_layers).map(|layer| DecoderLayer::new(self, layer, init, device)).collect(),
             norm: RmsNorm::new(self.hidden_size, self.rms_norm_eps, device),
-            lm_head: (!self.tie_word_embeddings).then(|| init.linear(self.hidden_size, self.vocab_size, false, device)),
+            lm_head: (!self.tie_word_embeddings).then(|| init.head(self.hidden_size, self.vocab_size, device)),
             rotary: RotaryEmbedding::new(&self.rope, self.rope_dim()),
             config: self.clone(),
         }

@@ -4,6 +4,8 @@ use std::io;
 use std::path::PathBuf;
 
 use moonlight_convert::CheckpointError;
+use moonlight_convert::adapter::AdapterError;
+use moonlight_model::lora::LoraError;
 use moonlight_optim::{RuleError, StateError};
 
 use crate::chat::ChatError;
@@ -20,6 +22,12 @@ pub enum TrainError {
     /// The weights, read or written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// An adapter, read or written.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// Adapters that the model cannot have.
+    #[error("`lora.targets`: {0}")]
+    Lora(#[from] LoraError),
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -102,6 +110,8 @@ impl TrainError {
         match self {
             Self::Recipe(error) => error.hint(),
             Self::Checkpoint(error) => error.hint(),
+            Self::Adapter(error) => error.hint(),
+            Self::Lora(error) => error.hint(),
             Self::Tokenizer(error) => error.hint(),
             Self::Data(error) => error.hint(),
             Self::Chat(error) => error.hint(),

@@ -18,3 +18,4 @@ pub mod spectrum;
 pub mod tensorboard;
 pub mod tokenizer;
 pub mod trainer;
+pub mod weights;

@@ -1,7 +1,6 @@
 //! Grouped-query attention (arXiv 2305.13245), as Llama and Qwen2 have it.
 
 use burn::module::Module;
-use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 
 use super::Tokens;
@@ -11,18 +10,19 @@ use crate::config::{GqaConfig, ModelConfig};
 use crate::init::Init;
 use crate::kernels::grouped_attention;
 use crate::mask::softmax_over_past;
+use crate::projection::Projection;
 
 /// Several query heads share each key and value head.
 #[derive(Module, Debug)]
 pub struct GroupedQueryAttention {
     /// `[hidden, heads * width]`.
-    pub q_proj: Linear,
+    pub q_proj: Projection,
     /// `[hidden, key heads * width]`.
-    pub k_proj: Linear,
+    pub k_proj: Projection,
     /// `[hidden, key heads * width]`.
-    pub v_proj: Linear,
+    pub v_proj: Projection,
     /// `[heads * width, hidden]`.
-    pub o_proj: Linear,
+    pub o_proj: Projection,
     heads: usize,
     key_heads: usize,
     width: usize,
@@ -34,10 +34,10 @@ impl GroupedQueryAttention {
         let hidden = config.hidden_size;
         let (queries, keys) = (config.num_attention_heads * gqa.head_dim, gqa.num_key_value_heads * gqa.head_dim);
         Self {
-            q_proj: init.linear(hidden, queries, gqa.qkv_bias, device),
-            k_proj: init.linear(hidden, keys, gqa.qkv_bias, device),
-            v_proj: init.linear(hidden, keys, gqa.qkv_bias, device),
-            o_proj: init.linear(queries, hidden, gqa.o_bias, device),
+            q_proj: init.projection(hidden, queries, gqa.qkv_bias, device),
+            k_proj: init.projection(hidden, keys, gqa.qkv_bias, device),
+            v_proj: init.projection(hidden, keys, gqa.qkv_bias, device),
+            o_proj: init.projection(queries, hidden, gqa.o_bias, device),
             heads: config.num_attention_heads,
             key_heads: gqa.num_key_value_heads,
             width: gqa.head_dim,

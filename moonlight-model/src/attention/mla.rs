@@ -1,7 +1,6 @@
 //! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
 use burn::module::Module;
-use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor};
 
 use super::Tokens;
@@ -12,27 +11,28 @@ use crate::init::Init;
 use crate::kernels::latent_attention;
 use crate::mask::softmax_over_past;
 use crate::norm::RmsNorm;
+use crate::projection::Projection;
 
 /// Keys and values of all heads are expanded from one latent a token, and one key that carries the position is shared
 /// by all heads.
 #[derive(Module, Debug)]
 pub struct MultiHeadLatentAttention {
     /// `[hidden, heads * (nope + rope)]`; absent where queries have a latent.
-    pub q_proj: Option<Linear>,
+    pub q_proj: Option<Projection>,
     /// `[hidden, q_lora_rank]`.
-    pub q_a_proj: Option<Linear>,
+    pub q_a_proj: Option<Projection>,
     /// `[q_lora_rank]`.
     pub q_a_layernorm: Option<RmsNorm>,
     /// `[q_lora_rank, heads * (nope + rope)]`.
-    pub q_b_proj: Option<Linear>,
+    pub q_b_proj: Option<Projection>,
     /// `[hidden, kv_lora_rank + rope]`: the latent, then the shared key.
-    pub kv_a_proj_with_mqa: Linear,
+    pub kv_a_proj_with_mqa: Projection,
     /// `[kv_lora_rank]`.
     pub kv_a_layernorm: RmsNorm,
     /// `[kv_lora_rank, heads * (nope + value)]`: for each head its key, then its value.
-    pub kv_b_proj: Linear,
+    pub kv_b_proj: Projection,
     /// `[heads * value, hidden]`.
-    pub o_proj: Linear,
+    pub o_proj: Projection,
     heads: usize,
     nope: usize,
     rope: usize,
@@ -49,14 +49,14 @@ impl MultiHeadLatentAttention {
         let norm = |width| RmsNorm::new(width, mla.latent_norm_eps, device);
         let rank = mla.q_lora_rank;
         Self {
-            q_proj: rank.is_none().then(|| init.linear(hidden, queries, false, device)),
-            q_a_proj: rank.map(|rank| init.linear(hidden, rank, mla.attention_bias, device)),
+            q_proj: rank.is_none().then(|| init.projection(hidden, queries, false, device)),
+            q_a_proj: rank.map(|rank| init.projection(hidden, rank, mla.attention_bias, device)),
             q_a_layernorm: rank.map(norm),
-            q_b_proj: rank.map(|rank| init.linear(rank, queries, false, device)),
-            kv_a_proj_with_mqa: init.linear(hidden, mla.kv_lora_rank + rope, mla.attention_bias, device),
+            q_b_proj: rank.map(|rank| init.projection(rank, queries, false, device)),
+            kv_a_proj_with_mqa: init.projection(hidden, mla.kv_lora_rank + rope, mla.attention_bias, device),
             kv_a_layernorm: norm(mla.kv_lora_rank),
-            kv_b_proj: init.linear(mla.kv_lora_rank, heads * (nope + value), false, device),
-            o_proj: init.linear(heads * value, hidden, mla.attention_bias, device),
+            kv_b_proj: init.projection(mla.kv_lora_rank, heads * (nope + value), false, device),
+            o_proj: init.projection(heads * value, hidden, mla.attention_bias, device),
             heads,
             nope,
             rope,
@@ -159,7 +159,7 @@ impl MultiHeadLatentAttention {
         cache
             .absorbed
             .get_or_insert_with(|| {
-                let weight = self.kv_b_proj.weight.val();
+                let weight = self.kv_b_proj.effective_weight();
                 let weight = weight.reshape([self.latent, self.heads, self.nope + self.value]).swap_dims(0, 1);
                 let key = weight.clone().slice_dim(2, 0..self.nope).swap_dims(1, 2);
                 let value = weight.slice_dim(2, self.nope..self.nope + self.value);

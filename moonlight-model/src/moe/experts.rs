@@ -8,6 +8,7 @@ use burn::tensor::{Device, Tensor};
 use crate::config::MoeConfig;
 use crate::init::Init;
 use crate::kernels::{ExpertPlan, grouped_matmul, swiglu};
+use crate::lora::LowRank;
 
 /// One `[experts, in, out]` parameter for each projection; each expert multiplies only its own rows.
 #[derive(Module, Debug)]
@@ -18,6 +19,12 @@ pub struct Experts {
     pub up_proj: Param<Tensor<3>>,
     /// `[experts, width, hidden]`.
     pub down_proj: Param<Tensor<3>>,
+    /// What is trained in place of `gate_proj`, where there is one.
+    pub gate_lora: Option<LowRank<3>>,
+    /// What is trained in place of `up_proj`.
+    pub up_lora: Option<LowRank<3>>,
+    /// What is trained in place of `down_proj`.
+    pub down_lora: Option<LowRank<3>>,
 }
 
 impl Experts {
@@ -27,13 +34,23 @@ impl Experts {
             gate_proj: init.parameter([experts, hidden, width], device),
             up_proj: init.parameter([experts, hidden, width], device),
             down_proj: init.parameter([experts, width, hidden], device),
+            gate_lora: None,
+            up_lora: None,
+            down_lora: None,
         }
     }
 
     /// `[rows, hidden]`, sorted by expert as `plan` says, to `[rows, hidden]`.
     pub fn forward(&self, rows: Tensor<2>, plan: &Arc<ExpertPlan>) -> Tensor<2> {
-        let gate = grouped_matmul(rows.clone(), self.gate_proj.val(), plan);
-        let up = grouped_matmul(rows, self.up_proj.val(), plan);
-        grouped_matmul(swiglu(gate, up), self.down_proj.val(), plan)
+        let gate = project(rows.clone(), &self.gate_proj, self.gate_lora.as_ref(), plan);
+        let up = project(rows, &self.up_proj, self.up_lora.as_ref(), plan);
+        project(swiglu(gate, up), &self.down_proj, self.down_lora.as_ref(), plan)
+    }
+}
+
+fn project(rows: Tensor<2>, weight: &Param<Tensor<3>>, lora: Option<&LowRank<3>>, plan: &Arc<ExpertPlan>) -> Tensor<2> {
+    match lora {
+        None => grouped_matmul(rows, weight.val(), plan),
+        Some(lora) => grouped_matmul(rows.clone(), weight.val(), plan) + lora.forward(rows, plan),
     }
 }

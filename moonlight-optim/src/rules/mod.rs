@@ -126,7 +126,8 @@ impl ParameterRules {
     ///
     /// # Errors
     ///
-    /// A rule that matches or takes nothing (unless it is optional), a trainable parameter that no rule takes, a
+    /// A rule that matches nothing, or nothing that earlier rules leave it (unless it is optional; one that matches frozen
+    /// parameters alone is none), a trainable parameter that no rule takes, a
     /// parameter given to Muon that is not a matrix or a stack of matrices, blocks that do not fill their matrix, a rule
     /// without conditions that sends matrices past Muon, a group that does not exist or exists twice, a malformed pattern, a module without trainable parameters.
     pub fn assign<M: Module>(&self, module: &M) -> Result<Assignment, RuleError> {
@@ -147,12 +148,17 @@ impl ParameterRules {
         };
 
         let mut matched = vec![0_usize; self.rules.len()];
+        let mut frozen = vec![0_usize; self.rules.len()];
         let mut taken = vec![Vec::new(); self.rules.len()];
         let mut not_taken = Vec::new();
         let mut rows = Vec::with_capacity(parameters.len());
         let mut first_paths = HashMap::new();
         for parameter in parameters {
             if !parameter.trainable {
+                // What is frozen for once is no misspelt pattern.
+                for (rule, count) in frozen.iter_mut().enumerate() {
+                    *count += usize::from(matches(rule, &parameter));
+                }
                 rows.push(AssignedParameter::buffer(parameter));
                 continue;
             }
@@ -184,8 +190,10 @@ impl ParameterRules {
         if first_paths.is_empty() {
             return Err(RuleError::NoParameters);
         }
-        for (rule, (&matched, taken)) in self.rules.iter().zip(matched.iter().zip(&taken)) {
-            self.check_rule(rule, matched, taken)?;
+        for (index, (rule, (&matched, taken))) in self.rules.iter().zip(matched.iter().zip(&taken)).enumerate() {
+            if matched > 0 || frozen[index] == 0 {
+                self.check_rule(rule, matched, taken)?;
+            }
         }
         for (rule, taken) in self.rules.iter().zip(&taken) {
             self.check_past_muon(rule, taken)?;

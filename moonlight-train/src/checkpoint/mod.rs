@@ -7,6 +7,9 @@
 //!     trainer.json                                                               step, tokens, place in the data
 //! ```
 //!
+//! The checkpoint of a run of adapters has `adapter_config.json` and `adapter_model.safetensors`, as peft lays them out, in
+//! the place of the model's configuration and weights.
+//!
 //! A checkpoint is written under a hidden name, flushed, and renamed in one step, so whatever bears a step's name is
 //! whole as far as this program is concerned; one that was damaged later is found out when it is opened, and the one
 //! before it is taken.
@@ -14,6 +17,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use moonlight_convert::adapter::write_adapter;
 use moonlight_convert::{SaveOptions, replace_directory, write_into};
 use moonlight_model::CausalLm;
 use moonlight_optim::BatchedOptimizer;
@@ -67,6 +71,8 @@ pub struct Checkpoints {
     keep_best: bool,
     companions: Vec<Companion>,
     companions_from: Option<PathBuf>,
+    /// Whether adapters are saved, and not the model that they stand beside.
+    adapters: bool,
 }
 
 /// A checkpoint that can be gone on from.
@@ -88,7 +94,12 @@ impl Checkpoints {
         companions: Vec<Companion>,
         companions_from: Option<PathBuf>,
     ) -> Self {
-        Self { dir, keep, keep_best, companions, companions_from }
+        Self { dir, keep, keep_best, companions, companions_from, adapters: false }
+    }
+
+    /// Checkpoints of the adapters alone; the model that they stand beside is at `companions_from`.
+    pub fn of_adapters(self) -> Self {
+        Self { adapters: true, ..self }
     }
 
     /// Writes the checkpoint of a step and removes those that need not stay.
@@ -106,10 +117,8 @@ impl Checkpoints {
         let path = self.path(state.step);
         let mut failure = None;
         let result = replace_directory(&path, |new| {
-            let options = SaveOptions { companions_from: self.companions_from.clone(), ..SaveOptions::default() };
-            write_into(model, new, &options)?;
             // What is no checkpoint error goes around the converter's error type.
-            failure = self.write_state(new, optimizer, state).err();
+            failure = self.write_model(model, new).and_then(|()| self.write_state(new, optimizer, state)).err();
             match &failure {
                 None => Ok(()),
                 Some(error) => Err(moonlight_convert::CheckpointError::Write {
@@ -124,6 +133,18 @@ impl Checkpoints {
         result?;
         self.rotate(state)?;
         Ok(path)
+    }
+
+    fn write_model(&self, model: &CausalLm, dir: &Path) -> Result<(), TrainError> {
+        let from = &self.companions_from;
+        if self.adapters {
+            let base = from.as_deref().unwrap_or(Path::new(""));
+            // From wherever the adapter is opened.
+            let base = std::path::absolute(base).map_err(TrainError::read(base))?;
+            return Ok(write_adapter(model, dir, &base, from.as_deref())?);
+        }
+        let options = SaveOptions { companions_from: from.clone(), ..SaveOptions::default() };
+        Ok(write_into(model, dir, &options)?)
     }
 
     fn write_state(&self, dir: &Path, optimizer: &BatchedOptimizer, state: &TrainerState) -> Result<(), TrainError> {

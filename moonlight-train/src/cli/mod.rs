@@ -3,6 +3,7 @@
 mod chat;
 mod data;
 mod generate;
+mod merge;
 mod model;
 mod plan;
 mod score;
@@ -32,6 +33,8 @@ enum Command {
     Train(train::Arguments),
     /// Go on from a prompt.
     Generate(generate::Arguments),
+    /// Add an adapter to the weights of its model.
+    Merge(merge::Arguments),
     /// Talk to a model in its own chat template.
     Chat(chat::Arguments),
     /// Look at the data of a recipe.
@@ -50,6 +53,7 @@ pub fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Merge(arguments) => merge::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Chat(arguments) => chat::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Data(command) => data::run(&command).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),

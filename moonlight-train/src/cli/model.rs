@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use moonlight_convert::{hub, load};
+use moonlight_convert::adapter::is_adapter;
+use moonlight_convert::hub;
 use moonlight_model::CausalLm;
 use serde_json::Value;
 
@@ -11,6 +12,7 @@ use crate::checkpoint::Checkpoints;
 use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
 
 /// Which model to run, and on what.
 #[derive(Debug, Args)]
@@ -18,6 +20,9 @@ pub(super) struct ModelArguments {
     /// A Hugging Face directory, a checkpoint or folder of a run, or `org/name` in the Hub's cache.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
+    /// An adapter to put beside the model, as peft or a `[lora]` run saves it; an adapter alone may be the model.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has.
     #[arg(long, default_value = "auto")]
     device: String,
@@ -28,7 +33,7 @@ pub(super) struct ModelArguments {
 
 /// A model that is ready to run.
 pub(super) struct Opened {
-    /// The folder that it came from.
+    /// The folder that it came from; an adapter's base.
     pub(super) dir: PathBuf,
     pub(super) model: CausalLm,
     pub(super) tokenizer: Option<Tokenizer>,
@@ -41,8 +46,9 @@ impl ModelArguments {
         let target = Target::open(&self.device)?;
         let dtype = device::dtype(&self.dtype, &target)?;
         let dir = resolve(&hub::resolve(&self.model)?);
+        let adapter = self.adapter.as_deref().map(resolve);
+        let Weights { model, base: dir } = Weights::open(&dir, adapter.as_deref(), &target.device, dtype)?;
         let tokenizer = Tokenizer::from_model_dir(&dir)?;
-        let model = load(&dir, &target.device, dtype)?.model;
         let eos = generation_eos(&dir).unwrap_or_else(|| model.config().eos_token_id.clone());
         Ok(Opened { dir, model, tokenizer, eos })
     }
@@ -50,7 +56,7 @@ impl ModelArguments {
 
 /// The folder with the weights: the folder itself, the newest checkpoint of a run, or a snapshot of the Hub cache.
 pub(super) fn resolve(dir: &Path) -> PathBuf {
-    if dir.join("config.json").exists() {
+    if dir.join("config.json").exists() || is_adapter(dir) {
         return dir.to_owned();
     }
     let run = Checkpoints::new(dir.join("checkpoints"), 0, false, Vec::new(), None);

@@ -10,6 +10,7 @@
 mod data;
 mod error;
 mod expand;
+mod lora;
 mod model;
 mod optimizer;
 mod run;
@@ -25,6 +26,7 @@ use serde::Serialize;
 pub use data::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Broken, DataConfig, DataFormat, NO_TOKENIZER, TooLong};
 pub use error::RecipeError;
 pub use expand::expand;
+pub use lora::LoraRecipe;
 pub use model::{ModelRecipe, ModelSource};
 pub use optimizer::{HalfOrFull, OptimizerName, OptimizerRecipe, RoundingName, ScaleName};
 pub use run::{RunConfig, SampleConfig};
@@ -53,6 +55,9 @@ pub struct Recipe {
     pub train: TrainConfig,
     /// `[moe]`: the balance of the experts.
     pub moe: MoeRecipe,
+    /// `[lora]`: adapters beside a frozen model; absent where the model itself is trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraRecipe>,
     /// `[sample]`: what the trained model writes at the end.
     pub sample: SampleConfig,
 }
@@ -90,6 +95,12 @@ impl Recipe {
         let schedule = reader.section("schedule", ScheduleConfig::read);
         let train = reader.section("train", |section| TrainConfig::read(section, &schedule));
         let moe = reader.section("moe", |section| MoeRecipe::read(section, &model));
+        let lora = reader.section("lora", LoraRecipe::read);
+        if lora.is_some()
+            && let Some(conflict) = LoraRecipe::conflict(&file, &model, &optimizer, &schedule, &train, &moe)
+        {
+            reader.problem(conflict);
+        }
         let sample = reader.section("sample", SampleConfig::read);
         if let Err(error) = Schedule::new(&schedule, optimizer.learning_rate, train.steps) {
             reader.problem(RecipeError::Invalid {
@@ -100,7 +111,7 @@ impl Recipe {
             });
         }
         reader.finish()?;
-        Ok(Self { run, model, data, optimizer, schedule, train, moe, sample })
+        Ok(Self { run, model, data, optimizer, schedule, train, moe, lora, sample })
     }
 
     /// The recipe as TOML, every default spelled out.

@@ -113,6 +113,11 @@ impl Section<'_> {
         self.branch.leaves.contains_key(key)
     }
 
+    /// Whether the recipe has the section.
+    pub(super) fn is_written(&self) -> bool {
+        self.branch.place.is_some() || !self.branch.leaves.is_empty() || !self.places.is_empty()
+    }
+
     fn take(&mut self, key: &str) -> Option<Leaf> {
         self.known.push(key.to_owned());
         let leaf = self.branch.leaves.remove(key)?;

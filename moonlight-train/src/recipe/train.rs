@@ -46,6 +46,9 @@ pub struct TrainConfig {
     /// once. Needs `gradient_clip = 0` and `gradient_accumulation = 1`, and with `activation_checkpointing = "none"` it
     /// spares the head's gradients alone. Default: false.
     pub fuse_update: bool,
+    /// `freeze`: parameters that are not trained, as globs over their names in the checkpoint: `*` within one name, `**` for
+    /// any number of names (`**.mlp.gate.weight`, `model.embed_tokens.**`). Default: none.
+    pub freeze: Vec<String>,
     /// `check_memory`: whether a run on the CPU that needs more memory than there is (`moonlight plan`) is refused.
     /// Default: true.
     pub check_memory: bool,
@@ -115,6 +118,7 @@ impl TrainConfig {
         section.require("fuse_update", !fuse_update || !accumulates, || {
             "needs `gradient_accumulation = 1`: gradients that are summed have to be kept".into()
         });
+        let freeze = section.strings("freeze").unwrap_or_default();
         let check_memory = section.boolean("check_memory").unwrap_or(true);
         let plots = section.boolean("plots").unwrap_or(true);
         Self {
@@ -133,6 +137,7 @@ impl TrainConfig {
             activation_checkpointing,
             loss_chunk_tokens,
             fuse_update,
+            freeze,
             check_memory,
             plots,
         }

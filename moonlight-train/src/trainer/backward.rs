@@ -390,6 +390,7 @@ mod tests {
                     probe: Probe::default(),
                     sparing: Sparing { recompute, loss_chunk_tokens: 0 },
                     fused,
+                    dropout_seed: None,
                 };
                 let told: Vec<_> = (0..3)
                     .map(|_| {

@@ -2,17 +2,16 @@
 
 use std::io::Write;
 
-use moonlight_convert::load;
-
 use super::strategy::Finished;
 use crate::data::Corpus;
-use crate::device::Target;
+use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::generate::{Sampling, generate};
 use crate::metrics::peak_memory_mib;
 use crate::plots::write_plots;
 use crate::recipe::{NO_TOKENIZER, Recipe};
 use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
 
 /// The largest vocabulary that a table of bigrams is counted for.
 const BIGRAM_VOCAB: usize = 4096;
@@ -35,7 +34,12 @@ pub fn conclude(recipe: &Recipe, target: &Target, finished: &Finished) -> Result
     if let Some(peak) = peak_memory_mib() {
         eprintln!("peak memory: {peak:.0} MiB");
     }
-    let model = load(&finished.checkpoint, &target.device, None)?.model;
+    // Weights are as they were saved; a base that adapters stand beside is as the run had it.
+    let dtype = match recipe.lora {
+        Some(_) => device::dtype(&recipe.model.dtype, target)?,
+        None => None,
+    };
+    let model = Weights::open(&finished.checkpoint, None, &target.device, dtype)?.model;
     if let Some(loss) = finished.valid_loss {
         let vocab_size = model.config().vocab_size;
         let bigram = if vocab_size <= BIGRAM_VOCAB {

@@ -2,6 +2,7 @@
 
 mod backward;
 mod conclude;
+mod freeze;
 mod qk_clip;
 mod renderer;
 mod start;

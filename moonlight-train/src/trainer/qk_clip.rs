@@ -1,10 +1,9 @@
 //! QK-clip after a step, where the recipe asks for it: heads whose attention logits grew too large are held down.
 
-use burn::nn::Linear;
 use burn::tensor::Tensor;
-use moonlight_model::CausalLm;
 use moonlight_model::attention::Attention;
 use moonlight_model::config::AttentionConfig;
+use moonlight_model::{CausalLm, Projection};
 use moonlight_optim::{HeadLayout, QkClip, WeightLayout};
 
 /// The model with each head scaled by its largest logit of the step, `largest[layer][head]`.
@@ -40,7 +39,7 @@ pub(super) fn clip(mut model: CausalLm, largest: &[Vec<f64>], clip: QkClip) -> C
 }
 
 /// Applies `scaled` to a layer's weight `[in, out]`, and to its bias as a weight of one row.
-fn scale(layer: &mut Linear, scaled: impl Fn(Tensor<2>) -> Tensor<2>) {
+fn scale(layer: &mut Projection, scaled: impl Fn(Tensor<2>) -> Tensor<2>) {
     layer.weight = layer.weight.clone().map(|weight| like(&weight, scaled(weight.clone().inner())));
     layer.bias = layer.bias.take().map(|bias| {
         bias.map(|bias| {

@@ -5,12 +5,14 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
+use moonlight_convert::adapter::{AdapterError, read_adapter};
 use moonlight_convert::load;
 use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::{
     AdamWConfig, Assignment, MomentumPrecision, MuonConfig, ParameterRules, Precision, Rounding, Scale,
 };
 
+use super::freeze;
 use super::strategy::Run;
 use super::trainee::Trainee;
 use crate::checkpoint::{Checkpoints, Found, TrainerState};
@@ -20,7 +22,7 @@ use crate::error::TrainError;
 use crate::metrics::MetricsFile;
 use crate::plan::{Plan, Setting, Threads, available_memory};
 use crate::recipe::{
-    HalfOrFull, ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe, RoundingName, ScaleName,
+    HalfOrFull, LoraRecipe, ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe, RoundingName, ScaleName,
 };
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
@@ -60,15 +62,29 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         companions(tokenizer.as_ref(), &corpus),
         companions_from.clone(),
     );
+    let checkpoints = match &recipe.lora {
+        Some(_) => checkpoints.of_adapters(),
+        None => checkpoints,
+    };
     let device = target.device.clone().autodiff();
-    let resumed = if resume { newest_whole(&checkpoints, &device)? } else { None };
+    let dtype = device::dtype(&recipe.model.dtype, target)?;
+    // The model that adapters stand beside, in every checkpoint of the run.
+    let base = match (&recipe.lora, &companions_from) {
+        (Some(_), Some(path)) => Some(load(path, &device, dtype)?.model),
+        _ => None,
+    };
+    let resumed =
+        if resume { newest_whole(&checkpoints, base.as_ref().zip(recipe.lora.as_ref()), &device)? } else { None };
     let (model, state, from) = match resumed {
         Some((found, model)) => (model, found.state.clone(), Some(found)),
         None => {
-            let dtype = device::dtype(&recipe.model.dtype, target)?;
-            let model = match &companions_from {
-                Some(path) => load(path, &device, dtype)?.model,
-                None => {
+            let model = match (&recipe.lora, base, &companions_from) {
+                (Some(lora), Some(base), _) => match &lora.path {
+                    Some(path) => adapted(base, path, lora)?,
+                    None => base.with_lora(&lora.config(), recipe.run.seed)?,
+                },
+                (_, _, Some(path)) => load(path, &device, dtype)?.model,
+                (_, _, None) => {
                     device.seed(recipe.run.seed);
                     // All at once and in order, so that the seed alone decides.
                     cast(config.init(&device).materialize(), dtype.unwrap_or(DType::F32))
@@ -77,6 +93,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
             (model, TrainerState::new(stream.position()), None)
         }
     };
+    let model = freeze::freeze(model, &recipe.train.freeze, recipe.optimizer.qk_clip().is_some())?;
     let assignment = rules(&recipe.optimizer, config.hidden_size).assign(&model)?;
     let optimizer = match &from {
         Some(found) => {
@@ -153,14 +170,29 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Resul
 }
 
 /// The newest checkpoint that opens, with its model; a damaged one is named and passed over.
-fn newest_whole(checkpoints: &Checkpoints, device: &Device) -> Result<Option<(Found, CausalLm)>, TrainError> {
+fn newest_whole(
+    checkpoints: &Checkpoints,
+    base: Option<(&CausalLm, &LoraRecipe)>,
+    device: &Device,
+) -> Result<Option<(Found, CausalLm)>, TrainError> {
     for found in checkpoints.found()? {
-        match load(&found.path, device, None) {
-            Ok(loaded) => return Ok(Some((found, loaded.model))),
+        let opened = match base {
+            None => load(&found.path, device, None).map(|loaded| loaded.model).map_err(TrainError::from),
+            Some((base, lora)) => adapted(base.clone(), &found.path, lora),
+        };
+        match opened {
+            Ok(model) => return Ok(Some((found, model))),
             Err(error) => eprintln!("warning: passing over a damaged checkpoint: {error}"),
         }
     }
     Ok(None)
+}
+
+/// The base with the adapters of a folder, and the dropout of the recipe.
+fn adapted(base: CausalLm, dir: &Path, lora: &LoraRecipe) -> Result<CausalLm, TrainError> {
+    let mut adapters = read_adapter(base.config(), dir)?;
+    adapters.iter_mut().for_each(|adapter| adapter.settings.dropout = lora.dropout);
+    base.with_adapters(adapters).map_err(|source| AdapterError::Misfit { dir: dir.to_owned(), source }.into())
 }
 
 /// The optimizers that a recipe asks for, for a model of this width.
@@ -217,6 +249,11 @@ fn announce(model: &CausalLm, assignment: &Assignment, corpus: &Corpus, state: &
         million(count.activated),
         million(count.embeddings)
     );
+    let adapters = model.adapters();
+    if !adapters.is_empty() {
+        let trained: usize = adapters.iter().map(|adapter| adapter.a.num_elements() + adapter.b.num_elements()).sum();
+        eprintln!("lora: {:.2} M parameters in {} adapters", million(trained as u64), adapters.len());
+    }
     eprintln!(
         "data: {} training tokens in {} sequences, {} validation tokens",
         corpus.train_tokens(),

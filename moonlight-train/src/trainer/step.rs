@@ -26,6 +26,8 @@ pub(crate) struct StepSettings {
     pub(crate) sparing: Sparing,
     /// Whether each layer is updated as soon as its gradients are there: no clipping, and one micro-batch a step.
     pub(crate) fused: bool,
+    /// The seed of the adapters' dropout, where they have one.
+    pub(crate) dropout_seed: Option<u64>,
 }
 
 /// What a step has to tell.
@@ -117,7 +119,8 @@ fn passes(
 ) -> Result<StepOutcome, NotFinite> {
     let predicted = batches.iter().map(HostBatch::predicted).sum::<f64>().max(1.0);
     let mut told = StepOutcome::default();
-    for batch in batches {
+    for (index, batch) in batches.iter().enumerate() {
+        taker.model().set_dropout_seed(settings.dropout_seed.map(|seed| seed.wrapping_add(index as u64)));
         let input = MicroBatch {
             batch: batch.to_device(device),
             loss_scale: 1.0 / predicted,
@@ -125,7 +128,9 @@ fn passes(
             balance_scale: 1.0 / batches.len() as f64,
             probe: settings.probe,
         };
-        let MicroOutcome { loss_sum, report } = backward(taker, input, settings.sparing)?;
+        let passed = backward(taker, input, settings.sparing);
+        taker.model().set_dropout_seed(None);
+        let MicroOutcome { loss_sum, report } = passed?;
         told.loss += loss_sum / predicted;
         add_loads(&mut told.expert_loads, report.expert_loads());
         add_head_logits(&mut told.head_logits, &report);

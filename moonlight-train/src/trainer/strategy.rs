@@ -182,7 +182,8 @@ impl Run {
     fn step(&mut self, trainee: &mut Trainee) -> Result<Figures, TrainError> {
         let started = Instant::now();
         // What a step draws, for dropout or rounding, comes from the seed and its number: a resumed run draws the same.
-        self.device.seed(self.recipe.run.seed.wrapping_add(self.state.step.wrapping_mul(SEED_STRIDE)));
+        let step_seed = self.recipe.run.seed.wrapping_add(self.state.step.wrapping_mul(SEED_STRIDE));
+        self.device.seed(step_seed);
         let train = &self.recipe.train;
         let index = self.state.step;
         let probed = train.probe_every > 0 && (index + 1).is_multiple_of(train.probe_every);
@@ -198,6 +199,12 @@ impl Run {
                 loss_chunk_tokens: train.loss_chunk_tokens,
             },
             fused: train.fuse_update,
+            dropout_seed: self
+                .recipe
+                .lora
+                .as_ref()
+                .filter(|lora| lora.dropout > 0.0)
+                .map(|_| step_seed.wrapping_mul(SEED_STRIDE)),
         };
         let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
         let batches = (0..passes).map(|_| self.stream.next_batch()).collect::<Result<Vec<_>, _>>()?;

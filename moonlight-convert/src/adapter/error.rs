@@ -1,0 +1,99 @@
+//! What can go wrong with an adapter.
+
+use std::path::PathBuf;
+
+use moonlight_model::lora::LoraError;
+
+use crate::error::{CheckpointError, OneLine};
+
+/// An adapter that cannot be opened, loaded or saved.
+///
+/// The message is one sentence; [`hint`](AdapterError::hint) says what to do where we know.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AdapterError {
+    /// A file or directory, or the base.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The directory has no `adapter_config.json`.
+    #[error("`{}` has no `adapter_config.json`", dir.display())]
+    NoConfig {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The `adapter_config.json` cannot be read, or asks for what is not LoRA as we know it.
+    #[error("`{}` {}", path.display(), OneLine(problem))]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        problem: String,
+    },
+    /// The directory has no `adapter_model.safetensors`.
+    #[error("`{}` has no `adapter_model.safetensors`", dir.display())]
+    NoWeights {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The file of weights is broken, or holds what is not an adapter of this model.
+    #[error("`{}` {}", path.display(), OneLine(problem))]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        problem: String,
+    },
+    /// Matrices of another rank than the configuration names.
+    #[error(
+        "`{}` holds an adapter of rank {found} for `{}`; `adapter_config.json` says {expected}",
+        path.display(), OneLine(module)
+    )]
+    Rank {
+        /// The file.
+        path: PathBuf,
+        /// The module, by its name in the file.
+        module: String,
+        /// The rank of the matrices.
+        found: usize,
+        /// The rank that the configuration names.
+        expected: usize,
+    },
+    /// The base model is not where the adapter says.
+    #[error("the adapter `{}` {}", dir.display(), match base {
+        Some(base) => format!("was trained on `{}`, which is not there", OneLine(base)),
+        None => "does not say which model it was trained on".into(),
+    })]
+    NoBase {
+        /// The adapter.
+        dir: PathBuf,
+        /// What its configuration calls the base.
+        base: Option<String>,
+    },
+    /// The adapter does not fit the model.
+    #[error("the adapter `{}` does not fit: {source}", dir.display())]
+    Misfit {
+        /// The adapter.
+        dir: PathBuf,
+        /// Why not.
+        source: LoraError,
+    },
+}
+
+impl AdapterError {
+    /// What to do about it, where we know.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Checkpoint(error) => error.hint(),
+            Self::NoConfig { .. } => {
+                Some("an adapter is a directory as peft saves it, with `adapter_config.json`".into())
+            }
+            Self::NoWeights { dir } if dir.join("adapter_model.bin").exists() => {
+                Some("`adapter_model.bin` is there: only safetensors files are read; save it anew with peft".into())
+            }
+            Self::NoBase { .. } => Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into()),
+            Self::Rank { .. } => Some("the two files are not of one adapter".into()),
+            Self::Misfit { source, .. } => source.hint(),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! Adapters to files and back, and everything that can be wrong with one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, Tolerance};
+use moonlight_convert::adapter::{AdapterError, base_of, is_adapter, load_adapter, write_adapter};
+use moonlight_convert::{SaveOptions, load, save};
+use moonlight_model::CausalLm;
+use moonlight_model::lora::{Adapter, LoraConfig, LowRankSettings};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").join(name)
+}
+
+fn base(name: &str) -> CausalLm {
+    load(&fixture(name), &Device::default(), Some(burn::tensor::DType::F32)).unwrap().model
+}
+
+/// The fixture with adapters that have moved.
+fn adapted(name: &str, targets: &[&str], rslora: bool) -> CausalLm {
+    let config = LoraConfig {
+        rank: 3,
+        settings: LowRankSettings { alpha: 5.0, rslora, dropout: 0.1 },
+        targets: targets.iter().map(|&target| target.to_owned()).collect(),
+    };
+    let model = base(name).with_lora(&config, 7).unwrap();
+    let mut adapters = model.adapters();
+    for Adapter { b, .. } in &mut adapters {
+        let drawn = Tensor::<1>::random([b.num_elements()], Distribution::Normal(0.0, 0.3), &Device::default());
+        *b = TensorData::new(drawn.into_data().iter::<f32>().collect::<Vec<_>>(), b.shape().clone());
+    }
+    model.with_adapters(adapters).unwrap()
+}
+
+fn written(model: &CausalLm, name: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    write_adapter(model, dir.path(), &fixture(name), None).unwrap();
+    dir
+}
+
+fn logits(model: &CausalLm) -> TensorData {
+    let tokens: Vec<i32> = (0..24).map(|token| token * 5 % 60).collect();
+    let tokens = Tensor::<2, Int>::from_data(TensorData::new(tokens, [2, 12]), &Device::default());
+    model.logits(tokens, None).into_data()
+}
+
+fn json(dir: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(dir.join("adapter_config.json")).unwrap()).unwrap()
+}
+
+fn edit(dir: &Path, change: impl FnOnce(&mut Value)) {
+    let mut config = json(dir);
+    change(&mut config);
+    fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn what_is_written_comes_back_to_the_last_bit() {
+    for name in ["moonlight-like", "deepseek-v3-like", "deepseek-v2-lite-like", "llama", "qwen2"] {
+        for (targets, rslora) in
+            [(&["attention"][..], false), (&["all"], true), (&["up_proj", "layers.1.self_attn.o_proj"], false)]
+        {
+            let model = adapted(name, targets, rslora);
+            let dir = written(&model, name);
+            let back = load_adapter(base(name), dir.path()).unwrap();
+            let sorted = |model: &CausalLm| {
+                let mut adapters = model.adapters();
+                adapters.sort_by(|a, b| a.path.cmp(&b.path));
+                adapters
+            };
+            assert_eq!(sorted(&back), sorted(&model), "{name} {targets:?}");
+            let again = written(&back, name);
+            for file in ["adapter_config.json", "adapter_model.safetensors"] {
+                assert_eq!(fs::read(again.path().join(file)).unwrap(), fs::read(dir.path().join(file)).unwrap());
+            }
+        }
+    }
+}
+
+/// The names and shapes that peft 0.21 gives for this model beside transformers 5.
+#[test]
+fn the_layout_is_pefts() {
+    let dir = written(&adapted("moonlight-like", &["all"], false), "moonlight-like");
+    let config = json(dir.path());
+    assert_eq!(config["target_modules"], serde_json::json!(["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_proj"]));
+    let parameters = config["target_parameters"].as_array().unwrap();
+    assert!(
+        parameters.contains(&"mlp.experts.gate_up_proj".into()) && parameters.contains(&"mlp.up_proj.weight".into())
+    );
+    assert_eq!(config["rank_pattern"], serde_json::json!({"mlp\\.experts\\.gate_up_proj": 6}));
+    assert_eq!(config["alpha_pattern"], serde_json::json!({"mlp\\.experts\\.gate_up_proj": 10}));
+    assert_eq!((&config["r"], &config["lora_alpha"], &config["lora_dropout"]), (&3.into(), &5.into(), &0.0.into()));
+    let bytes = fs::read(dir.path().join("adapter_model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let shape = |name: &str| {
+        let name = format!("base_model.model.model.layers.{name}.weight");
+        file.tensor(&name).unwrap_or_else(|_| panic!("{name} is there")).shape().to_vec()
+    };
+    assert_eq!(shape("0.self_attn.q_proj.lora_A"), [3, 40]);
+    assert_eq!(shape("0.mlp.gate_proj.lora_B"), [51, 3]);
+    assert_eq!(shape("1.mlp.experts.base_layer.lora_A"), [60, 40]);
+    assert_eq!(shape("1.mlp.experts.base_layer.lora_B"), [22, 60]);
+    assert_eq!(shape("1.mlp.experts.lora_A"), [30, 11]);
+    assert_eq!(shape("1.mlp.experts.lora_B"), [40, 30]);
+    assert_eq!(shape("2.mlp.shared_experts.down_proj.lora_A"), [3, 22]);
+    assert!(is_adapter(dir.path()) && !is_adapter(&fixture("moonlight-like")));
+    assert_eq!(base_of(dir.path()).unwrap(), fixture("moonlight-like"));
+}
+
+/// Without our note the pair of gate and up is read as peft has it: one `A` for both.
+#[test]
+fn a_file_without_our_note_does_the_same() {
+    for rslora in [false, true] {
+        let model = adapted("moonlight-like", &["experts"], rslora);
+        let dir = written(&model, "moonlight-like");
+        let path = dir.path().join("adapter_model.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        let tensors: Vec<_> = SafeTensors::deserialize(&bytes).unwrap().tensors();
+        safetensors::serialize_to_file(tensors, None, &path).unwrap();
+        let back = load_adapter(base("moonlight-like"), dir.path()).unwrap();
+        assert_eq!(back.adapters()[0].a.shape().as_slice(), [10, 40, 6]);
+        logits(&back).assert_approx_eq(&logits(&model), Tolerance::<f32>::rel_abs(1e-4, 1e-4));
+    }
+}
+
+/// Experts one by one, as transformers 4 and vLLM name them.
+#[test]
+fn experts_one_by_one_are_read() {
+    let model = adapted("moonlight-like", &["experts"], false);
+    let dir = written(&model, "moonlight-like");
+    let mut tensors = Vec::new();
+    for Adapter { path, a, b, .. } in model.adapters() {
+        let (stack, projection) = path.rsplit_once('.').unwrap();
+        for (part, data) in [("A", &a), ("B", &b)] {
+            let &[experts, rows, columns] = data.shape().as_slice() else { panic!("a stack has three dimensions") };
+            let values: Vec<f32> = data.iter::<f32>().collect();
+            for expert in 0..experts {
+                let matrix = &values[expert * rows * columns..][..rows * columns];
+                let turned: Vec<u8> = (0..columns)
+                    .flat_map(|column| (0..rows).map(move |row| matrix[row * columns + column]))
+                    .flat_map(f32::to_le_bytes)
+                    .collect();
+                let name = format!("base_model.model.model.{stack}.{expert}.{projection}.lora_{part}.weight");
+                tensors.push((name, vec![columns, rows], turned));
+            }
+        }
+    }
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (name.clone(), safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &dir.path().join("adapter_model.safetensors")).unwrap();
+    edit(dir.path(), |config| {
+        config["rank_pattern"] = Value::Null;
+        config["alpha_pattern"] = serde_json::json!({});
+    });
+    let back = load_adapter(base("moonlight-like"), dir.path()).unwrap();
+    assert_eq!(logits(&back), logits(&model));
+}
+
+#[test]
+fn a_model_is_saved_merged() {
+    let model = adapted("moonlight-like", &["all"], false);
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("merged");
+    save(&model, &dir, &SaveOptions::default()).unwrap();
+    let merged = load(&dir, &Device::default(), None).unwrap().model;
+    logits(&merged).assert_approx_eq(&logits(&model), Tolerance::<f32>::rel_abs(1e-4, 1e-4));
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let model = adapted("moonlight-like", &["q_proj"], false);
+    let dir = written(&model, "moonlight-like");
+    let dir = dir.path();
+    let opened = |on: &str| load_adapter(base(on), dir).unwrap_err();
+    let config = fs::read(dir.join("adapter_config.json")).unwrap();
+    let restore = || fs::write(dir.join("adapter_config.json"), &config).unwrap();
+
+    edit(dir, |config| config["r"] = 4.into());
+    let error = opened("moonlight-like");
+    assert!(matches!(&error, AdapterError::Rank { found: 3, expected: 4, .. }), "{error}");
+    assert!(error.to_string().contains("of rank 3 for `layers.0.self_attn.q_proj`"), "{error}");
+    for (key, value, expected) in [
+        ("peft_type", "LOHA".into(), "is of the type `LOHA`"),
+        ("use_dora", true.into(), "DoRA"),
+        ("modules_to_save", serde_json::json!(["lm_head"]), "`modules_to_save`"),
+        ("rank_pattern", serde_json::json!({"(q|k)_proj": 2}), "has the pattern `(q|k)_proj`"),
+        ("lora_alpha", "much".into(), "cannot be read"),
+    ] {
+        restore();
+        edit(dir, |config| config[key] = value);
+        let error = opened("moonlight-like").to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    restore();
+    // A model without such a projection, and one of another width.
+    let error = load_adapter(base("deepseek-v3-like"), dir).unwrap_err().to_string();
+    assert!(error.contains("`layers.0.self_attn.q_proj`, which is no projection of the model"), "{error}");
+    let error = opened("llama");
+    assert!(matches!(&error, AdapterError::Misfit { .. }) && error.hint().is_some(), "{error}");
+
+    edit(dir, |config| config["base_model_name_or_path"] = "/no/such/model".into());
+    let error = base_of(dir).unwrap_err();
+    assert!(error.to_string().ends_with("was trained on `/no/such/model`, which is not there"), "{error}");
+    assert!(error.hint().unwrap().contains("--adapter"));
+    edit(dir, |config| config["base_model_name_or_path"] = Value::Null);
+    assert!(base_of(dir).unwrap_err().to_string().contains("does not say"));
+
+    let weights = dir.join("adapter_model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    fs::write(&weights, &bytes[..bytes.len() - 9]).unwrap();
+    assert!(opened("moonlight-like").to_string().contains("is truncated or no safetensors file"));
+    fs::remove_file(&weights).unwrap();
+    assert!(matches!(opened("moonlight-like"), AdapterError::NoWeights { .. }));
+    fs::remove_file(dir.join("adapter_config.json")).unwrap();
+    assert!(matches!(opened("moonlight-like"), AdapterError::NoConfig { .. }));
+}

@@ -1,0 +1,357 @@
+//! Low-rank adaptation (LoRA, arXiv 2106.09685): a frozen model learns by two narrow matrices beside each of its weights.
+//!
+//! `y = x W + s x A B`, with `A` `[in, rank]` drawn as peft draws it and `B` `[rank, out]` zero, so that the adapted model
+//! begins as the base; only `A` and `B` get gradients. Experts have one pair each, stacked as their weights are, multiplied
+//! by the same grouped product.
+//!
+//! Burn's own `Module::apply_lora` materialises `W + s A B` at every pass: that is a copy of the weight and a gradient of
+//! its whole size, it has no dropout, and it flattens a stack of experts to one matrix with one pair.
+
+mod low_rank;
+mod target;
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+
+pub use low_rank::{LowRank, LowRankSettings};
+pub use target::TARGET_GROUPS;
+
+use crate::attention::Attention;
+use crate::layer::FeedForward;
+use crate::mlp::Mlp;
+use crate::model::CausalLm;
+use crate::projection::Projection;
+use low_rank::{DropoutSeed, mix};
+use target::Target;
+
+/// What adapters a model gets.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraConfig {
+    /// Columns of `A` and rows of `B`.
+    pub rank: usize,
+    /// Scaling and dropout.
+    pub settings: LowRankSettings,
+    /// Which projections: words of [`TARGET_GROUPS`], or ends of paths as globs (`q_proj`, `shared_experts.*`).
+    pub targets: Vec<String>,
+}
+
+/// An adapter that does not fit the model.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LoraError {
+    /// A target that is a malformed glob.
+    #[error("the target `{target}` is malformed: {problem}")]
+    Target {
+        /// The target as given.
+        target: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A target that no projection of the model matches.
+    #[error("the target `{target}` matches no projection of the model")]
+    NoSuchTarget {
+        /// The target as given.
+        target: String,
+        /// The names that the model's projections end in.
+        known: Vec<String>,
+    },
+    /// An adapter for what the model does not have.
+    #[error("the adapter changes `{path}`, which is no projection of the model")]
+    NoSuchProjection {
+        /// The path.
+        path: String,
+    },
+    /// Matrices of another shape than the projection and its rank ask for.
+    #[error("the adapter of `{path}` has A {a:?} and B {b:?}, which do not fit a weight of {weight:?}")]
+    Shape {
+        /// The projection's path.
+        path: String,
+        /// Shape of `A`, `[.., in, rank]`.
+        a: Vec<usize>,
+        /// Shape of `B`, `[.., rank, out]`.
+        b: Vec<usize>,
+        /// Shape of the weight.
+        weight: Vec<usize>,
+    },
+}
+
+impl LoraError {
+    /// What to do about it, where we know.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Target { .. } => {
+                Some("`*` stands for any characters of one name, `**` for any number of names".into())
+            }
+            Self::NoSuchTarget { known, .. } => {
+                Some(format!("targets are {}, or names: {}", TARGET_GROUPS.join(", "), known.join(", ")))
+            }
+            Self::NoSuchProjection { .. } | Self::Shape { .. } => {
+                Some("the adapter was made for another model, or damaged".into())
+            }
+        }
+    }
+}
+
+/// The values of one adapter, on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adapter {
+    /// The projection that it changes, e.g. `layers.3.self_attn.q_proj`, `layers.3.mlp.experts.gate_proj`.
+    pub path: String,
+    /// f32 `[.., in, rank]`.
+    pub a: TensorData,
+    /// f32 `[.., rank, out]`.
+    pub b: TensorData,
+    /// Scaling and dropout.
+    pub settings: LowRankSettings,
+}
+
+/// A place for an adapter.
+enum Slot<'a> {
+    Matrix(&'a mut Param<Tensor<2>>, &'a mut Option<LowRank<2>>),
+    Experts(&'a mut Param<Tensor<3>>, &'a mut Option<LowRank<3>>),
+}
+
+impl CausalLm {
+    /// Freezes the model and puts a fresh adapter beside each projection that a target matches.
+    ///
+    /// `A` is uniform within `1 / sqrt(in)`, which is what peft's `kaiming_uniform_(a=sqrt(5))` comes to, and depends on
+    /// `seed` alone; `B` is zero. Adapters that were there are merged first.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError`] for a target that is malformed or matches nothing.
+    pub fn with_lora(self, config: &LoraConfig, seed: u64) -> Result<Self, LoraError> {
+        let targets = config
+            .targets
+            .iter()
+            .map(|text| match Target::new(text) {
+                Ok(target) => Ok((text, target)),
+                Err(problem) => Err(LoraError::Target { target: text.clone(), problem }),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut model = self.merge().frozen();
+        let device = model.embed_tokens.weight.val().device();
+        let mut slots = model.slots();
+        for (text, target) in &targets {
+            if !slots.iter().any(|(path, _)| target.matches(path)) {
+                let mut known: Vec<String> =
+                    slots.iter().filter_map(|(path, _)| Some(path.rsplit_once('.')?.1.to_owned())).collect();
+                known.sort();
+                known.dedup();
+                return Err(LoraError::NoSuchTarget { target: (*text).clone(), known });
+            }
+        }
+        let shared = DropoutSeed::default();
+        let wanted = slots.iter_mut().filter(|(path, _)| targets.iter().any(|(_, target)| target.matches(path)));
+        for (index, (_, slot)) in wanted.enumerate() {
+            match slot {
+                Slot::Matrix(weight, lora) => {
+                    **lora = Some(fresh(weight.lazy_shape().dims::<2>(), config, (seed, index), &shared, &device));
+                }
+                Slot::Experts(weight, lora) => {
+                    **lora = Some(fresh(weight.lazy_shape().dims::<3>(), config, (seed, index), &shared, &device));
+                }
+            }
+        }
+        Ok(model)
+    }
+
+    /// Freezes the model and gives it the adapters that are handed over; those that were there are merged first.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError`] for a path that is no projection and for shapes that do not fit.
+    pub fn with_adapters(self, adapters: Vec<Adapter>) -> Result<Self, LoraError> {
+        let mut model = self.merge().frozen();
+        let device = model.embed_tokens.weight.val().device();
+        let shared = DropoutSeed::default();
+        let mut slots = model.slots();
+        for adapter in adapters {
+            let Some(index) = slots.iter().position(|(path, _)| *path == adapter.path) else {
+                return Err(LoraError::NoSuchProjection { path: adapter.path });
+            };
+            match &mut slots[index].1 {
+                Slot::Matrix(weight, lora) => {
+                    **lora = Some(given(weight.lazy_shape().dims::<2>(), adapter, index, &shared, &device)?);
+                }
+                Slot::Experts(weight, lora) => {
+                    **lora = Some(given(weight.lazy_shape().dims::<3>(), adapter, index, &shared, &device)?);
+                }
+            }
+        }
+        Ok(model)
+    }
+
+    /// The model with its adapters added to its weights; gradients reach the weights as they did before.
+    pub fn merge(mut self) -> Self {
+        for (_, slot) in self.slots() {
+            match slot {
+                Slot::Matrix(weight, lora) => merge(weight, lora),
+                Slot::Experts(weight, lora) => merge(weight, lora),
+            }
+        }
+        self
+    }
+
+    /// Whether any projection has an adapter.
+    pub fn has_adapters(&self) -> bool {
+        self.dropout_seed().is_some()
+    }
+
+    /// The values of all adapters, in the order of the model.
+    pub fn adapters(&self) -> Vec<Adapter> {
+        let mut model = self.clone();
+        let slots = model.slots();
+        slots
+            .into_iter()
+            .filter_map(|(path, slot)| match slot {
+                Slot::Matrix(_, lora) => lora.as_ref().map(|lora| taken(path, lora)),
+                Slot::Experts(_, lora) => lora.as_ref().map(|lora| taken(path, lora)),
+            })
+            .collect()
+    }
+
+    /// From now on, in this model and its clones, adapters with a dropout drop a share of their inputs, by masks that
+    /// follow from `seed`; `None` ends that. Without adapters it does nothing.
+    ///
+    /// The masks are drawn from the device's generator, which each pass seeds anew.
+    pub fn set_dropout_seed(&self, seed: Option<u64>) {
+        if let Some(shared) = self.dropout_seed() {
+            shared.set(seed);
+        }
+    }
+
+    /// Every parameter without gradients.
+    fn frozen(self) -> Self {
+        struct Freeze;
+        impl ModuleMapper for Freeze {
+            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                param.set_require_grad(false)
+            }
+        }
+        self.map(&mut Freeze)
+    }
+
+    fn dropout_seed(&self) -> Option<DropoutSeed> {
+        let mut model = self.clone();
+        model.slots().iter().find_map(|(_, slot)| match slot {
+            Slot::Matrix(_, lora) => lora.as_ref().map(|lora| lora.dropout_seed().clone()),
+            Slot::Experts(_, lora) => lora.as_ref().map(|lora| lora.dropout_seed().clone()),
+        })
+    }
+
+    /// Every projection of the decoder's layers with its path. Embedding, head, routers and norms are none.
+    fn slots(&mut self) -> Vec<(String, Slot<'_>)> {
+        let mut slots = Vec::new();
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let path = format!("layers.{index}");
+            let mut matrix = |name: &str, projection| push(&mut slots, format!("{path}.self_attn.{name}"), projection);
+            match &mut layer.self_attn {
+                Attention::Mla(attention) => {
+                    for (name, projection) in [
+                        ("q_proj", &mut attention.q_proj),
+                        ("q_a_proj", &mut attention.q_a_proj),
+                        ("q_b_proj", &mut attention.q_b_proj),
+                    ] {
+                        if let Some(projection) = projection {
+                            matrix(name, projection);
+                        }
+                    }
+                    matrix("kv_a_proj_with_mqa", &mut attention.kv_a_proj_with_mqa);
+                    matrix("kv_b_proj", &mut attention.kv_b_proj);
+                    matrix("o_proj", &mut attention.o_proj);
+                }
+                Attention::Gqa(attention) => {
+                    matrix("q_proj", &mut attention.q_proj);
+                    matrix("k_proj", &mut attention.k_proj);
+                    matrix("v_proj", &mut attention.v_proj);
+                    matrix("o_proj", &mut attention.o_proj);
+                }
+            }
+            match &mut layer.mlp {
+                FeedForward::Dense(mlp) => push_mlp(&mut slots, &format!("{path}.mlp"), mlp),
+                FeedForward::Moe(moe) => {
+                    let experts = &mut moe.experts;
+                    for (name, weight, lora) in [
+                        ("gate_proj", &mut experts.gate_proj, &mut experts.gate_lora),
+                        ("up_proj", &mut experts.up_proj, &mut experts.up_lora),
+                        ("down_proj", &mut experts.down_proj, &mut experts.down_lora),
+                    ] {
+                        slots.push((format!("{path}.mlp.experts.{name}"), Slot::Experts(weight, lora)));
+                    }
+                    if let Some(shared) = &mut moe.shared_experts {
+                        push_mlp(&mut slots, &format!("{path}.mlp.shared_experts"), shared);
+                    }
+                }
+            }
+        }
+        slots
+    }
+}
+
+fn push<'a>(slots: &mut Vec<(String, Slot<'a>)>, path: String, projection: &'a mut Projection) {
+    slots.push((path, Slot::Matrix(&mut projection.weight, &mut projection.lora)));
+}
+
+fn push_mlp<'a>(slots: &mut Vec<(String, Slot<'a>)>, path: &str, mlp: &'a mut Mlp) {
+    push(slots, format!("{path}.gate_proj"), &mut mlp.gate_proj);
+    push(slots, format!("{path}.up_proj"), &mut mlp.up_proj);
+    push(slots, format!("{path}.down_proj"), &mut mlp.down_proj);
+}
+
+fn fresh<const D: usize>(
+    weight: [usize; D],
+    config: &LoraConfig,
+    (seed, index): (u64, usize),
+    dropout: &DropoutSeed,
+    device: &Device,
+) -> LowRank<D> {
+    let (mut shape_a, mut shape_b) = (weight, weight);
+    shape_a[D - 1] = config.rank;
+    shape_b[D - 2] = config.rank;
+    let bound = (weight[D - 2] as f64).sqrt().recip();
+    // Drawn on the host, the same on every device.
+    let seed = mix(seed ^ mix(index as u64));
+    let uniform = |number: usize| (mix(seed ^ mix(number as u64)) >> 11) as f64 / (1_u64 << 53) as f64;
+    let count: usize = shape_a.iter().product();
+    let values: Vec<f32> = (0..count).map(|number| ((2.0 * uniform(number) - 1.0) * bound) as f32).collect();
+    let a = Tensor::from_data(TensorData::new(values, shape_a), (device, DType::F32));
+    let b = Tensor::zeros(shape_b, (device, DType::F32));
+    LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings, index, dropout.clone())
+}
+
+fn given<const D: usize>(
+    weight: [usize; D],
+    adapter: Adapter,
+    index: usize,
+    seed: &DropoutSeed,
+    device: &Device,
+) -> Result<LowRank<D>, LoraError> {
+    let Adapter { path, a, b, settings } = adapter;
+    let (shape_a, shape_b) = (a.shape().to_vec(), b.shape().to_vec());
+    let fits = shape_a.len() == D && shape_b.len() == D && {
+        let rank = shape_a[D - 1];
+        rank > 0
+            && shape_b[D - 2] == rank
+            && shape_a[..D - 1] == weight[..D - 1]
+            && shape_b[..D - 2] == weight[..D - 2]
+            && shape_b[D - 1] == weight[D - 1]
+    };
+    if !fits {
+        return Err(LoraError::Shape { path, a: shape_a, b: shape_b, weight: weight.to_vec() });
+    }
+    let tensor = |data: TensorData| Param::from_tensor(Tensor::<D>::from_data(data, (device, DType::F32)));
+    Ok(LowRank::new(tensor(a), tensor(b), settings, index, seed.clone()))
+}
+
+fn taken<const D: usize>(path: String, lora: &LowRank<D>) -> Adapter {
+    let data = |param: &Param<Tensor<D>>| param.val().into_data().convert::<f32>();
+    Adapter { path, a: data(&lora.a), b: data(&lora.b), settings: lora.settings() }
+}
+
+fn merge<const D: usize>(weight: &mut Param<Tensor<D>>, lora: &mut Option<LowRank<D>>) {
+    let Some(lora) = lora.take() else { return };
+    *weight = weight.clone().map(|old| {
+        let trained = old.is_require_grad();
+        lora.merged_into(old).detach().set_require_grad(trained)
+    });
+}

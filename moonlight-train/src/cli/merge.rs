@@ -1,0 +1,48 @@
+//! `moonlight merge`.
+
+use std::path::PathBuf;
+
+use burn::tensor::DType;
+use clap::Args;
+use moonlight_convert::adapter::base_of;
+use moonlight_convert::{SaveOptions, hub, save};
+
+use super::model::resolve;
+use crate::device::{self, Target};
+use crate::error::TrainError;
+use crate::weights::Weights;
+
+/// Add an adapter to the weights of its model.
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// The model that the adapter belongs to; else what the adapter itself names.
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// The adapter, or a `[lora]` run, whose newest checkpoint is taken.
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// Where the whole model goes.
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// f32, bf16 or f16; else as the model's weights are stored.
+    #[arg(long)]
+    dtype: Option<String>,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
+    let target = Target::open("cpu").or_else(|_| Target::open("auto"))?;
+    let dtype = arguments.dtype.as_deref().map(|dtype| device::dtype(dtype, &target)).transpose()?.flatten();
+    let adapter = resolve(&arguments.adapter);
+    let base = match &arguments.model {
+        Some(model) => resolve(&hub::resolve(model)?),
+        None => base_of(&adapter)?,
+    };
+    // As stored, unless that is narrower than what is written: the sum is taken in f32 and rounded once.
+    let loaded = dtype.filter(|&dtype| dtype == DType::F32);
+    let Weights { model, base } = Weights::open(&base, Some(&adapter), &target.device, loaded)?;
+    let options = SaveOptions { dtype, companions_from: Some(base), overwrite: false, ..SaveOptions::default() };
+    let count = model.adapters().len();
+    save(&model.merge(), &arguments.output, &options)?;
+    eprintln!("{count} adapters merged into `{}`", arguments.output.display());
+    Ok(())
+}

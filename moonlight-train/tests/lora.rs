@@ -1,0 +1,209 @@
+//! `[lora]` and `[train] freeze`, from the recipe to the merged model.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use burn::tensor::Device;
+use common::{Home, assert_fails, checkpoint, checkpoints, metrics, moonlight, text};
+use moonlight_convert::{Checkpoint, load};
+use serde_json::Value;
+
+/// A home with a trained base and a recipe of adapters for it.
+struct Tuned {
+    home: Home,
+    base: PathBuf,
+}
+
+impl Tuned {
+    fn new() -> Self {
+        let home = Home::new();
+        let base =
+            checkpoint(&home.trained("base", &["--set", "train.steps=6", "--set", "schedule.warmup_steps=1"]), 6);
+        let recipe = fs::read_to_string(home.path("recipe.toml")).unwrap();
+        let (head, rest) = recipe.split_once("[model]").unwrap();
+        let (_, rest) = rest.split_once("[data]").unwrap();
+        let recipe =
+            format!("{head}[model]\npath = {base:?}\n[lora]\nrank = 4\nalpha = 8\ntargets = [\"all\"]\n[data]{rest}");
+        fs::write(home.path("recipe.toml"), recipe.replace("learning_rate = 2e-3", "learning_rate = 2e-2")).unwrap();
+        Self { home, base }
+    }
+
+    fn train(&self, name: &str, arguments: &[&str]) -> Output {
+        self.home.train(name, arguments).output().unwrap()
+    }
+}
+
+/// Every file of an adapter's checkpoint that says what the run is, to the byte.
+fn assert_same_adapter(a: &Path, b: &Path) {
+    for file in ["adapter_model.safetensors", "adapter_config.json", "trainer.json"] {
+        assert!(fs::read(a.join(file)).unwrap() == fs::read(b.join(file)).unwrap(), "{file} differs");
+    }
+}
+
+fn losses(run: &Path, split: &str) -> Vec<f64> {
+    let lines = metrics(run).into_iter().filter(|line| line["split"] == split);
+    lines.map(|line| line["loss"].as_f64().unwrap()).collect()
+}
+
+#[test]
+fn adapters_learn_beside_a_base_that_stays() {
+    let tuned = Tuned::new();
+    for optimizer in ["muon", "adamw"] {
+        let name = format!("optimizer.name={optimizer}");
+        let run = tuned.home.trained(optimizer, &["--set", &name]);
+        let (train, valid) = (losses(&run, "train"), losses(&run, "valid"));
+        assert!(valid[1] < train[0] && train[11] < train[0], "{optimizer}: {train:?} {valid:?}");
+        assert_eq!(checkpoints(&run), ["step-00000008", "step-00000012"]);
+        let last = checkpoint(&run, 12);
+        for file in ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "optimizer.bpk"] {
+            assert!(last.join(file).exists(), "{file}");
+        }
+        assert!(!last.join("model.safetensors").exists() && !last.join("config.json").exists());
+        // Only adapters are in the optimizer's hands.
+        let table = fs::read_to_string(run.join("optimizer.txt")).unwrap();
+        let rows: Vec<&str> =
+            table.lines().filter(|line| line.starts_with("layers.") || line.contains("embed")).collect();
+        assert!(rows.iter().all(|row| row.contains("lora.") != row.contains("buffer")), "{table}");
+    }
+}
+
+#[test]
+fn a_run_with_dropout_that_was_stopped_goes_on_bit_for_bit() {
+    let tuned = Tuned::new();
+    let dropout = ["--set", "lora.dropout=0.2", "--set", "schedule.total_steps=12"];
+    let whole = tuned.home.trained("whole", &dropout);
+    let parts = tuned.home.trained("parts", &[&dropout[..], &["--set", "train.steps=5"]].concat());
+    tuned.home.trained("parts", &[&dropout[..], &["--resume"]].concat());
+    assert_same_adapter(&checkpoint(&whole, 12), &checkpoint(&parts, 12));
+    assert_eq!(losses(&whole, "train"), losses(&parts, "train"));
+    // Layers that run again drop the same values: the first losses are equal, all of them nearly.
+    let again =
+        tuned.home.trained("again", &[&dropout[..], &["--set", "train.activation_checkpointing=block"]].concat());
+    assert_eq!(losses(&again, "train")[0], losses(&whole, "train")[0]);
+    let apart = losses(&again, "train").into_iter().zip(losses(&whole, "train")).map(|(a, b)| (a - b).abs());
+    assert!(apart.fold(0.0, f64::max) < 1e-3);
+    // Without dropout it is another run.
+    let without = tuned.home.trained("without", &dropout[2..]);
+    assert_ne!(losses(&without, "train"), losses(&whole, "train"));
+
+    // A damaged checkpoint is passed over.
+    let weights = checkpoint(&parts, 12).join("adapter_model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    let output = tuned.train("parts", &[&dropout[..], &["--resume"]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("warning: passing over a damaged checkpoint"));
+    assert_same_adapter(&checkpoint(&whole, 12), &checkpoint(&parts, 12));
+}
+
+#[test]
+fn an_adapter_speaks_and_merges() {
+    let tuned = Tuned::new();
+    let run = tuned.home.trained("speaker", &[]);
+    let (run, base) = (run.display().to_string(), tuned.base.display().to_string());
+    let merged = tuned.home.path("merged").display().to_string();
+    let output = moonlight(&["merge", "--adapter", &run, "--output", &merged]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    // It is a model like any other, with the base's tokenizer.
+    let config = |dir: &str| Checkpoint::open(dir).unwrap().config().clone();
+    assert_eq!(config(&merged), config(&base));
+    load(Path::new(&merged), &Device::default(), None).unwrap();
+
+    let data = tuned.home.path("data.jsonl");
+    fs::write(&data, "{\"text\": \"File 3 says 4 and\"}\n").unwrap();
+    let score = |model: &[&str]| -> Vec<f64> {
+        let output = moonlight(&["score", "--data", data.to_str().unwrap()]).args(model).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let line: Value = serde_json::from_str(text(&output.stdout).trim()).unwrap();
+        line["logprobs"].as_array().unwrap()[1..].iter().map(|value| value.as_f64().unwrap()).collect()
+    };
+    let adapted = score(&["--model", &run]);
+    assert_eq!(score(&["--model", &base, "--adapter", &run]), adapted);
+    let apart = |other: Vec<f64>| other.iter().zip(&adapted).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(apart(score(&["--model", &merged])) < 1e-4);
+    assert!(apart(score(&["--model", &base])) > 1e-3);
+    let generate = |model: &[&str]| {
+        let prompt = ["generate", "--prompt", "File", "--max-new-tokens", "8"];
+        let output = moonlight(&prompt).args(model).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    assert_eq!(generate(&["--model", &merged]), generate(&["--model", &run]));
+
+    // What cannot be merged says so and leaves nothing.
+    let again = moonlight(&["merge", "--adapter", &run, "--output", &merged]).output().unwrap();
+    assert_fails(&again, "exists already");
+    let elsewhere = tuned.home.path("elsewhere").display().to_string();
+    let none = moonlight(&["merge", "--adapter", &base, "--output", &elsewhere]).output().unwrap();
+    assert_fails(&none, "has no `adapter_config.json`");
+    fs::rename(&tuned.base, tuned.base.with_file_name("moved")).unwrap();
+    let lost = moonlight(&["merge", "--adapter", &run, "--output", &elsewhere]).output().unwrap();
+    assert_fails(&lost, "which is not there");
+    assert!(!Path::new(&elsewhere).exists());
+}
+
+#[test]
+fn recipes_that_contradict_themselves_are_refused() {
+    let tuned = Tuned::new();
+    for (set, expected) in [
+        ("lora.targets=[\"qproj\"]", "`lora.targets`: the target `qproj` matches no projection of the model"),
+        ("lora.targets=[]", "`lora.targets` names nothing to adapt"),
+        ("lora.rank=0", "`lora.rank` is 0; it must be from 1 to 4096"),
+        ("lora.dropout=1", "`lora.dropout` is 1; it must be from 0 to below 1"),
+        ("optimizer.qk_clip=10", "`optimizer.qk_clip` scales weights that `[lora]` freezes"),
+        ("moe.bias_update_rate=0.1", "`moe.bias_update_rate` moves the routers of a model that `[lora]` freezes"),
+        ("train.freeze=[\"**.mlp.**\"]", "`train.freeze` says nothing beside `[lora]`"),
+        ("lora.rnak=3", "unknown key `lora.rnak` (the nearest known key is `lora.rank`)"),
+    ] {
+        assert_fails(&tuned.train("refused", &["--set", set]), expected);
+        assert!(!tuned.home.run("refused").exists(), "{set}");
+    }
+    let home = Home::new();
+    assert_fails(&home.train("shape", &["--set", "lora.rank=4"]).output().unwrap(), "`[lora]` needs weights");
+}
+
+#[test]
+fn what_is_frozen_stays_to_the_last_bit() {
+    let home = Home::new();
+    let start = home.trained("start", &["--set", "train.steps=1"]);
+    let path = format!("model.path={:?}", checkpoint(&start, 1).display().to_string());
+    let recipe = fs::read_to_string(home.path("recipe.toml")).unwrap();
+    let (head, rest) = recipe.split_once("[model]").unwrap();
+    let (_, rest) = rest.split_once("[data]").unwrap();
+    fs::write(home.path("recipe.toml"), format!("{head}[data]{rest}")).unwrap();
+    let patterns =
+        r#"train.freeze=["**.mlp.gate.weight", "model.embed_tokens.*", "model.layers.1.mlp.experts.*.up_proj.weight"]"#;
+    let run = home.trained("frozen", &["--set", &path, "--set", patterns]);
+    let (before, after) =
+        (Checkpoint::open(checkpoint(&start, 1)).unwrap(), Checkpoint::open(checkpoint(&run, 12)).unwrap());
+    let mut stayed = Vec::new();
+    for ((name, old), (_, new)) in before.tensors().zip(after.tensors()) {
+        if before.data(old) == after.data(new) {
+            stayed.push(name.to_owned());
+        }
+    }
+    let mut expected: Vec<String> =
+        (0..6).map(|expert| format!("model.layers.1.mlp.experts.{expert}.up_proj.weight")).collect();
+    expected.extend(["model.embed_tokens.weight", "model.layers.1.mlp.gate.weight"].map(str::to_owned));
+    // The bias moves by its own rule, which starts at 0 for weights.
+    expected.push("model.layers.1.mlp.gate.e_score_correction_bias".into());
+    expected.sort();
+    stayed.sort();
+    assert_eq!(stayed, expected);
+
+    for (pattern, expected) in [
+        ("nothing.*", "`train.freeze`: `nothing.*` matches no parameter of the model"),
+        ("model.layers.1.mlp.experts.2.**", "matches 1 of the 6 experts of `layers.1.mlp.experts.gate_proj`"),
+        ("**", "`train.freeze`: the whole model is frozen"),
+        ("layers.[0", "`train.freeze`: the pattern `layers.[0` is malformed"),
+    ] {
+        let set = format!("train.freeze=[{pattern:?}]");
+        let output = home.train("refused", &["--set", &path, "--set", &set]).output().unwrap();
+        assert_fails(&output, expected);
+        assert!(text(&output.stderr).contains("hint: "), "{pattern}");
+        assert!(!home.run("refused").exists(), "{pattern}");
+    }
+}

@@ -1,0 +1,119 @@
+//! Forty steps of adapters, held against the same in torch and peft (`scripts/check_lora.py --write fixtures/lora`): from
+//! the adapter that peft made and saved.
+//!
+//! `cargo test -p moonlight-train --test parity_lora -- --nocapture` prints the worst figures.
+
+mod common;
+
+use std::path::Path;
+
+use common::{metrics, moonlight, text};
+use serde::Deserialize;
+
+/// The most that the loss of any step may differ.
+const LOSS_BUDGET: f64 = 2e-3;
+/// The most that the gradient norm of any step may differ, relative.
+const NORM_BUDGET: f64 = 1e-2;
+
+#[derive(Deserialize)]
+struct Reference {
+    batch_size: usize,
+    rules: Rules,
+    steps: Vec<Step>,
+}
+
+#[derive(Deserialize)]
+struct Rules {
+    learning_rate: f64,
+    final_learning_rate: f64,
+    warmup_steps: u64,
+    weight_decay: f64,
+    betas: [f64; 2],
+    epsilon: f64,
+    gradient_clip: f64,
+}
+
+#[derive(Deserialize)]
+struct Step {
+    loss: f64,
+    grad_norm: f64,
+    lr: f64,
+}
+
+#[test]
+fn forty_steps_of_adapters() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
+    let reference = std::fs::read_to_string(fixtures.join("lora/reference.json")).unwrap();
+    let Reference { batch_size, rules, steps } = serde_json::from_str(&reference).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let recipe = format!(
+        r#"
+[run]
+name = "lora"
+dir = {:?}
+device = "cpu"
+[model]
+path = {:?}
+dtype = "f32"
+[lora]
+path = {:?}
+[data]
+train = [{:?}]
+format = "tokens"
+tokenizer = "none"
+sequence_length = 64
+pack = false
+shuffle = false
+cache_dir = {:?}
+[optimizer]
+name = "adamw"
+learning_rate = {:?}
+weight_decay = {:?}
+betas = {:?}
+epsilon = {:?}
+[schedule]
+name = "cosine"
+warmup_steps = {}
+final_fraction = {:?}
+[train]
+steps = {}
+batch_size = {batch_size}
+gradient_clip = {:?}
+plots = false
+[moe]
+sequence_balance_weight = 0.0
+"#,
+        home.path().join("runs"),
+        fixtures.join("training/init"),
+        fixtures.join("lora/init"),
+        fixtures.join("training/tokens.jsonl"),
+        home.path().join("cache"),
+        rules.learning_rate,
+        rules.weight_decay,
+        rules.betas,
+        rules.epsilon,
+        rules.warmup_steps,
+        rules.final_learning_rate / rules.learning_rate,
+        steps.len(),
+        rules.gradient_clip,
+    );
+    let path = home.path().join("lora.toml");
+    std::fs::write(&path, recipe).unwrap();
+    let output = moonlight(&["train"]).arg(&path).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let lines = metrics(&home.path().join("runs/lora"));
+    let ours: Vec<_> = lines.iter().filter(|line| line["split"] == "train").collect();
+    assert_eq!(ours.len(), steps.len());
+    let (mut worst, mut worst_norm) = (0.0, 0.0);
+    for (step, (ours, expected)) in ours.into_iter().zip(&steps).enumerate() {
+        let of = |key: &str| ours[key].as_f64().unwrap();
+        assert!((of("lr") / expected.lr - 1.0).abs() < 1e-12, "step {step}: {} and {}", of("lr"), expected.lr);
+        let difference = (of("loss") - expected.loss).abs();
+        assert!(difference <= LOSS_BUDGET, "step {step}: the loss differs by {difference}");
+        worst = f64::max(worst, difference);
+        let relative = (of("grad_norm") / expected.grad_norm - 1.0).abs();
+        assert!(relative <= NORM_BUDGET, "step {step}: the gradient norm differs by {relative}");
+        worst_norm = f64::max(worst_norm, relative);
+    }
+    println!("40 steps of adapters: loss differs by at most {worst:.1e}, gradient norm by {worst_norm:.1e}");
+}
