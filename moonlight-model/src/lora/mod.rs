@@ -17,6 +17,7 @@ pub use low_rank::{LowRank, LowRankSettings};
 pub use target::TARGET_GROUPS;
 
 use crate::attention::Attention;
+use crate::config::{ModelConfig, ParameterKind};
 use crate::layer::FeedForward;
 use crate::mlp::Mlp;
 use crate::model::CausalLm;
@@ -108,6 +109,37 @@ pub struct Adapter {
 enum Slot<'a> {
     Matrix(&'a mut Param<Tensor<2>>, &'a mut Option<LowRank<2>>),
     Experts(&'a mut Param<Tensor<3>>, &'a mut Option<LowRank<3>>),
+}
+
+/// The shapes of one adapter, known without a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterShape {
+    /// The path of the projection.
+    pub path: String,
+    /// `[.., in, rank]`.
+    pub a: Vec<usize>,
+    /// `[.., rank, out]`.
+    pub b: Vec<usize>,
+}
+
+impl LoraConfig {
+    /// The adapters that a model of this shape would get, in its order; a target that is malformed matches nothing.
+    pub fn adapter_shapes(&self, config: &ModelConfig) -> Vec<AdapterShape> {
+        let targets: Vec<Target> = self.targets.iter().filter_map(|text| Target::new(text).ok()).collect();
+        let shapes = config.parameter_shapes().into_iter().filter_map(|parameter| {
+            let path = match parameter.kind {
+                ParameterKind::Matrix => parameter.path.strip_suffix(".weight")?.to_owned(),
+                ParameterKind::Experts => parameter.path,
+                _ => return None,
+            };
+            let (mut a, mut b) = (parameter.shape.clone(), parameter.shape);
+            let last = a.len() - 1;
+            a[last] = self.rank;
+            b[last - 1] = self.rank;
+            targets.iter().any(|target| target.matches(&path)).then_some(AdapterShape { path, a, b })
+        });
+        shapes.collect()
+    }
 }
 
 impl CausalLm {
