@@ -2,8 +2,10 @@
 
 mod chat;
 mod data;
+mod eval;
 mod generate;
 mod model;
+mod plot;
 mod score;
 mod train;
 
@@ -32,6 +34,10 @@ enum Command {
     Generate(generate::Arguments),
     /// Talk to a model in its own chat template.
     Chat(chat::Arguments),
+    /// Multiple choice, perplexity and exact answers, from local files.
+    Eval(eval::Arguments),
+    /// Curves of several runs over each other.
+    Plot(plot::Arguments),
     /// Look at the data of a recipe.
     #[command(subcommand)]
     Data(data::Command),
@@ -45,6 +51,8 @@ pub fn main() -> ExitCode {
         Command::Train(arguments) => train::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Chat(arguments) => chat::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Eval(arguments) => eval::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Plot(arguments) => plot::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Data(command) => data::run(&command).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
