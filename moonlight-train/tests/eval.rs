@@ -29,7 +29,11 @@ fn a_checkpoint_is_evaluated_and_drawn() {
     let acc = found["metrics"]["acc"]["value"].as_f64().unwrap();
     assert!([0.0, 0.5, 1.0].contains(&acc) && found["metrics"]["acc"]["stderr"].is_number(), "{found}");
     assert_eq!(fs::read_to_string(records).unwrap().lines().count(), 2);
-    // A conversation is longer than this model's 64 tokens with the template's system message.
+    let output = eval(&["--task", talk, "--json"]);
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(found["metrics"]["nll"]["value"].as_f64().unwrap() > 0.0, "{found}");
+    assert!(found["metrics"]["exact_match"]["value"].is_number(), "{found}");
+    fs::write(talk, format!("{{\"instruction\": \"{}\", \"output\": \"a\"}}\n", "q".repeat(70))).unwrap();
     assert_fails(&eval(&["--task", talk]), "talk.jsonl:1: ");
     let output = eval(&["--task", arc]);
     assert!(text(&output.stdout).contains("acc_norm"), "{}", text(&output.stdout));
@@ -46,4 +50,29 @@ fn a_checkpoint_is_evaluated_and_drawn() {
     assert!(plot("x.png").starts_with(b"\x89PNG"));
     let output = moonlight(&["plot", "--metric", "nothing"]).arg(&a).output().unwrap();
     assert_fails(&output, "none of the runs has the figure `nothing`");
+}
+
+#[test]
+fn a_recipe_with_tasks_is_evaluated_before_and_after() {
+    let home = Home::new();
+    let talk = home.path("talk.jsonl");
+    fs::write(&talk, "{\"text\": \"File 3 says 4 and 5 of 6.\"}\n{\"text\": \"File 4\"}\n").unwrap();
+    let tasks = format!("eval.tasks=[\"{}\"]", talk.display());
+    let sets = ["--set", &tasks, "--set", "train.steps=5", "--set", "schedule.total_steps=12"];
+    let run = home.trained("judged", &sets);
+    let evaluation =
+        || -> Value { serde_json::from_str(&fs::read_to_string(run.join("evaluation.json")).unwrap()).unwrap() };
+    let bits = |when: &str| evaluation()[when][0]["metrics"]["bits_per_byte"]["value"].as_f64().unwrap();
+    let (before, after) = (bits("before"), bits("after"));
+    assert!(after < before, "{after} is not below {before}");
+    // What was there before the first step stays, whenever the run goes on.
+    let output = home.train("judged", &["--set", &tasks, "--resume"]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(bits("before"), before);
+    assert!(bits("after") < after);
+    let stderr = text(&output.stderr);
+    assert!(!stderr.contains("evaluation before:") && stderr.contains("evaluation after:"), "{stderr}");
+    let nowhere = home.train("bad", &["--set", "eval.tasks=[\"nowhere.jsonl\"]"]).output().unwrap();
+    assert_fails(&nowhere, "nowhere.jsonl");
+    assert!(!home.run("bad").exists());
 }

@@ -9,6 +9,7 @@
 
 mod data;
 mod error;
+mod eval;
 mod expand;
 mod model;
 mod optimizer;
@@ -24,6 +25,7 @@ use serde::Serialize;
 
 pub use data::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Broken, DataConfig, DataFormat, NO_TOKENIZER, TooLong};
 pub use error::RecipeError;
+pub use eval::EvalConfig;
 pub use expand::expand;
 pub use model::{ModelRecipe, ModelSource};
 pub use optimizer::{OptimizerName, OptimizerRecipe, ScaleName};
@@ -55,6 +57,8 @@ pub struct Recipe {
     pub moe: MoeRecipe,
     /// `[sample]`: what the trained model writes at the end.
     pub sample: SampleConfig,
+    /// `[eval]`: what it is asked before and after.
+    pub eval: EvalConfig,
 }
 
 impl Recipe {
@@ -91,6 +95,7 @@ impl Recipe {
         let train = reader.section("train", |section| TrainConfig::read(section, &schedule));
         let moe = reader.section("moe", |section| MoeRecipe::read(section, &model));
         let sample = reader.section("sample", SampleConfig::read);
+        let eval = reader.section("eval", EvalConfig::read);
         if let Err(error) = Schedule::new(&schedule, optimizer.learning_rate, train.steps) {
             reader.problem(RecipeError::Invalid {
                 place: file,
@@ -100,7 +105,7 @@ impl Recipe {
             });
         }
         reader.finish()?;
-        Ok(Self { run, model, data, optimizer, schedule, train, moe, sample })
+        Ok(Self { run, model, data, optimizer, schedule, train, moe, sample, eval })
     }
 
     /// The recipe as TOML, every default spelled out.

@@ -4,6 +4,7 @@ use std::io::Write;
 
 use moonlight_convert::load;
 
+use super::judge::{self, judge};
 use super::strategy::Finished;
 use crate::data::Corpus;
 use crate::device::Target;
@@ -47,6 +48,10 @@ pub fn conclude(recipe: &Recipe, target: &Target, finished: &Finished) -> Result
         eprintln!("validation loss: {loss:.4}{}", beside.unwrap_or_default());
     }
     eprintln!("checkpoint: {}", finished.checkpoint.display());
+    if let Some((table, found)) = judge(recipe, &model, tokenizer.as_ref())? {
+        judge::keep(&folder, "after", found)?;
+        eprint!("evaluation after:\n{table}");
+    }
     let sample = &recipe.sample;
     if let Some(tokenizer) = tokenizer.filter(|_| !sample.prompt.is_empty()) {
         let prompt = tokenizer.encode(&sample.prompt);

@@ -1,6 +1,7 @@
 //! `moonlight train`: a recipe becomes a run.
 
 mod conclude;
+mod judge;
 mod qk_clip;
 mod renderer;
 mod start;
