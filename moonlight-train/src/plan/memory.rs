@@ -287,11 +287,8 @@ impl Step<'_> {
                 Stage::Embedding => false,
             };
             let of_this = |parameter: &Parameter| parameter.stage == Stage::Layer(layer);
-            let alive = if setting.recompute {
-                own
-            } else {
-                activations[..=layer].iter().map(|(kept, _)| kept + stream).sum()
-            };
+            let alive =
+                if setting.recompute { own } else { activations[..=layer].iter().map(|(kept, _)| kept + stream).sum() };
             let moment = self
                 .standing(&format!("backward of layer {layer}"))
                 .with(Part::Gradients, summed + kept(&later))
