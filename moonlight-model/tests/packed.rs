@@ -50,7 +50,8 @@ fn more_bits_are_closer_and_what_is_unpacked_computes_the_same() {
         assert!(apart(Tensor::cat(parts.to_vec(), 1), logits.clone()) < 1e-4 * size);
         median(logits, whole.clone()) / size
     });
-    assert!(off[0] < 0.02 && off[0] < off[1] && off[1] < 0.5, "{off:?}");
+    // Rounding to 7 instead of 127 steps is 18 times as coarse.
+    assert!(off[0] < 0.08 && (6.0..40.0).contains(&(off[1] / off[0])), "{off:?}");
 }
 
 #[test]
