@@ -93,7 +93,10 @@ type Sets = &'static [&'static str];
 /// Bytes that training took beyond what there was before, and bytes that were foretold.
 fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, Plan) {
     let path = home.join(format!("{name}.toml"));
-    let text = RECIPE.replace("HOME", &home.display().to_string()).replace("NAME", name);
+    let mut text = RECIPE.replace("HOME", &home.display().to_string()).replace("NAME", name);
+    if name.starts_with("lora") {
+        text = on_weights(home, &text);
+    }
     std::fs::write(&path, text).unwrap();
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let recipe = Recipe::load(&path, &sets).unwrap();
@@ -103,6 +106,23 @@ fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, Plan
     PEAK.store(before, Ordering::Relaxed);
     train(&recipe, &target, false, Interrupter::new()).unwrap();
     (PEAK.load(Ordering::Relaxed) - before, plan)
+}
+
+/// The recipe from weights of its shape, twice as deep, instead of from the shape.
+fn on_weights(home: &Path, text: &str) -> String {
+    let (start, end) = (text.find("[model]").unwrap(), text.find("[data]").unwrap());
+    let model = home.join("model");
+    if !model.exists() {
+        let mut shape: toml::Table = toml::from_str(&text[start..end]).unwrap();
+        let shape = shape.remove("model").unwrap();
+        let mut shape = serde_json::to_value(shape).unwrap();
+        shape["model_type"] = "deepseek_v3".into();
+        shape["num_hidden_layers"] = 8.into();
+        let config = moonlight_model::ModelConfig::from_value(shape).unwrap();
+        let model_of = config.init(&burn::tensor::Device::default());
+        moonlight_convert::save(&model_of, &model, &moonlight_convert::SaveOptions::default()).unwrap();
+    }
+    format!("{}[model]\npath = \"{}\"\n[lora]\nrank = 8\n{}", &text[..start], model.display(), &text[end..])
 }
 
 const DEEP: Sets = &["model.num_hidden_layers=10", "train.batch_size=8"];
@@ -122,6 +142,10 @@ const GRID: &[(&str, Sets, Sets)] = &[
         DEEP,
         &["model.num_experts_per_tok=6", "model.moe_intermediate_size=256", "train.activation_checkpointing=\"block\""],
     ),
+    ("lora-attention", &["train.batch_size=8"], &[]),
+    ("lora-all", &["train.batch_size=8"], &["lora.targets=[\"all\"]"]),
+    ("lora-block", &["train.batch_size=8"], &["train.activation_checkpointing=\"block\""]),
+    ("lora-bf16", &["train.batch_size=8"], &["model.dtype=\"bf16\""]),
     ("head", WIDE_HEAD, &[]),
     ("head-chunks", WIDE_HEAD, &["train.loss_chunk_tokens=128"]),
     ("head-chunks-block", WIDE_HEAD, &["train.loss_chunk_tokens=128", "train.activation_checkpointing=\"block\""]),

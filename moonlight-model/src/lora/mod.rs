@@ -16,6 +16,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 pub use low_rank::{LowRank, LowRankSettings};
 pub use target::TARGET_GROUPS;
 
+use crate::config::{ModelConfig, ParameterKind};
 use crate::model::CausalLm;
 use crate::slot::Slot;
 use low_rank::{DropoutSeed, mix};
@@ -99,6 +100,37 @@ pub struct Adapter {
     pub b: TensorData,
     /// Scaling and dropout.
     pub settings: LowRankSettings,
+}
+
+/// The shapes of one adapter, known without a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterShape {
+    /// The path of the projection.
+    pub path: String,
+    /// `[.., in, rank]`.
+    pub a: Vec<usize>,
+    /// `[.., rank, out]`.
+    pub b: Vec<usize>,
+}
+
+impl LoraConfig {
+    /// The adapters that a model of this shape would get, in its order; a target that is malformed matches nothing.
+    pub fn adapter_shapes(&self, config: &ModelConfig) -> Vec<AdapterShape> {
+        let targets: Vec<Target> = self.targets.iter().filter_map(|text| Target::new(text).ok()).collect();
+        let shapes = config.parameter_shapes().into_iter().filter_map(|parameter| {
+            let path = match parameter.kind {
+                ParameterKind::Matrix => parameter.path.strip_suffix(".weight")?.to_owned(),
+                ParameterKind::Experts => parameter.path,
+                _ => return None,
+            };
+            let (mut a, mut b) = (parameter.shape.clone(), parameter.shape);
+            let last = a.len() - 1;
+            a[last] = self.rank;
+            b[last - 1] = self.rank;
+            targets.iter().any(|target| target.matches(&path)).then_some(AdapterShape { path, a, b })
+        });
+        shapes.collect()
+    }
 }
 
 impl CausalLm {

@@ -4,6 +4,9 @@
 //! list below follows the code, in its order. `n` is the number of tokens of a micro-batch.
 
 use moonlight_model::config::{AttentionConfig, ModelConfig, MoeConfig};
+use moonlight_model::lora::LoraConfig;
+
+use super::Setting;
 
 /// Values that a layer's graph keeps, and the most that its backward pass holds beside them at a time.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -14,17 +17,12 @@ pub(super) struct LayerActivations {
     pub(super) transient: u64,
 }
 
-/// Of layer `layer`, for `batch` sequences of `sequence` tokens.
-pub(super) fn of_layer(
-    config: &ModelConfig,
-    layer: usize,
-    batch: usize,
-    sequence: usize,
-    fast: bool,
-) -> LayerActivations {
+/// Of layer `layer`.
+pub(super) fn of_layer(config: &ModelConfig, layer: usize, setting: &Setting) -> LayerActivations {
+    let (batch, sequence) = (setting.batch, setting.sequence);
     let n = (batch * sequence) as u64;
     let hidden = config.hidden_size as u64;
-    let (attention, attention_transient) = of_attention(config, batch, sequence, fast);
+    let (attention, attention_transient) = of_attention(config, batch, sequence, setting.fast);
     let (feed_forward, feed_forward_transient) = match config.moe_of_layer(layer) {
         Some(moe) => of_moe(config, moe, n),
         None => {
@@ -35,9 +33,41 @@ pub(super) fn of_layer(
     };
     // Beside them: the normed input of either half, and the sum between the halves.
     let kept = 3 * n * hidden + attention + feed_forward;
+    let (more, less) = setting.lora.as_ref().map_or((0, 0), |lora| of_adapters(config, layer, n, lora));
     // The gradient of the residual stream waits while either half is gone through.
     let transient = 2 * n * hidden + attention_transient.max(feed_forward_transient);
-    LayerActivations { kept, transient }
+    LayerActivations { kept: kept + more - less, transient }
+}
+
+/// What adapters add to a layer, their narrow products, and what a frozen product need not keep: its input, where no
+/// adapter wants it either and no kernel has it.
+fn of_adapters(config: &ModelConfig, layer: usize, n: u64, lora: &LoraConfig) -> (u64, u64) {
+    let prefix = format!("layers.{layer}.");
+    let adapters = lora.adapter_shapes(config);
+    let adapted: Vec<&str> = adapters.iter().filter_map(|adapter| adapter.path.strip_prefix(&prefix)).collect();
+    let moe = config.moe_of_layer(layer);
+    let rows = moe.map_or(0, |moe| n * moe.num_experts_per_tok as u64);
+    let narrow = adapted.iter().map(|path| if path.starts_with("mlp.experts.") { rows } else { n });
+    let more = narrow.sum::<u64>() * lora.rank as u64;
+    let any = |names: &[&str]| adapted.iter().any(|path| names.contains(path));
+    let hidden = config.hidden_size as u64;
+    let mut less = 0;
+    let queries = ["self_attn.q_proj", "self_attn.q_a_proj", "self_attn.k_proj", "self_attn.v_proj"];
+    if !any(&queries) && !any(&["self_attn.kv_a_proj_with_mqa"]) {
+        less += n * hidden;
+    }
+    let (inner, width) = match moe {
+        Some(moe) => ("mlp.shared_experts.", moe.n_shared_experts * moe.moe_intermediate_size),
+        None => ("mlp.", config.intermediate_size),
+    };
+    let named = |name: &str| any(&[&format!("{inner}{name}")]);
+    if !named("gate_proj") && !named("up_proj") {
+        less += n * hidden;
+    }
+    if !named("down_proj") {
+        less += n * width as u64;
+    }
+    (more, less)
 }
 
 fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, fast: bool) -> (u64, u64) {
@@ -87,7 +117,9 @@ fn of_moe(config: &ModelConfig, moe: &MoeConfig, n: u64) -> (u64, u64) {
     (kept + routing, transient + n * hidden)
 }
 
-/// Values that the head holds for `tokens` tokens at a time: what it keeps, and the logits with their gradient.
-pub(super) fn of_head(config: &ModelConfig, tokens: u64) -> (u64, u64) {
-    (2 * tokens * config.hidden_size as u64, 2 * tokens * config.vocab_size as u64)
+/// Values that the head holds for `tokens` tokens at a time: what it keeps, and the logits with their gradient. A frozen
+/// head does not keep its input.
+pub(super) fn of_head(config: &ModelConfig, tokens: u64, frozen: bool) -> (u64, u64) {
+    let kept = if frozen { 1 } else { 2 };
+    (kept * tokens * config.hidden_size as u64, 2 * tokens * config.vocab_size as u64)
 }

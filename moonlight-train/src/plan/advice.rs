@@ -122,6 +122,8 @@ mod tests {
             cpu: false,
             fast: false,
             threads: 1,
+            frozen: Vec::new(),
+            lora: None,
         };
         Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), setting)
     }

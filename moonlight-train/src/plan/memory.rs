@@ -5,6 +5,7 @@
 
 use moonlight_model::ModelConfig;
 use moonlight_model::config::{ParameterKind, ParameterShape};
+use moonlight_model::lora::LoraConfig;
 use serde::Serialize;
 
 use super::activations::{of_head, of_layer};
@@ -120,6 +121,10 @@ pub struct Setting {
     pub fast: bool,
     /// Matrices that the CPU's Newton-Schulz works on at a time.
     pub threads: usize,
+    /// For each parameter of the model whether it is frozen; empty where none is.
+    pub frozen: Vec<bool>,
+    /// Adapters beside a frozen model.
+    pub lora: Option<LoraConfig>,
 }
 
 /// A parameter with what it costs.
@@ -142,13 +147,25 @@ enum Stage {
 
 /// All moments of a step.
 pub(super) fn moments(config: &ModelConfig, setting: &Setting) -> Vec<Moment> {
-    let parameters: Vec<Parameter> =
-        config.parameter_shapes().iter().map(|shape| Parameter::new(shape, config, setting)).collect();
+    let frozen = |index: usize| setting.lora.is_some() || setting.frozen.get(index).copied().unwrap_or(false);
+    let shapes = config.parameter_shapes();
+    let mut parameters: Vec<Parameter> = shapes
+        .iter()
+        .enumerate()
+        .map(|(index, shape)| Parameter::new(shape, frozen(index), setting.bytes, config, setting))
+        .collect();
+    for adapter in setting.lora.iter().flat_map(|lora| lora.adapter_shapes(config)) {
+        for shape in [adapter.a, adapter.b] {
+            // Always f32.
+            let shape = ParameterShape { path: adapter.path.clone(), shape, kind: ParameterKind::Matrix };
+            parameters.push(Parameter::new(&shape, false, 4, config, setting));
+        }
+    }
     Step { config, setting, parameters: &parameters }.moments()
 }
 
 impl Parameter {
-    fn new(shape: &ParameterShape, config: &ModelConfig, setting: &Setting) -> Self {
+    fn new(shape: &ParameterShape, frozen: bool, bytes: u64, config: &ModelConfig, setting: &Setting) -> Self {
         let stage = match shape.path.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse().ok()) {
             Some(layer) => Stage::Layer(layer),
             None if shape.kind == ParameterKind::Embedding && !config.tie_word_embeddings => Stage::Embedding,
@@ -157,6 +174,7 @@ impl Parameter {
         };
         let by = match shape.kind {
             ParameterKind::CorrectionBias => TakenBy::Nothing,
+            _ if frozen => TakenBy::Nothing,
             ParameterKind::Matrix | ParameterKind::Experts | ParameterKind::Router if setting.muon => TakenBy::Muon,
             _ => TakenBy::AdamW,
         };
@@ -166,7 +184,7 @@ impl Parameter {
             [rows, columns] => [1, rows, columns],
             _ => [1, 1, dims.iter().product()],
         };
-        let bytes = if shape.kind == ParameterKind::CorrectionBias { 4 } else { setting.bytes };
+        let bytes = if shape.kind == ParameterKind::CorrectionBias { 4 } else { bytes };
         Self { stage, shape: shape3, values: shape.count(), bytes, by }
     }
 
@@ -231,7 +249,7 @@ impl Step<'_> {
         let stream = n * config.hidden_size as u64 * bytes; // the residual stream at one place
         let layers = config.num_hidden_layers;
         let activations: Vec<_> = (0..layers)
-            .map(|layer| of_layer(config, layer, setting.batch, setting.sequence, setting.fast))
+            .map(|layer| of_layer(config, layer, setting))
             .map(|layer| (layer.kept * bytes, layer.transient * bytes))
             .collect();
         let summed = if setting.accumulates { self.gradients(|_| true) } else { 0 };
@@ -245,7 +263,7 @@ impl Step<'_> {
         let inputs = |layer: usize| if setting.recompute { (layer as u64 + 1) * stream } else { 0 };
         let graph: u64 = if setting.recompute { 0 } else { activations.iter().map(|(kept, _)| kept + stream).sum() };
         let chunk = if setting.loss_chunk_tokens == 0 { n } else { n.min(setting.loss_chunk_tokens as u64) };
-        let (head_kept, logits) = of_head(config, chunk);
+        let (head_kept, logits) = of_head(config, chunk, setting.lora.is_some());
         let head = self.gradients(|parameter| parameter.stage == Stage::Head);
         // With the gradient of the logits in hand, that of the head is made; over chunks it is summed.
         let chunks = if chunk < n { 2 } else { 1 };
@@ -270,7 +288,7 @@ impl Step<'_> {
             };
             let of_this = |parameter: &Parameter| parameter.stage == Stage::Layer(layer);
             let alive = if setting.recompute {
-                own + stream
+                own
             } else {
                 activations[..=layer].iter().map(|(kept, _)| kept + stream).sum()
             };

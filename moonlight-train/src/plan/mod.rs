@@ -17,7 +17,8 @@ use moonlight_model::config::ParameterCount;
 
 use crate::device::Target;
 use crate::error::TrainError;
-use crate::recipe::{Checkpointing, HalfOrFull, NO_TOKENIZER, OptimizerName, Recipe, RoundingName};
+use crate::frozen::frozen_parameters;
+use crate::recipe::{Checkpointing, HalfOrFull, LoraRecipe, NO_TOKENIZER, OptimizerName, Recipe, RoundingName};
 use crate::tokenizer::Tokenizer;
 
 pub use advice::Advice;
@@ -38,7 +39,11 @@ impl Threads {
 
 impl Setting {
     /// How a recipe trains a model of this shape, on the CPU or elsewhere.
-    pub fn of_recipe(recipe: &Recipe, config: &ModelConfig, cpu: bool, threads: Threads) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// A pattern of `train.freeze` that does not fit the model.
+    pub fn of_recipe(recipe: &Recipe, config: &ModelConfig, cpu: bool, threads: Threads) -> Result<Self, TrainError> {
         let half = match recipe.model.dtype.as_str() {
             "bf16" | "f16" => true,
             "auto" if !cpu => config.dtype.as_deref().is_some_and(|dtype| dtype != "float32"),
@@ -46,7 +51,7 @@ impl Setting {
         };
         let accumulates = recipe.train.gradient_accumulation > 1
             || recipe.schedule.accumulation.iter().any(|change| change.gradient_accumulation > 1);
-        Self {
+        Ok(Self {
             batch: recipe.train.batch_size,
             sequence: recipe.data.sequence_length,
             bytes: if half { 2 } else { 4 },
@@ -60,7 +65,9 @@ impl Setting {
             cpu,
             fast: cpu && !half,
             threads: threads.0,
-        }
+            frozen: frozen_parameters(config, &recipe.train.freeze)?,
+            lora: recipe.lora.as_ref().map(LoraRecipe::config),
+        })
     }
 }
 
@@ -93,7 +100,7 @@ impl Plan {
         };
         let config = recipe.model.config_for(tokenizer.as_ref())?;
         let cpu = Target::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
-        let setting = Setting::of_recipe(recipe, &config, cpu, threads);
+        let setting = Setting::of_recipe(recipe, &config, cpu, threads)?;
         Ok(Self::new(config, setting))
     }
 

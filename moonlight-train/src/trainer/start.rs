@@ -147,7 +147,7 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Resul
     let Some(available) = available_memory().filter(|_| target.is_cpu && recipe.train.check_memory) else {
         return Ok(());
     };
-    let plan = Plan::new(config.clone(), Setting::of_recipe(recipe, config, true, Threads::here()));
+    let plan = Plan::new(config.clone(), Setting::of_recipe(recipe, config, true, Threads::here())?);
     if plan.peak() <= available {
         return Ok(());
     }

@@ -1,0 +1,45 @@
+//! Which parameters a recipe's `[train] freeze` means.
+
+use moonlight_convert::hugging_face_tensors;
+use moonlight_model::{ModelConfig, NamePattern};
+
+use crate::error::TrainError;
+
+/// For each parameter of the model, in the order of [`ModelConfig::parameter_shapes`], whether its name in the checkpoint
+/// matches a pattern.
+///
+/// # Errors
+///
+/// A pattern that is malformed, that matches nothing, or that matches a part of a stack of experts.
+pub(crate) fn frozen_parameters(config: &ModelConfig, patterns: &[String]) -> Result<Vec<bool>, TrainError> {
+    let shapes = config.parameter_shapes();
+    let mut frozen = vec![false; shapes.len()];
+    for text in patterns {
+        let pattern = NamePattern::new(text).map_err(|problem| {
+            wrong(format!("the pattern `{text}` is malformed: {problem}"), "`*` is within one name, `**` any number")
+        })?;
+        let mut matches = false;
+        for (shape, frozen) in shapes.iter().zip(&mut frozen) {
+            let names = hugging_face_tensors(shape);
+            let hits = names.iter().filter(|tensor| pattern.matches(&tensor.name)).count();
+            if hits > 0 && hits < names.len() {
+                return Err(wrong(
+                    format!("`{text}` matches {hits} of the {} experts of `{}`", names.len(), shape.path),
+                    "the experts of a layer are one parameter: write `*` for their number",
+                ));
+            }
+            matches |= hits > 0;
+            *frozen |= hits > 0;
+        }
+        if !matches {
+            let hint = "names are those of the checkpoint, e.g. `model.layers.*.mlp.gate.weight`; `**` is any number of \
+                        names";
+            return Err(wrong(format!("`{text}` matches no parameter of the model"), hint));
+        }
+    }
+    Ok(frozen)
+}
+
+pub(crate) fn wrong(problem: String, hint: &str) -> TrainError {
+    TrainError::Request { problem: format!("`train.freeze`: {problem}"), hint: Some(hint.into()) }
+}
