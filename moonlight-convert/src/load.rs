@@ -6,8 +6,8 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use moonlight_model::CausalLm;
 use moonlight_model::config::ParameterKind;
+use moonlight_model::{Bits, CausalLm};
 use rayon::prelude::*;
 
 use crate::check::{Plan, Planned, Scope};
@@ -83,6 +83,29 @@ impl Checkpoint {
         let plan = self.checked_plan(Scope::Whole)?;
         let (model, report) = self.fill(self.config().init(device), "", &plan, device, dtype)?;
         Ok(Loaded { model, report })
+    }
+
+    /// [`load`](Checkpoint::load) with the projections of all layers in few bits and frozen. Each layer is packed as soon as
+    /// it is there, so that no more than one is in memory in full.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`load`](crate::load).
+    pub fn load_packed(&self, device: &Device, dtype: Option<DType>, bits: Bits) -> Result<CausalLm, CheckpointError> {
+        let mut model = self.config().init(device);
+        model.embed_tokens = self.load_part(model.embed_tokens, "embed_tokens", device, dtype)?.0;
+        model.norm = self.load_part(model.norm, "norm", device, dtype)?.0;
+        if let Some(head) = model.lm_head.take() {
+            model.lm_head = Some(self.load_part(head, "lm_head", device, dtype)?.0);
+        }
+        model.layers = (0..self.config().num_hidden_layers)
+            .map(|layer| {
+                let fresh = self.config().init_layer(layer, device);
+                let (loaded, _) = self.load_part(fresh, &format!("layers.{layer}"), device, dtype)?;
+                Ok(loaded.packed(bits))
+            })
+            .collect::<Result<_, CheckpointError>>()?;
+        Ok(model)
     }
 
     /// Loads a part of the model: `module` is what stands at `path` in it, such as a decoder layer at `layers.3`, the

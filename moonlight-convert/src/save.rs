@@ -79,7 +79,7 @@ impl Default for SaveOptions {
 /// next [`Checkpoint::open`] of the directory finishes what a crash between them left.) An error, a full disk for one,
 /// removes what was written and leaves the old checkpoint alone.
 ///
-/// Adapters are merged into what is written; [`write_adapter`](crate::adapter::write_adapter) writes them by themselves.
+/// Weights in few bits are unpacked and adapters merged into what is written; [`write_adapter`](crate::adapter::write_adapter) writes them by themselves.
 ///
 /// Memory: one parameter on the host at a time, and less than 100 MB.
 ///
@@ -103,8 +103,8 @@ pub fn write_into(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result
 
 fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
     let merged;
-    let model = if model.has_adapters() {
-        merged = model.clone().merge();
+    let model = if model.has_adapters() || model.is_packed() {
+        merged = model.clone().unpacked().merge();
         &merged
     } else {
         model

@@ -218,3 +218,23 @@ fn what_is_wrong_is_named() {
     fs::remove_file(dir.join("adapter_config.json")).unwrap();
     assert!(matches!(opened("moonlight-like"), AdapterError::NoConfig { .. }));
 }
+
+/// Layer by layer into few bits is the whole model into few bits.
+#[test]
+fn packed_as_it_is_read() {
+    use moonlight_model::Bits;
+    for name in ["moonlight-like", "qwen2"] {
+        let checkpoint = moonlight_convert::Checkpoint::open(fixture(name)).unwrap();
+        let device = Device::default();
+        for bits in [Bits::Eight, Bits::Four] {
+            let packed = checkpoint.load_packed(&device, Some(burn::tensor::DType::F32), bits).unwrap();
+            assert!(packed.is_packed());
+            assert_eq!(logits(&packed), logits(&base(name).packed(bits)));
+            // What is saved is unpacked.
+            let home = tempfile::tempdir().unwrap();
+            save(&packed, &home.path().join("saved"), &SaveOptions::default()).unwrap();
+            let saved = load(&home.path().join("saved"), &device, None).unwrap().model;
+            logits(&saved).assert_approx_eq(&logits(&packed), Tolerance::<f32>::rel_abs(1e-4, 1e-4));
+        }
+    }
+}

@@ -5,33 +5,49 @@ use burn::tensor::Tensor;
 use burn::tensor::module::linear;
 
 use crate::lora::LowRank;
+use crate::packed::Packed;
 
 /// `x W + bias`, and where it has an adapter, `+ s x A B` beside it.
 #[derive(Module, Debug)]
 pub struct Projection {
-    /// `[in, out]`.
+    /// `[in, out]`; a single zero where the weight is packed.
     pub weight: Param<Tensor<2>>,
     /// `[out]`.
     pub bias: Option<Param<Tensor<1>>>,
     /// What is trained in place of the weight, where there is one.
     pub lora: Option<LowRank<2>>,
+    /// The weight in few bits, where it is.
+    pub packed: Option<Packed>,
 }
 
 impl Projection {
     /// `[rows, in]` to `[rows, out]`.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let bias = self.bias.as_ref().map(|bias| bias.val());
         match &self.lora {
-            None => linear(x, self.weight.val(), bias),
-            Some(lora) => linear(x.clone(), self.weight.val(), bias) + lora.forward(x),
+            None => self.base(x),
+            Some(lora) => self.base(x.clone()) + lora.forward(x),
+        }
+    }
+
+    /// Without the adapter.
+    fn base(&self, x: Tensor<2>) -> Tensor<2> {
+        let bias = self.bias.as_ref().map(|bias| bias.val());
+        match (&self.packed, bias) {
+            (None, bias) => linear(x, self.weight.val(), bias),
+            (Some(packed), None) => packed.product(x),
+            (Some(packed), Some(bias)) => packed.product(x) + bias.unsqueeze(),
         }
     }
 
     /// The weight that the layer acts by, its adapter included: `[in, out]`, in the dtype of the weight.
     pub fn effective_weight(&self) -> Tensor<2> {
-        match &self.lora {
+        let weight = match &self.packed {
             None => self.weight.val(),
-            Some(lora) => lora.merged_into(self.weight.val()),
+            Some(packed) => packed.unpacked().squeeze_dim(0).cast(self.weight.val().dtype()),
+        };
+        match &self.lora {
+            None => weight,
+            Some(lora) => lora.merged_into(weight),
         }
     }
 }

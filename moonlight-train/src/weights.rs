@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Device};
 use moonlight_convert::adapter::{base_of, is_adapter, load_adapter};
-use moonlight_convert::load;
-use moonlight_model::CausalLm;
+use moonlight_convert::{Checkpoint, CheckpointError, load};
+use moonlight_model::{Bits, CausalLm};
 
 use crate::error::TrainError;
 
@@ -20,12 +20,18 @@ pub struct Weights {
 
 impl Weights {
     /// Opens the folder of a model, or of an adapter, whose configuration names its base; and puts `adapter` beside it.
-    /// `dtype` is that of the model's weights; `None` keeps them as stored.
+    /// `dtype` is that of the model's weights; `None` keeps them as stored. With `bits` its projections are packed.
     ///
     /// # Errors
     ///
     /// [`TrainError`] for what cannot be opened, and for two adapters.
-    pub fn open(dir: &Path, adapter: Option<&Path>, device: &Device, dtype: Option<DType>) -> Result<Self, TrainError> {
+    pub fn open(
+        dir: &Path,
+        adapter: Option<&Path>,
+        device: &Device,
+        dtype: Option<DType>,
+        bits: Option<Bits>,
+    ) -> Result<Self, TrainError> {
         let (base, adapter) = match (is_adapter(dir), adapter) {
             (true, Some(_)) => {
                 return Err(TrainError::Request {
@@ -36,11 +42,24 @@ impl Weights {
             (true, None) => (base_of(dir)?, Some(dir)),
             (false, adapter) => (dir.to_owned(), adapter),
         };
-        let model = load(&base, device, dtype)?.model;
+        let model = load_base(&base, device, dtype, bits)?;
         let model = match adapter {
             Some(adapter) => load_adapter(model, adapter)?,
             None => model,
         };
         Ok(Self { model, base })
+    }
+}
+
+/// A model in full or, with `bits`, with packed projections.
+pub(crate) fn load_base(
+    dir: &Path,
+    device: &Device,
+    dtype: Option<DType>,
+    bits: Option<Bits>,
+) -> Result<CausalLm, CheckpointError> {
+    match bits {
+        None => Ok(load(dir, device, dtype)?.model),
+        Some(bits) => Checkpoint::open(dir)?.load_packed(device, dtype, bits),
     }
 }

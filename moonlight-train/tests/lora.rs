@@ -146,6 +146,29 @@ fn an_adapter_speaks_and_merges() {
 }
 
 #[test]
+fn adapters_learn_beside_a_base_in_few_bits() {
+    let tuned = Tuned::new();
+    let whole = losses(&tuned.home.trained("whole", &[]), "valid");
+    for (bits, near) in [("int8", 0.02), ("int4", 0.2)] {
+        let set = format!("model.quantise={bits}");
+        let run = tuned.home.trained(bits, &["--set", &set]);
+        let (train, valid) = (losses(&run, "train"), losses(&run, "valid"));
+        assert!(valid[1] < train[0] && train[11] < train[0], "{bits}: {train:?} {valid:?}");
+        assert!((valid[1] - whole[1]).abs() < near, "{bits}: {valid:?} {whole:?}");
+        // Stopped and resumed, it packs the same weights again.
+        let schedule = ["--set", &set, "--set", "schedule.total_steps=12"];
+        let parts = format!("{bits}-parts");
+        tuned.home.trained(&parts, &[&schedule[..], &["--set", "train.steps=7"]].concat());
+        let parts = tuned.home.trained(&parts, &[&schedule[..], &["--resume"]].concat());
+        assert_same_adapter(&checkpoint(&run, 12), &checkpoint(&parts, 12));
+        let model = run.display().to_string();
+        let command = ["generate", "--prompt", "File", "--max-new-tokens", "4", "--model", &model, "--quantise", bits];
+        let output = moonlight(&command).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
 fn recipes_that_contradict_themselves_are_refused() {
     let tuned = Tuned::new();
     for (set, expected) in [
@@ -156,6 +179,7 @@ fn recipes_that_contradict_themselves_are_refused() {
         ("optimizer.qk_clip=10", "`optimizer.qk_clip` scales weights that `[lora]` freezes"),
         ("moe.bias_update_rate=0.1", "`moe.bias_update_rate` moves the routers of a model that `[lora]` freezes"),
         ("train.freeze=[\"**.mlp.**\"]", "`train.freeze` says nothing beside `[lora]`"),
+        ("model.quantise=int3", "`model.quantise` is `int3`; it must be one of: none, int8, int4"),
         ("lora.rnak=3", "unknown key `lora.rnak` (the nearest known key is `lora.rank`)"),
     ] {
         assert_fails(&tuned.train("refused", &["--set", set]), expected);
@@ -163,6 +187,8 @@ fn recipes_that_contradict_themselves_are_refused() {
     }
     let home = Home::new();
     assert_fails(&home.train("shape", &["--set", "lora.rank=4"]).output().unwrap(), "`[lora]` needs weights");
+    let frozen = home.train("bits", &["--set", "model.quantise=int8"]).output().unwrap();
+    assert_fails(&frozen, "`model.quantise` is for weights that stand still");
 }
 
 #[test]

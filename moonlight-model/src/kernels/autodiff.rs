@@ -12,7 +12,7 @@ use burn::backend::{Autodiff, Backend};
 
 use super::backend::Kernels;
 use super::reference::AttentionSaved;
-use super::{AttentionSpec, ExpertPlan, ModelOps, RotationSpec};
+use super::{AttentionSpec, ExpertPlan, ModelOps, PackedSpec, RotationSpec};
 
 impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     fn grouped_matmul(rows: FloatTensor<Self>, weight: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
@@ -23,6 +23,25 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
             }
             OpsKind::UnTracked(prep) => {
                 prep.finish(B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &plan))
+            }
+        }
+    }
+
+    fn packed_matmul(
+        rows: FloatTensor<Self>,
+        values: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        spec: PackedSpec,
+        plan: Arc<ExpertPlan>,
+    ) -> FloatTensor<Self> {
+        let scales = scales.into_primitive();
+        match PackedMatmul.prepare::<C>([rows.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let state = (values.clone(), scales.clone(), spec, plan.clone());
+                prep.finish(state, B::packed_matmul_forward(rows.into_primitive(), values, scales, spec, &plan))
+            }
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::packed_matmul_forward(rows.into_primitive(), values, scales, spec, &plan))
             }
         }
     }
@@ -214,6 +233,20 @@ impl<B: Kernels> Backward<B, 2> for RmsNorm {
         let grad = grads.consume::<B>(&ops.node);
         let (grad_x, grad_gain) = B::rms_norm_grad(x, gain, grad, epsilon);
         register::<B, 2>(grads, ops.parents.map(|parent| parent.map(|node| node.id)), [Some(grad_x), Some(grad_gain)]);
+    }
+}
+
+#[derive(Debug)]
+struct PackedMatmul;
+
+impl<B: Kernels> Backward<B, 1> for PackedMatmul {
+    type State = (IntTensor<B>, FloatTensor<B>, PackedSpec, Arc<ExpertPlan>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let (values, scales, spec, plan) = ops.state;
+        unary::<B, _>(ops.parents, ops.node, grads, |grad| {
+            B::packed_matmul_rows_grad(grad, values, scales, spec, &plan)
+        });
     }
 }
 

@@ -4,7 +4,7 @@ use burn::backend::Backend;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use super::reference::{self, AttentionSaved};
-use super::{AttentionSpec, ExpertPlan, RotationSpec};
+use super::{AttentionSpec, ExpertPlan, PackedSpec, RotationSpec};
 
 /// Forward and gradient of the model's operations. The defaults are the reference; a backend overrides what it can do
 /// faster.
@@ -34,6 +34,28 @@ pub(crate) trait Kernels: Backend {
         plan: &ExpertPlan,
     ) -> FloatTensor<Self> {
         reference::grouped_matmul_weight_grad::<Self>(rows, grad, plan)
+    }
+
+    /// See `reference::packed_matmul_forward`.
+    fn packed_matmul_forward(
+        rows: FloatTensor<Self>,
+        values: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        spec: PackedSpec,
+        plan: &ExpertPlan,
+    ) -> FloatTensor<Self> {
+        reference::packed_matmul_forward::<Self>(rows, values, scales, spec, plan)
+    }
+
+    /// See `reference::packed_matmul_rows_grad`.
+    fn packed_matmul_rows_grad(
+        grad: FloatTensor<Self>,
+        values: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        spec: PackedSpec,
+        plan: &ExpertPlan,
+    ) -> FloatTensor<Self> {
+        reference::packed_matmul_rows_grad::<Self>(grad, values, scales, spec, plan)
     }
 
     /// See `reference::dispatch_rows_forward`.

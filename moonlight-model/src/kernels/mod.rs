@@ -7,6 +7,7 @@
 //! | operation | shape | why not Burn's |
 //! |---|---|---|
 //! | [`grouped_matmul`] | `[rows, in] x [experts, in, out]` | Burn has no grouped product; slicing a stack is ruinous in autodiff |
+//! | [`packed_matmul`] | the same by weights of 8 or 4 bits | Burn keeps the weight in full for the backward pass |
 //! | [`dispatch_rows`], [`combine_rows`] | tokens to experts' rows and back | the gradient of a gather is a gather, not a scatter |
 //! | [`latent_attention`], [`grouped_attention`] | causal, by documents | autodiff keeps several `T x T` tensors; these keep none |
 //! | [`swiglu`], [`rms_norm`], [`rotate`], [`cross_entropy`] | elementwise or row by row | one pass instead of five to ten |
@@ -48,10 +49,63 @@ pub struct RotationSpec {
     pub interleave: bool,
 }
 
+/// Values that share a scale: the block of QLoRA (arXiv 2305.14314).
+pub const BLOCK: usize = 64;
+
+/// How many bits a packed value has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bits {
+    /// Whole numbers from -127 to 127, kept 128 higher.
+    Eight,
+    /// Whole numbers from -7 to 7, kept 8 higher; the first half of a block in the low half of its bytes.
+    Four,
+}
+
+impl Bits {
+    /// The largest number.
+    pub fn largest(self) -> u8 {
+        match self {
+            Self::Eight => 127,
+            Self::Four => 7,
+        }
+    }
+
+    /// What stands for 0.
+    pub fn zero(self) -> u8 {
+        self.largest() + 1
+    }
+
+    /// Bytes of so many values, an even number.
+    pub fn bytes(self, values: usize) -> usize {
+        match self {
+            Self::Eight => values,
+            Self::Four => values / 2,
+        }
+    }
+}
+
+/// The shape of a packed matrix, or of each of a stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedSpec {
+    /// Bits of a value.
+    pub bits: Bits,
+    /// Rows.
+    pub input: usize,
+    /// Columns.
+    pub output: usize,
+}
+
 /// The operations as Burn dispatches them; see the functions of the same names for shapes.
 #[backend_extension(Flex: cfg(feature = "cpu"), Cube: cfg(feature = "cube"), Autodiff)]
 pub(crate) trait ModelOps: Backend {
     fn grouped_matmul(rows: FloatTensor<Self>, weight: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self>;
+    fn packed_matmul(
+        rows: FloatTensor<Self>,
+        values: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        spec: PackedSpec,
+        plan: Arc<ExpertPlan>,
+    ) -> FloatTensor<Self>;
     fn dispatch_rows(tokens: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self>;
     fn combine_rows(rows: FloatTensor<Self>, weights: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self>;
     fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
@@ -80,6 +134,16 @@ pub(crate) trait ModelOps: Backend {
 impl<B: Kernels> ModelOps for B {
     fn grouped_matmul(rows: FloatTensor<Self>, weight: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
         B::grouped_matmul_forward(rows, weight, &plan)
+    }
+
+    fn packed_matmul(
+        rows: FloatTensor<Self>,
+        values: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        spec: PackedSpec,
+        plan: Arc<ExpertPlan>,
+    ) -> FloatTensor<Self> {
+        B::packed_matmul_forward(rows, values, scales, spec, &plan)
     }
 
     fn dispatch_rows(tokens: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
@@ -137,6 +201,26 @@ pub fn grouped_matmul(rows: Tensor<2>, weight: Tensor<3>, plan: &Arc<ExpertPlan>
     Tensor::from_dispatch(<Dispatch as ModelOps>::grouped_matmul(
         rows.into_dispatch(),
         weight.into_dispatch(),
+        plan.clone(),
+    ))
+}
+
+/// Like [`grouped_matmul`] for frozen weights in few bits, of which one expert's at a time is there in full.
+///
+/// `values` is u8 `[experts, bytes]`, `scales` f32 `[experts, blocks]`: each matrix in blocks of [`BLOCK`] values. There is
+/// a gradient for the rows alone, and the weights are unpacked again for it.
+pub fn packed_matmul(
+    rows: Tensor<2>,
+    values: Tensor<2, Int>,
+    scales: Tensor<2>,
+    spec: PackedSpec,
+    plan: &Arc<ExpertPlan>,
+) -> Tensor<2> {
+    Tensor::from_dispatch(<Dispatch as ModelOps>::packed_matmul(
+        rows.into_dispatch(),
+        values.into_dispatch(),
+        scales.into_dispatch(),
+        spec,
         plan.clone(),
     ))
 }

@@ -7,7 +7,7 @@ use burn::backend::tensor::{BoolTensor, Device, FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
-use super::{AttentionSpec, ExpertPlan, RotationSpec};
+use super::{AttentionSpec, BLOCK, Bits, ExpertPlan, PackedSpec, RotationSpec};
 
 /// See [`super::grouped_matmul`].
 pub(super) fn grouped_matmul_forward<B: Backend>(
@@ -48,6 +48,59 @@ pub(super) fn grouped_matmul_weight_grad<B: Backend>(
         })
         .collect();
     B::float_cat(parts, 0)
+}
+
+/// See [`super::packed_matmul`].
+pub(super) fn packed_matmul_forward<B: Backend>(
+    rows: FloatTensor<B>,
+    values: IntTensor<B>,
+    scales: FloatTensor<B>,
+    spec: PackedSpec,
+    plan: &ExpertPlan,
+) -> FloatTensor<B> {
+    let dtype = FloatDType::from(rows.dtype());
+    by_expert::<B>(rows, plan, |expert| unpacked::<B>(values.clone(), scales.clone(), spec, expert, dtype))
+}
+
+/// Gradient of [`super::packed_matmul`] for the rows: `grad x weight^T`.
+pub(super) fn packed_matmul_rows_grad<B: Backend>(
+    grad: FloatTensor<B>,
+    values: IntTensor<B>,
+    scales: FloatTensor<B>,
+    spec: PackedSpec,
+    plan: &ExpertPlan,
+) -> FloatTensor<B> {
+    let dtype = FloatDType::from(grad.dtype());
+    by_expert::<B>(grad, plan, |expert| {
+        B::float_transpose(unpacked::<B>(values.clone(), scales.clone(), spec, expert, dtype))
+    })
+}
+
+/// One expert's matrix, `[in, out]`.
+fn unpacked<B: Backend>(
+    values: IntTensor<B>,
+    scales: FloatTensor<B>,
+    spec: PackedSpec,
+    expert: usize,
+    dtype: FloatDType,
+) -> FloatTensor<B> {
+    let PackedSpec { bits, input, output } = spec;
+    let (bytes, blocks) = (values.shape()[1], scales.shape()[1]);
+    let values = B::int_slice(values, &[(expert..expert + 1).into(), (0..bytes).into()]);
+    let bytes = B::float_reshape(B::int_into_float(values, FloatDType::F32), Shape::new([blocks, bits.bytes(BLOCK)]));
+    let numbers = match bits {
+        Bits::Eight => bytes,
+        Bits::Four => {
+            let high = B::float_floor(B::float_div_scalar(bytes.clone(), 16_f32.into()));
+            let low = B::float_sub(bytes, B::float_mul_scalar(high.clone(), 16_f32.into()));
+            B::float_cat(vec![low, high], 1)
+        }
+    };
+    let numbers = B::float_sub_scalar(numbers, f32::from(bits.zero()).into());
+    let scales = B::float_reshape(slice::<B>(scales, 0, expert, expert + 1), Shape::new([blocks, 1]));
+    let weight = B::float_reshape(B::float_mul(numbers, scales), Shape::new([blocks * BLOCK]));
+    let weight = B::float_reshape(slice::<B>(weight, 0, 0, input * output), Shape::new([input, output]));
+    B::float_cast(weight, dtype)
 }
 
 /// See [`super::dispatch_rows`].
@@ -353,13 +406,24 @@ fn per_expert<B: Backend>(
     transpose: bool,
 ) -> FloatTensor<B> {
     let [_, input, output] = weight.shape().dims();
+    by_expert::<B>(rows, plan, |expert| {
+        let weight = slice::<B>(weight.clone(), 0, expert, expert + 1);
+        let weight = B::float_reshape(weight, Shape::new([input, output]));
+        if transpose { B::float_transpose(weight) } else { weight }
+    })
+}
+
+/// Each expert's rows by the matrix that `weight` gives for it; it is asked for those that have rows.
+fn by_expert<B: Backend>(
+    rows: FloatTensor<B>,
+    plan: &ExpertPlan,
+    weight: impl Fn(usize) -> FloatTensor<B>,
+) -> FloatTensor<B> {
     let parts = (0..plan.experts())
         .filter(|&expert| plan.offsets[expert] < plan.offsets[expert + 1])
         .map(|expert| {
             let rows = slice::<B>(rows.clone(), 0, plan.offsets[expert], plan.offsets[expert + 1]);
-            let weight = slice::<B>(weight.clone(), 0, expert, expert + 1);
-            let weight = B::float_reshape(weight, Shape::new([input, output]));
-            B::float_matmul(rows, if transpose { B::float_transpose(weight) } else { weight })
+            B::float_matmul(rows, weight(expert))
         })
         .collect();
     B::float_cat(parts, 0)

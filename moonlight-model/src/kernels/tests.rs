@@ -255,6 +255,7 @@ mod flex_against_reference {
     use super::super::backend::Kernels;
     use super::super::reference::{self, AttentionSaved};
     use super::{AttentionSpec, RotationSpec, plan, specs};
+    use crate::kernels::{BLOCK, Bits, PackedSpec};
 
     /// Numbers that differ from place to place and from tensor to tensor.
     fn numbers<const D: usize>(shape: [usize; D], seed: usize) -> FlexTensor {
@@ -274,6 +275,29 @@ mod flex_against_reference {
     fn close_pair(fast: (FlexTensor, FlexTensor), reference: (FlexTensor, FlexTensor)) {
         close(fast.0, reference.0);
         close(fast.1, reference.1);
+    }
+
+    #[test]
+    fn packed_products() {
+        let plan = plan(300, 2, 6);
+        let (rows, grad) = (numbers([600, 19], 1), numbers([600, 23], 3));
+        // 19 x 23 values are 6.8 blocks.
+        let blocks = 7;
+        let scales = numbers([6, blocks], 2);
+        for bits in [Bits::Eight, Bits::Four] {
+            let spec = PackedSpec { bits, input: 19, output: 23 };
+            let bytes = bits.bytes(BLOCK) * blocks;
+            let values: Vec<u8> = (0..6 * bytes).map(|at| (at * 37 + at / 5) as u8).collect();
+            let values = FlexTensor::from_data(TensorData::new(values, [6, bytes]));
+            close(
+                Flex::packed_matmul_forward(rows.clone(), values.clone(), scales.clone(), spec, &plan),
+                reference::packed_matmul_forward::<Flex>(rows.clone(), values.clone(), scales.clone(), spec, &plan),
+            );
+            close(
+                Flex::packed_matmul_rows_grad(grad.clone(), values.clone(), scales.clone(), spec, &plan),
+                reference::packed_matmul_rows_grad::<Flex>(grad.clone(), values, scales.clone(), spec, &plan),
+            );
+        }
     }
 
     #[test]

@@ -16,12 +16,9 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 pub use low_rank::{LowRank, LowRankSettings};
 pub use target::TARGET_GROUPS;
 
-use crate::attention::Attention;
 use crate::config::{ModelConfig, ParameterKind};
-use crate::layer::FeedForward;
-use crate::mlp::Mlp;
 use crate::model::CausalLm;
-use crate::projection::Projection;
+use crate::slot::Slot;
 use low_rank::{DropoutSeed, mix};
 use target::Target;
 
@@ -105,12 +102,6 @@ pub struct Adapter {
     pub settings: LowRankSettings,
 }
 
-/// A place for an adapter.
-enum Slot<'a> {
-    Matrix(&'a mut Param<Tensor<2>>, &'a mut Option<LowRank<2>>),
-    Experts(&'a mut Param<Tensor<3>>, &'a mut Option<LowRank<3>>),
-}
-
 /// The shapes of one adapter, known without a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterShape {
@@ -176,11 +167,11 @@ impl CausalLm {
         let wanted = slots.iter_mut().filter(|(path, _)| targets.iter().any(|(_, target)| target.matches(path)));
         for (index, (_, slot)) in wanted.enumerate() {
             match slot {
-                Slot::Matrix(weight, lora) => {
-                    **lora = Some(fresh(weight.lazy_shape().dims::<2>(), config, (seed, index), &shared, &device));
+                Slot::Matrix(slot) => {
+                    *slot.lora = Some(fresh(slot.dims(), config, (seed, index), &shared, &device));
                 }
-                Slot::Experts(weight, lora) => {
-                    **lora = Some(fresh(weight.lazy_shape().dims::<3>(), config, (seed, index), &shared, &device));
+                Slot::Experts(slot) => {
+                    *slot.lora = Some(fresh(slot.dims(), config, (seed, index), &shared, &device));
                 }
             }
         }
@@ -202,23 +193,24 @@ impl CausalLm {
                 return Err(LoraError::NoSuchProjection { path: adapter.path });
             };
             match &mut slots[index].1 {
-                Slot::Matrix(weight, lora) => {
-                    **lora = Some(given(weight.lazy_shape().dims::<2>(), adapter, index, &shared, &device)?);
+                Slot::Matrix(slot) => {
+                    *slot.lora = Some(given(slot.dims(), adapter, index, &shared, &device)?);
                 }
-                Slot::Experts(weight, lora) => {
-                    **lora = Some(given(weight.lazy_shape().dims::<3>(), adapter, index, &shared, &device)?);
+                Slot::Experts(slot) => {
+                    *slot.lora = Some(given(slot.dims(), adapter, index, &shared, &device)?);
                 }
             }
         }
         Ok(model)
     }
 
-    /// The model with its adapters added to its weights; gradients reach the weights as they did before.
+    /// The model with its adapters added to its weights; gradients reach the weights as they did before. A weight in few
+    /// bits that has an adapter is unpacked for it.
     pub fn merge(mut self) -> Self {
         for (_, slot) in self.slots() {
             match slot {
-                Slot::Matrix(weight, lora) => merge(weight, lora),
-                Slot::Experts(weight, lora) => merge(weight, lora),
+                Slot::Matrix(slot) => slot.merge(),
+                Slot::Experts(slot) => slot.merge(),
             }
         }
         self
@@ -236,8 +228,8 @@ impl CausalLm {
         slots
             .into_iter()
             .filter_map(|(path, slot)| match slot {
-                Slot::Matrix(_, lora) => lora.as_ref().map(|lora| taken(path, lora)),
-                Slot::Experts(_, lora) => lora.as_ref().map(|lora| taken(path, lora)),
+                Slot::Matrix(slot) => slot.lora.as_ref().map(|lora| taken(path, lora)),
+                Slot::Experts(slot) => slot.lora.as_ref().map(|lora| taken(path, lora)),
             })
             .collect()
     }
@@ -266,68 +258,10 @@ impl CausalLm {
     fn dropout_seed(&self) -> Option<DropoutSeed> {
         let mut model = self.clone();
         model.slots().iter().find_map(|(_, slot)| match slot {
-            Slot::Matrix(_, lora) => lora.as_ref().map(|lora| lora.dropout_seed().clone()),
-            Slot::Experts(_, lora) => lora.as_ref().map(|lora| lora.dropout_seed().clone()),
+            Slot::Matrix(slot) => slot.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
+            Slot::Experts(slot) => slot.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
         })
     }
-
-    /// Every projection of the decoder's layers with its path. Embedding, head, routers and norms are none.
-    fn slots(&mut self) -> Vec<(String, Slot<'_>)> {
-        let mut slots = Vec::new();
-        for (index, layer) in self.layers.iter_mut().enumerate() {
-            let path = format!("layers.{index}");
-            let mut matrix = |name: &str, projection| push(&mut slots, format!("{path}.self_attn.{name}"), projection);
-            match &mut layer.self_attn {
-                Attention::Mla(attention) => {
-                    for (name, projection) in [
-                        ("q_proj", &mut attention.q_proj),
-                        ("q_a_proj", &mut attention.q_a_proj),
-                        ("q_b_proj", &mut attention.q_b_proj),
-                    ] {
-                        if let Some(projection) = projection {
-                            matrix(name, projection);
-                        }
-                    }
-                    matrix("kv_a_proj_with_mqa", &mut attention.kv_a_proj_with_mqa);
-                    matrix("kv_b_proj", &mut attention.kv_b_proj);
-                    matrix("o_proj", &mut attention.o_proj);
-                }
-                Attention::Gqa(attention) => {
-                    matrix("q_proj", &mut attention.q_proj);
-                    matrix("k_proj", &mut attention.k_proj);
-                    matrix("v_proj", &mut attention.v_proj);
-                    matrix("o_proj", &mut attention.o_proj);
-                }
-            }
-            match &mut layer.mlp {
-                FeedForward::Dense(mlp) => push_mlp(&mut slots, &format!("{path}.mlp"), mlp),
-                FeedForward::Moe(moe) => {
-                    let experts = &mut moe.experts;
-                    for (name, weight, lora) in [
-                        ("gate_proj", &mut experts.gate_proj, &mut experts.gate_lora),
-                        ("up_proj", &mut experts.up_proj, &mut experts.up_lora),
-                        ("down_proj", &mut experts.down_proj, &mut experts.down_lora),
-                    ] {
-                        slots.push((format!("{path}.mlp.experts.{name}"), Slot::Experts(weight, lora)));
-                    }
-                    if let Some(shared) = &mut moe.shared_experts {
-                        push_mlp(&mut slots, &format!("{path}.mlp.shared_experts"), shared);
-                    }
-                }
-            }
-        }
-        slots
-    }
-}
-
-fn push<'a>(slots: &mut Vec<(String, Slot<'a>)>, path: String, projection: &'a mut Projection) {
-    slots.push((path, Slot::Matrix(&mut projection.weight, &mut projection.lora)));
-}
-
-fn push_mlp<'a>(slots: &mut Vec<(String, Slot<'a>)>, path: &str, mlp: &'a mut Mlp) {
-    push(slots, format!("{path}.gate_proj"), &mut mlp.gate_proj);
-    push(slots, format!("{path}.up_proj"), &mut mlp.up_proj);
-    push(slots, format!("{path}.down_proj"), &mut mlp.down_proj);
 }
 
 fn fresh<const D: usize>(
@@ -378,12 +312,4 @@ fn given<const D: usize>(
 fn taken<const D: usize>(path: String, lora: &LowRank<D>) -> Adapter {
     let data = |param: &Param<Tensor<D>>| param.val().into_data().convert::<f32>();
     Adapter { path, a: data(&lora.a), b: data(&lora.b), settings: lora.settings() }
-}
-
-fn merge<const D: usize>(weight: &mut Param<Tensor<D>>, lora: &mut Option<LowRank<D>>) {
-    let Some(lora) = lora.take() else { return };
-    *weight = weight.clone().map(|old| {
-        let trained = old.is_require_grad();
-        lora.merged_into(old).detach().set_require_grad(trained)
-    });
 }

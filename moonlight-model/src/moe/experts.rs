@@ -9,6 +9,7 @@ use crate::config::MoeConfig;
 use crate::init::Init;
 use crate::kernels::{ExpertPlan, grouped_matmul, swiglu};
 use crate::lora::LowRank;
+use crate::packed::Packed;
 
 /// One `[experts, in, out]` parameter for each projection; each expert multiplies only its own rows.
 #[derive(Module, Debug)]
@@ -25,6 +26,12 @@ pub struct Experts {
     pub up_lora: Option<LowRank<3>>,
     /// What is trained in place of `down_proj`.
     pub down_lora: Option<LowRank<3>>,
+    /// `gate_proj` in few bits, where it is; the weight is a single zero then.
+    pub gate_packed: Option<Packed>,
+    /// `up_proj` in few bits.
+    pub up_packed: Option<Packed>,
+    /// `down_proj` in few bits.
+    pub down_packed: Option<Packed>,
 }
 
 impl Experts {
@@ -37,20 +44,33 @@ impl Experts {
             gate_lora: None,
             up_lora: None,
             down_lora: None,
+            gate_packed: None,
+            up_packed: None,
+            down_packed: None,
         }
     }
 
     /// `[rows, hidden]`, sorted by expert as `plan` says, to `[rows, hidden]`.
     pub fn forward(&self, rows: Tensor<2>, plan: &Arc<ExpertPlan>) -> Tensor<2> {
-        let gate = project(rows.clone(), &self.gate_proj, self.gate_lora.as_ref(), plan);
-        let up = project(rows, &self.up_proj, self.up_lora.as_ref(), plan);
-        project(swiglu(gate, up), &self.down_proj, self.down_lora.as_ref(), plan)
+        let gate = (&self.gate_proj, self.gate_packed.as_ref(), self.gate_lora.as_ref());
+        let up = (&self.up_proj, self.up_packed.as_ref(), self.up_lora.as_ref());
+        let down = (&self.down_proj, self.down_packed.as_ref(), self.down_lora.as_ref());
+        let (gate, up) = (project(rows.clone(), gate, plan), project(rows, up, plan));
+        project(swiglu(gate, up), down, plan)
     }
 }
 
-fn project(rows: Tensor<2>, weight: &Param<Tensor<3>>, lora: Option<&LowRank<3>>, plan: &Arc<ExpertPlan>) -> Tensor<2> {
-    match lora {
+fn project(
+    rows: Tensor<2>,
+    (weight, packed, lora): (&Param<Tensor<3>>, Option<&Packed>, Option<&LowRank<3>>),
+    plan: &Arc<ExpertPlan>,
+) -> Tensor<2> {
+    let base = |rows| match packed {
         None => grouped_matmul(rows, weight.val(), plan),
-        Some(lora) => grouped_matmul(rows.clone(), weight.val(), plan) + lora.forward(rows, plan),
+        Some(packed) => packed.grouped_product(rows, plan),
+    };
+    match lora {
+        None => base(rows),
+        Some(lora) => base(rows.clone()) + lora.forward(rows, plan),
     }
 }

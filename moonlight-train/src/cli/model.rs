@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use moonlight_convert::adapter::is_adapter;
 use moonlight_convert::hub;
-use moonlight_model::CausalLm;
+use moonlight_model::{Bits, CausalLm};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoints;
@@ -23,12 +23,33 @@ pub(super) struct ModelArguments {
     /// An adapter to put beside the model, as peft or a `[lora]` run saves it; an adapter alone may be the model.
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// Keep the layers' weights in so many bits, with a scale for each 64 of them.
+    #[arg(long, value_enum)]
+    quantise: Option<Quantise>,
     /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has.
     #[arg(long, default_value = "auto")]
     device: String,
     /// f32, bf16, f16, or auto: f32 on the CPU, as stored elsewhere.
     #[arg(long, default_value = "auto")]
     dtype: String,
+}
+
+/// `--quantise`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Quantise {
+    /// 8 bits.
+    Int8,
+    /// 4 bits.
+    Int4,
+}
+
+impl Quantise {
+    fn bits(self) -> Bits {
+        match self {
+            Self::Int8 => Bits::Eight,
+            Self::Int4 => Bits::Four,
+        }
+    }
 }
 
 /// A model that is ready to run.
@@ -47,7 +68,8 @@ impl ModelArguments {
         let dtype = device::dtype(&self.dtype, &target)?;
         let dir = resolve(&hub::resolve(&self.model)?);
         let adapter = self.adapter.as_deref().map(resolve);
-        let Weights { model, base: dir } = Weights::open(&dir, adapter.as_deref(), &target.device, dtype)?;
+        let Weights { model, base: dir } =
+            Weights::open(&dir, adapter.as_deref(), &target.device, dtype, self.quantise.map(Quantise::bits))?;
         let tokenizer = Tokenizer::from_model_dir(&dir)?;
         let eos = generation_eos(&dir).unwrap_or_else(|| model.config().eos_token_id.clone());
         Ok(Opened { dir, model, tokenizer, eos })

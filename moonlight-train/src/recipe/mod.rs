@@ -29,7 +29,7 @@ pub use error::RecipeError;
 pub use eval::EvalConfig;
 pub use expand::expand;
 pub use lora::LoraRecipe;
-pub use model::{ModelRecipe, ModelSource};
+pub use model::{ModelRecipe, ModelSource, Quantise};
 pub use optimizer::{HalfOrFull, OptimizerName, OptimizerRecipe, RoundingName, ScaleName};
 pub use run::{RunConfig, SampleConfig};
 pub use schedule::{AccumulationChange, ScheduleConfig, ScheduleName, Stage, StageShape};
@@ -104,6 +104,14 @@ impl Recipe {
             && let Some(conflict) = LoraRecipe::conflict(&file, &model, &optimizer, &schedule, &train, &moe)
         {
             reader.problem(conflict);
+        }
+        if lora.is_none() && model.quantise != Quantise::None {
+            reader.problem(RecipeError::Invalid {
+                place: file.clone(),
+                key: "model.quantise".into(),
+                problem: "is for weights that stand still, and without `[lora]` they are what is trained".into(),
+                hint: Some("add a `[lora]` section, or train in `dtype = \"bf16\"`".into()),
+            });
         }
         let sample = reader.section("sample", SampleConfig::read);
         let eval = reader.section("eval", EvalConfig::read);

@@ -1,9 +1,10 @@
 //! `[model]`.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use moonlight_convert::hub;
-use moonlight_model::{ConfigError, ModelConfig};
+use moonlight_model::{Bits, ConfigError, ModelConfig};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -69,11 +70,50 @@ pub enum ModelSource {
     Shape(Map<String, Value>),
 }
 
+/// The bits of frozen weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantise {
+    /// As many as the dtype has.
+    None,
+    /// 8.
+    Int8,
+    /// 4.
+    Int4,
+}
+
+impl Quantise {
+    /// What the model is told; `None` for weights in full.
+    pub fn bits(self) -> Option<Bits> {
+        match self {
+            Self::None => None,
+            Self::Int8 => Some(Bits::Eight),
+            Self::Int4 => Some(Bits::Four),
+        }
+    }
+}
+
+impl FromStr for Quantise {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "none" => Ok(Self::None),
+            "int8" => Ok(Self::Int8),
+            "int4" => Ok(Self::Int4),
+            _ => Err(()),
+        }
+    }
+}
+
 /// `[model]`: where the model comes from.
 #[derive(Debug, Clone, Serialize)]
 pub struct ModelRecipe {
     /// `dtype`: `auto` (f32 on the CPU, elsewhere as stored), `f32`, `bf16` or `f16`. Default: `auto`.
     pub dtype: String,
+    /// `quantise`: `none`, `int8` or `int4`, the bits of the frozen projections beside which `[lora]` trains; embedding, head,
+    /// norms and routers stay in `dtype`. Default: `none`.
+    pub quantise: Quantise,
     /// `path`, or `preset` with any key of `config.json` laid over it, or those keys alone.
     #[serde(flatten)]
     pub source: ModelSource,
@@ -85,7 +125,7 @@ pub struct ModelRecipe {
 impl PartialEq for ModelRecipe {
     /// Where it was written makes no difference.
     fn eq(&self, other: &Self) -> bool {
-        self.dtype == other.dtype && self.source == other.source
+        self.dtype == other.dtype && self.quantise == other.quantise && self.source == other.source
     }
 }
 
@@ -95,6 +135,7 @@ impl ModelRecipe {
         section.require("dtype", DTYPES.contains(&dtype.as_str()), || {
             format!("is `{dtype}`; it must be one of: {}", DTYPES.join(", "))
         });
+        let quantise = section.choice("quantise", &["none", "int8", "int4"]).unwrap_or(Quantise::None);
         let has_path = section.has("path");
         let weights = weights(section);
         let preset = section.string("preset");
@@ -105,7 +146,7 @@ impl ModelRecipe {
                 section.invalid(key, "cannot change the shape of the weights at `model.path`", None);
             }
             section.require("preset", preset.is_none(), || "and `model.path` exclude each other".into());
-            let recipe = Self { dtype, source: ModelSource::Path(weights), place };
+            let recipe = Self { dtype, quantise, source: ModelSource::Path(weights), place };
             if let Err(error) = recipe.config(0) {
                 section.problem(error);
             }
@@ -120,11 +161,11 @@ impl ModelRecipe {
         };
         if preset.is_none() && written.is_empty() {
             section.missing("path", "`path` of weights to start from, `preset`, or the keys of a config.json");
-            return Self { dtype, source: ModelSource::Shape(shape), place };
+            return Self { dtype, quantise, source: ModelSource::Shape(shape), place };
         }
         shape.extend(written.into_iter().map(|(key, value)| (key, to_json(value))));
         shape.entry("model_type").or_insert_with(|| "deepseek_v3".into());
-        let mut recipe = Self { dtype, source: ModelSource::Shape(shape), place };
+        let mut recipe = Self { dtype, quantise, source: ModelSource::Shape(shape), place };
         match recipe.config(0) {
             Ok(config) => recipe.spell_out(&config),
             Err(error) => section.problem(error),

@@ -40,7 +40,7 @@ pub fn conclude(recipe: &Recipe, target: &Target, finished: &Finished) -> Result
         Some(_) => device::dtype(&recipe.model.dtype, target)?,
         None => None,
     };
-    let model = Weights::open(&finished.checkpoint, None, &target.device, dtype)?.model;
+    let model = Weights::open(&finished.checkpoint, None, &target.device, dtype, recipe.model.quantise.bits())?.model;
     if let Some(loss) = finished.valid_loss {
         let vocab_size = model.config().vocab_size;
         let bigram = if vocab_size <= BIGRAM_VOCAB {

@@ -28,6 +28,7 @@ use crate::recipe::{
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
 use crate::tokenizer::{Companion, Tokenizer};
+use crate::weights::load_base;
 
 /// A run at its first or next step.
 pub struct Prepared {
@@ -71,7 +72,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
     let dtype = device::dtype(&recipe.model.dtype, target)?;
     // The model that adapters stand beside, in every checkpoint of the run.
     let base = match (&recipe.lora, &companions_from) {
-        (Some(_), Some(path)) => Some(load(path, &device, dtype)?.model),
+        (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantise.bits())?),
         _ => None,
     };
     let resumed =

@@ -9,6 +9,7 @@ mod grouped;
 mod math;
 mod matrix;
 mod norm;
+mod packed;
 mod rotary;
 mod rows;
 mod swiglu;
@@ -20,7 +21,7 @@ use burn::tensor::{Bytes, DType, Shape};
 
 use super::backend::Kernels;
 use super::reference::{self, AttentionSaved};
-use super::{AttentionSpec, ExpertPlan, RotationSpec};
+use super::{AttentionSpec, ExpertPlan, PackedSpec, RotationSpec};
 
 /// Hands inputs that are not f32 to the reference.
 macro_rules! unless_f32 {
@@ -57,6 +58,28 @@ impl Kernels for Flex {
     ) -> FloatTensor<Self> {
         unless_f32!([rows, grad], reference::grouped_matmul_weight_grad::<Self>(rows, grad, plan));
         grouped::weight_grad(&rows.to_contiguous(), &grad.to_contiguous(), plan)
+    }
+
+    fn packed_matmul_forward(
+        rows: FloatTensor<Self>,
+        values: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        spec: PackedSpec,
+        plan: &ExpertPlan,
+    ) -> FloatTensor<Self> {
+        unless_f32!([rows], reference::packed_matmul_forward::<Self>(rows, values, scales, spec, plan));
+        packed::product(&rows.to_contiguous(), &values.to_contiguous(), &scales.to_contiguous(), spec, plan, false)
+    }
+
+    fn packed_matmul_rows_grad(
+        grad: FloatTensor<Self>,
+        values: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        spec: PackedSpec,
+        plan: &ExpertPlan,
+    ) -> FloatTensor<Self> {
+        unless_f32!([grad], reference::packed_matmul_rows_grad::<Self>(grad, values, scales, spec, plan));
+        packed::product(&grad.to_contiguous(), &values.to_contiguous(), &scales.to_contiguous(), spec, plan, true)
     }
 
     fn dispatch_rows_forward(tokens: FloatTensor<Self>, plan: &ExpertPlan) -> FloatTensor<Self> {
