@@ -7,6 +7,7 @@ pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod eval;
 mod frozen;
 pub mod generate;
 pub mod metrics;

@@ -7,34 +7,77 @@ use moonlight_model::CausalLm;
 use crate::error::TrainError;
 use crate::generate::check_tokens;
 
+/// How a model takes a token that it is given.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scored {
+    /// The natural logarithm of its probability given those before it.
+    pub logprob: f32,
+    /// Whether no other token is likelier.
+    pub greedy: bool,
+}
+
 /// The natural logarithm of each token's probability given those before it, in f32; `None` for the first.
 ///
 /// # Errors
 ///
 /// Tokens that the model does not have, and more of them than its context.
 pub fn score(model: &CausalLm, tokens: &[u32]) -> Result<Vec<Option<f32>>, TrainError> {
-    let config = model.config();
-    check_tokens(tokens, config.vocab_size)?;
-    let (length, context) = (tokens.len(), config.max_position_embeddings);
-    if length > context {
-        return Err(TrainError::Request {
-            problem: format!("{length} tokens are more than the model's context of {context}"),
-            hint: None,
-        });
+    let context = model.config().max_position_embeddings;
+    if tokens.len() > context {
+        return Err(too_long(tokens.len(), context));
     }
-    let mut scores = vec![None; length];
-    if length < 2 {
-        return Ok(scores);
+    let scored = score_batch(model, &[tokens])?.into_iter().flatten();
+    let first = tokens.first().map(|_| None);
+    Ok(first.into_iter().chain(scored.map(|scored| Some(scored.logprob))).collect())
+}
+
+fn too_long(length: usize, context: usize) -> TrainError {
+    TrainError::Request {
+        problem: format!("{length} tokens are more than the model's context of {context}"),
+        hint: None,
+    }
+}
+
+/// Each token of each sequence but the first, given those before it. The sequences are one batch, padded on the right. The
+/// last token of a sequence is not read, so it may lie behind the model's context.
+///
+/// # Errors
+///
+/// As [`score`].
+pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Scored>>, TrainError> {
+    let config = model.config();
+    let longest = sequences.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
+    for tokens in sequences {
+        check_tokens(tokens, config.vocab_size)?;
+    }
+    if longest > config.max_position_embeddings + 1 {
+        return Err(too_long(longest, config.max_position_embeddings));
+    }
+    if longest < 2 {
+        return Ok(vec![Vec::new(); sequences.len()]);
     }
     let device = model.embed_tokens.weight.val().device();
-    let integers = |tokens: &[u32]| tokens.iter().map(|&token| token as i32).collect::<Vec<_>>();
-    let input = Tensor::<2, Int>::from_data(TensorData::new(integers(&tokens[..length - 1]), [1, length - 1]), &device);
-    let targets = TensorData::new(integers(&tokens[1..]), [1, length - 1, 1]);
-    let targets = Tensor::<3, Int>::from_data(targets, &device);
-    let log_probabilities = log_softmax(model.logits(input, None).cast(DType::F32), 2).gather(2, targets);
-    let values: Vec<f32> = log_probabilities.into_data().try_into_vec().expect("the logits were cast to f32");
-    for (score, value) in scores[1..].iter_mut().zip(values) {
-        *score = Some(value);
-    }
-    Ok(scores)
+    let (rows, width) = (sequences.len(), longest - 1);
+    // What stands behind the end of a shorter sequence is never looked at: attention looks back only.
+    let padded = |from: usize| -> Vec<i32> {
+        let row = |tokens: &&[u32]| {
+            let tokens: Vec<i32> = tokens.iter().skip(from).take(width).map(|&token| token as i32).collect();
+            tokens.into_iter().chain(std::iter::repeat(0)).take(width).collect::<Vec<i32>>()
+        };
+        sequences.iter().flat_map(row).collect()
+    };
+    let input = Tensor::<2, Int>::from_data(TensorData::new(padded(0), [rows, width]), &device);
+    let targets = Tensor::<3, Int>::from_data(TensorData::new(padded(1), [rows, width, 1]), &device);
+    let log_probabilities = log_softmax(model.logits(input, None).cast(DType::F32), 2);
+    let given = log_probabilities.clone().gather(2, targets);
+    let best = log_probabilities.max_dim(2);
+    let values =
+        |tensor: Tensor<3>| -> Vec<f32> { tensor.into_data().try_into_vec().expect("the logits were cast to f32") };
+    let scored: Vec<Scored> = values(given)
+        .into_iter()
+        .zip(values(best))
+        .map(|(logprob, best)| Scored { logprob, greedy: logprob >= best })
+        .collect();
+    let rows = scored.chunks(width).zip(sequences);
+    Ok(rows.map(|(row, tokens)| row[..tokens.len().saturating_sub(1)].to_vec()).collect())
 }

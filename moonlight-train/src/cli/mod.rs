@@ -2,10 +2,12 @@
 
 mod chat;
 mod data;
+mod eval;
 mod generate;
 mod merge;
 mod model;
 mod plan;
+mod plot;
 mod score;
 mod spectrum;
 mod train;
@@ -37,6 +39,10 @@ enum Command {
     Merge(merge::Arguments),
     /// Talk to a model in its own chat template.
     Chat(chat::Arguments),
+    /// Multiple choice, perplexity and exact answers, from local files.
+    Eval(eval::Arguments),
+    /// Curves of several runs over each other.
+    Plot(plot::Arguments),
     /// Look at the data of a recipe.
     #[command(subcommand)]
     Data(data::Command),
@@ -55,6 +61,8 @@ pub fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Merge(arguments) => merge::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Chat(arguments) => chat::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Eval(arguments) => eval::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Plot(arguments) => plot::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Data(command) => data::run(&command).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Plan(arguments) => plan::run(&arguments).map(|()| ExitCode::SUCCESS),

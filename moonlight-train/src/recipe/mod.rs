@@ -9,6 +9,7 @@
 
 mod data;
 mod error;
+mod eval;
 mod expand;
 mod lora;
 mod model;
@@ -25,6 +26,7 @@ use serde::Serialize;
 
 pub use data::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Broken, DataConfig, DataFormat, NO_TOKENIZER, TooLong};
 pub use error::RecipeError;
+pub use eval::EvalConfig;
 pub use expand::expand;
 pub use lora::LoraRecipe;
 pub use model::{ModelRecipe, ModelSource, Quantise};
@@ -60,6 +62,8 @@ pub struct Recipe {
     pub lora: Option<LoraRecipe>,
     /// `[sample]`: what the trained model writes at the end.
     pub sample: SampleConfig,
+    /// `[eval]`: what it is asked before and after.
+    pub eval: EvalConfig,
 }
 
 impl Recipe {
@@ -110,6 +114,7 @@ impl Recipe {
             });
         }
         let sample = reader.section("sample", SampleConfig::read);
+        let eval = reader.section("eval", EvalConfig::read);
         if let Err(error) = Schedule::new(&schedule, optimizer.learning_rate, train.steps) {
             reader.problem(RecipeError::Invalid {
                 place: file,
@@ -119,7 +124,7 @@ impl Recipe {
             });
         }
         reader.finish()?;
-        Ok(Self { run, model, data, optimizer, schedule, train, moe, lora, sample })
+        Ok(Self { run, model, data, optimizer, schedule, train, moe, lora, sample, eval })
     }
 
     /// The recipe as TOML, every default spelled out.

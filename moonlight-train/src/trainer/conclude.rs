@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use super::judge::{self, judge};
 use super::strategy::Finished;
 use crate::data::Corpus;
 use crate::device::{self, Target};
@@ -51,6 +52,10 @@ pub fn conclude(recipe: &Recipe, target: &Target, finished: &Finished) -> Result
         eprintln!("validation loss: {loss:.4}{}", beside.unwrap_or_default());
     }
     eprintln!("checkpoint: {}", finished.checkpoint.display());
+    if let Some((table, found)) = judge(recipe, &model, tokenizer.as_ref())? {
+        judge::keep(&folder, "after", found)?;
+        eprint!("evaluation after:\n{table}");
+    }
     let sample = &recipe.sample;
     if let Some(tokenizer) = tokenizer.filter(|_| !sample.prompt.is_empty()) {
         let prompt = tokenizer.encode(&sample.prompt);

@@ -3,6 +3,7 @@
 mod backward;
 mod conclude;
 mod freeze;
+mod judge;
 mod qk_clip;
 mod renderer;
 mod start;

@@ -13,6 +13,7 @@ use moonlight_optim::{
 };
 
 use super::freeze;
+use super::judge::{self, judge};
 use super::strategy::Run;
 use super::trainee::Trainee;
 use crate::checkpoint::{Checkpoints, Found, TrainerState};
@@ -105,7 +106,16 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         None => assignment.batched_optimizer(),
     };
 
+    // Where the run goes on, what was found before its first step is known.
+    let judged = if state.step == 0 { judge(recipe, &model.clone().valid(), tokenizer.as_ref())? } else { None };
+
     fs::create_dir_all(&folder).map_err(TrainError::write(&folder))?;
+    if let Some((table, found)) = judged {
+        judge::keep(&folder, "before", found)?;
+        if lines {
+            eprint!("evaluation before:\n{table}");
+        }
+    }
     write(&folder.join("recipe.toml"), &recipe.to_toml())?;
     write(&folder.join("optimizer.txt"), &assignment.to_string())?;
     let metrics = MetricsFile::open(&folder.join("metrics.jsonl"), state.step)?;

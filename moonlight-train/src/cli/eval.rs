@@ -1,0 +1,87 @@
+//! `moonlight eval`.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::model::{ModelArguments, Opened};
+use crate::error::TrainError;
+use crate::eval::{Reader, Task, TaskFormat, evaluate, table, to_json};
+
+/// Multiple choice, perplexity and exact answers, from local files, as lm-evaluation-harness counts them.
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// JSONL with the rows of MMLU, ARC, HellaSwag, `{"text": "..."}` or conversations; may be given several times.
+    #[arg(long = "task", value_name = "FILE", required = true)]
+    tasks: Vec<PathBuf>,
+    /// What the rows are: auto, mmlu, arc, hellaswag, perplexity or chat.
+    #[arg(long, default_value = "auto", value_parser = format)]
+    format: Format,
+    /// Examples before each question.
+    #[arg(long, default_value_t = 0)]
+    shots: usize,
+    /// The file of the examples; else the task's own, the question itself left out.
+    #[arg(long, value_name = "FILE", requires = "shots")]
+    shots_from: Option<PathBuf>,
+    /// Take so many rows from the beginning; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    limit: usize,
+    /// Where a line of JSON for each row goes.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Print a line of JSON for each task in place of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// `auto` is none.
+type Format = Option<TaskFormat>;
+
+fn format(text: &str) -> Result<Format, String> {
+    match text {
+        "auto" => Ok(None),
+        name => name.parse().map(Some).map_err(|()| "it is auto, mmlu, arc, hellaswag, perplexity or chat".into()),
+    }
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
+    let Opened { dir, model, tokenizer, .. } = arguments.model.open()?;
+    let tokenizer = tokenizer.ok_or_else(|| TrainError::Request {
+        problem: format!("`{}` has no tokenizer", dir.display()),
+        hint: Some("put its tokenizer.json or tiktoken.model into the folder".into()),
+    })?;
+    let reader = Reader { model: &model, tokenizer: &tokenizer, dir: Some(&dir) };
+    let mut output = match &arguments.output {
+        Some(path) => Some((path, BufWriter::new(File::create(path).map_err(TrainError::write(path))?))),
+        None => None,
+    };
+    let mut evaluations = Vec::new();
+    for path in &arguments.tasks {
+        let task = Task {
+            path: path.clone(),
+            format: arguments.format,
+            shots: arguments.shots,
+            shots_from: arguments.shots_from.clone(),
+            limit: arguments.limit,
+        };
+        let evaluation = evaluate(reader, &task)?;
+        if let Some((path, output)) = &mut output {
+            for record in &evaluation.records {
+                writeln!(output, "{record}").map_err(TrainError::write(&**path))?;
+            }
+        }
+        evaluations.push(evaluation);
+    }
+    if let Some((path, mut output)) = output {
+        output.flush().map_err(TrainError::write(path))?;
+    }
+    let text = match arguments.json {
+        true => evaluations.iter().map(|evaluation| to_json(evaluation).to_string() + "\n").collect(),
+        false => table(&evaluations),
+    };
+    std::io::stdout().write_all(text.as_bytes()).map_err(TrainError::write("stdout"))
+}

@@ -1,0 +1,33 @@
+//! `moonlight plot`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::error::TrainError;
+use crate::plots::{Axis, Comparison, compare};
+
+/// Curves of several runs over each other.
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// Folders of runs, or their metrics.jsonl.
+    #[arg(required = true, value_name = "RUN")]
+    runs: Vec<PathBuf>,
+    /// The figure: loss, lr, grad_norm, tokens_per_second, or any other of metrics.jsonl.
+    #[arg(long, default_value = "loss")]
+    metric: String,
+    /// The file, .svg or .png; else `METRIC.svg` in the working directory.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// What it is drawn over: step, tokens or seconds.
+    #[arg(long, default_value = "step")]
+    x: Axis,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
+    let output = arguments.output.clone().unwrap_or_else(|| format!("{}.svg", arguments.metric).into());
+    let comparison = Comparison { runs: arguments.runs.clone(), metric: arguments.metric.clone(), axis: arguments.x };
+    compare(&comparison, &output)?;
+    eprintln!("{}", output.display());
+    Ok(())
+}
