@@ -124,6 +124,7 @@ mod tests {
             threads: 1,
             frozen: Vec::new(),
             lora: None,
+            packed: None,
         };
         Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), setting)
     }

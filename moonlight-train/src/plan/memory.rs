@@ -3,8 +3,10 @@
 //! A step is followed from moment to moment as the trainer takes it (`trainer/backward.rs`, `trainer/step.rs` and the
 //! optimizer), and what is alive at each is added up. The largest moment is what has to fit.
 
+use moonlight_model::Bits;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::{ParameterKind, ParameterShape};
+use moonlight_model::kernels::BLOCK;
 use moonlight_model::lora::LoraConfig;
 use serde::Serialize;
 
@@ -125,6 +127,8 @@ pub struct Setting {
     pub frozen: Vec<bool>,
     /// Adapters beside a frozen model.
     pub lora: Option<LoraConfig>,
+    /// Bits of the frozen projections, where they are packed.
+    pub packed: Option<Bits>,
 }
 
 /// A parameter with what it costs.
@@ -134,6 +138,8 @@ struct Parameter {
     shape: [u64; 3],
     values: u64,
     bytes: u64,
+    /// Bits of a value, where it is packed.
+    packed: Option<Bits>,
     by: TakenBy,
 }
 
@@ -185,11 +191,23 @@ impl Parameter {
             _ => [1, 1, dims.iter().product()],
         };
         let bytes = if shape.kind == ParameterKind::CorrectionBias { 4 } else { bytes };
-        Self { stage, shape: shape3, values: shape.count(), bytes, by }
+        let projection = matches!(shape.kind, ParameterKind::Matrix | ParameterKind::Experts);
+        let packed = setting.packed.filter(|_| frozen && projection);
+        Self { stage, shape: shape3, values: shape.count(), bytes, packed, by }
     }
 
     fn weight(&self) -> u64 {
-        self.values * self.bytes
+        let Some(bits) = self.packed else { return self.values * self.bytes };
+        let [stack, rows, columns] = self.shape;
+        let blocks = (rows * columns).div_ceil(BLOCK as u64);
+        // Numbers and an f32 scale.
+        stack * blocks * (bits.bytes(BLOCK) as u64 + 4)
+    }
+
+    /// One matrix in full, where it is packed: what is there during its product.
+    fn unpacked(&self) -> u64 {
+        let [_, rows, columns] = self.shape;
+        if self.packed.is_some() { rows * columns * self.bytes } else { 0 }
     }
 
     fn gradient(&self) -> u64 {
@@ -234,6 +252,7 @@ impl Step<'_> {
         let moment = Moment { what: what.to_owned(), bytes: [0; Part::ALL.len()] };
         moment
             .with(Part::Weights, self.parameters.iter().map(Parameter::weight).sum())
+            .with(Part::Weights, self.parameters.iter().map(Parameter::unpacked).max().unwrap_or_default())
             .with(Part::OptimizerState, self.parameters.iter().map(|parameter| parameter.state(self.setting)).sum())
     }
 

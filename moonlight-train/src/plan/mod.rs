@@ -67,6 +67,7 @@ impl Setting {
             threads: threads.0,
             frozen: frozen_parameters(config, &recipe.train.freeze)?,
             lora: recipe.lora.as_ref().map(LoraRecipe::config),
+            packed: recipe.model.quantise.bits(),
         })
     }
 }
