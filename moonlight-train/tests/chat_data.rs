@@ -105,6 +105,11 @@ fn inspect_shows_what_is_learned() {
     }
     let histogram = shown.lines().filter(|line| line.trim_start().starts_with("up to")).count();
     assert!(histogram >= 1, "{shown}");
+    let output = inspect(&["--samples", "1", "--json"]);
+    let object: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let sample = &object["samples"][0];
+    assert_eq!(sample["tokens"].as_array().unwrap().len(), sample["weights"].as_array().unwrap().len());
+    assert!(object["train"]["learned"].as_u64().unwrap() > 0);
     // Text has no conversations, and is shown too.
     let output = moonlight(&["data", "inspect", "--longest", "10"]).arg(home.path("recipe.toml")).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
