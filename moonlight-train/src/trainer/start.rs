@@ -6,8 +6,9 @@ use std::path::Path;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use moonlight_convert::load;
-use moonlight_model::CausalLm;
+use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::{AdamWConfig, Assignment, MuonConfig, ParameterRules, Scale};
+use serde_json::{Value, json};
 
 use super::judge::{self, judge};
 use super::strategy::Run;
@@ -21,6 +22,9 @@ use crate::recipe::{ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, R
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
 use crate::tokenizer::{Companion, Tokenizer};
+
+/// The file that says where generation stops.
+const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// A run at its first or next step.
 pub struct Prepared {
@@ -52,7 +56,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         folder.join("checkpoints"),
         recipe.train.keep,
         recipe.train.keep_best,
-        companions(tokenizer.as_ref(), &corpus),
+        companions(tokenizer.as_ref(), &corpus, &config, companions_from.as_deref()),
         companions_from.clone(),
     );
     let device = target.device.clone().autodiff();
@@ -118,12 +122,35 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
     Ok(Prepared { trainee: Trainee { model }, run })
 }
 
-/// The tokenizer's files, and the chat template where conversations were made with another than theirs.
-fn companions(tokenizer: Option<&Tokenizer>, corpus: &Corpus) -> Vec<Companion> {
+/// The tokenizer's files; where the data are conversations, also the chat template if they were made with another than
+/// the tokenizer's, and a `generation_config.json` by which servers stop where the assistant does.
+fn companions(
+    tokenizer: Option<&Tokenizer>,
+    corpus: &Corpus,
+    config: &ModelConfig,
+    from: Option<&Path>,
+) -> Vec<Companion> {
     let mut companions = tokenizer.map(Tokenizer::companions).unwrap_or_default();
     if let Some(template) = corpus.template() {
         companions.retain(|companion| companion.name != template.name);
         companions.push(template.clone());
+    }
+    if let Some(end) = corpus.end_of_turn() {
+        let text = from.and_then(|from| fs::read_to_string(from.join(GENERATION_CONFIG)).ok());
+        let mut generation = text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_else(|| {
+            json!({"_from_model_config": true, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
+        });
+        let mut stops: Vec<Value> = match generation["eos_token_id"].take() {
+            Value::Array(stops) => stops,
+            Value::Null => Vec::new(),
+            stop => vec![stop],
+        };
+        if !stops.contains(&end.into()) {
+            stops.push(end.into());
+        }
+        generation["eos_token_id"] = stops.into();
+        let contents = serde_json::to_vec_pretty(&generation).unwrap_or_default();
+        companions.push(Companion { name: GENERATION_CONFIG.into(), contents });
     }
     companions
 }
