@@ -53,6 +53,10 @@ fn a_run_on_conversations_goes_on_bit_for_bit_and_can_be_talked_to() {
     // The checkpoint carries its tokenizer and its template.
     let config = fs::read_to_string(checkpoint(&whole, 12).join("tokenizer_config.json")).unwrap();
     assert!(config.contains("<|im_assistant|>"));
+    // Servers stop where the assistant does.
+    let generation = fs::read_to_string(checkpoint(&whole, 12).join("generation_config.json")).unwrap();
+    let generation: serde_json::Value = serde_json::from_str(&generation).unwrap();
+    assert_eq!(generation["eos_token_id"], json!([257, 0xF5]));
     let mut chat = moonlight(&["chat", "--max-new-tokens", "4", "--model"]);
     let output = chat.arg(&whole).stdin(fs::File::open(home.path("talk.jsonl")).unwrap()).output().unwrap();
     assert!(!text(&output.stderr).contains("has no chat template"), "{}", text(&output.stderr));
@@ -105,6 +109,11 @@ fn inspect_shows_what_is_learned() {
     }
     let histogram = shown.lines().filter(|line| line.trim_start().starts_with("up to")).count();
     assert!(histogram >= 1, "{shown}");
+    let output = inspect(&["--samples", "1", "--json"]);
+    let object: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let sample = &object["samples"][0];
+    assert_eq!(sample["tokens"].as_array().unwrap().len(), sample["weights"].as_array().unwrap().len());
+    assert!(object["train"]["learned"].as_u64().unwrap() > 0);
     // Text has no conversations, and is shown too.
     let output = moonlight(&["data", "inspect", "--longest", "10"]).arg(home.path("recipe.toml")).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));

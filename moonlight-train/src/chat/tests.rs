@@ -177,6 +177,13 @@ fn moonlight_learns_the_assistants_words_and_their_end() {
 }
 
 #[test]
+fn the_token_to_stop_at() {
+    assert_eq!(encoder(MOONLIGHT_TEMPLATE).end_token(), Some(0xF5));
+    assert_eq!(encoder(CHATML).end_token(), Some(0xF5));
+    assert_eq!(encoder("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}").end_token(), None);
+}
+
+#[test]
 fn a_break_behind_the_end_is_not_learned() {
     assert_eq!(learned(&encoder(CHATML), &TALK).unwrap(), "A b<|im_end|>| C <|im_end|>\n<|im_end|>");
 }

@@ -95,6 +95,15 @@ impl ChatEncoder {
         Ok(result)
     }
 
+    /// The special token that ends what the assistant says, where the template has one: a model that was taught by it
+    /// should stop there.
+    pub fn end_token(&self) -> Option<u32> {
+        let turn = |role: &str, weight| Turn { message: Message::new(role, "x"), weight };
+        let WeightedTokens { tokens, weights } = self.weighted(&[turn("user", 0.0), turn("assistant", 1.0)]).ok()?;
+        let last = weights.iter().rposition(|&weight| weight > 0.0)?;
+        self.specials.names.iter().map(|(_, id)| *id).find(|&id| id == tokens[last])
+    }
+
     /// Where the last special token of a text ends, if only white space follows it.
     pub(super) fn end_of_last_special(&self, text: &str) -> Option<usize> {
         let end = self.specials.finder.find_iter(text).last()?.end();

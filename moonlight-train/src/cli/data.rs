@@ -4,8 +4,9 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use serde_json::{Value, json};
 
-use crate::data::{Corpus, Figures, Sample};
+use crate::data::{Corpus, Figures, Inspection, Sample};
 use crate::error::TrainError;
 use crate::recipe::{NO_TOKENIZER, Recipe};
 use crate::tokenizer::Tokenizer;
@@ -34,6 +35,9 @@ pub(super) struct Arguments {
     /// The most tokens of a document to show; 0 for all.
     #[arg(long, default_value_t = 2000, value_name = "TOKENS")]
     longest: usize,
+    /// Print one JSON object: figures, notes, and samples with the token ids and the weight of each.
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(command: &Command) -> Result<(), TrainError> {
@@ -46,6 +50,9 @@ pub(super) fn run(command: &Command) -> Result<(), TrainError> {
     let config = recipe.model.config_for(tokenizer.as_ref())?;
     let corpus = Corpus::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
     let inspection = corpus.inspect(arguments.samples);
+    if arguments.json {
+        return print(&(as_json(&inspection, corpus.notes()).to_string() + "\n"));
+    }
     let mut text = String::new();
     for note in corpus.notes() {
         text.push_str(&format!("{note}\n"));
@@ -68,7 +75,30 @@ pub(super) fn run(command: &Command) -> Result<(), TrainError> {
     for sample in &inspection.samples {
         text.push_str(&show.sample(sample));
     }
+    print(&text)
+}
+
+fn print(text: &str) -> Result<(), TrainError> {
     std::io::stdout().write_all(text.as_bytes()).map_err(TrainError::write("stdout"))
+}
+
+fn as_json(inspection: &Inspection, notes: &[String]) -> Value {
+    let figures = |figures: &Figures| {
+        json!({
+            "documents": figures.documents, "tokens": figures.tokens, "learned": figures.learned,
+            "sequences": figures.sequences, "fill": figures.fill, "histogram": figures.histogram,
+        })
+    };
+    let sample = |sample: &Sample| {
+        let (tokens, weights): (Vec<u32>, Vec<f32>) = sample.tokens.iter().copied().unzip();
+        json!({"path": sample.path, "line": sample.line, "tokens": tokens, "weights": weights})
+    };
+    json!({
+        "train": figures(&inspection.train),
+        "valid": inspection.valid.as_ref().map(figures),
+        "samples": inspection.samples.iter().map(sample).collect::<Vec<_>>(),
+        "notes": notes,
+    })
 }
 
 /// The figures of the training or the validation data, in lines.

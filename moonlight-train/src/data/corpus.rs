@@ -22,6 +22,8 @@ pub struct Corpus {
     pub(super) files: Vec<SourceFile>,
     /// The template, where it does not come with the tokenizer.
     template: Option<Companion>,
+    /// The token that ends what the assistant says.
+    end: Option<u32>,
     seed: Option<u64>,
     /// Hash of everything that a position in the training data depends on.
     data: u64,
@@ -116,18 +118,24 @@ impl Corpus {
             notes.push(learned("train", &train));
             notes.extend(valid.as_ref().map(|valid| learned("valid", valid)));
         }
+        let end = chat.as_ref().and_then(ChatEncoder::end_token);
         let template = chat.filter(|chat| !comes_with_tokenizer(config, tokenizer, chat)).map(|chat| Companion {
             name: "chat_template.jinja".into(),
             contents: chat.template().text().as_bytes().to_owned(),
         });
         let files = files_of_train;
-        Ok(Self { train, valid, files, template, seed, data: hash.finish(), vocab_size, notes })
+        Ok(Self { train, valid, files, template, end, seed, data: hash.finish(), vocab_size, notes })
     }
 
     /// The chat template that the data were made with, where the tokenizer's own files have none or another: a
     /// checkpoint should carry it.
     pub fn template(&self) -> Option<&Companion> {
         self.template.as_ref()
+    }
+
+    /// The token that ends what the assistant says in these conversations, where the data are some.
+    pub fn end_of_turn(&self) -> Option<u32> {
+        self.end
     }
 
     /// The training batches from the beginning, `batch_size` (at least 1) sequences each.

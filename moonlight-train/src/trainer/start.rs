@@ -11,6 +11,7 @@ use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::{
     AdamWConfig, Assignment, MomentumPrecision, MuonConfig, ParameterRules, Precision, Rounding, Scale,
 };
+use serde_json::{Value, json};
 
 use super::freeze;
 use super::judge::{self, judge};
@@ -29,6 +30,9 @@ use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
 use crate::tokenizer::{Companion, Tokenizer};
 use crate::weights::load_base;
+
+/// The file that says where generation stops.
+const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// A run at its first or next step.
 pub struct Prepared {
@@ -61,7 +65,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         folder.join("checkpoints"),
         recipe.train.keep,
         recipe.train.keep_best,
-        companions(tokenizer.as_ref(), &corpus),
+        companions(tokenizer.as_ref(), &corpus, &config, companions_from.as_deref()),
         companions_from.clone(),
     );
     let checkpoints = match &recipe.lora {
@@ -142,12 +146,35 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
     Ok(Prepared { trainee: Trainee { model }, run })
 }
 
-/// The tokenizer's files, and the chat template where conversations were made with another than theirs.
-fn companions(tokenizer: Option<&Tokenizer>, corpus: &Corpus) -> Vec<Companion> {
+/// The tokenizer's files; where the data are conversations, also the chat template if they were made with another than
+/// the tokenizer's, and a `generation_config.json` by which servers stop where the assistant does.
+fn companions(
+    tokenizer: Option<&Tokenizer>,
+    corpus: &Corpus,
+    config: &ModelConfig,
+    from: Option<&Path>,
+) -> Vec<Companion> {
     let mut companions = tokenizer.map(Tokenizer::companions).unwrap_or_default();
     if let Some(template) = corpus.template() {
         companions.retain(|companion| companion.name != template.name);
         companions.push(template.clone());
+    }
+    if let Some(end) = corpus.end_of_turn() {
+        let text = from.and_then(|from| fs::read_to_string(from.join(GENERATION_CONFIG)).ok());
+        let mut generation = text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_else(|| {
+            json!({"_from_model_config": true, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
+        });
+        let mut stops: Vec<Value> = match generation["eos_token_id"].take() {
+            Value::Array(stops) => stops,
+            Value::Null => Vec::new(),
+            stop => vec![stop],
+        };
+        if !stops.contains(&end.into()) {
+            stops.push(end.into());
+        }
+        generation["eos_token_id"] = stops.into();
+        let contents = serde_json::to_vec_pretty(&generation).unwrap_or_default();
+        companions.push(Companion { name: GENERATION_CONFIG.into(), contents });
     }
     companions
 }
