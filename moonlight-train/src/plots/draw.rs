@@ -8,6 +8,9 @@ use plotters::style::register_font;
 
 const SIZE: (u32, u32) = (900, 540);
 
+/// So many points are marked.
+const FEW: usize = 50;
+
 /// The default palette of matplotlib since 2.0 ("tab10"), which is made to be told apart.
 const COLORS: [RGBColor; 10] = [
     RGBColor(31, 119, 180),
@@ -128,6 +131,11 @@ fn chart<B: DrawingBackend>(
         if !name.is_empty() {
             series.label(name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], line));
         }
+    }
+    // A curve of few points is little without them, and one of a single point is nothing.
+    for curve in curves.iter().filter(|curve| curve.strong && curve.points.len() <= FEW) {
+        let color = COLORS[curve.color % COLORS.len()];
+        chart.draw_series(curve.points.iter().map(|&point| Circle::new(point, 3, color.filled())))?;
     }
     chart.configure_series_labels().border_style(BLACK.mix(0.3)).background_style(WHITE.mix(0.8)).draw()
 }
