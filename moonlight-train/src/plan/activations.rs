@@ -3,6 +3,7 @@
 //! A forward pass in the graph keeps the inputs of every product and of every kernel (`moonlight_model::kernels`); the
 //! list below follows the code, in its order. `n` is the number of tokens of a micro-batch.
 
+use moonlight_model::Bits;
 use moonlight_model::config::{AttentionConfig, ModelConfig, MoeConfig};
 use moonlight_model::lora::LoraConfig;
 
@@ -33,7 +34,7 @@ pub(super) fn of_layer(config: &ModelConfig, layer: usize, setting: &Setting) ->
     };
     // Beside them: the normed input of either half, and the sum between the halves.
     let kept = 3 * n * hidden + attention + feed_forward;
-    let (more, less) = setting.lora.as_ref().map_or((0, 0), |lora| of_adapters(config, layer, n, lora));
+    let (more, less) = setting.lora.as_ref().map_or((0, 0), |lora| of_adapters(config, layer, n, lora, setting.packed));
     // The gradient of the residual stream waits while either half is gone through.
     let transient = 2 * n * hidden + attention_transient.max(feed_forward_transient);
     LayerActivations { kept: kept + more - less, transient }
@@ -41,7 +42,7 @@ pub(super) fn of_layer(config: &ModelConfig, layer: usize, setting: &Setting) ->
 
 /// What adapters add to a layer, their narrow products, and what a frozen product need not keep: its input, where no
 /// adapter wants it either and no kernel has it.
-fn of_adapters(config: &ModelConfig, layer: usize, n: u64, lora: &LoraConfig) -> (u64, u64) {
+fn of_adapters(config: &ModelConfig, layer: usize, n: u64, lora: &LoraConfig, packed: Option<Bits>) -> (u64, u64) {
     let prefix = format!("layers.{layer}.");
     let adapters = lora.adapter_shapes(config);
     let adapted: Vec<&str> = adapters.iter().filter_map(|adapter| adapter.path.strip_prefix(&prefix)).collect();
@@ -60,6 +61,15 @@ fn of_adapters(config: &ModelConfig, layer: usize, n: u64, lora: &LoraConfig) ->
         Some(moe) => ("mlp.shared_experts.", moe.n_shared_experts * moe.moe_intermediate_size),
         None => ("mlp.", config.intermediate_size),
     };
+    if let (Some(moe), Some(_)) = (moe, packed) {
+        // The product by packed experts keeps no rows; that by experts in full has them in its state.
+        if !any(&["mlp.experts.gate_proj", "mlp.experts.up_proj"]) {
+            less += rows * hidden;
+        }
+        if !any(&["mlp.experts.down_proj"]) {
+            less += rows * moe.moe_intermediate_size as u64;
+        }
+    }
     let named = |name: &str| any(&[&format!("{inner}{name}")]);
     if !named("gate_proj") && !named("up_proj") {
         less += n * hidden;
