@@ -38,6 +38,11 @@ pub struct LayerOutput {
 }
 
 impl Pass {
+    /// The same pass on the device without gradients, for a model that is there.
+    pub fn inner(self) -> Self {
+        Self { rotation: self.rotation.inner(), ..self }
+    }
+
     pub(crate) fn tokens(&self) -> Tokens<'_> {
         Tokens {
             batch: self.batch,

@@ -61,6 +61,11 @@ impl RotaryEmbedding {
 }
 
 impl Rotation {
+    /// The same on the device without gradients.
+    pub(crate) fn inner(self) -> Self {
+        Self { cos: self.cos.inner(), sin: self.sin.inner(), interleave: self.interleave }
+    }
+
     /// Turns dimensions `start..` of each head; `x` is `[batch, sequence, heads, width]`, one position a token.
     pub fn apply(&self, x: Tensor<4>, start: usize) -> Tensor<4> {
         rotate(x, self.cos.clone(), self.sin.clone(), RotationSpec { start, interleave: self.interleave })

@@ -82,6 +82,26 @@ impl Waiting {
     }
 }
 
+/// The batches that [`BatchedOptimizer`] steps: each of parameters that are `equal` to its first, in their order, as many
+/// as have 2^24 elements together and one at least; `elements` is a parameter's number of them.
+pub fn equal_batches<T>(
+    waiting: Vec<T>,
+    elements: impl Fn(&T) -> usize,
+    equal: impl Fn(&T, &T) -> bool,
+) -> Vec<Vec<T>> {
+    let mut open: Vec<(usize, Vec<T>)> = Vec::new(); // room, members
+    for one in waiting {
+        match open.iter_mut().find(|(room, members)| *room > 0 && equal(&members[0], &one)) {
+            Some((room, members)) => {
+                *room -= 1;
+                members.push(one);
+            }
+            None => open.push(((ELEMENTS_TOGETHER / elements(&one).max(1)).saturating_sub(1), vec![one])),
+        }
+    }
+    open.into_iter().map(|(_, members)| members).collect()
+}
+
 impl Assignment {
     /// The optimizer for the module, without any state, that steps equal matrices together.
     pub fn batched_optimizer(&self) -> BatchedOptimizer {
@@ -190,18 +210,8 @@ impl BatchedOptimizer {
     pub fn step<M: Module>(&mut self, lr: f64, mut module: M, mut gradients: GradientsParams) -> M {
         let mut listing = Listing { path: Vec::new(), optimizer: self, gradients: &gradients, waiting: Vec::new() };
         module.visit(&mut listing);
-        let mut waiting = listing.waiting;
-        while let Some(first) = waiting.first() {
-            let first = first.clone();
-            let most = (ELEMENTS_TOGETHER / first.stack.iter().product::<usize>().max(1)).max(1);
-            let mut batch = Vec::new();
-            waiting.retain(|one| {
-                let taken = batch.len() < most && one.equals(&first);
-                if taken {
-                    batch.push(one.clone());
-                }
-                !taken
-            });
+        let elements = |waiting: &Waiting| waiting.stack.iter().product();
+        for batch in equal_batches(listing.waiting, elements, Waiting::equals) {
             let mut lifter = Lifter { wanted: &batch, gradients: &mut gradients, lifted: HashMap::new() };
             module = module.map(&mut lifter);
             let lifted = lifter.lifted;
@@ -367,7 +377,7 @@ impl ModuleMapper for Replacer {
 }
 
 /// A tensor without a graph as the new value of a parameter, which trains as the old one did.
-fn in_place_of<const D: usize>(old: &Tensor<D>, new: Tensor<D>) -> Tensor<D> {
+pub fn in_place_of<const D: usize>(old: &Tensor<D>, new: Tensor<D>) -> Tensor<D> {
     let mut new = Tensor::from_inner(new);
     if let Some(strategy) = old.gradient_checkpointing_strategy() {
         new = new.with_gradient_checkpointing_strategy(strategy);

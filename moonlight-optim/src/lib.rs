@@ -156,7 +156,7 @@ mod workers;
 
 pub use adamw::AdamWConfig;
 pub use adaptive::Adaptive;
-pub use batched::BatchedOptimizer;
+pub use batched::{BatchedOptimizer, equal_batches, in_place_of};
 pub use blocks::Blocks;
 pub use coefficients::{Coefficients, Preconditioning};
 pub use decay::{Decay, DecaySchedule, decay_for_width};

@@ -5,7 +5,7 @@
 
 use moonlight_model::Bits;
 use moonlight_model::config::{AttentionConfig, ModelConfig, MoeConfig};
-use moonlight_model::lora::LoraConfig;
+use moonlight_model::lora::AdapterShape;
 
 use super::Setting;
 
@@ -19,7 +19,12 @@ pub(super) struct LayerActivations {
 }
 
 /// Of layer `layer`.
-pub(super) fn of_layer(config: &ModelConfig, layer: usize, setting: &Setting) -> LayerActivations {
+pub(super) fn of_layer(
+    config: &ModelConfig,
+    layer: usize,
+    setting: &Setting,
+    adapters: &[AdapterShape],
+) -> LayerActivations {
     let (batch, sequence) = (setting.batch, setting.sequence);
     let n = (batch * sequence) as u64;
     let hidden = config.hidden_size as u64;
@@ -34,7 +39,10 @@ pub(super) fn of_layer(config: &ModelConfig, layer: usize, setting: &Setting) ->
     };
     // Beside them: the normed input of either half, and the sum between the halves.
     let kept = 3 * n * hidden + attention + feed_forward;
-    let (more, less) = setting.lora.as_ref().map_or((0, 0), |lora| of_adapters(config, layer, n, lora, setting.packed));
+    let (more, less) = match &setting.lora {
+        Some(lora) => of_adapters(config, layer, n, (lora.rank, adapters), setting.packed),
+        None => (0, 0),
+    };
     // The gradient of the residual stream waits while either half is gone through.
     let transient = 2 * n * hidden + attention_transient.max(feed_forward_transient);
     LayerActivations { kept: kept + more - less, transient }
@@ -42,14 +50,19 @@ pub(super) fn of_layer(config: &ModelConfig, layer: usize, setting: &Setting) ->
 
 /// What adapters add to a layer, their narrow products, and what a frozen product need not keep: its input, where no
 /// adapter wants it either and no kernel has it.
-fn of_adapters(config: &ModelConfig, layer: usize, n: u64, lora: &LoraConfig, packed: Option<Bits>) -> (u64, u64) {
+fn of_adapters(
+    config: &ModelConfig,
+    layer: usize,
+    n: u64,
+    (rank, adapters): (usize, &[AdapterShape]),
+    packed: Option<Bits>,
+) -> (u64, u64) {
     let prefix = format!("layers.{layer}.");
-    let adapters = lora.adapter_shapes(config);
     let adapted: Vec<&str> = adapters.iter().filter_map(|adapter| adapter.path.strip_prefix(&prefix)).collect();
     let moe = config.moe_of_layer(layer);
     let rows = moe.map_or(0, |moe| n * moe.num_experts_per_tok as u64);
     let narrow = adapted.iter().map(|path| if path.starts_with("mlp.experts.") { rows } else { n });
-    let more = narrow.sum::<u64>() * lora.rank as u64;
+    let more = narrow.sum::<u64>() * rank as u64;
     let any = |names: &[&str]| adapted.iter().any(|path| names.contains(path));
     let hidden = config.hidden_size as u64;
     let mut less = 0;

@@ -7,7 +7,8 @@ use moonlight_model::Bits;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::kernels::BLOCK;
-use moonlight_model::lora::LoraConfig;
+use moonlight_model::lora::{AdapterShape, LoraConfig};
+use moonlight_optim::equal_batches;
 use serde::Serialize;
 
 use super::activations::{of_head, of_layer};
@@ -160,14 +161,16 @@ pub(super) fn moments(config: &ModelConfig, setting: &Setting) -> Vec<Moment> {
         .enumerate()
         .map(|(index, shape)| Parameter::new(shape, frozen(index), setting.bytes, config, setting))
         .collect();
-    for adapter in setting.lora.iter().flat_map(|lora| lora.adapter_shapes(config)) {
-        for shape in [adapter.a, adapter.b] {
+    let adapters = setting.lora.as_ref().map(|lora| lora.adapter_shapes(config)).unwrap_or_default();
+    for adapter in &adapters {
+        for shape in [&adapter.a, &adapter.b] {
             // Always f32.
-            let shape = ParameterShape { path: adapter.path.clone(), shape, kind: ParameterKind::Matrix };
+            let shape =
+                ParameterShape { path: adapter.path.clone(), shape: shape.clone(), kind: ParameterKind::Matrix };
             parameters.push(Parameter::new(&shape, false, 4, config, setting));
         }
     }
-    Step { config, setting, parameters: &parameters }.moments()
+    Step { config, setting, parameters: &parameters, adapters: &adapters }.moments()
 }
 
 impl Parameter {
@@ -230,6 +233,7 @@ struct Step<'a> {
     config: &'a ModelConfig,
     setting: &'a Setting,
     parameters: &'a [Parameter],
+    adapters: &'a [AdapterShape],
 }
 
 impl Step<'_> {
@@ -268,7 +272,7 @@ impl Step<'_> {
         let stream = n * config.hidden_size as u64 * bytes; // the residual stream at one place
         let layers = config.num_hidden_layers;
         let activations: Vec<_> = (0..layers)
-            .map(|layer| of_layer(config, layer, setting))
+            .map(|layer| of_layer(config, layer, setting, self.adapters))
             .map(|layer| (layer.kept * bytes, layer.transient * bytes))
             .collect();
         let summed = if setting.accumulates { self.gradients(|_| true) } else { 0 };
@@ -358,7 +362,8 @@ impl Step<'_> {
             let moment = self.standing(what).with(Part::Gradients, gradients);
             moments.push(moment.with(Part::Update, workspace).with(Part::Activations, beside));
         };
-        for batch in batches(muon) {
+        let elements = |parameter: &&Parameter| parameter.values as usize;
+        for batch in equal_batches(muon, elements, |one, other| one.shape == other.shape) {
             note("Muon", gradients, self.muon_workspace(&batch));
             gradients -= batch.iter().map(|parameter| parameter.gradient()).sum::<u64>();
         }
@@ -400,23 +405,3 @@ impl Step<'_> {
 const MUON_KERNEL_COPIES: u64 = 2;
 /// Both moments without their bias, and the new parameter.
 const ADAMW_COPIES: u64 = 3;
-/// As the batched optimizer has it.
-const ELEMENTS_TOGETHER: u64 = 1 << 24;
-
-/// Equal matrices together, as the batched optimizer takes them.
-fn batches(mut waiting: Vec<&Parameter>) -> Vec<Vec<&Parameter>> {
-    let mut batches = Vec::new();
-    while let Some(first) = waiting.first().copied() {
-        let most = (ELEMENTS_TOGETHER / first.values.max(1)).max(1) as usize;
-        let mut batch = Vec::new();
-        waiting.retain(|one| {
-            let taken = batch.len() < most && one.shape == first.shape;
-            if taken {
-                batch.push(*one);
-            }
-            !taken
-        });
-        batches.push(batch);
-    }
-    batches
-}

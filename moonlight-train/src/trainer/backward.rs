@@ -14,7 +14,7 @@
 use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor};
-use moonlight_model::{CausalLm, ForwardReport, LayerOutput, LmBatch, Pass, Probe};
+use moonlight_model::{CausalLm, ForwardReport, LayerOutput, Pass};
 use moonlight_optim::BatchedOptimizer;
 
 use super::step::{NotFinite, global_norm};
@@ -102,7 +102,7 @@ pub(crate) fn backward(taker: &mut impl Taker, input: MicroBatch, sparing: Spari
     let [rows, sequence] = batch.tokens.dims();
     let pass = taker.model().pass(&batch, balance_weight, probe);
     let trunk = if sparing.recompute {
-        Trunk::without_graph(taker.model(), &batch, balance_weight, probe)
+        Trunk::without_graph(taker.model(), batch.tokens.clone(), &pass)
     } else {
         Trunk::with_graph(taker.model(), batch.tokens.clone(), &pass)
     };
@@ -158,16 +158,9 @@ impl Trunk {
 
     /// Keeps each layer's input. A graph that is dropped gives its memory back with the next backward pass only, so there
     /// is none: the layers run on the device without gradients.
-    fn without_graph(model: &CausalLm, batch: &LmBatch, balance_weight: f64, probe: Probe) -> Self {
-        let model = model.valid();
-        let batch = LmBatch {
-            tokens: batch.tokens.clone().inner(),
-            targets: batch.targets.clone().inner(),
-            loss_mask: batch.loss_mask.clone().inner(),
-            segments: batch.segments.clone(),
-        };
-        let pass = model.pass(&batch, balance_weight, probe);
-        let mut trunk = Self::at(model.embed(batch.tokens));
+    fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &Pass) -> Self {
+        let (model, pass) = (model.valid(), pass.clone().inner());
+        let mut trunk = Self::at(model.embed(tokens.inner()));
         for index in 0..model.layers.len() {
             trunk.inputs.push(trunk.last.clone());
             let LayerOutput { hidden, report, .. } = model.run_layer(index, trunk.last, &pass);
@@ -280,7 +273,7 @@ impl Head {
 mod tests {
     use burn::module::{ModuleVisitor, Param};
     use burn::tensor::Device;
-    use moonlight_model::ModelConfig;
+    use moonlight_model::{ModelConfig, Probe};
     use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
 
     use super::*;

@@ -4,7 +4,7 @@ use burn::tensor::Tensor;
 use moonlight_model::attention::Attention;
 use moonlight_model::config::AttentionConfig;
 use moonlight_model::{CausalLm, Projection};
-use moonlight_optim::{HeadLayout, QkClip, WeightLayout};
+use moonlight_optim::{HeadLayout, QkClip, WeightLayout, in_place_of};
 
 /// The model with each head scaled by its largest logit of the step, `largest[layer][head]`.
 ///
@@ -40,20 +40,11 @@ pub(super) fn clip(mut model: CausalLm, largest: &[Vec<f64>], clip: QkClip) -> C
 
 /// Applies `scaled` to a layer's weight `[in, out]`, and to its bias as a weight of one row.
 fn scale(layer: &mut Projection, scaled: impl Fn(Tensor<2>) -> Tensor<2>) {
-    layer.weight = layer.weight.clone().map(|weight| like(&weight, scaled(weight.clone().inner())));
+    layer.weight = layer.weight.clone().map(|weight| in_place_of(&weight, scaled(weight.clone().inner())));
     layer.bias = layer.bias.take().map(|bias| {
         bias.map(|bias| {
             let [outputs] = bias.dims();
-            like(&bias, scaled(bias.clone().inner().reshape([1, outputs])).reshape([outputs]))
+            in_place_of(&bias, scaled(bias.clone().inner().reshape([1, outputs])).reshape([outputs]))
         })
     });
-}
-
-/// A new value of a parameter, which trains as the old one did.
-fn like<const D: usize>(old: &Tensor<D>, new: Tensor<D>) -> Tensor<D> {
-    let mut new = Tensor::from_inner(new);
-    if let Some(strategy) = old.gradient_checkpointing_strategy() {
-        new = new.with_gradient_checkpointing_strategy(strategy);
-    }
-    new.set_require_grad(old.is_require_grad())
 }

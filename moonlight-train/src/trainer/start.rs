@@ -287,10 +287,11 @@ fn announce(model: &CausalLm, assignment: &Assignment, corpus: &Corpus, state: &
         million(count.activated),
         million(count.embeddings)
     );
-    let adapters = model.adapters();
-    if !adapters.is_empty() {
-        let trained: usize = adapters.iter().map(|adapter| adapter.a.num_elements() + adapter.b.num_elements()).sum();
-        eprintln!("lora: {:.2} M parameters in {} adapters", million(trained as u64), adapters.len());
+    if model.has_adapters() {
+        // Nothing else is trained, and each adapter is two matrices.
+        let trained: Vec<_> = assignment.rows().iter().filter(|row| row.is_optimized()).collect();
+        let elements: usize = trained.iter().map(|row| row.elements()).sum();
+        eprintln!("lora: {:.2} M parameters in {} adapters", million(elements as u64), trained.len() / 2);
     }
     eprintln!(
         "data: {} training tokens in {} sequences, {} validation tokens",
