@@ -1,32 +1,21 @@
 //! Adapters in the model: beginnings, gradients, merging, decoding, dropout.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Distribution, Gradients, Int, Tensor, TensorData, Tolerance};
+use common::moonlight;
 use moonlight_model::lora::{Adapter, LoraConfig, LoraError, LowRankSettings};
 use moonlight_model::{CausalLm, KvCache, LmBatch, ModelConfig, Probe};
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// The device has one generator: tests that draw from it do so one after the other.
 fn alone() -> MutexGuard<'static, ()> {
     static GENERATOR: Mutex<()> = Mutex::new(());
     GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A small model with a dense layer and two of experts, with `changes` laid over it.
-fn config(changes: Value) -> ModelConfig {
-    let mut value = json!({
-        "model_type": "deepseek_v3", "vocab_size": 61, "hidden_size": 40, "intermediate_size": 56,
-        "num_hidden_layers": 3, "num_attention_heads": 3, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        "initializer_range": 0.2, "q_lora_rank": null, "kv_lora_rank": 20, "qk_nope_head_dim": 10,
-        "qk_rope_head_dim": 6, "v_head_dim": 7, "n_routed_experts": 9, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 12, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-        "norm_topk_prob": true, "routed_scaling_factor": 2.446, "rope_theta": 50000.0,
-    });
-    value.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-    ModelConfig::from_value(value).unwrap()
 }
 
 fn family() -> Vec<(&'static str, ModelConfig)> {
@@ -36,8 +25,8 @@ fn family() -> Vec<(&'static str, ModelConfig)> {
         "rms_norm_eps": 1e-5, "head_dim": 8, "tie_word_embeddings": true,
     });
     vec![
-        ("moonlight", config(json!({}))),
-        ("deepseek v3", config(json!({"q_lora_rank": 14, "attention_bias": true}))),
+        ("moonlight", moonlight(json!({}))),
+        ("deepseek v3", moonlight(json!({"q_lora_rank": 14, "attention_bias": true}))),
         ("qwen2", ModelConfig::from_value(dense).unwrap()),
     ]
 }
@@ -236,7 +225,7 @@ fn rslora_scales_by_the_root_of_the_rank() {
 fn dropout_follows_its_seed_and_is_off_without_one() {
     let _alone = alone();
     let device = Device::default();
-    let model = moved(config(json!({})).init(&device).with_lora(&lora(&["all"]), 3).unwrap(), 0.5);
+    let model = moved(moonlight(json!({})).init(&device).with_lora(&lora(&["all"]), 3).unwrap(), 0.5);
     let logits = |seed: Option<u64>| {
         model.set_dropout_seed(seed);
         model.logits(tokens(2, 9, &device), None).into_data()
@@ -255,7 +244,7 @@ fn dropout_keeps_the_mean() {
     let _alone = alone();
     let device = Device::default();
     let model =
-        moved(config(json!({})).init(&device).with_lora(&lora(&["layers.0.self_attn.o_proj"]), 3).unwrap(), 0.3);
+        moved(moonlight(json!({})).init(&device).with_lora(&lora(&["layers.0.self_attn.o_proj"]), 3).unwrap(), 0.3);
     let projection = match &model.layers[0].self_attn {
         moonlight_model::attention::Attention::Mla(attention) => attention.o_proj.clone(),
         moonlight_model::attention::Attention::Gqa(_) => panic!("Moonlight has latent attention"),
@@ -277,7 +266,7 @@ fn dropout_keeps_the_mean() {
 fn what_does_not_fit_is_an_error() {
     let _alone = alone();
     let device = Device::default();
-    let base = config(json!({})).init(&device);
+    let base = moonlight(json!({})).init(&device);
     let error = base.clone().with_lora(&lora(&["q_proj", "qproj"]), 0).unwrap_err();
     assert_eq!(error.to_string(), "the target `qproj` matches no projection of the model");
     assert!(error.hint().unwrap().contains("kv_a_proj_with_mqa"));

@@ -1,8 +1,11 @@
 //! Packed conversations against the same ones each for itself, through a model.
 
+mod common;
+
 use std::collections::BTreeMap;
 
 use burn::tensor::Device;
+use common::SHAPE;
 use moonlight_model::{ModelConfig, Probe};
 use moonlight_train::data::{Corpus, HostBatch};
 use moonlight_train::recipe::Recipe;
@@ -11,26 +14,8 @@ use moonlight_train::tokenizer::Tokenizer;
 const RECIPE: &str = r#"
 [model]
 vocab_size = 259
-hidden_size = 24
-intermediate_size = 40
-num_hidden_layers = 2
-num_attention_heads = 2
 max_position_embeddings = 256
-rms_norm_eps = 1e-5
-kv_lora_rank = 8
-qk_nope_head_dim = 8
-qk_rope_head_dim = 4
-v_head_dim = 8
-n_routed_experts = 6
-num_experts_per_tok = 2
-moe_intermediate_size = 12
-n_shared_experts = 1
-first_k_dense_replace = 1
-n_group = 1
-topk_group = 1
-routed_scaling_factor = 1.0
-norm_topk_prob = true
-
+SHAPE
 [data]
 train = ["DIR/*.jsonl"]
 format = "chat"
@@ -79,7 +64,7 @@ fn a_packed_conversation_has_the_loss_that_it_has_alone() {
         })
         .collect();
     std::fs::write(dir.path().join("a.jsonl"), lines).unwrap();
-    let text = RECIPE.replace("DIR", &dir.path().display().to_string());
+    let text = RECIPE.replace("SHAPE", SHAPE).replace("DIR", &dir.path().display().to_string());
     let recipe = Recipe::parse(&text, &dir.path().join("recipe.toml"), &[]).unwrap();
     let tokenizer = Tokenizer::open(&recipe.data.tokenizer).unwrap();
     let config: ModelConfig = recipe.model.config_for(Some(&tokenizer)).unwrap();

@@ -7,13 +7,8 @@ mod common;
 
 use std::path::Path;
 
-use common::{metrics, moonlight, text};
+use common::{Step, follows, moonlight, text};
 use serde::Deserialize;
-
-/// The most that the loss of any step may differ.
-const LOSS_BUDGET: f64 = 2e-3;
-/// The most that the gradient norm of any step may differ, relative.
-const NORM_BUDGET: f64 = 1e-2;
 
 #[derive(Deserialize)]
 struct Reference {
@@ -31,13 +26,6 @@ struct Rules {
     betas: [f64; 2],
     epsilon: f64,
     gradient_clip: f64,
-}
-
-#[derive(Deserialize)]
-struct Step {
-    loss: f64,
-    grad_norm: f64,
-    lr: f64,
 }
 
 #[test]
@@ -101,19 +89,6 @@ sequence_balance_weight = 0.0
     std::fs::write(&path, recipe).unwrap();
     let output = moonlight(&["train"]).arg(&path).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
-    let lines = metrics(&home.path().join("runs/lora"));
-    let ours: Vec<_> = lines.iter().filter(|line| line["split"] == "train").collect();
-    assert_eq!(ours.len(), steps.len());
-    let (mut worst, mut worst_norm) = (0.0, 0.0);
-    for (step, (ours, expected)) in ours.into_iter().zip(&steps).enumerate() {
-        let of = |key: &str| ours[key].as_f64().unwrap();
-        assert!((of("lr") / expected.lr - 1.0).abs() < 1e-12, "step {step}: {} and {}", of("lr"), expected.lr);
-        let difference = (of("loss") - expected.loss).abs();
-        assert!(difference <= LOSS_BUDGET, "step {step}: the loss differs by {difference}");
-        worst = f64::max(worst, difference);
-        let relative = (of("grad_norm") / expected.grad_norm - 1.0).abs();
-        assert!(relative <= NORM_BUDGET, "step {step}: the gradient norm differs by {relative}");
-        worst_norm = f64::max(worst_norm, relative);
-    }
+    let (worst, worst_norm) = follows(&home.path().join("runs/lora"), &steps);
     println!("40 steps of adapters: loss differs by at most {worst:.1e}, gradient norm by {worst_norm:.1e}");
 }

@@ -11,17 +11,13 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
-use common::{checkpoint, metrics, moonlight, text};
+use common::{Step, checkpoint, follows, moonlight, text};
 use moonlight_convert::{Checkpoint, SaveOptions, load, save};
 use moonlight_model::CausalLm;
 use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::Deserialize;
 
-/// The most that the loss of any step may differ.
-const LOSS_BUDGET: f64 = 2e-3;
-/// The most that the gradient norm of any step may differ, relative.
-const NORM_BUDGET: f64 = 1e-2;
 /// The most that a parameter may differ after one step, relative to the largest of its elements.
 const STEP_BUDGET: f64 = 1e-5;
 /// The same, relative to the largest change. An expert with few tokens has a gradient of low rank, and Newton-Schulz
@@ -47,13 +43,6 @@ struct Rules {
     epsilon: f32,
     gradient_clip: f64,
     bias_update_rate: f64,
-}
-
-#[derive(Deserialize)]
-struct Step {
-    loss: f64,
-    grad_norm: f64,
-    lr: f64,
 }
 
 fn fixtures() -> PathBuf {
@@ -140,20 +129,7 @@ fn forty_steps_of_the_program() {
     let home = tempfile::tempdir().unwrap();
     for (name, batch_size, passes) in [("whole", reference.batch_size, 1), ("accumulated", 1, reference.batch_size)] {
         let run = train(home.path(), name, batch_size, passes);
-        let metrics = metrics(&run);
-        let steps: Vec<_> = metrics.iter().filter(|line| line["split"] == "train").collect();
-        assert_eq!(steps.len(), reference.steps.len());
-        let (mut worst, mut worst_norm) = (0.0, 0.0);
-        for (step, (ours, expected)) in steps.into_iter().zip(&reference.steps).enumerate() {
-            let of = |key: &str| ours[key].as_f64().unwrap();
-            assert!((of("lr") / expected.lr - 1.0).abs() < 1e-12, "step {step}: {} and {}", of("lr"), expected.lr);
-            let difference = (of("loss") - expected.loss).abs();
-            assert!(difference <= LOSS_BUDGET, "step {step}: the loss differs by {difference}");
-            worst = f64::max(worst, difference);
-            let relative = (of("grad_norm") / expected.grad_norm - 1.0).abs();
-            assert!(relative <= NORM_BUDGET, "step {step}: the gradient norm differs by {relative}");
-            worst_norm = f64::max(worst_norm, relative);
-        }
+        let (worst, worst_norm) = follows(&run, &reference.steps);
         println!("40 steps, {name}: loss differs by at most {worst:.1e}, gradient norm by {worst_norm:.1e}");
 
         // The bias is a sum of steps of fixed sizes: it agrees exactly, or some load did not.

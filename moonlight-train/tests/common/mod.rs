@@ -14,19 +14,12 @@ pub(crate) struct Home {
     dir: TempDir,
 }
 
-const RECIPE: &str = r#"
-[run]
-name = "tiny"
-dir = "RUNS"
-seed = 7
-
-[model]
-vocab_size = 262
+/// A tiny Moonlight, but for its vocabulary and its context.
+pub(crate) const SHAPE: &str = "\
 hidden_size = 24
 intermediate_size = 40
 num_hidden_layers = 2
 num_attention_heads = 2
-max_position_embeddings = 64
 rms_norm_eps = 1e-5
 kv_lora_rank = 8
 qk_nope_head_dim = 8
@@ -41,7 +34,18 @@ n_group = 1
 topk_group = 1
 routed_scaling_factor = 1.0
 norm_topk_prob = true
+";
 
+const RECIPE: &str = r#"
+[run]
+name = "tiny"
+dir = "RUNS"
+seed = 7
+
+[model]
+vocab_size = 262
+max_position_embeddings = 64
+SHAPE
 [data]
 train = ["TEXT/*.txt"]
 valid_fraction = 0.2
@@ -81,8 +85,11 @@ impl Home {
             fs::write(text.join(format!("{file}.txt")), sentences.join("\n")).unwrap();
         }
         let place = |name: &str| home.path(name).display().to_string();
-        let recipe =
-            RECIPE.replace("RUNS", &place("runs")).replace("TEXT", &place("text")).replace("CACHE", &place("cache"));
+        let recipe = RECIPE
+            .replace("SHAPE", SHAPE)
+            .replace("RUNS", &place("runs"))
+            .replace("TEXT", &place("text"))
+            .replace("CACHE", &place("cache"));
         fs::write(home.path("recipe.toml"), recipe).unwrap();
         home
     }
@@ -134,6 +141,38 @@ pub(crate) fn metrics(run: &Path) -> Vec<serde_json::Value> {
             line
         })
         .collect()
+}
+
+/// The most that the loss of any step may differ.
+const LOSS_BUDGET: f64 = 2e-3;
+/// The most that the gradient norm of any step may differ, relative.
+const NORM_BUDGET: f64 = 1e-2;
+
+/// What a step is in another's hands.
+#[derive(serde::Deserialize)]
+pub(crate) struct Step {
+    loss: f64,
+    grad_norm: f64,
+    lr: f64,
+}
+
+/// The run took these steps; the most that loss and, relative, gradient norm differ.
+pub(crate) fn follows(run: &Path, steps: &[Step]) -> (f64, f64) {
+    let metrics = metrics(run);
+    let ours: Vec<_> = metrics.iter().filter(|line| line["split"] == "train").collect();
+    assert_eq!(ours.len(), steps.len());
+    let (mut worst, mut worst_norm) = (0.0, 0.0);
+    for (step, (ours, expected)) in ours.into_iter().zip(steps).enumerate() {
+        let of = |key: &str| ours[key].as_f64().unwrap();
+        assert!((of("lr") / expected.lr - 1.0).abs() < 1e-12, "step {step}: {} and {}", of("lr"), expected.lr);
+        let difference = (of("loss") - expected.loss).abs();
+        assert!(difference <= LOSS_BUDGET, "step {step}: the loss differs by {difference}");
+        worst = f64::max(worst, difference);
+        let relative = (of("grad_norm") / expected.grad_norm - 1.0).abs();
+        assert!(relative <= NORM_BUDGET, "step {step}: the gradient norm differs by {relative}");
+        worst_norm = f64::max(worst_norm, relative);
+    }
+    (worst, worst_norm)
 }
 
 /// The checkpoint of a step.
