@@ -64,7 +64,7 @@ def run(options, model, optimizer, rate, seed, **settings):
         "optimizer.learning_rate": rate,
         "schedule.name": "cosine",
         "schedule.decay_steps": 0,
-        "schedule.warmup_steps": 20,
+        "schedule.warmup_steps": min(20, options.steps // 2),
         "schedule.final_fraction": 0.1,
         "train.steps": options.steps,
         "train.validate_every": 50,
