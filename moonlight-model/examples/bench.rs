@@ -10,6 +10,7 @@ use moonlight_model::{CausalLm, LmBatch, ModelConfig, Probe};
 use serde_json::json;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    moonlight_model::keep_freed_memory();
     let mut arguments = std::env::args().skip(1);
     let mut number = |default: usize| arguments.next().map_or(Ok(default), |text| text.parse::<usize>());
     let (repeats, batch, sequence) = (number(5)?, number(4)?, number(512)?);

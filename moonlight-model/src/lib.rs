@@ -34,6 +34,7 @@
 //! Tokens travel as `[tokens, hidden]`, `tokens = batch * sequence`; only attention sees `[batch, sequence, heads,
 //! width]`. The features `cpu` (default), `cuda`, `wgpu`, `vulkan` and `metal` compile a backend in; the device chooses.
 
+mod allocator;
 pub mod attention;
 mod batch;
 mod cache;
@@ -57,6 +58,7 @@ mod single_layer;
 mod slot;
 mod transparent;
 
+pub use allocator::keep_freed_memory;
 pub use batch::{LmBatch, Segments};
 pub use cache::KvCache;
 pub use config::{ConfigError, ModelConfig};

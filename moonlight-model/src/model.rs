@@ -9,7 +9,7 @@ use crate::batch::{LmBatch, Segments};
 use crate::cache::KvCache;
 use crate::config::ModelConfig;
 use crate::init::Init;
-use crate::kernels::cross_entropy;
+use crate::kernels::{cross_entropy, project};
 use crate::layer::{DecoderLayer, FeedForward};
 use crate::moe::{Routing, bias_step};
 use crate::norm::RmsNorm;
@@ -174,7 +174,7 @@ impl CausalLm {
     fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
         let hidden = self.norm.forward(hidden);
         match &self.lm_head {
-            Some(head) => head.forward(hidden),
+            Some(head) => project(hidden, head.weight.val()),
             None => hidden.matmul(self.embed_tokens.weight.val().transpose()),
         }
     }

@@ -2,8 +2,8 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use burn::tensor::module::linear;
 
+use crate::kernels::project;
 use crate::lora::LowRank;
 use crate::packed::Packed;
 
@@ -31,11 +31,13 @@ impl Projection {
 
     /// Without the adapter.
     fn base(&self, x: Tensor<2>) -> Tensor<2> {
-        let bias = self.bias.as_ref().map(|bias| bias.val());
-        match (&self.packed, bias) {
-            (None, bias) => linear(x, self.weight.val(), bias),
-            (Some(packed), None) => packed.product(x),
-            (Some(packed), Some(bias)) => packed.product(x) + bias.unsqueeze(),
+        let product = match &self.packed {
+            None => project(x, self.weight.val()),
+            Some(packed) => packed.product(x),
+        };
+        match &self.bias {
+            None => product,
+            Some(bias) => product + bias.val().unsqueeze(),
         }
     }
 

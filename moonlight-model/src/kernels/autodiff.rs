@@ -15,6 +15,16 @@ use super::reference::AttentionSaved;
 use super::{AttentionSpec, ExpertPlan, ModelOps, PackedSpec, RotationSpec};
 
 impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
+    fn project(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        match Project.prepare::<C>([rows.node(), weight.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(mut prep) => {
+                let state = (prep.checkpoint(&rows), prep.checkpoint(&weight));
+                prep.finish(state, B::project_forward(rows.into_primitive(), weight.into_primitive()))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::project_forward(rows.into_primitive(), weight.into_primitive())),
+        }
+    }
+
     fn grouped_matmul(rows: FloatTensor<Self>, weight: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
         match GroupedMatmul.prepare::<C>([rows.node(), weight.node()]).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
@@ -149,6 +159,26 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
             }
             OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy_forward(logits.into_primitive(), targets)),
         }
+    }
+}
+
+#[derive(Debug)]
+struct Project;
+
+impl<B: Kernels> Backward<B, 2> for Project {
+    type State = (NodeId, NodeId);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let (rows, weight) = ops.state;
+        let rows: FloatTensor<B> = checkpointer.retrieve_node_output(rows);
+        let weight: FloatTensor<B> = checkpointer.retrieve_node_output(weight);
+        binary::<B, _, _>(
+            ops.parents,
+            ops.node,
+            grads,
+            |grad| B::project_rows_grad(grad, weight),
+            |grad| B::project_weight_grad(rows, grad),
+        );
     }
 }
 

@@ -9,6 +9,21 @@ use super::{AttentionSpec, ExpertPlan, PackedSpec, RotationSpec};
 /// Forward and gradient of the model's operations. The defaults are the reference; a backend overrides what it can do
 /// faster.
 pub(crate) trait Kernels: Backend {
+    /// See `reference::project_forward`.
+    fn project_forward(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        reference::project_forward::<Self>(rows, weight)
+    }
+
+    /// See `reference::project_rows_grad`.
+    fn project_rows_grad(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        reference::project_rows_grad::<Self>(grad, weight)
+    }
+
+    /// See `reference::project_weight_grad`.
+    fn project_weight_grad(rows: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        reference::project_weight_grad::<Self>(rows, grad)
+    }
+
     /// See `reference::grouped_matmul_forward`.
     fn grouped_matmul_forward(
         rows: FloatTensor<Self>,

@@ -1,11 +1,12 @@
 //! The operations that a training step spends its time in, as backend extensions.
 //!
 //! Each is written twice. `reference` composes Burn's own tensor operations and runs on every backend; `flex` is
-//! the fast CPU form, for f32, and a test holds the two together. Gradients are written by hand in `autodiff`.
+//! the fast CPU form, for f32 (products for bf16 too), and a test holds the two together. Gradients are written by hand in `autodiff`.
 //! The functions of this module are what the model calls; they take and give Burn tensors and name no backend.
 //!
 //! | operation | shape | why not Burn's |
 //! |---|---|---|
+//! | [`project`] | `[rows, in] x [in, out]` | Burn's product is slow for the gradients, and for a single row |
 //! | [`grouped_matmul`] | `[rows, in] x [experts, in, out]` | Burn has no grouped product; slicing a stack is ruinous in autodiff |
 //! | [`packed_matmul`] | the same by weights of 8 or 4 bits | Burn keeps the weight in full for the backward pass |
 //! | [`dispatch_rows`], [`combine_rows`] | tokens to experts' rows and back | the gradient of a gather is a gather, not a scatter |
@@ -98,6 +99,7 @@ pub struct PackedSpec {
 /// The operations as Burn dispatches them; see the functions of the same names for shapes.
 #[backend_extension(Flex: cfg(feature = "cpu"), Cube: cfg(feature = "cube"), Autodiff)]
 pub(crate) trait ModelOps: Backend {
+    fn project(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
     fn grouped_matmul(rows: FloatTensor<Self>, weight: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self>;
     fn packed_matmul(
         rows: FloatTensor<Self>,
@@ -132,6 +134,10 @@ pub(crate) trait ModelOps: Backend {
 
 /// Every backend with kernels has the operations; `Autodiff` has its own, in `autodiff.rs`.
 impl<B: Kernels> ModelOps for B {
+    fn project(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        B::project_forward(rows, weight)
+    }
+
     fn grouped_matmul(rows: FloatTensor<Self>, weight: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
         B::grouped_matmul_forward(rows, weight, &plan)
     }
@@ -191,6 +197,11 @@ impl<B: Kernels> ModelOps for B {
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         B::cross_entropy_forward(logits, targets)
     }
+}
+
+/// Multiplies all rows by one matrix: `[rows, in]` and `[in, out]` to `[rows, out]`.
+pub fn project(rows: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    Tensor::from_dispatch(<Dispatch as ModelOps>::project(rows.into_dispatch(), weight.into_dispatch()))
 }
 
 /// Multiplies each expert's rows by its own matrix.

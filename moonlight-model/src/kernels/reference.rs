@@ -9,6 +9,21 @@ use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
 use super::{AttentionSpec, BLOCK, Bits, ExpertPlan, PackedSpec, RotationSpec};
 
+/// See [`super::project`].
+pub(super) fn project_forward<B: Backend>(rows: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_matmul(rows, weight)
+}
+
+/// Gradient of [`super::project`] for the rows: `grad x weight^T`.
+pub(super) fn project_rows_grad<B: Backend>(grad: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_matmul(grad, B::float_transpose(weight))
+}
+
+/// Gradient of [`super::project`] for the weight: `rows^T x grad`.
+pub(super) fn project_weight_grad<B: Backend>(rows: FloatTensor<B>, grad: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_matmul(B::float_transpose(rows), grad)
+}
+
 /// See [`super::grouped_matmul`].
 pub(super) fn grouped_matmul_forward<B: Backend>(
     rows: FloatTensor<B>,

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData, Tolerance};
+use burn::tensor::{Bool, DType, Device, Distribution, Int, Tensor, TensorData, Tolerance};
 
 use super::{
     AttentionSpec, ExpertPlan, RotationSpec, combine_rows, cross_entropy, dispatch_rows, grouped_attention,
-    grouped_matmul, latent_attention, rms_norm, rotate, swiglu,
+    grouped_matmul, latent_attention, project, rms_norm, rotate, swiglu,
 };
 
 /// A plan of `tokens` tokens with `k` different experts each; the last expert gets none, expert 0 more than its share.
@@ -85,6 +85,47 @@ fn plain_attention(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, spec: &At
 /// The device with gradients.
 fn device() -> Device {
     Device::default().autodiff()
+}
+
+#[test]
+fn a_projection_is_a_matrix_product() {
+    let device = device();
+    // One row and a few, which are not packed; several tasks of columns; more rows than one task has.
+    for (rows, input, output) in [(1, 5, 1030), (3, 66, 7), (8, 33, 2050), (9, 33, 300), (2100, 12, 9)] {
+        let x = random([rows, input], &device);
+        let weight = random([input, output], &device);
+        agree!(1e-4, [x, weight], project(x.clone(), weight.clone()), x.clone().matmul(weight.clone()));
+    }
+}
+
+#[test]
+fn products_in_bf16_are_those_in_f32_rounded_once() {
+    let device = device();
+    let rounded = |tensor: Tensor<2>| tensor.cast(DType::BF16).cast(DType::F32);
+    for (tokens, k, experts, input, output) in [(1, 2, 5, 40, 1030), (170, 2, 5, 17, 260)] {
+        let plan = plan(tokens, k, experts);
+        let rows = rounded(random([plan.rows(), input], &device));
+        let weight = rounded(random([experts * input, output], &device)).reshape([experts, input, output]);
+        let scale = rounded(random([plan.rows(), output], &device));
+        let run = |dtype: DType| {
+            let rows = rows.clone().detach().cast(dtype).require_grad();
+            let weight = weight.clone().detach().cast(dtype).require_grad();
+            let product = grouped_matmul(rows.clone(), weight.clone(), &plan);
+            let grads = (product.clone() * scale.clone().cast(dtype)).sum().backward();
+            let wide = |data: TensorData| data.convert::<f32>();
+            (
+                wide(product.into_data()),
+                wide(rows.grad(&grads).expect("rows take part").into_data()),
+                wide(weight.grad(&grads).expect("weights take part").into_data()),
+            )
+        };
+        let (exact, half) = (run(DType::F32), run(DType::BF16));
+        // Half a unit in the last of 8 bits.
+        let tolerance = Tolerance::<f32>::rel_abs(1.0 / 256.0, 1e-5);
+        half.0.assert_approx_eq(&exact.0, tolerance);
+        half.1.assert_approx_eq(&exact.1, tolerance);
+        half.2.assert_approx_eq(&exact.2, tolerance);
+    }
 }
 
 #[test]

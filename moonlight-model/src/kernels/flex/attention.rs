@@ -9,7 +9,7 @@ use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::math::{dot, exp_in_place, largest};
-use super::matrix::{Matrix, MatrixMut, Write, multiply};
+use super::matrix::{Matrix, MatrixMut, SharedSlice, Write, multiply};
 use super::{AttentionSaved, AttentionSpec, dims, tensor, values};
 
 /// Queries of one block.
@@ -84,29 +84,9 @@ impl<'a> Problem<'a> {
         Matrix::strided(&tensor[first..], rows.len(), columns.len(), heads * total)
     }
 
-    /// Scaled scores of the queries `rows` against the keys `keys`, into `scores` (`rows x keys`).
-    fn scores(
-        &self,
-        scores: &mut [f32],
-        (batch, head): (usize, usize),
-        rows: std::ops::Range<usize>,
-        keys: std::ops::Range<usize>,
-    ) {
-        let (own, width) = (self.own, self.width);
-        let key_head = head / (self.heads / self.key_heads);
-        let layout = (self.heads, width);
-        let count = keys.len();
-        let query = self.head(self.query, (batch, head), layout, rows.clone(), 0..own);
-        let key_layout = (self.key_heads, self.pair());
-        let key = self.head(self.key_value, (batch, key_head), key_layout, keys.clone(), 0..own);
-        let out = MatrixMut::strided(scores, rows.len(), count, count);
-        multiply(out, query, key.transposed(), self.spec.scale, Write::Set);
-        if self.shared > 0 {
-            let query = self.head(self.query, (batch, head), layout, rows.clone(), own..width);
-            let key = self.head(self.shared_key, (batch, 0), (1, self.shared), keys, 0..self.shared);
-            let out = MatrixMut::strided(scores, rows.len(), count, count);
-            multiply(out, query, key.transposed(), self.spec.scale, Write::Add);
-        }
+    /// The queries `rows` of a head.
+    fn queries(&self, (batch, head): (usize, usize), rows: std::ops::Range<usize>) -> Matrix<'_> {
+        self.head(self.query, (batch, head), (self.heads, self.width), rows, 0..self.width)
     }
 
     /// The blocks of queries of a sequence, each with the keys that any of its queries may see.
@@ -119,6 +99,59 @@ impl<'a> Problem<'a> {
     }
 }
 
+/// Keys and values of one key head of one sequence, copied out of where all heads lie side by side: each is read once
+/// for every block of queries.
+struct KeyHead {
+    sequence: usize,
+    width: usize,
+    value: usize,
+    /// `[sequence, width]`: a head's own part, then the shared one.
+    keys: Vec<f32>,
+    /// `[width, sequence]`.
+    transposed_keys: Vec<f32>,
+    /// `[sequence, value]`.
+    values: Vec<f32>,
+}
+
+impl KeyHead {
+    fn new(problem: &Problem<'_>, batch: usize, key_head: usize) -> Self {
+        let Problem { sequence, key_heads, own, shared, width, value, .. } = *problem;
+        let (mut keys, mut values) = (Vec::with_capacity(sequence * width), Vec::with_capacity(sequence * value));
+        for position in batch * sequence..(batch + 1) * sequence {
+            let pair = &problem.key_value[(position * key_heads + key_head) * problem.pair()..][..problem.pair()];
+            keys.extend(&pair[..own]);
+            keys.extend(&problem.shared_key[position * shared..][..shared]);
+            values.extend(&pair[own..]);
+        }
+        let transposed_keys = transposed(&keys, sequence, width);
+        Self { sequence, width, value, keys, transposed_keys, values }
+    }
+
+    fn keys(&self, range: &std::ops::Range<usize>) -> Matrix<'_> {
+        Matrix::new(&self.keys[range.start * self.width..][..range.len() * self.width], range.len(), self.width)
+    }
+
+    /// `[width, range]`.
+    fn transposed_keys(&self, range: &std::ops::Range<usize>) -> Matrix<'_> {
+        Matrix::strided(&self.transposed_keys[range.start..], self.width, range.len(), self.sequence)
+    }
+
+    fn values(&self, range: &std::ops::Range<usize>) -> Matrix<'_> {
+        Matrix::new(&self.values[range.start * self.value..][..range.len() * self.value], range.len(), self.value)
+    }
+}
+
+/// `[rows, columns]` to `[columns, rows]`.
+fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    let mut out = vec![0.0; rows * columns];
+    for (row, values) in values.chunks_exact(columns).enumerate() {
+        for (column, &value) in values.iter().enumerate() {
+            out[column * rows + row] = value;
+        }
+    }
+    out
+}
+
 pub(super) fn forward(
     query: &FlexTensor,
     key_value: &FlexTensor,
@@ -126,31 +159,27 @@ pub(super) fn forward(
     spec: &AttentionSpec,
 ) -> (FlexTensor, FlexTensor) {
     let problem = Problem::new(query, key_value, shared_key, spec);
-    let Problem { batch, sequence, heads, own, value, .. } = problem;
+    let Problem { batch, sequence, heads, value, .. } = problem;
     let mut output = vec![0.0; batch * sequence * heads * value];
     let mut log_sums = vec![0.0; batch * heads * sequence];
-    let shared_output = SharedSlice(output.as_mut_ptr());
+    let shared_output = SharedSlice::new(&mut output);
     log_sums.par_chunks_mut(sequence).enumerate().for_each(|(task, log_sums)| {
         let (batch, head) = (task / heads, task % heads);
         let key_head = head / (heads / problem.key_heads);
+        let keyed = KeyHead::new(&problem, batch, key_head);
         let mut scratch = vec![0.0; BLOCK.min(sequence) * sequence];
         for (rows, keys) in problem.blocks(batch) {
             let scores = &mut scratch[..rows.len() * keys.len()];
-            problem.scores(scores, (batch, head), rows.clone(), keys.clone());
+            let out = MatrixMut::strided(scores, rows.len(), keys.len(), keys.len());
+            let queries = problem.queries((batch, head), rows.clone());
+            multiply(out, queries, keyed.transposed_keys(&keys), spec.scale, Write::Set);
             for (row, scores) in rows.clone().zip(scores.chunks_exact_mut(keys.len())) {
                 log_sums[row] = softmax(scores, problem.start(batch, row) - keys.start, row - keys.start);
             }
-            let values = problem.head(
-                problem.key_value,
-                (batch, key_head),
-                (problem.key_heads, problem.pair()),
-                keys.clone(),
-                own..own + value,
-            );
             let first = ((batch * sequence + rows.start) * heads + head) * value;
             // SAFETY: the rows of this head of this sequence are this task's alone.
             let out = unsafe { shared_output.matrix(first, rows.len(), value, heads * value) };
-            multiply(out, Matrix::new(scores, rows.len(), keys.len()), values, 1.0, Write::Set);
+            multiply(out, Matrix::new(scores, rows.len(), keys.len()), keyed.values(&keys), 1.0, Write::Set);
         }
     });
     (tensor(output, [batch, sequence, heads, value]), tensor(log_sums, [batch, heads, sequence]))
@@ -186,29 +215,33 @@ pub(super) fn grad(
 
     let mut grad_query = vec![0.0; query.layout().num_elements()];
     let mut grad_key_value = vec![0.0; key_value.layout().num_elements()];
-    // Every head adds to the shared key's gradient: each into its own part, summed below in a fixed order.
-    let mut grad_shared = vec![0.0; batch * heads * sequence * shared];
-    let shared_query = SharedSlice(grad_query.as_mut_ptr());
-    let shared_key_value = SharedSlice(grad_key_value.as_mut_ptr());
-    let shared_parts = SharedSlice(grad_shared.as_mut_ptr());
+    // Every key head adds to the shared key's gradient: each into its own part, summed below in a fixed order.
+    let mut grad_shared = vec![0.0; batch * key_heads * sequence * shared];
+    let shared_query = SharedSlice::new(&mut grad_query);
+    let shared_key_value = SharedSlice::new(&mut grad_key_value);
+    let shared_parts = SharedSlice::new(&mut grad_shared);
     let pair = own + value;
     (0..batch * key_heads).into_par_iter().for_each(|task| {
         let (batch, key_head) = (task / key_heads, task % key_heads);
+        let keyed = KeyHead::new(&problem, batch, key_head);
+        let transposed_values = transposed(&keyed.values, sequence, value);
         let mut probabilities = vec![0.0; BLOCK.min(sequence) * sequence];
         let mut slopes = vec![0.0; BLOCK.min(sequence) * sequence];
+        let mut grad_keys = vec![0.0; sequence * width];
+        let mut grad_values = vec![0.0; sequence * value];
         let group = heads / key_heads;
         for head in key_head * group..(key_head + 1) * group {
             for (rows, keys) in problem.blocks(batch) {
                 let (height, count) = (rows.len(), keys.len());
                 let probabilities = &mut probabilities[..height * count];
                 let slopes = &mut slopes[..height * count];
-                problem.scores(probabilities, (batch, head), rows.clone(), keys.clone());
-                let key_layout = (key_heads, pair);
-                let value_matrix =
-                    problem.head(problem.key_value, (batch, key_head), key_layout, keys.clone(), own..pair);
+                let queries = problem.queries((batch, head), rows.clone());
+                let out = MatrixMut::strided(probabilities, height, count, count);
+                multiply(out, queries, keyed.transposed_keys(&keys), spec.scale, Write::Set);
                 let grad_matrix = problem.head(grad, (batch, head), (heads, value), rows.clone(), 0..value);
                 let out = MatrixMut::strided(slopes, height, count, count);
-                multiply(out, grad_matrix, value_matrix.transposed(), 1.0, Write::Set);
+                let seen = Matrix::strided(&transposed_values[keys.start..], value, count, sequence);
+                multiply(out, grad_matrix, seen, 1.0, Write::Set);
                 for (index, row) in rows.clone().enumerate() {
                     let (first, last) = (problem.start(batch, row) - keys.start, row - keys.start);
                     let token = ((batch * sequence + row) * heads + head) * value;
@@ -224,34 +257,31 @@ pub(super) fn grad(
                 }
                 let probabilities = Matrix::new(probabilities, height, count);
                 let slopes = Matrix::new(slopes, height, count);
-                let key = problem.head(problem.key_value, (batch, key_head), key_layout, keys.clone(), 0..own);
-                let query = problem.head(problem.query, (batch, head), (heads, width), rows.clone(), 0..own);
                 let first_query = ((batch * sequence + rows.start) * heads + head) * width;
-                let first_key = ((batch * sequence + keys.start) * key_heads + key_head) * pair;
-                // SAFETY: this task alone writes the gradients of its key head, of that head's queries, and of their
-                // parts of the shared key.
-                unsafe {
-                    let out = shared_query.matrix(first_query, height, own, heads * width);
-                    multiply(out, slopes, key, 1.0, Write::Set);
-                    let out = shared_key_value.matrix(first_key, count, own, key_heads * pair);
-                    multiply(out, slopes.transposed(), query, 1.0, Write::Add);
-                    let out = shared_key_value.matrix(first_key + own, count, value, key_heads * pair);
-                    multiply(out, probabilities.transposed(), grad_matrix, 1.0, Write::Add);
-                    if shared > 0 {
-                        let key = problem.head(problem.shared_key, (batch, 0), (1, shared), keys.clone(), 0..shared);
-                        let query =
-                            problem.head(problem.query, (batch, head), (heads, width), rows.clone(), own..width);
-                        let out = shared_query.matrix(first_query + own, height, shared, heads * width);
-                        multiply(out, slopes, key, 1.0, Write::Set);
-                        let part = ((batch * heads + head) * sequence + keys.start) * shared;
-                        let out = shared_parts.matrix(part, count, shared, shared);
-                        multiply(out, slopes.transposed(), query, 1.0, Write::Add);
-                    }
-                }
+                // SAFETY: this task alone writes the gradients of its head's queries.
+                let out = unsafe { shared_query.matrix(first_query, height, width, heads * width) };
+                multiply(out, slopes, keyed.keys(&keys), 1.0, Write::Set);
+                let out = MatrixMut::strided(&mut grad_keys[keys.start * width..], count, width, width);
+                multiply(out, slopes.transposed(), queries, 1.0, Write::Add);
+                let out = MatrixMut::strided(&mut grad_values[keys.start * value..], count, value, value);
+                multiply(out, probabilities.transposed(), grad_matrix, 1.0, Write::Add);
+            }
+        }
+        for position in 0..sequence {
+            let (key, value_grad) =
+                (&grad_keys[position * width..][..width], &grad_values[position * value..][..value]);
+            let first = ((batch * sequence + position) * key_heads + key_head) * pair;
+            // SAFETY: this task alone writes the gradients of its key head, and its part of the shared key's.
+            unsafe {
+                shared_key_value.row(first, own).copy_from_slice(&key[..own]);
+                shared_key_value.row(first + own, value).copy_from_slice(value_grad);
+                let part = ((batch * key_heads + key_head) * sequence + position) * shared;
+                shared_parts.row(part, shared).copy_from_slice(&key[own..]);
             }
         }
     });
-    let grad_shared = (shared > 0).then(|| tensor(sum_heads(&grad_shared, batch, heads), [batch, sequence, shared]));
+    let grad_shared =
+        (shared > 0).then(|| tensor(sum_heads(&grad_shared, batch, key_heads), [batch, sequence, shared]));
     (
         tensor(grad_query, [batch, sequence, heads, width]),
         tensor(grad_key_value, [batch, sequence, key_heads, pair]),
@@ -271,20 +301,4 @@ fn sum_heads(parts: &[f32], batch: usize, heads: usize) -> Vec<f32> {
         }
     }
     sums
-}
-
-/// Memory that several tasks write, each its own part.
-struct SharedSlice(*mut f32);
-
-// SAFETY: the pointer is only turned into views by `matrix`, whose caller promises that no two overlap.
-unsafe impl Sync for SharedSlice {}
-
-impl SharedSlice {
-    /// # Safety
-    ///
-    /// The view lies inside the allocation and no other task touches its elements.
-    unsafe fn matrix(&self, first: usize, rows: usize, columns: usize, row_stride: usize) -> MatrixMut<'_> {
-        // SAFETY: passed on to the caller.
-        unsafe { MatrixMut::from_raw(self.0.add(first), rows, columns, row_stride) }
-    }
 }

@@ -56,6 +56,13 @@ impl<'a> MatrixMut<'a> {
         Self { values: values.as_mut_ptr(), rows, columns, row_stride, life: PhantomData }
     }
 
+    /// One row.
+    pub(super) fn row_mut(&mut self, index: usize) -> &mut [f32] {
+        assert!(index < self.rows, "there is no such row");
+        // SAFETY: the view was checked against its slice when it was made, and is borrowed.
+        unsafe { std::slice::from_raw_parts_mut(self.values.add(index * self.row_stride), self.columns) }
+    }
+
     /// A view of memory that several tasks write at once.
     ///
     /// # Safety
@@ -63,6 +70,45 @@ impl<'a> MatrixMut<'a> {
     /// The elements of the view are inside one allocation, and nobody else touches them while the view lives.
     pub(super) unsafe fn from_raw(values: *mut f32, rows: usize, columns: usize, row_stride: usize) -> Self {
         Self { values, rows, columns, row_stride, life: PhantomData }
+    }
+}
+
+/// Memory that several tasks write, each its own part.
+pub(super) struct SharedSlice<T>(*mut T);
+
+// SAFETY: the pointer is only used through `at` and `matrix`, whose callers promise that no two tasks write one element.
+unsafe impl<T: Send> Sync for SharedSlice<T> {}
+
+impl<T> SharedSlice<T> {
+    pub(super) fn new(values: &mut [T]) -> Self {
+        Self(values.as_mut_ptr())
+    }
+
+    /// # Safety
+    ///
+    /// The element lies inside the allocation, and so does what the caller reaches from it; no other task touches that.
+    pub(super) unsafe fn at(&self, first: usize) -> *mut T {
+        // SAFETY: passed on to the caller.
+        unsafe { self.0.add(first) }
+    }
+}
+
+impl SharedSlice<f32> {
+    /// # Safety
+    ///
+    /// The view lies inside the allocation and no other task touches its elements.
+    #[expect(clippy::mut_from_ref, reason = "the caller promises that no two tasks write one element")]
+    pub(super) unsafe fn row(&self, first: usize, columns: usize) -> &mut [f32] {
+        // SAFETY: passed on to the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.at(first), columns) }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Self::row`].
+    pub(super) unsafe fn matrix(&self, first: usize, rows: usize, columns: usize, row_stride: usize) -> MatrixMut<'_> {
+        // SAFETY: passed on to the caller.
+        unsafe { MatrixMut::from_raw(self.at(first), rows, columns, row_stride) }
     }
 }
 

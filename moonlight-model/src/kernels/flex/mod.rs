@@ -1,15 +1,18 @@
-//! The operations on the CPU, for f32: one pass over memory, vectorised, on all threads.
+//! The operations on the CPU: one pass over memory, vectorised, on all threads. All are for f32, and products for bf16
+//! as well.
 //!
 //! Work is split into pieces that write disjoint memory, and every sum is taken in an order that does not depend on
 //! the number of threads: the same input gives the same bits. Other dtypes run the reference.
 
 mod attention;
 mod cross_entropy;
-mod grouped;
+mod element;
+mod few_rows;
 mod math;
 mod matrix;
 mod norm;
 mod packed;
+mod product;
 mod rotary;
 mod rows;
 mod swiglu;
@@ -17,11 +20,12 @@ mod swiglu;
 use burn::backend::Flex;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::tensor::{Bytes, DType, Shape};
+use burn::tensor::{Bytes, DType, Shape, bf16};
 
 use super::backend::Kernels;
 use super::reference::{self, AttentionSaved};
 use super::{AttentionSpec, ExpertPlan, PackedSpec, RotationSpec};
+use element::Element;
 
 /// Hands inputs that are not f32 to the reference.
 macro_rules! unless_f32 {
@@ -32,14 +36,63 @@ macro_rules! unless_f32 {
     };
 }
 
+/// Runs a kernel in the dtype that its inputs share, and hands them to the reference where that is none of its own.
+macro_rules! by_dtype {
+    ([$a:ident, $b:ident], $element:ident => $kernel:expr, $fallback:expr) => {
+        match ($a.dtype(), $b.dtype()) {
+            (DType::F32, DType::F32) => {
+                type $element = f32;
+                let ($a, $b) = ($a.to_contiguous(), $b.to_contiguous());
+                $kernel
+            }
+            (DType::BF16, DType::BF16) => {
+                type $element = bf16;
+                let ($a, $b) = ($a.to_contiguous(), $b.to_contiguous());
+                $kernel
+            }
+            _ => $fallback,
+        }
+    };
+}
+
 impl Kernels for Flex {
+    fn project_forward(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let offsets = [0, dims::<2>(&rows)[0]];
+        by_dtype!(
+            [rows, weight],
+            E => product::forward::<E>(&rows, &weight, &offsets, false),
+            reference::project_forward::<Self>(rows, weight)
+        )
+    }
+
+    fn project_rows_grad(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let offsets = [0, dims::<2>(&grad)[0]];
+        by_dtype!(
+            [grad, weight],
+            E => product::forward::<E>(&grad, &weight, &offsets, true),
+            reference::project_rows_grad::<Self>(grad, weight)
+        )
+    }
+
+    fn project_weight_grad(rows: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        let offsets = [0, dims::<2>(&rows)[0]];
+        by_dtype!(
+            [rows, grad],
+            E => product::weight_grad::<E>(&rows, &grad, &offsets, None),
+            reference::project_weight_grad::<Self>(rows, grad)
+        )
+    }
+
     fn grouped_matmul_forward(
         rows: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         plan: &ExpertPlan,
     ) -> FloatTensor<Self> {
-        unless_f32!([rows, weight], reference::grouped_matmul_forward::<Self>(rows, weight, plan));
-        grouped::forward(&rows.to_contiguous(), &weight.to_contiguous(), plan, false)
+        by_dtype!(
+            [rows, weight],
+            E => product::forward::<E>(&rows, &weight, &plan.offsets, false),
+            reference::grouped_matmul_forward::<Self>(rows, weight, plan)
+        )
     }
 
     fn grouped_matmul_rows_grad(
@@ -47,8 +100,11 @@ impl Kernels for Flex {
         weight: FloatTensor<Self>,
         plan: &ExpertPlan,
     ) -> FloatTensor<Self> {
-        unless_f32!([grad, weight], reference::grouped_matmul_rows_grad::<Self>(grad, weight, plan));
-        grouped::forward(&grad.to_contiguous(), &weight.to_contiguous(), plan, true)
+        by_dtype!(
+            [grad, weight],
+            E => product::forward::<E>(&grad, &weight, &plan.offsets, true),
+            reference::grouped_matmul_rows_grad::<Self>(grad, weight, plan)
+        )
     }
 
     fn grouped_matmul_weight_grad(
@@ -56,8 +112,11 @@ impl Kernels for Flex {
         grad: FloatTensor<Self>,
         plan: &ExpertPlan,
     ) -> FloatTensor<Self> {
-        unless_f32!([rows, grad], reference::grouped_matmul_weight_grad::<Self>(rows, grad, plan));
-        grouped::weight_grad(&rows.to_contiguous(), &grad.to_contiguous(), plan)
+        by_dtype!(
+            [rows, grad],
+            E => product::weight_grad::<E>(&rows, &grad, &plan.offsets, Some(plan.experts())),
+            reference::grouped_matmul_weight_grad::<Self>(rows, grad, plan)
+        )
     }
 
     fn packed_matmul_forward(
@@ -187,7 +246,12 @@ impl Kernels for Flex {
 
 /// The values of a contiguous f32 tensor.
 fn values(tensor: &FlexTensor) -> &[f32] {
-    tensor.as_slice().expect("the tensor was made contiguous and is f32")
+    values_of(tensor)
+}
+
+/// The values of a contiguous tensor, whose dtype the caller has looked at.
+fn values_of<E: Element>(tensor: &FlexTensor) -> &[E] {
+    tensor.as_slice().expect("the tensor was made contiguous and is of this dtype")
 }
 
 /// The dimensions of a tensor of known rank.
@@ -195,10 +259,15 @@ fn dims<const D: usize>(tensor: &FlexTensor) -> [usize; D] {
     tensor.layout().shape().dims()
 }
 
-/// A tensor that owns `values`.
+/// An f32 tensor that owns `values`.
 fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
+    tensor_of(values, shape)
+}
+
+/// A tensor that owns `values`.
+fn tensor_of<E: Element, const D: usize>(values: Vec<E>, shape: [usize; D]) -> FlexTensor {
     debug_assert_eq!(values.len(), shape.iter().product::<usize>());
-    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(Shape::new(shape)), DType::F32)
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(Shape::new(shape)), E::dtype())
 }
 
 /// The values of an integer tensor of any width.

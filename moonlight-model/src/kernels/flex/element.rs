@@ -1,0 +1,139 @@
+//! What matrices are made of: f32, or bf16 that is widened a piece at a time.
+
+use burn::tensor::bf16;
+use multiversion::multiversion;
+
+use super::matrix::{Matrix, MatrixMut};
+
+/// A type of values that the products take. Sums are carried in f32 and rounded once.
+pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
+    /// The view of `rows x columns` that begins at the start of `values`, whose rows lie `row_stride` apart; `scratch` is
+    /// there for a copy.
+    fn view<'a>(
+        values: &'a [Self],
+        rows: usize,
+        columns: usize,
+        row_stride: usize,
+        scratch: &'a mut Vec<f32>,
+    ) -> Matrix<'a>;
+
+    /// Some values of a row in f32.
+    fn row<'a>(values: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+
+    /// Writes what `fill` puts into an f32 view of `rows x columns` that begins at `target`.
+    ///
+    /// # Safety
+    ///
+    /// The view lies inside one allocation, and nobody else touches its elements meanwhile.
+    unsafe fn write(
+        target: *mut Self,
+        rows: usize,
+        columns: usize,
+        row_stride: usize,
+        scratch: &mut Vec<f32>,
+        fill: impl FnOnce(MatrixMut<'_>),
+    );
+}
+
+impl Element for f32 {
+    fn view<'a>(
+        values: &'a [f32],
+        rows: usize,
+        columns: usize,
+        row_stride: usize,
+        _scratch: &'a mut Vec<f32>,
+    ) -> Matrix<'a> {
+        Matrix::strided(values, rows, columns, row_stride)
+    }
+
+    fn row<'a>(values: &'a [f32], _scratch: &'a mut [f32]) -> &'a [f32] {
+        values
+    }
+
+    unsafe fn write(
+        target: *mut f32,
+        rows: usize,
+        columns: usize,
+        row_stride: usize,
+        _scratch: &mut Vec<f32>,
+        fill: impl FnOnce(MatrixMut<'_>),
+    ) {
+        // SAFETY: passed on to the caller.
+        fill(unsafe { MatrixMut::from_raw(target, rows, columns, row_stride) });
+    }
+}
+
+impl Element for bf16 {
+    fn view<'a>(
+        values: &'a [bf16],
+        rows: usize,
+        columns: usize,
+        row_stride: usize,
+        scratch: &'a mut Vec<f32>,
+    ) -> Matrix<'a> {
+        scratch.resize(scratch.len().max(rows * columns), 0.0);
+        for (row, wide) in scratch.chunks_exact_mut(columns).take(rows).enumerate() {
+            widen(&values[row * row_stride..][..columns], wide);
+        }
+        Matrix::new(scratch, rows, columns)
+    }
+
+    fn row<'a>(values: &'a [bf16], scratch: &'a mut [f32]) -> &'a [f32] {
+        let wide = &mut scratch[..values.len()];
+        widen(values, wide);
+        wide
+    }
+
+    unsafe fn write(
+        target: *mut bf16,
+        rows: usize,
+        columns: usize,
+        row_stride: usize,
+        scratch: &mut Vec<f32>,
+        fill: impl FnOnce(MatrixMut<'_>),
+    ) {
+        scratch.resize(scratch.len().max(rows * columns), 0.0);
+        let tile = &mut scratch[..rows * columns];
+        fill(MatrixMut::strided(tile, rows, columns, columns));
+        for (row, wide) in tile.chunks_exact(columns).enumerate() {
+            // SAFETY: passed on to the caller.
+            narrow(wide, unsafe { std::slice::from_raw_parts_mut(target.add(row * row_stride), columns) });
+        }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
+fn widen(values: &[bf16], wide: &mut [f32]) {
+    for (wide, value) in wide.iter_mut().zip(values) {
+        *wide = f32::from_bits(u32::from(value.to_bits()) << 16);
+    }
+}
+
+/// Rounds to nearest, ties to even; NaN stays NaN.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
+fn narrow(wide: &[f32], values: &mut [bf16]) {
+    for (value, &wide) in values.iter_mut().zip(wide) {
+        let bits = wide.to_bits();
+        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
+        *value = bf16::from_bits(if wide.is_nan() { 0x7fc0 } else { rounded });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_that_of_the_type() {
+        let wide = [0.0, -0.0, 1.0, 1.003_906_2, 1.011_718_8, -3.4e38, f32::MAX, f32::INFINITY, 1e-40, f32::NAN];
+        let mut values = [bf16::ZERO; 10];
+        narrow(&wide, &mut values);
+        for (&wide, value) in wide.iter().zip(values) {
+            let expected = bf16::from_f32(wide);
+            assert!(value == expected || (value.is_nan() && expected.is_nan()), "{wide}: {value} and not {expected}");
+        }
+        let mut back = [0.0; 10];
+        widen(&values, &mut back);
+        assert_eq!(back[..9].iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>(), values[..9]);
+    }
+}

@@ -1,0 +1,129 @@
+//! Products of rows with their group's matrix: the experts', or the one matrix of a projection.
+//!
+//! A task is a block of columns of one group, so that a task packs its part of the matrix once, and one busy expert
+//! is shared out. Neither the tasks nor the order of a sum depends on the number of threads.
+
+use std::cell::RefCell;
+
+use burn::backend::flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::element::Element;
+use super::few_rows;
+use super::matrix::{MatrixMut, SharedSlice, Write, multiply};
+use super::{dims, tensor_of, values_of};
+
+/// Columns of one task: narrower, and the rows are packed more often than need be; wider, and there are too few tasks.
+const COLUMNS: usize = 128;
+/// Rows of one task, which bounds its scratch memory.
+const ROWS: usize = 2048;
+
+/// Copies of a task's operands in f32, where they are not f32 themselves. Kept by each thread.
+#[derive(Default)]
+struct Scratch {
+    lhs: Vec<f32>,
+    rhs: Vec<f32>,
+    out: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// `out[r] = rows[r] x weight[group of r]`, or with the transposed weight.
+///
+/// `rows` is `[rows, in]`; the last two dimensions of `weight` are `[in, out]`; group `g` has the rows
+/// `offsets[g]..offsets[g + 1]`.
+pub(super) fn forward<E: Element>(
+    rows: &FlexTensor,
+    weight: &FlexTensor,
+    offsets: &[usize],
+    transpose: bool,
+) -> FlexTensor {
+    let [count, width] = dims(rows);
+    let (input, output) = matrix_dims(weight);
+    let (from, to) = if transpose { (output, input) } else { (input, output) };
+    assert_eq!(width, from, "the rows are as wide as the weight's input");
+    let (rows, weight) = (values_of::<E>(rows), values_of::<E>(weight));
+    let mut out = vec![E::default(); count * to];
+
+    let mut tasks = Vec::new();
+    for (group, bounds) in offsets.windows(2).enumerate() {
+        for start in (bounds[0]..bounds[1]).step_by(ROWS) {
+            let end = bounds[1].min(start + ROWS);
+            let columns = if !transpose && few_rows::suits(end - start) { few_rows::COLUMNS } else { COLUMNS };
+            tasks.extend((0..to).step_by(columns).map(|first| (group, start..end, first..to.min(first + columns))));
+        }
+    }
+    let shared = SharedSlice::new(&mut out);
+    tasks.into_par_iter().with_max_len(1).for_each(|(group, places, columns)| {
+        let weight = &weight[group * input * output..][..input * output];
+        let rows = &rows[places.start * from..places.end * from];
+        // SAFETY: no two tasks have an element of the result in common.
+        let target = unsafe { shared.at(places.start * to + columns.start) };
+        SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
+            let fill = |out: MatrixMut<'_>| {
+                if !transpose && few_rows::suits(places.len()) {
+                    few_rows::multiply(out, rows, &weight[columns.start..], places.len(), from, columns.len(), to);
+                    return;
+                }
+                let rows = E::view(rows, places.len(), from, from, lhs);
+                let weight = if transpose {
+                    E::view(&weight[columns.start * output..], columns.len(), output, output, rhs).transposed()
+                } else {
+                    E::view(&weight[columns.start..], input, columns.len(), output, rhs)
+                };
+                multiply(out, rows, weight, 1.0, Write::Set);
+            };
+            // SAFETY: as above.
+            unsafe { E::write(target, places.len(), columns.len(), to, out, fill) };
+        });
+    });
+    tensor_of(out, [count, to])
+}
+
+/// `out[g] = rows of g^T x grad of g`, zero for a group without rows: `[groups, in, out]`, without the groups where
+/// `groups` is `None`.
+pub(super) fn weight_grad<E: Element>(
+    rows: &FlexTensor,
+    grad: &FlexTensor,
+    offsets: &[usize],
+    groups: Option<usize>,
+) -> FlexTensor {
+    let [_, input] = dims(rows);
+    let [_, output] = dims(grad);
+    let (rows, grad) = (values_of::<E>(rows), values_of::<E>(grad));
+    let mut out = vec![E::default(); (offsets.len() - 1) * input * output];
+    let tasks: Vec<_> = offsets
+        .windows(2)
+        .enumerate()
+        .filter(|(_, bounds)| bounds[0] < bounds[1])
+        .flat_map(|(group, bounds)| (0..output).step_by(COLUMNS).map(move |first| (group, bounds[0]..bounds[1], first)))
+        .collect();
+    let shared = SharedSlice::new(&mut out);
+    tasks.into_par_iter().with_max_len(1).for_each(|(group, places, first)| {
+        let columns = COLUMNS.min(output - first);
+        // SAFETY: no two tasks have an element of the result in common.
+        let target = unsafe { shared.at(group * input * output + first) };
+        SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
+            let fill = |out: MatrixMut<'_>| {
+                let rows = E::view(&rows[places.start * input..], places.len(), input, input, lhs);
+                let grad = E::view(&grad[places.start * output + first..], places.len(), columns, output, rhs);
+                multiply(out, rows.transposed(), grad, 1.0, Write::Set);
+            };
+            // SAFETY: as above.
+            unsafe { E::write(target, input, columns, output, out, fill) };
+        });
+    });
+    match groups {
+        Some(groups) => tensor_of(out, [groups, input, output]),
+        None => tensor_of(out, [input, output]),
+    }
+}
+
+/// The last two dimensions.
+fn matrix_dims(tensor: &FlexTensor) -> (usize, usize) {
+    let shape = tensor.layout().shape();
+    let rank = shape.num_dims();
+    (shape[rank - 2], shape[rank - 1])
+}
