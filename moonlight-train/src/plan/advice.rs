@@ -17,6 +17,9 @@ type Change = fn(&Setting) -> Option<(String, Setting)>;
 /// From what costs nothing to what costs the most: time first, then what the result is worth.
 const LADDER: &[Change] = &[
     |setting| {
+        setting.probed.then(|| ("train.probe_every = 0".into(), Setting { probed: false, ..setting.clone() }))
+    },
+    |setting| {
         let chunk = 1024;
         let tokens = setting.batch * setting.sequence;
         let all = setting.loss_chunk_tokens == 0 || setting.loss_chunk_tokens > chunk;
@@ -125,6 +128,7 @@ mod tests {
             frozen: Vec::new(),
             lora: None,
             packed: None,
+            probed: false,
         };
         Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), setting)
     }

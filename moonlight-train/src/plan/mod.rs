@@ -68,6 +68,10 @@ impl Setting {
             frozen: frozen_parameters(config, &recipe.train.freeze)?,
             lora: recipe.lora.as_ref().map(LoraRecipe::config),
             packed: recipe.model.quantise.bits(),
+            probed: {
+                let every = recipe.train.probe_every;
+                every > 0 && (every <= recipe.train.steps || recipe.train.epochs > 0.0)
+            },
         })
     }
 }
