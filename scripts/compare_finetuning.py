@@ -51,7 +51,7 @@ def main():
     {"tune": tune, "race": race}[options.what](options)
 
 
-def run(options, way, rate, seed, steps, evaluate):
+def run(options, way, rate, seed, steps):
     """The folder of a run, which is trained where it is not finished yet."""
     recipe, optimizer, _ = WAYS[way]
     kind = pathlib.Path(recipe).stem
@@ -79,7 +79,7 @@ def run(options, way, rate, seed, steps, evaluate):
         "train.checkpoint_every": 0,
         "train.keep": 1,
         "train.plots": False,
-        "eval.tasks": [str(conversations / "exact.jsonl")] if evaluate else [],
+        "eval.tasks": [str(conversations / "exact.jsonl")],
     }
     command = [options.program, "train", str(ROOT / recipe), "--device", "cpu", "--resume"]
     for key, value in sets.items():
@@ -102,7 +102,7 @@ def tuned(options, way):
     while True:
         for rate in rates:
             if rate not in losses:
-                losses[rate] = held_out(run(options, way, rate, SEEDS[0], options.tune_steps, evaluate=False))
+                losses[rate] = held_out(run(options, way, rate, SEEDS[0], options.tune_steps))
         best = min(losses, key=losses.get)
         if best == max(losses):
             rates.append(best * 2)
@@ -126,7 +126,7 @@ def race(options):
     rows, before = [], None
     for way in WAYS:
         _, rate = tuned(options, way)
-        folders = [run(options, way, rate, seed, options.steps, evaluate=True) for seed in SEEDS]
+        folders = [run(options, way, rate, seed, options.steps) for seed in SEEDS]
         evaluations = [json.loads((folder / "evaluation.json").read_text()) for folder in folders]
         before = evaluations[0]["before"][0]["metrics"]
         after = [one["after"][0]["metrics"] for one in evaluations]

@@ -12,11 +12,8 @@ use super::DataError;
 pub(crate) type Wanted = &'static [&'static [&'static str]];
 
 /// What a conversation is kept in, in each of its three shapes.
-pub(super) const CONVERSATIONS: Wanted = &[
-    &["messages"],
-    &["conversations"],
-    &["instruction", "input", "output", "system", "history", "weight"],
-];
+pub(super) const CONVERSATIONS: Wanted =
+    &[&["messages"], &["conversations"], &["instruction", "input", "output", "system", "history", "weight"]];
 /// What `format = "tokens"` reads.
 pub(super) const TOKENS: Wanted = &[&["tokens"]];
 
@@ -109,7 +106,8 @@ mod reader {
         }
         let kept = columns.iter().filter(|column| set.is_none_or(|set| set.contains(&column.name())));
         let kept: Vec<_> = kept.cloned().collect();
-        let schema = || Ok(SchemaDescriptor::new(Arc::new(Type::group_type_builder(root.name()).with_fields(kept).build()?)));
+        let schema =
+            || Ok(SchemaDescriptor::new(Arc::new(Type::group_type_builder(root.name()).with_fields(kept).build()?)));
         Ok(Arc::new(guarded(schema).map_err(|problem| cannot(path, problem, None))?))
     }
 
@@ -122,7 +120,11 @@ mod reader {
         static HOOK: Once = Once::new();
         HOOK.call_once(|| {
             let shown = panic::take_hook();
-            panic::set_hook(Box::new(move |info| if !READING.get() { shown(info) }));
+            panic::set_hook(Box::new(move |info| {
+                if !READING.get() {
+                    shown(info)
+                }
+            }));
         });
         READING.set(true);
         let read = panic::catch_unwind(AssertUnwindSafe(read));
@@ -212,7 +214,8 @@ mod reader {
             Field::Str(text) => text.into(),
             Field::Bytes(bytes) => {
                 let text = std::str::from_utf8(bytes.data());
-                text.map_err(|error| format!("its text is not UTF-8: byte {} is wrong", error.valid_up_to() + 1))?.into()
+                text.map_err(|error| format!("its text is not UTF-8: byte {} is wrong", error.valid_up_to() + 1))?
+                    .into()
             }
             Field::Group(row) => Value::Object(object(row)?),
             Field::ListInternal(list) => {

@@ -11,6 +11,8 @@ mod advice;
 mod available;
 mod memory;
 mod operations;
+#[cfg(test)]
+mod tests;
 
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterCount;

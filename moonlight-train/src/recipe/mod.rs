@@ -150,7 +150,11 @@ impl Recipe {
             hint: Some(hint.into()),
         };
         if !(1.0..9e15).contains(&found) {
-            return Err(here("train.epochs", format!("is {epochs:e}, which are {found:e} steps"), "give `train.steps`"));
+            return Err(here(
+                "train.epochs",
+                format!("is {epochs:e}, which are {found:e} steps"),
+                "give `train.steps`",
+            ));
         }
         self.train.steps = found as u64;
         if ![0, self.train.steps].contains(&steps) {

@@ -168,7 +168,8 @@ fn epochs_are_steps_when_the_data_are_known() {
     assert_eq!(steps(&[], 61), Ok(11));
     assert_eq!(steps(&["train.epochs=0.1"], 60), Ok(1));
     // 2 steps of 3, 3 of 1, then 5 a step: 6 + 3 + 21 passes.
-    let changes = "schedule.accumulation=[{from_step=2, gradient_accumulation=1}, {from_step=5, gradient_accumulation=5}]";
+    let changes =
+        "schedule.accumulation=[{from_step=2, gradient_accumulation=1}, {from_step=5, gradient_accumulation=5}]";
     assert_eq!(steps(&[changes], 60), Ok(2 + 3 + 5));
     assert_eq!(steps(&[changes], 16), Ok(2 + 2));
     // What is written says both, and is read again; other steps are an error.
@@ -177,7 +178,10 @@ fn epochs_are_steps_when_the_data_are_known() {
     assert_eq!((&again, again.train.epochs), (&resolved, 2.0));
     assert_eq!(again.with_steps(60).unwrap(), resolved);
     let error = steps(&["train.steps=9"], 60).unwrap_err();
-    assert!(error.to_string().contains("`train.steps` is 9, but `train.epochs = 2` of these data are 10 steps"), "{error}");
+    assert!(
+        error.to_string().contains("`train.steps` is 9, but `train.epochs = 2` of these data are 10 steps"),
+        "{error}"
+    );
     assert!(steps(&["train.epochs=1e300"], 60).unwrap_err().to_string().contains("`train.epochs` is 1e300, which are"));
     assert!(message(&text, &["train.epochs=-1"]).contains("`train.epochs` is -1; it must be from 0"));
     assert_eq!(parse(SMALL, &[]).unwrap().with_steps(60).unwrap().train.steps, 10);

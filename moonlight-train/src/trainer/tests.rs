@@ -145,11 +145,8 @@ fn what_is_frozen_is_what_the_files_hold_to_the_last_bit() {
     let of_files = bits(&load_base(&model, &device, Some(DType::F32), None).unwrap());
     for optimizer in ["muon", "adamw"] {
         let name = format!("optimizer.name={optimizer}");
-        let sets = [
-            name.as_str(),
-            "train.freeze=[\"model.layers.1.**\", \"model.embed_tokens.*\"]",
-            "moe.bias_update_rate=0",
-        ];
+        let sets =
+            [name.as_str(), "train.freeze=[\"model.layers.1.**\", \"model.embed_tokens.*\"]", "moe.bias_update_rate=0"];
         let of_run = bits(&trained(home.path(), optimizer, &sets));
         assert!(of_run.keys().eq(of_files.keys()));
         for (path, bits) in &of_files {
