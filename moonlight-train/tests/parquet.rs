@@ -2,10 +2,9 @@
 
 mod common;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Home, assert_fails, moonlight, text};
+use common::{Home, assert_fails, text};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/parquet").join(name)
@@ -39,7 +38,10 @@ fn without_the_feature_the_error_names_it() {
 // The name is what `.ci/run` chooses tests by.
 #[cfg(feature = "parquet")]
 mod parquet_built_in {
+    use std::fs;
+
     use super::*;
+    use crate::common::moonlight;
 
     fn inspect(home: &Home, data: &Path, more: &[&str]) -> std::process::Output {
         let mut command = moonlight(&["data", "inspect", "--samples", "3", "--json"]);

@@ -94,7 +94,7 @@ fn what_the_page_works_out_is_what_the_code_computes() {
         let all = plan(WAYS[0], sequence);
         let moe = of_layer(&all.config, 1, &all.setting, &[]);
         let dense = of_layer(&all.config, 0, &all.setting, &[]);
-        [moe.kept, moe.transient, dense.kept, dense.transient].map(&mut values);
+        [moe.kept, moe.transient, dense.kept, dense.transient].into_iter().for_each(&mut values);
         values(sequence as u64 * all.config.hidden_size as u64);
         for way in [WAYS[2], WAYS[4], WAYS[5]] {
             let lora = plan(way, sequence);
@@ -106,7 +106,7 @@ fn what_the_page_works_out_is_what_the_code_computes() {
     }
     let config = &plan(WAYS[0], 4096).config;
     let (kept, logits) = of_head(config, 1024, false);
-    [config.parameter_count().total, kept, logits].map(&mut values);
+    [config.parameter_count().total, kept, logits].into_iter().for_each(&mut values);
     for number in numbers {
         assert!(page.contains(&grouped(number)), "docs/memory.md lacks {}", grouped(number));
     }
