@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Fine-tunes a small model on conversations in four ways, each at its own best rate, and says what came of it.
+r"""Fine-tunes a small model on conversations in four ways, each at its own best rate, and says what came of it.
 
     cargo build --release --bin moonlight
-    moonlight train configs/quickstart.toml --set train.steps=900 --set schedule.decay_steps=300   # a base; 400 steps do as well
+    moonlight train configs/quickstart.toml --set train.steps=900 --set schedule.decay_steps=300 --set train.batch_size=8 \
+        --set data.sequence_length=512 --set optimizer.learning_rate=8e-3 --set data.max_bytes=16000000      # the base
     python scripts/make_conversations.py runs/conversations
     python scripts/compare_finetuning.py tune      # each way at each rate of a grid: one seed, a third of the steps
     python scripts/compare_finetuning.py race      # each way at its best rate: three seeds, all steps, and the exact answers
