@@ -53,6 +53,8 @@ pub fn group_figures<M: Module>(
         let mut count = 0;
         for row in assignment.parameters_of(name) {
             let (Some(old), Some(new)) = (before.get(&row.path), after.get(&row.path)) else { continue };
+            // In f32 one parameter at a time: of a model in half precision all of them are twice the model.
+            let (old, new) = (old.clone().cast(DType::F32), new.clone().cast(DType::F32));
             let change = old.clone().sub(new.clone()).div_scalar(learning_rate);
             let decayed = change.clone().sub(old.clone().mul_scalar(rate));
             let update = if decay.cautious {
@@ -63,7 +65,7 @@ pub fn group_figures<M: Module>(
             } else {
                 decayed
             };
-            let squares = Tensor::cat(vec![update.square().sum(), new.clone().square().sum()], 0);
+            let squares = Tensor::cat(vec![update.square().sum(), new.square().sum()], 0);
             count += row.elements();
             // Kept on the device: two numbers a group are read back, not two a parameter.
             sums = Some(match sums {
@@ -160,7 +162,7 @@ impl Spectrum {
     }
 }
 
-/// The float tensors of a module by path, flat, in f32 and outside any graph.
+/// The float tensors of a module by path, flat and outside any graph.
 fn flat<M: Module>(module: &M) -> HashMap<String, Tensor<1>> {
     let mut collector = Flat::default();
     module.visit(&mut collector);
@@ -185,7 +187,7 @@ impl ModuleVisitor for Flat {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let tensor = param.base().inner();
         let elements = tensor.shape().num_elements();
-        let tensor = tensor.reshape([elements]).cast(DType::F32);
+        let tensor = tensor.reshape([elements]);
         self.tensors.insert(self.path.join("."), tensor);
     }
 }

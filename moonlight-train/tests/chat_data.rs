@@ -153,4 +153,6 @@ fn broken_conversations_are_one_line() {
     assert!(skipped.status.success(), "{}", text(&skipped.stderr));
     let note = "note: data.train: 1 record was broken and left out: ";
     assert!(text(&skipped.stderr).contains(note), "{}", text(&skipped.stderr));
+    let kept = fs::read_to_string(home.run("bad").join("data.txt")).unwrap();
+    assert!(kept.contains(note.strip_prefix("note: ").unwrap()) && kept.contains("talk.jsonl:2 ("), "{kept}");
 }

@@ -101,8 +101,12 @@ impl Drop for OnTerminal {
 #[test]
 fn ctrl_c_under_the_dashboard_saves_and_gives_the_terminal_back() {
     let home = Home::new();
+    std::fs::write(home.path("text/not-utf8.txt"), b"no\xfftext").unwrap();
     let mut run = OnTerminal::start(&home, "interrupted");
-    run.wait_for(&["Perplexity", "Controls"]);
+    let said = run.wait_for(&["Perplexity", "Controls"]);
+    // What is to know of the data stands on the terminal's own screen, which comes back at the end.
+    let (before, _) = said.split_once("\x1b[?1049h").unwrap();
+    assert!(before.contains("data: ") && before.contains("note: data.train: bytes that are not UTF-8"), "{before}");
     std::thread::sleep(Duration::from_millis(500)); // steps under the dashboard
     run.press(b"\x03");
     let said = run.wait_for(&["stopped behind step"]);

@@ -4,13 +4,16 @@
 
 mod common;
 
-use std::process::{Child, Command, Stdio};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
-use common::{Home, assert_same_checkpoint, checkpoint, checkpoints, text};
-use moonlight_convert::load;
+use common::{Home, Tuned, assert_same_adapter, assert_same_checkpoint, checkpoint, checkpoints, text};
+use moonlight_convert::adapter::read_adapter;
+use moonlight_convert::{Checkpoint, load};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -18,26 +21,20 @@ const STEPS: &str = "train.steps=150";
 const LAST: u64 = 150;
 const OFTEN: &[&str] = &["--set", STEPS, "--set", "train.checkpoint_every=3", "--set", "train.validate_every=50"];
 
-fn start(home: &Home, name: &str) -> Child {
-    let mut command = home.train(name, OFTEN);
-    command.arg("--resume").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
-}
-
-#[test]
-fn killed_at_twenty_random_moments_it_always_resumes() {
-    let home = Home::new();
-    let started = Instant::now();
-    let whole = home.trained("whole", OFTEN);
-    let whole_run = started.elapsed();
-    let mut random = ChaCha8Rng::seed_from_u64(started.elapsed().subsec_nanos().into());
-    let device = Device::default();
+/// Starts a run `killed` again and again and kills it at random moments, `kills` times, then lets it end. `whole_run` is
+/// what it takes without that; `open` reads a checkpoint and panics where it is not whole.
+fn killed(home: &Home, arguments: &[&str], kills: usize, whole_run: Duration, open: impl Fn(&Path)) -> PathBuf {
+    let start = || {
+        let mut command = home.train("killed", arguments);
+        command.arg("--resume").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    let mut random = ChaCha8Rng::seed_from_u64(whole_run.subsec_nanos().into());
     let run = home.run("killed");
-    let mut kills = 0;
     let mut progress = Vec::new();
-    while kills < 20 {
-        let mut child = start(&home, "killed");
-        // Long enough for start-up and some steps, short enough that twenty do not reach the end.
-        sleep(whole_run.mul_f64(random.random_range(0.01..0.25)));
+    while progress.len() < kills {
+        let mut child = start();
+        // Long enough for start-up and some steps, short enough that the end is not reached.
+        sleep(whole_run.mul_f64(random.random_range(0.01..5.0 / kills as f64)));
         let ended = child.try_wait().unwrap();
         assert!(ended.is_none_or(|status| status.success()), "it did not resume: {ended:?}");
         if ended.is_some() {
@@ -47,18 +44,53 @@ fn killed_at_twenty_random_moments_it_always_resumes() {
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        kills += 1;
         // Whatever bears a step's name is whole.
         let names = checkpoints(&run);
         for name in names.iter().filter(|name| name.starts_with("step-")) {
-            load(&run.join("checkpoints").join(name), &device, None).unwrap();
+            open(&run.join("checkpoints").join(name));
         }
         progress.push(names.last().cloned().unwrap_or_else(|| "none".into()));
     }
     println!("newest checkpoint behind each kill: {progress:?}");
-    assert!(start(&home, "killed").wait().unwrap().success());
-    assert_same_checkpoint(&checkpoint(&whole, LAST), &checkpoint(&run, LAST));
+    assert!(start().wait().unwrap().success());
     assert!(checkpoints(&run).iter().all(|name| name.starts_with("step-")), "leftovers: {:?}", checkpoints(&run));
+    run
+}
+
+#[test]
+fn killed_at_twenty_random_moments_it_always_resumes() {
+    let home = Home::new();
+    let started = Instant::now();
+    let whole = home.trained("whole", OFTEN);
+    let device = Device::default();
+    let run = killed(&home, OFTEN, 20, started.elapsed(), |checkpoint| {
+        load(checkpoint, &device, None).unwrap();
+    });
+    assert_same_checkpoint(&checkpoint(&whole, LAST), &checkpoint(&run, LAST));
+}
+
+#[test]
+fn a_run_of_adapters_killed_at_random_moments_always_resumes() {
+    for base in ["model.quantise=none", "model.quantise=int4"] {
+        let Tuned { home, base: path } = Tuned::new();
+        let files = files(&path);
+        let arguments = [OFTEN, &["--set", base, "--set", "lora.dropout=0.1"]].concat();
+        let started = Instant::now();
+        let whole = home.trained("whole", &arguments);
+        let config = Checkpoint::open(&path).unwrap().config().clone();
+        let run = killed(&home, &arguments, 10, started.elapsed(), |checkpoint| {
+            assert!(!read_adapter(&config, checkpoint).unwrap().is_empty());
+        });
+        assert_same_adapter(&checkpoint(&whole, LAST), &checkpoint(&run, LAST));
+        // And nobody has touched what they stand beside.
+        assert!(self::files(&path) == files, "{base}");
+    }
+}
+
+/// The files of a folder with their bytes.
+fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries.map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
 }
 
 #[test]

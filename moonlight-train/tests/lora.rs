@@ -3,45 +3,12 @@
 mod common;
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::path::Path;
 
 use burn::tensor::Device;
-use common::{Home, assert_fails, checkpoint, checkpoints, metrics, moonlight, text};
+use common::{Home, Tuned, assert_fails, assert_same_adapter, checkpoint, checkpoints, metrics, moonlight, text};
 use moonlight_convert::{Checkpoint, load};
 use serde_json::Value;
-
-/// A home with a trained base and a recipe of adapters for it.
-struct Tuned {
-    home: Home,
-    base: PathBuf,
-}
-
-impl Tuned {
-    fn new() -> Self {
-        let home = Home::new();
-        let base =
-            checkpoint(&home.trained("base", &["--set", "train.steps=6", "--set", "schedule.warmup_steps=1"]), 6);
-        let recipe = fs::read_to_string(home.path("recipe.toml")).unwrap();
-        let (head, rest) = recipe.split_once("[model]").unwrap();
-        let (_, rest) = rest.split_once("[data]").unwrap();
-        let recipe =
-            format!("{head}[model]\npath = {base:?}\n[lora]\nrank = 4\nalpha = 8\ntargets = [\"all\"]\n[data]{rest}");
-        fs::write(home.path("recipe.toml"), recipe.replace("learning_rate = 2e-3", "learning_rate = 2e-2")).unwrap();
-        Self { home, base }
-    }
-
-    fn train(&self, name: &str, arguments: &[&str]) -> Output {
-        self.home.train(name, arguments).output().unwrap()
-    }
-}
-
-/// Every file of an adapter's checkpoint that says what the run is, to the byte.
-fn assert_same_adapter(a: &Path, b: &Path) {
-    for file in ["adapter_model.safetensors", "adapter_config.json", "trainer.json"] {
-        assert!(fs::read(a.join(file)).unwrap() == fs::read(b.join(file)).unwrap(), "{file} differs");
-    }
-}
 
 fn losses(run: &Path, split: &str) -> Vec<f64> {
     let lines = metrics(run).into_iter().filter(|line| line["split"] == split);

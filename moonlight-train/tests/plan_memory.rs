@@ -183,6 +183,33 @@ const GRID: &[(&str, Sets, Sets)] = &[
         &["train.batch_size=1", "optimizer.name=\"adamw\""],
     ),
     (
+        "weights-probed",
+        &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
+        &["train.batch_size=1", "train.probe_every=2"],
+    ),
+    (
+        "weights-probed-adamw",
+        &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
+        &["train.batch_size=1", "train.probe_every=2", "optimizer.name=\"adamw\""],
+    ),
+    (
+        "weights-probed-fused",
+        &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
+        &[
+            "train.batch_size=1",
+            "train.fuse_update=true",
+            "train.activation_checkpointing=\"block\"",
+            "train.probe_every=2",
+        ],
+    ),
+    (
+        "weights-probed-bf16",
+        &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
+        &["train.batch_size=1", "train.probe_every=2", "model.dtype=\"bf16\""],
+    ),
+    ("activations-probed", DEEP, &["train.probe_every=2"]),
+    ("lora-probed", &["train.batch_size=8"], &["lora.targets=[\"all\"]", "train.probe_every=2"]),
+    (
         "weights-bf16-momentum",
         &["model.n_routed_experts=64", "model.num_hidden_layers=8"],
         &["train.batch_size=1", "optimizer.momentum_dtype=\"bf16\""],

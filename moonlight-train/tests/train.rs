@@ -68,6 +68,32 @@ fn a_run_that_was_stopped_goes_on_bit_for_bit() {
 }
 
 #[test]
+fn a_run_of_epochs_knows_its_steps() {
+    let home = Home::new();
+    let recipe = fs::read_to_string(home.path("recipe.toml")).unwrap();
+    fs::write(home.path("recipe.toml"), recipe.replace("steps = 12\n", "epochs = 1.5\n")).unwrap();
+    let set = ["--set", "data.max_bytes=2000"];
+    let output = home.train("epochs", &set).output().unwrap();
+    let stderr = text(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let run = home.run("epochs");
+    let sequences: f64 = stderr.split(" sequences").next().unwrap().rsplit(' ').next().unwrap().parse().unwrap();
+    let steps = (1.5 * sequences / 4.0).ceil() as u64;
+    assert!(stderr.contains(&format!("steps: {steps} for 1.5 epochs")), "{stderr}");
+    let recipe = moonlight_train::recipe::Recipe::load(&run.join("recipe.toml"), &[]).unwrap();
+    assert_eq!((recipe.train.steps, recipe.train.epochs), (steps, 1.5));
+    // The schedule ends where the run does.
+    let lines = metrics(&run);
+    let last = lines.iter().rfind(|line| line["split"] == "train").unwrap();
+    assert_eq!((last["step"].as_u64(), last["lr"].as_f64()), (Some(steps), Some(0.0)));
+    assert!(checkpoint(&run, steps).exists());
+    let sets = [&set[..], &["--set", "train.steps=3"]].concat();
+    let expected = format!("`train.steps` is 3, but `train.epochs = 1.5` of these data are {steps} steps");
+    assert_fails(&home.train("both", &sets).output().unwrap(), &expected);
+    assert!(!home.run("both").exists());
+}
+
+#[test]
 fn resume_passes_over_a_damaged_checkpoint() {
     let home = Home::new();
     let whole = home.trained("whole", &[]);

@@ -33,12 +33,22 @@ pub enum DataError {
         /// What the operating system said.
         problem: String,
     },
+    /// A parquet file that cannot be read.
+    #[error("cannot read `{}`: {problem}", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+        /// How to mend it.
+        hint: Option<String>,
+    },
     /// A record that is wrong.
     #[error("{}:{line}: {problem}", path.display())]
     Record {
         /// The file.
         path: PathBuf,
-        /// Its line, counted from 1.
+        /// Its line, in a parquet file its row, counted from 1.
         line: usize,
         /// What is wrong.
         problem: String,
@@ -81,7 +91,7 @@ impl DataError {
             Self::EmptyGlob { .. } => {
                 Some("globs are relative to the working directory; `**` matches any depth".into())
             }
-            Self::Record { hint, .. } | Self::Template { hint, .. } => hint.clone(),
+            Self::Record { hint, .. } | Self::Template { hint, .. } | Self::Parquet { hint, .. } => hint.clone(),
             Self::NoTokenizer => Some("write data.tokenizer = \"bytes\", or the path of one".into()),
             Self::Changed => Some("put the files back as they were, or start a new run".into()),
             _ => None,

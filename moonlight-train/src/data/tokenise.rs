@@ -11,6 +11,7 @@ use super::DataError;
 use super::compressed::{Opened, open};
 use super::files::SourceFile;
 use super::hash::Hash;
+use super::parquet::{self, is_parquet};
 use super::report::{Fault, Report};
 use super::store::{Origin, Store, StoreWriter};
 use crate::chat::{ChatEncoder, Shape, WeightedTokens};
@@ -126,7 +127,11 @@ impl Reading<'_> {
                 if round.bytes < ROUND_BYTES { Ok(false) } else { self.flush(round, &mut writer, &mut found) }
             };
             let done = match self.format {
+                DataFormat::Text if is_parquet(&file.path) => return Err(parquet::is_no_text(&file.path)),
                 DataFormat::Text => self.read_text(index as u32, file, &mut round, &mut full)?,
+                DataFormat::Tokens | DataFormat::Chat if is_parquet(&file.path) => {
+                    self.read_rows(index as u32, file, &mut round, &mut full)?
+                }
                 DataFormat::Tokens | DataFormat::Chat => self.read_lines(index as u32, file, &mut round, &mut full)?,
             };
             if done {
@@ -261,6 +266,32 @@ impl Reading<'_> {
                 if full(round)? {
                     return Ok(true);
                 }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Reads a parquet file, a record a row.
+    fn read_rows(
+        &self,
+        index: u32,
+        file: &SourceFile,
+        round: &mut Round,
+        full: &mut impl FnMut(&mut Round) -> Result<bool, DataError>,
+    ) -> Result<bool, DataError> {
+        let wanted = if self.format == DataFormat::Chat { parquet::CONVERSATIONS } else { parquet::TOKENS };
+        // As with lines that are compressed, `max_bytes` are those of the records that are read.
+        let limit = if file.read < file.size { file.read } else { u64::MAX };
+        let mut position = 0;
+        for (row, record) in (1..).zip(parquet::rows(&file.path, wanted)?) {
+            let bytes = record?.into_bytes();
+            position += bytes.len() as u64;
+            if position > limit {
+                break;
+            }
+            round.add(Block { origin: Origin { file: index, line: row }, bytes, end: Some(End::Whole) });
+            if full(round)? {
+                return Ok(true);
             }
         }
         Ok(false)

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde_json::{Map, Value};
 
+use crate::data::parquet;
 use crate::error::TrainError;
 
 /// What the rows of a task file are.
@@ -79,34 +80,43 @@ impl TaskFormat {
 /// A row of a file.
 #[derive(Debug, Clone)]
 pub(super) struct Row {
-    /// Its line, from 1.
+    /// Its line, from 1; in a parquet file its row.
     pub(super) line: usize,
-    /// As it stands in the file.
+    /// As it stands in the file, of a parquet file as JSON.
     pub(super) text: String,
     pub(super) fields: Map<String, Value>,
 }
 
 /// The rows of a file, empty lines left out, at most `limit` (0 for all).
 pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, TrainError> {
-    let bytes = std::fs::read(path).map_err(TrainError::read(path))?;
     let limit = if limit == 0 { usize::MAX } else { limit };
-    let lines = bytes.split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
-    let rows = lines.take(limit).map(|(index, line)| {
-        let here = |problem: String| wrong(path, index + 1, problem, None);
-        let text = std::str::from_utf8(line).map_err(|_| here("the row is not UTF-8".into()))?.to_owned();
-        let value: Value = serde_json::from_str(&text).map_err(|error| {
-            here(format!("the row is not JSON: {}", error.to_string().split(" at line ").next().unwrap_or_default()))
-        })?;
-        match value {
-            Value::Object(fields) => Ok(Row { line: index + 1, text, fields }),
-            _ => Err(here("the row is not a JSON object".into())),
-        }
-    });
-    let rows = rows.collect::<Result<Vec<_>, _>>()?;
+    let rows = if parquet::is_parquet(path) {
+        let rows = (1..).zip(parquet::rows(path, &[])?).take(limit);
+        rows.map(|(row, text)| read(path, row, text?)).collect::<Result<Vec<_>, _>>()?
+    } else {
+        let bytes = std::fs::read(path).map_err(TrainError::read(path))?;
+        let lines = (1..).zip(bytes.split(|&byte| byte == b'\n')).filter(|(_, line)| !line.trim_ascii().is_empty());
+        let rows = lines.take(limit).map(|(number, line)| {
+            let text = std::str::from_utf8(line).map_err(|_| wrong(path, number, "the row is not UTF-8", None))?;
+            read(path, number, text.to_owned())
+        });
+        rows.collect::<Result<Vec<_>, _>>()?
+    };
     if rows.is_empty() {
         return Err(TrainError::Request { problem: format!("`{}` has no rows", path.display()), hint: None });
     }
     Ok(rows)
+}
+
+fn read(path: &Path, line: usize, text: String) -> Result<Row, TrainError> {
+    let here = |problem: String| wrong(path, line, problem, None);
+    let value: Value = serde_json::from_str(&text).map_err(|error| {
+        here(format!("the row is not JSON: {}", error.to_string().split(" at line ").next().unwrap_or_default()))
+    })?;
+    match value {
+        Value::Object(fields) => Ok(Row { line, text, fields }),
+        _ => Err(here("the row is not a JSON object".into())),
+    }
 }
 
 pub(super) fn wrong(path: &Path, line: usize, problem: impl std::fmt::Display, hint: Option<String>) -> TrainError {

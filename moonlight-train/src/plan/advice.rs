@@ -16,6 +16,7 @@ type Change = fn(&Setting) -> Option<(String, Setting)>;
 
 /// From what costs nothing to what costs the most: time first, then what the result is worth.
 const LADDER: &[Change] = &[
+    |setting| setting.probed.then(|| ("train.probe_every = 0".into(), Setting { probed: false, ..setting.clone() })),
     |setting| {
         let chunk = 1024;
         let tokens = setting.batch * setting.sequence;
@@ -125,6 +126,7 @@ mod tests {
             frozen: Vec::new(),
             lora: None,
             packed: None,
+            probed: false,
         };
         Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), setting)
     }

@@ -31,11 +31,13 @@ pub enum Part {
     Logits,
     /// What an update needs beside parameter, gradient and state.
     Update,
+    /// Parameters as they were before the step, where the step is one of those of `train.probe_every`.
+    Copy,
 }
 
 impl Part {
     /// All, in the order in which they are printed.
-    pub const ALL: [Part; 7] = [
+    pub const ALL: [Part; 8] = [
         Part::Weights,
         Part::OptimizerState,
         Part::Gradients,
@@ -43,6 +45,7 @@ impl Part {
         Part::Activations,
         Part::Logits,
         Part::Update,
+        Part::Copy,
     ];
 
     /// The name for people.
@@ -55,6 +58,7 @@ impl Part {
             Part::Activations => "activations",
             Part::Logits => "logits",
             Part::Update => "update",
+            Part::Copy => "copy to compare",
         }
     }
 }
@@ -130,6 +134,8 @@ pub struct Setting {
     pub lora: Option<LoraConfig>,
     /// Bits of the frozen projections, where they are packed.
     pub packed: Option<Bits>,
+    /// Whether there are steps whose update is measured, against the parameters as they were.
+    pub probed: bool,
 }
 
 /// A parameter with what it costs.
@@ -240,7 +246,15 @@ impl Step<'_> {
     fn moments(&self) -> Vec<Moment> {
         let mut moments = self.pass();
         if !self.setting.fused {
-            moments.extend(self.update(|_| true, 0));
+            moments.extend(self.update(|_| true, 0, &mut 0));
+        }
+        if self.setting.probed {
+            let trained = || self.parameters.iter().filter(|parameter| parameter.by != TakenBy::Nothing);
+            let largest = trained().map(|parameter| parameter.values).max().unwrap_or_default();
+            let moment = self.standing("measuring the update").with(Part::Copy, trained().map(Parameter::weight).sum());
+            // In f32, and where the parameter is not, both of it in f32 as well.
+            let copies = if self.setting.bytes < 4 { MEASURED_COPIES + 2 } else { MEASURED_COPIES };
+            moments.push(moment.with(Part::Update, 4 * copies * largest));
         }
         if self.setting.cpu {
             // The state of AdamW's parameters leaves Burn's optimizer as one record, which is made into one file.
@@ -282,6 +296,8 @@ impl Step<'_> {
             _ => self.gradients(of),
         };
         let mut moments = Vec::new();
+        // Parameters that a fused step has updated already, as they were.
+        let mut copied = 0;
 
         let inputs = |layer: usize| if setting.recompute { (layer as u64 + 1) * stream } else { 0 };
         let graph: u64 = if setting.recompute { 0 } else { activations.iter().map(|(kept, _)| kept + stream).sum() };
@@ -299,8 +315,8 @@ impl Step<'_> {
         moments.push(at_head().with(Part::Logits, logits * bytes).with(Part::Gradients, (chunks - 1) * head));
         moments.push(at_head().with(Part::Logits, logits / 2 * bytes).with(Part::Gradients, chunks * head));
         if setting.fused {
-            moments
-                .extend(self.update(|parameter| parameter.stage == Stage::Head, inputs(layers - 1) + graph + stream));
+            let beside = inputs(layers - 1) + graph + stream;
+            moments.extend(self.update(|parameter| parameter.stage == Stage::Head, beside, &mut copied));
         }
         for layer in (0..layers).rev() {
             let (own, transient) = activations[layer];
@@ -316,7 +332,8 @@ impl Step<'_> {
                 .standing(&format!("backward of layer {layer}"))
                 .with(Part::Gradients, summed + kept(&later))
                 .with(Part::LayerInputs, inputs(layer))
-                .with(Part::Activations, alive + stream);
+                .with(Part::Activations, alive + stream)
+                .with(Part::Copy, copied);
             // At first the gradients of activations, at last those of the layer's parameters.
             moments.push(moment.clone().with(Part::Activations, transient));
             let left = alive.saturating_sub(own);
@@ -324,11 +341,12 @@ impl Step<'_> {
                 .standing(&format!("backward of layer {layer}"))
                 .with(Part::Gradients, summed + kept(&later) + self.gradients(of_this))
                 .with(Part::LayerInputs, inputs(layer))
-                .with(Part::Activations, left + own / 4 + 3 * stream);
+                .with(Part::Activations, left + own / 4 + 3 * stream)
+                .with(Part::Copy, copied);
             moments.push(end);
             if setting.fused && setting.recompute {
                 let beside = if layer == 0 { stream } else { inputs(layer - 1) + stream };
-                moments.extend(self.update(of_this, beside));
+                moments.extend(self.update(of_this, beside, &mut copied));
             }
         }
         if setting.fused {
@@ -337,7 +355,7 @@ impl Step<'_> {
                 Stage::Layer(_) => !setting.recompute,
                 Stage::Embedding => true,
             };
-            moments.extend(self.update(rest, stream));
+            moments.extend(self.update(rest, stream, &mut copied));
         } else {
             let all = self.gradients(|_| true);
             let embedding = self.gradients(|parameter| parameter.stage == Stage::Embedding);
@@ -351,24 +369,27 @@ impl Step<'_> {
         moments
     }
 
-    /// The update of some parameters, whose gradients go one after the other; `beside` is what lives in the meantime.
-    fn update(&self, of: impl Fn(&Parameter) -> bool, beside: u64) -> Vec<Moment> {
+    /// The update of some parameters, whose gradients go one after the other; `beside` is what lives in the meantime, and
+    /// `copied` what is kept of parameters that were updated, where the update is to be measured.
+    fn update(&self, of: impl Fn(&Parameter) -> bool, beside: u64, copied: &mut u64) -> Vec<Moment> {
         let mut waiting: Vec<&Parameter> = self.parameters.iter().filter(|parameter| of(parameter)).collect();
         waiting.retain(|parameter| parameter.by != TakenBy::Nothing);
         let mut gradients: u64 = waiting.iter().map(|parameter| parameter.gradient()).sum();
         let (muon, adamw): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|one| one.by == TakenBy::Muon);
         let mut moments = Vec::new();
-        let mut note = |what: &str, gradients: u64, workspace: u64| {
-            let moment = self.standing(what).with(Part::Gradients, gradients);
+        let mut note = |what: &str, gradients: u64, workspace: u64, weights: u64| {
+            let moment = self.standing(what).with(Part::Gradients, gradients).with(Part::Copy, *copied);
             moments.push(moment.with(Part::Update, workspace).with(Part::Activations, beside));
+            *copied += if self.setting.probed { weights } else { 0 };
         };
         let elements = |parameter: &&Parameter| parameter.values as usize;
         for batch in equal_batches(muon, elements, |one, other| one.shape == other.shape) {
-            note("Muon", gradients, self.muon_workspace(&batch));
+            let weights = batch.iter().map(|parameter| parameter.weight()).sum();
+            note("Muon", gradients, self.muon_workspace(&batch), weights);
             gradients -= batch.iter().map(|parameter| parameter.gradient()).sum::<u64>();
         }
         for parameter in adamw {
-            note("AdamW", gradients, ADAMW_COPIES * parameter.values * 4);
+            note("AdamW", gradients, ADAMW_COPIES * parameter.values * 4, parameter.weight());
             gradients -= parameter.gradient();
         }
         moments
@@ -385,7 +406,8 @@ impl Step<'_> {
         let narrow = first.bytes < 4;
         let widened = if narrow { 4 - first.bytes } else { 0 };
         let replaced = if narrow && setting.masters { 4 } else { 0 };
-        let stack_bytes = (12 + widened - setting.momentum_bytes - first.bytes - replaced) * values;
+        let gone = setting.momentum_bytes + if setting.probed { 0 } else { first.bytes } + replaced;
+        let stack_bytes = (12 + widened - gone) * values;
         // X and its successor; the Gram matrix, its polynomial, and in the Gram form three more.
         let matrix = 2 * rows * columns + 5 * short * short;
         let threads = setting.threads as u64;
@@ -403,5 +425,7 @@ impl Step<'_> {
 
 /// New parameter and new momentum.
 const MUON_KERNEL_COPIES: u64 = 2;
+/// Of the largest parameter, for the RMS of its update: the change, its decay, and the one without the other.
+const MEASURED_COPIES: u64 = 3;
 /// Both moments without their bias, and the new parameter.
 const ADAMW_COPIES: u64 = 3;

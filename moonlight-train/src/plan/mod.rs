@@ -11,6 +11,8 @@ mod advice;
 mod available;
 mod memory;
 mod operations;
+#[cfg(test)]
+mod tests;
 
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterCount;
@@ -68,6 +70,10 @@ impl Setting {
             frozen: frozen_parameters(config, &recipe.train.freeze)?,
             lora: recipe.lora.as_ref().map(LoraRecipe::config),
             packed: recipe.model.quantise.bits(),
+            probed: {
+                let every = recipe.train.probe_every;
+                every > 0 && (every <= recipe.train.steps || recipe.train.epochs > 0.0)
+            },
         })
     }
 }

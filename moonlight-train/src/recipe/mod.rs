@@ -115,7 +115,10 @@ impl Recipe {
         }
         let sample = reader.section("sample", SampleConfig::read);
         let eval = reader.section("eval", EvalConfig::read);
-        if let Err(error) = Schedule::new(&schedule, optimizer.learning_rate, train.steps) {
+        // How long the schedule of a run of epochs is depends on its data.
+        if (train.steps > 0 || train.epochs == 0.0)
+            && let Err(error) = Schedule::new(&schedule, optimizer.learning_rate, train.steps)
+        {
             reader.problem(RecipeError::Invalid {
                 place: file,
                 key: error.key.into(),
@@ -127,11 +130,59 @@ impl Recipe {
         Ok(Self { run, model, data, optimizer, schedule, train, moe, lora, sample, eval })
     }
 
+    /// The recipe with the steps that its epochs of `sequences` sequences are; as it is where it has no `epochs`. The last
+    /// step may go on into the next epoch.
+    ///
+    /// # Errors
+    ///
+    /// Steps that the recipe gives as well and that are others, or more steps than any run has.
+    pub fn with_steps(mut self, sequences: u64) -> Result<Self, RecipeError> {
+        let TrainConfig { steps, epochs, batch_size, gradient_accumulation, .. } = self.train;
+        if epochs == 0.0 {
+            return Ok(self);
+        }
+        let batches = (epochs * sequences as f64 / batch_size as f64).ceil();
+        let found = steps_of(batches, gradient_accumulation, &self.schedule.accumulation);
+        let here = |key: &str, problem, hint: &str| RecipeError::Invalid {
+            place: self.run.name.clone(),
+            key: key.into(),
+            problem,
+            hint: Some(hint.into()),
+        };
+        if !(1.0..9e15).contains(&found) {
+            return Err(here(
+                "train.epochs",
+                format!("is {epochs:e}, which are {found:e} steps"),
+                "give `train.steps`",
+            ));
+        }
+        self.train.steps = found as u64;
+        if ![0, self.train.steps].contains(&steps) {
+            let problem = format!("is {steps}, but `train.epochs = {epochs}` of these data are {found} steps");
+            return Err(here("train.steps", problem, "leave one of the two out"));
+        }
+        Ok(self)
+    }
+
     /// The recipe as TOML, every default spelled out.
     pub fn to_toml(&self) -> String {
         // A recipe holds nothing that TOML cannot: no nulls, no numbers beyond i64 that the reader would accept.
         toml::to_string(self).unwrap_or_else(|error| format!("# this recipe cannot be written as TOML: {error}\n"))
     }
+}
+
+/// The steps that so many batches are, `passes` each, but for the changes on the way.
+fn steps_of(batches: f64, mut passes: usize, changes: &[AccumulationChange]) -> f64 {
+    let (mut steps, mut left) = (0.0, batches);
+    for change in changes {
+        let until = change.from_step as f64 - steps;
+        let taken = until * passes as f64;
+        if taken >= left {
+            break;
+        }
+        (steps, left, passes) = (change.from_step as f64, left - taken, change.gradient_accumulation);
+    }
+    steps + (left / passes as f64).ceil()
 }
 
 #[cfg(test)]

@@ -158,6 +158,36 @@ fn impossible_values_name_their_key() {
 }
 
 #[test]
+fn epochs_are_steps_when_the_data_are_known() {
+    let text = SMALL.replace("steps = 10", "epochs = 2\nbatch_size = 4\ngradient_accumulation = 3");
+    let steps = |sets: &[&str], sequences| parse(&text, sets).unwrap().with_steps(sequences).map(|it| it.train.steps);
+    // A warm-up that no steps are known for is left alone until they are.
+    assert_eq!(parse(&text, &["schedule.warmup_steps=5"]).unwrap().train.steps, 0);
+    // 2 * 60 sequences in batches of 4 are 30 passes of which 3 are a step.
+    assert_eq!(steps(&[], 60), Ok(10));
+    assert_eq!(steps(&[], 61), Ok(11));
+    assert_eq!(steps(&["train.epochs=0.1"], 60), Ok(1));
+    // 2 steps of 3, 3 of 1, then 5 a step: 6 + 3 + 21 passes.
+    let changes =
+        "schedule.accumulation=[{from_step=2, gradient_accumulation=1}, {from_step=5, gradient_accumulation=5}]";
+    assert_eq!(steps(&[changes], 60), Ok(2 + 3 + 5));
+    assert_eq!(steps(&[changes], 16), Ok(2 + 2));
+    // What is written says both, and is read again; other steps are an error.
+    let resolved = parse(&text, &[]).unwrap().with_steps(60).unwrap();
+    let again = Recipe::parse(&resolved.to_toml(), Path::new("recipe.toml"), &[]).unwrap();
+    assert_eq!((&again, again.train.epochs), (&resolved, 2.0));
+    assert_eq!(again.with_steps(60).unwrap(), resolved);
+    let error = steps(&["train.steps=9"], 60).unwrap_err();
+    assert!(
+        error.to_string().contains("`train.steps` is 9, but `train.epochs = 2` of these data are 10 steps"),
+        "{error}"
+    );
+    assert!(steps(&["train.epochs=1e300"], 60).unwrap_err().to_string().contains("`train.epochs` is 1e300, which are"));
+    assert!(message(&text, &["train.epochs=-1"]).contains("`train.epochs` is -1; it must be from 0"));
+    assert_eq!(parse(SMALL, &[]).unwrap().with_steps(60).unwrap().train.steps, 10);
+}
+
+#[test]
 fn absent_keys_are_named() {
     for (line, key) in [
         ("steps = 10", "train.steps"),

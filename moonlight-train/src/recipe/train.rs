@@ -10,8 +10,12 @@ use super::{ModelRecipe, ModelSource, ScheduleConfig};
 /// `[train]`: steps, batches, validation, checkpoints and what is logged.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TrainConfig {
-    /// `steps`: optimizer steps of the run. Required, unless `[[schedule.stages]]` add up to it.
+    /// `steps`: optimizer steps of the run. Required, unless `epochs` or `[[schedule.stages]]` say it; 0 where `epochs` do
+    /// and the data were not read yet.
     pub steps: u64,
+    /// `epochs`: how often the run sees its data, in place of `steps`; the steps that these are go into the run's
+    /// `recipe.toml`. 0 where `steps` say it. Default: 0.
+    pub epochs: f64,
     /// `batch_size`: sequences in one forward pass. Default: 8.
     pub batch_size: usize,
     /// `gradient_accumulation`: forward passes for one step. Default: 1.
@@ -80,9 +84,11 @@ impl FromStr for Checkpointing {
 
 impl TrainConfig {
     pub(super) fn read(section: &mut Section<'_>, schedule: &ScheduleConfig) -> Self {
-        let from_stages: u64 = schedule.stages.iter().map(|stage| stage.steps).sum();
-        if !section.has("steps") && from_stages == 0 {
-            section.missing("steps", "how many optimizer steps the run takes: steps = 1000");
+        let epochs = section.number("epochs").unwrap_or(0.0);
+        section.require("epochs", epochs >= 0.0 && epochs.is_finite(), || format!("is {epochs}; it must be from 0"));
+        let from_stages: u64 = if epochs > 0.0 { 0 } else { schedule.stages.iter().map(|stage| stage.steps).sum() };
+        if !section.has("steps") && epochs == 0.0 && from_stages == 0 {
+            section.missing("steps", "how many optimizer steps the run takes: steps = 1000, or epochs = 2");
         }
         let steps = section.whole("steps").unwrap_or(from_stages);
         section.require("steps", i64::try_from(steps).is_ok(), || format!("is {steps}, more than any run"));
@@ -123,6 +129,7 @@ impl TrainConfig {
         let plots = section.boolean("plots").unwrap_or(true);
         Self {
             steps,
+            epochs,
             batch_size,
             gradient_accumulation,
             gradient_clip,

@@ -278,7 +278,7 @@ mod tests {
 
     use super::*;
     use crate::data::HostBatch;
-    use crate::trainer::step::{StepSettings, step};
+    use crate::trainer::step::{StepOutcome, StepSettings, step};
 
     const PLAIN: Sparing = Sparing { recompute: false, loss_chunk_tokens: 0 };
     const WAYS: [Sparing; 4] = [
@@ -397,6 +397,70 @@ mod tests {
                 let plain = run(recompute, false);
                 assert!(plain.1 != values(&start.model, None));
                 assert!(run(recompute, true) == plain, "tied {tied}, recompute {recompute}");
+            }
+        }
+    }
+
+    /// The batch with each weight of its loss multiplied.
+    fn weighted(factor: f32) -> HostBatch {
+        let mut batch = batch();
+        batch.loss_mask.iter_mut().for_each(|weight| *weight *= factor);
+        batch
+    }
+
+    /// Loss and parameters after a step over each of the lists of micro-batches.
+    fn stepped(start: &Trainee, fused: bool, steps: &[&[HostBatch]]) -> (Vec<StepOutcome>, Vec<Vec<f32>>) {
+        let rules = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new());
+        let (mut trainee, device) = (start.clone(), Device::default().autodiff());
+        let mut optimizer = rules.assign(&start.model).unwrap().batched_optimizer();
+        let settings = StepSettings {
+            learning_rate: 0.01,
+            gradient_clip: 0.0,
+            balance_weight: 0.0,
+            bias_update_rate: 0.001,
+            probe: Probe::default(),
+            sparing: PLAIN,
+            fused,
+            dropout_seed: None,
+        };
+        let told = steps.iter().map(|batches| step(&mut trainee, &mut optimizer, batches, &settings, &device).unwrap());
+        let told = told.collect();
+        (told, values(&trainee.model, None))
+    }
+
+    #[test]
+    fn a_step_is_the_mean_over_the_weights_whatever_their_sum() {
+        let start = trainee(false);
+        let ones = weighted(1.0);
+        // A power of two, so that a mean of the same numbers is the same number.
+        let small = weighted(1.0 / 64.0);
+        assert!(ones.predicted() > 1.0 && small.predicted() < 1.0);
+        for fused in [false, true] {
+            let (expected, parameters) = stepped(&start, fused, &[std::slice::from_ref(&ones)]);
+            let (told, of_small) = stepped(&start, fused, &[std::slice::from_ref(&small)]);
+            assert_eq!((told[0].loss, told[0].gradient_norm), (expected[0].loss, expected[0].gradient_norm));
+            assert!(of_small == parameters, "fused {fused}");
+        }
+        let (expected, parameters) = stepped(&start, false, &[&[ones.clone(), ones]]);
+        let (told, of_small) = stepped(&start, false, &[&[small.clone(), small]]);
+        assert_eq!(told[0].loss, expected[0].loss);
+        assert!(of_small == parameters);
+    }
+
+    #[test]
+    fn a_step_without_a_weight_leaves_everything_as_it_was() {
+        let start = trainee(false);
+        let (some, none) = (weighted(1.0), weighted(0.0));
+        let some = std::slice::from_ref(&some);
+        let none = std::slice::from_ref(&none);
+        for fused in [false, true] {
+            let (_, expected) = stepped(&start, fused, &[some, some]);
+            // Momentum, decay and the routers' bias wait as well.
+            let (told, parameters) = stepped(&start, fused, &[none, some, none, some, none]);
+            assert!(parameters == expected, "fused {fused}");
+            for empty in [&told[0], &told[2], &told[4]] {
+                assert_eq!((empty.loss, empty.gradient_norm), (0.0, 0.0));
+                assert!(empty.expert_loads.is_empty());
             }
         }
     }

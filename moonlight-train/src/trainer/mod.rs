@@ -14,6 +14,8 @@ mod terminal;
 #[cfg(not(unix))]
 #[path = "terminal_other.rs"]
 mod terminal;
+#[cfg(test)]
+mod tests;
 mod trainee;
 
 use std::io::IsTerminal;
@@ -53,8 +55,8 @@ use strategy::{Run, StepStrategy};
 pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: Interrupter) -> Result<Finished, TrainError> {
     let dashboard = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
     let Prepared { trainee, run } = start::prepare(recipe, target, resume, !dashboard)?;
-    let epoch_steps = Run::epoch_steps(recipe);
-    let epochs = recipe.train.steps.div_ceil(epoch_steps) as usize;
+    let epoch_steps = Run::epoch_steps(&run.recipe);
+    let epochs = run.recipe.train.steps.div_ceil(epoch_steps) as usize;
     let starting_epoch = (run.state.step / epoch_steps) as usize;
     // burn-train wants an optimizer of its kind; the strategy steps with its own.
     let optimizer = run.assignment.optimizer();

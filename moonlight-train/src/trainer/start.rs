@@ -52,9 +52,10 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
     };
     let config = recipe.model.config_for(tokenizer.as_ref())?;
     check_memory(recipe, &config, target)?;
+    let corpus = Corpus::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
+    let recipe = &recipe.clone().with_steps(corpus.train_sequences())?;
     let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.learning_rate, recipe.train.steps)
         .map_err(|error| TrainError::Request { problem: error.to_string(), hint: None })?;
-    let corpus = Corpus::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
     let mut stream = corpus.train_stream(recipe.train.batch_size);
 
     let companions_from = match &recipe.model.source {
@@ -116,19 +117,18 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
     fs::create_dir_all(&folder).map_err(TrainError::write(&folder))?;
     if let Some((table, found)) = judged {
         judge::keep(&folder, "before", found)?;
-        if lines {
-            eprint!("evaluation before:\n{table}");
-        }
+        eprint!("evaluation before:\n{table}");
     }
     write(&folder.join("recipe.toml"), &recipe.to_toml())?;
     write(&folder.join("optimizer.txt"), &assignment.to_string())?;
+    let notes: String = corpus.notes().iter().map(|note| format!("{note}\n")).collect();
+    write(&folder.join("data.txt"), &(sizes(&corpus) + "\n" + &notes))?;
     let metrics = MetricsFile::open(&folder.join("metrics.jsonl"), state.step)?;
     let events = folder.join("tensorboard");
     let tensorboard = recipe.train.tensorboard.then(|| EventWriter::create(&events)).transpose();
     let tensorboard = tensorboard.map_err(TrainError::write(&events))?;
-    if lines {
-        announce(&model, &assignment, &corpus, &state);
-    }
+    // Also before the dashboard, which gives the terminal back with it at the end.
+    announce(&model, &assignment, &corpus, recipe, &state);
     let run = Run {
         recipe: recipe.clone(),
         schedule,
@@ -277,7 +277,7 @@ pub(super) fn rules(recipe: &OptimizerRecipe, hidden: usize) -> ParameterRules {
     }
 }
 
-fn announce(model: &CausalLm, assignment: &Assignment, corpus: &Corpus, state: &TrainerState) {
+fn announce(model: &CausalLm, assignment: &Assignment, corpus: &Corpus, recipe: &Recipe, state: &TrainerState) {
     let count = model.config().parameter_count();
     let million = |count: u64| count as f64 / 1e6;
     eprintln!("{assignment:#}");
@@ -293,18 +293,26 @@ fn announce(model: &CausalLm, assignment: &Assignment, corpus: &Corpus, state: &
         let elements: usize = trained.iter().map(|row| row.elements()).sum();
         eprintln!("lora: {:.2} M parameters in {} adapters", million(elements as u64), trained.len() / 2);
     }
-    eprintln!(
-        "data: {} training tokens in {} sequences, {} validation tokens",
-        corpus.train_tokens(),
-        corpus.train_sequences(),
-        corpus.valid_tokens()
-    );
+    eprintln!("data: {}", sizes(corpus));
+    if recipe.train.epochs > 0.0 {
+        eprintln!("steps: {} for {} epochs", recipe.train.steps, recipe.train.epochs);
+    }
     for note in corpus.notes() {
         eprintln!("note: {note}");
     }
     if state.step > 0 {
         eprintln!("going on behind step {}", state.step);
     }
+}
+
+/// How much there is to learn from.
+fn sizes(corpus: &Corpus) -> String {
+    format!(
+        "{} training tokens in {} sequences, {} validation tokens",
+        corpus.train_tokens(),
+        corpus.train_sequences(),
+        corpus.valid_tokens()
+    )
 }
 
 fn write(path: &Path, text: &str) -> Result<(), TrainError> {

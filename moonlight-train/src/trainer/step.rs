@@ -54,9 +54,11 @@ pub(crate) struct NotFinite {
 
 /// Takes the step: forward and backward over its micro-batches, clipping, update, bias rule.
 ///
-/// The loss of the step is the mean over all predicted tokens of all micro-batches, however unevenly they are spread. The
-/// model is as it was where the loss or the gradient is no number, but for a `fused` step, which has no gradient to look
-/// at before it has updated some layers.
+/// The loss of the step is the mean over all predicted tokens of all micro-batches, each as much as it counts, however
+/// unevenly they are spread and whatever the sum of their weights. Where that sum is 0 there is nothing to take a mean of:
+/// the loss is 0, and model and optimizer stay as they are, momentum, decay and the routers' bias included. The model is
+/// also as it was where the loss or the gradient is no number, but for a `fused` step, which has no gradient to look at
+/// before it has updated some layers.
 pub(crate) fn step(
     trainee: &mut Trainee,
     optimizer: &mut BatchedOptimizer,
@@ -64,6 +66,9 @@ pub(crate) fn step(
     settings: &StepSettings,
     device: &Device,
 ) -> Result<StepOutcome, NotFinite> {
+    if weight_of(batches) == 0.0 {
+        return Ok(StepOutcome::default());
+    }
     let outcome = if settings.fused {
         fused(trainee, optimizer, batches, settings, device)?
     } else {
@@ -117,7 +122,7 @@ fn passes(
     settings: &StepSettings,
     device: &Device,
 ) -> Result<StepOutcome, NotFinite> {
-    let predicted = batches.iter().map(HostBatch::predicted).sum::<f64>().max(1.0);
+    let predicted = weight_of(batches);
     let mut told = StepOutcome::default();
     for (index, batch) in batches.iter().enumerate() {
         taker.model().set_dropout_seed(settings.dropout_seed.map(|seed| seed.wrapping_add(index as u64)));
@@ -140,6 +145,11 @@ fn passes(
         }
     }
     Ok(told)
+}
+
+/// The weights of all predicted tokens of a step.
+fn weight_of(batches: &[HostBatch]) -> f64 {
+    batches.iter().map(HostBatch::predicted).sum()
 }
 
 fn finite(what: &'static str, value: f64) -> Result<f64, NotFinite> {

@@ -179,7 +179,7 @@ impl Run {
         Ok(Finished { step: self.state.step, tokens: self.state.tokens, valid_loss, interrupted, checkpoint })
     }
 
-    fn step(&mut self, trainee: &mut Trainee) -> Result<Figures, TrainError> {
+    pub(super) fn step(&mut self, trainee: &mut Trainee) -> Result<Figures, TrainError> {
         let started = Instant::now();
         // What a step draws, for dropout or rounding, comes from the seed and its number: a resumed run draws the same.
         let step_seed = self.recipe.run.seed.wrapping_add(self.state.step.wrapping_mul(SEED_STRIDE));

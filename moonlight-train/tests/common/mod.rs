@@ -118,6 +118,32 @@ impl Home {
     }
 }
 
+/// A home with a trained base and a recipe of adapters for it.
+pub(crate) struct Tuned {
+    pub(crate) home: Home,
+    /// The base's checkpoint.
+    pub(crate) base: PathBuf,
+}
+
+impl Tuned {
+    pub(crate) fn new() -> Self {
+        let home = Home::new();
+        let base =
+            checkpoint(&home.trained("base", &["--set", "train.steps=6", "--set", "schedule.warmup_steps=1"]), 6);
+        let recipe = fs::read_to_string(home.path("recipe.toml")).unwrap();
+        let (head, rest) = recipe.split_once("[model]").unwrap();
+        let (_, rest) = rest.split_once("[data]").unwrap();
+        let recipe =
+            format!("{head}[model]\npath = {base:?}\n[lora]\nrank = 4\nalpha = 8\ntargets = [\"all\"]\n[data]{rest}");
+        fs::write(home.path("recipe.toml"), recipe.replace("learning_rate = 2e-3", "learning_rate = 2e-2")).unwrap();
+        Self { home, base }
+    }
+
+    pub(crate) fn train(&self, name: &str, arguments: &[&str]) -> Output {
+        self.home.train(name, arguments).output().unwrap()
+    }
+}
+
 pub(crate) fn moonlight(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_moonlight"));
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -202,6 +228,13 @@ pub(crate) fn assert_same_checkpoint(a: &Path, b: &Path) {
     }
     let state = |dir: &Path| fs::read_to_string(dir.join("trainer.json")).unwrap();
     assert_eq!(state(a), state(b));
+}
+
+/// Every file of an adapter's checkpoint that says what the run is, to the byte.
+pub(crate) fn assert_same_adapter(a: &Path, b: &Path) {
+    for file in ["adapter_model.safetensors", "adapter_config.json", "trainer.json"] {
+        assert!(fs::read(a.join(file)).unwrap() == fs::read(b.join(file)).unwrap(), "{file} differs");
+    }
 }
 
 /// The program failed as the contract says: exit code 1, one `error:` line with `expected` in it, and at most a

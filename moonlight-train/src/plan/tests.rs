@@ -1,0 +1,113 @@
+//! `docs/memory.md` and the README's table of Moonlight-16B say what the code computes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::activations::{of_head, of_layer};
+use super::*;
+
+const MODEL: &str = "path = \"moonshotai/Moonlight-16B-A3B\"";
+
+/// A way to fine-tune Moonlight-16B: its name, its recipe, and what is laid over it.
+type Way = (&'static str, &'static str, &'static [&'static str]);
+
+const WAYS: [Way; 6] = [
+    (
+        "all parameters, masters",
+        "moonlight-16b-sft.toml",
+        &["train.activation_checkpointing=block", "train.loss_chunk_tokens=1024"],
+    ),
+    ("all parameters, fused", "moonlight-16b-sft-80gb.toml", &[]),
+    ("LoRA on everything, bf16", "moonlight-16b-lora-80gb.toml", &[]),
+    ("LoRA on everything, 8 bits", "moonlight-16b-lora-80gb.toml", &["model.quantise=int8"]),
+    ("LoRA on everything, 4 bits", "moonlight-16b-lora-80gb.toml", &["model.quantise=int4"]),
+    ("LoRA on attention, 4 bits", "moonlight-16b-lora-24gb.toml", &[]),
+];
+const LENGTHS: [usize; 2] = [4096, 8192];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The plan of a way on a GPU.
+fn plan((_, file, sets): Way, sequence: usize) -> Plan {
+    let config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
+    let model = tempfile::tempdir().unwrap();
+    fs::write(model.path().join("config.json"), config.to_json()).unwrap();
+    let path = root().join("configs").join(file);
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(text.contains(MODEL));
+    let text = text.replace(MODEL, &format!("path = {:?}", model.path().display().to_string()));
+    let mut sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+    sets.push(format!("data.sequence_length={sequence}"));
+    let recipe = Recipe::parse(&text, &path, &sets).unwrap();
+    let setting = Setting::of_recipe(&recipe, &config, false, Threads(1)).unwrap();
+    Plan::new(config, setting)
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.3}", bytes as f64 / 1e9)
+}
+
+/// Digits in groups of three.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> = (0..digits.len().div_ceil(3))
+        .rev()
+        .map(|group| {
+            let end = digits.len() - 3 * group;
+            &digits[end.saturating_sub(3)..end]
+        })
+        .collect();
+    groups.join(",")
+}
+
+#[test]
+fn the_page_ends_in_what_the_code_computes() {
+    let page = fs::read_to_string(root().join("docs/memory.md")).unwrap();
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    for way in WAYS {
+        let mut both = Vec::new();
+        for sequence in LENGTHS {
+            let plan = plan(way, sequence);
+            let moment = plan.largest();
+            let parts: Vec<String> = Part::ALL.iter().map(|&part| gigabytes(moment.of(part))).collect();
+            let (name, tokens, total) = (way.0, grouped(sequence as u64), gigabytes(moment.total()));
+            let row = format!("| {name} | {tokens} | {} | {} | **{total}** |", moment.what, parts.join(" | "));
+            println!("{row}");
+            assert!(page.contains(&row), "docs/memory.md lacks\n{row}");
+            both.push(format!("{:.1}", plan.peak() as f64 / 1e9));
+        }
+        // The README's table gives two ways in one line, a decimal each.
+        let line =
+            |text: &str| readme.lines().any(|line| both.iter().all(|of| line.contains(of)) && line.contains(text));
+        assert!(line("GB |"), "README.md lacks {both:?} of {}", way.0);
+    }
+}
+
+#[test]
+fn what_the_page_works_out_is_what_the_code_computes() {
+    let page = fs::read_to_string(root().join("docs/memory.md")).unwrap();
+    let mut numbers = Vec::new();
+    let mut values = |number: u64| numbers.push(number);
+    for sequence in LENGTHS {
+        let all = plan(WAYS[0], sequence);
+        let moe = of_layer(&all.config, 1, &all.setting, &[]);
+        let dense = of_layer(&all.config, 0, &all.setting, &[]);
+        [moe.kept, moe.transient, dense.kept, dense.transient].into_iter().for_each(&mut values);
+        values(sequence as u64 * all.config.hidden_size as u64);
+        for way in [WAYS[2], WAYS[4], WAYS[5]] {
+            let lora = plan(way, sequence);
+            let adapters = lora.setting.lora.as_ref().unwrap().adapter_shapes(&lora.config);
+            values(of_layer(&lora.config, 1, &lora.setting, &adapters).kept);
+            let count = |shape: &[usize]| shape.iter().product::<usize>() as u64;
+            values(adapters.iter().map(|adapter| count(&adapter.a) + count(&adapter.b)).sum());
+        }
+    }
+    let config = &plan(WAYS[0], 4096).config;
+    let (kept, logits) = of_head(config, 1024, false);
+    [config.parameter_count().total, kept, logits].into_iter().for_each(&mut values);
+    for number in numbers {
+        assert!(page.contains(&grouped(number)), "docs/memory.md lacks {}", grouped(number));
+    }
+}

@@ -1,0 +1,158 @@
+//! A whole run in this process, to look at the model that it leaves.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, Int, Tensor};
+use moonlight_convert::{SaveOptions, save};
+use moonlight_model::{Bits, CausalLm, ModelConfig};
+use serde_json::json;
+
+use super::start::{self, Prepared};
+use crate::device::Target;
+use crate::recipe::Recipe;
+use crate::weights::load_base;
+
+const RECIPE: &str = r#"
+[run]
+name = "NAME"
+dir = "HOME/runs"
+device = "cpu"
+[model]
+path = "HOME/model"
+[data]
+train = ["HOME/tokens.jsonl"]
+format = "tokens"
+tokenizer = "none"
+sequence_length = 16
+cache_dir = "HOME/cache"
+[optimizer]
+learning_rate = 0.1
+weight_decay = 0.5
+[train]
+steps = 5
+batch_size = 2
+probe_every = 2
+plots = false
+"#;
+
+/// A folder with a base in bf16 and something to learn.
+fn home() -> tempfile::TempDir {
+    let home = tempfile::tempdir().unwrap();
+    let mut config = ModelConfig::preset("bench-small").unwrap();
+    (config.vocab_size, config.num_hidden_layers, config.hidden_size) = (50, 3, 32);
+    config.dtype = Some("bfloat16".into());
+    let model = config.init(&burn::tensor::Device::default());
+    save(&model, &home.path().join("model"), &SaveOptions::default()).unwrap();
+    let lines: String = (0..20)
+        .map(|line| {
+            let tokens: Vec<usize> = (0..40).map(|index| (index * 7 + line * 3) % 50).collect();
+            format!("{}\n", json!({"tokens": tokens}))
+        })
+        .collect();
+    std::fs::write(home.path().join("tokens.jsonl"), lines).unwrap();
+    home
+}
+
+/// The model that a run leaves in memory.
+fn trained(home: &Path, name: &str, sets: &[&str]) -> CausalLm {
+    let text = RECIPE.replace("HOME", &home.display().to_string()).replace("NAME", name);
+    let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+    let recipe = Recipe::parse(&text, &home.join("recipe.toml"), &sets).unwrap();
+    let target = Target::open("cpu").unwrap();
+    let Prepared { mut trainee, mut run } = start::prepare(&recipe, &target, false, false).unwrap();
+    for _ in 0..5 {
+        run.step(&mut trainee).unwrap();
+    }
+    trainee.model
+}
+
+/// The bits of each tensor of a model by its path, adapters left out.
+fn bits(model: &CausalLm) -> BTreeMap<String, Vec<u8>> {
+    #[derive(Default)]
+    struct Kept {
+        path: Vec<String>,
+        bits: BTreeMap<String, Vec<u8>>,
+    }
+    impl Kept {
+        fn keep(&mut self, bytes: &[u8]) {
+            if !self.path.iter().any(|name| name.ends_with("lora")) {
+                self.bits.insert(self.path.join("."), bytes.to_vec());
+            }
+        }
+    }
+    impl ModuleVisitor for Kept {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.keep(param.val().inner().into_data().as_bytes());
+        }
+        fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+            self.keep(param.val().inner().into_data().as_bytes());
+        }
+    }
+    let mut kept = Kept::default();
+    model.visit(&mut kept);
+    kept.bits
+}
+
+fn tokens() -> Tensor<2, Int> {
+    Tensor::from_ints([[3, 1, 4, 1, 5]], &Target::open("cpu").unwrap().device)
+}
+
+/// The files of a checkpoint.
+fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries.map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+}
+
+#[test]
+fn a_base_that_adapters_stand_beside_stays_to_the_last_bit() {
+    let home = home();
+    let model = home.path().join("model");
+    let before = files(&model);
+    let device = Target::open("cpu").unwrap().device.autodiff();
+    for (quantise, packed) in [("none", None), ("int8", Some(Bits::Eight)), ("int4", Some(Bits::Four))] {
+        let base = load_base(&model, &device, Some(DType::F32), packed).unwrap();
+        let of_files = bits(&base);
+        for optimizer in ["muon", "adamw"] {
+            let name = format!("{quantise}-{optimizer}");
+            let (quantise, optimizer) = (format!("model.quantise={quantise}"), format!("optimizer.name={optimizer}"));
+            let model_of_run = trained(home.path(), &name, &[&quantise, &optimizer, "lora.targets=[\"all\"]"]);
+            let of_run = bits(&model_of_run);
+            assert!(of_run.len() > 20 && of_run.keys().eq(of_files.keys()), "{name}");
+            for (path, bits) in &of_files {
+                assert!(of_run[path] == *bits, "{name}: {path}");
+            }
+            // Something was trained all the same.
+            let logits = |model: &CausalLm| model.valid().logits(tokens(), None).into_data();
+            assert!(logits(&model_of_run) != logits(&base));
+        }
+    }
+    assert!(files(&model) == before);
+}
+
+#[test]
+fn what_is_frozen_is_what_the_files_hold_to_the_last_bit() {
+    let home = home();
+    let model = home.path().join("model");
+    let device = Target::open("cpu").unwrap().device.autodiff();
+    let of_files = bits(&load_base(&model, &device, Some(DType::F32), None).unwrap());
+    for optimizer in ["muon", "adamw"] {
+        let name = format!("optimizer.name={optimizer}");
+        let sets =
+            [name.as_str(), "train.freeze=[\"model.layers.1.**\", \"model.embed_tokens.*\"]", "moe.bias_update_rate=0"];
+        let of_run = bits(&trained(home.path(), optimizer, &sets));
+        assert!(of_run.keys().eq(of_files.keys()));
+        for (path, bits) in &of_files {
+            let frozen = path.starts_with("layers.1.") || path.starts_with("embed_tokens.");
+            let stays = frozen || path.ends_with("correction_bias");
+            assert_eq!(of_run[path] == *bits, stays, "{optimizer}: {path}");
+        }
+    }
+}
