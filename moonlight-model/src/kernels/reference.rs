@@ -3,7 +3,7 @@
 //! This is the definition that the fast kernels are held against, and what every backend without kernels of its own
 //! runs. It may be slow; it may not be wrong.
 
-use burn::backend::tensor::{BoolTensor, Device, FloatTensor, IntTensor};
+use burn::backend::tensor::{Device, FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
@@ -396,22 +396,25 @@ impl<B: Backend> AttentionHeads<B> {
         let product = B::float_matmul(self.query.clone(), B::float_transpose(self.key.clone()));
         let scores = B::float_mul_scalar(f32_of::<B>(product), spec.scale.into());
         let [batch, count, sequence, _] = scores.shape().dims();
-        let hidden = hidden_keys::<B>(batch, sequence, spec, &scores.device());
-        let hidden = B::bool_expand(hidden, Shape::new([batch, count, sequence, sequence]));
-        B::float_mask_fill(scores, hidden, f32::NEG_INFINITY.into())
+        let mask = mask::<B>(batch, sequence, spec, &scores.device());
+        B::float_add(scores, B::float_expand(mask, Shape::new([batch, count, sequence, sequence])))
     }
 }
 
-/// True where query `i` may not see key `j`: after it, or before its document. `[batch, 1, sequence, sequence]`.
-fn hidden_keys<B: Backend>(batch: usize, sequence: usize, spec: &AttentionSpec, device: &Device<B>) -> BoolTensor<B> {
-    let mut hidden = vec![false; batch * sequence * sequence];
-    for (query, row) in hidden.chunks_mut(sequence).enumerate() {
+/// `-inf` where query `i` may not see key `j`: after it, or before its document; else 0. `[batch, 1, sequence, sequence]`.
+///
+/// Numbers and not truth values, whose storage differs from backend to backend.
+fn mask<B: Backend>(batch: usize, sequence: usize, spec: &AttentionSpec, device: &Device<B>) -> FloatTensor<B> {
+    let mut mask = vec![0.0f32; batch * sequence * sequence];
+    for (query, row) in mask.chunks_mut(sequence).enumerate() {
         let start = spec.starts.as_ref().map_or(0, |starts| starts[query] as usize);
-        for (key, hidden) in row.iter_mut().enumerate() {
-            *hidden = key < start || key > query % sequence;
+        for (key, value) in row.iter_mut().enumerate() {
+            if key < start || key > query % sequence {
+                *value = f32::NEG_INFINITY;
+            }
         }
     }
-    B::bool_from_data(TensorData::new(hidden, [batch, 1, sequence, sequence]), device)
+    B::float_from_data(TensorData::new(mask, [batch, 1, sequence, sequence]), device)
 }
 
 fn per_expert<B: Backend>(
