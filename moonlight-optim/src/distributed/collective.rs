@@ -86,6 +86,11 @@ pub trait Collective: Debug + Send + Sync {
     /// Ends the group: the other workers get [`CollectiveError::Failed`], or where workers are processes they are ended.
     fn fail(&self, message: &str);
 
+    /// As [`fail`](Self::fail), but for the workers of this process alone.
+    fn fail_inside(&self, message: &str) {
+        let _ = message;
+    }
+
     /// Bytes sent so far.
     fn traffic(&self) -> Traffic;
 }

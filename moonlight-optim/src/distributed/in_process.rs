@@ -126,6 +126,10 @@ impl Transport for InProcess {
         self.state().failure.get_or_insert_with(|| (self.rank, message.to_string()));
         self.group.changed.notify_all();
     }
+
+    fn fail_inside(&self, message: &str) {
+        self.fail(message);
+    }
 }
 
 impl Drop for InProcess {

@@ -149,6 +149,10 @@ impl Collective for Nested {
         self.outer.fail(message);
     }
 
+    fn fail_inside(&self, message: &str) {
+        self.inner.fail_inside(message);
+    }
+
     /// Within the group and between groups.
     fn traffic(&self) -> Traffic {
         self.inner.traffic() + self.outer.traffic()

@@ -109,6 +109,10 @@ impl Collective for OnDevices {
         self.host.fail(message);
     }
 
+    fn fail_inside(&self, message: &str) {
+        self.host.fail_inside(message);
+    }
+
     fn traffic(&self) -> Traffic {
         self.sent.read() + self.host.traffic()
     }

@@ -41,6 +41,11 @@ pub trait Transport: Debug + Send + Sync {
 
     /// See [`Collective::fail`].
     fn fail(&self, message: &str);
+
+    /// See [`Collective::fail_inside`].
+    fn fail_inside(&self, message: &str) {
+        let _ = message;
+    }
 }
 
 /// Collectives over a [`Transport`].
@@ -182,6 +187,10 @@ impl<T: Transport> Collective for ByHost<T> {
 
     fn fail(&self, message: &str) {
         self.transport.fail(message);
+    }
+
+    fn fail_inside(&self, message: &str) {
+        self.transport.fail_inside(message);
     }
 
     fn traffic(&self) -> Traffic {

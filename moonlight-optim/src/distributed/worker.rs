@@ -139,6 +139,11 @@ impl Worker {
         self.collective.fail(message);
     }
 
+    /// As [`Worker::fail`], but for the workers of this process alone.
+    pub fn fail_inside(&self, message: &str) {
+        self.collective.fail_inside(message);
+    }
+
     /// Bytes sent so far.
     pub fn traffic(&self) -> Traffic {
         self.collective.traffic()
