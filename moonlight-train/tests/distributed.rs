@@ -25,7 +25,11 @@ fn trained(home: &Home, name: &str, arguments: &[String]) -> std::path::PathBuf 
 
 /// The largest difference of two runs' losses, and of their last weights, relative to the largest of each tensor.
 fn apart(one: &Path, other: &Path, last: u64) -> (f64, f64) {
-    let losses = |run: &Path| metrics(run).iter().map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<_>>();
+    let losses = |run: &Path| {
+        let metrics = metrics(run);
+        let train = metrics.iter().filter(|line| line["split"] == "train");
+        train.map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
     let (left, right) = (losses(one), losses(other));
     assert_eq!(left.len(), right.len());
     let loss = left.iter().zip(&right).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
@@ -77,7 +81,7 @@ fn assert_same_figures(one: &Path, other: &Path) {
     let (mut one, mut other) = (metrics(one), metrics(other));
     assert_eq!(one.len(), other.len());
     for (one, other) in one.iter_mut().zip(&mut other) {
-        let mut norm = |line: &mut serde_json::Value| line.as_object_mut().unwrap().remove("grad_norm");
+        let norm = |line: &mut serde_json::Value| line.as_object_mut().unwrap().remove("grad_norm");
         if let (Some(one), Some(other)) = (norm(one), norm(other)) {
             let (one, other) = (one.as_f64().unwrap(), other.as_f64().unwrap());
             assert!((one / other - 1.0).abs() < 1e-12, "{one} and {other}");

@@ -94,10 +94,13 @@ impl Mpi {
         }
         let processes = || {
             let communicator = self.world.duplicate();
+            let raw = communicator.as_raw();
+            // To free one is a collective operation, and has no place in a destructor. MPI's end frees them all.
+            std::mem::forget(communicator);
             // SAFETY: the communicator is one; errors come back as codes from then on.
-            unsafe { ffi::MPI_Comm_set_errhandler(communicator.as_raw(), ffi::RSMPI_ERRORS_RETURN) };
+            unsafe { ffi::MPI_Comm_set_errhandler(raw, ffi::RSMPI_ERRORS_RETURN) };
             Processes {
-                communicator: Shared(communicator),
+                communicator: Shared(raw),
                 rank,
                 size: self.size(),
                 timeout,
@@ -111,7 +114,7 @@ impl Mpi {
 }
 
 /// A communicator that a process may use on any thread, one at a time.
-struct Shared(SimpleCommunicator);
+struct Shared(ffi::MPI_Comm);
 
 // SAFETY: MPI was started with `MPI_THREAD_SERIALIZED` or `MPI_THREAD_MULTIPLE`; with the former there is one `Processes`,
 // which the thread of one `Worker` calls.
@@ -144,7 +147,7 @@ struct Request {
 
 impl Processes {
     fn raw(&self) -> ffi::MPI_Comm {
-        self.communicator.0.as_raw()
+        self.communicator.0
     }
 
     fn checked(&self, code: i32, call: &str) -> Result<(), CollectiveError> {

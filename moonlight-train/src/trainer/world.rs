@@ -28,6 +28,8 @@ const SIZES: &[&str] = &["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
 const RANKS: &[&str] = &["PMIX_RANK", "PMI_RANK"];
 /// How long the other threads may take to end behind an error.
 const FAREWELL: Duration = Duration::from_secs(3);
+/// How long a worker that could say the same waits for the one before it.
+const TURN: Duration = Duration::from_secs(5);
 
 /// The workers of a run, as one process sees them.
 pub(super) struct World {
@@ -361,5 +363,6 @@ fn turn(error: &TrainError, rank: usize) -> Duration {
         TrainError::Collective(_) => rank + 1,
         _ => 0,
     };
-    Duration::from_millis(1500) * before.min(4) as u32
+    // The launcher asks the others to end before it makes them, which takes four seconds.
+    TURN * before.min(1) as u32
 }
