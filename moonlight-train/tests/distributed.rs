@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{Home, assert_fails, checkpoint, checkpoints, metrics, text};
+use common::{Home, assert_fails, checkpoint, checkpoints, metrics, moonlight, text};
 use moonlight_convert::Checkpoint;
 
 /// Arguments for steps of `workers` micro-batches of `sequences` sequences.
@@ -215,6 +215,30 @@ fn a_worker_without_a_sequence_is_refused() {
     let home = Home::new();
     let output = home.train("many", &["--set", "distributed.devices=9"]).output().unwrap();
     assert_fails(&output, "there are 9 workers, and a step has 4 sequences");
+}
+
+#[test]
+fn a_plan_says_what_a_run_on_many_needs() {
+    let home = Home::new();
+    let recipe = home.path("recipe.toml").display().to_string();
+    let output = moonlight(&["plan", &recipe, "--workers", "4", "--json"]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let of = |list: &str, name: &str| {
+        let list = plan["scale"][list].as_array().unwrap();
+        list.iter().find(|item| item["name"] == name).unwrap()["value"].as_f64().unwrap()
+    };
+    // All but the bias of the one router; f32.
+    let trained = plan["parameters"]["total"].as_f64().unwrap() - 6.0;
+    assert_eq!(of("memory", "weights"), 4.0 * trained);
+    // The program counts the same in a run of four.
+    assert_eq!(of("sent", "gradients"), 3.0 * trained);
+    let run = with(&step(4, 1), &["distributed.devices=4"]);
+    let output = home.train("counted", &run.iter().map(String::as_str).collect::<Vec<_>>()).output().unwrap();
+    let expected = format!("gradients {:.3} MB", 3.0 * trained / 1e6);
+    assert!(text(&output.stderr).contains(&expected), "{expected}: {}", text(&output.stderr));
+    let output = moonlight(&["plan", &recipe, "--workers", "4"]).output().unwrap();
+    assert!(text(&output.stdout).contains("on 4 GPUs, a worker each"));
 }
 
 #[cfg(not(feature = "mpi"))]
