@@ -67,6 +67,7 @@ pub enum DistributedError {
 
 /// The state of a stretch of a parameter.
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant, reason = "handles of tensors are large, and there are a few for each parameter")]
 pub(super) enum Held {
     Muon {
         momentum: Tensor<1>,
@@ -92,7 +93,7 @@ pub(super) struct Work {
 enum Reduction {
     /// Not all are there.
     Open,
-    Running(Pending<Tensor<1>>),
+    Running(Box<Pending<Tensor<1>>>),
     /// The sums of this worker's segments.
     Done(Vec<Tensor<1>>),
 }
@@ -248,7 +249,8 @@ impl DistributedOptimizer {
                     segments => Tensor::cat(segments.iter().map(|part| segment(part).cast(dtype)).collect(), 0),
                 })
                 .collect();
-            *reduction = Reduction::Running(self.worker.start(move |collective| collective.reduce_scatter(parts)));
+            let pending = self.worker.start(move |collective| collective.reduce_scatter(parts));
+            *reduction = Reduction::Running(Box::new(pending));
         }
     }
 

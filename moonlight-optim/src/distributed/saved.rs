@@ -124,7 +124,7 @@ pub(super) fn collect(
             collected.scalars.entry(target).or_default().insert(name, value);
         }
         for Found { path, field, shape, offset, stored } in found {
-            let target = *by_path.get(path.as_str()).ok_or_else(|| StateError::UnknownParameter { path })?;
+            let target = *by_path.get(path.as_str()).ok_or(StateError::UnknownParameter { path })?;
             let expected = expected_shape(&targets[target], muons, &field)?;
             // A second moment that is not asked for is dropped at the next step.
             let Some(expected) = expected else { continue };

@@ -23,7 +23,7 @@ fn engines(size: usize) -> Vec<Vec<Arc<dyn Collective>>> {
     if size == 1 {
         engines.push(vec![Arc::new(Solo)]);
     }
-    if size % 2 == 0 {
+    if size.is_multiple_of(2) {
         let inners: Vec<_> = (0..size / 2).flat_map(|_| InProcess::collectives(2, PATIENCE)).collect();
         let columns: Vec<_> = (0..2).map(|_| InProcess::collectives(size / 2, PATIENCE)).collect();
         let nested = inners.into_iter().enumerate().map(|(worker, inner)| {
@@ -379,7 +379,8 @@ fn state_is_divided_and_what_is_sent_is_the_formula() {
                 }
                 (optimizer.state_bytes(), worker.traffic(), formula)
             });
-            let sum = |of: fn(&((u64, u64), Traffic, [f64; 3])) -> u64| told.iter().map(of).sum::<u64>();
+            type Told = ((u64, u64), Traffic, [f64; 3]);
+            let sum = |of: fn(&Told) -> u64| told.iter().map(of).sum::<u64>();
             // Muon's 4 bytes of 3 layers, 5 experts and the narrow one; AdamW's 8 of embedding and biases.
             let (muon, adamw) = (3 * 36 + 5 * 36 + 24, 54 + 3 * 6 + 4);
             assert_eq!(sum(|told| told.0.1), 4 * muon);

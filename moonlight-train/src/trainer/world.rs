@@ -1,6 +1,6 @@
 //! The workers of a run: devices of this process, processes of an MPI job, or both.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -313,21 +313,15 @@ fn member(
 
 /// Runs a worker's loop; where it ends in an error or a panic, the other workers of its process hear of it.
 fn guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+    // A panic's own message is on stderr already, from the thread that had it.
     let result = catch_unwind(AssertUnwindSafe(run));
-    let message = match &result {
-        Ok(Ok(_)) => return result.unwrap_or_else(|panic| resume_unwind(panic)),
-        Ok(Err(error)) if is_known(error) => None,
-        Ok(Err(error)) => Some(error.to_string()),
-        Err(_) => Some("it panicked".to_owned()),
-    };
-    if let Some(message) = message {
-        worker.fail_inside(&message);
+    let result = result.unwrap_or_else(|_| Err(TrainError::Stage("a worker panicked".into())));
+    if let Err(error) = &result
+        && !is_known(error)
+    {
+        worker.fail_inside(&error.to_string());
     }
-    result.unwrap_or_else(|panic| {
-        // The panic's own message is on stderr already, from the thread that had it.
-        drop(panic);
-        Err(TrainError::Stage("a worker panicked".into()))
-    })
+    result
 }
 
 /// Whether all workers know of an error, each in its own way.
