@@ -100,6 +100,25 @@ fn assert_same_weights(one: &Path, other: &Path, step: u64) {
 }
 
 #[test]
+fn what_else_a_step_does_it_does_with_several_workers() {
+    let home = Home::new();
+    let step = step(3, 1);
+    let ways: [&[&str]; 3] = [
+        &["train.activation_checkpointing=\"block\"", "train.loss_chunk_tokens=20"],
+        // Every step clips: the logits of all workers count.
+        &["optimizer.qk_clip=0.02", "train.probe_every=1"],
+        &["train.freeze=[\"model.layers.0.**\"]", "optimizer.name=\"adamw\""],
+    ];
+    for (way, sets) in ways.into_iter().enumerate() {
+        let step = with(&step, sets);
+        let alone = trained(&home, &format!("alone-{way}"), &step);
+        let together = trained(&home, &format!("together-{way}"), &with(&step, &["distributed.devices=3"]));
+        assert_same_figures(&alone, &together);
+        assert_same_weights(&alone, &together, 12);
+    }
+}
+
+#[test]
 fn uneven_shares_follow_one_worker() {
     let home = Home::new();
     let step = step(2, 5);
