@@ -116,8 +116,8 @@ impl Mpi {
 /// A communicator that a process may use on any thread, one at a time.
 struct Shared(ffi::MPI_Comm);
 
-// SAFETY: MPI was started with `MPI_THREAD_SERIALIZED` or `MPI_THREAD_MULTIPLE`; with the former there is one `Processes`,
-// which the thread of one `Worker` calls.
+// SAFETY: MPI was started with `MPI_THREAD_MULTIPLE`, or with `MPI_THREAD_SERIALIZED` for one device, which one thread of a
+// `Worker` calls.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}

@@ -1,17 +1,22 @@
 //! Groups within groups: devices in a process, processes on machines.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use burn::tensor::Tensor;
 
 use super::collective::stretch;
 use super::{Collective, CollectiveError, Traffic};
 
+/// How often the other groups may get a sign of life.
+const PULSE: Duration = Duration::from_millis(500);
+
 /// Workers of several equal groups: `inner` joins those of this worker's group, `outer` those that have this worker's
 /// rank in theirs. The worker's number is `outer.rank() * inner.size() + inner.rank()`.
 ///
 /// What goes between groups goes once for a group: gradients are summed within each group before they leave it, and
-/// parameters come in once and are handed around.
+/// parameters come in once and are handed around. `outer` is called from two threads at a time.
 #[derive(Debug)]
 pub struct Nested {
     inner: Arc<dyn Collective>,
@@ -21,7 +26,27 @@ pub struct Nested {
 impl Nested {
     /// Joins the two.
     pub fn new(inner: Arc<dyn Collective>, outer: Arc<dyn Collective>) -> Self {
+        // Signs of life to the other groups, also while this worker waits for its own.
+        let pulse = Arc::downgrade(&outer);
+        thread::spawn(move || {
+            while let Some(outer) = pulse.upgrade() {
+                outer.idle();
+                drop(outer);
+                thread::sleep(PULSE);
+            }
+        });
         Self { inner, outer }
+    }
+
+    /// An operation inside this worker's group, during which the other groups know that it waits.
+    fn inside<T>(
+        &self,
+        operation: impl FnOnce(&dyn Collective) -> Result<T, CollectiveError>,
+    ) -> Result<T, CollectiveError> {
+        self.outer.set_busy(true);
+        let result = operation(&*self.inner);
+        self.outer.set_busy(false);
+        result
     }
 
     /// An operation between groups, during which this worker's own group knows that it waits.
@@ -66,7 +91,7 @@ impl Collective for Nested {
         let (insides, groups) = (self.inner.size(), self.outer.size());
         let lengths: Vec<f64> = outgoing.iter().map(|tensor| tensor.dims()[0] as f64).collect();
         // What each of the own group sends to whom.
-        let lengths = self.inner.numbers(&lengths)?;
+        let lengths = self.inside(|inner| inner.numbers(&lengths))?;
         let by_group = |from: usize| -> Vec<usize> {
             (0..groups).map(|group| lengths[from][self.number(group, self.inner.rank())] as usize).collect()
         };
@@ -74,7 +99,8 @@ impl Collective for Nested {
             Tensor::cat((0..groups).map(|group| outgoing[self.number(group, inside)].clone()).collect(), 0)
         });
         let totals: Vec<usize> = (0..insides).map(|from| by_group(from).iter().sum()).collect();
-        let bundles = self.inner.all_to_all(bundles.collect(), &totals)?;
+        let bundles = bundles.collect();
+        let bundles = self.inside(|inner| inner.all_to_all(bundles, &totals))?;
         let parts: Vec<Vec<Tensor<1>>> =
             bundles.iter().enumerate().map(|(from, bundle)| cut(bundle, &by_group(from))).collect();
         let bundles =
@@ -92,7 +118,8 @@ impl Collective for Nested {
             (0..groups).map(|group| parts[self.number(group, self.inner.rank())].dims()[0]).collect();
         let bundles = (0..self.inner.size())
             .map(|inside| Tensor::cat((0..groups).map(|group| parts[self.number(group, inside)].clone()).collect(), 0));
-        let sums = self.inner.reduce_scatter(bundles.collect())?;
+        let bundles = bundles.collect();
+        let sums = self.inside(|inner| inner.reduce_scatter(bundles))?;
         self.outside(|outer| outer.reduce_scatter(cut(&sums, &mine)))
     }
 
@@ -103,7 +130,7 @@ impl Collective for Nested {
         let mine = of_inside(self.inner.rank());
         let column = self.outside(|outer| outer.all_gather(part, &mine))?;
         let totals: Vec<usize> = (0..insides).map(|inside| of_inside(inside).iter().sum()).collect();
-        let columns = self.inner.all_gather(Tensor::cat(column, 0), &totals)?;
+        let columns = self.inside(|inner| inner.all_gather(Tensor::cat(column, 0), &totals))?;
         let columns: Vec<Vec<Tensor<1>>> =
             columns.iter().enumerate().map(|(inside, column)| cut(column, &of_inside(inside))).collect();
         Ok((0..self.size()).map(|worker| columns[worker % insides][worker / insides].clone()).collect())
@@ -115,12 +142,12 @@ impl Collective for Nested {
             true => self.outside(|outer| outer.broadcast(tensor, group))?,
             false => tensor,
         };
-        self.inner.broadcast(tensor, inside)
+        self.inside(|inner| inner.broadcast(tensor, inside))
     }
 
     fn numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError> {
         let column = self.outside(|outer| outer.numbers(own))?.concat();
-        let columns = self.inner.numbers(&column)?;
+        let columns = self.inside(|inner| inner.numbers(&column))?;
         let of = |worker: usize| {
             let (group, inside) = (worker / self.inner.size(), worker % self.inner.size());
             columns[inside][group * own.len()..][..own.len()].to_vec()
@@ -129,9 +156,9 @@ impl Collective for Nested {
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
-        self.inner.barrier()?;
+        self.inside(|inner| inner.barrier())?;
         self.outside(|outer| outer.barrier())?;
-        self.inner.barrier()
+        self.inside(|inner| inner.barrier())
     }
 
     fn set_busy(&self, busy: bool) {
@@ -141,7 +168,6 @@ impl Collective for Nested {
 
     fn idle(&self) {
         self.inner.idle();
-        self.outer.idle();
     }
 
     fn fail(&self, message: &str) {

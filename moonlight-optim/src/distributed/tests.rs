@@ -112,6 +112,27 @@ fn collectives_do_what_their_names_say() {
 }
 
 #[test]
+fn groups_wait_for_a_busy_worker_of_another_group() {
+    let short = Duration::from_millis(100);
+    let inners: Vec<_> = (0..2).flat_map(|_| InProcess::collectives(2, short)).collect();
+    let columns: Vec<_> = (0..2).map(|_| InProcess::collectives(2, short)).collect();
+    let nested = inners.into_iter().enumerate().map(|(worker, inner)| {
+        Arc::new(Nested::new(inner, columns[worker % 2][worker / 2].clone())) as Arc<dyn Collective>
+    });
+    let told = on_workers(nested.collect(), |worker| {
+        let tensor = Tensor::<1>::ones([4], &Device::default());
+        if worker.rank() == 0 {
+            let _busy = worker.busy();
+            thread::sleep(Duration::from_millis(600));
+        }
+        worker.run(move |collective| collective.all_reduce(tensor)).map(floats)
+    });
+    for sum in told {
+        assert_eq!(sum.unwrap(), [4.0; 4]);
+    }
+}
+
+#[test]
 fn traffic_is_what_the_others_get() {
     let told = on_workers(InProcess::collectives(4, PATIENCE), |worker| {
         let tensor = Tensor::<1>::ones([40], &Device::default());
