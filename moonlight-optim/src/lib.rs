@@ -113,8 +113,8 @@
 //!
 //! [`Assignment::batched_optimizer`] steps all equal matrices of a module together, bit for bit as one by one.
 //! [`QkClip`] holds attention logits down after a step. [`group_figures`], [`diagnostics::orthogonality_error`] and
-//! [`diagnostics::Spectrum`] say what the updates and weights are like. [`Muon::step_batch`] and [`share_out`] are what a
-//! distributed Muon is made of.
+//! [`diagnostics::Spectrum`] say what the updates and weights are like. [`distributed`] has several workers train a module,
+//! each with a part of the optimizer.
 //!
 //! Burn's own Muon takes matrices only, and its scale for Keller Jordan's rule reads a matrix as PyTorch stores it,
 //! `[out, in]`, while Burn's `Linear` stores `[in, out]`. Scales here that tell the two apart are right for Burn's layers,
@@ -141,6 +141,7 @@ mod blocks;
 pub mod coefficients;
 mod decay;
 pub mod diagnostics;
+pub mod distributed;
 #[cfg(feature = "cpu")]
 mod flex;
 mod form;

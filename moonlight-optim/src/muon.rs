@@ -625,7 +625,7 @@ impl Muon {
         grad: Tensor<3>,
         state: Option<MuonState<3>>,
     ) -> (Tensor<3>, MuonState<3>) {
-        let MuonConfig { nesterov, weight_decay, decay, .. } = self.config;
+        let nesterov = self.config.nesterov;
         let stored = tensor.dtype();
         let dtype = full_precision(stored);
         let (old, second_moment, step) = match state {
@@ -642,7 +642,25 @@ impl Muon {
         let input = if nesterov { momentum.clone().mul_scalar(mu).add(grad) } else { momentum.clone() };
         let (update, second_moment) = self.direction(input, second_moment);
 
-        let tensor = tensor.cast(dtype);
+        let tensor = self.moved(lr, step, tensor.cast(dtype), update).cast(stored);
+        let momentum = match self.config.momentum_precision {
+            MomentumPrecision::F32 => momentum,
+            MomentumPrecision::Bf16 => momentum.cast(DType::BF16),
+        };
+        (tensor, MuonState { momentum, second_moment, step: step + 1 })
+    }
+}
+
+impl Muon {
+    /// A parameter in full precision, decayed and moved by an update, in step `step`.
+    pub(crate) fn moved<const D: usize>(
+        &self,
+        lr: LearningRate,
+        step: usize,
+        tensor: Tensor<D>,
+        update: Tensor<D>,
+    ) -> Tensor<D> {
+        let MuonConfig { weight_decay, decay, .. } = self.config;
         let lost = decay.fraction(weight_decay, lr, step);
         let tensor = match (lost != 0.0, decay.cautious) {
             (false, _) => tensor,
@@ -653,12 +671,7 @@ impl Muon {
                 tensor.mask_where(agrees, decayed)
             }
         };
-        let tensor = tensor.sub(update.mul_scalar(lr)).cast(stored);
-        let momentum = match self.config.momentum_precision {
-            MomentumPrecision::F32 => momentum,
-            MomentumPrecision::Bf16 => momentum.cast(DType::BF16),
-        };
-        (tensor, MuonState { momentum, second_moment, step: step + 1 })
+        tensor.sub(update.mul_scalar(lr))
     }
 }
 

@@ -67,6 +67,19 @@ impl Target {
     }
 }
 
+/// The name of the device `offset` places behind the one that `name` means; there is one CPU, and one device of Metal.
+pub(crate) fn behind(name: &str, offset: usize) -> String {
+    let first = KINDS.iter().find(|(_, built)| *built).map_or("cpu", |(kind, _)| *kind);
+    let name = if name == "auto" { first } else { name };
+    let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
+    match (kind, index.parse::<usize>()) {
+        ("cpu" | "metal", _) | (_, Err(_)) => name.to_owned(),
+        // What is not numbered is left to the backend, which has a device of its own choice.
+        (_, Ok(0)) if offset == 0 => name.to_owned(),
+        (_, Ok(index)) => format!("{kind}:{}", index + offset),
+    }
+}
+
 #[allow(unused_variables, reason = "a build with the CPU alone has no use for the number")]
 fn device(kind: &str, index: Option<usize>) -> Device {
     #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
@@ -115,6 +128,14 @@ mod tests {
         assert!(hint("cpu:1").contains("`cpu`"));
         #[cfg(not(feature = "cuda"))]
         assert!(hint("cuda:0").contains("--features cuda"));
+    }
+
+    #[test]
+    fn workers_take_the_devices_one_behind_the_other() {
+        assert_eq!(behind("cuda", 0), "cuda");
+        assert_eq!(behind("cuda", 3), "cuda:3");
+        assert_eq!(behind("vulkan:2", 1), "vulkan:3");
+        assert_eq!((behind("cpu", 5), behind("metal", 1)), ("cpu".to_owned(), "metal".to_owned()));
     }
 
     #[cfg(feature = "cpu")]

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
 use moonlight_model::lora::LoraError;
+use moonlight_optim::distributed::{CollectiveError, DistributedError};
 use moonlight_optim::{RuleError, StateError};
 
 use crate::chat::ChatError;
@@ -68,7 +69,8 @@ pub enum TrainError {
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
     /// A loss or gradient that is no number.
-    #[error("step {step}: the {what} is {value}{}", last_checkpoint.as_ref()
+    #[error("step {step}: the {what} is {value}{}{}", worker.map(|worker| format!(" on worker {worker}"))
+        .unwrap_or_default(), last_checkpoint.as_ref()
         .map(|path| format!("; the last good checkpoint is `{}`", path.display())).unwrap_or_default())]
     NotFinite {
         /// The step, counted from 1.
@@ -77,6 +79,8 @@ pub enum TrainError {
         what: &'static str,
         /// Its value.
         value: f64,
+        /// Which of several workers had it, where that is known.
+        worker: Option<usize>,
         /// The newest checkpoint.
         last_checkpoint: Option<PathBuf>,
     },
@@ -99,6 +103,23 @@ pub enum TrainError {
     /// The dashboard's `k`.
     #[error("killed from the dashboard")]
     Killed,
+    /// Several workers lost each other.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// An optimizer that cannot be divided among workers.
+    #[error(transparent)]
+    Distributed(#[from] DistributedError),
+    /// One of several workers failed.
+    #[error("worker {rank}: {source}")]
+    Worker {
+        /// Its number.
+        rank: usize,
+        /// Why.
+        source: Box<TrainError>,
+    },
+    /// Another worker failed, and says so itself.
+    #[error("another worker failed")]
+    Elsewhere,
     /// burn-train's machinery failed.
     #[error("training stopped: {0}")]
     Stage(String),
@@ -120,6 +141,8 @@ impl TrainError {
             Self::NotFinite { .. } => {
                 Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
             }
+            Self::Collective(error) => error.hint(),
+            Self::Worker { source, .. } => source.hint(),
             Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
             Self::Device { hint, .. } => Some(hint.clone()),
             Self::Request { hint, .. } => hint.clone(),
@@ -127,6 +150,19 @@ impl TrainError {
                 Some("free some space and go on by `--resume`".into())
             }
             _ => None,
+        }
+    }
+
+    /// Says it on stderr, in one line and one more for the hint. What another worker says is not said again.
+    pub(crate) fn report(&self) {
+        if matches!(self, Self::Elsewhere) {
+            return;
+        }
+        // One line each, whatever a nested message holds.
+        let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        eprintln!("error: {}", line(self.to_string()));
+        if let Some(hint) = self.hint() {
+            eprintln!("hint: {}", line(hint));
         }
     }
 

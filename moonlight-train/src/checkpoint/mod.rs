@@ -7,6 +7,9 @@
 //!     trainer.json                                                               step, tokens, place in the data
 //! ```
 //!
+//! Several workers write the optimizer's state in parts, `optimizer-00000-of-00004.bpk` and so on, each what it holds; any
+//! number of workers goes on from them.
+//!
 //! The checkpoint of a run of adapters has `adapter_config.json` and `adapter_model.safetensors`, as peft lays them out, in
 //! the place of the model's configuration and weights.
 //!
@@ -29,6 +32,8 @@ use crate::tokenizer::Companion;
 
 const STATE: &str = "trainer.json";
 const OPTIMIZER: &str = "optimizer.bpk";
+/// The beginning of the name of a worker's part of it.
+const OPTIMIZER_PART: &str = "optimizer-";
 const PREFIX: &str = "step-";
 /// Raised when an older program could not go on from what a newer one wrote.
 const VERSION: u32 = 1;
@@ -110,15 +115,18 @@ impl Checkpoints {
     pub fn save(
         &self,
         model: &CausalLm,
-        optimizer: &BatchedOptimizer,
+        optimizer: &mut dyn Keeping,
         state: &TrainerState,
     ) -> Result<PathBuf, TrainError> {
         fs::create_dir_all(&self.dir).map_err(TrainError::write(&self.dir))?;
         let path = self.path(state.step);
         let mut failure = None;
         let result = replace_directory(&path, |new| {
+            let written = optimizer.begin(new);
+            let written =
+                written.and_then(|()| self.write_model(model, new)).and_then(|()| self.write_state(new, state));
             // What is no checkpoint error goes around the converter's error type.
-            failure = self.write_model(model, new).and_then(|()| self.write_state(new, optimizer, state)).err();
+            failure = optimizer.end(written).err();
             match &failure {
                 None => Ok(()),
                 Some(error) => Err(moonlight_convert::CheckpointError::Write {
@@ -147,13 +155,11 @@ impl Checkpoints {
         Ok(write_into(model, dir, &options)?)
     }
 
-    fn write_state(&self, dir: &Path, optimizer: &BatchedOptimizer, state: &TrainerState) -> Result<(), TrainError> {
+    fn write_state(&self, dir: &Path, state: &TrainerState) -> Result<(), TrainError> {
         for Companion { name, contents } in &self.companions {
             let path = dir.join(name);
             fs::write(&path, contents).map_err(TrainError::write(&path))?;
         }
-        let path = dir.join(OPTIMIZER);
-        optimizer.save(&path).map_err(|source| TrainError::OptimizerState { path: path.clone(), source })?;
         let path = dir.join(STATE);
         let mut text = serde_json::to_string_pretty(state).expect("numbers are always JSON");
         text.push('\n');
@@ -204,15 +210,59 @@ impl Checkpoints {
         Ok(())
     }
 
-    fn path(&self, step: u64) -> PathBuf {
+    /// The file of a worker's part of the optimizer's state, in the folder of a checkpoint.
+    pub fn part(dir: &Path, worker: usize, workers: usize) -> PathBuf {
+        dir.join(format!("{OPTIMIZER_PART}{worker:05}-of-{workers:05}.bpk"))
+    }
+
+    /// The folder of a step's checkpoint.
+    pub fn path(&self, step: u64) -> PathBuf {
         self.dir.join(format!("{PREFIX}{step:08}"))
     }
 }
 
+/// Writes the optimizer's state of a checkpoint.
+pub trait Keeping {
+    /// Writes it into the new folder, before anything else is.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be written.
+    fn begin(&mut self, dir: &Path) -> Result<(), TrainError>;
+
+    /// Called with how the writing of all files went; the checkpoint gets its name if this says so.
+    ///
+    /// # Errors
+    ///
+    /// What it was given, or what went wrong elsewhere.
+    fn end(&mut self, written: Result<(), TrainError>) -> Result<(), TrainError> {
+        written
+    }
+}
+
+impl Keeping for &BatchedOptimizer {
+    fn begin(&mut self, dir: &Path) -> Result<(), TrainError> {
+        let path = dir.join(OPTIMIZER);
+        self.save(&path).map_err(|source| TrainError::OptimizerState { path, source })
+    }
+}
+
 impl Found {
-    /// The file of the optimizer's state.
-    pub fn optimizer(&self) -> PathBuf {
-        self.path.join(OPTIMIZER)
+    /// The files of the optimizer's state: one, or a part of each worker that wrote it. A part that is missing is among
+    /// them, so that it is missed.
+    pub fn optimizer(&self) -> Vec<PathBuf> {
+        let single = self.path.join(OPTIMIZER);
+        let names = fs::read_dir(&self.path).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        let workers = names.into_iter().find_map(|name| {
+            let name = name.to_string_lossy().into_owned();
+            name.strip_prefix(OPTIMIZER_PART)?.strip_suffix(".bpk")?.split_once("-of-")?.1.parse::<usize>().ok()
+        });
+        match workers {
+            Some(workers) if !single.exists() => {
+                (0..workers).map(|worker| Checkpoints::part(&self.path, worker, workers)).collect()
+            }
+            _ => vec![single],
+        }
     }
 }
 

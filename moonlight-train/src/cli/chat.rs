@@ -110,7 +110,7 @@ impl Conversation<'_> {
             // What goes wrong in a conversation does not end it.
             "/save" => match self.save(Path::new(rest.trim())) {
                 Ok(()) => eprintln!("saved: {}", rest.trim()),
-                Err(error) => super::report(&error),
+                Err(error) => error.report(),
             },
             _ if word.starts_with('/') => eprintln!("there is no command `{word}`; /help says which there are"),
             _ => {
@@ -118,7 +118,7 @@ impl Conversation<'_> {
                     self.messages.pop();
                     match error {
                         TrainError::Write { .. } => return Err(error),
-                        error => super::report(&error),
+                        error => error.report(),
                     }
                 }
             }

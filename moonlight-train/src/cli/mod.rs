@@ -16,8 +16,6 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::error::TrainError;
-
 /// Exit code of a run that was interrupted (128 + SIGINT); its checkpoint is written.
 const INTERRUPTED: u8 = 130;
 
@@ -69,16 +67,7 @@ pub fn main() -> ExitCode {
         Command::Spectrum(arguments) => spectrum::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
-        report(&error);
+        error.report();
         ExitCode::FAILURE
     })
-}
-
-fn report(error: &TrainError) {
-    // One line each, whatever a nested message holds.
-    let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    eprintln!("error: {}", line(error.to_string()));
-    if let Some(hint) = error.hint() {
-        eprintln!("hint: {}", line(hint));
-    }
 }

@@ -11,8 +11,8 @@ use serde_json::json;
 
 use super::model::resolve;
 use crate::error::TrainError;
-use crate::plan::{Operations, Part, Plan, Threads, available_memory};
-use crate::recipe::Recipe;
+use crate::plan::{Machines, Operations, Part, Plan, Scale, Threads, available_memory};
+use crate::recipe::{FormName, HalfOrFull, Recipe};
 
 /// The memory of GPUs that are sold, GB.
 const SIZES: [u64; 4] = [24, 48, 80, 141];
@@ -37,6 +37,15 @@ pub(super) struct Arguments {
     /// What the run has to fit into, GB (10^9 bytes); else what this machine has left, for a run on the CPU.
     #[arg(long, value_name = "GB", conflicts_with = "model")]
     budget: Option<f64>,
+    /// Also on so many GPUs, a worker each: memory of one, bytes of a step, time.
+    #[arg(long, value_name = "N", conflicts_with = "model", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    workers: Option<u64>,
+    /// The rate of the slowest link between two workers, GB a second in one direction; 50 is one of 400 Gbit/s.
+    #[arg(long, value_name = "GBPS", default_value_t = 50.0, requires = "workers")]
+    link: f64,
+    /// The rate of a GPU's matrix products, 10^12 operations a second; 989 is an H100's in bf16 (NVIDIA's data sheet).
+    #[arg(long, value_name = "TFLOPS", default_value_t = 989.0, requires = "workers")]
+    matmul: f64,
     /// Prints one JSON object.
     #[arg(long)]
     json: bool,
@@ -66,6 +75,19 @@ fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, Tr
     let advice = budget.map(|budget| plan.advice(budget)).unwrap_or_default();
     let count = plan.parameters();
     let operations = plan.operations();
+    let scale = arguments.workers.map(|workers| {
+        let distributed = recipe.distributed.clone().unwrap_or_default();
+        let sequences = recipe.train.batch_size * recipe.train.gradient_accumulation;
+        let machines = Machines {
+            workers,
+            link: arguments.link * 1e9,
+            matmul: arguments.matmul * 1e12,
+            tokens: (sequences * setting.sequence) as u64,
+            flat: distributed.form == FormName::Flat,
+            gather_bytes: if distributed.gather_dtype == HalfOrFull::Bf16 { 2 } else { 4 },
+        };
+        Scale::new(&plan, machines)
+    });
     let holds = |size: &&u64| gigabytes(plan.peak()) <= (**size - RESERVE) as f64;
     if arguments.json {
         let parts = |moment: &crate::plan::Moment| {
@@ -78,7 +100,7 @@ fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, Tr
             plan.moments().iter().map(|moment| json!({"moment": moment.what, "bytes": parts(moment)})).collect();
         let advice: Vec<_> =
             advice.iter().map(|advice| json!({"change": advice.change, "peak_bytes": advice.peak})).collect();
-        let value = json!({
+        let mut value = json!({
             "parameters": {"total": count.total, "activated": count.activated, "embeddings": count.embeddings},
             "operations_per_token": operations.training(setting.recompute),
             "peak_bytes": plan.peak(),
@@ -87,6 +109,9 @@ fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, Tr
             "budget_bytes": budget,
             "advice": advice,
         });
+        if let Some(scale) = &scale {
+            value["scale"] = json!(scale);
+        }
         return Ok(format!("{value}\n"));
     }
     let mut text = heading(&plan.config, operations);
@@ -115,6 +140,9 @@ fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, Tr
         if plan.peak() > budget && advice.last().is_none_or(|last| last.peak > budget) {
             text += "  nothing else in a recipe makes it smaller but a shorter `data.sequence_length` or LoRA\n";
         }
+    }
+    if let Some(scale) = scale {
+        text += &scale.table();
     }
     Ok(text)
 }

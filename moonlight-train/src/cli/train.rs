@@ -40,6 +40,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     let target = Target::open(&recipe.run.device)?;
     let interrupter = stop_on_signals()?;
     let finished = trainer::train(&recipe, &target, arguments.resume, interrupter)?;
+    if !finished.leads {
+        return Ok(if finished.interrupted { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS });
+    }
     if finished.interrupted {
         let Finished { step, checkpoint, .. } = finished;
         eprintln!("stopped behind step {step}; checkpoint `{}`; go on by `--resume`", checkpoint.display());

@@ -1,5 +1,8 @@
 //! Batches without end, from any position.
 
+use std::ops::Range;
+
+use moonlight_optim::distributed::even_cuts;
 use serde::{Deserialize, Serialize};
 
 use super::order::Order;
@@ -37,10 +40,33 @@ impl TrainStream {
     ///
     /// None today: the tokens are checked when the corpus is opened, and mapped. Kept for data that come from elsewhere.
     pub fn next_batch(&mut self) -> Result<HostBatch, DataError> {
+        let indices = self.next_indices(self.batch_size);
+        Ok(self.sequences.batch(&indices))
+    }
+
+    /// The part `share` of the next `sequences` sequences, cut into `batches` batches as even as can be. All of them are
+    /// done then, so that workers with a share each stay in step.
+    ///
+    /// # Errors
+    ///
+    /// As [`next_batch`](Self::next_batch).
+    pub fn next_share(
+        &mut self,
+        sequences: usize,
+        share: Range<usize>,
+        batches: usize,
+    ) -> Result<Vec<HostBatch>, DataError> {
+        let indices = self.next_indices(sequences);
+        let cuts = even_cuts(share.len(), batches);
+        let batch = |cut: &[usize]| self.sequences.batch(&indices[share.start + cut[0]..share.start + cut[1]]);
+        Ok(cuts.windows(2).map(batch).collect())
+    }
+
+    fn next_indices(&mut self, wanted: usize) -> Vec<u64> {
         let count = self.sequences.count();
         let mut order = self.order();
-        let mut indices = Vec::with_capacity(self.batch_size);
-        while indices.len() < self.batch_size {
+        let mut indices = Vec::with_capacity(wanted);
+        while indices.len() < wanted {
             let index = self.position.sequence;
             indices.push(order.map_or(index, |order| order.at(index)));
             self.position.sequence += 1;
@@ -50,7 +76,7 @@ impl TrainStream {
                 order = self.order();
             }
         }
-        Ok(self.sequences.batch(&indices))
+        indices
     }
 
     fn order(&self) -> Option<Order> {

@@ -5,12 +5,14 @@
 //! * `operations.rs`: the work of a token.
 //! * `advice.rs`: what to change so that a run fits.
 //! * `available.rs`: what this machine has left.
+//! * `scale.rs`: the same on several GPUs, and what goes between them.
 
 mod activations;
 mod advice;
 mod available;
 mod memory;
 mod operations;
+mod scale;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +29,7 @@ pub use advice::Advice;
 pub use available::available_memory;
 pub use memory::{Moment, Part, Setting, TakenBy};
 pub use operations::Operations;
+pub use scale::{Item, Machines, Scale};
 
 /// Threads of the CPU that a plan counts with.
 #[derive(Debug, Clone, Copy)]

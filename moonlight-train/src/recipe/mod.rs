@@ -8,6 +8,7 @@
 //! relative to the recipe that names it. Zero means "no limit" or "never" where the key says so.
 
 mod data;
+mod distributed;
 mod error;
 mod eval;
 mod expand;
@@ -25,6 +26,7 @@ use std::path::Path;
 use serde::Serialize;
 
 pub use data::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Broken, DataConfig, DataFormat, NO_TOKENIZER, TooLong};
+pub use distributed::{DistributedRecipe, FormName};
 pub use error::RecipeError;
 pub use eval::EvalConfig;
 pub use expand::expand;
@@ -60,6 +62,9 @@ pub struct Recipe {
     /// `[lora]`: adapters beside a frozen model; absent where the model itself is trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraRecipe>,
+    /// `[distributed]`: several workers; absent where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distributed: Option<DistributedRecipe>,
     /// `[sample]`: what the trained model writes at the end.
     pub sample: SampleConfig,
     /// `[eval]`: what it is asked before and after.
@@ -113,6 +118,17 @@ impl Recipe {
                 hint: Some("add a `[lora]` section, or train in `dtype = \"bf16\"`".into()),
             });
         }
+        let distributed = reader.section("distributed", DistributedRecipe::read);
+        if distributed.is_some() && train.fuse_update {
+            reader.problem(RecipeError::Invalid {
+                place: file.clone(),
+                key: "train.fuse_update".into(),
+                problem:
+                    "updates each layer by the gradients of one worker; with `[distributed]` they are summed first"
+                        .into(),
+                hint: None,
+            });
+        }
         let sample = reader.section("sample", SampleConfig::read);
         let eval = reader.section("eval", EvalConfig::read);
         // How long the schedule of a run of epochs is depends on its data.
@@ -127,7 +143,7 @@ impl Recipe {
             });
         }
         reader.finish()?;
-        Ok(Self { run, model, data, optimizer, schedule, train, moe, lora, sample, eval })
+        Ok(Self { run, model, data, optimizer, schedule, train, moe, lora, distributed, sample, eval })
     }
 
     /// The recipe with the steps that its epochs of `sequences` sequences are; as it is where it has no `epochs`. The last

@@ -36,6 +36,14 @@ pub(crate) trait Taker {
 
     /// The gradients of one stage, of parameters that no later stage has.
     fn take(&mut self, gradients: GradientsParams);
+
+    /// What is taken from here on is of the step's last micro-batch.
+    fn last_pass(&mut self) {}
+
+    /// Whether others count on every stage, so that a loss that is no number does not end the pass.
+    fn must_finish(&self) -> bool {
+        false
+    }
 }
 
 /// Sums the gradients of all micro-batches of a step.
@@ -114,8 +122,8 @@ pub(crate) fn backward(taker: &mut impl Taker, input: MicroBatch, sparing: Spari
         chunk: if sparing.loss_chunk_tokens == 0 { tokens } else { sparing.loss_chunk_tokens.min(tokens) },
     };
     let (loss_sum, gradient, mut gradients) = head.backward(taker.model(), trunk.output());
-    if !loss_sum.is_finite() {
-        return Err(NotFinite { what: "loss", value: loss_sum * loss_scale });
+    if !loss_sum.is_finite() && !taker.must_finish() {
+        return Err(NotFinite { what: "loss", value: loss_sum * loss_scale, worker: None });
     }
     // Where the embedding is the head as well, its gradient is whole only at the end.
     let tied = taker.model().lm_head.is_none().then(|| {

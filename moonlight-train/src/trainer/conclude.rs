@@ -32,6 +32,9 @@ pub fn conclude(recipe: &Recipe, target: &Target, finished: &Finished) -> Result
         name => Some(Tokenizer::open(name)?),
     };
     eprintln!("finished: {} steps, {} tokens", finished.step, finished.tokens);
+    if let Some(account) = &finished.account {
+        eprintln!("{account}");
+    }
     if let Some(peak) = peak_memory_mib() {
         eprintln!("peak memory: {peak:.0} MiB");
     }

@@ -8,6 +8,7 @@ mod qk_clip;
 mod renderer;
 mod start;
 mod step;
+mod stepper;
 mod strategy;
 #[cfg(unix)]
 mod terminal;
@@ -16,7 +17,9 @@ mod terminal;
 mod terminal;
 #[cfg(test)]
 mod tests;
+mod together;
 mod trainee;
+mod world;
 
 use std::io::IsTerminal;
 use std::marker::PhantomData;
@@ -43,8 +46,10 @@ pub use terminal::restore as restore_terminal;
 pub use trainee::{MicroBatch, MicroOutcome, Trainee};
 
 use strategy::{Run, StepStrategy};
+use world::World;
 
-/// Trains as a recipe says, from its start or, with `resume`, from the newest whole checkpoint of the run.
+/// Trains as a recipe says, from its start or, with `resume`, from the newest whole checkpoint of the run: alone, or where
+/// the recipe or a launcher (`mpirun`, `srun`) wants several workers, as one process of theirs.
 ///
 /// Figures go to the dashboard where stdout is a terminal, else to stderr, a line a step; `interrupter` stops the run
 /// behind the step that it is in, with a checkpoint.
@@ -54,20 +59,35 @@ use strategy::{Run, StepStrategy};
 /// [`TrainError`]. The newest checkpoint is whole in every case.
 pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: Interrupter) -> Result<Finished, TrainError> {
     let dashboard = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
-    let Prepared { trainee, run } = start::prepare(recipe, target, resume, !dashboard)?;
+    match World::open(recipe)? {
+        None => {
+            let Prepared { trainee, run } = start::prepare(recipe, target, resume, !dashboard)?;
+            on_stage(trainee, run, dashboard, interrupter)
+        }
+        Some(world) => {
+            let handle = interrupter.clone();
+            let lead = |trainee, run| on_stage(trainee, run, dashboard, interrupter);
+            world.train(recipe, resume, !dashboard, &handle, lead)
+        }
+    }
+}
+
+/// Runs the loop on burn-train's stage.
+fn on_stage(trainee: Trainee, run: Run, dashboard: bool, interrupter: Interrupter) -> Result<Finished, TrainError> {
     let epoch_steps = Run::epoch_steps(&run.recipe);
     let epochs = run.recipe.train.steps.div_ceil(epoch_steps) as usize;
     let starting_epoch = (run.state.step / epoch_steps) as usize;
     // burn-train wants an optimizer of its kind; the strategy steps with its own.
     let optimizer = run.assignment.optimizer();
+    let of = run.recipe.run.clone();
     let strategy = Arc::new(StepStrategy::new(run));
-    let training = SupervisedTraining::new(recipe.run.folder(), NoLoader::train(), NoLoader::valid())
+    let training = SupervisedTraining::new(of.folder(), NoLoader::train(), NoLoader::valid())
         .with_training_strategy(TrainingStrategy::Custom(strategy.clone()))
         .with_application_logger(None)
         .with_metric_logger(InMemoryMetricLogger::default())
         .with_interrupter(interrupter.clone())
         .num_epochs(epochs)
-        .label(&recipe.run.name);
+        .label(&of.name);
     let training = if starting_epoch > 0 { training.checkpoint(starting_epoch) } else { training };
     let training = match dashboard {
         true => {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
@@ -9,13 +10,15 @@ use moonlight_convert::adapter::{AdapterError, read_adapter};
 use moonlight_convert::load;
 use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::{
-    AdamWConfig, Assignment, MomentumPrecision, MuonConfig, ParameterRules, Precision, Rounding, Scale,
+    AdamWConfig, Assignment, BatchedOptimizer, MomentumPrecision, MuonConfig, ParameterRules, Precision, Rounding,
+    Scale,
 };
 use serde_json::{Value, json};
 
 use super::freeze;
 use super::judge::{self, judge};
-use super::strategy::Run;
+use super::stepper::Stepper;
+use super::strategy::{Records, Run};
 use super::trainee::Trainee;
 use crate::checkpoint::{Checkpoints, Found, TrainerState};
 use crate::data::Corpus;
@@ -40,10 +43,61 @@ pub struct Prepared {
     pub(super) run: Run,
 }
 
-/// Opens everything that a recipe names. Nothing is written before all of it was found to be right.
+/// Everything that a recipe names, opened and found to be right; nothing is written yet.
+pub(super) struct Opened {
+    /// With the number of steps that the data make of its epochs.
+    pub(super) recipe: Recipe,
+    pub(super) model: CausalLm,
+    pub(super) state: TrainerState,
+    /// The checkpoint that the run goes on from.
+    pub(super) from: Option<Found>,
+    pub(super) assignment: Assignment,
+    schedule: Schedule,
+    corpus: Arc<Corpus>,
+    checkpoints: Checkpoints,
+    tokenizer: Option<Tokenizer>,
+}
+
+/// Where a run begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum From {
+    /// At its start, in a folder that is not there yet.
+    Start,
+    /// At the newest whole checkpoint, or at its start.
+    Newest,
+    /// At the checkpoint of a step, or at its start, as another process found.
+    Found(Option<u64>),
+}
+
+/// What a run of one worker needs.
 pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: bool) -> Result<Prepared, TrainError> {
+    let opened = open(recipe, target, if resume { From::Newest } else { From::Start })?;
+    let optimizer = match &opened.from {
+        Some(found) => found.batched_optimizer(&opened.assignment)?,
+        None => opened.assignment.batched_optimizer(),
+    };
+    let records = opened.begin()?;
+    let device = target.device.clone().autodiff();
+    let run = opened.run(Stepper::Alone(optimizer), device, Some(records), lines)?;
+    Ok(Prepared { trainee: Trainee { model: opened.model }, run })
+}
+
+impl Found {
+    /// The state of a single optimizer, whoever wrote it.
+    fn batched_optimizer(&self, assignment: &Assignment) -> Result<BatchedOptimizer, TrainError> {
+        let files = self.optimizer();
+        let loaded = match files.as_slice() {
+            [single] => assignment.load_batched_optimizer(single),
+            parts => assignment.load_batched_optimizer_parts(parts),
+        };
+        loaded.map_err(|source| TrainError::OptimizerState { path: files[0].clone(), source })
+    }
+}
+
+/// Opens everything that a recipe names.
+pub(super) fn open(recipe: &Recipe, target: &Target, from: From) -> Result<Opened, TrainError> {
     let folder = recipe.run.folder();
-    if folder.exists() && !resume {
+    if folder.exists() && from == From::Start {
         return Err(TrainError::RunExists(folder));
     }
     let tokenizer = match recipe.data.tokenizer.as_str() {
@@ -56,7 +110,7 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
     let recipe = &recipe.clone().with_steps(corpus.train_sequences())?;
     let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.learning_rate, recipe.train.steps)
         .map_err(|error| TrainError::Request { problem: error.to_string(), hint: None })?;
-    let mut stream = corpus.train_stream(recipe.train.batch_size);
+    let stream = corpus.train_stream(recipe.train.batch_size);
 
     let companions_from = match &recipe.model.source {
         ModelSource::Path(path) => Some(path.clone()),
@@ -80,8 +134,12 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
         (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantise.bits())?),
         _ => None,
     };
-    let resumed =
-        if resume { newest_whole(&checkpoints, base.as_ref().zip(recipe.lora.as_ref()), &device)? } else { None };
+    let adapters = base.as_ref().zip(recipe.lora.as_ref());
+    let resumed = match from {
+        From::Start | From::Found(None) => None,
+        From::Newest => newest_whole(&checkpoints, adapters, &device)?,
+        From::Found(Some(step)) => Some(of_step(&checkpoints, step, adapters, &device)?),
+    };
     let (model, state, from) = match resumed {
         Some((found, model)) => (model, found.state.clone(), Some(found)),
         None => {
@@ -102,48 +160,64 @@ pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: boo
     };
     let model = freeze::freeze(model, &recipe.train.freeze, recipe.optimizer.qk_clip().is_some())?;
     let assignment = rules(&recipe.optimizer, config.hidden_size).assign(&model)?;
-    let optimizer = match &from {
-        Some(found) => {
-            stream.seek(state.data)?;
-            let path = found.optimizer();
-            assignment.load_batched_optimizer(&path).map_err(|source| TrainError::OptimizerState { path, source })?
+    let corpus = Arc::new(corpus);
+    let recipe = recipe.clone();
+    Ok(Opened { recipe, model, state, from, assignment, schedule, corpus, checkpoints, tokenizer })
+}
+
+impl Opened {
+    /// Makes the run's folder, says what is in the run, and opens its records.
+    pub(super) fn begin(&self) -> Result<Records, TrainError> {
+        let Self { recipe, model, state, assignment, corpus, tokenizer, .. } = self;
+        let folder = recipe.run.folder();
+        // Where the run goes on, what was found before its first step is known.
+        let judged = if state.step == 0 { judge(recipe, &model.clone().valid(), tokenizer.as_ref())? } else { None };
+
+        fs::create_dir_all(&folder).map_err(TrainError::write(&folder))?;
+        if let Some((table, found)) = judged {
+            judge::keep(&folder, "before", found)?;
+            eprint!("evaluation before:\n{table}");
         }
-        None => assignment.batched_optimizer(),
-    };
-
-    // Where the run goes on, what was found before its first step is known.
-    let judged = if state.step == 0 { judge(recipe, &model.clone().valid(), tokenizer.as_ref())? } else { None };
-
-    fs::create_dir_all(&folder).map_err(TrainError::write(&folder))?;
-    if let Some((table, found)) = judged {
-        judge::keep(&folder, "before", found)?;
-        eprint!("evaluation before:\n{table}");
+        write(&folder.join("recipe.toml"), &recipe.to_toml())?;
+        write(&folder.join("optimizer.txt"), &assignment.to_string())?;
+        let notes: String = corpus.notes().iter().map(|note| format!("{note}\n")).collect();
+        write(&folder.join("data.txt"), &(sizes(corpus) + "\n" + &notes))?;
+        let metrics = MetricsFile::open(&folder.join("metrics.jsonl"), state.step)?;
+        let events = folder.join("tensorboard");
+        let tensorboard = recipe.train.tensorboard.then(|| EventWriter::create(&events)).transpose();
+        let tensorboard = tensorboard.map_err(TrainError::write(&events))?;
+        // Also before the dashboard, which gives the terminal back with it at the end.
+        announce(model, assignment, corpus, recipe, state);
+        Ok(Records { metrics, tensorboard })
     }
-    write(&folder.join("recipe.toml"), &recipe.to_toml())?;
-    write(&folder.join("optimizer.txt"), &assignment.to_string())?;
-    let notes: String = corpus.notes().iter().map(|note| format!("{note}\n")).collect();
-    write(&folder.join("data.txt"), &(sizes(&corpus) + "\n" + &notes))?;
-    let metrics = MetricsFile::open(&folder.join("metrics.jsonl"), state.step)?;
-    let events = folder.join("tensorboard");
-    let tensorboard = recipe.train.tensorboard.then(|| EventWriter::create(&events)).transpose();
-    let tensorboard = tensorboard.map_err(TrainError::write(&events))?;
-    // Also before the dashboard, which gives the terminal back with it at the end.
-    announce(&model, &assignment, &corpus, recipe, &state);
-    let run = Run {
-        recipe: recipe.clone(),
-        schedule,
-        corpus,
-        stream,
-        optimizer,
-        assignment,
-        device,
-        checkpoints,
-        metrics,
-        tensorboard,
-        state,
-        lines,
-    };
-    Ok(Prepared { trainee: Trainee { model }, run })
+
+    /// The loop of a worker; the one with the records leads.
+    pub(super) fn run(
+        &self,
+        optimizer: Stepper,
+        device: Device,
+        records: Option<Records>,
+        lines: bool,
+    ) -> Result<Run, TrainError> {
+        let recipe = &self.recipe;
+        let mut stream = self.corpus.train_stream(recipe.train.batch_size);
+        if self.from.is_some() {
+            stream.seek(self.state.data)?;
+        }
+        Ok(Run {
+            recipe: recipe.clone(),
+            schedule: self.schedule.clone(),
+            corpus: self.corpus.clone(),
+            stream,
+            optimizer,
+            assignment: self.assignment.clone(),
+            device,
+            checkpoints: self.checkpoints.clone(),
+            records,
+            state: self.state.clone(),
+            lines,
+        })
+    }
 }
 
 /// The tokenizer's files; where the data are conversations, also the chat template if they were made with another than
@@ -224,6 +298,25 @@ fn newest_whole(
         }
     }
     Ok(None)
+}
+
+/// The checkpoint of a step, with its model.
+fn of_step(
+    checkpoints: &Checkpoints,
+    step: u64,
+    base: Option<(&CausalLm, &LoraRecipe)>,
+    device: &Device,
+) -> Result<(Found, CausalLm), TrainError> {
+    let found = checkpoints.found()?.into_iter().find(|found| found.state.step == step);
+    let found = found.ok_or_else(|| TrainError::Request {
+        problem: format!("this process does not see the checkpoint `{}`", checkpoints.path(step).display()),
+        hint: Some("runs on several machines need a `run.dir` that all of them share".into()),
+    })?;
+    let model = match base {
+        None => load(&found.path, device, None)?.model,
+        Some((base, lora)) => adapted(base.clone(), &found.path, lora)?,
+    };
+    Ok((found, model))
 }
 
 /// The base with the adapters of a folder, and the dropout of the recipe.

@@ -5,6 +5,7 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
 use moonlight_model::{ForwardReport, Probe};
 use moonlight_optim::BatchedOptimizer;
+use moonlight_optim::distributed::sum_of_squares;
 
 use super::backward::{Sparing, Summing, Taker, Updating, backward};
 use super::trainee::{MicroBatch, MicroOutcome, Trainee};
@@ -50,6 +51,26 @@ pub(crate) struct StepOutcome {
 pub(crate) struct NotFinite {
     pub(crate) what: &'static str,
     pub(crate) value: f64,
+    /// Which of several workers had it, where that is known.
+    pub(crate) worker: Option<usize>,
+}
+
+/// What a step is in all, of which the batches at hand may be a share.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Whole {
+    /// Predicted tokens, each as much as it counts.
+    pub(crate) predicted: f64,
+    /// Sequences.
+    pub(crate) sequences: usize,
+}
+
+impl Whole {
+    pub(crate) fn of(batches: &[HostBatch]) -> Self {
+        Self {
+            predicted: batches.iter().map(HostBatch::predicted).sum(),
+            sequences: batches.iter().map(|batch| batch.batch).sum(),
+        }
+    }
 }
 
 /// Takes the step: forward and backward over its micro-batches, clipping, update, bias rule.
@@ -66,7 +87,7 @@ pub(crate) fn step(
     settings: &StepSettings,
     device: &Device,
 ) -> Result<StepOutcome, NotFinite> {
-    if weight_of(batches) == 0.0 {
+    if Whole::of(batches).predicted == 0.0 {
         return Ok(StepOutcome::default());
     }
     let outcome = if settings.fused {
@@ -88,7 +109,7 @@ fn gradient(
     device: &Device,
 ) -> Result<(GradientsParams, StepOutcome), NotFinite> {
     let mut taker = Summing::new(&trainee.model);
-    let mut outcome = passes(&mut taker, batches, settings, device)?;
+    let mut outcome = passes(&mut taker, batches, Whole::of(batches), settings, device)?;
     let mut gradients = taker.finish();
     outcome.gradient_norm = finite("gradient norm", global_norm(&trainee.model, &gradients))?;
     if settings.gradient_clip > 0.0 {
@@ -110,27 +131,32 @@ fn fused(
     device: &Device,
 ) -> Result<StepOutcome, NotFinite> {
     let mut taker = Updating::new(trainee, optimizer, settings.learning_rate);
-    let mut outcome = passes(&mut taker, batches, settings, device)?;
+    let mut outcome = passes(&mut taker, batches, Whole::of(batches), settings, device)?;
     outcome.gradient_norm = finite("gradient norm", taker.norm())?;
     Ok(outcome)
 }
 
 /// Forward and backward of each micro-batch; the gradient norm is not yet in what they tell.
-fn passes(
+pub(super) fn passes(
     taker: &mut impl Taker,
     batches: &[HostBatch],
+    whole: Whole,
     settings: &StepSettings,
     device: &Device,
 ) -> Result<StepOutcome, NotFinite> {
-    let predicted = weight_of(batches);
+    let predicted = whole.predicted;
     let mut told = StepOutcome::default();
     for (index, batch) in batches.iter().enumerate() {
         taker.model().set_dropout_seed(settings.dropout_seed.map(|seed| seed.wrapping_add(index as u64)));
+        let share = batch.batch as f64 / whole.sequences as f64;
+        if index + 1 == batches.len() {
+            taker.last_pass();
+        }
         let input = MicroBatch {
             batch: batch.to_device(device),
             loss_scale: 1.0 / predicted,
             balance_weight: settings.balance_weight,
-            balance_scale: 1.0 / batches.len() as f64,
+            balance_scale: share,
             probe: settings.probe,
         };
         let passed = backward(taker, input, settings.sparing);
@@ -139,21 +165,16 @@ fn passes(
         told.loss += loss_sum / predicted;
         add_loads(&mut told.expert_loads, report.expert_loads());
         add_head_logits(&mut told.head_logits, &report);
-        if let Some((largest, share)) = attention_of(&report) {
+        if let Some((largest, above)) = attention_of(&report) {
             let (old_largest, old_share) = told.attention.unwrap_or((f64::NEG_INFINITY, 0.0));
-            told.attention = Some((largest.max(old_largest), old_share + share / batches.len() as f64));
+            told.attention = Some((largest.max(old_largest), old_share + above * share));
         }
     }
     Ok(told)
 }
 
-/// The weights of all predicted tokens of a step.
-fn weight_of(batches: &[HostBatch]) -> f64 {
-    batches.iter().map(HostBatch::predicted).sum()
-}
-
-fn finite(what: &'static str, value: f64) -> Result<f64, NotFinite> {
-    if value.is_finite() { Ok(value) } else { Err(NotFinite { what, value }) }
+pub(super) fn finite(what: &'static str, value: f64) -> Result<f64, NotFinite> {
+    if value.is_finite() { Ok(value) } else { Err(NotFinite { what, value, worker: None }) }
 }
 
 fn add_loads(sum: &mut Vec<Option<Vec<u64>>>, loads: Vec<Option<Vec<u64>>>) {
@@ -198,8 +219,7 @@ pub(crate) fn global_norm<M: Module>(module: &M, gradients: &GradientsParams) ->
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(gradient) = self.0.get::<D>(param.id) {
-                let gradient = gradient.cast(burn::tensor::DType::F32);
-                self.1 += f64::from((gradient.clone() * gradient).sum().into_scalar::<f32>());
+                self.1 += sum_of_squares(gradient);
             }
         }
     }

@@ -4,7 +4,7 @@
 //! progress, and everything that matters (schedule, validation, checkpoints, resuming) is keyed by the step.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use burn::data::dataloader::Progress;
@@ -15,12 +15,15 @@ use burn::train::{
     SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem, ValidLoader,
 };
 use moonlight_model::{CausalLm, Probe};
-use moonlight_optim::{Assignment, BatchedOptimizer, update_rms};
+use moonlight_optim::distributed::{Traffic, Worker};
+use moonlight_optim::{Assignment, update_rms};
 
 use super::backward::Sparing;
 use super::qk_clip;
-use super::step::{StepSettings, step};
+use super::step::{NotFinite, StepSettings, step};
+use super::stepper::Stepper;
 use super::terminal;
+use super::together::{self, Broken};
 use super::trainee::Trainee;
 use crate::checkpoint::{Best, Checkpoints, TrainerState};
 use crate::data::{Corpus, HostBatch, TrainStream};
@@ -37,18 +40,24 @@ const SEED_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 pub(super) struct Run {
     pub(super) recipe: Recipe,
     pub(super) schedule: Schedule,
-    pub(super) corpus: Corpus,
+    pub(super) corpus: Arc<Corpus>,
     pub(super) stream: TrainStream,
-    pub(super) optimizer: BatchedOptimizer,
+    pub(super) optimizer: Stepper,
     pub(super) assignment: Assignment,
     /// The device with gradients.
     pub(super) device: Device,
     pub(super) checkpoints: Checkpoints,
-    pub(super) metrics: MetricsFile,
-    pub(super) tensorboard: Option<EventWriter>,
+    /// Where figures are written; the other ones of several workers have nowhere.
+    pub(super) records: Option<Records>,
     pub(super) state: TrainerState,
     /// Whether each figure is also a line on stderr.
     pub(super) lines: bool,
+}
+
+/// The files that figures go to.
+pub(super) struct Records {
+    pub(super) metrics: MetricsFile,
+    pub(super) tensorboard: Option<EventWriter>,
 }
 
 /// How a run ended.
@@ -64,6 +73,10 @@ pub struct Finished {
     pub interrupted: bool,
     /// The checkpoint of the last step.
     pub checkpoint: PathBuf,
+    /// What several workers sent and held.
+    pub account: Option<String>,
+    /// Whether this process is the one that concludes the run.
+    pub leads: bool,
 }
 
 /// The strategy: takes the run once and leaves how it ended.
@@ -95,28 +108,39 @@ impl SupervisedLearningStrategy<Trainee> for StepStrategy {
         let run = self.run.lock().unwrap_or_else(|lock| lock.into_inner()).take();
         let mut trainee = learner.model();
         drop(learner); // or it would keep the initial weights
-        let mut stage = Stage { processor: components.event_processor, interrupter: components.interrupter };
+        let TrainingComponents { event_processor, interrupter, .. } = components;
+        let mut stage = Stage { processor: Some(event_processor), interrupter };
         if let Some(mut run) = run {
             let outcome = run.run(&mut trainee, &mut stage);
             *self.outcome.lock().unwrap_or_else(|lock| lock.into_inner()) = Some(outcome);
         }
-        (trainee, stage.processor)
+        (trainee, stage.processor.expect("the stage was given one"))
     }
 }
 
 /// burn-train's side of the loop.
-struct Stage {
-    processor: SupervisedTrainingEventProcessor<Trainee>,
+pub(super) struct Stage {
+    /// Shows the figures; nobody does for the other ones of several workers.
+    processor: Option<SupervisedTrainingEventProcessor<Trainee>>,
     interrupter: Interrupter,
 }
 
 impl Stage {
+    /// A stage without an audience.
+    pub(super) fn silent(interrupter: Interrupter) -> Self {
+        Self { processor: None, interrupter }
+    }
+
     fn train(&mut self, event: LearnerEvent<Figures>) {
-        self.interrupter.fail_on_error(self.processor.process_train(event));
+        if let Some(processor) = &mut self.processor {
+            self.interrupter.fail_on_error(processor.process_train(event));
+        }
     }
 
     fn valid(&mut self, event: LearnerEvent<Figures>) {
-        self.interrupter.fail_on_error(self.processor.process_valid(event));
+        if let Some(processor) = &mut self.processor {
+            self.interrupter.fail_on_error(processor.process_valid(event));
+        }
     }
 }
 
@@ -135,23 +159,26 @@ impl Run {
         }
     }
 
-    fn run(&mut self, trainee: &mut Trainee, stage: &mut Stage) -> Result<Finished, TrainError> {
-        let steps = self.recipe.train.steps;
+    pub(super) fn run(&mut self, trainee: &mut Trainee, stage: &mut Stage) -> Result<Finished, TrainError> {
+        let (steps, first) = (self.recipe.train.steps, self.state.step);
+        let mut sent = Traffic::default();
         let epoch_steps = Self::epoch_steps(&self.recipe);
         let mut valid_loss = None;
         let mut saved = None;
         let mut in_epoch = false;
-        while self.state.step < steps && !stage.interrupter.should_stop() {
+        while self.state.step < steps && !self.stops(stage)? {
             let epoch = self.state.step / epoch_steps + 1;
             if !in_epoch {
                 let total_items = epoch_steps.min(steps - (epoch - 1) * epoch_steps) as usize;
                 stage.train(LearnerEvent::StartSplit { epoch_number: epoch as usize, total_items });
                 in_epoch = true;
             }
-            if !self.lines {
+            if !self.lines && stage.processor.is_some() {
                 terminal::keep_interrupt_key();
             }
-            let figures = self.step(trainee)?;
+            let before = self.optimizer.worker().map(Worker::traffic).unwrap_or_default();
+            let figures = self.step(trainee, self.state.step == first)?;
+            sent = sent + (self.optimizer.worker().map(Worker::traffic).unwrap_or_default() - before);
             saved = None;
             let done = (self.state.step - 1) % epoch_steps + 1;
             let lr = figures.lr;
@@ -176,15 +203,32 @@ impl Run {
             None => self.save(&trainee.model)?,
         };
         let interrupted = self.state.step < steps;
-        Ok(Finished { step: self.state.step, tokens: self.state.tokens, valid_loss, interrupted, checkpoint })
+        let account = match &self.optimizer {
+            Stepper::Alone(_) => None,
+            Stepper::Together(optimizer) => {
+                Some(together::account(optimizer, &trainee.model, sent, self.state.step - first)?)
+            }
+        };
+        let (step, tokens, leads) = (self.state.step, self.state.tokens, self.records.is_some());
+        Ok(Finished { step, tokens, valid_loss, interrupted, checkpoint, account, leads })
     }
 
-    pub(super) fn step(&mut self, trainee: &mut Trainee) -> Result<Figures, TrainError> {
+    /// Whether somebody asked for an end; several workers end behind the same step.
+    fn stops(&self, stage: &Stage) -> Result<bool, TrainError> {
+        let asked = stage.interrupter.should_stop();
+        let Some(worker) = self.optimizer.worker() else { return Ok(asked) };
+        Ok(worker.numbers(vec![f64::from(u8::from(asked))])?.iter().any(|asked| asked[0] > 0.0))
+    }
+
+    pub(super) fn step(&mut self, trainee: &mut Trainee, first: bool) -> Result<Figures, TrainError> {
         let started = Instant::now();
+        // The first step is when kernels are compiled and tuned, at each worker's own pace.
+        let _busy = self.optimizer.worker().filter(|_| first).map(Worker::busy);
         // What a step draws, for dropout or rounding, comes from the seed and its number: a resumed run draws the same.
         let step_seed = self.recipe.run.seed.wrapping_add(self.state.step.wrapping_mul(SEED_STRIDE));
         self.device.seed(step_seed);
         let train = &self.recipe.train;
+        let worker = self.optimizer.worker().map_or(0, Worker::rank);
         let index = self.state.step;
         let probed = train.probe_every > 0 && (index + 1).is_multiple_of(train.probe_every);
         let clip = self.recipe.optimizer.qk_clip();
@@ -204,20 +248,41 @@ impl Run {
                 .lora
                 .as_ref()
                 .filter(|lora| lora.dropout > 0.0)
-                .map(|_| step_seed.wrapping_mul(SEED_STRIDE)),
+                // Each worker drops other inputs.
+                .map(|_| step_seed.wrapping_mul(SEED_STRIDE).wrapping_add((worker as u64) << 32)),
         };
         let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
-        let batches = (0..passes).map(|_| self.stream.next_batch()).collect::<Result<Vec<_>, _>>()?;
-        let tokens: u64 = batches.iter().map(HostBatch::token_count).sum();
-        let before = probed.then(|| trainee.model.clone());
-        let outcome = step(trainee, &mut self.optimizer, &batches, &settings, &self.device).map_err(|broken| {
-            TrainError::NotFinite {
-                step: index + 1,
-                what: broken.what,
-                value: broken.value,
-                last_checkpoint: self.checkpoints.newest(),
+        let before = (probed && self.records.is_some()).then(|| trainee.model.clone());
+        let worker_leads = self.records.is_some();
+        let not_finite = |broken: NotFinite| TrainError::NotFinite {
+            step: index + 1,
+            what: broken.what,
+            value: broken.value,
+            worker: broken.worker,
+            last_checkpoint: self.checkpoints.newest(),
+        };
+        let (outcome, tokens) = match &mut self.optimizer {
+            Stepper::Alone(optimizer) => {
+                let batches = (0..passes).map(|_| self.stream.next_batch()).collect::<Result<Vec<_>, _>>()?;
+                let tokens: u64 = batches.iter().map(HostBatch::token_count).sum();
+                (step(trainee, optimizer, &batches, &settings, &self.device).map_err(not_finite)?, tokens)
             }
-        })?;
+            Stepper::Together(optimizer) => {
+                let worker = optimizer.worker();
+                let sequences = passes * train.batch_size;
+                let (share, batches) = together::share(worker, sequences, train.batch_size);
+                let batches = self.stream.next_share(sequences, share, batches)?;
+                let (whole, tokens) = together::whole(worker, &batches, sequences)?;
+                let outcome = together::step(trainee, optimizer, &batches, whole, &settings, &self.device);
+                let outcome = outcome.map_err(|broken| match broken {
+                    Broken::Lost(error) => error.into(),
+                    // All found it, and one says so.
+                    Broken::NotFinite(broken) if worker_leads => not_finite(broken),
+                    Broken::NotFinite(_) => TrainError::Elsewhere,
+                })?;
+                (outcome, tokens)
+            }
+        };
         let rms = before.map(|before| self.update_rms(&before, &trainee.model, settings.learning_rate));
         if let Some(clip) = clip {
             trainee.model = qk_clip::clip(trainee.take_model(), &outcome.head_logits, clip);
@@ -261,13 +326,18 @@ impl Run {
             limit => limit,
         };
         stage.valid(LearnerEvent::StartSplit { epoch_number: epoch as usize, total_items: 1 });
-        let (mut loss_sum, mut predicted) = (0.0, 0.0);
-        for batch in self.corpus.valid_batches(self.recipe.train.batch_size).take(limit) {
+        // Several workers take turns.
+        let alone = Worker::alone();
+        let worker = self.optimizer.worker().unwrap_or(&alone);
+        let mut losses = Vec::new();
+        for (index, batch) in self.corpus.valid_batches(self.recipe.train.batch_size).take(limit).enumerate() {
             let batch = batch?;
-            loss_sum += model.loss_sum(&batch.to_device(&device));
-            predicted += batch.predicted();
+            losses.push(match index % worker.size() == worker.rank() {
+                true => (model.loss_sum(&batch.to_device(&device)), batch.predicted()),
+                false => (0.0, 0.0),
+            });
         }
-        let loss = (predicted > 0.0).then(|| loss_sum / predicted);
+        let loss = together::mean_loss(worker, &losses)?;
         if let Some(loss) = loss {
             let figures = Figures {
                 split: Split::Valid,
@@ -288,8 +358,9 @@ impl Run {
     }
 
     fn record(&mut self, figures: &Figures) -> Result<(), TrainError> {
-        self.metrics.write(figures)?;
-        if let Some(writer) = &mut self.tensorboard {
+        let Some(Records { metrics, tensorboard }) = &mut self.records else { return Ok(()) };
+        metrics.write(figures)?;
+        if let Some(writer) = tensorboard {
             for (tag, value) in figures.scalars() {
                 writer.scalar(&tag, figures.step, value).map_err(TrainError::write("tensorboard"))?;
             }
@@ -301,6 +372,9 @@ impl Run {
     }
 
     fn save(&mut self, model: &CausalLm) -> Result<PathBuf, TrainError> {
-        self.checkpoints.save(model, &self.optimizer, &self.state)
+        match &self.optimizer {
+            Stepper::Alone(optimizer) => self.checkpoints.save(model, &mut { optimizer }, &self.state),
+            Stepper::Together(optimizer) => together::save(&self.checkpoints, model, optimizer, &self.state),
+        }
     }
 }

@@ -63,7 +63,7 @@ fn trained(home: &Path, name: &str, sets: &[&str]) -> CausalLm {
     let target = Target::open("cpu").unwrap();
     let Prepared { mut trainee, mut run } = start::prepare(&recipe, &target, false, false).unwrap();
     for _ in 0..5 {
-        run.step(&mut trainee).unwrap();
+        run.step(&mut trainee, false).unwrap();
     }
     trainee.model
 }

@@ -1,0 +1,74 @@
+//! What can go wrong between workers.
+
+use thiserror::Error;
+
+/// Why a collective operation did not come to its end. Whoever gets one has lost the others: there is nothing to repeat.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum CollectiveError {
+    /// Workers that did not come to an operation in time.
+    #[error("{} did not answer worker {rank} for {seconds} s in {operation}", workers(missing))]
+    Silent {
+        /// Who waited.
+        rank: usize,
+        /// For whom.
+        missing: Vec<usize>,
+        /// In what.
+        operation: &'static str,
+        /// How long, seconds.
+        seconds: u64,
+    },
+    /// A worker that said itself that it failed.
+    #[error("worker {rank} failed: {message}")]
+    Failed {
+        /// Which.
+        rank: usize,
+        /// What it said.
+        message: String,
+    },
+    /// The engine that carries the messages failed.
+    #[error("worker {rank}: the transport failed: {message}")]
+    Transport {
+        /// Where.
+        rank: usize,
+        /// What it said.
+        message: String,
+    },
+}
+
+impl CollectiveError {
+    /// What to do about it, where that is known.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            CollectiveError::Silent { .. } => Some(
+                "look at that worker's machine and link; a run whose workers are slower than that has a longer \
+                 `distributed.timeout_seconds`"
+                    .to_string(),
+            ),
+            CollectiveError::Failed { .. } | CollectiveError::Transport { .. } => None,
+        }
+    }
+}
+
+fn workers(ranks: &[usize]) -> String {
+    let list = ranks.iter().map(usize::to_string).collect::<Vec<_>>();
+    match list.as_slice() {
+        [one] => format!("worker {one}"),
+        _ => format!("workers {}", list.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silent_workers_are_named() {
+        let error = |missing: &[usize]| {
+            CollectiveError::Silent { rank: 0, missing: missing.to_vec(), operation: "an all-gather", seconds: 20 }
+                .to_string()
+        };
+        assert_eq!(error(&[2]), "worker 2 did not answer worker 0 for 20 s in an all-gather");
+        assert_eq!(error(&[1, 3]), "workers 1, 3 did not answer worker 0 for 20 s in an all-gather");
+    }
+}

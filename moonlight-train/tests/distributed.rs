@@ -1,0 +1,270 @@
+//! `moonlight train` with several workers in one process.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::{Home, assert_fails, checkpoint, checkpoints, metrics, moonlight, text};
+use moonlight_convert::Checkpoint;
+
+/// Arguments for steps of `workers` micro-batches of `sequences` sequences.
+fn step(workers: usize, sequences: usize) -> Vec<String> {
+    let sets = [format!("train.batch_size={sequences}"), format!("train.gradient_accumulation={workers}")];
+    sets.into_iter().flat_map(|set| ["--set".to_owned(), set]).collect()
+}
+
+fn with(arguments: &[String], more: &[&str]) -> Vec<String> {
+    let more = more.iter().flat_map(|set| ["--set".to_owned(), (*set).to_owned()]);
+    arguments.iter().cloned().chain(more).collect()
+}
+
+fn trained(home: &Home, name: &str, arguments: &[String]) -> std::path::PathBuf {
+    home.trained(name, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// The largest difference of two runs' losses, and of their last weights, relative to the largest of each tensor.
+fn apart(one: &Path, other: &Path, last: u64) -> (f64, f64) {
+    let losses = |run: &Path| {
+        let metrics = metrics(run);
+        let train = metrics.iter().filter(|line| line["split"] == "train");
+        train.map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    let (left, right) = (losses(one), losses(other));
+    assert_eq!(left.len(), right.len());
+    let loss = left.iter().zip(&right).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    let (one, other) = (checkpoint(one, last), checkpoint(other, last));
+    let (one, other) = (Checkpoint::open(&one).unwrap(), Checkpoint::open(&other).unwrap());
+    let values = |bytes: &[u8]| {
+        bytes.as_chunks::<4>().0.iter().map(|bytes| f64::from(f32::from_le_bytes(*bytes))).collect::<Vec<f64>>()
+    };
+    let mut weights = 0.0;
+    for ((name, a), (other_name, b)) in one.tensors().zip(other.tensors()) {
+        assert_eq!(name, other_name);
+        let (a, b) = (values(one.data(a)), values(other.data(b)));
+        let largest = a.iter().fold(1e-30, |largest, value| f64::max(largest, value.abs()));
+        let far = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        weights = f64::max(weights, far / largest);
+    }
+    (loss, weights)
+}
+
+#[test]
+fn workers_with_a_micro_batch_each_are_one_worker_that_accumulates_bit_for_bit() {
+    let home = Home::new();
+    for workers in [2, 3, 4] {
+        let step = step(workers, 2);
+        let alone = trained(&home, &format!("alone-{workers}"), &step);
+        let devices = format!("distributed.devices={workers}");
+        let together = trained(&home, &format!("together-{workers}"), &with(&step, &[&devices]));
+        assert_same_figures(&alone, &together);
+        assert_same_weights(&alone, &together, 12);
+        // Algorithm 1 rounds what it gathers, on one worker as on several.
+        let flat = ["distributed.form=\"flat\"", devices.as_str()];
+        let flat_alone = trained(&home, &format!("flat-1-{workers}"), &with(&step, &flat[..1]));
+        let flat_together = trained(&home, &format!("flat-{workers}"), &with(&step, &flat));
+        assert_same_figures(&flat_alone, &flat_together);
+        assert_same_weights(&flat_alone, &flat_together, 12);
+        assert!(apart(&flat_alone, &alone, 12).1 > 0.0);
+        let exact = trained(
+            &home,
+            &format!("exact-{workers}"),
+            &with(&step, &[flat[0], flat[1], "distributed.gather_dtype=\"f32\""]),
+        );
+        let (loss, weights) = apart(&exact, &alone, 12);
+        assert!(loss < 1e-5 && weights < 1e-4, "{workers} workers: {loss}, {weights}");
+    }
+}
+
+/// Every figure is the same, but for the last digits of a norm, which is summed in f64.
+fn assert_same_figures(one: &Path, other: &Path) {
+    let (mut one, mut other) = (metrics(one), metrics(other));
+    assert_eq!(one.len(), other.len());
+    for (one, other) in one.iter_mut().zip(&mut other) {
+        let norm = |line: &mut serde_json::Value| line.as_object_mut().unwrap().remove("grad_norm");
+        if let (Some(one), Some(other)) = (norm(one), norm(other)) {
+            let (one, other) = (one.as_f64().unwrap(), other.as_f64().unwrap());
+            assert!((one / other - 1.0).abs() < 1e-12, "{one} and {other}");
+        }
+        assert_eq!(one, other);
+    }
+}
+
+/// Every weight is bit for bit the same.
+fn assert_same_weights(one: &Path, other: &Path, step: u64) {
+    let (one, other) = (checkpoint(one, step), checkpoint(other, step));
+    let (one, other) = (Checkpoint::open(&one).unwrap(), Checkpoint::open(&other).unwrap());
+    for ((name, a), (other_name, b)) in one.tensors().zip(other.tensors()) {
+        assert!(name == other_name && one.data(a) == other.data(b), "{name} differs");
+    }
+}
+
+#[test]
+fn what_else_a_step_does_it_does_with_several_workers() {
+    let home = Home::new();
+    let step = step(3, 1);
+    let ways: [&[&str]; 3] = [
+        &["train.activation_checkpointing=\"block\"", "train.loss_chunk_tokens=20"],
+        // Every step clips: the logits of all workers count.
+        &["optimizer.qk_clip=0.02", "train.probe_every=1"],
+        &["train.freeze=[\"model.layers.0.**\"]", "optimizer.name=\"adamw\""],
+    ];
+    for (way, sets) in ways.into_iter().enumerate() {
+        let step = with(&step, sets);
+        let alone = trained(&home, &format!("alone-{way}"), &step);
+        let together = trained(&home, &format!("together-{way}"), &with(&step, &["distributed.devices=3"]));
+        assert_same_figures(&alone, &together);
+        assert_same_weights(&alone, &together, 12);
+    }
+}
+
+#[test]
+fn uneven_shares_follow_one_worker() {
+    let home = Home::new();
+    let step = step(2, 5);
+    let alone = trained(&home, "alone", &step);
+    for workers in [3, 4] {
+        let devices = format!("distributed.devices={workers}");
+        let together = trained(&home, &format!("uneven-{workers}"), &with(&step, &[&devices]));
+        let (loss, weights) = apart(&alone, &together, 12);
+        println!("{workers} workers: losses within {loss:.1e}, weights within {weights:.1e}");
+        assert!(loss < 1e-5 && weights < 1e-3, "{workers} workers: {loss}, {weights}");
+        let tokens = |run: &Path| metrics(run).iter().map(|line| line["tokens"].clone()).collect::<Vec<_>>();
+        assert_eq!(tokens(&alone), tokens(&together));
+    }
+}
+
+#[test]
+fn a_checkpoint_of_four_workers_goes_on_with_any_number() {
+    let home = Home::new();
+    let step = step(4, 1);
+    let schedule = with(&step, &["schedule.total_steps=12", "train.keep=0"]);
+    for form in ["whole-matrix", "flat"] {
+        let four = with(&schedule, &["distributed.devices=4", &format!("distributed.form=\"{form}\"")]);
+        let whole = trained(&home, &format!("{form}-whole"), &four);
+        let files = fs::read_dir(checkpoint(&whole, 12)).unwrap().map(|entry| entry.unwrap().file_name());
+        let parts = files.filter(|name| name.to_string_lossy().starts_with("optimizer-")).count();
+        assert_eq!(parts, 4);
+        for workers in [1, 2, 3] {
+            let name = format!("{form}-{workers}");
+            trained(&home, &name, &with(&four, &["train.steps=8"]));
+            let devices = format!("distributed.devices={workers}");
+            let mut rest = with(&schedule, &[&devices, &format!("distributed.form=\"{form}\"")]);
+            rest.push("--resume".into());
+            let run = trained(&home, &name, &rest);
+            // From equal weights and state; what follows sums the micro-batches in another order.
+            assert_same_weights(&whole, &run, 8);
+            let (loss, weights) = apart(&whole, &run, 12);
+            assert!(loss < 1e-5 && weights < 1e-3, "{form} {workers}: {loss}, {weights}");
+        }
+    }
+    // And without any workers, from several; and with several, from none.
+    let alone = trained(&home, "alone", &schedule);
+    let plain = with(&schedule, &["train.steps=8"]);
+    trained(&home, "to-alone", &with(&plain, &["distributed.devices=4"]));
+    let mut rest = schedule.clone();
+    rest.push("--resume".into());
+    let run = trained(&home, "to-alone", &rest);
+    assert_eq!(metrics(&alone).iter().filter(|line| line["split"] == "train").count(), 12);
+    assert_same_weights(&alone, &run, 12);
+    trained(&home, "from-alone", &plain);
+    let mut rest = with(&schedule, &["distributed.devices=4"]);
+    rest.push("--resume".into());
+    assert_same_weights(&alone, &trained(&home, "from-alone", &rest), 12);
+}
+
+#[test]
+fn a_part_that_is_missing_is_named() {
+    let home = Home::new();
+    let four = with(&step(4, 1), &["distributed.devices=4"]);
+    let run = trained(&home, "torn", &four);
+    fs::remove_file(checkpoint(&run, 12).join("optimizer-00002-of-00004.bpk")).unwrap();
+    let mut arguments = with(&four, &["train.steps=13"]);
+    arguments.push("--resume".into());
+    let output = home.train("torn", &arguments.iter().map(String::as_str).collect::<Vec<_>>()).output().unwrap();
+    assert_fails(&output, "optimizer-00002-of-00004.bpk");
+}
+
+#[test]
+fn a_run_of_workers_says_what_it_sent_and_held() {
+    let home = Home::new();
+    let told = |form: &str| {
+        let form = format!("distributed.form=\"{form}\"");
+        let arguments = with(&step(4, 1), &["distributed.devices=4", &form]);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let output = home.train(&form.replace(['"', '='], "-"), &arguments).output().unwrap();
+        let stderr = text(&output.stderr);
+        assert!(output.status.success(), "{stderr}");
+        let after = |start: &str| {
+            let line = stderr.lines().find(|line| line.starts_with(start));
+            line.unwrap_or_else(|| panic!("no `{start}` in {stderr}"))[start.len()..].trim().to_owned()
+        };
+        let sent = after("sent by a worker in a step:");
+        let sent = sent.split(", numbers").next().unwrap().to_owned();
+        assert_eq!(sent, after("by the formula:"));
+        let ratio = after("against a sharded AdamW:");
+        ratio.split(' ').next().unwrap().parse::<f64>().unwrap()
+    };
+    assert_eq!(told("whole-matrix"), 1.0);
+    let flat = told("flat");
+    assert!(flat > 1.0 && flat <= 1.25, "{flat}");
+}
+
+#[test]
+fn a_loss_that_is_no_number_ends_all_workers_with_one_error() {
+    let home = Home::new();
+    let arguments = [
+        "--set",
+        "optimizer.learning_rate=1e30",
+        "--set",
+        "schedule.warmup_steps=0",
+        "--set",
+        "train.checkpoint_every=1",
+        "--set",
+        "distributed.devices=3",
+    ];
+    let output = home.train("broken", &arguments).output().unwrap();
+    assert_fails(&output, "step 2: the ");
+    assert!(text(&output.stderr).contains("step-00000001"));
+    assert_eq!(checkpoints(&home.run("broken")), ["step-00000001"]);
+}
+
+#[test]
+fn a_worker_without_a_sequence_is_refused() {
+    let home = Home::new();
+    let output = home.train("many", &["--set", "distributed.devices=9"]).output().unwrap();
+    assert_fails(&output, "there are 9 workers, and a step has 4 sequences");
+}
+
+#[test]
+fn a_plan_says_what_a_run_on_many_needs() {
+    let home = Home::new();
+    let recipe = home.path("recipe.toml").display().to_string();
+    let output = moonlight(&["plan", &recipe, "--workers", "4", "--json"]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let of = |list: &str, name: &str| {
+        let list = plan["scale"][list].as_array().unwrap();
+        list.iter().find(|item| item["name"] == name).unwrap()["value"].as_f64().unwrap()
+    };
+    // All but the bias of the one router; f32.
+    let trained = plan["parameters"]["total"].as_f64().unwrap() - 6.0;
+    assert_eq!(of("memory", "weights"), 4.0 * trained);
+    // The program counts the same in a run of four.
+    assert_eq!(of("sent", "gradients"), 3.0 * trained);
+    let run = with(&step(4, 1), &["distributed.devices=4"]);
+    let output = home.train("counted", &run.iter().map(String::as_str).collect::<Vec<_>>()).output().unwrap();
+    let expected = format!("gradients {:.3} MB", 3.0 * trained / 1e6);
+    assert!(text(&output.stderr).contains(&expected), "{expected}: {}", text(&output.stderr));
+    let output = moonlight(&["plan", &recipe, "--workers", "4"]).output().unwrap();
+    assert!(text(&output.stdout).contains("on 4 GPUs, a worker each"));
+}
+
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_build_without_mpi_says_so_under_a_launcher() {
+    let home = Home::new();
+    let output = home.train("launched", &[]).env("OMPI_COMM_WORLD_SIZE", "4").output().unwrap();
+    assert_fails(&output, "this build of the program knows no MPI");
+    assert!(text(&output.stderr).contains("--features mpi"));
+}
