@@ -14,7 +14,7 @@ worker against that of the plain step.
 import argparse
 import json
 import os
-import statistics
+import resource
 import struct
 import subprocess
 import sys
@@ -51,7 +51,7 @@ class Runs:
     def __init__(self, program, home, steps):
         self.program, self.home, self.steps = program, home, steps
 
-    def train(self, name, workers, sets, processes=0):
+    def train(self, name, workers, sets, processes=0, environment={}):
         sets = {
             **SETS, "run.name": name, "run.dir": json.dumps(str(self.home)), "train.steps": self.steps,
             "data.cache_dir": json.dumps(str(self.home / "cache")),
@@ -61,10 +61,17 @@ class Runs:
         words += [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
         if processes:
             words = [*MPIRUN, "-n", str(processes), *words]
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
         if done.returncode:
             sys.exit(f"{name}: {done.stderr[-2000:]}")
         return self.home / name, done.stderr
+
+    def processor_seconds(self, sets):
+        name = f"time-{len(list(self.home.iterdir()))}"
+        used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+        before = used()
+        self.train(name, 1, sets, environment={"RAYON_NUM_THREADS": "1"})
+        return used() - before
 
     def lines(self, run):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -88,7 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", type=lambda path: Path(path).resolve())
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--turns", type=int, default=4, help="runs of each way for the time of a step")
+    parser.add_argument("--turns", type=int, default=5, help="runs of each way for the time of a step")
     parser.add_argument("--no-mpi", action="store_true")
     parser.add_argument("--only-time", action="store_true")
     arguments = parser.parse_args()
@@ -112,14 +119,15 @@ def main():
                     print(f"{form}, {workers} workers by {way}: {same}{'' if good else '  TOO FAR'}", flush=True)
                 told = [line for line in told.splitlines() if line.startswith(("sent", "by the", "against", "opt", "mom"))]
                 print("    " + "\n    ".join(told), flush=True)
-        # In turn, and of each way the run that whatever else the machine does disturbed least.
-        rates = {"plain": [], "distributed": []}
-        for turn in range(arguments.turns):
-            for way, sets in (("plain", {}), ("distributed", {"distributed.devices": 1})):
-                run, _ = runs.train(f"{way}-{turn}", 1, {**sets, "data.sequence_length": 256})
-                rates[way].append(statistics.median(line["tokens_per_second"] for line in runs.lines(run)[5:]))
-        plain, distributed = max(rates["plain"]), max(rates["distributed"])
-        print(f"one worker: {plain:.0f} tokens/s plain, {distributed:.0f} distributed: {plain / distributed - 1:+.2%} time")
+        # Processor time of one thread, in turn, and of each way the least: what else the machine does takes no part in it.
+        one_thread = {"data.sequence_length": 256, "train.validate_batches": 1, "train.probe_every": 0}
+        one_thread |= {"schedule.warmup_steps": 0, "schedule.decay_steps": 0}
+        seconds = lambda way, steps: runs.processor_seconds({**one_thread, **way, "train.steps": steps})
+        ways = {"plain": {}, "distributed": {"distributed.devices": 1}}
+        start = {name: min(seconds(way, 1) for _ in range(2)) for name, way in ways.items()}
+        turns = [{name: seconds(way, 13) - start[name] for name, way in ways.items()} for _ in range(arguments.turns)]
+        plain, distributed = (min(turn[name] for turn in turns) for name in ways)
+        print(f"one worker, 12 steps: {plain:.2f} s plain, {distributed:.2f} s distributed: {distributed / plain - 1:+.2%}")
     sys.exit(failed)
 
 

@@ -7,7 +7,7 @@ middle of a checkpoint, one host's cable is pulled (its link goes down: no end o
 worker is killed (SIGKILL). What is looked at each time:
 
 * every process of the run ends, and how long that takes;
-* there is an error that names a worker;
+* there is an error that names a worker, or from the launcher one that names the worker or its host;
 * every folder that bears a step's name holds a whole checkpoint;
 * `--resume` ends with the weights of the run that was never disturbed, bit for bit.
 
@@ -259,7 +259,8 @@ class Trial:
         # What the launcher has left behind on hosts that it could not reach is in nobody's way, but for the test's own count.
         self.network.clear()
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
-        noticed = [line for line in output.splitlines() if "exited on signal" in line]
+        # The launcher names the worker that was killed, and the host that is silent where it finds that out first.
+        noticed = [line.strip() for line in output.splitlines() if "exited on signal" in line or "Remote daemon:" in line]
         named = bool(errors or noticed)
         before = newest(folder)
         resumed = self.train(name, "--resume")

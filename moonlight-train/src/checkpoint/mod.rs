@@ -126,7 +126,7 @@ impl Checkpoints {
             let written =
                 written.and_then(|()| self.write_model(model, new)).and_then(|()| self.write_state(new, state));
             // What is no checkpoint error goes around the converter's error type.
-            failure = optimizer.end(written).err();
+            failure = optimizer.end(new, written).err();
             match &failure {
                 None => Ok(()),
                 Some(error) => Err(moonlight_convert::CheckpointError::Write {
@@ -223,25 +223,28 @@ impl Checkpoints {
 
 /// Writes the optimizer's state of a checkpoint.
 pub trait Keeping {
-    /// Writes it into the new folder, before anything else is.
+    /// Called with the new folder, before anything else is written.
     ///
     /// # Errors
     ///
     /// A file that cannot be written.
     fn begin(&mut self, dir: &Path) -> Result<(), TrainError>;
 
-    /// Called with how the writing of all files went; the checkpoint gets its name if this says so.
+    /// Called with how the writing of everything else went; the checkpoint gets its name if this says so.
     ///
     /// # Errors
     ///
-    /// What it was given, or what went wrong elsewhere.
-    fn end(&mut self, written: Result<(), TrainError>) -> Result<(), TrainError> {
-        written
-    }
+    /// What it was given, a file that cannot be written, or what went wrong elsewhere.
+    fn end(&mut self, dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError>;
 }
 
 impl Keeping for &BatchedOptimizer {
-    fn begin(&mut self, dir: &Path) -> Result<(), TrainError> {
+    fn begin(&mut self, _dir: &Path) -> Result<(), TrainError> {
+        Ok(())
+    }
+
+    fn end(&mut self, dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError> {
+        written?;
         let path = dir.join(OPTIMIZER);
         self.save(&path).map_err(|source| TrainError::OptimizerState { path, source })
     }

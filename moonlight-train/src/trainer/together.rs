@@ -281,7 +281,7 @@ impl Keeping for Parts<'_> {
         write_part(&dir, self.optimizer)
     }
 
-    fn end(&mut self, written: Result<(), TrainError>) -> Result<(), TrainError> {
+    fn end(&mut self, _dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError> {
         let agreed = agree(self.optimizer.worker(), written);
         self.disagreed = agreed.is_err();
         agreed
