@@ -1,0 +1,103 @@
+//! Times decoding, token by token, against what the memory allows, and prints one JSON line; `scripts/bench_decoding.py`
+//! runs it beside transformers.
+//!
+//! A token reads every activated weight once, so that it takes at least their bytes over the memory's bandwidth, which is
+//! measured here: all threads add up an array that no cache holds.
+//!
+//! `cargo run --release -p moonlight-model --example bench_decoding -- [tokens] [batch] [dtype] [preset]`
+
+use std::time::Instant;
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use moonlight_model::{CausalLm, KvCache, ModelConfig};
+use rayon::prelude::*;
+use serde_json::json;
+
+/// Tokens that are read before the clock starts.
+const PROMPT: usize = 16;
+/// Values of the array that measures the bandwidth: 1 GiB.
+const VALUES: usize = 1 << 28;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    moonlight_model::keep_freed_memory();
+    let mut arguments = std::env::args().skip(1);
+    let mut number = |default: usize| arguments.next().map_or(Ok(default), |text| text.parse::<usize>());
+    let (tokens, batch) = (number(48)?, number(1)?);
+    let dtype = match arguments.next().as_deref() {
+        None | Some("f32") => DType::F32,
+        Some("bf16") => DType::BF16,
+        Some(other) => return Err(format!("there is no dtype `{other}`").into()),
+    };
+    let preset = arguments.next().unwrap_or_else(|| "bench-small".to_owned());
+
+    let bandwidth = bandwidth();
+    let device = Device::default();
+    let config = ModelConfig::preset(&preset)?;
+    let model = config.init(&device);
+    let model = if dtype == DType::F32 { model } else { model.map(&mut Cast(dtype)) };
+    let mut seconds = decode(&model, &config, tokens, batch, &device);
+    seconds.sort_by(f64::total_cmp);
+    let median = seconds[seconds.len() / 2];
+    // An embedding is one row of its table.
+    let count = config.parameter_count();
+    let bytes = (count.activated - config.vocab_size as u64 * config.hidden_size as u64) * dtype.size() as u64;
+    let bound = bandwidth / bytes as f64;
+    let result = json!({
+        "preset": preset,
+        "batch": batch,
+        "dtype": if dtype == DType::F32 { "f32" } else { "bf16" },
+        "milliseconds_per_step": median * 1e3,
+        "tokens_per_second": batch as f64 / median,
+        "bytes_per_token": bytes,
+        "bandwidth_gb_per_second": bandwidth / 1e9,
+        "share_of_bound": (1.0 / median) / bound,
+    });
+    println!("{result}");
+    Ok(())
+}
+
+struct Cast(DType);
+
+impl ModuleMapper for Cast {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|tensor| tensor.cast(self.0))
+    }
+}
+
+fn decode(model: &CausalLm, config: &ModelConfig, count: usize, batch: usize, device: &Device) -> Vec<f64> {
+    let mut cache = KvCache::new(config, batch, PROMPT + count, device, model.dtype());
+    let input = |length: usize, first: usize| {
+        let tokens = (0..batch * length).map(|index| ((first + index) * 31 % config.vocab_size) as i32).collect();
+        Tensor::<2, Int>::from_data(TensorData::new::<i32, _>(tokens, [batch, length]), device)
+    };
+    let mut step = |length, first| {
+        let start = Instant::now();
+        model.decode(input(length, first), &mut cache).into_data();
+        start.elapsed().as_secs_f64()
+    };
+    step(PROMPT, 0);
+    step(1, PROMPT); // lays out the weights that decoding wants
+    (1..count).map(|index| step(1, PROMPT + index)).collect()
+}
+
+/// Bytes a second that all threads read.
+fn bandwidth() -> f64 {
+    let values = vec![1.0f32; VALUES];
+    let read = || {
+        let start = Instant::now();
+        let sum: f32 = values
+            .par_chunks(1 << 16)
+            .map(|piece| {
+                let mut sums = [0.0f32; 64];
+                for chunk in piece.as_chunks::<64>().0 {
+                    sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum += value);
+                }
+                sums.iter().sum::<f32>()
+            })
+            .sum();
+        assert!(sum > 0.0, "the sum is used");
+        start.elapsed().as_secs_f64()
+    };
+    (VALUES * size_of::<f32>()) as f64 / (0..5).map(|_| read()).fold(f64::INFINITY, f64::min)
+}
