@@ -16,9 +16,12 @@ use super::{AttentionSpec, ExpertPlan, ModelOps, PackedSpec, RotationSpec};
 
 impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     fn project(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let (rows_tracked, weight_tracked) = (rows.is_tracked(), weight.is_tracked());
         match Project.prepare::<C>([rows.node(), weight.node()]).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
-                let state = (prep.checkpoint(&rows), prep.checkpoint(&weight));
+                // Each is kept for the other's gradient alone: beside a frozen weight the rows are not.
+                let state =
+                    (weight_tracked.then(|| prep.checkpoint(&rows)), rows_tracked.then(|| prep.checkpoint(&weight)));
                 prep.finish(state, B::project_forward(rows.into_primitive(), weight.into_primitive()))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::project_forward(rows.into_primitive(), weight.into_primitive())),
@@ -26,9 +29,14 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     }
 
     fn grouped_matmul(rows: FloatTensor<Self>, weight: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
+        let (rows_tracked, weight_tracked) = (rows.is_tracked(), weight.is_tracked());
         match GroupedMatmul.prepare::<C>([rows.node(), weight.node()]).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
-                let state = (prep.checkpoint(&rows), prep.checkpoint(&weight), plan.clone());
+                let state = (
+                    weight_tracked.then(|| prep.checkpoint(&rows)),
+                    rows_tracked.then(|| prep.checkpoint(&weight)),
+                    plan.clone(),
+                );
                 prep.finish(state, B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &plan))
             }
             OpsKind::UnTracked(prep) => {
@@ -162,22 +170,24 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     }
 }
 
+const KEPT: &str = "what a tracked operand's gradient needs was kept";
+
 #[derive(Debug)]
 struct Project;
 
 impl<B: Kernels> Backward<B, 2> for Project {
-    type State = (NodeId, NodeId);
+    type State = (Option<NodeId>, Option<NodeId>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
         let (rows, weight) = ops.state;
-        let rows: FloatTensor<B> = checkpointer.retrieve_node_output(rows);
-        let weight: FloatTensor<B> = checkpointer.retrieve_node_output(weight);
+        let rows: Option<FloatTensor<B>> = rows.map(|rows| checkpointer.retrieve_node_output(rows));
+        let weight: Option<FloatTensor<B>> = weight.map(|weight| checkpointer.retrieve_node_output(weight));
         binary::<B, _, _>(
             ops.parents,
             ops.node,
             grads,
-            |grad| B::project_rows_grad(grad, weight),
-            |grad| B::project_weight_grad(rows, grad),
+            |grad| B::project_rows_grad(grad, weight.expect(KEPT)),
+            |grad| B::project_weight_grad(rows.expect(KEPT), grad),
         );
     }
 }
@@ -186,18 +196,18 @@ impl<B: Kernels> Backward<B, 2> for Project {
 struct GroupedMatmul;
 
 impl<B: Kernels> Backward<B, 2> for GroupedMatmul {
-    type State = (NodeId, NodeId, Arc<ExpertPlan>);
+    type State = (Option<NodeId>, Option<NodeId>, Arc<ExpertPlan>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
         let (rows, weight, plan) = ops.state;
-        let rows: FloatTensor<B> = checkpointer.retrieve_node_output(rows);
-        let weight: FloatTensor<B> = checkpointer.retrieve_node_output(weight);
+        let rows: Option<FloatTensor<B>> = rows.map(|rows| checkpointer.retrieve_node_output(rows));
+        let weight: Option<FloatTensor<B>> = weight.map(|weight| checkpointer.retrieve_node_output(weight));
         binary::<B, _, _>(
             ops.parents,
             ops.node,
             grads,
-            |grad| B::grouped_matmul_rows_grad(grad, weight, &plan),
-            |grad| B::grouped_matmul_weight_grad(rows, grad, &plan),
+            |grad| B::grouped_matmul_rows_grad(grad, weight.expect(KEPT), &plan),
+            |grad| B::grouped_matmul_weight_grad(rows.expect(KEPT), grad, &plan),
         );
     }
 }

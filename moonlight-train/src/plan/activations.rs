@@ -3,7 +3,6 @@
 //! A forward pass in the graph keeps the inputs of every product and of every kernel (`moonlight_model::kernels`); the
 //! list below follows the code, in its order. `n` is the number of tokens of a micro-batch.
 
-use moonlight_model::Bits;
 use moonlight_model::config::{AttentionConfig, ModelConfig, MoeConfig};
 use moonlight_model::lora::AdapterShape;
 
@@ -40,7 +39,7 @@ pub(super) fn of_layer(
     // Beside them: the normed input of either half, and the sum between the halves.
     let kept = 3 * n * hidden + attention + feed_forward;
     let (more, less) = match &setting.lora {
-        Some(lora) => of_adapters(config, layer, n, (lora.rank, adapters), setting.packed),
+        Some(lora) => of_adapters(config, layer, n, (lora.rank, adapters)),
         None => (0, 0),
     };
     // The gradient of the residual stream waits while either half is gone through.
@@ -55,7 +54,6 @@ fn of_adapters(
     layer: usize,
     n: u64,
     (rank, adapters): (usize, &[AdapterShape]),
-    packed: Option<Bits>,
 ) -> (u64, u64) {
     let prefix = format!("layers.{layer}.");
     let adapted: Vec<&str> = adapters.iter().filter_map(|adapter| adapter.path.strip_prefix(&prefix)).collect();
@@ -74,8 +72,7 @@ fn of_adapters(
         Some(moe) => ("mlp.shared_experts.", moe.n_shared_experts * moe.moe_intermediate_size),
         None => ("mlp.", config.intermediate_size),
     };
-    if let (Some(moe), Some(_)) = (moe, packed) {
-        // The product by packed experts keeps no rows; that by experts in full has them in its state.
+    if let Some(moe) = moe {
         if !any(&["mlp.experts.gate_proj", "mlp.experts.up_proj"]) {
             less += rows * hidden;
         }

@@ -272,6 +272,18 @@ impl Step<'_> {
             .with(Part::Weights, self.parameters.iter().map(Parameter::weight).sum())
             .with(Part::Weights, self.parameters.iter().map(Parameter::unpacked).max().unwrap_or_default())
             .with(Part::OptimizerState, self.parameters.iter().map(|parameter| parameter.state(self.setting)).sum())
+            .with(Part::Activations, self.scratch())
+    }
+
+    /// The f32 copies of a product's operands that each thread of the CPU keeps where they are not f32: 256 rows, 128
+    /// columns of the matrix, and what comes of them (`moonlight_model::kernels`).
+    fn scratch(&self) -> u64 {
+        let Self { config, setting, .. } = self;
+        if !setting.cpu || setting.bytes == 4 {
+            return 0;
+        }
+        let widest = config.hidden_size.max(config.intermediate_size).max(config.vocab_size) as u64;
+        setting.threads as u64 * 4 * ((256 + 128) * widest + 256 * 128)
     }
 
     fn gradients(&self, of: impl Fn(&Parameter) -> bool) -> u64 {

@@ -7,6 +7,9 @@ use super::matrix::{Matrix, MatrixMut};
 
 /// A type of values that the products take. Sums are carried in f32 and rounded once.
 pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
+    /// Rows that a task takes at a time, which bounds its scratch memory.
+    const ROWS: usize;
+
     /// The view of `rows x columns` that begins at the start of `values`, whose rows lie `row_stride` apart; `scratch` is
     /// there for a copy.
     fn view<'a>(
@@ -36,6 +39,8 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
 }
 
 impl Element for f32 {
+    const ROWS: usize = 2048;
+
     fn view<'a>(
         values: &'a [f32],
         rows: usize,
@@ -64,6 +69,8 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    const ROWS: usize = 256;
+
     fn view<'a>(
         values: &'a [bf16],
         rows: usize,

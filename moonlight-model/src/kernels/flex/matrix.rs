@@ -56,6 +56,11 @@ impl<'a> MatrixMut<'a> {
         Self { values: values.as_mut_ptr(), rows, columns, row_stride, life: PhantomData }
     }
 
+    /// The same view, for one product of several.
+    pub(super) fn reborrow(&mut self) -> MatrixMut<'_> {
+        MatrixMut { life: PhantomData, ..*self }
+    }
+
     /// One row.
     pub(super) fn row_mut(&mut self, index: usize) -> &mut [f32] {
         assert!(index < self.rows, "there is no such row");

@@ -15,8 +15,6 @@ use super::{dims, tensor_of, values_of};
 
 /// Columns of one task: narrower, and the rows are packed more often than need be; wider, and there are too few tasks.
 const COLUMNS: usize = 128;
-/// Rows of one task, which bounds its scratch memory.
-const ROWS: usize = 2048;
 
 /// Copies of a task's operands in f32, where they are not f32 themselves. Kept by each thread.
 #[derive(Default)]
@@ -49,8 +47,8 @@ pub(super) fn forward<E: Element>(
 
     let mut tasks = Vec::new();
     for (group, bounds) in offsets.windows(2).enumerate() {
-        for start in (bounds[0]..bounds[1]).step_by(ROWS) {
-            let end = bounds[1].min(start + ROWS);
+        for start in (bounds[0]..bounds[1]).step_by(E::ROWS) {
+            let end = bounds[1].min(start + E::ROWS);
             let columns = if !transpose && few_rows::suits(end - start) { few_rows::COLUMNS } else { COLUMNS };
             tasks.extend((0..to).step_by(columns).map(|first| (group, start..end, first..to.min(first + columns))));
         }
@@ -106,10 +104,14 @@ pub(super) fn weight_grad<E: Element>(
         // SAFETY: no two tasks have an element of the result in common.
         let target = unsafe { shared.at(group * input * output + first) };
         SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
-            let fill = |out: MatrixMut<'_>| {
-                let rows = E::view(&rows[places.start * input..], places.len(), input, input, lhs);
-                let grad = E::view(&grad[places.start * output + first..], places.len(), columns, output, rhs);
-                multiply(out, rows.transposed(), grad, 1.0, Write::Set);
+            let fill = |mut out: MatrixMut<'_>| {
+                for start in places.clone().step_by(E::ROWS) {
+                    let count = E::ROWS.min(places.end - start);
+                    let rows = E::view(&rows[start * input..], count, input, input, lhs);
+                    let grad = E::view(&grad[start * output + first..], count, columns, output, rhs);
+                    let write = if start == places.start { Write::Set } else { Write::Add };
+                    multiply(out.reborrow(), rows.transposed(), grad, 1.0, write);
+                }
             };
             // SAFETY: as above.
             unsafe { E::write(target, input, columns, output, out, fill) };
