@@ -49,12 +49,7 @@ pub(super) fn of_layer(
 
 /// What adapters add to a layer, their narrow products, and what a frozen product need not keep: its input, where no
 /// adapter wants it either and no kernel has it.
-fn of_adapters(
-    config: &ModelConfig,
-    layer: usize,
-    n: u64,
-    (rank, adapters): (usize, &[AdapterShape]),
-) -> (u64, u64) {
+fn of_adapters(config: &ModelConfig, layer: usize, n: u64, (rank, adapters): (usize, &[AdapterShape])) -> (u64, u64) {
     let prefix = format!("layers.{layer}.");
     let adapted: Vec<&str> = adapters.iter().filter_map(|adapter| adapter.path.strip_prefix(&prefix)).collect();
     let moe = config.moe_of_layer(layer);

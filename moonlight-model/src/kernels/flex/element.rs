@@ -10,6 +10,12 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
     /// Rows that a task takes at a time, which bounds its scratch memory.
     const ROWS: usize;
 
+    /// How often a value is copied before it is multiplied.
+    const SCRATCH: usize;
+
+    /// The values, each rounded once.
+    fn rounded(values: Vec<f32>) -> Vec<Self>;
+
     /// The view of `rows x columns` that begins at the start of `values`, whose rows lie `row_stride` apart; `scratch` is
     /// there for a copy.
     fn view<'a>(
@@ -40,6 +46,11 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
 
 impl Element for f32 {
     const ROWS: usize = 2048;
+    const SCRATCH: usize = 0;
+
+    fn rounded(values: Vec<f32>) -> Vec<f32> {
+        values
+    }
 
     fn view<'a>(
         values: &'a [f32],
@@ -70,6 +81,13 @@ impl Element for f32 {
 
 impl Element for bf16 {
     const ROWS: usize = 256;
+    const SCRATCH: usize = 1;
+
+    fn rounded(values: Vec<f32>) -> Vec<bf16> {
+        let mut rounded = vec![bf16::ZERO; values.len()];
+        narrow(&values, &mut rounded);
+        rounded
+    }
 
     fn view<'a>(
         values: &'a [bf16],

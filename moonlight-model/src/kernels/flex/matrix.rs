@@ -61,13 +61,6 @@ impl<'a> MatrixMut<'a> {
         MatrixMut { life: PhantomData, ..*self }
     }
 
-    /// One row.
-    pub(super) fn row_mut(&mut self, index: usize) -> &mut [f32] {
-        assert!(index < self.rows, "there is no such row");
-        // SAFETY: the view was checked against its slice when it was made, and is borrowed.
-        unsafe { std::slice::from_raw_parts_mut(self.values.add(index * self.row_stride), self.columns) }
-    }
-
     /// A view of memory that several tasks write at once.
     ///
     /// # Safety

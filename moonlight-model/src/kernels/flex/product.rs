@@ -43,14 +43,16 @@ pub(super) fn forward<E: Element>(
     let (from, to) = if transpose { (output, input) } else { (input, output) };
     assert_eq!(width, from, "the rows are as wide as the weight's input");
     let (rows, weight) = (values_of::<E>(rows), values_of::<E>(weight));
+    if !transpose && few_rows::suits(offsets) {
+        return few_rows::forward(rows, weight, offsets, (input, output));
+    }
     let mut out = vec![E::default(); count * to];
 
     let mut tasks = Vec::new();
     for (group, bounds) in offsets.windows(2).enumerate() {
         for start in (bounds[0]..bounds[1]).step_by(E::ROWS) {
             let end = bounds[1].min(start + E::ROWS);
-            let columns = if !transpose && few_rows::suits(end - start) { few_rows::COLUMNS } else { COLUMNS };
-            tasks.extend((0..to).step_by(columns).map(|first| (group, start..end, first..to.min(first + columns))));
+            tasks.extend((0..to).step_by(COLUMNS).map(|first| (group, start..end, first..to.min(first + COLUMNS))));
         }
     }
     let shared = SharedSlice::new(&mut out);
@@ -61,10 +63,6 @@ pub(super) fn forward<E: Element>(
         let target = unsafe { shared.at(places.start * to + columns.start) };
         SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
             let fill = |out: MatrixMut<'_>| {
-                if !transpose && few_rows::suits(places.len()) {
-                    few_rows::multiply(out, rows, &weight[columns.start..], places.len(), from, columns.len(), to);
-                    return;
-                }
                 let rows = E::view(rows, places.len(), from, from, lhs);
                 let weight = if transpose {
                     E::view(&weight[columns.start * output..], columns.len(), output, output, rhs).transposed()
