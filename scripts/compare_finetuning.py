@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 
-from compare_optimizers import metrics, spread
+from compare_optimizers import best_rate, metrics, spread
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SEEDS = (1, 2, 3)
@@ -98,19 +98,8 @@ def held_out(folder):
 
 
 def tuned(options, way):
-    """The held-out loss at each rate; the grid grows by factors of two while its best lies at an end."""
-    losses, rates = {}, list(WAYS[way][2])
-    while True:
-        for rate in rates:
-            if rate not in losses:
-                losses[rate] = held_out(run(options, way, rate, SEEDS[0], options.tune_steps))
-        best = min(losses, key=losses.get)
-        if best == max(losses):
-            rates.append(best * 2)
-        elif best == min(losses):
-            rates.append(best / 2)
-        else:
-            return losses, best
+    """The held-out loss at each rate, and the best rate."""
+    return best_rate(WAYS[way][2], lambda rate: held_out(run(options, way, rate, SEEDS[0], options.tune_steps)))
 
 
 def tune(options):

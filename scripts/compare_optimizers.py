@@ -106,14 +106,13 @@ def spread(values, digits=4):
     return f"{mean:.{digits}g} +- {half:.2g}"
 
 
-def tuned(options, model, optimizer):
-    """The validation loss at each rate; the grid grows by factors of two while its best lies at an end."""
-    rates = list(RATES)
-    losses = {}
+def best_rate(rates, loss_of):
+    """The loss at each rate, and the best rate; the grid grows by factors of two while its best lies at an end."""
+    rates, losses = list(rates), {}
     while True:
         for rate in rates:
             if rate not in losses:
-                losses[rate] = final(run(options, model, optimizer, rate, SEEDS[0]))[1]
+                losses[rate] = loss_of(rate)
         best = min(losses, key=losses.get)
         if best == max(losses):
             rates.append(best * 2)
@@ -121,6 +120,11 @@ def tuned(options, model, optimizer):
             rates.append(best / 2)
         else:
             return losses, best
+
+
+def tuned(options, model, optimizer):
+    """The validation loss at each rate, and the best rate."""
+    return best_rate(RATES, lambda rate: final(run(options, model, optimizer, rate, SEEDS[0]))[1])
 
 
 def tune(options):

@@ -249,3 +249,22 @@ pub(crate) fn assert_fails(output: &Output, expected: &str) {
     let behind: Vec<&str> = stderr.lines().skip_while(|line| !line.starts_with("error: ")).skip(1).collect();
     assert!(behind.len() <= 1 && behind.iter().all(|line| line.starts_with("hint: ")), "{stderr}");
 }
+
+/// A run whose rate is out of all bounds ends with one error that names its second step, behind the checkpoint of the
+/// first.
+pub(crate) fn assert_ends_at_no_number(more: &[&str]) {
+    let home = Home::new();
+    let mut arguments = vec![
+        "--set",
+        "optimizer.learning_rate=1e30",
+        "--set",
+        "schedule.warmup_steps=0",
+        "--set",
+        "train.checkpoint_every=1",
+    ];
+    arguments.extend(more);
+    let output = home.train("broken", &arguments).output().unwrap();
+    assert_fails(&output, "step 2: the ");
+    assert!(text(&output.stderr).contains("step-00000001"));
+    assert_eq!(checkpoints(&home.run("broken")), ["step-00000001"]);
+}
