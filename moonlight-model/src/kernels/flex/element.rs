@@ -10,9 +10,6 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
     /// Rows that a task takes at a time, which bounds its scratch memory.
     const ROWS: usize;
 
-    /// How often a value is copied before it is multiplied.
-    const SCRATCH: usize;
-
     /// The values, each rounded once.
     fn rounded(values: Vec<f32>) -> Vec<Self>;
 
@@ -26,8 +23,8 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
         scratch: &'a mut Vec<f32>,
     ) -> Matrix<'a>;
 
-    /// Some values of a row in f32.
-    fn row<'a>(values: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+    /// The value in f32.
+    fn wide(self) -> f32;
 
     /// Writes what `fill` puts into an f32 view of `rows x columns` that begins at `target`.
     ///
@@ -46,7 +43,6 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
 
 impl Element for f32 {
     const ROWS: usize = 2048;
-    const SCRATCH: usize = 0;
 
     fn rounded(values: Vec<f32>) -> Vec<f32> {
         values
@@ -62,8 +58,9 @@ impl Element for f32 {
         Matrix::strided(values, rows, columns, row_stride)
     }
 
-    fn row<'a>(values: &'a [f32], _scratch: &'a mut [f32]) -> &'a [f32] {
-        values
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        self
     }
 
     unsafe fn write(
@@ -81,7 +78,6 @@ impl Element for f32 {
 
 impl Element for bf16 {
     const ROWS: usize = 256;
-    const SCRATCH: usize = 1;
 
     fn rounded(values: Vec<f32>) -> Vec<bf16> {
         let mut rounded = vec![bf16::ZERO; values.len()];
@@ -103,10 +99,10 @@ impl Element for bf16 {
         Matrix::new(scratch, rows, columns)
     }
 
-    fn row<'a>(values: &'a [bf16], scratch: &'a mut [f32]) -> &'a [f32] {
-        let wide = &mut scratch[..values.len()];
-        widen(values, wide);
-        wide
+    // `bf16::to_f32` looks for NaN, which keeps a loop from being vectorised.
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
     unsafe fn write(
@@ -130,7 +126,7 @@ impl Element for bf16 {
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
 fn widen(values: &[bf16], wide: &mut [f32]) {
     for (wide, value) in wide.iter_mut().zip(values) {
-        *wide = f32::from_bits(u32::from(value.to_bits()) << 16);
+        *wide = value.wide();
     }
 }
 
