@@ -1,32 +1,29 @@
 //! What decoding remembers of the tokens so far.
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::config::{AttentionConfig, ModelConfig};
+use crate::kernels::{Run, in_step};
 
-/// The cache of a model for a batch of sequences of one length, allocated once.
+/// The cache of a model for a batch of sequences, each of a length of its own, allocated once.
 ///
 /// MLA keeps 576 values a token and layer for Moonlight (the latent and the shared key); grouped-query attention keeps
 /// keys and values.
 #[derive(Debug)]
 pub struct KvCache {
     pub(crate) layers: Vec<LayerCache>,
-    batch: usize,
-    length: usize,
+    lengths: Vec<usize>,
     capacity: usize,
 }
 
+/// `[batch, key heads, capacity, row]`: for MLA one key head, and in a row the latent and the shared key; for grouped-query
+/// attention in a row the key and the value.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "there are a few dozen, one a layer")]
-pub(crate) enum LayerCache {
-    Latent(LatentCache),
-    KeyValue(KeyValueCache),
-}
-
-/// `[batch, capacity, latent + rope]`, and the weights that its products want.
-#[derive(Debug)]
-pub(crate) struct LatentCache {
-    store: Option<Tensor<3>>,
+pub(crate) struct LayerCache {
+    store: Option<Tensor<4>>,
+    /// The weights that MLA's products want, made when they are first wanted.
     pub(crate) absorbed: Option<Absorbed>,
 }
 
@@ -39,43 +36,39 @@ pub(crate) struct Absorbed {
     pub(crate) value: Tensor<3>,
 }
 
-/// `[batch, key heads, capacity, 2 width]`: keys, then values.
-#[derive(Debug)]
-pub(crate) struct KeyValueCache {
-    store: Option<Tensor<4>>,
-}
-
 impl KvCache {
-    /// Room for `capacity` tokens of `batch` sequences; `dtype` is that of the model's weights.
+    /// Room for `capacity` tokens in each of `batch` sequences; `dtype` is that of the model's weights.
     pub fn new(config: &ModelConfig, batch: usize, capacity: usize, device: &Device, dtype: DType) -> Self {
-        let layer = || match &config.attention {
-            AttentionConfig::Mla(mla) => {
-                let width = mla.kv_lora_rank + mla.qk_rope_head_dim;
-                let store = Tensor::zeros([batch, capacity, width], (device, dtype));
-                LayerCache::Latent(LatentCache { store: Some(store), absorbed: None })
-            }
-            AttentionConfig::Gqa(gqa) => {
-                let shape = [batch, gqa.num_key_value_heads, capacity, 2 * gqa.head_dim];
-                LayerCache::KeyValue(KeyValueCache { store: Some(Tensor::zeros(shape, (device, dtype))) })
-            }
+        let (key_heads, row) = match &config.attention {
+            AttentionConfig::Mla(mla) => (1, mla.kv_lora_rank + mla.qk_rope_head_dim),
+            AttentionConfig::Gqa(gqa) => (gqa.num_key_value_heads, 2 * gqa.head_dim),
+        };
+        let layer = || {
+            let store = Tensor::zeros([batch, key_heads, capacity, row], (device, dtype));
+            LayerCache { store: Some(store), absorbed: None }
         };
         let layers = (0..config.num_hidden_layers).map(|_| layer()).collect();
-        Self { layers, batch, length: 0, capacity }
+        Self { layers, lengths: vec![0; batch], capacity }
     }
 
     /// Tokens of each sequence so far.
+    pub fn lengths(&self) -> &[usize] {
+        &self.lengths
+    }
+
+    /// Tokens of the longest sequence so far.
     pub fn len(&self) -> usize {
-        self.length
+        self.lengths.iter().copied().max().unwrap_or(0)
     }
 
     /// Whether nothing was decoded yet.
     pub fn is_empty(&self) -> bool {
-        self.length == 0
+        self.len() == 0
     }
 
     /// Sequences side by side.
     pub fn batch(&self) -> usize {
-        self.batch
+        self.lengths.len()
     }
 
     /// Tokens of each sequence that there is room for.
@@ -83,64 +76,61 @@ impl KvCache {
         self.capacity
     }
 
-    /// Forgets all but the first `length` tokens, for a text that goes on differently from there.
+    /// Forgets all but the first `length` tokens of a sequence, for a text that goes on differently from there; 0 makes
+    /// room for another text.
     ///
     /// # Panics
     ///
-    /// When there are fewer.
-    pub fn truncate(&mut self, length: usize) {
-        assert!(length <= self.length, "the cache has {} tokens, not {length}", self.length);
-        self.length = length;
+    /// When there are fewer, or there is no such sequence.
+    pub fn truncate(&mut self, sequence: usize, length: usize) {
+        let tokens = &mut self.lengths[sequence];
+        assert!(length <= *tokens, "the cache has {tokens} tokens of sequence {sequence}, not {length}");
+        *tokens = length;
     }
 
-    pub(crate) fn advance(&mut self, tokens: usize) {
-        self.length += tokens;
+    /// Makes room for `counts` new tokens of each sequence, and says where they go.
+    ///
+    /// # Panics
+    ///
+    /// When there is no room, or `counts` are of another batch.
+    pub(crate) fn take_in(&mut self, counts: &[usize]) -> Arc<Vec<Run>> {
+        assert_eq!(counts.len(), self.batch(), "the cache was made for another batch");
+        let mut runs = Vec::with_capacity(counts.len());
+        for (sequence, (length, &count)) in self.lengths.iter_mut().zip(counts).enumerate() {
+            let start = *length;
+            assert!(start + count <= self.capacity, "the cache is full: {start} + {count} > {}", self.capacity);
+            if count > 0 {
+                runs.push(Run { sequence, start, count });
+            }
+            *length += count;
+        }
+        Arc::new(runs)
     }
 }
 
 impl LayerCache {
-    pub(crate) fn latent(&mut self) -> &mut LatentCache {
-        match self {
-            Self::Latent(cache) => cache,
-            Self::KeyValue(_) => panic!("the cache was made for a model with grouped-query attention"),
+    /// Writes `[tokens, key heads, row]` where `runs` says.
+    pub(crate) fn write(&mut self, new: Tensor<3>, runs: &[Run]) {
+        // The store is taken out while it is written, so that the backend sees its only owner and writes in place.
+        let mut store = self.store.take().expect("the store is always put back");
+        let [batch, heads, _, row] = store.dims();
+        if let Some(run) = in_step(runs, batch) {
+            let new = new.reshape([batch, run.count, heads, row]).swap_dims(1, 2);
+            store = store.slice_assign([0..batch, 0..heads, run.start..run.end(), 0..row], new);
+        } else {
+            let mut token = 0;
+            for &Run { sequence, start, count } in runs {
+                let new = new.clone().slice_dim(0, token..token + count).unsqueeze::<4>().swap_dims(1, 2);
+                let place = [sequence..sequence + 1, 0..heads, start..start + count, 0..row];
+                store = store.slice_assign(place, new);
+                token += count;
+            }
         }
+        self.store = Some(store);
     }
 
-    pub(crate) fn key_value(&mut self) -> &mut KeyValueCache {
-        match self {
-            Self::KeyValue(cache) => cache,
-            Self::Latent(_) => panic!("the cache was made for a model with latent attention"),
-        }
-    }
-}
-
-// A store is taken out while it is written, so that the backend sees its only owner and writes in place.
-
-impl LatentCache {
-    /// Writes `[batch, tokens, latent + rope]` behind the first `length` tokens.
-    pub(crate) fn append(&mut self, new: Tensor<3>, length: usize) {
-        let [batch, tokens, width] = new.dims();
-        let store = self.store.take().expect("the store is always put back");
-        self.store = Some(store.slice_assign([0..batch, length..length + tokens, 0..width], new));
-    }
-
-    /// The first `length` tokens, `[batch, length, latent + rope]`.
-    pub(crate) fn filled(&self, length: usize) -> Tensor<3> {
-        self.store.clone().expect("the store is always put back").slice_dim(1, 0..length)
-    }
-}
-
-impl KeyValueCache {
-    /// Writes `[batch, tokens, key heads, 2 width]` behind the first `length` tokens.
-    pub(crate) fn append(&mut self, new: Tensor<4>, length: usize) {
-        let [batch, tokens, heads, width] = new.dims();
-        let store = self.store.take().expect("the store is always put back");
-        let place = [0..batch, 0..heads, length..length + tokens, 0..width];
-        self.store = Some(store.slice_assign(place, new.swap_dims(1, 2)));
-    }
-
-    /// The first `length` tokens, `[batch, key heads, length, 2 width]`.
-    pub(crate) fn filled(&self, length: usize) -> Tensor<4> {
-        self.store.clone().expect("the store is always put back").slice_dim(2, 0..length)
+    /// `[batch, key heads, capacity, row]`.
+    pub(crate) fn past(&self) -> Tensor<4> {
+        self.store.clone().expect("the store is always put back")
     }
 }

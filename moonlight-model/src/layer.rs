@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
-use crate::attention::{Attention, Tokens};
+use crate::attention::{Attention, NewTokens, Tokens};
 use crate::cache::LayerCache;
 use crate::config::ModelConfig;
 use crate::init::Init;
@@ -67,16 +67,10 @@ impl DecoderLayer {
     }
 
     /// `[tokens, hidden]` of tokens that follow those in the cache.
-    pub(crate) fn decode(
-        &self,
-        x: Tensor<2>,
-        tokens: &Tokens<'_>,
-        routing: &Routing<'_>,
-        cache: &mut LayerCache,
-        length: usize,
-    ) -> Tensor<2> {
-        let attended = self.self_attn.decode(self.input_layernorm.forward(x.clone()), tokens, cache, length);
-        self.feed_forward(x + attended, routing).0
+    pub(crate) fn decode(&self, x: Tensor<2>, new: &NewTokens<'_>, cache: &mut LayerCache) -> Tensor<2> {
+        let attended = self.self_attn.decode(self.input_layernorm.forward(x.clone()), new, cache);
+        let routing = Routing { batch: 1, sequence: new.tokens.sequence, padding: None, balance_weight: 0.0 };
+        self.feed_forward(x + attended, &routing).0
     }
 
     fn feed_forward(&self, x: Tensor<2>, routing: &Routing<'_>) -> (Tensor<2>, Option<Vec<u64>>, Option<Tensor<1>>) {

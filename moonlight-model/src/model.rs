@@ -4,14 +4,12 @@ use burn::module::{Module, Param};
 use burn::nn::{Embedding, Linear};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use crate::attention::Tokens;
 use crate::batch::{LmBatch, Segments};
-use crate::cache::KvCache;
 use crate::config::ModelConfig;
 use crate::init::Init;
 use crate::kernels::{cross_entropy, project};
 use crate::layer::{DecoderLayer, FeedForward};
-use crate::moe::{Routing, bias_step};
+use crate::moe::bias_step;
 use crate::norm::RmsNorm;
 use crate::report::{ForwardReport, Probe};
 use crate::rope::RotaryEmbedding;
@@ -102,31 +100,6 @@ impl CausalLm {
         LossOutput { loss_sum: (losses * mask).sum(), balance_loss, report }
     }
 
-    /// The logits of tokens that follow those in the cache, which takes them in: `[batch, new]` to
-    /// `[batch, new, vocab]`.
-    ///
-    /// # Panics
-    ///
-    /// When the cache has no room for the tokens, or was made for another batch or model.
-    pub fn decode(&self, tokens: Tensor<2, Int>, cache: &mut KvCache) -> Tensor<3> {
-        let [batch, new] = tokens.dims();
-        assert_eq!(batch, cache.batch(), "the cache was made for another batch");
-        let length = cache.len();
-        assert!(length + new <= cache.capacity(), "the cache is full: {length} + {new} > {}", cache.capacity());
-        let device = tokens.device();
-        let positions: Vec<u32> =
-            (0..batch).flat_map(|_| (length..length + new).map(|position| position as u32)).collect();
-        let rotation = self.rotary.at(&positions, &device);
-        let context = Tokens { batch, sequence: new, rotation: &rotation, starts: None, probe_logits: false };
-        let routing = Routing { batch, sequence: new, padding: None, balance_weight: 0.0 };
-        let mut x = self.embed_tokens.forward(tokens).reshape([batch * new, self.config.hidden_size]);
-        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
-            x = layer.decode(x, &context, &routing, cache, length);
-        }
-        cache.advance(new);
-        self.head(x).reshape([batch, new, self.config.vocab_size])
-    }
-
     /// Moves each router's correction bias against its load: `b += rate (sign(e) - mean(sign(e)))`.
     ///
     /// `loads` has an entry for each layer, as [`ForwardReport::expert_loads`] gives them, summed over all
@@ -171,7 +144,7 @@ impl CausalLm {
     }
 
     /// Final norm and head: `[tokens, hidden]` to `[tokens, vocab]`.
-    fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
+    pub(crate) fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
         let hidden = self.norm.forward(hidden);
         match &self.lm_head {
             Some(head) => project(hidden, head.weight.val()),

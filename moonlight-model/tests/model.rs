@@ -42,7 +42,7 @@ fn tokens(batch: usize, sequence: usize, device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(values, [batch, sequence]), device)
 }
 
-fn close(actual: Tensor<3>, expected: Tensor<3>) {
+fn close<const D: usize>(actual: Tensor<D>, expected: Tensor<D>) {
     actual.into_data().assert_approx_eq(&expected.into_data(), Tolerance::<f32>::rel_abs(1e-4, 1e-4));
 }
 
@@ -109,6 +109,41 @@ fn decoding_equals_the_whole_pass() {
         let mut cache = KvCache::new(&config, 2, 3, &device, model.dtype());
         let parts = (0..3).map(|at| model.decode(tokens.clone().slice_dim(1, at..at + 1), &mut cache)).collect();
         close(Tensor::cat(parts, 1), model.logits(tokens.slice_dim(1, 0..3), None));
+    }
+}
+
+#[test]
+fn sequences_of_any_length_go_on_side_by_side() {
+    let device = Device::default();
+    for (name, config) in family() {
+        let model = config.init(&device);
+        // A text longer than the tokens that are taken at a time, and short ones.
+        let lengths = [3, 530, 1];
+        let texts: Vec<Vec<u32>> =
+            lengths.iter().map(|&n| (0..n + 4).map(|i| (i * 37 + n) % config.vocab_size as u32).collect()).collect();
+        let expected = |text: &[u32]| {
+            let count = text.len();
+            let text = Tensor::<2, Int>::from_data(TensorData::new(text.to_vec(), [1, count]), &device);
+            model.logits(text, None).slice_dim(1, count - 1..count).reshape([1, config.vocab_size])
+        };
+        let mut cache = KvCache::new(&config, 3, 540, &device, model.dtype());
+        let mut known = [0; 3];
+        let mut step = |cache: &mut KvCache, ends: [usize; 3]| {
+            let new: Vec<&[u32]> = (0..3).map(|i| &texts[i][known[i]..ends[i]]).collect();
+            let logits = model.extend(&new, cache);
+            let asked = (0..3).filter(|&i| ends[i] > known[i]).map(|i| expected(&texts[i][..ends[i]])).collect();
+            close(logits, Tensor::cat(asked, 0));
+            known = ends;
+        };
+        // All prompts at once; each a token; one rests while another takes several; a prompt of one token only.
+        step(&mut cache, [3, 530, 0]);
+        step(&mut cache, [4, 531, 1]);
+        step(&mut cache, [4, 532, 4]);
+        assert_eq!(cache.lengths(), [4, 532, 4], "{name}");
+        // Another text in the place of the second.
+        cache.truncate(1, 0);
+        let logits = model.extend(&[&texts[0][4..5], &texts[2][..2], &[]], &mut cache);
+        close(logits, Tensor::cat(vec![expected(&texts[0][..5]), expected(&texts[2][..2])], 0));
     }
 }
 

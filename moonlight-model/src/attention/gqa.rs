@@ -3,13 +3,12 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
-use super::Tokens;
 use super::probe::{LogitStatistics, measure};
+use super::{NewTokens, Tokens};
 use crate::cache::LayerCache;
 use crate::config::{GqaConfig, ModelConfig};
 use crate::init::Init;
-use crate::kernels::grouped_attention;
-use crate::mask::softmax_over_past;
+use crate::kernels::{PastSpec, attend_past, grouped_attention};
 use crate::projection::Projection;
 
 /// Several query heads share each key and value head.
@@ -68,33 +67,22 @@ impl GroupedQueryAttention {
         (self.o_proj.forward(output.reshape([batch * sequence, self.heads * self.width])), statistics)
     }
 
-    pub(super) fn decode(&self, x: Tensor<2>, tokens: &Tokens<'_>, cache: &mut LayerCache, length: usize) -> Tensor<2> {
-        let cache = cache.key_value();
-        let (batch, sequence, width) = (tokens.batch, tokens.sequence, self.width);
-        if length == 0 && sequence > 1 {
+    pub(super) fn decode(&self, x: Tensor<2>, new: &NewTokens<'_>, cache: &mut LayerCache) -> Tensor<2> {
+        let (count, width) = (new.tokens.sequence, self.width);
+        let row = [count, self.key_heads, 2 * width];
+        if new.are_prompts() {
             let mut kept = None;
-            let (output, _) = self.forward(x, tokens, Some(&mut kept));
-            cache.append(kept.expect("the forward pass fills what it is handed"), 0);
+            let (output, _) = self.forward(x, &new.tokens, Some(&mut kept));
+            let kept = kept.expect("the forward pass fills what it is handed");
+            cache.write(kept.reshape(row), &new.runs);
             return output;
         }
-        let (query, key_value) = self.project(x, tokens);
-        cache.append(key_value, length);
-        let group = self.heads / self.key_heads;
-        let heads = batch * self.key_heads;
-        let past = cache.filled(length + sequence).reshape([heads, length + sequence, 2 * width]);
-        let query = query.reshape([batch, sequence, self.key_heads, group, width]).permute([0, 2, 3, 1, 4]).reshape([
-            heads,
-            group * sequence,
-            width,
-        ]);
-        let scores = query.matmul(past.clone().slice_dim(2, 0..width).swap_dims(1, 2));
-        let probabilities = softmax_over_past(scores, self.scale, sequence, length);
-        let output = probabilities
-            .matmul(past.slice_dim(2, width..2 * width))
-            .reshape([batch, self.key_heads, group, sequence, width])
-            .permute([0, 3, 1, 2, 4])
-            .reshape([batch * sequence, self.heads * width]);
-        self.o_proj.forward(output)
+        let (query, key_value) = self.project(x, &new.tokens);
+        cache.write(key_value.reshape(row), &new.runs);
+        let scale = self.scale as f32;
+        let spec = PastSpec { scale, keys: 0..width, values: width..2 * width, runs: new.runs.clone() };
+        let output = attend_past(query.reshape([count, self.heads, width]), cache.past(), spec);
+        self.o_proj.forward(output.reshape([count, self.heads * width]))
     }
 
     /// Queries `[batch, sequence, heads, width]` and keys with values `[batch, sequence, key heads, 2 width]`.

@@ -1,15 +1,16 @@
 //! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::tensor::{DType, Device, Tensor};
 
-use super::Tokens;
 use super::probe::{LogitStatistics, measure};
-use crate::cache::{Absorbed, LatentCache, LayerCache};
+use super::{NewTokens, Tokens};
+use crate::cache::{Absorbed, LayerCache};
 use crate::config::{MlaConfig, ModelConfig};
 use crate::init::Init;
-use crate::kernels::latent_attention;
-use crate::mask::softmax_over_past;
+use crate::kernels::{ExpertPlan, PastSpec, attend_past, grouped_matmul, latent_attention};
 use crate::norm::RmsNorm;
 use crate::projection::Projection;
 
@@ -97,40 +98,32 @@ impl MultiHeadLatentAttention {
     ///
     /// A score is `q_nope . (W_uk c) = (W_uk^T q_nope) . c`, so `kv_b_proj`'s key half is applied to the query, and
     /// likewise its value half to the weighted sum of latents (arXiv 2405.04434, section 2.1.2). The first tokens of
-    /// an empty cache are cheaper to expand.
-    pub(super) fn decode(&self, x: Tensor<2>, tokens: &Tokens<'_>, cache: &mut LayerCache, length: usize) -> Tensor<2> {
-        let cache = cache.latent();
-        let (batch, sequence) = (tokens.batch, tokens.sequence);
-        if length == 0 && sequence > 1 {
+    /// empty sequences are cheaper to expand.
+    pub(super) fn decode(&self, x: Tensor<2>, new: &NewTokens<'_>, cache: &mut LayerCache) -> Tensor<2> {
+        let (count, heads, latent, rope) = (new.tokens.sequence, self.heads, self.latent, self.rope);
+        if new.are_prompts() {
             let mut latents = None;
-            let (output, _) = self.forward(x, tokens, Some(&mut latents));
-            cache.append(latents.expect("the forward pass fills what it is handed"), 0);
+            let (output, _) = self.forward(x, &new.tokens, Some(&mut latents));
+            let latents = latents.expect("the forward pass fills what it is handed");
+            cache.write(latents.reshape([count, 1, latent + rope]), &new.runs);
             return output;
         }
-        let (heads, latent) = (self.heads, self.latent);
-        let query = self.query(x.clone(), tokens);
-        let (new_latent, shared_key) = self.latent(x, tokens);
-        let new_latent = new_latent.reshape([batch, sequence, latent]);
-        cache.append(Tensor::cat(vec![new_latent, shared_key], 2), length);
-        let past = cache.filled(length + sequence); // [batch, past, latent + rope]
+        let query = self.query(x.clone(), &new.tokens).reshape([count, heads, self.nope + rope]);
+        let (new_latent, shared_key) = self.latent(x, &new.tokens);
+        let shared_key = shared_key.reshape([count, rope]);
+        cache.write(Tensor::cat(vec![new_latent, shared_key], 1).reshape([count, 1, latent + rope]), &new.runs);
         let absorbed = self.absorbed(cache);
+        let by_head = Arc::new(ExpertPlan::even(heads, count));
 
-        let query = query.reshape([batch * sequence, heads, self.nope + self.rope]).swap_dims(0, 1);
-        let own = query.clone().slice_dim(2, 0..self.nope).matmul(absorbed.key); // [heads, tokens, latent]
-        let turned = query.slice_dim(2, self.nope..self.nope + self.rope);
-        let query = Tensor::cat(vec![own, turned], 2)
-            .reshape([heads, batch, sequence, latent + self.rope])
-            .swap_dims(0, 1)
-            .reshape([batch, heads * sequence, latent + self.rope]);
-        let scores = query.matmul(past.clone().swap_dims(1, 2)); // [batch, heads * sequence, past]
-        let probabilities = softmax_over_past(scores, self.scale, sequence, length);
-        let mixed = probabilities
-            .matmul(past.slice_dim(2, 0..latent))
-            .reshape([batch, heads, sequence, latent])
-            .swap_dims(0, 1)
-            .reshape([heads, batch * sequence, latent]);
-        let output = mixed.matmul(absorbed.value).swap_dims(0, 1).reshape([batch * sequence, heads * self.value]);
-        self.o_proj.forward(output)
+        let own = query.clone().slice_dim(2, 0..self.nope).swap_dims(0, 1).reshape([heads * count, self.nope]);
+        let own = grouped_matmul(own, absorbed.key, &by_head).reshape([heads, count, latent]).swap_dims(0, 1);
+        let query = Tensor::cat(vec![own, query.slice_dim(2, self.nope..self.nope + rope)], 2);
+        let spec =
+            PastSpec { scale: self.scale as f32, keys: 0..latent + rope, values: 0..latent, runs: new.runs.clone() };
+        let mixed = attend_past(query, cache.past(), spec); // [count, heads, latent]
+        let mixed = mixed.swap_dims(0, 1).reshape([heads * count, latent]);
+        let output = grouped_matmul(mixed, absorbed.value, &by_head).reshape([heads, count, self.value]);
+        self.o_proj.forward(output.swap_dims(0, 1).reshape([count, heads * self.value]))
     }
 
     /// Queries with their positions, `[batch, sequence, heads, nope + rope]`.
@@ -155,7 +148,7 @@ impl MultiHeadLatentAttention {
     }
 
     /// The two halves of `kv_b_proj` as the decoding products want them, made once for a cache.
-    fn absorbed(&self, cache: &mut LatentCache) -> Absorbed {
+    fn absorbed(&self, cache: &mut LayerCache) -> Absorbed {
         cache
             .absorbed
             .get_or_insert_with(|| {

@@ -11,7 +11,7 @@ use burn::tensor::{Device, Tensor};
 use crate::cache::LayerCache;
 use crate::config::{AttentionConfig, ModelConfig};
 use crate::init::Init;
-use crate::kernels::AttentionSpec;
+use crate::kernels::{AttentionSpec, Run};
 use crate::rope::Rotation;
 use crate::transparent::transparent_module;
 
@@ -27,6 +27,19 @@ pub(crate) struct Tokens<'a> {
     /// For each token the start of its document, where sequences are packed.
     pub(crate) starts: Option<Arc<Vec<u32>>>,
     pub(crate) probe_logits: bool,
+}
+
+/// New tokens of several sequences, one behind the other: `tokens` has them as one sequence, packed.
+pub(crate) struct NewTokens<'a> {
+    pub(crate) tokens: Tokens<'a>,
+    pub(crate) runs: Arc<Vec<Run>>,
+}
+
+impl NewTokens<'_> {
+    /// Whether they begin their sequences, and are enough for whole attention to be cheaper than attention to a cache.
+    fn are_prompts(&self) -> bool {
+        self.runs.iter().all(|run| run.start == 0) && self.tokens.sequence > self.runs.len()
+    }
 }
 
 impl Tokens<'_> {
@@ -64,10 +77,10 @@ impl Attention {
     }
 
     /// Like [`forward`](Self::forward) for tokens that follow those in the cache, to which they are added.
-    pub(crate) fn decode(&self, x: Tensor<2>, tokens: &Tokens<'_>, cache: &mut LayerCache, length: usize) -> Tensor<2> {
+    pub(crate) fn decode(&self, x: Tensor<2>, new: &NewTokens<'_>, cache: &mut LayerCache) -> Tensor<2> {
         match self {
-            Self::Mla(attention) => attention.decode(x, tokens, cache, length),
-            Self::Gqa(attention) => attention.decode(x, tokens, cache, length),
+            Self::Mla(attention) => attention.decode(x, new, cache),
+            Self::Gqa(attention) => attention.decode(x, new, cache),
         }
     }
 }

@@ -8,11 +8,11 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, binary, unary};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, Backend};
+use burn::backend::{Autodiff, AutodiffBackend, Backend};
 
 use super::backend::Kernels;
 use super::reference::AttentionSaved;
-use super::{AttentionSpec, ExpertPlan, ModelOps, PackedSpec, RotationSpec};
+use super::{AttentionSpec, ExpertPlan, ModelOps, PackedSpec, PastSpec, RotationSpec};
 
 impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     fn project(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -157,6 +157,11 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
             }
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
+    }
+
+    // Decoding has no gradient.
+    fn attend_past(query: FloatTensor<Self>, past: FloatTensor<Self>, spec: PastSpec) -> FloatTensor<Self> {
+        Self::from_inner(B::attend_past(query.into_primitive(), past.into_primitive(), &spec))
     }
 
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {

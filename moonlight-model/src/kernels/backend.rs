@@ -4,7 +4,7 @@ use burn::backend::Backend;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use super::reference::{self, AttentionSaved};
-use super::{AttentionSpec, ExpertPlan, PackedSpec, RotationSpec};
+use super::{AttentionSpec, ExpertPlan, PackedSpec, PastSpec, RotationSpec};
 
 /// Forward and gradient of the model's operations. The defaults are the reference; a backend overrides what it can do
 /// faster.
@@ -158,6 +158,11 @@ pub(crate) trait Kernels: Backend {
         spec: &AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, Option<FloatTensor<Self>>) {
         reference::attention_grad::<Self>(saved, grad, spec)
+    }
+
+    /// See `reference::attend_past`.
+    fn attend_past(query: FloatTensor<Self>, past: FloatTensor<Self>, spec: &PastSpec) -> FloatTensor<Self> {
+        reference::attend_past::<Self>(query, past, spec)
     }
 
     /// See `reference::cross_entropy_forward`.

@@ -11,12 +11,14 @@
 //! | [`packed_matmul`] | the same by weights of 8 or 4 bits | Burn keeps the weight in full for the backward pass |
 //! | [`dispatch_rows`], [`combine_rows`] | tokens to experts' rows and back | the gradient of a gather is a gather, not a scatter |
 //! | [`latent_attention`], [`grouped_attention`] | causal, by documents | autodiff keeps several `T x T` tensors; these keep none |
+//! | [`attend_past`] | new tokens to a cache | several sequences of different lengths at once, read where they lie |
 //! | [`swiglu`], [`rms_norm`], [`rotate`], [`cross_entropy`] | elementwise or row by row | one pass instead of five to ten |
 
 mod autodiff;
 mod backend;
 #[cfg(feature = "cpu")]
 mod flex;
+mod past;
 mod plan;
 mod reference;
 #[cfg(test)]
@@ -29,6 +31,8 @@ use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{Int, Tensor};
 
 use backend::Kernels;
+pub(crate) use past::in_step;
+pub use past::{PastSpec, Run};
 pub use plan::ExpertPlan;
 
 /// What an attention needs to know beside its tensors. It is always causal.
@@ -129,6 +133,7 @@ pub(crate) trait ModelOps: Backend {
         key_value: FloatTensor<Self>,
         spec: AttentionSpec,
     ) -> FloatTensor<Self>;
+    fn attend_past(query: FloatTensor<Self>, past: FloatTensor<Self>, spec: PastSpec) -> FloatTensor<Self>;
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
 }
 
@@ -192,6 +197,10 @@ impl<B: Kernels> ModelOps for B {
         spec: AttentionSpec,
     ) -> FloatTensor<Self> {
         B::attention_forward(query, key_value, None, &spec).0
+    }
+
+    fn attend_past(query: FloatTensor<Self>, past: FloatTensor<Self>, spec: PastSpec) -> FloatTensor<Self> {
+        B::attend_past(query, past, &spec)
     }
 
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
@@ -308,6 +317,16 @@ pub fn grouped_attention(query: Tensor<4>, key_value: Tensor<4>, spec: Attention
         key_value.into_dispatch(),
         spec,
     ))
+}
+
+/// Attention of new tokens to a cache that has their own keys and values already; each sees what lies before it in its
+/// sequence, and itself. There is no gradient.
+///
+/// `query` is `[tokens, heads, key width]`, `past` `[batch, key heads, capacity, row]` with key heads dividing heads; `spec`
+/// says which part of a row is the key and which the value, and whose the tokens are; the result is
+/// `[tokens, heads, value width]`.
+pub fn attend_past(query: Tensor<3>, past: Tensor<4>, spec: PastSpec) -> Tensor<3> {
+    Tensor::from_dispatch(<Dispatch as ModelOps>::attend_past(query.into_dispatch(), past.into_dispatch(), spec))
 }
 
 /// `-log softmax(logits)[target]` of each row, in f32: `[rows, vocab]` and `[rows]` to `[rows]`.

@@ -42,6 +42,13 @@ impl ExpertPlan {
         Self { offsets, token_of_row, row_of_slot, k }
     }
 
+    /// A plan whose every group has `each` rows, one behind the other: products of a stack of matrices with a matrix each.
+    pub fn even(groups: usize, each: usize) -> Self {
+        let rows: Vec<u32> = (0..(groups * each) as u32).collect();
+        let offsets = (0..=groups).map(|group| group * each).collect();
+        Self { offsets, token_of_row: rows.clone(), row_of_slot: rows, k: 1 }
+    }
+
     /// Number of routed experts.
     pub fn experts(&self) -> usize {
         self.offsets.len() - 1

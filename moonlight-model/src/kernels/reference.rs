@@ -7,7 +7,8 @@ use burn::backend::tensor::{Device, FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
-use super::{AttentionSpec, BLOCK, Bits, ExpertPlan, PackedSpec, RotationSpec};
+use super::past::in_step;
+use super::{AttentionSpec, BLOCK, Bits, ExpertPlan, PackedSpec, PastSpec, RotationSpec, Run};
 
 /// See [`super::project`].
 pub(super) fn project_forward<B: Backend>(rows: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
@@ -320,6 +321,54 @@ pub(super) fn attention_grad<B: Backend>(
         B::float_reshape(shared, Shape::new([batch, sequence, width - own]))
     });
     (B::float_swap_dims(grad_query, 1, 2), B::float_swap_dims(grad_key_value, 1, 2), grad_shared)
+}
+
+/// See [`super::attend_past`].
+pub(super) fn attend_past<B: Backend>(query: FloatTensor<B>, past: FloatTensor<B>, spec: &PastSpec) -> FloatTensor<B> {
+    let batch = past.shape()[0];
+    if let Some(run) = in_step(&spec.runs, batch) {
+        return attend_run::<B>(query, past, run, spec);
+    }
+    let mut token = 0;
+    let parts = spec.runs.iter().map(|run| {
+        let query = slice::<B>(query.clone(), 0, token, token + run.count);
+        token += run.count;
+        attend_run::<B>(query, slice::<B>(past.clone(), 0, run.sequence, run.sequence + 1), *run, spec)
+    });
+    let parts = parts.collect();
+    B::float_cat(parts, 0)
+}
+
+/// The same where every sequence of `past` has the new tokens of `run`.
+fn attend_run<B: Backend>(query: FloatTensor<B>, past: FloatTensor<B>, run: Run, spec: &PastSpec) -> FloatTensor<B> {
+    let dtype = FloatDType::from(query.dtype());
+    let [tokens, heads, width] = query.shape().dims();
+    let [batch, key_heads, _, _] = past.shape().dims();
+    let (count, group) = (run.count, heads / key_heads);
+    let past = slice::<B>(past, 2, 0, run.end());
+    let key = slice::<B>(past.clone(), 3, spec.keys.start, spec.keys.end);
+    let value = slice::<B>(past, 3, spec.values.start, spec.values.end);
+    // [batch, tokens, key heads, group, width] to [batch, key heads, tokens * group, width]
+    let query = B::float_reshape(query, Shape::new([batch, count, key_heads, group * width]));
+    let query = B::float_reshape(B::float_swap_dims(query, 1, 2), Shape::new([batch, key_heads, count * group, width]));
+    let scores = f32_of::<B>(B::float_matmul(query, B::float_transpose(key)));
+    let mut scores = B::float_mul_scalar(scores, spec.scale.into());
+    if count > 1 {
+        let hidden: Vec<f32> = (0..count * group)
+            .flat_map(|row| {
+                let last = run.start + row / group;
+                (0..run.end()).map(move |key| if key > last { f32::NEG_INFINITY } else { 0.0 })
+            })
+            .collect();
+        let hidden = TensorData::new(hidden, [1, 1, count * group, run.end()]);
+        let hidden = B::float_from_data(hidden, &scores.device());
+        let shape = scores.shape();
+        scores = B::float_add(scores, B::float_expand(hidden, shape));
+    }
+    let probabilities = B::float_cast(B::softmax(scores, 3), dtype);
+    let output = B::float_matmul(probabilities, value); // [batch, key heads, tokens * group, value]
+    let output = B::float_reshape(output, Shape::new([batch, key_heads, count, group * spec.values.len()]));
+    B::float_reshape(B::float_swap_dims(output, 1, 2), Shape::new([tokens, heads, spec.values.len()]))
 }
 
 /// See [`super::cross_entropy`].

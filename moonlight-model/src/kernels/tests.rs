@@ -288,6 +288,8 @@ fn cross_entropy_is_minus_the_log_probability_of_the_target() {
 /// The fast kernels against the reference directly: the tests above run whichever the device has.
 #[cfg(feature = "cpu")]
 mod flex_against_reference {
+    use std::sync::Arc;
+
     use burn::backend::Flex;
     use burn::backend::flex::FlexTensor;
     use burn::backend::ops::{FloatTensorOps, IntTensorOps};
@@ -296,7 +298,7 @@ mod flex_against_reference {
     use super::super::backend::Kernels;
     use super::super::reference::{self, AttentionSaved};
     use super::{AttentionSpec, RotationSpec, plan, specs};
-    use crate::kernels::{BLOCK, Bits, PackedSpec};
+    use crate::kernels::{BLOCK, Bits, PackedSpec, PastSpec, Run};
 
     /// Numbers that differ from place to place and from tensor to tensor.
     fn numbers<const D: usize>(shape: [usize; D], seed: usize) -> FlexTensor {
@@ -316,6 +318,39 @@ mod flex_against_reference {
     fn close_pair(fast: (FlexTensor, FlexTensor), reference: (FlexTensor, FlexTensor)) {
         close(fast.0, reference.0);
         close(fast.1, reference.1);
+    }
+
+    #[test]
+    fn attention_to_a_cache() {
+        let run = |sequence, start, count| Run { sequence, start, count };
+        let cases = [
+            // One sequence: a token, then few and many queries, and more keys than are scored at a time.
+            (1, vec![run(0, 0, 1)]),
+            (1, vec![run(0, 600, 1)]),
+            (1, vec![run(0, 300, 40)]),
+            // In step, which the reference takes at once; and each at a place of its own, one resting.
+            (3, vec![run(0, 9, 2), run(1, 9, 2), run(2, 9, 2)]),
+            (4, vec![run(0, 9, 1), run(1, 0, 5), run(3, 290, 30)]),
+        ];
+        for (batch, runs) in cases {
+            let tokens = runs.iter().map(|run| run.count).sum();
+            // MLA, whose value is a part of the only head's key, and grouped queries.
+            for (heads, key_heads, keys, values) in [(4, 1, 0..19, 0..15), (6, 2, 0..7, 7..14)] {
+                let query = numbers([tokens, heads, keys.len()], 1);
+                let past = numbers([batch, key_heads, 640, keys.end.max(values.end)], 2);
+                let spec = PastSpec { scale: 0.7, keys, values, runs: Arc::new(runs.clone()) };
+                close(
+                    Flex::attend_past(query.clone(), past.clone(), &spec),
+                    reference::attend_past::<Flex>(query.clone(), past.clone(), &spec),
+                );
+                let half = |tensor: &FlexTensor| Flex::float_cast(tensor.clone(), burn::tensor::FloatDType::BF16);
+                let wide = |tensor: &FlexTensor| Flex::float_cast(half(tensor), burn::tensor::FloatDType::F32);
+                let rounded = Flex::attend_past(half(&query), half(&past), &spec);
+                let exact = reference::attend_past::<Flex>(wide(&query), wide(&past), &spec);
+                let tolerance = Tolerance::<f32>::rel_abs(1.0 / 256.0, 1e-5);
+                rounded.into_data().convert::<f32>().assert_approx_eq(&exact.into_data(), tolerance);
+            }
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ mod sampler;
 
 use std::ops::ControlFlow;
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 use moonlight_model::{CausalLm, KvCache};
 use serde::Serialize;
 
@@ -77,7 +77,7 @@ impl<'m> Session<'m> {
         }
         // The last token is always read: its logits are wanted.
         let known = self.read.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
-        self.cache.truncate(known);
+        self.cache.truncate(0, known);
         self.read.truncate(known);
         let mut tokens = Vec::new();
         let mut input: Vec<u32> = prompt[known..].to_vec();
@@ -97,11 +97,8 @@ impl<'m> Session<'m> {
 
     /// Reads tokens and gives the logits of the one that follows.
     fn read(&mut self, tokens: &[u32]) -> Vec<f32> {
-        let device = self.model.embed_tokens.weight.val().device();
-        let values: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
-        let input = Tensor::<2, Int>::from_data(TensorData::new(values, [1, tokens.len()]), &device);
         self.read.extend(tokens);
-        last_row(self.model.decode(input, &mut self.cache))
+        rows(self.model.extend(&[tokens], &mut self.cache)).remove(0)
     }
 }
 
@@ -127,10 +124,11 @@ pub fn generate(
     })
 }
 
-fn last_row(logits: Tensor<3>) -> Vec<f32> {
-    let last = logits.dims()[1] - 1;
-    let row = logits.slice_dim(1, last..last + 1).cast(DType::F32).into_data();
-    row.try_into_vec().expect("the row was cast to f32")
+/// Logits on the host, row by row.
+fn rows(logits: Tensor<2>) -> Vec<Vec<f32>> {
+    let width = logits.dims()[1];
+    let values: Vec<f32> = logits.cast(DType::F32).into_data().try_into_vec().expect("the logits were cast to f32");
+    values.chunks(width).map(<[f32]>::to_vec).collect()
 }
 
 /// Every token must have a row in the embedding.

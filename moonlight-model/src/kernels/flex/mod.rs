@@ -1,5 +1,5 @@
-//! The operations on the CPU: one pass over memory, vectorised, on all threads. All are for f32, and products for bf16
-//! as well.
+//! The operations on the CPU: one pass over memory, vectorised, on all threads. All are for f32, and those that
+//! decoding reads its weights and its cache by for bf16 as well.
 //!
 //! Work is split into pieces that write disjoint memory, and every sum is taken in an order that does not depend on
 //! the number of threads: the same input gives the same bits. Other dtypes run the reference.
@@ -12,6 +12,7 @@ mod math;
 mod matrix;
 mod norm;
 mod packed;
+mod past;
 mod product;
 mod rotary;
 mod rows;
@@ -24,7 +25,7 @@ use burn::tensor::{Bytes, DType, Shape, bf16};
 
 use super::backend::Kernels;
 use super::reference::{self, AttentionSaved};
-use super::{AttentionSpec, ExpertPlan, PackedSpec, RotationSpec};
+use super::{AttentionSpec, ExpertPlan, PackedSpec, PastSpec, RotationSpec};
 use element::Element;
 
 /// Hands inputs that are not f32 to the reference.
@@ -227,6 +228,10 @@ impl Kernels for Flex {
     ) -> (FloatTensor<Self>, FloatTensor<Self>, Option<FloatTensor<Self>>) {
         unless_f32!([saved.query, saved.key_value, grad], reference::attention_grad::<Self>(saved, grad, spec));
         attention::grad(saved, &grad.to_contiguous(), spec)
+    }
+
+    fn attend_past(query: FloatTensor<Self>, past: FloatTensor<Self>, spec: &PastSpec) -> FloatTensor<Self> {
+        by_dtype!([query, past], E => past::forward::<E>(&query, &past, spec), reference::attend_past::<Self>(query, past, spec))
     }
 
     fn cross_entropy_forward(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
