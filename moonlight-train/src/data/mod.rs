@@ -10,8 +10,10 @@
 //! * `sequences.rs`: documents to sequences, packed or one by one.
 //! * `order.rs`: the order of an epoch.
 //! * `stream.rs`: batches without end, from any position.
+//! * `ahead.rs`: the next step's batches, made while a step is computed.
 //! * `inspect.rs`: figures and samples, to look at before a run.
 
+mod ahead;
 mod batch;
 mod compressed;
 mod corpus;
@@ -28,6 +30,7 @@ mod store;
 mod stream;
 mod tokenise;
 
+pub use ahead::{Ahead, Want};
 pub use batch::HostBatch;
 pub use corpus::Corpus;
 pub use error::DataError;

@@ -21,6 +21,7 @@ pub struct DataPosition {
 }
 
 /// The training batches, epoch after epoch. A batch that an epoch does not fill goes on with the next one.
+#[derive(Clone)]
 pub struct TrainStream {
     sequences: Sequences,
     seed: Option<u64>,

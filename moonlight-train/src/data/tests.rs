@@ -438,6 +438,24 @@ fn conversations_are_packed_whole() {
 }
 
 #[test]
+fn reading_ahead_changes_nothing() {
+    let dir = folder(&[("a.txt", &(0..90).map(|n| format!("text number {n}\n\n")).collect::<String>())]);
+    let mut config = config(dir.path(), "*.txt");
+    config.shuffle = true;
+    let corpus = open(&config).unwrap();
+    let want = |batches| Want { sequences: 3 * batches, share: 0..3 * batches, batches };
+    let (mut plain, mut ahead) = (corpus.train_stream(3), Ahead::new(corpus.train_stream(3)));
+    // As many passes as was announced, and twice another number; over several epochs.
+    for (passes, announced) in
+        [(1, Some(1)), (1, Some(2)), (1, Some(2)), (2, None), (2, Some(1)), (2, Some(30)), (30, None)]
+    {
+        let expected: Vec<_> = (0..passes).map(|_| plain.next_batch().unwrap()).collect();
+        assert_eq!(ahead.next(&want(passes), announced.map(want)).unwrap(), expected);
+        assert_eq!(ahead.position(), plain.position());
+    }
+}
+
+#[test]
 fn broken_conversations_are_named_or_left_out() {
     let bad = [
         "{\"messages\": [{\"role\": \"user\", \"content\": \"Q\"}]}\n",

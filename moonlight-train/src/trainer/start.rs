@@ -21,7 +21,7 @@ use super::stepper::Stepper;
 use super::strategy::{Records, Run};
 use super::trainee::Trainee;
 use crate::checkpoint::{Checkpoints, Found, TrainerState};
-use crate::data::Corpus;
+use crate::data::{Ahead, Corpus};
 use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::metrics::MetricsFile;
@@ -208,7 +208,7 @@ impl Opened {
             recipe: recipe.clone(),
             schedule: self.schedule.clone(),
             corpus: self.corpus.clone(),
-            stream,
+            data: Ahead::new(stream),
             optimizer,
             assignment: self.assignment.clone(),
             device,

@@ -26,7 +26,7 @@ use super::terminal;
 use super::together::{self, Broken};
 use super::trainee::Trainee;
 use crate::checkpoint::{Best, Checkpoints, TrainerState};
-use crate::data::{Corpus, HostBatch, TrainStream};
+use crate::data::{Ahead, Corpus, HostBatch, Want};
 use crate::error::TrainError;
 use crate::metrics::{Figures, MetricsFile, Split, resident_memory_mib};
 use crate::recipe::{Checkpointing, Recipe};
@@ -41,7 +41,7 @@ pub(super) struct Run {
     pub(super) recipe: Recipe,
     pub(super) schedule: Schedule,
     pub(super) corpus: Arc<Corpus>,
-    pub(super) stream: TrainStream,
+    pub(super) data: Ahead,
     pub(super) optimizer: Stepper,
     pub(super) assignment: Assignment,
     /// The device with gradients.
@@ -251,7 +251,6 @@ impl Run {
                 // Each worker drops other inputs.
                 .map(|_| step_seed.wrapping_mul(SEED_STRIDE).wrapping_add((worker as u64) << 32)),
         };
-        let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
         let before = (probed && self.records.is_some()).then(|| trainee.model.clone());
         let worker_leads = self.records.is_some();
         let not_finite = |broken: NotFinite| TrainError::NotFinite {
@@ -261,18 +260,16 @@ impl Run {
             worker: broken.worker,
             last_checkpoint: self.checkpoints.newest(),
         };
+        let want = self.want(index);
+        let then = (index + 1 < train.steps).then(|| self.want(index + 1));
+        let batches = self.data.next(&want, then)?;
         let (outcome, tokens) = match &mut self.optimizer {
             Stepper::Alone(optimizer) => {
-                let batches = (0..passes).map(|_| self.stream.next_batch()).collect::<Result<Vec<_>, _>>()?;
                 let tokens: u64 = batches.iter().map(HostBatch::token_count).sum();
                 (step(trainee, optimizer, &batches, &settings, &self.device).map_err(not_finite)?, tokens)
             }
             Stepper::Together(optimizer) => {
-                let worker = optimizer.worker();
-                let sequences = passes * train.batch_size;
-                let (share, batches) = together::share(worker, sequences, train.batch_size);
-                let batches = self.stream.next_share(sequences, share, batches)?;
-                let (whole, tokens) = together::whole(worker, &batches, sequences)?;
+                let (whole, tokens) = together::whole(optimizer.worker(), &batches, want.sequences)?;
                 let outcome = together::step(trainee, optimizer, &batches, whole, &settings, &self.device);
                 let outcome = outcome.map_err(|broken| match broken {
                     Broken::Lost(error) => error.into(),
@@ -292,7 +289,7 @@ impl Run {
         };
         self.state.step += 1;
         self.state.tokens += tokens;
-        self.state.data = self.stream.position();
+        self.state.data = self.data.position();
         let balance = Figures::balance(&outcome.expert_loads);
         Ok(Figures {
             split: Split::Train,
@@ -311,6 +308,20 @@ impl Run {
             update_rms_muon: rms_of("muon"),
             update_rms_adamw: rms_of("adamw"),
         })
+    }
+
+    /// What a step reads: all of its sequences, or this worker's share.
+    fn want(&self, step: u64) -> Want {
+        let train = &self.recipe.train;
+        let passes = self.schedule.gradient_accumulation(step).unwrap_or(train.gradient_accumulation);
+        let sequences = passes * train.batch_size;
+        match self.optimizer.worker() {
+            None => Want { sequences, share: 0..sequences, batches: passes },
+            Some(worker) => {
+                let (share, batches) = together::share(worker, sequences, train.batch_size);
+                Want { sequences, share, batches }
+            }
+        }
     }
 
     fn update_rms(&self, before: &CausalLm, after: &CausalLm, rate: f64) -> Vec<(String, f64)> {
