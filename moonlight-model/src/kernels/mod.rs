@@ -15,6 +15,8 @@
 
 mod autodiff;
 mod backend;
+#[cfg(feature = "cube")]
+mod cube;
 #[cfg(feature = "cpu")]
 mod flex;
 mod plan;
