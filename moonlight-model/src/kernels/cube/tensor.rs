@@ -4,7 +4,7 @@ use std::any::Any;
 
 use burn::backend::Cube;
 use burn::backend::cubecl::dtype_to_storage_type;
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
@@ -16,11 +16,18 @@ use cubecl::prelude::*;
 /// `None` where one is of another type, and where a program turns on Burn's fusion: its tensors are promises of a
 /// result whose buffer does not exist yet.
 pub(super) fn buffers<const N: usize>(tensors: [&FloatTensor<Cube>; N]) -> Option<[CubeTensor; N]> {
-    let buffers = tensors.map(|tensor| (tensor as &dyn Any).downcast_ref::<CubeTensor>().cloned());
-    if buffers.iter().any(|buffer| buffer.as_ref().is_none_or(|buffer| !readable(buffer))) {
+    let buffers = tensors.map(|tensor| (tensor as &dyn Any).downcast_ref::<CubeTensor>());
+    if buffers.iter().any(|buffer| buffer.is_none_or(|buffer| !readable(buffer))) {
         return None;
     }
-    Some(buffers.map(|buffer| buffer.expect("each was looked at")))
+    Some(buffers.map(|buffer| buffer.expect("each was looked at").clone()))
+}
+
+/// The buffer behind whole numbers that the kernels can read.
+pub(super) fn integers(tensor: &IntTensor<Cube>) -> Option<CubeTensor> {
+    let buffer = (tensor as &dyn Any).downcast_ref::<CubeTensor>().cloned()?;
+    let readable = matches!(buffer.dtype, DType::I32 | DType::I64 | DType::U32);
+    (readable && buffer.client.properties().supports_type(elem(&buffer))).then_some(buffer)
 }
 
 fn readable(tensor: &CubeTensor) -> bool {
