@@ -6,6 +6,9 @@
 //! values, so that no two cubes add to one number (FlashAttention-2, arXiv 2307.08691). Blocks of keys that lie after a
 //! block of queries, or before its first document, are not visited.
 //!
+//! Loops over a block's numbers are left to the compiler to unroll: a software Vulkan driver takes a minute for the
+//! code of all rounds.
+//!
 //! Everything is a product of blocks of 32 x 32 numbers in shared memory: three of them take 12.7 KB, of the 16 KB that
 //! WebGPU promises. Sums are in f32 whatever the tensors are.
 
@@ -221,10 +224,8 @@ fn forward_kernel<F: Float>(
             #[unroll]
             for j in 0..COLUMNS {
                 let (at, to) = (first + row + i, key + column + j * ACROSS);
-                let mut score = patch[i * COLUMNS + j] * scale;
-                if to > at || to < seen_from[i] {
-                    score = HIDDEN;
-                }
+                let seen = to <= at && to >= seen_from[i];
+                let score = select(seen, patch[i * COLUMNS + j] * scale, HIDDEN);
                 patch[i * COLUMNS + j] = score;
                 scores[(row + i) * PITCH + column + j * ACROSS] = score;
             }
@@ -246,10 +247,7 @@ fn forward_kernel<F: Float>(
             #[unroll]
             for j in 0..COLUMNS {
                 let score = patch[i * COLUMNS + j];
-                let mut probability = 0f32;
-                if score > HIDDEN {
-                    probability = (score - largest[i]).exp();
-                }
+                let probability = select(score > HIDDEN, (score - largest[i]).exp(), 0f32);
                 scores[(row + i) * PITCH + column + j * ACROSS] = probability;
             }
         }
@@ -649,10 +647,8 @@ fn slopes_of(
         #[unroll]
         for j in 0..COLUMNS {
             let to = key + column + j * ACROSS;
-            let mut probability = 0f32;
-            if to <= at && to >= seen_from && at < sequence {
-                probability = (probabilities[i * COLUMNS + j] * scale - log_sum).exp();
-            }
+            let seen = to <= at && to >= seen_from && at < sequence;
+            let probability = select(seen, (probabilities[i * COLUMNS + j] * scale - log_sum).exp(), 0f32);
             probabilities[i * COLUMNS + j] = probability;
             slopes[i * COLUMNS + j] = probability * (slopes[i * COLUMNS + j] - delta) * scale;
         }
@@ -686,7 +682,6 @@ fn load_head<F: Float>(
     #[comptime] heads: usize,
     #[comptime] width: usize,
 ) {
-    #[unroll]
     for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
         let index = UNIT_POS as usize + round * UNITS;
         let (at, to) = (first + index / BLOCK, from + index % BLOCK);
@@ -712,7 +707,6 @@ fn load_keys<F: Float>(
     #[comptime] heads: Heads,
 ) {
     let pair = comptime!(heads.own + heads.value);
-    #[unroll]
     for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
         let index = UNIT_POS as usize + round * UNITS;
         let (at, to) = (first + index / BLOCK, from + index % BLOCK);
@@ -745,7 +739,6 @@ fn load_values<F: Float>(
     #[comptime] heads: Heads,
 ) {
     let pair = comptime!(heads.own + heads.value);
-    #[unroll]
     for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
         let index = UNIT_POS as usize + round * UNITS;
         let (at, to) = (first + index / BLOCK, chunk * BLOCK + index % BLOCK);

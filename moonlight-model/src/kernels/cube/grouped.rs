@@ -7,6 +7,7 @@
 //! Which rows are whose is counted on the host, which knows the plan, and goes to the device as a list of tiles. An
 //! expert without rows has no tile; for the weights' gradient it has tiles that are written with zeros.
 
+use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
@@ -26,6 +27,18 @@ const PATCH: usize = TILE / SIDE;
 /// Distance in shared memory from one step of the depth to the next; one more than a tile has, so that units that
 /// write one row's numbers meet different banks.
 const PITCH: usize = TILE + 1;
+
+/// From this many rows of an expert on, a product with matrix units beats a launch's cost: at 64 rows these kernels take
+/// about as long as three launches on a data-centre GPU. Reckoned, not measured.
+const MANY: usize = 64;
+
+/// Whether these kernels are the choice: they do not use the matrix units (tensor cores) that Burn's product of half
+/// types does, which is what counts once the experts have many rows.
+pub(super) fn pays(rows: &CubeTensor, plan: &ExpertPlan) -> bool {
+    let busy = plan.offsets.windows(2).filter(|range| range[0] < range[1]).count();
+    let matrix_units = !rows.client.properties().features.matmul.cmma.is_empty();
+    rows.dtype == DType::F32 || !matrix_units || plan.rows() < MANY * busy
+}
 
 /// Each expert's rows by its matrix, `[rows, in] x [experts, in, out]`, or by its transpose, `[rows, out]` to
 /// `[rows, in]`.
@@ -182,7 +195,6 @@ fn load<F: Float>(
 ) {
     // Neighbouring units read neighbouring numbers.
     let across = comptime!(if along { DEPTH } else { TILE });
-    #[unroll]
     for round in 0..comptime!(DEPTH * TILE / UNITS) {
         let index = UNIT_POS as usize + round * UNITS;
         let (outer, inner) = (index / across, index % across);

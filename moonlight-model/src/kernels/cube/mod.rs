@@ -1,7 +1,19 @@
 //! Kernels for the CubeCL runtimes: CUDA, WGPU (Vulkan, Metal, DirectX, WebGPU) and whatever else CubeCL compiles for.
 //!
 //! Written once in CubeCL and compiled by it for the device at hand when they are first used. Nothing here depends on
-//! the runtime: the sizes of cubes and of shared memory stay within what WebGPU promises everywhere.
+//! the runtime: the sizes of cubes and of shared memory stay within what WebGPU promises everywhere. f32, and the half
+//! types that a device stores; sums are in f32. What is not here runs as `reference` composes it of Burn's operations: the
+//! projections, where Burn's product is the right one, and products of packed weights.
+//!
+//! # Where the host is waited for
+//!
+//! Everything is put in the device's queue without waiting, but for two things. The router reads its scores in every
+//! layer of experts, `[tokens, experts]` numbers, because it chooses on the host: the plan of a layer must be known
+//! there for the list of tiles, and the load of each expert for the bias rule and the balance loss. And a training step
+//! reads its loss and the gradient's norm. To be rid of the first takes a kernel for the choice (the best `k` of each
+//! token's scores, within groups), one that counts and sorts the choices, tiles for the worst case (`rows / TILE` and
+//! one for each expert, of which the empty ones end at once), and loads that stay on the device until the step is over.
+//! Decoding would gain most, where a layer is short beside the way to the host and back.
 
 mod attention;
 mod cross_entropy;
@@ -33,8 +45,10 @@ impl Kernels for Cube {
         plan: &ExpertPlan,
     ) -> FloatTensor<Self> {
         match buffers([&rows, &weight]) {
-            Some([rows, weight]) => wrapped(grouped::by_expert(rows, weight, plan, false)),
-            None => reference::grouped_matmul_forward::<Self>(rows, weight, plan),
+            Some([rows, weight]) if grouped::pays(&rows, plan) && rows.dtype == weight.dtype => {
+                wrapped(grouped::by_expert(rows, weight, plan, false))
+            }
+            _ => reference::grouped_matmul_forward::<Self>(rows, weight, plan),
         }
     }
 
@@ -44,8 +58,10 @@ impl Kernels for Cube {
         plan: &ExpertPlan,
     ) -> FloatTensor<Self> {
         match buffers([&grad, &weight]) {
-            Some([grad, weight]) => wrapped(grouped::by_expert(grad, weight, plan, true)),
-            None => reference::grouped_matmul_rows_grad::<Self>(grad, weight, plan),
+            Some([grad, weight]) if grouped::pays(&grad, plan) && grad.dtype == weight.dtype => {
+                wrapped(grouped::by_expert(grad, weight, plan, true))
+            }
+            _ => reference::grouped_matmul_rows_grad::<Self>(grad, weight, plan),
         }
     }
 
@@ -55,8 +71,10 @@ impl Kernels for Cube {
         plan: &ExpertPlan,
     ) -> FloatTensor<Self> {
         match buffers([&rows, &grad]) {
-            Some([rows, grad]) => wrapped(grouped::weight_grad(rows, grad, plan)),
-            None => reference::grouped_matmul_weight_grad::<Self>(rows, grad, plan),
+            Some([rows, grad]) if grouped::pays(&rows, plan) && rows.dtype == grad.dtype => {
+                wrapped(grouped::weight_grad(rows, grad, plan))
+            }
+            _ => reference::grouped_matmul_weight_grad::<Self>(rows, grad, plan),
         }
     }
 
@@ -102,8 +120,8 @@ impl Kernels for Cube {
 
     fn swiglu_forward(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
         match buffers([&gate, &up]) {
-            Some([gate, up]) => wrapped(swiglu::forward(gate, up)),
-            None => reference::swiglu_forward::<Self>(gate, up),
+            Some([gate, up]) if gate.dtype == up.dtype => wrapped(swiglu::forward(gate, up)),
+            _ => reference::swiglu_forward::<Self>(gate, up),
         }
     }
 
@@ -113,11 +131,11 @@ impl Kernels for Cube {
         grad: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         match buffers([&gate, &up, &grad]) {
-            Some([gate, up, grad]) => {
+            Some([gate, up, grad]) if gate.dtype == up.dtype && grad.dtype == up.dtype => {
                 let (gate, up) = swiglu::grad(gate, up, grad);
                 (wrapped(gate), wrapped(up))
             }
-            None => reference::swiglu_grad::<Self>(gate, up, grad),
+            _ => reference::swiglu_grad::<Self>(gate, up, grad),
         }
     }
 
@@ -187,6 +205,7 @@ impl Kernels for Cube {
         let Some([query, key_value, shared]) = buffers([&query, &key_value, shared]) else {
             return reference::attention_forward::<Self>(query, key_value, shared_key, spec);
         };
+        debug_assert!(key_value.dtype == query.dtype && shared.dtype == query.dtype, "an attention has one dtype");
         let (output, log_sum) = attention::forward(query, key_value, shared_key.map(|_| shared), spec);
         (wrapped(output), wrapped(log_sum))
     }

@@ -9,7 +9,7 @@ use burn::backend::{Backend, Cube, Flex, TensorMetadata, read_sync};
 use std::sync::Arc;
 use std::time::Instant;
 
-use burn::tensor::TensorData;
+use burn::tensor::{DType, FloatDType, TensorData};
 
 use super::super::backend::Kernels;
 use super::super::reference::{self, AttentionSaved};
@@ -111,6 +111,48 @@ fn grouped_products() {
 }
 
 #[test]
+#[ignore = "needs a CubeCL device that stores f16"]
+fn half_types_are_summed_in_f32_and_rounded_once() {
+    let (cube, flex) = (device(), Default::default());
+    let plan = plan(75, 5);
+    // Numbers that f16 holds, so that only the results are rounded.
+    let exact = |shape: &[usize], seed| {
+        let wide = numbers([shape.iter().product()], seed);
+        let values: Vec<f32> = wide.iter::<f32>().map(|value| (value * 64.0).round() / 64.0).collect();
+        TensorData::new(values, shape.to_vec())
+    };
+    let half = |data| Cube::float_cast(on::<Cube>(data, &cube), FloatDType::F16);
+    let check = |name, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>| {
+        assert_eq!(fast.dtype(), DType::F16, "{name}");
+        let ((_, fast), (_, expected)) = (values::<Cube>(fast), values::<Flex>(expected));
+        for (fast, expected) in fast.iter().zip(&expected) {
+            let off = (fast - expected).abs();
+            // Half a unit in the last of f16's 11 bits, and the sum's own rounding.
+            assert!(off <= expected.abs() / 2048.0 + 1e-5, "{name}: {fast} for {expected}");
+        }
+    };
+    let (rows, weight) = (exact(&[150, 40], 1), exact(&[5, 40, 70], 2));
+    assert!(buffers([&half(&rows)]).is_some(), "this device does not store f16");
+    check(
+        "product",
+        Cube::grouped_matmul_forward(half(&rows), half(&weight), &plan),
+        reference::grouped_matmul_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weight, &flex), &plan),
+    );
+    let spec = AttentionSpec { scale: 0.3, starts: None };
+    let (query, keys) = (exact(&[1, 40, 2, 8], 3), exact(&[1, 40, 2, 14], 4));
+    check(
+        "attention",
+        Cube::attention_forward(half(&query), half(&keys), None, &spec).0,
+        reference::attention_forward::<Flex>(on::<Flex>(&query, &flex), on::<Flex>(&keys, &flex), None, &spec).0,
+    );
+    check(
+        "SwiGLU",
+        Cube::swiglu_forward(half(&rows), half(&rows)),
+        reference::swiglu_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&rows, &flex)),
+    );
+}
+
+#[test]
 #[ignore = "needs a CubeCL device"]
 fn a_grouped_product_reads_tensors_as_they_lie() {
     let (cube, flex) = (device(), Default::default());
@@ -176,10 +218,8 @@ fn attention_agrees(query: &TensorData, key_value: &TensorData, shared: Option<&
 #[test]
 #[ignore = "needs a CubeCL device"]
 fn attention() {
-    // One token, less than a block, its end, and beyond it; heads within a block of columns and beyond it.
-    for (batch, sequence, own, shared, value) in
-        [(2, 1, 6, 4, 7), (2, 21, 5, 2, 4), (1, 64, 40, 24, 33), (3, 131, 128, 64, 128)]
-    {
+    // One token, blocks exactly, and beyond them; heads within a block of columns and beyond it.
+    for (batch, sequence, own, shared, value) in [(2, 1, 6, 4, 7), (2, 64, 5, 2, 4), (3, 131, 40, 24, 33)] {
         for spec in specs(batch, sequence) {
             let query = numbers([batch, sequence, 4, own + shared], 1);
             let shared_key = numbers([batch, sequence, shared], 2);
@@ -188,6 +228,14 @@ fn attention() {
             attention_agrees(&query, &keys, None, &spec);
         }
     }
+}
+
+#[test]
+#[ignore = "needs a CubeCL device, and a minute on one in software"]
+fn attention_with_moonlights_heads() {
+    let query = numbers([1, 40, 2, 128 + 64], 1);
+    let spec = AttentionSpec { scale: 192_f32.powf(-0.5), starts: None };
+    attention_agrees(&query, &numbers([1, 40, 2, 128 + 128], 2), Some(&numbers([1, 40, 64], 3)), &spec);
 }
 
 #[test]
@@ -341,7 +389,7 @@ fn the_kernels_are_faster_than_the_reference_all_in_all() {
     let plan = &ExpertPlan::new(&choices, 4, experts);
     let of = |shape: &[usize], seed| {
         let data = numbers([shape.iter().product()], seed);
-        on::<Cube>(&TensorData::from_bytes(data.into_bytes(), shape.to_vec(), burn::tensor::DType::F32), &device)
+        on::<Cube>(&TensorData::from_bytes(data.into_bytes(), shape.to_vec(), DType::F32), &device)
     };
     let rows = of(&[4 * tokens, hidden], 1);
     let weight = of(&[experts, hidden, width], 2);
