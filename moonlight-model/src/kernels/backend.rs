@@ -179,6 +179,3 @@ pub(crate) trait Kernels: Backend {
         reference::cross_entropy_grad::<Self>(logits, targets, grad)
     }
 }
-
-#[cfg(feature = "cube")]
-impl Kernels for burn::backend::Cube {}

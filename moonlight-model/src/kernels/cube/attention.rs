@@ -1,0 +1,801 @@
+//! Causal attention by blocks of queries and keys: neither forward nor backward ever holds a `T x T` tensor.
+//!
+//! The forward is FlashAttention's (arXiv 2205.14135): a cube takes [`BLOCK`] queries of one head through the keys that
+//! they may see, [`BLOCK`] at a time, and keeps a running maximum and sum of each query's softmax. The backward computes
+//! the scores again from the logarithms of the sums, once for the queries' gradient and once for that of keys and
+//! values, so that no two cubes add to one number (FlashAttention-2, arXiv 2307.08691). Blocks of keys that lie after a
+//! block of queries, or before its first document, are not visited.
+//!
+//! Loops over a block's numbers are left to the compiler to unroll: a software Vulkan driver takes a minute for the
+//! code of all rounds.
+//!
+//! Everything is a product of blocks of 32 x 32 numbers in shared memory: three of them take 12.7 KB, of the 16 KB that
+//! WebGPU promises. Sums are in f32 whatever the tensors are.
+
+use burn::tensor::DType;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::*;
+
+use super::super::AttentionSpec;
+use super::tensor::{addresses, elem, empty, upload};
+
+/// Queries, keys and columns of a block.
+const BLOCK: usize = 32;
+/// Units of a cube across a block and down it.
+const ACROSS: usize = 8;
+const DOWN: usize = 16;
+const UNITS: usize = ACROSS * DOWN;
+/// A unit's patch of a block: rows that lie together, columns [`ACROSS`] apart.
+const ROWS: usize = BLOCK / DOWN;
+const COLUMNS: usize = BLOCK / ACROSS;
+const PATCH: usize = ROWS * COLUMNS;
+/// From one row of a block in shared memory to the next: one more than it has, so that rows begin in different banks.
+const PITCH: usize = BLOCK + 1;
+const SHARED: usize = BLOCK * PITCH;
+/// Stands for the score of a key that a query may not see: finite, for a block may have none that it may see.
+const HIDDEN: f32 = -1e30;
+
+/// What the kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Heads {
+    heads: usize,
+    key_heads: usize,
+    /// Width of the key that is a key head's own.
+    own: usize,
+    /// Width of the key that all heads share.
+    shared: usize,
+    value: usize,
+    /// Whether sequences have documents.
+    documents: bool,
+}
+
+impl Heads {
+    fn new(query: &CubeTensor, key_value: &CubeTensor, shared_key: Option<&CubeTensor>, spec: &AttentionSpec) -> Self {
+        let (heads, width) = (query.meta.shape()[2], query.meta.shape()[3]);
+        let (key_heads, pair) = (key_value.meta.shape()[2], key_value.meta.shape()[3]);
+        let shared = shared_key.map_or(0, |shared| shared.meta.shape()[2]);
+        let own = width - shared;
+        Self { heads, key_heads, own, shared, value: pair - own, documents: spec.starts.is_some() }
+    }
+
+    fn width(&self) -> usize {
+        self.own + self.shared
+    }
+}
+
+fn starts(like: &CubeTensor, spec: &AttentionSpec) -> BufferArg {
+    upload(like, spec.starts.as_ref().map_or(&[0], |starts| starts.as_slice()))
+}
+
+/// The output `[batch, sequence, heads, value]` and the logarithms of the softmax denominators
+/// `[batch, heads, sequence]`, see `reference::attention_forward`.
+pub(super) fn forward(
+    query: CubeTensor,
+    key_value: CubeTensor,
+    shared_key: Option<CubeTensor>,
+    spec: &AttentionSpec,
+) -> (CubeTensor, CubeTensor) {
+    let heads = Heads::new(&query, &key_value, shared_key.as_ref(), spec);
+    let (batch, sequence) = (query.meta.shape()[0], query.meta.shape()[1]);
+    let (query, key_value) = (into_contiguous(query), into_contiguous(key_value));
+    // A kernel has all its arguments: without a shared key it is not read.
+    let shared_key = shared_key.map_or_else(|| query.clone(), into_contiguous);
+    let output = empty(&query, [batch, sequence, heads.heads, heads.value], query.dtype);
+    let log_sum = empty(&query, [batch, heads.heads, sequence], DType::F32);
+    let (client, dtype, starts) = (query.client.clone(), elem(&query), starts(&query, spec));
+    // SAFETY: the kernel keeps within its tensors.
+    unsafe {
+        forward_kernel::launch_unchecked(
+            &client,
+            CubeCount::Static(sequence.div_ceil(BLOCK) as u32, heads.heads as u32, batch as u32),
+            CubeDim::new_1d(UNITS as u32),
+            addresses(&[&query, &key_value, &shared_key, &output]),
+            query.into_buffer_arg(),
+            key_value.into_buffer_arg(),
+            shared_key.into_buffer_arg(),
+            starts,
+            output.clone().into_buffer_arg(),
+            log_sum.clone().into_buffer_arg(),
+            sequence,
+            spec.scale,
+            heads,
+            dtype,
+        );
+    }
+    (output, log_sum)
+}
+
+/// What the gradients are made of: the forward's inputs and `log_sum`, the gradient of its output, and `delta`, f32
+/// `[batch, sequence, heads]`, the product of that gradient and the output, summed over a head.
+pub(super) struct Saved {
+    pub(super) query: CubeTensor,
+    pub(super) key_value: CubeTensor,
+    pub(super) shared_key: Option<CubeTensor>,
+    pub(super) log_sum: CubeTensor,
+    pub(super) grad: CubeTensor,
+    pub(super) delta: CubeTensor,
+}
+
+/// Gradients for the query, for keys and values, and of each key head for the shared key, f32
+/// `[batch, key_heads, sequence, shared]`.
+pub(super) fn grad(saved: Saved, spec: &AttentionSpec) -> (CubeTensor, CubeTensor, Option<CubeTensor>) {
+    let heads = Heads::new(&saved.query, &saved.key_value, saved.shared_key.as_ref(), spec);
+    let (batch, sequence) = (saved.query.meta.shape()[0], saved.query.meta.shape()[1]);
+    let (query, key_value) = (into_contiguous(saved.query), into_contiguous(saved.key_value));
+    let has_shared = saved.shared_key.is_some();
+    let shared_key = saved.shared_key.map_or_else(|| query.clone(), into_contiguous);
+    let (log_sum, grad) = (into_contiguous(saved.log_sum), into_contiguous(saved.grad));
+    let delta = into_contiguous(saved.delta);
+    let grad_query = empty(&query, [batch, sequence, heads.heads, heads.width()], query.dtype);
+    let grad_key_value = empty(&query, [batch, sequence, heads.key_heads, heads.own + heads.value], query.dtype);
+    // WebGPU has no empty buffer.
+    let grad_shared = empty(&query, [batch, heads.key_heads, sequence, heads.shared.max(1)], DType::F32);
+    let (client, dtype) = (query.client.clone(), elem(&query));
+    let address = addresses(&[&query, &key_value, &shared_key, &grad, &grad_shared]);
+    let blocks = sequence.div_ceil(BLOCK) as u32;
+    // SAFETY: the kernels keep within their tensors.
+    unsafe {
+        query_grad_kernel::launch_unchecked(
+            &client,
+            CubeCount::Static(blocks, heads.heads as u32, batch as u32),
+            CubeDim::new_1d(UNITS as u32),
+            address,
+            query.clone().into_buffer_arg(),
+            key_value.clone().into_buffer_arg(),
+            shared_key.clone().into_buffer_arg(),
+            starts(&query, spec),
+            log_sum.clone().into_buffer_arg(),
+            delta.clone().into_buffer_arg(),
+            grad.clone().into_buffer_arg(),
+            grad_query.clone().into_buffer_arg(),
+            sequence,
+            spec.scale,
+            heads,
+            dtype,
+        );
+        let starts = starts(&query, spec);
+        key_grad_kernel::launch_unchecked(
+            &client,
+            CubeCount::Static(blocks, heads.key_heads as u32, batch as u32),
+            CubeDim::new_1d(UNITS as u32),
+            address,
+            query.into_buffer_arg(),
+            key_value.into_buffer_arg(),
+            shared_key.into_buffer_arg(),
+            starts,
+            log_sum.into_buffer_arg(),
+            delta.into_buffer_arg(),
+            grad.into_buffer_arg(),
+            grad_key_value.clone().into_buffer_arg(),
+            grad_shared.clone().into_buffer_arg(),
+            sequence,
+            spec.scale,
+            heads,
+            dtype,
+        );
+    }
+    (grad_query, grad_key_value, has_shared.then_some(grad_shared))
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn forward_kernel<F: Float>(
+    query: &[F],
+    key_value: &[F],
+    shared_key: &[F],
+    starts: &[u32],
+    output: &mut [F],
+    log_sum: &mut [f32],
+    sequence: usize,
+    scale: f32,
+    #[comptime] heads: Heads,
+    #[define(F)] _dtype: ElemType,
+) {
+    let (batch, head) = (CUBE_POS_Z as usize, CUBE_POS_Y as usize);
+    let first = CUBE_POS_X as usize * BLOCK;
+    let key_head = head / comptime!(heads.heads / heads.key_heads);
+    let value_chunks = comptime!(heads.value.div_ceil(BLOCK));
+    let (row, column) = place();
+
+    let mut scores = Shared::<[f32]>::new_slice(SHARED);
+    let mut left = Shared::<[f32]>::new_slice(SHARED);
+    let mut right = Shared::<[f32]>::new_slice(SHARED);
+    let mut sums = zeros(comptime!(value_chunks * PATCH));
+    let mut totals = zeros(ROWS);
+    let mut largest = zeros(ROWS);
+    let mut seen_from = Array::<usize>::new(ROWS);
+    #[unroll]
+    for i in 0..ROWS {
+        largest[i] = HIDDEN;
+        seen_from[i] = start_of(starts, batch, first + row + i, sequence, heads);
+    }
+
+    // Starts never decrease along a sequence, so the block's first query sees furthest back.
+    let mut key = start_of(starts, batch, first, sequence, heads) / BLOCK * BLOCK;
+    let end = min(first + BLOCK, sequence);
+    while key < end {
+        let mut patch = zeros(PATCH);
+        key_products::<F>(
+            &mut left, &mut right, &mut patch, query, key_value, shared_key, batch, head, key_head, first, key,
+            sequence, heads,
+        );
+        #[unroll]
+        for i in 0..ROWS {
+            #[unroll]
+            for j in 0..COLUMNS {
+                let (at, to) = (first + row + i, key + column + j * ACROSS);
+                let seen = to <= at && to >= seen_from[i];
+                let score = select(seen, patch[i * COLUMNS + j] * scale, HIDDEN);
+                patch[i * COLUMNS + j] = score;
+                scores[(row + i) * PITCH + column + j * ACROSS] = score;
+            }
+        }
+        sync_cube();
+        let mut shrink = Array::<f32>::new(ROWS);
+        #[unroll]
+        for i in 0..ROWS {
+            let mut most = largest[i];
+            for j in 0..BLOCK {
+                most = max(most, scores[(row + i) * PITCH + j]);
+            }
+            shrink[i] = (largest[i] - most).exp();
+            largest[i] = most;
+        }
+        sync_cube();
+        #[unroll]
+        for i in 0..ROWS {
+            #[unroll]
+            for j in 0..COLUMNS {
+                let score = patch[i * COLUMNS + j];
+                let probability = select(score > HIDDEN, (score - largest[i]).exp(), 0f32);
+                scores[(row + i) * PITCH + column + j * ACROSS] = probability;
+            }
+        }
+        sync_cube();
+        #[unroll]
+        for i in 0..ROWS {
+            let mut total = totals[i] * shrink[i];
+            for j in 0..BLOCK {
+                total += scores[(row + i) * PITCH + j];
+            }
+            totals[i] = total;
+            #[unroll]
+            for chunk in 0..value_chunks {
+                #[unroll]
+                for j in 0..COLUMNS {
+                    sums[chunk * PATCH + i * COLUMNS + j] *= shrink[i];
+                }
+            }
+        }
+        #[unroll]
+        for chunk in 0..value_chunks {
+            load_values::<F>(&mut right, key_value, batch, key_head, key, sequence, chunk, heads);
+            sync_cube();
+            by_columns(&scores, &right, &mut sums, chunk, false);
+            sync_cube();
+        }
+        key += BLOCK;
+    }
+
+    #[unroll]
+    for i in 0..ROWS {
+        let at = first + row + i;
+        if at < sequence {
+            #[unroll]
+            for chunk in 0..value_chunks {
+                #[unroll]
+                for j in 0..COLUMNS {
+                    let to = chunk * BLOCK + column + j * ACROSS;
+                    if to < heads.value {
+                        output[((batch * sequence + at) * heads.heads + head) * heads.value + to] =
+                            F::cast_from(sums[chunk * PATCH + i * COLUMNS + j] / totals[i]);
+                    }
+                }
+            }
+            if column == 0 {
+                log_sum[(batch * heads.heads + head) * sequence + at] = largest[i] + totals[i].ln();
+            }
+        }
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn query_grad_kernel<F: Float>(
+    query: &[F],
+    key_value: &[F],
+    shared_key: &[F],
+    starts: &[u32],
+    log_sum: &[f32],
+    delta: &[f32],
+    grad: &[F],
+    grad_query: &mut [F],
+    sequence: usize,
+    scale: f32,
+    #[comptime] heads: Heads,
+    #[define(F)] _dtype: ElemType,
+) {
+    let (batch, head) = (CUBE_POS_Z as usize, CUBE_POS_Y as usize);
+    let first = CUBE_POS_X as usize * BLOCK;
+    let key_head = head / comptime!(heads.heads / heads.key_heads);
+    let width = comptime!(heads.own + heads.shared);
+    let chunks = comptime!(width.div_ceil(BLOCK));
+    let (row, column) = place();
+
+    let mut scores = Shared::<[f32]>::new_slice(SHARED);
+    let mut left = Shared::<[f32]>::new_slice(SHARED);
+    let mut right = Shared::<[f32]>::new_slice(SHARED);
+    let mut sums = zeros(comptime!(chunks * PATCH));
+
+    let mut key = start_of(starts, batch, first, sequence, heads) / BLOCK * BLOCK;
+    let end = min(first + BLOCK, sequence);
+    while key < end {
+        let mut probabilities = zeros(PATCH);
+        let mut slopes = zeros(PATCH);
+        key_products::<F>(
+            &mut left,
+            &mut right,
+            &mut probabilities,
+            query,
+            key_value,
+            shared_key,
+            batch,
+            head,
+            key_head,
+            first,
+            key,
+            sequence,
+            heads,
+        );
+        value_products::<F>(
+            &mut left,
+            &mut right,
+            &mut slopes,
+            grad,
+            key_value,
+            batch,
+            head,
+            key_head,
+            first,
+            key,
+            sequence,
+            heads,
+        );
+        slopes_of(
+            &mut probabilities,
+            &mut slopes,
+            starts,
+            log_sum,
+            delta,
+            batch,
+            head,
+            first,
+            key,
+            sequence,
+            scale,
+            heads,
+        );
+        write(&mut scores, &slopes);
+        #[unroll]
+        for chunk in 0..chunks {
+            load_keys::<F>(&mut right, key_value, shared_key, batch, key_head, key, sequence, chunk * BLOCK, heads);
+            sync_cube();
+            by_columns(&scores, &right, &mut sums, chunk, false);
+            sync_cube();
+        }
+        key += BLOCK;
+    }
+
+    #[unroll]
+    for i in 0..ROWS {
+        let at = first + row + i;
+        if at < sequence {
+            #[unroll]
+            for chunk in 0..chunks {
+                #[unroll]
+                for j in 0..COLUMNS {
+                    let to = chunk * BLOCK + column + j * ACROSS;
+                    if to < width {
+                        grad_query[((batch * sequence + at) * heads.heads + head) * width + to] =
+                            F::cast_from(sums[chunk * PATCH + i * COLUMNS + j]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn key_grad_kernel<F: Float>(
+    query: &[F],
+    key_value: &[F],
+    shared_key: &[F],
+    starts: &[u32],
+    log_sum: &[f32],
+    delta: &[f32],
+    grad: &[F],
+    grad_key_value: &mut [F],
+    grad_shared: &mut [f32],
+    sequence: usize,
+    scale: f32,
+    #[comptime] heads: Heads,
+    #[define(F)] _dtype: ElemType,
+) {
+    let (batch, key_head) = (CUBE_POS_Z as usize, CUBE_POS_Y as usize);
+    let key = CUBE_POS_X as usize * BLOCK;
+    let group = comptime!(heads.heads / heads.key_heads);
+    let (width, pair) = comptime!((heads.own + heads.shared, heads.own + heads.value));
+    let (chunks, value_chunks) = comptime!((width.div_ceil(BLOCK), heads.value.div_ceil(BLOCK)));
+    let (row, column) = place();
+
+    let mut scores = Shared::<[f32]>::new_slice(SHARED);
+    let mut left = Shared::<[f32]>::new_slice(SHARED);
+    let mut right = Shared::<[f32]>::new_slice(SHARED);
+    let mut key_sums = zeros(comptime!(chunks * PATCH));
+    let mut value_sums = zeros(comptime!(value_chunks * PATCH));
+
+    let last = min(key + BLOCK, sequence) - 1;
+    for member in 0..group {
+        let head = key_head * group + member;
+        let mut first = key;
+        let mut seen = true;
+        while seen {
+            let mut probabilities = zeros(PATCH);
+            let mut slopes = zeros(PATCH);
+            key_products::<F>(
+                &mut left,
+                &mut right,
+                &mut probabilities,
+                query,
+                key_value,
+                shared_key,
+                batch,
+                head,
+                key_head,
+                first,
+                key,
+                sequence,
+                heads,
+            );
+            value_products::<F>(
+                &mut left,
+                &mut right,
+                &mut slopes,
+                grad,
+                key_value,
+                batch,
+                head,
+                key_head,
+                first,
+                key,
+                sequence,
+                heads,
+            );
+            slopes_of(
+                &mut probabilities,
+                &mut slopes,
+                starts,
+                log_sum,
+                delta,
+                batch,
+                head,
+                first,
+                key,
+                sequence,
+                scale,
+                heads,
+            );
+            write(&mut scores, &probabilities);
+            #[unroll]
+            for chunk in 0..value_chunks {
+                load_head::<F>(&mut right, grad, batch, head, first, sequence, chunk * BLOCK, heads.heads, heads.value);
+                sync_cube();
+                by_columns(&scores, &right, &mut value_sums, chunk, true);
+                sync_cube();
+            }
+            write(&mut scores, &slopes);
+            #[unroll]
+            for chunk in 0..chunks {
+                load_head::<F>(&mut right, query, batch, head, first, sequence, chunk * BLOCK, heads.heads, width);
+                sync_cube();
+                by_columns(&scores, &right, &mut key_sums, chunk, true);
+                sync_cube();
+            }
+            first += BLOCK;
+            // Where the first query of a block does not see back to these keys, no later one does.
+            seen = false;
+            if first < sequence {
+                seen = start_of(starts, batch, first, sequence, heads) <= last;
+            }
+        }
+    }
+
+    #[unroll]
+    for i in 0..ROWS {
+        let at = key + row + i;
+        if at < sequence {
+            let line = ((batch * sequence + at) * heads.key_heads + key_head) * pair;
+            #[unroll]
+            for j in 0..COLUMNS {
+                #[unroll]
+                for chunk in 0..chunks {
+                    let to = chunk * BLOCK + column + j * ACROSS;
+                    let sum = key_sums[chunk * PATCH + i * COLUMNS + j];
+                    if to < heads.own {
+                        grad_key_value[line + to] = F::cast_from(sum);
+                    } else if to < width {
+                        let part = (batch * heads.key_heads + key_head) * sequence + at;
+                        grad_shared[part * heads.shared + to - heads.own] = sum;
+                    }
+                }
+                #[unroll]
+                for chunk in 0..value_chunks {
+                    let to = chunk * BLOCK + column + j * ACROSS;
+                    if to < heads.value {
+                        grad_key_value[line + heads.own + to] =
+                            F::cast_from(value_sums[chunk * PATCH + i * COLUMNS + j]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The first row and the first column of a unit's patch.
+#[cube]
+fn place() -> (usize, usize) {
+    (UNIT_POS as usize / ACROSS * ROWS, UNIT_POS as usize % ACROSS)
+}
+
+#[cube]
+fn zeros(#[comptime] count: usize) -> Array<f32> {
+    let mut array = Array::<f32>::new(count);
+    #[unroll]
+    for at in 0..count {
+        array[at] = 0f32;
+    }
+    array
+}
+
+/// The first key that a query may see.
+#[cube]
+fn start_of(starts: &[u32], batch: usize, query: usize, sequence: usize, #[comptime] heads: Heads) -> usize {
+    let mut start = 0usize;
+    if comptime!(heads.documents) {
+        start = starts[batch * sequence + min(query, sequence - 1)] as usize;
+    }
+    start
+}
+
+/// Adds the products of a block of queries and a block of keys to a patch.
+#[cube]
+fn key_products<F: Float>(
+    left: &mut Shared<[f32]>,
+    right: &mut Shared<[f32]>,
+    patch: &mut Array<f32>,
+    query: &[F],
+    key_value: &[F],
+    shared_key: &[F],
+    batch: usize,
+    head: usize,
+    key_head: usize,
+    first: usize,
+    key: usize,
+    sequence: usize,
+    #[comptime] heads: Heads,
+) {
+    let width = comptime!(heads.own + heads.shared);
+    for chunk in 0..comptime!(width.div_ceil(BLOCK)) {
+        let from = chunk * BLOCK;
+        load_head::<F>(left, query, batch, head, first, sequence, from, heads.heads, width);
+        load_keys::<F>(right, key_value, shared_key, batch, key_head, key, sequence, from, heads);
+        sync_cube();
+        by_rows(left, right, patch);
+        sync_cube();
+    }
+}
+
+/// Adds the products of a block of the output's gradient and a block of values to a patch.
+#[cube]
+fn value_products<F: Float>(
+    left: &mut Shared<[f32]>,
+    right: &mut Shared<[f32]>,
+    patch: &mut Array<f32>,
+    grad: &[F],
+    key_value: &[F],
+    batch: usize,
+    head: usize,
+    key_head: usize,
+    first: usize,
+    key: usize,
+    sequence: usize,
+    #[comptime] heads: Heads,
+) {
+    for chunk in 0..comptime!(heads.value.div_ceil(BLOCK)) {
+        load_head::<F>(left, grad, batch, head, first, sequence, chunk * BLOCK, heads.heads, heads.value);
+        load_values::<F>(right, key_value, batch, key_head, key, sequence, chunk, heads);
+        sync_cube();
+        by_rows(left, right, patch);
+        sync_cube();
+    }
+}
+
+/// From products of queries and keys to probabilities, and from products of gradients and values to the gradients of
+/// those products.
+#[cube]
+fn slopes_of(
+    probabilities: &mut Array<f32>,
+    slopes: &mut Array<f32>,
+    starts: &[u32],
+    log_sum: &[f32],
+    delta: &[f32],
+    batch: usize,
+    head: usize,
+    first: usize,
+    key: usize,
+    sequence: usize,
+    scale: f32,
+    #[comptime] heads: Heads,
+) {
+    let (row, column) = place();
+    #[unroll]
+    for i in 0..ROWS {
+        let at = first + row + i;
+        let known = min(at, sequence - 1);
+        let seen_from = start_of(starts, batch, at, sequence, heads);
+        let log_sum = log_sum[(batch * heads.heads + head) * sequence + known];
+        let delta = delta[(batch * sequence + known) * heads.heads + head];
+        #[unroll]
+        for j in 0..COLUMNS {
+            let to = key + column + j * ACROSS;
+            let seen = to <= at && to >= seen_from && at < sequence;
+            let probability = select(seen, (probabilities[i * COLUMNS + j] * scale - log_sum).exp(), 0f32);
+            probabilities[i * COLUMNS + j] = probability;
+            slopes[i * COLUMNS + j] = probability * (slopes[i * COLUMNS + j] - delta) * scale;
+        }
+    }
+}
+
+/// Writes each unit's patch to a block.
+#[cube]
+fn write(block: &mut Shared<[f32]>, patch: &Array<f32>) {
+    let (row, column) = place();
+    #[unroll]
+    for i in 0..ROWS {
+        #[unroll]
+        for j in 0..COLUMNS {
+            block[(row + i) * PITCH + column + j * ACROSS] = patch[i * COLUMNS + j];
+        }
+    }
+}
+
+/// Fills a block with columns `from..` of positions `first..` of one head of `[batch, sequence, heads, width]`; zero
+/// beyond the ends.
+#[cube]
+fn load_head<F: Float>(
+    block: &mut Shared<[f32]>,
+    tensor: &[F],
+    batch: usize,
+    head: usize,
+    first: usize,
+    sequence: usize,
+    from: usize,
+    #[comptime] heads: usize,
+    #[comptime] width: usize,
+) {
+    for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
+        let index = UNIT_POS as usize + round * UNITS;
+        let (at, to) = (first + index / BLOCK, from + index % BLOCK);
+        let mut value = 0f32;
+        if at < sequence && to < width {
+            value = f32::cast_from(tensor[((batch * sequence + at) * heads + head) * width + to]);
+        }
+        block[index / BLOCK * PITCH + index % BLOCK] = value;
+    }
+}
+
+/// Fills a block with columns `from..` of keys `first..`: a key head's own part, then the shared one.
+#[cube]
+fn load_keys<F: Float>(
+    block: &mut Shared<[f32]>,
+    key_value: &[F],
+    shared_key: &[F],
+    batch: usize,
+    key_head: usize,
+    first: usize,
+    sequence: usize,
+    from: usize,
+    #[comptime] heads: Heads,
+) {
+    let pair = comptime!(heads.own + heads.value);
+    for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
+        let index = UNIT_POS as usize + round * UNITS;
+        let (at, to) = (first + index / BLOCK, from + index % BLOCK);
+        let position = batch * sequence + at;
+        let mut value = 0f32;
+        if at < sequence {
+            if to < heads.own {
+                value = f32::cast_from(key_value[(position * heads.key_heads + key_head) * pair + to]);
+            }
+            if comptime!(heads.shared > 0) {
+                if to >= heads.own && to < comptime!(heads.own + heads.shared) {
+                    value = f32::cast_from(shared_key[position * heads.shared + to - heads.own]);
+                }
+            }
+        }
+        block[index / BLOCK * PITCH + index % BLOCK] = value;
+    }
+}
+
+/// Fills a block with a chunk of the values of keys `first..`.
+#[cube]
+fn load_values<F: Float>(
+    block: &mut Shared<[f32]>,
+    key_value: &[F],
+    batch: usize,
+    key_head: usize,
+    first: usize,
+    sequence: usize,
+    chunk: usize,
+    #[comptime] heads: Heads,
+) {
+    let pair = comptime!(heads.own + heads.value);
+    for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
+        let index = UNIT_POS as usize + round * UNITS;
+        let (at, to) = (first + index / BLOCK, chunk * BLOCK + index % BLOCK);
+        let mut value = 0f32;
+        if at < sequence && to < heads.value {
+            let line = ((batch * sequence + at) * heads.key_heads + key_head) * pair;
+            value = f32::cast_from(key_value[line + heads.own + to]);
+        }
+        block[index / BLOCK * PITCH + index % BLOCK] = value;
+    }
+}
+
+/// Adds to a patch the products of the rows of two blocks, `left x right^T`.
+#[cube]
+fn by_rows(left: &mut Shared<[f32]>, right: &mut Shared<[f32]>, patch: &mut Array<f32>) {
+    let (row, column) = place();
+    for step in 0..BLOCK {
+        let mut factors = Array::<f32>::new(COLUMNS);
+        #[unroll]
+        for j in 0..COLUMNS {
+            factors[j] = right[(column + j * ACROSS) * PITCH + step];
+        }
+        #[unroll]
+        for i in 0..ROWS {
+            let factor = left[(row + i) * PITCH + step];
+            #[unroll]
+            for j in 0..COLUMNS {
+                patch[i * COLUMNS + j] += factor * factors[j];
+            }
+        }
+    }
+}
+
+/// Adds to the patch of a chunk the product of two blocks, `left x right` or `left^T x right`.
+#[cube]
+fn by_columns(
+    left: &Shared<[f32]>,
+    right: &Shared<[f32]>,
+    sums: &mut Array<f32>,
+    #[comptime] chunk: usize,
+    #[comptime] transposed: bool,
+) {
+    let (row, column) = place();
+    for step in 0..BLOCK {
+        let mut factors = Array::<f32>::new(COLUMNS);
+        #[unroll]
+        for j in 0..COLUMNS {
+            factors[j] = right[step * PITCH + column + j * ACROSS];
+        }
+        #[unroll]
+        for i in 0..ROWS {
+            let at = if comptime!(transposed) { step * PITCH + row + i } else { (row + i) * PITCH + step };
+            let factor = left[at];
+            #[unroll]
+            for j in 0..COLUMNS {
+                sums[chunk * PATCH + i * COLUMNS + j] += factor * factors[j];
+            }
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! RMSNorm and its gradients: a cube for each row.
+
+use burn::tensor::DType;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::*;
+
+use super::reduce::{UNITS, cubes, row_of, sum_of_units};
+use super::tensor::{addresses, elem, empty};
+
+/// Rows whose parts of the gain's gradient one unit adds up.
+const CHUNK: usize = 64;
+
+pub(super) fn forward(x: CubeTensor, gain: CubeTensor, epsilon: f32) -> CubeTensor {
+    let (x, gain) = (into_contiguous(x), into_contiguous(gain));
+    let [rows, width] = x.meta.shape().dims();
+    let out = empty(&x, [rows, width], x.dtype);
+    let (client, dtypes, address) = (x.client.clone(), [elem(&x), elem(&gain)], addresses(&[&x]));
+    // SAFETY: the kernel keeps within its tensors.
+    unsafe {
+        forward_kernel::launch_unchecked(
+            &client,
+            cubes(rows),
+            CubeDim::new_1d(UNITS as u32),
+            address,
+            x.into_buffer_arg(),
+            gain.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            rows,
+            width,
+            epsilon,
+            dtypes,
+        );
+    }
+    out
+}
+
+/// The gradient for `x`, and parts of that for the gain, f32 `[parts, width]`, whose sum it is.
+pub(super) fn grad(x: CubeTensor, gain: CubeTensor, grad: CubeTensor, epsilon: f32) -> (CubeTensor, CubeTensor) {
+    let (x, gain, grad) = (into_contiguous(x), into_contiguous(gain), into_contiguous(grad));
+    let [rows, width] = x.meta.shape().dims();
+    let parts = rows.div_ceil(CHUNK);
+    let grad_x = empty(&x, [rows, width], x.dtype);
+    let inverse = empty(&x, [rows], DType::F32);
+    let grad_gain = empty(&x, [parts, width], DType::F32);
+    let (client, dtypes, address) = (x.client.clone(), [elem(&x), elem(&gain)], addresses(&[&x]));
+    // SAFETY: the kernels keep within their tensors.
+    unsafe {
+        grad_kernel::launch_unchecked(
+            &client,
+            cubes(rows),
+            CubeDim::new_1d(UNITS as u32),
+            address,
+            x.clone().into_buffer_arg(),
+            gain.into_buffer_arg(),
+            grad.clone().into_buffer_arg(),
+            grad_x.clone().into_buffer_arg(),
+            inverse.clone().into_buffer_arg(),
+            rows,
+            width,
+            epsilon,
+            dtypes,
+        );
+        gain_grad_kernel::launch_unchecked(
+            &client,
+            CubeCount::Static(width.div_ceil(UNITS) as u32, parts as u32, 1),
+            CubeDim::new_1d(UNITS as u32),
+            address,
+            x.into_buffer_arg(),
+            grad.into_buffer_arg(),
+            inverse.into_buffer_arg(),
+            grad_gain.clone().into_buffer_arg(),
+            rows,
+            width,
+            dtypes[0],
+        );
+    }
+    (grad_x, grad_gain)
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn forward_kernel<F: Float, G: Float>(
+    x: &[F],
+    gain: &[G],
+    out: &mut [F],
+    rows: usize,
+    width: usize,
+    epsilon: f32,
+    #[define(F, G)] _dtypes: [ElemType; 2],
+) {
+    let line = row_of(rows) * width;
+    let mut scratch = Shared::<[f32]>::new_slice(UNITS);
+    let mut square = 0f32;
+    let mut at = UNIT_POS as usize;
+    while at < width {
+        let value = f32::cast_from(x[line + at]);
+        square += value * value;
+        at += UNITS;
+    }
+    let inverse = 1f32 / (sum_of_units(&mut scratch, square) / f32::cast_from(width) + epsilon).sqrt();
+    let mut at = UNIT_POS as usize;
+    while at < width {
+        // Rounded before the product with the gain, as the published code does.
+        let normalised = F::cast_from(f32::cast_from(x[line + at]) * inverse);
+        out[line + at] = normalised * F::cast_from(gain[at]);
+        at += UNITS;
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn grad_kernel<F: Float, G: Float>(
+    x: &[F],
+    gain: &[G],
+    grad: &[F],
+    grad_x: &mut [F],
+    inverses: &mut [f32],
+    rows: usize,
+    width: usize,
+    epsilon: f32,
+    #[define(F, G)] _dtypes: [ElemType; 2],
+) {
+    let row = row_of(rows);
+    let line = row * width;
+    let mut scratch = Shared::<[f32]>::new_slice(UNITS);
+    let mut square = 0f32;
+    let mut dot = 0f32;
+    let mut at = UNIT_POS as usize;
+    while at < width {
+        let value = f32::cast_from(x[line + at]);
+        square += value * value;
+        dot += value * f32::cast_from(grad[line + at]) * f32::cast_from(gain[at]);
+        at += UNITS;
+    }
+    let count = f32::cast_from(width);
+    let inverse = 1f32 / (sum_of_units(&mut scratch, square) / count + epsilon).sqrt();
+    let mean = sum_of_units(&mut scratch, dot) * inverse / count;
+    let mut at = UNIT_POS as usize;
+    while at < width {
+        let normalised = f32::cast_from(x[line + at]) * inverse;
+        let scaled = f32::cast_from(grad[line + at]) * f32::cast_from(gain[at]);
+        grad_x[line + at] = F::cast_from((scaled - normalised * mean) * inverse);
+        at += UNITS;
+    }
+    if UNIT_POS == 0 {
+        inverses[row] = inverse;
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn gain_grad_kernel<F: Float>(
+    x: &[F],
+    grad: &[F],
+    inverses: &[f32],
+    grad_gain: &mut [f32],
+    rows: usize,
+    width: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    let part = CUBE_POS_Y as usize;
+    let column = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
+    if column < width {
+        let mut sum = 0f32;
+        let mut row = part * CHUNK;
+        let end = min(row + CHUNK, rows);
+        while row < end {
+            let at = row * width + column;
+            sum += f32::cast_from(grad[at]) * f32::cast_from(x[at]) * inverses[row];
+            row += 1;
+        }
+        grad_gain[part * width + column] = sum;
+    }
+}

@@ -1,0 +1,58 @@
+//! One cube to a row: how the rows are spread over cubes, and how the units of a cube come to one number.
+
+use cubecl::prelude::*;
+
+/// Units of a cube that works on a row.
+pub(super) const UNITS: usize = 128;
+
+/// A cube for each row. WebGPU counts to 65,535 in each direction, so there may be more cubes than rows.
+pub(super) fn cubes(rows: usize) -> CubeCount {
+    let across = rows.clamp(1, 32_768);
+    CubeCount::Static(across as u32, rows.div_ceil(across) as u32, 1)
+}
+
+/// The row of this cube. Cubes beyond the last row do that one again, for all of a cube must meet where it waits.
+#[cube]
+pub(super) fn row_of(rows: usize) -> usize {
+    min(CUBE_POS as usize, rows - 1)
+}
+
+/// The sum of all units' numbers, for all units.
+#[cube]
+pub(super) fn sum_of_units(scratch: &mut Shared<[f32]>, value: f32) -> f32 {
+    let unit = UNIT_POS as usize;
+    scratch[unit] = value;
+    sync_cube();
+    let mut half = comptime!(UNITS / 2).runtime();
+    while half > 0 {
+        if unit < half {
+            let other = scratch[unit + half];
+            scratch[unit] += other;
+        }
+        sync_cube();
+        half /= 2;
+    }
+    let sum = scratch[0];
+    sync_cube();
+    sum
+}
+
+/// The largest of all units' numbers, for all units.
+#[cube]
+pub(super) fn largest_of_units(scratch: &mut Shared<[f32]>, value: f32) -> f32 {
+    let unit = UNIT_POS as usize;
+    scratch[unit] = value;
+    sync_cube();
+    let mut half = comptime!(UNITS / 2).runtime();
+    while half > 0 {
+        if unit < half {
+            let other = scratch[unit + half];
+            scratch[unit] = max(scratch[unit], other);
+        }
+        sync_cube();
+        half /= 2;
+    }
+    let largest = scratch[0];
+    sync_cube();
+    largest
+}

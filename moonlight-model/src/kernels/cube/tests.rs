@@ -1,0 +1,453 @@
+//! Holds the kernels against the reference, which runs on the CPU in f32.
+//!
+//! These tests need a device, so they run when they are asked for: `-- --ignored cube`. Without a device they fail.
+
+use burn::backend::cubecl::Device;
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, Cube, Flex, TensorMetadata, read_sync};
+use std::sync::Arc;
+use std::time::Instant;
+
+use burn::tensor::{DType, FloatDType, TensorData};
+
+use super::super::backend::Kernels;
+use super::super::reference::{self, AttentionSaved};
+use super::super::{AttentionSpec, ExpertPlan, RotationSpec};
+use super::tensor::{buffers, integers};
+
+/// What the largest value of a result allows its values to be off.
+const TOLERANCE: f32 = 1e-5;
+
+/// The first device that the build's runtimes have.
+fn device() -> Device {
+    Device::enumerate_all().into_iter().next().expect("these tests need a device that CubeCL knows; there is none")
+}
+
+/// Numbers that differ from place to place and from tensor to tensor, between -1 and 1.
+fn numbers<const D: usize>(shape: [usize; D], seed: usize) -> TensorData {
+    let count: usize = shape.iter().product();
+    let values: Vec<f32> = (0..count)
+        .map(|index| {
+            let mixed = (index as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15 ^ ((seed as u64) << 32));
+            let mixed = (mixed ^ (mixed >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            (mixed >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect();
+    TensorData::new(values, shape)
+}
+
+/// A run in which the reference stands in for the kernels would show nothing.
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn the_kernels_take_f32_and_the_devices_integers() {
+    let device = device();
+    assert!(buffers([&on::<Cube>(&numbers([2, 3], 1), &device)]).is_some());
+    assert!(integers(&whole_numbers::<Cube>(&[1, 2], &device)).is_some());
+}
+
+fn whole_numbers<B: Backend>(values: &[i32], device: &burn::backend::tensor::Device<B>) -> IntTensor<B> {
+    B::int_from_data(TensorData::new(values.to_vec(), [values.len()]), device)
+}
+
+fn on<B: Backend>(data: &TensorData, device: &burn::backend::tensor::Device<B>) -> FloatTensor<B> {
+    B::float_from_data(data.clone(), device)
+}
+
+fn values<B: Backend>(tensor: FloatTensor<B>) -> (Vec<usize>, Vec<f32>) {
+    let shape = tensor.shape().to_vec();
+    let data = read_sync(B::float_into_data(tensor)).expect("the device answers");
+    (shape, data.convert::<f32>().try_into_vec().expect("the data was converted to f32"))
+}
+
+/// How far the results are apart, of the largest value.
+#[track_caller]
+fn close(name: &str, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>) {
+    let ((shape, fast), (expected_shape, expected)) = (values::<Cube>(fast), values::<Flex>(expected));
+    assert_eq!(shape, expected_shape, "{name}");
+    // A gradient that is zero but for rounding has no size of its own to compare with.
+    let largest = expected.iter().fold(0.1_f32, |most, value| most.max(value.abs()));
+    let worst = fast.iter().zip(&expected).map(|(fast, value)| (fast - value).abs());
+    // A NaN must not pass for small.
+    let worst = worst.fold(0.0, |most: f32, off| if off.is_nan() { f32::INFINITY } else { most.max(off) }) / largest;
+    println!("{name} {shape:?}: {worst:.1e} of the largest");
+    assert!(worst < TOLERANCE, "{name} {shape:?}: {worst:.1e} of the largest value");
+}
+
+/// Expert 0 has half of all rows, the last none, and of the others each some.
+fn plan(tokens: usize, experts: usize) -> ExpertPlan {
+    let choices: Vec<u32> = (0..tokens).flat_map(|token| [0, 1 + (token * 7 % (experts - 2)) as u32]).collect();
+    ExpertPlan::new(&choices, 2, experts)
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn grouped_products() {
+    let (cube, flex) = (device(), Default::default());
+    // Less than a tile, sizes that no tile divides, tiles exactly, and an expert with many tiles.
+    for (tokens, experts, input, output) in
+        [(1, 3, 1, 1), (3, 9, 5, 4), (75, 5, 33, 70), (64, 4, 64, 128), (300, 6, 130, 65)]
+    {
+        let plan = plan(tokens, experts);
+        let rows = numbers([2 * tokens, input], 1);
+        let weight = numbers([experts, input, output], 2);
+        let grad = numbers([2 * tokens, output], 3);
+        close(
+            "product",
+            Cube::grouped_matmul_forward(on::<Cube>(&rows, &cube), on::<Cube>(&weight, &cube), &plan),
+            reference::grouped_matmul_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weight, &flex), &plan),
+        );
+        close(
+            "product's gradient for rows",
+            Cube::grouped_matmul_rows_grad(on::<Cube>(&grad, &cube), on::<Cube>(&weight, &cube), &plan),
+            reference::grouped_matmul_rows_grad::<Flex>(on::<Flex>(&grad, &flex), on::<Flex>(&weight, &flex), &plan),
+        );
+        close(
+            "product's gradient for weights",
+            Cube::grouped_matmul_weight_grad(on::<Cube>(&rows, &cube), on::<Cube>(&grad, &cube), &plan),
+            reference::grouped_matmul_weight_grad::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&grad, &flex), &plan),
+        );
+    }
+}
+
+#[test]
+#[ignore = "needs a CubeCL device that stores f16"]
+fn half_types_are_summed_in_f32_and_rounded_once() {
+    let (cube, flex) = (device(), Default::default());
+    let plan = plan(75, 5);
+    // Numbers that f16 holds, so that only the results are rounded.
+    let exact = |shape: &[usize], seed| {
+        let wide = numbers([shape.iter().product()], seed);
+        let values: Vec<f32> = wide.iter::<f32>().map(|value| (value * 64.0).round() / 64.0).collect();
+        TensorData::new(values, shape.to_vec())
+    };
+    let half = |data| Cube::float_cast(on::<Cube>(data, &cube), FloatDType::F16);
+    let check = |name, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>| {
+        assert_eq!(fast.dtype(), DType::F16, "{name}");
+        let ((_, fast), (_, expected)) = (values::<Cube>(fast), values::<Flex>(expected));
+        for (fast, expected) in fast.iter().zip(&expected) {
+            let off = (fast - expected).abs();
+            // Half a unit in the last of f16's 11 bits, and the sum's own rounding.
+            assert!(off <= expected.abs() / 2048.0 + 1e-5, "{name}: {fast} for {expected}");
+        }
+    };
+    let (rows, weight) = (exact(&[150, 40], 1), exact(&[5, 40, 70], 2));
+    assert!(buffers([&half(&rows)]).is_some(), "this device does not store f16");
+    check(
+        "product",
+        Cube::grouped_matmul_forward(half(&rows), half(&weight), &plan),
+        reference::grouped_matmul_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weight, &flex), &plan),
+    );
+    let spec = AttentionSpec { scale: 0.3, starts: None };
+    let (query, keys) = (exact(&[1, 40, 2, 8], 3), exact(&[1, 40, 2, 14], 4));
+    check(
+        "attention",
+        Cube::attention_forward(half(&query), half(&keys), None, &spec).0,
+        reference::attention_forward::<Flex>(on::<Flex>(&query, &flex), on::<Flex>(&keys, &flex), None, &spec).0,
+    );
+    check(
+        "SwiGLU",
+        Cube::swiglu_forward(half(&rows), half(&rows)),
+        reference::swiglu_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&rows, &flex)),
+    );
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn a_grouped_product_reads_tensors_as_they_lie() {
+    let (cube, flex) = (device(), Default::default());
+    let plan = plan(20, 4);
+    let (rows, weight) = (numbers([7, 40], 1), numbers([4, 9, 7], 2));
+    // Both factors turned round, so that their lines lie across.
+    let turned = |rows, weight| (Cube::float_transpose(rows), Cube::float_transpose(weight));
+    let (fast_rows, fast_weight) = turned(on::<Cube>(&rows, &cube), on::<Cube>(&weight, &cube));
+    let rows = Flex::float_transpose(on::<Flex>(&rows, &flex));
+    let weight = Flex::float_transpose(on::<Flex>(&weight, &flex));
+    close(
+        "product of turned factors",
+        Cube::grouped_matmul_forward(fast_rows, fast_weight, &plan),
+        reference::grouped_matmul_forward::<Flex>(rows, weight, &plan),
+    );
+}
+
+/// Documents of several lengths in each of `batch` sequences, or none.
+fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 2] {
+    let starts: Vec<u32> = (0..batch)
+        .flat_map(|row| {
+            let length = 7 + 40 * row;
+            (0..sequence).map(move |index| (index / length * length) as u32)
+        })
+        .collect();
+    [AttentionSpec { scale: 0.3, starts: None }, AttentionSpec { scale: 0.3, starts: Some(Arc::new(starts)) }]
+}
+
+fn attention_agrees(query: &TensorData, key_value: &TensorData, shared: Option<&TensorData>, spec: &AttentionSpec) {
+    let (cube, flex) = (device(), Default::default());
+    let fast = |data| on::<Cube>(data, &cube);
+    let slow = |data| on::<Flex>(data, &flex);
+    let (output, log_sum) = Cube::attention_forward(fast(query), fast(key_value), shared.map(fast), spec);
+    let (slow_output, slow_log_sum) =
+        reference::attention_forward::<Flex>(slow(query), slow(key_value), shared.map(slow), spec);
+    close("attention", output.clone(), slow_output.clone());
+    close("attention's sums", log_sum.clone(), slow_log_sum.clone());
+    let grad = numbers::<4>(output.shape().dims(), 9);
+    let saved = AttentionSaved::<Cube> {
+        query: fast(query),
+        key_value: fast(key_value),
+        shared_key: shared.map(fast),
+        output,
+        log_sum,
+    };
+    let slow_saved = AttentionSaved::<Flex> {
+        query: slow(query),
+        key_value: slow(key_value),
+        shared_key: shared.map(slow),
+        output: slow_output,
+        log_sum: slow_log_sum,
+    };
+    let grads = Cube::attention_grad(saved, fast(&grad), spec);
+    let slow_grads = reference::attention_grad::<Flex>(slow_saved, slow(&grad), spec);
+    close("attention's gradient for queries", grads.0, slow_grads.0);
+    close("attention's gradient for keys and values", grads.1, slow_grads.1);
+    assert_eq!(grads.2.is_some(), slow_grads.2.is_some());
+    if let (Some(shared), Some(slow)) = (grads.2, slow_grads.2) {
+        close("attention's gradient for the shared key", shared, slow);
+    }
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn attention() {
+    // One token, blocks exactly, and beyond them; heads within a block of columns and beyond it.
+    for (batch, sequence, own, shared, value) in [(2, 1, 6, 4, 7), (2, 64, 5, 2, 4), (3, 131, 40, 24, 33)] {
+        for spec in specs(batch, sequence) {
+            let query = numbers([batch, sequence, 4, own + shared], 1);
+            let shared_key = numbers([batch, sequence, shared], 2);
+            attention_agrees(&query, &numbers([batch, sequence, 4, own + value], 3), Some(&shared_key), &spec);
+            let keys = numbers([batch, sequence, 2, own + shared + value], 4);
+            attention_agrees(&query, &keys, None, &spec);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a CubeCL device, and a minute on one in software"]
+fn attention_with_moonlights_heads() {
+    let query = numbers([1, 40, 2, 128 + 64], 1);
+    let spec = AttentionSpec { scale: 192_f32.powf(-0.5), starts: None };
+    attention_agrees(&query, &numbers([1, 40, 2, 128 + 128], 2), Some(&numbers([1, 40, 64], 3)), &spec);
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn rows() {
+    let (cube, flex) = (device(), Default::default());
+    for (tokens, width) in [(1, 1), (70, 9), (33, 300)] {
+        let plan = plan(tokens, 6);
+        let (x, rows) = (numbers([tokens, width], 1), numbers([2 * tokens, width], 2));
+        let (weights, grad) = (numbers([tokens, 2], 3), numbers([tokens, width], 4));
+        close(
+            "rows of tokens",
+            Cube::dispatch_rows_forward(on::<Cube>(&x, &cube), &plan),
+            reference::dispatch_rows_forward::<Flex>(on::<Flex>(&x, &flex), &plan),
+        );
+        close(
+            "rows' gradient for tokens",
+            Cube::dispatch_rows_grad(on::<Cube>(&rows, &cube), &plan),
+            reference::dispatch_rows_grad::<Flex>(on::<Flex>(&rows, &flex), &plan),
+        );
+        close(
+            "sum of rows",
+            Cube::combine_rows_forward(on::<Cube>(&rows, &cube), on::<Cube>(&weights, &cube), &plan),
+            reference::combine_rows_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weights, &flex), &plan),
+        );
+        let fast = Cube::combine_rows_grad(
+            on::<Cube>(&rows, &cube),
+            on::<Cube>(&weights, &cube),
+            on::<Cube>(&grad, &cube),
+            &plan,
+        );
+        let slow = reference::combine_rows_grad::<Flex>(
+            on::<Flex>(&rows, &flex),
+            on::<Flex>(&weights, &flex),
+            on::<Flex>(&grad, &flex),
+            &plan,
+        );
+        close("sum's gradient for rows", fast.0, slow.0);
+        close("sum's gradient for weights", fast.1, slow.1);
+    }
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn swiglu() {
+    let (cube, flex) = (device(), Default::default());
+    for shape in [[1, 1], [70, 333]] {
+        let data = [1, 2, 3].map(|seed| numbers(shape, seed));
+        let [gate, up, grad] = data.each_ref().map(|data| on::<Cube>(data, &cube));
+        let [slow_gate, slow_up, slow_grad] = data.each_ref().map(|data| on::<Flex>(data, &flex));
+        close(
+            "SwiGLU",
+            Cube::swiglu_forward(gate.clone(), up.clone()),
+            reference::swiglu_forward::<Flex>(slow_gate.clone(), slow_up.clone()),
+        );
+        let fast = Cube::swiglu_grad(gate, up, grad);
+        let slow = reference::swiglu_grad::<Flex>(slow_gate, slow_up, slow_grad);
+        close("SwiGLU's gradient for the gate", fast.0, slow.0);
+        close("SwiGLU's gradient for up", fast.1, slow.1);
+    }
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn rms_norm() {
+    let (cube, flex) = (device(), Default::default());
+    for (rows, width) in [(1, 1), (131, 67), (5, 512)] {
+        let (x, gain, grad) = (numbers([rows, width], 1), numbers([width], 2), numbers([rows, width], 3));
+        close(
+            "RMSNorm",
+            Cube::rms_norm_forward(on::<Cube>(&x, &cube), on::<Cube>(&gain, &cube), 1e-5),
+            reference::rms_norm_forward::<Flex>(on::<Flex>(&x, &flex), on::<Flex>(&gain, &flex), 1e-5),
+        );
+        let fast = Cube::rms_norm_grad(on::<Cube>(&x, &cube), on::<Cube>(&gain, &cube), on::<Cube>(&grad, &cube), 1e-5);
+        let slow = reference::rms_norm_grad::<Flex>(
+            on::<Flex>(&x, &flex),
+            on::<Flex>(&gain, &flex),
+            on::<Flex>(&grad, &flex),
+            1e-5,
+        );
+        close("RMSNorm's gradient for x", fast.0, slow.0);
+        close("RMSNorm's gradient for the gain", fast.1, slow.1);
+    }
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn rotate() {
+    let (cube, flex) = (device(), Default::default());
+    let (batch, sequence, heads, width) = (2, 5, 3, 14);
+    for (start, interleave) in [(0, true), (0, false), (6, true), (4, false)] {
+        let pairs = (width - start) / 2;
+        let x = numbers([batch, sequence, heads, width], 1);
+        let (cos, sin) = (numbers([batch * sequence, pairs], 2), numbers([batch * sequence, pairs], 3));
+        let spec = RotationSpec { start, interleave };
+        close(
+            "rotation",
+            Cube::rotate_forward(on::<Cube>(&x, &cube), on::<Cube>(&cos, &cube), on::<Cube>(&sin, &cube), &spec),
+            reference::rotate_forward::<Flex>(
+                on::<Flex>(&x, &flex),
+                on::<Flex>(&cos, &flex),
+                on::<Flex>(&sin, &flex),
+                &spec,
+            ),
+        );
+    }
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn cross_entropy() {
+    let (cube, flex) = (device(), Default::default());
+    for (rows, vocab) in [(1, 2), (21, 50), (37, 1001)] {
+        let (logits, grad) = (numbers([rows, vocab], 1), numbers([rows], 2));
+        let targets: Vec<i32> = (0..rows).map(|row| (row * 13 % vocab) as i32).collect();
+        let fast_targets = whole_numbers::<Cube>(&targets, &cube);
+        let slow_targets = whole_numbers::<Flex>(&targets, &flex);
+        close(
+            "loss",
+            Cube::cross_entropy_forward(on::<Cube>(&logits, &cube), fast_targets.clone()),
+            reference::cross_entropy_forward::<Flex>(on::<Flex>(&logits, &flex), slow_targets.clone()),
+        );
+        close(
+            "loss's gradient",
+            Cube::cross_entropy_grad(on::<Cube>(&logits, &cube), fast_targets, on::<Cube>(&grad, &cube)),
+            reference::cross_entropy_grad::<Flex>(on::<Flex>(&logits, &flex), slow_targets, on::<Flex>(&grad, &flex)),
+        );
+    }
+}
+
+/// Seconds of the first run, which compiles, and of the best of three more.
+fn seconds(device: &Device, run: impl Fn()) -> (f64, f64) {
+    let once = || {
+        let began = Instant::now();
+        run();
+        Cube::sync(device).expect("the device answers");
+        began.elapsed().as_secs_f64()
+    };
+    let first = once();
+    (first, (0..3).map(|_| once()).fold(f64::INFINITY, f64::min))
+}
+
+/// Prints each kernel's time beside the reference's on the same device, forward with gradients.
+#[test]
+#[ignore = "needs a CubeCL device, and minutes on one in software"]
+fn the_kernels_are_faster_than_the_reference_all_in_all() {
+    let device = device();
+    // A layer of the small benchmark model, 512 tokens.
+    let (tokens, hidden, width, experts, vocab) = (512, 512, 352, 32, 8192);
+    let choices: Vec<u32> = (0..4 * tokens).map(|slot| ((slot / 4 * 7 + slot % 4 * 8) % experts) as u32).collect();
+    let plan = &ExpertPlan::new(&choices, 4, experts);
+    let of = |shape: &[usize], seed| {
+        let data = numbers([shape.iter().product()], seed);
+        on::<Cube>(&TensorData::from_bytes(data.into_bytes(), shape.to_vec(), DType::F32), &device)
+    };
+    let rows = of(&[4 * tokens, hidden], 1);
+    let weight = of(&[experts, hidden, width], 2);
+    let wide = of(&[4 * tokens, width], 3);
+    let (query, shared) = (of(&[1, tokens, 8, 96], 4), of(&[1, tokens, 32], 5));
+    let (key_value, value) = (of(&[1, tokens, 8, 128], 6), of(&[1, tokens, 8, 64], 7));
+    let spec = &AttentionSpec { scale: 0.1, starts: None };
+    let (x, gain) = (of(&[tokens, hidden], 8), of(&[hidden], 9));
+    let weights = of(&[tokens, 4], 10);
+    let (logits, loss) = (of(&[tokens, vocab], 11), of(&[tokens], 12));
+    let targets = whole_numbers::<Cube>(&vec![5; tokens], &device);
+    let (cos, sin) = (of(&[tokens, 16], 13), of(&[tokens, 16], 14));
+    let turn = &RotationSpec { start: 64, interleave: true };
+
+    /// Runs the same calls as methods of the backend and as functions of the reference.
+    macro_rules! both {
+        ($name:literal: $($operation:ident($($argument:expr),*)),+) => {{
+            let ours = seconds(&device, || { $(let _ = Cube::$operation($($argument.clone()),*);)+ });
+            let plain = seconds(&device, || { $(let _ = reference::$operation::<Cube>($($argument.clone()),*);)+ });
+            ($name, ours, plain)
+        }};
+    }
+    let attention = |grad: bool, ours: bool| {
+        let (query, key_value, shared_key) = (query.clone(), key_value.clone(), Some(shared.clone()));
+        let inputs = (query.clone(), key_value.clone(), shared_key.clone());
+        let (output, log_sum) = if ours {
+            Cube::attention_forward(inputs.0, inputs.1, inputs.2, spec)
+        } else {
+            reference::attention_forward::<Cube>(inputs.0, inputs.1, inputs.2, spec)
+        };
+        let saved = AttentionSaved::<Cube> { query, key_value, shared_key, output, log_sum };
+        if grad && ours {
+            let _ = Cube::attention_grad(saved, value.clone(), spec);
+        } else if grad {
+            let _ = reference::attention_grad::<Cube>(saved, value.clone(), spec);
+        }
+    };
+    let results = [
+        both!("grouped product": grouped_matmul_forward(rows, weight, &plan)),
+        both!("its gradients":
+            grouped_matmul_rows_grad(wide, weight, &plan), grouped_matmul_weight_grad(rows, wide, &plan)),
+        ("attention", seconds(&device, || attention(false, true)), seconds(&device, || attention(false, false))),
+        ("with gradients", seconds(&device, || attention(true, true)), seconds(&device, || attention(true, false))),
+        both!("rows": dispatch_rows_forward(x, &plan), dispatch_rows_grad(rows, &plan),
+            combine_rows_forward(rows, weights, &plan), combine_rows_grad(rows, weights, x, &plan)),
+        both!("SwiGLU": swiglu_forward(wide, wide), swiglu_grad(wide, wide, wide)),
+        both!("RMSNorm": rms_norm_forward(x, gain, 1e-5_f32), rms_norm_grad(x, gain, x, 1e-5_f32)),
+        both!("rotation": rotate_forward(query, cos, sin, &turn)),
+        both!("loss": cross_entropy_forward(logits, targets), cross_entropy_grad(logits, targets, loss)),
+    ];
+    println!("{:16} {:>10} {:>10} {:>10} {:>10}   (ms, on {device:?})", "", "ours", "reference", "first", "first");
+    let (mut total, mut total_plain) = (0.0, 0.0);
+    for (name, (first, best), (plain_first, plain_best)) in results {
+        let [best_ms, plain_ms, first_ms, plain_first_ms] =
+            [best, plain_best, first, plain_first].map(|seconds| seconds * 1e3);
+        println!("{name:16} {best_ms:10.2} {plain_ms:10.2} {first_ms:10.0} {plain_first_ms:10.0}");
+        total += best;
+        total_plain += plain_best;
+    }
+    assert!(total < total_plain, "ours take {total:.3} s, the reference {total_plain:.3} s");
+}
