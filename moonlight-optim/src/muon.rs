@@ -530,16 +530,18 @@ impl Muon {
             let (now, later): (Vec<_>, Vec<_>) =
                 waiting.into_iter().partition(|(_, (_, _, state))| age(state) == together);
             waiting = later;
+            let (places, now): (Vec<usize>, Vec<Member<3>>) = now.into_iter().unzip();
             #[cfg(feature = "cpu")]
-            let now = match self.step_plainly(lr, together.unwrap_or(0), now, &mut results) {
-                None => continue,
-                Some(now) => now,
+            let now = match self.step_plainly(lr, together.unwrap_or(0), now) {
+                Ok(stepped) => {
+                    places.into_iter().zip(stepped).for_each(|(place, stepped)| results[place] = Some(stepped));
+                    continue;
+                }
+                Err(now) => now,
             };
-            let mut places = Vec::with_capacity(now.len());
             let (mut tensors, mut grads) = (Vec::with_capacity(now.len()), Vec::with_capacity(now.len()));
             let (mut momenta, mut seconds) = (Vec::new(), Vec::new());
-            for (place, (tensor, grad, state)) in now {
-                places.push(place);
+            for (tensor, grad, state) in now {
                 tensors.push(tensor);
                 grads.push(grad);
                 if let Some(state) = state {
@@ -569,20 +571,25 @@ impl Muon {
         &self,
         lr: LearningRate,
         step: usize,
-        members: Vec<(usize, Member<3>)>,
-        results: &mut [Option<(Tensor<3>, MuonState<3>)>],
-    ) -> Option<Vec<(usize, Member<3>)>> {
+        members: Vec<Member<3>>,
+    ) -> Result<Vec<(Tensor<3>, MuonState<3>)>, Vec<Member<3>>> {
         let config = &self.config;
-        let Some((_, (first, _, _))) = members.first() else { return Some(members) };
-        let [_, rows, columns] = first.dims();
+        let Some((first, _, _)) = members.first() else { return Ok(Vec::new()) };
+        let shape @ [_, rows, columns] = first.dims();
         let plain = config.adaptive == Adaptive::Off
             && config.blocks == Blocks::Whole
             && !config.decay.cautious
             && config.momentum_precision == MomentumPrecision::F32
             && self.newton_schulz.preconditioning == Preconditioning::Frobenius;
         let Some(factor) = config.scale.factor(rows, columns, config.layout_of_view()).filter(|_| plain) else {
-            return Some(members);
+            return Err(members);
         };
+        let tensors = members.iter().flat_map(|(tensor, grad, state)| {
+            [tensor, grad].into_iter().chain(state.as_ref().map(|state| &state.momentum))
+        });
+        if !crate::flex::takes(&self.newton_schulz, shape, tensors) {
+            return Err(members);
+        }
         let numbers = crate::flex::Step {
             momentum: config.momentum_at(step),
             nesterov: config.nesterov,
@@ -590,20 +597,12 @@ impl Muon {
             factor,
             learning_rate: lr,
         };
-        let operands: Vec<_> = members
-            .iter()
-            .map(|(_, (tensor, grad, state))| {
-                (tensor.clone(), grad.clone(), state.as_ref().map(|state| state.momentum.clone()))
-            })
-            .collect();
-        let Some(stepped) = crate::flex::step_many(&self.newton_schulz, numbers, &operands) else {
-            return Some(members);
-        };
-        for ((place, _), stepped) in members.into_iter().zip(stepped) {
-            let state = MuonState { momentum: stepped.momentum, second_moment: None, step: step + 1 };
-            results[place] = Some((stepped.tensor, state));
-        }
-        None
+        let operands = members.into_iter().map(|(tensor, grad, state)| (tensor, grad, state.map(|state| state.momentum)));
+        let stepped = crate::flex::step_many(&self.newton_schulz, numbers, operands.collect());
+        let stepped = stepped.into_iter().map(|crate::flex::Stepped { tensor, momentum }| {
+            (tensor, MuonState { momentum, second_moment: None, step: step + 1 })
+        });
+        Ok(stepped.collect())
     }
 
     /// `[batch, A, B]` of a parameter's shape.
@@ -617,7 +616,22 @@ impl Muon {
         view.stack(shape)
     }
 
-    /// A step of a stack `[batch, A, B]`.
+    /// A step of a stack `[batch, A, B]`, by a kernel where there is one.
+    fn step_alone(&self, lr: LearningRate, member: Member<3>) -> (Tensor<3>, MuonState<3>) {
+        #[cfg(feature = "cpu")]
+        let member = {
+            let step = member.2.as_ref().map_or(0, |state| state.step);
+            match self.step_plainly(lr, step, vec![member]).map(|mut stepped| stepped.pop()) {
+                Ok(Some(stepped)) => return stepped,
+                Err(mut members) if members.len() == 1 => members.remove(0),
+                _ => unreachable!("one goes in, and one comes out"),
+            }
+        };
+        let (tensor, grad, state) = member;
+        self.step_stack(lr, tensor, grad, state)
+    }
+
+    /// A step of a stack `[batch, A, B]` in Burn's operations, but for Newton-Schulz.
     fn step_stack(
         &self,
         lr: LearningRate,
@@ -692,7 +706,7 @@ impl Optimizer for Muon {
             second_moment: state.second_moment,
             step: state.step,
         });
-        let (tensor, state) = self.step_stack(lr, tensor.reshape(stack), grad.reshape(stack), state);
+        let (tensor, state) = self.step_alone(lr, (tensor.reshape(stack), grad.reshape(stack), state));
         let MuonState { momentum, second_moment, step } = state;
         let momentum = momentum.reshape(shape.clone());
         (tensor.reshape(shape), Some(MuonState { momentum, second_moment, step }))

@@ -9,6 +9,8 @@
 #[cfg(target_arch = "x86_64")]
 mod bf16;
 mod product;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::ops::Range;
 
@@ -18,7 +20,7 @@ use burn::tensor::{Bytes, DType, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::{NewtonSchulz, Preconditioning};
-use product::{Side, Symmetric, product};
+use product::{Kernel, Side, Symmetric, product};
 
 /// The result for a stack `[batch, rows, columns]` that is f32 and on this backend, if there is a kernel for the type of
 /// the products; `None` for any other.
@@ -48,25 +50,50 @@ fn has_kernel(iteration: &NewtonSchulz, [_, rows, columns]: [usize; 3]) -> bool 
     }
 }
 
-fn orthogonalise(iteration: &NewtonSchulz, input: &[f32], [batch, rows, columns]: [usize; 3]) -> Vec<f32> {
+fn orthogonalise(iteration: &NewtonSchulz, input: &[f32], [_, rows, columns]: [usize; 3]) -> Vec<f32> {
     let mut output = vec![0.0; input.len()];
     if output.is_empty() {
         return output;
     }
     let size = rows * columns;
-    let plan = iteration.plan(rows, columns, true);
-    let work = || Workspace::new(rows, columns, plan.iter().any(|steps| steps.len() > 1));
-    // Enough matrices keep all threads busy by themselves; of few, each is shared out.
-    if batch >= 2 * rayon::current_num_threads() {
-        let matrices = output.par_chunks_mut(size).zip(input.par_chunks(size));
-        matrices.for_each_init(work, |work, (output, input)| work.run(output, input, iteration, &plan, false));
+    let matrices: Vec<_> = output.chunks_mut(size).zip(input.chunks(size)).collect();
+    for_each_matrix(iteration, rows, columns, matrices, |work, (output, input), parallel| {
+        work.matrix().copy_from_slice(input);
+        work.run(parallel);
+        output.copy_from_slice(work.matrix());
+    });
+    output
+}
+
+/// Runs `task` for each of some matrices of `[rows, columns]`, with memory to iterate it in and whether it may use all
+/// threads. Enough matrices keep all threads busy by themselves, and small ones are not worth sharing out; of few large
+/// ones, each is.
+fn for_each_matrix<M: Send>(
+    iteration: &NewtonSchulz,
+    rows: usize,
+    columns: usize,
+    matrices: Vec<M>,
+    task: impl Fn(&mut Workspace<'_>, M, bool) + Sync,
+) {
+    /// A product of this many elements takes longer than it takes threads to share it.
+    const SHARED: usize = 1 << 14;
+    let work = || Workspace::new(iteration, rows, columns, kernel(iteration));
+    if matrices.len() >= 2 * rayon::current_num_threads() || rows * columns < SHARED {
+        matrices.into_par_iter().for_each_init(work, |work, matrix| task(work, matrix, false));
     } else {
         let mut work = work();
-        for (output, input) in output.chunks_mut(size).zip(input.chunks(size)) {
-            work.run(output, input, iteration, &plan, true);
-        }
+        matrices.into_iter().for_each(|matrix| task(&mut work, matrix, true));
     }
-    output
+}
+
+/// The products that f32 matrices are iterated with on this processor.
+fn kernel(iteration: &NewtonSchulz) -> Kernel {
+    #[cfg(target_arch = "x86_64")]
+    if iteration.dtype != Some(DType::BF16) && tiles::is_available() {
+        return Kernel::Tiles;
+    }
+    let _ = iteration;
+    Kernel::Blocks
 }
 
 /// The numbers of a plain Muon step.
@@ -82,88 +109,124 @@ pub(crate) struct Step {
     pub(crate) learning_rate: f64,
 }
 
-/// One matrix of a plain step, or a stack of them, `[batch, rows, columns]`.
+/// A stack `[batch, rows, columns]` after its step.
 pub(crate) struct Stepped {
     pub(crate) tensor: Tensor<3>,
     pub(crate) momentum: Tensor<3>,
 }
 
-/// Plain steps of many equal stacks, `(parameter, gradient, momentum)` of each, with everything that is done to a matrix
-/// done while it is in cache: the same bits as in Burn's operations, without their passes over all of the memory. `None`
-/// where there is no kernel, and where there are too few stacks to keep all threads busy.
+/// Whether [`step_many`] takes such a step of these tensors.
+pub(crate) fn takes<'a>(
+    iteration: &NewtonSchulz,
+    shape: [usize; 3],
+    mut tensors: impl Iterator<Item = &'a Tensor<3>>,
+) -> bool {
+    shape.iter().product::<usize>() > 0
+        && has_kernel(iteration, shape)
+        && tensors.all(|x| x.dtype() == DType::F32 && x.clone().try_into_primitive::<Flex>().is_ok())
+}
+
+/// Plain steps of equal stacks that [`takes`] has looked at, `(parameter, gradient, momentum)` of each, with everything that
+/// is done to a matrix done while it is in cache: the same bits as in Burn's operations, without their passes over all of
+/// the memory. Parameters and momenta that nothing else holds are stepped where they lie.
 pub(crate) fn step_many(
     iteration: &NewtonSchulz,
     step: Step,
-    members: &[(Tensor<3>, Tensor<3>, Option<Tensor<3>>)],
-) -> Option<Vec<Stepped>> {
-    let shape = members.first()?.0.dims();
-    let [_, rows, columns] = shape;
+    members: Vec<(Tensor<3>, Tensor<3>, Option<Tensor<3>>)>,
+) -> Vec<Stepped> {
+    let Some((first, _, _)) = members.first() else { return Vec::new() };
+    let [batch, rows, columns] = first.dims();
     let size = rows * columns;
-    if size == 0 || members.len() < 2 * rayon::current_num_threads() || !has_kernel(iteration, shape) {
-        return None;
-    }
-    let flex = |tensor: &Tensor<3>| {
-        if tensor.dtype() != DType::F32 {
-            return None;
-        }
-        Some(tensor.clone().try_into_primitive::<Flex>().ok()?.to_contiguous())
+    // What is not contiguous, or a part of something larger, is copied out here.
+    let flex = |tensor: Tensor<3>| match tensor.try_into_primitive::<Flex>() {
+        Ok(tensor) => tensor.to_contiguous(),
+        Err(_) => unreachable!("the tensors are on this backend"),
     };
-    let mut operands = Vec::with_capacity(members.len());
+    let mut operands: Vec<(FlexTensor, FlexTensor, FlexTensor, bool)> = Vec::with_capacity(members.len());
     for (tensor, gradient, momentum) in members {
-        let momentum = match momentum {
-            Some(momentum) => Some(flex(momentum)?),
-            None => None,
-        };
-        operands.push((flex(tensor)?, flex(gradient)?, momentum));
+        let is_first = momentum.is_none();
+        let momentum = momentum.map_or_else(
+            || FlexTensor::zeros(Shape::new([batch, rows, columns]), DType::F32),
+            flex,
+        );
+        operands.push((flex(tensor), flex(gradient), momentum, is_first));
     }
-    let mut slices = Vec::with_capacity(operands.len());
-    for (tensor, gradient, momentum) in &operands {
-        let momentum: Option<&[f32]> = match momentum {
-            Some(momentum) => Some(momentum.as_slice()?),
-            None => None,
-        };
-        slices.push((tensor.as_slice::<f32>()?, gradient.as_slice::<f32>()?, momentum));
+    let mut matrices = Vec::with_capacity(operands.len() * batch);
+    for (tensor, gradient, momentum, is_first) in &mut operands {
+        let gradients = gradient.storage::<f32>().chunks(size);
+        let stepped = tensor.storage_mut::<f32>().chunks_mut(size).zip(momentum.storage_mut::<f32>().chunks_mut(size));
+        matrices.extend(stepped.zip(gradients).map(|((tensor, momentum), gradient)| Matrix {
+            tensor,
+            momentum,
+            gradient,
+            is_first: *is_first,
+        }));
     }
-    let plan = iteration.plan(rows, columns, true);
-    let gathers = plan.iter().any(|steps| steps.len() > 1);
-    let work = || (Workspace::new(rows, columns, gathers), vec![0.0; size], vec![0.0; size]);
-    let (mu, kept) = (step.momentum as f32, step.kept as f32);
-    let (factor, learning_rate) = (step.factor as f32, step.learning_rate as f32);
-    let stepped = slices.par_iter().map_init(work, |(work, input, update), &(tensor, gradient, momentum)| {
-        let new_momentum: Vec<f32> = match momentum {
-            Some(momentum) => momentum.iter().zip(gradient).map(|(old, gradient)| old * mu + gradient).collect(),
-            None => gradient.to_vec(),
-        };
-        let mut new_tensor = tensor.to_vec();
-        let matrices = new_tensor.chunks_mut(size).zip(new_momentum.chunks(size).zip(gradient.chunks(size)));
-        for (tensor, (momentum, gradient)) in matrices {
-            if step.nesterov {
-                let ahead = momentum.iter().zip(gradient).map(|(momentum, gradient)| momentum * mu + gradient);
-                input.iter_mut().zip(ahead).for_each(|(input, value)| *input = value);
-                work.run(update, input, iteration, &plan, false);
-            } else {
-                work.run(update, momentum, iteration, &plan, false);
-            }
-            for (tensor, update) in tensor.iter_mut().zip(update.iter()) {
-                *tensor = *tensor * kept - update * factor * learning_rate;
-            }
-        }
-        (new_tensor, new_momentum)
-    });
-    let stepped: Vec<(Vec<f32>, Vec<f32>)> = stepped.collect();
-    let tensor = |values: Vec<f32>| {
-        let layout = Layout::contiguous(Shape::new(shape));
-        Tensor::from_primitive::<Flex>(FlexTensor::new(Bytes::from_elems(values), layout, DType::F32))
-    };
-    let stepped = stepped.into_iter();
-    Some(stepped.map(|(new, momentum)| Stepped { tensor: tensor(new), momentum: tensor(momentum) }).collect())
+    for_each_matrix(iteration, rows, columns, matrices, |work, matrix, parallel| matrix.step(step, work, parallel));
+    let tensor = |values: FlexTensor| Tensor::from_primitive::<Flex>(values);
+    let stepped = operands.into_iter();
+    stepped.map(|(new, _, momentum, _)| Stepped { tensor: tensor(new), momentum: tensor(momentum) }).collect()
 }
 
+/// A matrix in its step.
+struct Matrix<'a> {
+    tensor: &'a mut [f32],
+    momentum: &'a mut [f32],
+    gradient: &'a [f32],
+    /// Whether there was no momentum before.
+    is_first: bool,
+}
+
+impl Matrix<'_> {
+    fn step(self, step: Step, work: &mut Workspace<'_>, parallel: bool) {
+        let Self { tensor, momentum, gradient, is_first } = self;
+        let (mu, kept) = (step.momentum as f32, step.kept as f32);
+        let (factor, learning_rate) = (step.factor as f32, step.learning_rate as f32);
+        // Parts for each thread, where there is more than one.
+        let part = if parallel { PART } else { gradient.len() };
+        let prepare = |((input, momentum), gradient): ((&mut [f32], &mut [f32]), &[f32])| {
+            if is_first {
+                momentum.copy_from_slice(gradient);
+            } else {
+                momentum.iter_mut().zip(gradient).for_each(|(momentum, gradient)| *momentum = *momentum * mu + gradient);
+            }
+            if step.nesterov {
+                for ((input, momentum), gradient) in input.iter_mut().zip(&*momentum).zip(gradient) {
+                    *input = momentum * mu + gradient;
+                }
+            } else {
+                input.copy_from_slice(momentum);
+            }
+        };
+        let input = work.matrix().par_chunks_mut(part).zip(momentum.par_chunks_mut(part));
+        input.zip(gradient.par_chunks(part)).for_each(prepare);
+        work.run(parallel);
+        let apply = |(tensor, update): (&mut [f32], &[f32])| {
+            for (tensor, update) in tensor.iter_mut().zip(update) {
+                *tensor = *tensor * kept - update * factor * learning_rate;
+            }
+        };
+        tensor.par_chunks_mut(part).zip(work.matrix().par_chunks(part)).for_each(apply);
+    }
+}
+
+/// Elements that a thread takes at a time in passes over a matrix.
+const PART: usize = 1 << 16;
+
 /// The memory of one matrix under iteration.
-struct Workspace {
+struct Workspace<'a> {
+    iteration: &'a NewtonSchulz,
+    plan: Vec<Range<usize>>,
+    kernel: Kernel,
+    /// Of the matrix itself.
+    shape: [usize; 2],
+    /// What comes in and goes out, row-major; empty while `x` holds it.
+    matrix: Vec<f32>,
+    /// Of `X`: that of the matrix, or padded as its kernel wants it.
     rows: usize,
     columns: usize,
     side: Side,
+    x: Vec<f32>,
     /// `R`: `X X^T` or `X^T X`, on the shorter side.
     gram: Symmetric,
     /// `P`: `a I + b R + c R^2`.
@@ -177,62 +240,91 @@ struct Workspace {
     packed: [bf16::Packed; 2],
 }
 
-impl Workspace {
-    fn new(rows: usize, columns: usize, gathers: bool) -> Self {
+impl<'a> Workspace<'a> {
+    fn new(iteration: &'a NewtonSchulz, rows: usize, columns: usize, kernel: Kernel) -> Self {
+        let shape = [rows, columns];
+        let [rows, columns] = match kernel {
+            Kernel::Blocks => shape,
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Tiles => tiles::padded(rows, columns),
+        };
+        let plan = iteration.plan(shape[0], shape[1], true);
+        let gathers = plan.iter().any(|steps| steps.len() > 1);
         let short = rows.min(columns);
-        let gathered = || Symmetric::new(if gathers { short } else { 0 });
+        let square = |needed: bool| Symmetric::new(if needed { short } else { 0 }, kernel);
         Self {
+            iteration,
+            plan,
+            kernel,
+            shape,
+            matrix: vec![0.0; shape[0] * shape[1]],
             rows,
             columns,
-            side: if rows <= columns { Side::Left } else { Side::Right },
-            gram: Symmetric::new(short),
-            polynomial: Symmetric::new(short),
-            gathered: [gathered(), gathered(), gathered()],
+            side: if rows <= columns && kernel == Kernel::Blocks { Side::Left } else { Side::Right },
+            x: if kernel == Kernel::Blocks { Vec::new() } else { vec![0.0; rows * columns] },
+            gram: square(true),
+            polynomial: square(true),
+            gathered: [square(gathers), square(gathers), square(gathers)],
             next: vec![0.0; rows * columns],
             #[cfg(target_arch = "x86_64")]
             packed: Default::default(),
         }
     }
 
-    fn run(
-        &mut self,
-        output: &mut [f32],
-        input: &[f32],
-        iteration: &NewtonSchulz,
-        plan: &[Range<usize>],
-        parallel: bool,
-    ) {
-        let (rows, columns, side) = (self.rows, self.columns, self.side);
-        let aol = iteration.preconditioning == Preconditioning::Aol;
-        normalise(output, input, if aol { 0.0 } else { iteration.epsilon });
+    /// The matrix, row-major: to be written before [`Workspace::run`], orthogonalised after it.
+    fn matrix(&mut self) -> &mut [f32] {
+        &mut self.matrix
+    }
+
+    fn run(&mut self, parallel: bool) {
+        let aol = self.iteration.preconditioning == Preconditioning::Aol;
+        normalise(&mut self.matrix, if aol { 0.0 } else { self.iteration.epsilon });
+        match self.kernel {
+            Kernel::Blocks => {
+                std::mem::swap(&mut self.matrix, &mut self.x);
+                self.iterate(aol, parallel);
+                std::mem::swap(&mut self.matrix, &mut self.x);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Tiles => {
+                let [rows, columns] = self.shape;
+                tiles::pack(&mut self.x, &self.matrix, rows, columns);
+                self.iterate(aol, parallel);
+                tiles::unpack(&mut self.matrix, &self.x, rows, columns);
+            }
+        }
+    }
+
+    fn iterate(&mut self, aol: bool, parallel: bool) {
+        let (iteration, rows, columns, side) = (self.iteration, self.rows, self.columns, self.side);
         if aol {
-            self.gram.set_gram(output, rows, columns, side, parallel);
-            self.rescale(output);
+            self.gram.set_gram(&self.x, rows, columns, side, parallel);
+            self.rescale();
         }
         #[cfg(target_arch = "x86_64")]
         if iteration.dtype == Some(DType::BF16) {
             for coefficients in &iteration.schedule {
-                self.bf16_step(output, coefficients.map(|value| value as f32), parallel);
+                self.bf16_step(coefficients.map(|value| value as f32), parallel);
             }
             return;
         }
+        let Self { plan, x, gram, polynomial, gathered, next, .. } = self;
         for (index, steps) in plan.iter().enumerate() {
             // Rescaling has left the Gram matrix of the first step.
             if index > 0 || !aol {
-                self.gram.set_gram(output, rows, columns, side, parallel);
+                gram.set_gram(x, rows, columns, side, parallel);
             }
-            let Self { gram, polynomial, gathered, next, .. } = self;
             let polynomial = gather(gram, polynomial, gathered, &iteration.schedule[steps.clone()], parallel);
-            product(next, polynomial, output, rows, columns, side, parallel);
-            output.copy_from_slice(&self.next);
+            product(next, polynomial, x, rows, columns, side, parallel);
+            std::mem::swap(next, x);
         }
     }
 
     /// `X <- a X + (b R + c R^2) X` with products in bf16.
     #[cfg(target_arch = "x86_64")]
-    fn bf16_step(&mut self, x: &mut [f32], [a, b, c]: [f32; 3], parallel: bool) {
+    fn bf16_step(&mut self, [a, b, c]: [f32; 3], parallel: bool) {
         use bf16::{Inner, multiply};
-        let Self { rows, columns, side, gram, polynomial, next, packed: [left, right], .. } = self;
+        let Self { rows, columns, side, x, gram, polynomial, next, packed: [left, right], .. } = self;
         let (rows, columns, size) = (*rows, *columns, gram.size());
         let inner = if *side == Side::Left { Inner::Columns } else { Inner::Rows };
         left.set_left(x, rows, columns, inner, parallel);
@@ -253,17 +345,18 @@ impl Workspace {
         }
         next.copy_from_slice(x);
         multiply(next, left, right, a, 1.0, false, parallel);
-        x.copy_from_slice(next);
+        std::mem::swap(next, x);
     }
 
     /// The rescaling of almost orthogonal layers, of `X` and of its Gram matrix.
-    fn rescale(&mut self, x: &mut [f32]) {
-        let factors = self.gram.rescale();
-        match self.side {
-            Side::Left => x.chunks_mut(self.columns).zip(&factors).for_each(|(row, factor)| {
+    fn rescale(&mut self) {
+        let Self { x, gram, columns, side, .. } = self;
+        let factors = gram.rescale();
+        match side {
+            Side::Left => x.chunks_mut(*columns).zip(&factors).for_each(|(row, factor)| {
                 row.iter_mut().for_each(|value| *value *= factor);
             }),
-            Side::Right => x.chunks_mut(self.columns).for_each(|row| {
+            Side::Right => x.chunks_mut(*columns).for_each(|row| {
                 row.iter_mut().zip(&factors).for_each(|(value, factor)| *value *= factor);
             }),
         }
@@ -298,21 +391,24 @@ fn gather<'a>(
     q
 }
 
-/// `output = input / (||input|| + epsilon)`, the elements divided by the largest of them first so that no square
-/// overflows or vanishes. Zeros stay zeros; a NaN or an infinity makes all elements NaN.
-fn normalise(output: &mut [f32], input: &[f32], epsilon: f64) {
+/// `x <- x / (||x|| + epsilon)`, the elements divided by the largest of them first so that no square overflows or vanishes.
+/// Zeros stay zeros; a NaN or an infinity makes all elements NaN.
+fn normalise(x: &mut [f32], epsilon: f64) {
     const LANES: usize = 16;
-    let largest = input.iter().fold(0.0_f32, |largest, value| largest.max(value.abs())).max(f32::MIN_POSITIVE);
+    let mut lanes = [0.0_f32; LANES];
+    for values in x.chunks(LANES) {
+        lanes.iter_mut().zip(values).for_each(|(largest, value)| *largest = largest.max(value.abs()));
+    }
+    let largest = lanes.into_iter().fold(f32::MIN_POSITIVE, f32::max);
     let mut sums = [0.0_f32; LANES];
     let mut squares = 0.0_f64;
     // Partial sums of a bounded number of terms each, then f64, so that large matrices lose no digits.
-    for (output, input) in output.chunks_mut(64 * LANES).zip(input.chunks(64 * LANES)) {
+    for values in x.chunks_mut(64 * LANES) {
         sums.fill(0.0);
-        for (output, input) in output.chunks_mut(LANES).zip(input.chunks(LANES)) {
-            for ((output, input), sum) in output.iter_mut().zip(input).zip(&mut sums) {
-                let value = input / largest;
-                *sum += value * value;
-                *output = value;
+        for values in values.chunks_mut(LANES) {
+            for (value, sum) in values.iter_mut().zip(&mut sums) {
+                *value /= largest;
+                *sum += *value * *value;
             }
         }
         squares += sums.iter().map(|sum| f64::from(*sum)).sum::<f64>();
@@ -320,5 +416,52 @@ fn normalise(output: &mut [f32], input: &[f32], epsilon: f64) {
     let divisor = squares.sqrt() + epsilon / f64::from(largest) + f64::from(f32::MIN_POSITIVE);
     let factor = (1.0 / divisor) as f32;
     // Of a matrix of zeros the factor is the largest of all, and 0 times it 0.
-    output.iter_mut().for_each(|value| *value *= factor);
+    x.iter_mut().for_each(|value| *value *= factor);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::Coefficients;
+    use crate::reference::{self, Matrix};
+
+    fn orthogonalised(iteration: &NewtonSchulz, matrix: &Matrix, kernel: Kernel, parallel: bool) -> Vec<f32> {
+        let mut work = Workspace::new(iteration, matrix.rows, matrix.columns, kernel);
+        work.matrix().iter_mut().zip(&matrix.values).for_each(|(place, value)| *place = *value as f32);
+        work.run(parallel);
+        work.matrix().to_vec()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        /// Whatever kernel the processor would choose.
+        #[test]
+        fn every_kernel_agrees_with_the_plain_reference(
+            (rows, columns) in (1_usize..70, 1_usize..70),
+            coefficients in prop_oneof![Just(Coefficients::Report), Just(Coefficients::Aol)],
+            seed in any::<u32>(),
+        ) {
+            let noise = |index: usize| ((index + 1) as f64 * f64::from(seed) * 1.618).sin();
+            let values = (0..rows * columns).map(|index| f64::from(noise(index) as f32)).collect();
+            let matrix = Matrix::new(rows, columns, values);
+            let iteration = NewtonSchulz::new(&coefficients, coefficients.default_steps());
+            let expected = reference::orthogonalised(&matrix, &iteration).values;
+            let norm = expected.iter().map(|value| value * value).sum::<f64>().sqrt().max(f64::MIN_POSITIVE);
+            let mut kernels = vec![Kernel::Blocks];
+            #[cfg(target_arch = "x86_64")]
+            if tiles::is_available() {
+                kernels.push(Kernel::Tiles);
+            }
+            for kernel in kernels {
+                let found = orthogonalised(&iteration, &matrix, kernel, false);
+                prop_assert_eq!(&found, &orthogonalised(&iteration, &matrix, kernel, true));
+                let squares = found.iter().zip(&expected).map(|(x, y)| (f64::from(*x) - y).powi(2));
+                let error = squares.sum::<f64>().sqrt() / norm;
+                prop_assert!(error < 5e-4, "relative error {error}");
+            }
+        }
+    }
 }

@@ -1,6 +1,9 @@
-//! The products of a Newton-Schulz step, in blocks of rows.
+//! The products of a Newton-Schulz step, in blocks of rows; in smaller tiles where the processor can (see [`tiles`]).
 
 use rayon::prelude::*;
+
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 
 /// Rows of a block: enough to pay for packing the other operand, few enough to leave out most of the upper half.
 const BLOCK: usize = 96;
@@ -12,10 +15,21 @@ pub(super) enum Side {
     Right,
 }
 
+/// Which products a matrix is iterated with.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Kernel {
+    /// Those of `gemm`, of the matrix as it is.
+    Blocks,
+    /// Our own, of the matrix tall and padded.
+    #[cfg(target_arch = "x86_64")]
+    Tiles,
+}
+
 /// A symmetric matrix, computed by its lower half and mirrored.
 pub(super) struct Symmetric {
     size: usize,
     values: Vec<f32>,
+    kernel: Kernel,
 }
 
 /// An operand: element `(i, j)` lies at `i * row_stride + j * column_stride`.
@@ -94,8 +108,8 @@ fn for_each_block(out: &mut [f32], stride: usize, parallel: bool, task: impl Fn(
 }
 
 impl Symmetric {
-    pub(super) fn new(size: usize) -> Self {
-        Self { size, values: vec![0.0; size * size] }
+    pub(super) fn new(size: usize, kernel: Kernel) -> Self {
+        Self { size, values: vec![0.0; size * size], kernel }
     }
 
     /// The length of a side.
@@ -120,6 +134,10 @@ impl Symmetric {
 
     /// `X X^T` for a wide `x` `[rows, columns]`, `X^T X` for a tall one.
     pub(super) fn set_gram(&mut self, x: &[f32], rows: usize, columns: usize, side: Side, parallel: bool) {
+        #[cfg(target_arch = "x86_64")]
+        if self.kernel == Kernel::Tiles {
+            return tiles::symmetric(&mut self.values, x, x, self.size, None, 1.0, parallel);
+        }
         let x = View::new(x, rows, columns);
         let (lhs, rhs) = if side == Side::Left { (x, x.transposed()) } else { (x.transposed(), x) };
         let size = self.size;
@@ -133,6 +151,12 @@ impl Symmetric {
     /// `a I + b G + c G^2`.
     pub(super) fn set_polynomial(&mut self, gram: &Symmetric, [a, b, c]: [f32; 3], parallel: bool) {
         let size = self.size;
+        #[cfg(target_arch = "x86_64")]
+        if self.kernel == Kernel::Tiles {
+            tiles::symmetric(&mut self.values, &gram.values, &gram.values, size, Some((&gram.values, b)), c, parallel);
+            self.values.iter_mut().step_by(size + 1).for_each(|value| *value += a);
+            return;
+        }
         let whole = gram.view();
         for_each_block(&mut self.values, size, parallel, |start, out| {
             let count = out.len() / size;
@@ -148,6 +172,10 @@ impl Symmetric {
     /// `left right`, where the product is known to be symmetric: where the two commute.
     pub(super) fn set_product(&mut self, left: &Symmetric, right: &Symmetric, parallel: bool) {
         let size = self.size;
+        #[cfg(target_arch = "x86_64")]
+        if self.kernel == Kernel::Tiles {
+            return tiles::symmetric(&mut self.values, &left.values, &right.values, size, None, 1.0, parallel);
+        }
         for_each_block(&mut self.values, size, parallel, |start, out| {
             let count = out.len() / size;
             let (left, right) = (left.view().rows(start, count), right.view().first_columns(start + count));
@@ -199,6 +227,10 @@ pub(super) fn product(
     side: Side,
     parallel: bool,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if polynomial.kernel == Kernel::Tiles {
+        return tiles::product(out, x, &polynomial.values, polynomial.size, parallel);
+    }
     let x = View::new(x, rows, columns);
     let (lhs, rhs) = if side == Side::Left { (polynomial.view(), x) } else { (x, polynomial.view()) };
     for_each_block(out, columns, parallel, |start, out| {
