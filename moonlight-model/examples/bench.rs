@@ -1,40 +1,75 @@
 //! Times forward and backward of a preset and prints one JSON line; `scripts/bench_transformers.py` runs it beside
-//! transformers.
+//! transformers, `scripts/bench_scaling.py` over numbers of experts and lengths of sequences.
 //!
-//! `cargo run --release -p moonlight-model --example bench -- [repeats] [batch] [sequence] [preset]`
+//! `cargo run --release -p moonlight-model --example bench -- --batch 4 --sequence 512`
 
-use std::time::Instant;
+mod measure;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use clap::Parser;
+use measure::{Failure, cast, median, peak_rss_mib, seconds};
 use moonlight_model::{CausalLm, LmBatch, ModelConfig, Probe};
 use serde_json::json;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    moonlight_model::keep_freed_memory();
-    let mut arguments = std::env::args().skip(1);
-    let mut number = |default: usize| arguments.next().map_or(Ok(default), |text| text.parse::<usize>());
-    let (repeats, batch, sequence) = (number(5)?, number(4)?, number(512)?);
-    let preset = arguments.next().unwrap_or_else(|| "bench-small".to_owned());
+#[derive(Parser)]
+struct Options {
+    /// Timed steps.
+    #[arg(long, default_value_t = 5)]
+    repeats: usize,
+    /// Sequences of a step.
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    /// Tokens of a sequence.
+    #[arg(long, default_value_t = 512)]
+    sequence: usize,
+    /// A shape by name.
+    #[arg(long, default_value = "bench-small")]
+    preset: String,
+    /// Routed experts in place of the shape's own number.
+    #[arg(long)]
+    experts: Option<usize>,
+    /// f32 or bf16.
+    #[arg(long, default_value = "f32", value_parser = measure::dtype)]
+    dtype: DType,
+}
 
-    let device = Device::default().autodiff();
-    let config = ModelConfig::preset(&preset)?;
-    let model = config.init(&device);
-    let input = input(&config, batch, sequence, &device);
-    step(&model, &input, &device)?; // draws the parameters
-    let mut seconds = Vec::new();
-    for _ in 0..repeats {
-        let start = Instant::now();
-        step(&model, &input, &device)?;
-        seconds.push(start.elapsed().as_secs_f64());
+/// A linear congruential generator: the same numbers on every run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn new() -> Self {
+        Self(1)
     }
-    seconds.sort_by(f64::total_cmp);
-    let median = seconds[seconds.len() / 2];
+
+    /// A number below `end`.
+    fn below(&mut self, end: usize) -> i32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) % end as u64) as i32
+    }
+}
+
+fn main() -> Result<(), Failure> {
+    moonlight_model::keep_freed_memory();
+    let options = Options::parse();
+    let Options { batch, sequence, .. } = options;
+    let device = Device::default().autodiff();
+    let mut config = ModelConfig::preset(&options.preset)?;
+    if let Some(experts) = options.experts {
+        let moe = config.moe.as_mut().ok_or(format!("`{}` has no experts", options.preset))?;
+        moe.n_routed_experts = experts;
+    }
+    let model = cast(config.init(&device), options.dtype);
+    let input = input(&config, batch, sequence, &device);
+    let seconds = seconds(options.repeats, || step(&model, &input, &device))?;
     let result = json!({
-        "preset": preset,
+        "preset": options.preset,
+        "dtype": options.dtype.name(),
+        "experts": config.moe.as_ref().map(|moe| moe.n_routed_experts),
         "batch": batch,
         "sequence": sequence,
+        "parameters": config.parameter_count().total,
         "seconds": seconds,
-        "tokens_per_second": (batch * sequence) as f64 / median,
+        "tokens_per_second": (batch * sequence) as f64 / median(&seconds),
         "peak_rss_mib": peak_rss_mib(),
     });
     println!("{result}");
@@ -42,31 +77,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn input(config: &ModelConfig, batch: usize, sequence: usize, device: &Device) -> LmBatch {
-    let vocab = config.vocab_size as u64;
-    // A linear congruential generator: the same tokens on every run.
-    let mut state = 1u64;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((state >> 33) % vocab) as i32
-    };
+    let mut numbers = Numbers::new();
     let mut tokens = || {
-        let values: Vec<i32> = (0..batch * sequence).map(|_| next()).collect();
+        let values: Vec<i32> = (0..batch * sequence).map(|_| numbers.below(config.vocab_size)).collect();
         Tensor::<2, Int>::from_data(TensorData::new(values, [batch, sequence]), device)
     };
     LmBatch { tokens: tokens(), targets: tokens(), loss_mask: Tensor::ones([batch, sequence], device), segments: None }
 }
 
-fn step(model: &CausalLm, input: &LmBatch, device: &Device) -> Result<(), Box<dyn std::error::Error>> {
+fn step(model: &CausalLm, input: &LmBatch, device: &Device) -> Result<(), Failure> {
     let loss = model.loss(input, 0.0, Probe::default()).loss_sum;
     let gradients = loss.backward();
     device.sync()?;
     drop(gradients);
     Ok(())
-}
-
-/// The most memory that the process ever held, in MiB; `None` where `/proc` does not say.
-fn peak_rss_mib() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib / 1024)
 }

@@ -9,11 +9,13 @@
 pub fn keep_freed_memory() {
     #[cfg(all(feature = "cpu", target_os = "linux", target_env = "gnu"))]
     {
-        // Larger than any tensor: nothing is mapped by itself, and the heap's end is not given back.
-        const NEVER: libc::c_int = libc::c_int::MAX;
+        // No tensor below 2 GiB is mapped by itself.
+        const LARGEST: libc::c_int = libc::c_int::MAX;
+        // The heap's end is never given back: any other number is below what the gradients of a large model take.
+        const NEVER: libc::c_int = -1;
         // SAFETY: both only set numbers of the allocator's.
         unsafe {
-            libc::mallopt(libc::M_MMAP_THRESHOLD, NEVER);
+            libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST);
             libc::mallopt(libc::M_TRIM_THRESHOLD, NEVER);
         }
     }

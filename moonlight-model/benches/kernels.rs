@@ -1,0 +1,173 @@
+//! Every kernel, forward and backward, at the shapes that it has in `bench-small` with 4 sequences of 512 tokens.
+//!
+//! `cargo bench -p moonlight-model`, or `cargo bench -p moonlight-model -- grouped_matmul` for one. Products are rated by floating-point
+//! operations a second ("elem/s"; attention's by its causal half), the rest by the bytes that must be read and written. Backward
+//! is the gradients alone, of every input that has one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use moonlight_model::Bits;
+use moonlight_model::kernels::{
+    AttentionSpec, BLOCK, ExpertPlan, PackedSpec, RotationSpec, combine_rows, cross_entropy, dispatch_rows,
+    grouped_attention, grouped_matmul, latent_attention, packed_matmul, project, rms_norm, rotate, swiglu,
+};
+
+const BATCH: usize = 4;
+const SEQUENCE: usize = 512;
+const TOKENS: usize = BATCH * SEQUENCE;
+const HIDDEN: usize = 512;
+const HEADS: usize = 8;
+const NOPE: usize = 64;
+const ROPE: usize = 32;
+const VALUE: usize = 64;
+const EXPERTS: usize = 32;
+const CHOSEN: usize = 4;
+const ROWS: usize = TOKENS * CHOSEN;
+/// Width of an expert.
+const WIDTH: usize = 352;
+const VOCAB: usize = 8192;
+
+/// An operation whose inputs are there.
+type Operation<const D: usize> = Box<dyn Fn() -> Tensor<D>>;
+
+/// What a kernel must do, by the formula.
+#[derive(Clone, Copy)]
+enum Work {
+    /// Floating-point operations.
+    Operations(usize),
+    /// Values that are read or written, of four bytes each.
+    Values(usize),
+}
+
+impl Work {
+    fn throughput(self) -> Throughput {
+        match self {
+            Self::Operations(count) => Throughput::Elements(count as u64),
+            Self::Values(count) => Throughput::Bytes((count * size_of::<f32>()) as u64),
+        }
+    }
+}
+
+/// Times an operation without a graph, and the backward pass of its sum; `prepare` draws the inputs on a device.
+fn bench<const D: usize>(
+    criterion: &mut Criterion,
+    name: &str,
+    [forward, backward]: [Work; 2],
+    prepare: impl Fn(&Device) -> Operation<D>,
+) {
+    let mut group = criterion.benchmark_group(name);
+    group.throughput(forward.throughput());
+    let device = Device::default();
+    let operation = prepare(&device);
+    group.bench_function("forward", |bencher| bencher.iter_with_large_drop(&operation));
+    group.throughput(backward.throughput());
+    let operation = prepare(&device.autodiff());
+    group.bench_function("backward", |bencher| {
+        bencher.iter_batched(|| operation().sum(), |sum| sum.backward(), BatchSize::PerIteration);
+    });
+    group.finish();
+}
+
+/// An input: one that a gradient is wanted of, where the device keeps graphs.
+fn input<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    let tensor = Tensor::random(shape, Distribution::Normal(0.0, 1.0), device);
+    if device.is_autodiff() { tensor.require_grad() } else { tensor }
+}
+
+/// Every expert has as many tokens.
+fn plan() -> Arc<ExpertPlan> {
+    let choices: Vec<u32> = (0..ROWS).map(|slot| ((slot + slot / EXPERTS) % EXPERTS) as u32).collect();
+    Arc::new(ExpertPlan::new(&choices, CHOSEN, EXPERTS))
+}
+
+fn products(criterion: &mut Criterion) {
+    let operations = 2 * TOKENS * HIDDEN * VOCAB;
+    bench(criterion, "project", [operations, 2 * operations].map(Work::Operations), |device| {
+        let (rows, weight) = (input([TOKENS, HIDDEN], device), input([HIDDEN, VOCAB], device));
+        Box::new(move || project(rows.clone(), weight.clone()))
+    });
+    let operations = 2 * ROWS * HIDDEN * WIDTH;
+    bench(criterion, "grouped_matmul", [operations, 2 * operations].map(Work::Operations), |device| {
+        let (rows, weight, plan) = (input([ROWS, HIDDEN], device), input([EXPERTS, HIDDEN, WIDTH], device), plan());
+        Box::new(move || grouped_matmul(rows.clone(), weight.clone(), &plan))
+    });
+    for bits in [Bits::Eight, Bits::Four] {
+        let name = format!("packed_matmul {bits:?}");
+        // No gradient of the weight: it is frozen.
+        bench(criterion, &name, [operations, operations].map(Work::Operations), |device| {
+            let spec = PackedSpec { bits, input: HIDDEN, output: WIDTH };
+            let bytes = bits.bytes(HIDDEN * WIDTH);
+            let values = TensorData::new(vec![bits.zero() + 1; EXPERTS * bytes], [EXPERTS, bytes]);
+            let values = Tensor::<2, Int>::from_data(values, (device, DType::U8));
+            let scales = Tensor::full([EXPERTS, HIDDEN * WIDTH / BLOCK], 0.01, device);
+            let (rows, plan) = (input([ROWS, HIDDEN], device), plan());
+            Box::new(move || packed_matmul(rows.clone(), values.clone(), scales.clone(), spec, &plan))
+        });
+    }
+}
+
+fn attention(criterion: &mut Criterion) {
+    let spec = AttentionSpec { scale: 0.1, starts: None };
+    let pairs = BATCH * HEADS * SEQUENCE * (SEQUENCE + 1) / 2;
+    let operations = 2 * pairs * (NOPE + ROPE + VALUE);
+    bench(criterion, "latent_attention", [operations, 2 * operations].map(Work::Operations), |device| {
+        let query = input([BATCH, SEQUENCE, HEADS, NOPE + ROPE], device);
+        let key_value = input([BATCH, SEQUENCE, HEADS, NOPE + VALUE], device);
+        let (shared, spec) = (input([BATCH, SEQUENCE, ROPE], device), spec.clone());
+        Box::new(move || latent_attention(query.clone(), key_value.clone(), shared.clone(), spec.clone()))
+    });
+    let operations = 2 * pairs * (NOPE + VALUE);
+    bench(criterion, "grouped_attention", [operations, 2 * operations].map(Work::Operations), |device| {
+        let query = input([BATCH, SEQUENCE, HEADS, NOPE], device);
+        let (key_value, spec) = (input([BATCH, SEQUENCE, HEADS / 4, NOPE + VALUE], device), spec.clone());
+        Box::new(move || grouped_attention(query.clone(), key_value.clone(), spec.clone()))
+    });
+}
+
+fn memory(criterion: &mut Criterion) {
+    let work = (TOKENS + ROWS) * HIDDEN;
+    bench(criterion, "dispatch_rows", [work, work].map(Work::Values), |device| {
+        let (tokens, plan) = (input([TOKENS, HIDDEN], device), plan());
+        Box::new(move || dispatch_rows(tokens.clone(), &plan))
+    });
+    bench(criterion, "combine_rows", [work, work + ROWS * HIDDEN].map(Work::Values), |device| {
+        let (rows, weights, plan) = (input([ROWS, HIDDEN], device), input([TOKENS, CHOSEN], device), plan());
+        Box::new(move || combine_rows(rows.clone(), weights.clone(), &plan))
+    });
+    bench(criterion, "swiglu", [3 * ROWS * WIDTH, 5 * ROWS * WIDTH].map(Work::Values), |device| {
+        let (gate, up) = (input([ROWS, WIDTH], device), input([ROWS, WIDTH], device));
+        Box::new(move || swiglu(gate.clone(), up.clone()))
+    });
+    bench(criterion, "rms_norm", [2 * TOKENS * HIDDEN, 3 * TOKENS * HIDDEN].map(Work::Values), |device| {
+        let (x, gain) = (input([TOKENS, HIDDEN], device), input([HIDDEN], device));
+        Box::new(move || rms_norm(x.clone(), gain.clone(), 1e-5))
+    });
+    let work = 2 * TOKENS * HEADS * (NOPE + ROPE);
+    bench(criterion, "rotate", [work, work].map(Work::Values), |device| {
+        let x = input([BATCH, SEQUENCE, HEADS, NOPE + ROPE], device);
+        let angles = Tensor::<2>::random([TOKENS, ROPE / 2], Distribution::Uniform(0.0, 6.0), device);
+        let (cos, sin) = (angles.clone().cos(), angles.sin());
+        let spec = RotationSpec { start: NOPE, interleave: true };
+        Box::new(move || rotate(x.clone(), cos.clone(), sin.clone(), spec.clone()))
+    });
+    bench(criterion, "cross_entropy", [TOKENS * VOCAB, 2 * TOKENS * VOCAB].map(Work::Values), |device| {
+        let logits = input([TOKENS, VOCAB], device);
+        let targets: Vec<i32> = (0..TOKENS).map(|token| (token * 31 % VOCAB) as i32).collect();
+        let targets = Tensor::<1, Int>::from_data(TensorData::new(targets, [TOKENS]), device);
+        Box::new(move || cross_entropy(logits.clone(), targets.clone()))
+    });
+}
+
+fn settings() -> Criterion {
+    moonlight_model::keep_freed_memory();
+    Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(1))
+}
+
+criterion_group!(name = kernels; config = settings(); targets = products, attention, memory);
+criterion_main!(kernels);
