@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::model::resolve;
 use crate::error::TrainError;
-use crate::plan::{Machines, Operations, Part, Plan, Scale, Threads, available_memory};
+use crate::plan::{Machines, Operations, Part, Plan, Scale, Threads, available_memory, tokens_until};
 use crate::recipe::{FormName, HalfOrFull, Recipe};
 
 /// The memory of GPUs that are sold, GB.
@@ -88,6 +88,10 @@ fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, Tr
         };
         Scale::new(&plan, machines)
     });
+    // From how many tokens a step on Newton-Schulz takes no more than a tenth of the operations.
+    let newton_schulz = plan.newton_schulz(recipe.optimizer.newton_schulz_steps).map(|optimizer| {
+        (optimizer, tokens_until(0.1, optimizer, operations.training(setting.recompute) as f64))
+    });
     let holds = |size: &&u64| gigabytes(plan.peak()) <= (**size - RESERVE) as f64;
     if arguments.json {
         let parts = |moment: &crate::plan::Moment| {
@@ -109,6 +113,10 @@ fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, Tr
             "budget_bytes": budget,
             "advice": advice,
         });
+        if let Some((optimizer, tokens)) = newton_schulz {
+            value["newton_schulz_operations"] = json!(optimizer);
+            value["tokens_until_newton_schulz_is_a_tenth"] = json!(tokens);
+        }
         if let Some(scale) = &scale {
             value["scale"] = json!(scale);
         }
@@ -118,6 +126,13 @@ fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, Tr
     let tokens = (setting.batch * setting.sequence * recipe.train.gradient_accumulation) as f64;
     let step = operations.training(setting.recompute) as f64 * tokens;
     text += &format!("a step:      {tokens:.0} tokens, {step:.3e} floating-point operations\n");
+    if let Some((optimizer, enough)) = newton_schulz {
+        let share = optimizer / (optimizer + step);
+        text += &format!(
+            "its Muon:    {optimizer:.3e} more in Newton-Schulz, {:.1} % of both; under 10 % from {enough} tokens a step on\n",
+            100.0 * share
+        );
+    }
     text += &format!("\nmemory at the largest moment of a step ({})\n", plan.largest().what);
     for part in Part::ALL {
         let bytes = plan.largest().of(part);

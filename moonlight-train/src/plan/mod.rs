@@ -28,7 +28,7 @@ use crate::tokenizer::Tokenizer;
 pub use advice::Advice;
 pub use available::available_memory;
 pub use memory::{Moment, Part, Setting, TakenBy};
-pub use operations::Operations;
+pub use operations::{Operations, newton_schulz, tokens_until};
 pub use scale::{Item, Machines, Scale};
 
 /// Threads of the CPU that a plan counts with.
@@ -127,6 +127,13 @@ impl Plan {
     /// Operations of a token.
     pub fn operations(&self) -> Operations {
         Operations::of(&self.config, self.setting.sequence)
+    }
+
+    /// Operations of a step's Newton-Schulz with so many steps of it; `None` where Muon does not train the whole model.
+    pub fn newton_schulz(&self, steps: usize) -> Option<f64> {
+        let Setting { muon, fast, frozen, lora, .. } = &self.setting;
+        let whole = *muon && lora.is_none() && frozen.is_empty();
+        whole.then(|| newton_schulz(&self.config, steps, *fast))
     }
 
     /// All moments of a step, in their order.

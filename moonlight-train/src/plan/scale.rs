@@ -5,9 +5,9 @@
 //! parameters that are trained, `M` those of them that Muon takes, `N` the number of workers, `b` the bytes of a weight.
 
 use moonlight_model::config::ParameterKind;
-use moonlight_optim::{Coefficients, NewtonSchulz};
 use serde::Serialize;
 
+use super::operations::{is_muons, newton_schulz};
 use super::{Part, Plan};
 
 /// What a run is asked about.
@@ -56,20 +56,11 @@ impl Scale {
     pub fn new(plan: &Plan, machines: Machines) -> Self {
         let setting = &plan.setting;
         let shapes = plan.config.parameter_shapes();
-        let (mut muon, mut adamw, mut newton_schulz) = (0_u64, 0_u64, 0.0);
-        let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+        let (mut muon, mut adamw) = (0_u64, 0_u64);
         for shape in shapes.iter().filter(|shape| shape.kind != ParameterKind::CorrectionBias) {
-            let matrix = matches!(shape.kind, ParameterKind::Matrix | ParameterKind::Experts | ParameterKind::Router);
-            if !(matrix && setting.muon) {
-                adamw += shape.count();
-                continue;
-            }
-            muon += shape.count();
-            if let [stack @ .., rows, columns] = shape.shape.as_slice() {
-                let matrices = stack.iter().product::<usize>() as f64;
-                newton_schulz += matrices * iteration.flops(*rows, *columns, false);
-            }
+            *(if is_muons(shape) && setting.muon { &mut muon } else { &mut adamw }) += shape.count();
         }
+        let newton_schulz = if setting.muon { newton_schulz(&plan.config, 5, false) } else { 0.0 };
         let (trained, workers, bytes) = (muon + adamw, machines.workers as f64, setting.bytes as f64);
         let (billion, share) = (trained as f64 / 1e9, (workers - 1.0) / workers);
         let master = if setting.masters && setting.bytes < 4 { 4.0 } else { 0.0 };
