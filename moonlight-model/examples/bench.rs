@@ -31,6 +31,9 @@ struct Options {
     /// f32 or bf16.
     #[arg(long, default_value = "f32", value_parser = measure::dtype)]
     dtype: DType,
+    /// Forward alone, to the logits of every token, without a graph.
+    #[arg(long)]
+    infer: bool,
 }
 
 /// A linear congruential generator: the same numbers on every run.
@@ -52,7 +55,7 @@ fn main() -> Result<(), Failure> {
     moonlight_model::keep_freed_memory();
     let options = Options::parse();
     let Options { batch, sequence, .. } = options;
-    let device = Device::default().autodiff();
+    let device = if options.infer { Device::default() } else { Device::default().autodiff() };
     let mut config = ModelConfig::preset(&options.preset)?;
     if let Some(experts) = options.experts {
         let moe = config.moe.as_mut().ok_or(format!("`{}` has no experts", options.preset))?;
@@ -60,10 +63,11 @@ fn main() -> Result<(), Failure> {
     }
     let model = cast(config.init(&device), options.dtype);
     let input = input(&config, batch, sequence, &device);
-    let seconds = seconds(options.repeats, || step(&model, &input, &device))?;
+    let seconds = seconds(options.repeats, || step(&model, &input, options.infer, &device))?;
     let result = json!({
         "preset": options.preset,
         "dtype": options.dtype.name(),
+        "infer": options.infer,
         "experts": config.moe.as_ref().map(|moe| moe.n_routed_experts),
         "batch": batch,
         "sequence": sequence,
@@ -85,7 +89,11 @@ fn input(config: &ModelConfig, batch: usize, sequence: usize, device: &Device) -
     LmBatch { tokens: tokens(), targets: tokens(), loss_mask: Tensor::ones([batch, sequence], device), segments: None }
 }
 
-fn step(model: &CausalLm, input: &LmBatch, device: &Device) -> Result<(), Failure> {
+fn step(model: &CausalLm, input: &LmBatch, infer: bool, device: &Device) -> Result<(), Failure> {
+    if infer {
+        model.logits(input.tokens.clone(), None).into_data();
+        return Ok(());
+    }
     let loss = model.loss(input, 0.0, Probe::default()).loss_sum;
     let gradients = loss.backward();
     device.sync()?;

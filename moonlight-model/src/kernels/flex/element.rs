@@ -1,5 +1,7 @@
 //! What matrices are made of: f32, or bf16 that is widened a piece at a time.
 
+use std::mem::MaybeUninit;
+
 use burn::tensor::bf16;
 use multiversion::multiversion;
 
@@ -30,7 +32,7 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
     ///
     /// # Safety
     ///
-    /// The view lies inside one allocation, and nobody else touches its elements meanwhile.
+    /// The view lies inside one allocation, and nobody else touches its elements meanwhile. They need not hold values yet.
     unsafe fn write(
         target: *mut Self,
         rows: usize,
@@ -80,8 +82,10 @@ impl Element for bf16 {
     const ROWS: usize = 256;
 
     fn rounded(values: Vec<f32>) -> Vec<bf16> {
-        let mut rounded = vec![bf16::ZERO; values.len()];
-        narrow(&values, &mut rounded);
+        let mut rounded = Vec::with_capacity(values.len());
+        narrow(&values, rounded.spare_capacity_mut());
+        // SAFETY: `narrow` wrote a value for each.
+        unsafe { rounded.set_len(values.len()) };
         rounded
     }
 
@@ -118,7 +122,7 @@ impl Element for bf16 {
         fill(MatrixMut::strided(tile, rows, columns, columns));
         for (row, wide) in tile.chunks_exact(columns).enumerate() {
             // SAFETY: passed on to the caller.
-            narrow(wide, unsafe { std::slice::from_raw_parts_mut(target.add(row * row_stride), columns) });
+            narrow(wide, unsafe { std::slice::from_raw_parts_mut(target.add(row * row_stride).cast(), columns) });
         }
     }
 }
@@ -132,11 +136,11 @@ fn widen(values: &[bf16], wide: &mut [f32]) {
 
 /// Rounds to nearest, ties to even; NaN stays NaN.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn narrow(wide: &[f32], values: &mut [bf16]) {
+fn narrow(wide: &[f32], values: &mut [MaybeUninit<bf16>]) {
     for (value, &wide) in values.iter_mut().zip(wide) {
         let bits = wide.to_bits();
         let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
-        *value = bf16::from_bits(if wide.is_nan() { 0x7fc0 } else { rounded });
+        value.write(bf16::from_bits(if wide.is_nan() { 0x7fc0 } else { rounded }));
     }
 }
 
@@ -147,9 +151,8 @@ mod tests {
     #[test]
     fn rounding_is_that_of_the_type() {
         let wide = [0.0, -0.0, 1.0, 1.003_906_2, 1.011_718_8, -3.4e38, f32::MAX, f32::INFINITY, 1e-40, f32::NAN];
-        let mut values = [bf16::ZERO; 10];
-        narrow(&wide, &mut values);
-        for (&wide, value) in wide.iter().zip(values) {
+        let values = bf16::rounded(wide.to_vec());
+        for (&wide, &value) in wide.iter().zip(&values) {
             let expected = bf16::from_f32(wide);
             assert!(value == expected || (value.is_nan() && expected.is_nan()), "{wide}: {value} and not {expected}");
         }

@@ -56,6 +56,14 @@ impl<'a> MatrixMut<'a> {
         Self { values: values.as_mut_ptr(), rows, columns, row_stride, life: PhantomData }
     }
 
+    /// Sets every element to zero.
+    pub(super) fn clear(&mut self) {
+        for row in 0..self.rows {
+            // SAFETY: the row is the view's own, and zero is a valid f32.
+            unsafe { self.values.add(row * self.row_stride).write_bytes(0, self.columns) };
+        }
+    }
+
     /// The same view, for one product of several.
     pub(super) fn reborrow(&mut self) -> MatrixMut<'_> {
         MatrixMut { life: PhantomData, ..*self }
@@ -108,6 +116,19 @@ impl SharedSlice<f32> {
         // SAFETY: passed on to the caller.
         unsafe { MatrixMut::from_raw(self.at(first), rows, columns, row_stride) }
     }
+}
+
+/// `count` values that `fill` writes, without clearing their memory first.
+///
+/// # Safety
+///
+/// `fill` writes every value.
+pub(super) unsafe fn written<T>(count: usize, fill: impl FnOnce(&SharedSlice<T>)) -> Vec<T> {
+    let mut values = Vec::with_capacity(count);
+    fill(&SharedSlice(values.as_mut_ptr()));
+    // SAFETY: the memory is there, and the caller promises that it was written.
+    unsafe { values.set_len(count) };
+    values
 }
 
 /// What a product does with the values that are there.

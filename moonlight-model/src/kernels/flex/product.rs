@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::element::Element;
 use super::few_rows;
-use super::matrix::{MatrixMut, SharedSlice, Write, multiply};
+use super::matrix::{MatrixMut, SharedSlice, Write, multiply, written};
 use super::{dims, tensor_of, values_of};
 
 /// Columns of one task: narrower, and the rows are packed more often than need be; wider, and there are too few tasks.
@@ -46,8 +46,7 @@ pub(super) fn forward<E: Element>(
     if !transpose && few_rows::suits(offsets) {
         return few_rows::forward(rows, weight, offsets, (input, output));
     }
-    let mut out = vec![E::default(); count * to];
-
+    assert_eq!(offsets.last(), Some(&count), "every row is some group's");
     let mut tasks = Vec::new();
     for (group, bounds) in offsets.windows(2).enumerate() {
         for start in (bounds[0]..bounds[1]).step_by(E::ROWS) {
@@ -55,27 +54,29 @@ pub(super) fn forward<E: Element>(
             tasks.extend((0..to).step_by(COLUMNS).map(|first| (group, start..end, first..to.min(first + COLUMNS))));
         }
     }
-    let shared = SharedSlice::new(&mut out);
-    tasks.into_par_iter().with_max_len(1).for_each(|(group, places, columns)| {
-        let weight = &weight[group * input * output..][..input * output];
-        let rows = &rows[places.start * from..places.end * from];
-        // SAFETY: no two tasks have an element of the result in common.
-        let target = unsafe { shared.at(places.start * to + columns.start) };
-        SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
-            let fill = |out: MatrixMut<'_>| {
-                let rows = E::view(rows, places.len(), from, from, lhs);
-                let weight = if transpose {
-                    E::view(&weight[columns.start * output..], columns.len(), output, output, rhs).transposed()
-                } else {
-                    E::view(&weight[columns.start..], input, columns.len(), output, rhs)
+    let fill = |shared: &SharedSlice<E>| {
+        tasks.into_par_iter().with_max_len(1).for_each(|(group, places, columns)| {
+            let weight = &weight[group * input * output..][..input * output];
+            let rows = &rows[places.start * from..places.end * from];
+            // SAFETY: no two tasks have an element of the result in common.
+            let target = unsafe { shared.at(places.start * to + columns.start) };
+            SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
+                let fill = |out: MatrixMut<'_>| {
+                    let rows = E::view(rows, places.len(), from, from, lhs);
+                    let weight = if transpose {
+                        E::view(&weight[columns.start * output..], columns.len(), output, output, rhs).transposed()
+                    } else {
+                        E::view(&weight[columns.start..], input, columns.len(), output, rhs)
+                    };
+                    multiply(out, rows, weight, 1.0, Write::Set);
                 };
-                multiply(out, rows, weight, 1.0, Write::Set);
-            };
-            // SAFETY: as above.
-            unsafe { E::write(target, places.len(), columns.len(), to, out, fill) };
+                // SAFETY: as above.
+                unsafe { E::write(target, places.len(), columns.len(), to, out, fill) };
+            });
         });
-    });
-    tensor_of(out, [count, to])
+    };
+    // SAFETY: the tasks cover every row and every column.
+    tensor_of(unsafe { written(count * to, fill) }, [count, to])
 }
 
 /// `out[g] = rows of g^T x grad of g`, zero for a group without rows: `[groups, in, out]`, without the groups where
@@ -89,32 +90,36 @@ pub(super) fn weight_grad<E: Element>(
     let [_, input] = dims(rows);
     let [_, output] = dims(grad);
     let (rows, grad) = (values_of::<E>(rows), values_of::<E>(grad));
-    let mut out = vec![E::default(); (offsets.len() - 1) * input * output];
     let tasks: Vec<_> = offsets
         .windows(2)
         .enumerate()
-        .filter(|(_, bounds)| bounds[0] < bounds[1])
         .flat_map(|(group, bounds)| (0..output).step_by(COLUMNS).map(move |first| (group, bounds[0]..bounds[1], first)))
         .collect();
-    let shared = SharedSlice::new(&mut out);
-    tasks.into_par_iter().with_max_len(1).for_each(|(group, places, first)| {
-        let columns = COLUMNS.min(output - first);
-        // SAFETY: no two tasks have an element of the result in common.
-        let target = unsafe { shared.at(group * input * output + first) };
-        SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
-            let fill = |mut out: MatrixMut<'_>| {
-                for start in places.clone().step_by(E::ROWS) {
-                    let count = E::ROWS.min(places.end - start);
-                    let rows = E::view(&rows[start * input..], count, input, input, lhs);
-                    let grad = E::view(&grad[start * output + first..], count, columns, output, rhs);
-                    let write = if start == places.start { Write::Set } else { Write::Add };
-                    multiply(out.reborrow(), rows.transposed(), grad, 1.0, write);
-                }
-            };
-            // SAFETY: as above.
-            unsafe { E::write(target, input, columns, output, out, fill) };
+    let fill = |shared: &SharedSlice<E>| {
+        tasks.into_par_iter().with_max_len(1).for_each(|(group, places, first)| {
+            let columns = COLUMNS.min(output - first);
+            // SAFETY: no two tasks have an element of the result in common.
+            let target = unsafe { shared.at(group * input * output + first) };
+            SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
+                let fill = |mut out: MatrixMut<'_>| {
+                    if places.is_empty() {
+                        out.clear();
+                    }
+                    for start in places.clone().step_by(E::ROWS) {
+                        let count = E::ROWS.min(places.end - start);
+                        let rows = E::view(&rows[start * input..], count, input, input, lhs);
+                        let grad = E::view(&grad[start * output + first..], count, columns, output, rhs);
+                        let write = if start == places.start { Write::Set } else { Write::Add };
+                        multiply(out.reborrow(), rows.transposed(), grad, 1.0, write);
+                    }
+                };
+                // SAFETY: as above.
+                unsafe { E::write(target, input, columns, output, out, fill) };
+            });
         });
-    });
+    };
+    // SAFETY: the tasks cover every column of every group, and each writes all of its own.
+    let out = unsafe { written((offsets.len() - 1) * input * output, fill) };
     match groups {
         Some(groups) => tensor_of(out, [groups, input, output]),
         None => tensor_of(out, [input, output]),

@@ -1,0 +1,47 @@
+//! How long loading a checkpoint takes, and how much memory; `scripts/bench_load.py` sets it beside reading the files.
+//!
+//! ```text
+//! cargo run --release -p moonlight-convert --example load_time -- DIR [--dtype f32]
+//! ```
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use burn::tensor::{DType, Device};
+use clap::Parser;
+use serde_json::json;
+
+/// Loads a checkpoint onto the default device and prints one JSON line.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// The checkpoint.
+    dir: PathBuf,
+    /// The dtype in memory: as stored where none is given.
+    #[arg(long)]
+    dtype: Option<Choice>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Choice {
+    F32,
+    Bf16,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let Arguments { dir, dtype } = Arguments::parse();
+    let dtype = dtype.map(|dtype| match dtype {
+        Choice::F32 => DType::F32,
+        Choice::Bf16 => DType::BF16,
+    });
+    let start = Instant::now();
+    let loaded = moonlight_convert::load(&dir, &Device::default(), dtype)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let bytes = loaded.report.bytes;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let peak = status.lines().find(|line| line.starts_with("VmHWM:")).and_then(|line| line.split_whitespace().nth(1));
+    let peak_mib = peak.and_then(|kib| kib.parse::<u64>().ok()).map(|kib| kib / 1024);
+    let rate = bytes as f64 / seconds / 1e9;
+    println!("{}", json!({"seconds": seconds, "bytes": bytes, "gb_per_second": rate, "peak_rss_mib": peak_mib}));
+    Ok(())
+}

@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Loading a checkpoint into a model against reading its files, in turns, with the system's cache warm and (as root) cold.
+
+    cargo build --release -p moonlight-convert --examples
+    target/release/examples/synthetic_checkpoint DIR --layers 2           # 2.7 GB of bf16, two of Moonlight's layers
+    python scripts/bench_load.py target/release/examples/load_time DIR [--dtype f32]
+
+Reading is `cat FILES > /dev/null`. Rates are bytes of the files a second, the median over rounds; one line of JSON on stdout.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", help="the `load_time` example of moonlight-convert, built for release")
+    parser.add_argument("dir", type=pathlib.Path)
+    parser.add_argument("--dtype", choices=("f32", "bf16"), help="in memory (default: as stored)")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    files = sorted(options.dir.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    load = [options.program, str(options.dir)] + (["--dtype", options.dtype] if options.dtype else [])
+    ways = {"cat": ["cat", *map(str, files)], "load": load}
+    states = ("warm", "cold") if os.geteuid() == 0 else ("warm",)
+    rates = {f"{state} {way}": [] for state in states for way in ways}
+    peak = 0
+    for round_ in range(options.rounds):
+        for state in states:
+            for way in list(ways)[:: 1 if round_ % 2 == 0 else -1]:
+                if state == "warm":
+                    subprocess.run(ways["cat"], check=True, stdout=subprocess.DEVNULL)
+                else:
+                    os.sync()
+                    pathlib.Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
+                start = time.perf_counter()
+                if way == "cat":
+                    subprocess.run(ways[way], check=True, stdout=subprocess.DEVNULL)
+                    seconds = time.perf_counter() - start
+                else:
+                    said = json.loads(subprocess.run(ways[way], check=True, stdout=subprocess.PIPE, text=True).stdout)
+                    seconds, peak = said["seconds"], max(peak, said["peak_rss_mib"])
+                rates[f"{state} {way}"].append(size / seconds / 1e9)
+                print(f"round {round_ + 1}  {state} {way}  {size / seconds / 1e9:6.2f} GB/s", file=sys.stderr)
+    print(
+        json.dumps(
+            {"bytes": size, "peak_rss_mib": peak}
+            | {name: {"gb_per_second": round(statistics.median(r), 2), "of_rounds": [round(x, 2) for x in r]} for name, r in rates.items()}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
