@@ -597,7 +597,8 @@ impl Muon {
             factor,
             learning_rate: lr,
         };
-        let operands = members.into_iter().map(|(tensor, grad, state)| (tensor, grad, state.map(|state| state.momentum)));
+        let operands =
+            members.into_iter().map(|(tensor, grad, state)| (tensor, grad, state.map(|state| state.momentum)));
         let stepped = crate::flex::step_many(&self.newton_schulz, numbers, operands.collect());
         let stepped = stepped.into_iter().map(|crate::flex::Stepped { tensor, momentum }| {
             (tensor, MuonState { momentum, second_moment: None, step: step + 1 })

@@ -145,10 +145,7 @@ pub(crate) fn step_many(
     let mut operands: Vec<(FlexTensor, FlexTensor, FlexTensor, bool)> = Vec::with_capacity(members.len());
     for (tensor, gradient, momentum) in members {
         let is_first = momentum.is_none();
-        let momentum = momentum.map_or_else(
-            || FlexTensor::zeros(Shape::new([batch, rows, columns]), DType::F32),
-            flex,
-        );
+        let momentum = momentum.map_or_else(|| FlexTensor::zeros(Shape::new([batch, rows, columns]), DType::F32), flex);
         operands.push((flex(tensor), flex(gradient), momentum, is_first));
     }
     let mut matrices = Vec::with_capacity(operands.len() * batch);
@@ -188,7 +185,10 @@ impl Matrix<'_> {
             if is_first {
                 momentum.copy_from_slice(gradient);
             } else {
-                momentum.iter_mut().zip(gradient).for_each(|(momentum, gradient)| *momentum = *momentum * mu + gradient);
+                momentum
+                    .iter_mut()
+                    .zip(gradient)
+                    .for_each(|(momentum, gradient)| *momentum = *momentum * mu + gradient);
             }
             if step.nesterov {
                 for ((input, momentum), gradient) in input.iter_mut().zip(&*momentum).zip(gradient) {

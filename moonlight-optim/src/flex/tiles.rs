@@ -427,9 +427,8 @@ mod tests {
             assert_eq!(moved, shared, "the threads change nothing");
             for row in 0..rows {
                 for column in 0..size {
-                    let term = |inner: usize| {
-                        f64::from(x[row * size + inner]) * f64::from(polynomial[inner * size + column])
-                    };
+                    let term =
+                        |inner: usize| f64::from(x[row * size + inner]) * f64::from(polynomial[inner * size + column]);
                     let expected: f64 = (0..size).map(term).sum();
                     assert!((f64::from(moved[row * size + column]) - expected).abs() < 1e-4, "[{rows}, {size}]");
                 }

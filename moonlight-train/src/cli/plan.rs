@@ -89,9 +89,9 @@ fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, Tr
         Scale::new(&plan, machines)
     });
     // From how many tokens a step on Newton-Schulz takes no more than a tenth of the operations.
-    let newton_schulz = plan.newton_schulz(recipe.optimizer.newton_schulz_steps).map(|optimizer| {
-        (optimizer, tokens_until(0.1, optimizer, operations.training(setting.recompute) as f64))
-    });
+    let newton_schulz = plan
+        .newton_schulz(recipe.optimizer.newton_schulz_steps)
+        .map(|optimizer| (optimizer, tokens_until(0.1, optimizer, operations.training(setting.recompute) as f64)));
     let holds = |size: &&u64| gigabytes(plan.peak()) <= (**size - RESERVE) as f64;
     if arguments.json {
         let parts = |moment: &crate::plan::Moment| {

@@ -132,7 +132,7 @@ impl Plan {
     /// Operations of a step's Newton-Schulz with so many steps of it; `None` where Muon does not train the whole model.
     pub fn newton_schulz(&self, steps: usize) -> Option<f64> {
         let Setting { muon, fast, frozen, lora, .. } = &self.setting;
-        let whole = *muon && lora.is_none() && frozen.is_empty();
+        let whole = *muon && lora.is_none() && !frozen.contains(&true);
         whole.then(|| newton_schulz(&self.config, steps, *fast))
     }
 
