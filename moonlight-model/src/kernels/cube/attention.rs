@@ -716,10 +716,9 @@ fn load_keys<F: Float>(
             if to < heads.own {
                 value = f32::cast_from(key_value[(position * heads.key_heads + key_head) * pair + to]);
             }
-            if comptime!(heads.shared > 0) {
-                if to >= heads.own && to < comptime!(heads.own + heads.shared) {
-                    value = f32::cast_from(shared_key[position * heads.shared + to - heads.own]);
-                }
+            // Never so without a shared key.
+            if to >= heads.own && to < comptime!(heads.own + heads.shared) {
+                value = f32::cast_from(shared_key[position * heads.shared + to - heads.own]);
             }
         }
         block[index / BLOCK * PITCH + index % BLOCK] = value;

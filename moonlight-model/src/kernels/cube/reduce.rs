@@ -14,7 +14,7 @@ pub(super) fn cubes(rows: usize) -> CubeCount {
 /// The row of this cube. Cubes beyond the last row do that one again, for all of a cube must meet where it waits.
 #[cube]
 pub(super) fn row_of(rows: usize) -> usize {
-    min(CUBE_POS as usize, rows - 1)
+    min(CUBE_POS, rows - 1)
 }
 
 /// The sum of all units' numbers, for all units.
