@@ -13,8 +13,10 @@ use serde::Deserialize;
 /// The norm of the difference of the weights over that of the weights' change, after all steps.
 const BUDGET: f64 = 1e-5;
 
-/// CANS is so steep at both ends that f32 itself is 4e-6 to 1.4e-4 from f64 with it, in PyTorch as here.
-const BUDGET_OF_CANS: f64 = 1e-4;
+/// CANS is so steep at both ends that PyTorch's own f32 is 4e-6 to 6e-6 from f64 here. Where the fixture has the weights in
+/// f64, ours may be this many times as far from them as PyTorch's f32 is; two such errors differ from order to order of
+/// the same sums.
+const TIMES_AS_FAR: f64 = 3.0;
 
 #[derive(Deserialize)]
 struct Fixture {
@@ -46,6 +48,8 @@ struct Case {
     config: MuonConfig,
     /// `[inputs, outputs]`
     weight_after: Vec<f32>,
+    /// The same in f64, where f32 itself is a matter of the budget.
+    exact: Option<Vec<f64>>,
 }
 
 fn tensor(values: &[f32], shape: [usize; 2]) -> Tensor<2> {
@@ -69,13 +73,9 @@ fn train(fixture: &Fixture, problem: &Problem, config: &MuonConfig) -> Vec<f32> 
     layer.weight.val().into_data().iter::<f32>().collect()
 }
 
-fn distance(one: &[f32], other: &[f32]) -> f64 {
+fn distance<X: Copy + Into<f64>, Y: Copy + Into<f64>>(one: &[X], other: &[Y]) -> f64 {
     assert_eq!(one.len(), other.len());
-    one.iter().zip(other).map(|(x, y)| (f64::from(*x) - f64::from(*y)).powi(2)).sum::<f64>().sqrt()
-}
-
-fn budget(what: &str) -> f64 {
-    if what == "cans" { BUDGET_OF_CANS } else { BUDGET }
+    one.iter().zip(other).map(|(x, y)| ((*x).into() - (*y).into()).powi(2)).sum::<f64>().sqrt()
 }
 
 #[test]
@@ -91,18 +91,33 @@ fn every_scale_table_and_variant_is_what_its_source_says() {
     let count = fixture.cases.len() / fixture.problems.len();
     let mut over = Vec::new();
     for index in 0..count {
-        let mut row = Vec::new();
+        let (mut row, mut budgets) = (Vec::new(), Vec::new());
         for case in fixture.cases.iter().skip(index).step_by(count) {
             let problem = &fixture.problems[case.problem];
             let after = train(&fixture, problem, &case.config);
-            let error = distance(&after, &case.weight_after) / distance(&case.weight_after, &problem.weight);
+            let change = distance(&case.weight_after, &problem.weight);
+            let (error, budget) = match &case.exact {
+                None => (distance(&after, &case.weight_after) / change, BUDGET),
+                Some(exact) => {
+                    let theirs = distance(&case.weight_after, exact) / change;
+                    (distance(&after, exact) / change, TIMES_AS_FAR * theirs)
+                }
+            };
+            budgets.push(budget);
             row.push(format!("{error:.1e}"));
-            if error.is_nan() || error >= budget(&case.what) {
+            if error.is_nan() || error >= budget {
                 over.push(format!("{} {} {}: {error:.1e}", case.source, case.what, problem.name));
             }
         }
-        let Case { source, what, .. } = &fixture.cases[index];
-        println!("| {source} | {what} | {} | {:.0e} |", row.join(" | "), budget(what));
+        let Case { source, what, exact, .. } = &fixture.cases[index];
+        let budget = match exact {
+            None => format!("{BUDGET:.0e}"),
+            Some(_) => {
+                let theirs = budgets.iter().map(|budget| format!("{:.1e}", budget / TIMES_AS_FAR));
+                format!("from f64: {TIMES_AS_FAR} times PyTorch's {}", theirs.collect::<Vec<_>>().join(", "))
+            }
+        };
+        println!("| {source} | {what} | {} | {budget} |", row.join(" | "));
     }
     assert!(over.is_empty(), "over budget: {over:#?}");
 }
