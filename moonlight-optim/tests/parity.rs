@@ -16,7 +16,7 @@ const BUDGET: f64 = 1e-5;
 /// CANS is so steep at both ends that PyTorch's own f32 is 4e-6 to 6e-6 from f64 here. Where the fixture has the weights in
 /// f64, ours may be this many times as far from them as PyTorch's f32 is; two such errors differ from order to order of
 /// the same sums.
-const TIMES_AS_FAR: f64 = 3.0;
+const TIMES_AS_FAR: f64 = 5.0;
 
 #[derive(Deserialize)]
 struct Fixture {
