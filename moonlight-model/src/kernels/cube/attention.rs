@@ -6,7 +6,7 @@
 //! values, so that no two cubes add to one number (FlashAttention-2, arXiv 2307.08691). Blocks of keys that lie after a
 //! block of queries, or before its first document, are not visited.
 //!
-//! Loops over a block's numbers are left to the compiler to unroll: a software Vulkan driver takes a minute for the
+//! Loops over a block's numbers are left to the compiler to unroll: a software Vulkan driver takes long over the
 //! code of all rounds.
 //!
 //! Everything is a product of blocks of 32 x 32 numbers in shared memory: three of them take 12.7 KB, of the 16 KB that
