@@ -426,7 +426,9 @@ impl Step<'_> {
         if setting.cpu {
             let many = batch.len() as u64 >= 2 * threads && setting.momentum_bytes == 4 && !narrow;
             let at_once = if many || stack * batch.len() as u64 >= 2 * threads { threads } else { 1 };
-            let copies = if many { 4 * MUON_KERNEL_COPIES * values } else { stack_bytes };
+            // Many are stepped in place, but for parameters that the model before the step holds too.
+            let shared = if setting.probed { 4 * values } else { 0 };
+            let copies = if many { shared } else { stack_bytes };
             copies + 4 * at_once * matrix
         } else {
             // Every matrix of the batch is on its way at once.
@@ -435,8 +437,6 @@ impl Step<'_> {
     }
 }
 
-/// New parameter and new momentum.
-const MUON_KERNEL_COPIES: u64 = 2;
 /// Of the largest parameter, for the RMS of its update: the change, its decay, and the one without the other.
 const MEASURED_COPIES: u64 = 3;
 /// Both moments without their bias, and the new parameter.
