@@ -1,8 +1,8 @@
 //! The operations that a training step spends its time in, as backend extensions.
 //!
 //! Each is written at least twice. `reference` composes Burn's own tensor operations and runs on every backend; `flex` is
-//! the fast CPU form, for f32 (products for bf16 too), `cube` that for GPUs, and tests hold them to the reference. Gradients
-//! are written by hand in `autodiff`.
+//! the fast CPU form, for f32 and bf16, `cube` that for GPUs, and tests hold them to the reference. Gradients are written by
+//! hand in `autodiff`.
 //! The functions of this module are what the model calls; they take and give Burn tensors and name no backend.
 //!
 //! | operation | shape | why not Burn's |

@@ -293,7 +293,7 @@ mod flex_against_reference {
     use burn::backend::Flex;
     use burn::backend::flex::FlexTensor;
     use burn::backend::ops::{FloatTensorOps, IntTensorOps};
-    use burn::tensor::{DType, TensorData, Tolerance};
+    use burn::tensor::{DType, FloatDType, Shape, TensorData, Tolerance};
 
     use super::super::backend::Kernels;
     use super::super::reference::{self, AttentionSaved};
@@ -496,6 +496,117 @@ mod flex_against_reference {
                 attention_agrees(query.clone(), numbers([batch, sequence, 4, 6 + 7], 3), Some(shared), &spec);
                 attention_agrees(query, numbers([batch, sequence, 2, 10 + 10], 4), None, &spec);
             }
+        }
+    }
+
+    fn half(tensor: &FlexTensor) -> FlexTensor {
+        Flex::float_cast(tensor.clone(), FloatDType::BF16)
+    }
+
+    fn wide(tensor: FlexTensor) -> FlexTensor {
+        Flex::float_cast(tensor, FloatDType::F32)
+    }
+
+    /// What a kernel gives for bf16 is what it gives in f32 for the same values, rounded once.
+    fn rounded_once<const N: usize>(half: [FlexTensor; N], full: [FlexTensor; N]) {
+        for (half, full) in half.into_iter().zip(full) {
+            assert_eq!(half.dtype(), DType::BF16);
+            let tolerance = Tolerance::<f32>::rel_abs(1.0 / 256.0, 1e-6);
+            wide(half).into_data().assert_approx_eq(&full.into_data(), tolerance);
+        }
+    }
+
+    #[test]
+    fn bf16_is_widened_and_rounded_once() {
+        let plan = plan(70, 3, 6);
+        let numbers = |shape: &[usize], seed| {
+            half(&Flex::float_reshape(numbers([shape.iter().product()], seed), Shape::from(shape)))
+        };
+        let (tokens, rows) = (numbers(&[70, 33], 1), numbers(&[210, 33], 2));
+        let (gate, up, grad) = (numbers(&[70, 33], 3), numbers(&[70, 33], 4), numbers(&[70, 33], 5));
+        let weights = wide(numbers(&[70, 3], 6));
+        let full = |tensor: &FlexTensor| wide(tensor.clone());
+        rounded_once(
+            [
+                Flex::dispatch_rows_forward(tokens.clone(), &plan),
+                Flex::dispatch_rows_grad(rows.clone(), &plan),
+                Flex::combine_rows_forward(rows.clone(), weights.clone(), &plan),
+                Flex::combine_rows_grad(rows.clone(), weights.clone(), grad.clone(), &plan).0,
+                Flex::swiglu_forward(gate.clone(), up.clone()),
+                Flex::swiglu_grad(gate.clone(), up.clone(), grad.clone()).0,
+                Flex::swiglu_grad(gate.clone(), up.clone(), grad.clone()).1,
+            ],
+            [
+                Flex::dispatch_rows_forward(full(&tokens), &plan),
+                Flex::dispatch_rows_grad(full(&rows), &plan),
+                Flex::combine_rows_forward(full(&rows), weights.clone(), &plan),
+                Flex::combine_rows_grad(full(&rows), weights.clone(), full(&grad), &plan).0,
+                Flex::swiglu_forward(full(&gate), full(&up)),
+                Flex::swiglu_grad(full(&gate), full(&up), full(&grad)).0,
+                Flex::swiglu_grad(full(&gate), full(&up), full(&grad)).1,
+            ],
+        );
+        close(
+            Flex::combine_rows_grad(rows.clone(), weights.clone(), grad.clone(), &plan).1,
+            Flex::combine_rows_grad(full(&rows), weights, full(&grad), &plan).1,
+        );
+
+        let gain = numbers(&[33], 7);
+        let (grad_x, grad_gain) = Flex::rms_norm_grad(gate.clone(), gain.clone(), grad.clone(), 1e-5);
+        let (full_x, full_gain) = Flex::rms_norm_grad(full(&gate), full(&gain), full(&grad), 1e-5);
+        rounded_once([grad_x, grad_gain], [full_x, full_gain]);
+        // The published code rounds before the gain as well.
+        let normalised = half(&Flex::rms_norm_forward(
+            full(&gate),
+            full(&Flex::float_ones(Shape::new([33]), &Default::default(), FloatDType::F32)),
+            1e-5,
+        ));
+        let spread = Flex::float_expand(Flex::float_reshape(full(&gain), Shape::new([1, 33])), Shape::new([70, 33]));
+        rounded_once([Flex::rms_norm_forward(gate.clone(), gain, 1e-5)], [Flex::float_mul(wide(normalised), spread)]);
+
+        let spec = RotationSpec { start: 3, interleave: true };
+        let (x, cos, sin) = (numbers(&[2, 5, 3, 9], 8), wide(numbers(&[10, 3], 9)), wide(numbers(&[10, 3], 10)));
+        rounded_once(
+            [Flex::rotate_forward(x.clone(), cos.clone(), sin.clone(), &spec)],
+            [Flex::rotate_forward(full(&x), cos, sin, &spec)],
+        );
+
+        let (logits, grad) = (numbers(&[21, 50], 11), wide(numbers(&[21], 12)));
+        let targets: Vec<i32> = (0..21).map(|row| row * 2).collect();
+        let targets = Flex::int_from_data(TensorData::new(targets, [21]), &Default::default());
+        close(
+            Flex::cross_entropy_forward(logits.clone(), targets.clone()),
+            Flex::cross_entropy_forward(full(&logits), targets.clone()),
+        );
+        rounded_once(
+            [Flex::cross_entropy_grad(logits.clone(), targets.clone(), grad.clone())],
+            [Flex::cross_entropy_grad(full(&logits), targets, grad)],
+        );
+    }
+
+    #[test]
+    fn attention_in_bf16_is_widened_and_rounded_once() {
+        for spec in specs(2, 70) {
+            let (query, shared) = (half(&numbers([2, 70, 4, 10], 1)), half(&numbers([2, 70, 4], 2)));
+            let (key_value, grad) = (half(&numbers([2, 70, 4, 6 + 7], 3)), half(&numbers([2, 70, 4, 7], 4)));
+            let full = |tensor: &FlexTensor| wide(tensor.clone());
+            let (output, log_sum) =
+                Flex::attention_forward(query.clone(), key_value.clone(), Some(shared.clone()), &spec);
+            let (full_output, full_log_sum) =
+                Flex::attention_forward(full(&query), full(&key_value), Some(full(&shared)), &spec);
+            rounded_once([output.clone()], [full_output]);
+            close(log_sum.clone(), full_log_sum);
+            let saved = |of: &dyn Fn(&FlexTensor) -> FlexTensor| AttentionSaved::<Flex> {
+                query: of(&query),
+                key_value: of(&key_value),
+                shared_key: Some(of(&shared)),
+                output: of(&output),
+                log_sum: log_sum.clone(),
+            };
+            let (a, b, c) = Flex::attention_grad(saved(&FlexTensor::clone), grad.clone(), &spec);
+            let (d, e, f) = Flex::attention_grad(saved(&full), full(&grad), &spec);
+            let gradient = "there is a gradient for the shared key";
+            rounded_once([a, b, c.expect(gradient)], [d, e, f.expect(gradient)]);
         }
     }
 }

@@ -27,7 +27,7 @@ pub(super) fn of_layer(
     let (batch, sequence) = (setting.batch, setting.sequence);
     let n = (batch * sequence) as u64;
     let hidden = config.hidden_size as u64;
-    let (attention, attention_transient) = of_attention(config, batch, sequence, setting.fast);
+    let (attention, attention_transient) = of_attention(config, batch, sequence, setting.plain_attention);
     let (feed_forward, feed_forward_transient) = match config.moe_of_layer(layer) {
         Some(moe) => of_moe(config, moe, n),
         None => {
@@ -85,7 +85,7 @@ fn of_adapters(config: &ModelConfig, layer: usize, n: u64, (rank, adapters): (us
     (more, less)
 }
 
-fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, fast: bool) -> (u64, u64) {
+fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, plain: bool) -> (u64, u64) {
     let n = (batch * sequence) as u64;
     let heads = config.num_attention_heads as u64;
     let (query, key_value, output, compressed) = match &config.attention {
@@ -109,8 +109,8 @@ fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, fast: bool)
     let kept = n * (query + key_value + output + compressed + heads);
     // Gradients of output, query (turned and not), keys and values.
     let mut transient = n * (output + 2 * query + key_value);
-    if !fast {
-        // The plain form has scores, probabilities and their gradients of all heads at once.
+    if plain {
+        // Scores, probabilities and their gradients of all heads at once.
         transient += 5 * batch as u64 * heads * (sequence as u64).pow(2);
     }
     (kept, transient)

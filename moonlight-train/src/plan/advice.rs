@@ -46,7 +46,7 @@ const LADDER: &[Change] = &[
     |setting| {
         (setting.bytes == 4).then(|| {
             let words = "model.dtype = \"bf16\"".into();
-            (words, Setting { bytes: 2, fast: false, ..setting.clone() })
+            (words, Setting { bytes: 2, ..setting.clone() })
         })
     },
     |setting| {
@@ -121,7 +121,7 @@ mod tests {
             momentum_bytes: 4,
             masters: true,
             cpu: false,
-            fast: false,
+            plain_attention: false,
             threads: 1,
             frozen: Vec::new(),
             lora: None,

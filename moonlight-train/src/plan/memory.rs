@@ -124,8 +124,8 @@ pub struct Setting {
     pub masters: bool,
     /// Whether weights and checkpoints share their memory: the device is the CPU.
     pub cpu: bool,
-    /// Whether the device has the fast kernels (the CPU in f32), or runs their plain forms.
-    pub fast: bool,
+    /// Whether attention runs in its plain form, which holds all scores at once: the CPU has no kernel of it for f16.
+    pub plain_attention: bool,
     /// Matrices that the CPU's Newton-Schulz works on at a time.
     pub threads: usize,
     /// For each parameter of the model whether it is frozen; empty where none is.

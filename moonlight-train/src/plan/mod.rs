@@ -68,7 +68,7 @@ impl Setting {
             momentum_bytes: if recipe.optimizer.momentum_dtype == HalfOrFull::Bf16 { 2 } else { 4 },
             masters: recipe.optimizer.rounding == RoundingName::Master,
             cpu,
-            fast: cpu && !half,
+            plain_attention: cpu && recipe.model.dtype == "f16",
             threads: threads.0,
             frozen: frozen_parameters(config, &recipe.train.freeze)?,
             lora: recipe.lora.as_ref().map(LoraRecipe::config),
@@ -131,9 +131,9 @@ impl Plan {
 
     /// Operations of a step's Newton-Schulz with so many steps of it; `None` where Muon does not train the whole model.
     pub fn newton_schulz(&self, steps: usize) -> Option<f64> {
-        let Setting { muon, fast, frozen, lora, .. } = &self.setting;
+        let Setting { muon, cpu, frozen, lora, .. } = &self.setting;
         let whole = *muon && lora.is_none() && !frozen.contains(&true);
-        whole.then(|| newton_schulz(&self.config, steps, *fast))
+        whole.then(|| newton_schulz(&self.config, steps, *cpu))
     }
 
     /// All moments of a step, in their order.

@@ -198,7 +198,7 @@ mod tests {
             masters: true,
             probed: false,
             cpu: false,
-            fast: false,
+            plain_attention: false,
             threads: 1,
             frozen: Vec::new(),
             lora: None,

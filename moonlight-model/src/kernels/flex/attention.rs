@@ -4,19 +4,22 @@
 //! computed into a scratch block, and in the backward pass computed again from the logarithms of the softmax
 //! denominators (FlashAttention-2, arXiv 2307.08691, without its tiling of keys: a block of scores fits the cache).
 
+use std::ops::Range;
+
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
+use super::element::{Element, round};
 use super::math::{dot, exp_in_place, largest};
 use super::matrix::{Matrix, MatrixMut, SharedSlice, Write, multiply};
-use super::{AttentionSaved, AttentionSpec, dims, tensor, values};
+use super::{AttentionSaved, AttentionSpec, dims, tensor, tensor_of, values, values_of, zeros};
 
 /// Queries of one block.
 const BLOCK: usize = 64;
 
 /// Shapes and inputs of one attention.
-struct Problem<'a> {
+struct Problem<'a, E> {
     batch: usize,
     sequence: usize,
     heads: usize,
@@ -29,13 +32,13 @@ struct Problem<'a> {
     shared: usize,
     /// Width of a value.
     value: usize,
-    query: &'a [f32],
-    key_value: &'a [f32],
-    shared_key: &'a [f32],
+    query: &'a [E],
+    key_value: &'a [E],
+    shared_key: &'a [E],
     spec: &'a AttentionSpec,
 }
 
-impl<'a> Problem<'a> {
+impl<'a, E: Element> Problem<'a, E> {
     fn new(
         query: &'a FlexTensor,
         key_value: &'a FlexTensor,
@@ -55,9 +58,9 @@ impl<'a> Problem<'a> {
             own,
             shared,
             value: pair - own,
-            query: values(query),
-            key_value: values(key_value),
-            shared_key: shared_key.map_or(&[], values),
+            query: values_of(query),
+            key_value: values_of(key_value),
+            shared_key: shared_key.map_or(&[], values_of),
             spec,
         }
     }
@@ -71,26 +74,21 @@ impl<'a> Problem<'a> {
         self.spec.starts.as_ref().map_or(0, |starts| starts[batch * self.sequence + query] as usize)
     }
 
-    /// Rows `rows` of `tensor`, `[batch, sequence, heads, total]`, restricted to `columns` of one head.
+    /// One query head's rows `rows` of `tensor`, `[batch, sequence, heads, width]`; `scratch` is there for a copy.
     fn head<'b>(
         &self,
-        tensor: &'b [f32],
+        tensor: &'b [E],
         (batch, head): (usize, usize),
-        (heads, total): (usize, usize),
-        rows: std::ops::Range<usize>,
-        columns: std::ops::Range<usize>,
+        width: usize,
+        rows: &Range<usize>,
+        scratch: &'b mut Vec<f32>,
     ) -> Matrix<'b> {
-        let first = ((batch * self.sequence + rows.start) * heads + head) * total + columns.start;
-        Matrix::strided(&tensor[first..], rows.len(), columns.len(), heads * total)
-    }
-
-    /// The queries `rows` of a head.
-    fn queries(&self, (batch, head): (usize, usize), rows: std::ops::Range<usize>) -> Matrix<'_> {
-        self.head(self.query, (batch, head), (self.heads, self.width), rows, 0..self.width)
+        let first = ((batch * self.sequence + rows.start) * self.heads + head) * width;
+        E::view(&tensor[first..], rows.len(), width, self.heads * width, scratch)
     }
 
     /// The blocks of queries of a sequence, each with the keys that any of its queries may see.
-    fn blocks(&self, batch: usize) -> impl Iterator<Item = (std::ops::Range<usize>, std::ops::Range<usize>)> + '_ {
+    fn blocks(&self, batch: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
         (0..self.sequence).step_by(BLOCK).map(move |first| {
             let end = self.sequence.min(first + BLOCK);
             // Starts never decrease along a sequence, so the block's first query sees furthest back.
@@ -99,8 +97,8 @@ impl<'a> Problem<'a> {
     }
 }
 
-/// Keys and values of one key head of one sequence, copied out of where all heads lie side by side: each is read once
-/// for every block of queries.
+/// Keys and values of one key head of one sequence in f32, copied out of where all heads lie side by side: each is read
+/// once for every block of queries.
 struct KeyHead {
     sequence: usize,
     width: usize,
@@ -114,29 +112,29 @@ struct KeyHead {
 }
 
 impl KeyHead {
-    fn new(problem: &Problem<'_>, batch: usize, key_head: usize) -> Self {
+    fn new<E: Element>(problem: &Problem<'_, E>, batch: usize, key_head: usize) -> Self {
         let Problem { sequence, key_heads, own, shared, width, value, .. } = *problem;
         let (mut keys, mut values) = (Vec::with_capacity(sequence * width), Vec::with_capacity(sequence * value));
         for position in batch * sequence..(batch + 1) * sequence {
             let pair = &problem.key_value[(position * key_heads + key_head) * problem.pair()..][..problem.pair()];
-            keys.extend(&pair[..own]);
-            keys.extend(&problem.shared_key[position * shared..][..shared]);
-            values.extend(&pair[own..]);
+            let shared_key = &problem.shared_key[position * shared..][..shared];
+            keys.extend(pair[..own].iter().chain(shared_key).map(|x| x.wide()));
+            values.extend(pair[own..].iter().map(|x| x.wide()));
         }
         let transposed_keys = transposed(&keys, sequence, width);
         Self { sequence, width, value, keys, transposed_keys, values }
     }
 
-    fn keys(&self, range: &std::ops::Range<usize>) -> Matrix<'_> {
+    fn keys(&self, range: &Range<usize>) -> Matrix<'_> {
         Matrix::new(&self.keys[range.start * self.width..][..range.len() * self.width], range.len(), self.width)
     }
 
     /// `[width, range]`.
-    fn transposed_keys(&self, range: &std::ops::Range<usize>) -> Matrix<'_> {
+    fn transposed_keys(&self, range: &Range<usize>) -> Matrix<'_> {
         Matrix::strided(&self.transposed_keys[range.start..], self.width, range.len(), self.sequence)
     }
 
-    fn values(&self, range: &std::ops::Range<usize>) -> Matrix<'_> {
+    fn values(&self, range: &Range<usize>) -> Matrix<'_> {
         Matrix::new(&self.values[range.start * self.value..][..range.len() * self.value], range.len(), self.value)
     }
 }
@@ -152,15 +150,15 @@ fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     out
 }
 
-pub(super) fn forward(
+pub(super) fn forward<E: Element>(
     query: &FlexTensor,
     key_value: &FlexTensor,
     shared_key: Option<&FlexTensor>,
     spec: &AttentionSpec,
 ) -> (FlexTensor, FlexTensor) {
-    let problem = Problem::new(query, key_value, shared_key, spec);
-    let Problem { batch, sequence, heads, value, .. } = problem;
-    let mut output = vec![0.0; batch * sequence * heads * value];
+    let problem = Problem::<E>::new(query, key_value, shared_key, spec);
+    let Problem { batch, sequence, heads, width, value, .. } = problem;
+    let mut output = zeros::<E>(batch * sequence * heads * value);
     let mut log_sums = vec![0.0; batch * heads * sequence];
     let shared_output = SharedSlice::new(&mut output);
     log_sums.par_chunks_mut(sequence).enumerate().for_each(|(task, log_sums)| {
@@ -168,21 +166,26 @@ pub(super) fn forward(
         let key_head = head / (heads / problem.key_heads);
         let keyed = KeyHead::new(&problem, batch, key_head);
         let mut scratch = vec![0.0; BLOCK.min(sequence) * sequence];
+        let (mut wide_queries, mut wide_output) = (Vec::new(), Vec::new());
         for (rows, keys) in problem.blocks(batch) {
             let scores = &mut scratch[..rows.len() * keys.len()];
             let out = MatrixMut::strided(scores, rows.len(), keys.len(), keys.len());
-            let queries = problem.queries((batch, head), rows.clone());
+            let queries = problem.head(problem.query, (batch, head), width, &rows, &mut wide_queries);
             multiply(out, queries, keyed.transposed_keys(&keys), spec.scale, Write::Set);
             for (row, scores) in rows.clone().zip(scores.chunks_exact_mut(keys.len())) {
                 log_sums[row] = softmax(scores, problem.start(batch, row) - keys.start, row - keys.start);
             }
             let first = ((batch * sequence + rows.start) * heads + head) * value;
             // SAFETY: the rows of this head of this sequence are this task's alone.
-            let out = unsafe { shared_output.matrix(first, rows.len(), value, heads * value) };
-            multiply(out, Matrix::new(scores, rows.len(), keys.len()), keyed.values(&keys), 1.0, Write::Set);
+            unsafe {
+                E::write(shared_output.at(first), rows.len(), value, heads * value, &mut wide_output, |out| {
+                    let scores = Matrix::new(scores, rows.len(), keys.len());
+                    multiply(out, scores, keyed.values(&keys), 1.0, Write::Set);
+                });
+            }
         }
     });
-    (tensor(output, [batch, sequence, heads, value]), tensor(log_sums, [batch, heads, sequence]))
+    (tensor_of(output, [batch, sequence, heads, value]), tensor(log_sums, [batch, heads, sequence]))
 }
 
 /// Turns the scores `first..=last` of one query into probabilities, all others into zero, and gives the logarithm of
@@ -200,7 +203,7 @@ fn softmax(scores: &mut [f32], first: usize, last: usize) -> f32 {
     offset + sum.ln()
 }
 
-pub(super) fn grad(
+pub(super) fn grad<E: Element>(
     saved: AttentionSaved<Flex>,
     grad: &FlexTensor,
     spec: &AttentionSpec,
@@ -208,13 +211,13 @@ pub(super) fn grad(
     let query = saved.query.to_contiguous();
     let key_value = saved.key_value.to_contiguous();
     let shared_key = saved.shared_key.map(|shared| shared.to_contiguous());
-    let problem = Problem::new(&query, &key_value, shared_key.as_ref(), spec);
+    let problem = Problem::<E>::new(&query, &key_value, shared_key.as_ref(), spec);
     let Problem { batch, sequence, heads, key_heads, width, own, shared, value, .. } = problem;
     let output = saved.output.to_contiguous();
-    let (output, log_sums, grad) = (values(&output), values(&saved.log_sum), values(grad));
+    let (output, log_sums, grad) = (values_of::<E>(&output), values(&saved.log_sum), values_of::<E>(grad));
 
-    let mut grad_query = vec![0.0; query.layout().num_elements()];
-    let mut grad_key_value = vec![0.0; key_value.layout().num_elements()];
+    let mut grad_query = zeros::<E>(query.layout().num_elements());
+    let mut grad_key_value = zeros::<E>(key_value.layout().num_elements());
     // Every key head adds to the shared key's gradient: each into its own part, summed below in a fixed order.
     let mut grad_shared = vec![0.0; batch * key_heads * sequence * shared];
     let shared_query = SharedSlice::new(&mut grad_query);
@@ -229,16 +232,17 @@ pub(super) fn grad(
         let mut slopes = vec![0.0; BLOCK.min(sequence) * sequence];
         let mut grad_keys = vec![0.0; sequence * width];
         let mut grad_values = vec![0.0; sequence * value];
+        let (mut wide_queries, mut wide_grad, mut wide_out) = (Vec::new(), Vec::new(), Vec::new());
         let group = heads / key_heads;
         for head in key_head * group..(key_head + 1) * group {
             for (rows, keys) in problem.blocks(batch) {
                 let (height, count) = (rows.len(), keys.len());
                 let probabilities = &mut probabilities[..height * count];
                 let slopes = &mut slopes[..height * count];
-                let queries = problem.queries((batch, head), rows.clone());
+                let queries = problem.head(problem.query, (batch, head), width, &rows, &mut wide_queries);
                 let out = MatrixMut::strided(probabilities, height, count, count);
                 multiply(out, queries, keyed.transposed_keys(&keys), spec.scale, Write::Set);
-                let grad_matrix = problem.head(grad, (batch, head), (heads, value), rows.clone(), 0..value);
+                let grad_matrix = problem.head(grad, (batch, head), value, &rows, &mut wide_grad);
                 let out = MatrixMut::strided(slopes, height, count, count);
                 let seen = Matrix::strided(&transposed_values[keys.start..], value, count, sequence);
                 multiply(out, grad_matrix, seen, 1.0, Write::Set);
@@ -259,8 +263,11 @@ pub(super) fn grad(
                 let slopes = Matrix::new(slopes, height, count);
                 let first_query = ((batch * sequence + rows.start) * heads + head) * width;
                 // SAFETY: this task alone writes the gradients of its head's queries.
-                let out = unsafe { shared_query.matrix(first_query, height, width, heads * width) };
-                multiply(out, slopes, keyed.keys(&keys), 1.0, Write::Set);
+                unsafe {
+                    E::write(shared_query.at(first_query), height, width, heads * width, &mut wide_out, |out| {
+                        multiply(out, slopes, keyed.keys(&keys), 1.0, Write::Set);
+                    });
+                }
                 let out = MatrixMut::strided(&mut grad_keys[keys.start * width..], count, width, width);
                 multiply(out, slopes.transposed(), queries, 1.0, Write::Add);
                 let out = MatrixMut::strided(&mut grad_values[keys.start * value..], count, value, value);
@@ -273,18 +280,18 @@ pub(super) fn grad(
             let first = ((batch * sequence + position) * key_heads + key_head) * pair;
             // SAFETY: this task alone writes the gradients of its key head, and its part of the shared key's.
             unsafe {
-                shared_key_value.row(first, own).copy_from_slice(&key[..own]);
-                shared_key_value.row(first + own, value).copy_from_slice(value_grad);
+                round(&key[..own], shared_key_value.row(first, own));
+                round(value_grad, shared_key_value.row(first + own, value));
                 let part = ((batch * key_heads + key_head) * sequence + position) * shared;
                 shared_parts.row(part, shared).copy_from_slice(&key[own..]);
             }
         }
     });
-    let grad_shared =
-        (shared > 0).then(|| tensor(sum_heads(&grad_shared, batch, key_heads), [batch, sequence, shared]));
+    let grad_shared = (shared > 0)
+        .then(|| tensor_of(E::rounded(sum_heads(&grad_shared, batch, key_heads)), [batch, sequence, shared]));
     (
-        tensor(grad_query, [batch, sequence, heads, width]),
-        tensor(grad_key_value, [batch, sequence, key_heads, pair]),
+        tensor_of(grad_query, [batch, sequence, heads, width]),
+        tensor_of(grad_key_value, [batch, sequence, key_heads, pair]),
         grad_shared,
     )
 }

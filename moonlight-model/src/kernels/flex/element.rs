@@ -1,4 +1,4 @@
-//! What matrices are made of: f32, or bf16 that is widened a piece at a time.
+//! What tensors are made of: f32, or bf16 that is widened where it is read and rounded where it is written.
 
 use std::mem::MaybeUninit;
 
@@ -7,7 +7,7 @@ use multiversion::multiversion;
 
 use super::matrix::{Matrix, MatrixMut};
 
-/// A type of values that the products take. Sums are carried in f32 and rounded once.
+/// A type of values that the kernels take. Sums are carried in f32 and rounded once.
 pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
     /// Rows that a task takes at a time, which bounds its scratch memory.
     const ROWS: usize;
@@ -27,6 +27,9 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
 
     /// The value in f32.
     fn wide(self) -> f32;
+
+    /// The nearest value, ties to even; NaN stays NaN.
+    fn narrow(wide: f32) -> Self;
 
     /// Writes what `fill` puts into an f32 view of `rows x columns` that begins at `target`.
     ///
@@ -65,6 +68,11 @@ impl Element for f32 {
         self
     }
 
+    #[inline(always)]
+    fn narrow(wide: f32) -> f32 {
+        wide
+    }
+
     unsafe fn write(
         target: *mut f32,
         rows: usize,
@@ -83,8 +91,8 @@ impl Element for bf16 {
 
     fn rounded(values: Vec<f32>) -> Vec<bf16> {
         let mut rounded = Vec::with_capacity(values.len());
-        narrow(&values, rounded.spare_capacity_mut());
-        // SAFETY: `narrow` wrote a value for each.
+        round_into(&values, rounded.spare_capacity_mut());
+        // SAFETY: `round_into` wrote a value for each.
         unsafe { rounded.set_len(values.len()) };
         rounded
     }
@@ -109,6 +117,14 @@ impl Element for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
+    // Without a branch, for the same reason.
+    #[inline(always)]
+    fn narrow(wide: f32) -> bf16 {
+        let bits = wide.to_bits();
+        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
+        bf16::from_bits(if wide.is_nan() { 0x7fc0 } else { rounded })
+    }
+
     unsafe fn write(
         target: *mut bf16,
         rows: usize,
@@ -122,25 +138,32 @@ impl Element for bf16 {
         fill(MatrixMut::strided(tile, rows, columns, columns));
         for (row, wide) in tile.chunks_exact(columns).enumerate() {
             // SAFETY: passed on to the caller.
-            narrow(wide, unsafe { std::slice::from_raw_parts_mut(target.add(row * row_stride).cast(), columns) });
+            round_into(wide, unsafe { std::slice::from_raw_parts_mut(target.add(row * row_stride).cast(), columns) });
         }
     }
 }
 
+/// Writes the values in f32.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn widen(values: &[bf16], wide: &mut [f32]) {
+pub(super) fn widen<E: Element>(values: &[E], wide: &mut [f32]) {
     for (wide, value) in wide.iter_mut().zip(values) {
         *wide = value.wide();
     }
 }
 
-/// Rounds to nearest, ties to even; NaN stays NaN.
+/// Writes the values, each rounded once.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn narrow(wide: &[f32], values: &mut [MaybeUninit<bf16>]) {
+pub(super) fn round<E: Element>(wide: &[f32], values: &mut [E]) {
     for (value, &wide) in values.iter_mut().zip(wide) {
-        let bits = wide.to_bits();
-        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
-        value.write(bf16::from_bits(if wide.is_nan() { 0x7fc0 } else { rounded }));
+        *value = E::narrow(wide);
+    }
+}
+
+/// As [`round`], into memory that need not hold values yet.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
+fn round_into(wide: &[f32], values: &mut [MaybeUninit<bf16>]) {
+    for (value, &wide) in values.iter_mut().zip(wide) {
+        value.write(bf16::narrow(wide));
     }
 }
 

@@ -2,6 +2,8 @@
 
 use multiversion::multiversion;
 
+use super::element::Element;
+
 /// `e^x` in f32, by range reduction and a polynomial of degree six; within 2 units in the last place of the exact
 /// value over the normal range, 0 below it and infinity above it. NaN stays NaN. Branchless, so loops over it vectorise.
 #[inline(always)]
@@ -75,16 +77,16 @@ pub(super) fn largest(values: &[f32]) -> f32 {
 
 /// The sum of the products.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f32 {
     let mut sums = [0.0f32; 16];
     let (chunks_a, chunks_b) = (a.chunks_exact(16), b.chunks_exact(16));
     let (rest_a, rest_b) = (chunks_a.remainder(), chunks_b.remainder());
     for (chunk_a, chunk_b) in chunks_a.zip(chunks_b) {
-        for ((sum, &a), &b) in sums.iter_mut().zip(chunk_a).zip(chunk_b) {
-            *sum += a * b;
+        for ((sum, a), b) in sums.iter_mut().zip(chunk_a).zip(chunk_b) {
+            *sum += a.wide() * b.wide();
         }
     }
-    let rest: f32 = rest_a.iter().zip(rest_b).map(|(&a, &b)| a * b).sum();
+    let rest: f32 = rest_a.iter().zip(rest_b).map(|(a, b)| a.wide() * b.wide()).sum();
     sums.iter().sum::<f32>() + rest
 }
 

@@ -82,7 +82,7 @@ impl<'a> MatrixMut<'a> {
 /// Memory that several tasks write, each its own part.
 pub(super) struct SharedSlice<T>(*mut T);
 
-// SAFETY: the pointer is only used through `at` and `matrix`, whose callers promise that no two tasks write one element.
+// SAFETY: the pointer is only used through `at` and `row`, whose callers promise that no two tasks write one element.
 unsafe impl<T: Send> Sync for SharedSlice<T> {}
 
 impl<T> SharedSlice<T> {
@@ -97,24 +97,14 @@ impl<T> SharedSlice<T> {
         // SAFETY: passed on to the caller.
         unsafe { self.0.add(first) }
     }
-}
 
-impl SharedSlice<f32> {
     /// # Safety
     ///
-    /// The view lies inside the allocation and no other task touches its elements.
+    /// The row lies inside the allocation and holds values; no other task touches it.
     #[expect(clippy::mut_from_ref, reason = "the caller promises that no two tasks write one element")]
-    pub(super) unsafe fn row(&self, first: usize, columns: usize) -> &mut [f32] {
+    pub(super) unsafe fn row(&self, first: usize, columns: usize) -> &mut [T] {
         // SAFETY: passed on to the caller.
         unsafe { std::slice::from_raw_parts_mut(self.at(first), columns) }
-    }
-
-    /// # Safety
-    ///
-    /// As for [`Self::row`].
-    pub(super) unsafe fn matrix(&self, first: usize, rows: usize, columns: usize, row_stride: usize) -> MatrixMut<'_> {
-        // SAFETY: passed on to the caller.
-        unsafe { MatrixMut::from_raw(self.at(first), rows, columns, row_stride) }
     }
 }
 

@@ -1,5 +1,4 @@
-//! The operations on the CPU: one pass over memory, vectorised, on all threads. All are for f32, and those that
-//! decoding reads its weights and its cache by for bf16 as well.
+//! The operations on the CPU: one pass over memory, vectorised, on all threads, for f32 and bf16.
 //!
 //! Work is split into pieces that write disjoint memory, and every sum is taken in an order that does not depend on
 //! the number of threads: the same input gives the same bits. Other dtypes run the reference.
@@ -28,32 +27,27 @@ use super::reference::{self, AttentionSaved};
 use super::{AttentionSpec, ExpertPlan, PackedSpec, PastSpec, RotationSpec};
 use element::Element;
 
-/// Hands inputs that are not f32 to the reference.
-macro_rules! unless_f32 {
-    ([$($tensor:expr),+], $fallback:expr) => {
-        if [$($tensor.dtype()),+].iter().any(|&dtype| dtype != DType::F32) {
-            return $fallback;
-        }
-    };
-}
-
-/// Runs a kernel in the dtype that its inputs share, and hands them to the reference where that is none of its own.
+/// Runs a kernel in the dtype that its inputs share, and hands them to the reference where that is none of its own. Inputs
+/// behind `f32:` are in f32 whatever the others are.
 macro_rules! by_dtype {
-    ([$a:ident, $b:ident], $element:ident => $kernel:expr, $fallback:expr) => {
-        match ($a.dtype(), $b.dtype()) {
-            (DType::F32, DType::F32) => {
+    ([$($input:ident),+] $(f32: [$($wide:ident),+])?, $element:ident => $kernel:expr, $fallback:expr) => {{
+        let wide = true $($(&& $wide.dtype() == DType::F32)+)?;
+        match shared_dtype(&[$($input.dtype()),+]) {
+            Some(DType::F32) if wide => {
                 type $element = f32;
-                let ($a, $b) = ($a.to_contiguous(), $b.to_contiguous());
+                $(let $input = $input.to_contiguous();)+
+                $($(let $wide = $wide.to_contiguous();)+)?
                 $kernel
             }
-            (DType::BF16, DType::BF16) => {
+            Some(DType::BF16) if wide => {
                 type $element = bf16;
-                let ($a, $b) = ($a.to_contiguous(), $b.to_contiguous());
+                $(let $input = $input.to_contiguous();)+
+                $($(let $wide = $wide.to_contiguous();)+)?
                 $kernel
             }
             _ => $fallback,
         }
-    };
+    }};
 }
 
 impl Kernels for Flex {
@@ -127,8 +121,11 @@ impl Kernels for Flex {
         spec: PackedSpec,
         plan: &ExpertPlan,
     ) -> FloatTensor<Self> {
-        unless_f32!([rows], reference::packed_matmul_forward::<Self>(rows, values, scales, spec, plan));
-        packed::product(&rows.to_contiguous(), &values.to_contiguous(), &scales.to_contiguous(), spec, plan, false)
+        by_dtype!(
+            [rows] f32: [scales],
+            E => packed::product::<E>(&rows, &values.to_contiguous(), &scales, spec, plan, false),
+            reference::packed_matmul_forward::<Self>(rows, values, scales, spec, plan)
+        )
     }
 
     fn packed_matmul_rows_grad(
@@ -138,18 +135,23 @@ impl Kernels for Flex {
         spec: PackedSpec,
         plan: &ExpertPlan,
     ) -> FloatTensor<Self> {
-        unless_f32!([grad], reference::packed_matmul_rows_grad::<Self>(grad, values, scales, spec, plan));
-        packed::product(&grad.to_contiguous(), &values.to_contiguous(), &scales.to_contiguous(), spec, plan, true)
+        by_dtype!(
+            [grad] f32: [scales],
+            E => packed::product::<E>(&grad, &values.to_contiguous(), &scales, spec, plan, true),
+            reference::packed_matmul_rows_grad::<Self>(grad, values, scales, spec, plan)
+        )
     }
 
     fn dispatch_rows_forward(tokens: FloatTensor<Self>, plan: &ExpertPlan) -> FloatTensor<Self> {
-        unless_f32!([tokens], reference::dispatch_rows_forward::<Self>(tokens, plan));
-        rows::dispatch(&tokens.to_contiguous(), plan)
+        by_dtype!(
+            [tokens],
+            E => rows::dispatch::<E>(&tokens, plan),
+            reference::dispatch_rows_forward::<Self>(tokens, plan)
+        )
     }
 
     fn dispatch_rows_grad(grad: FloatTensor<Self>, plan: &ExpertPlan) -> FloatTensor<Self> {
-        unless_f32!([grad], reference::dispatch_rows_grad::<Self>(grad, plan));
-        rows::dispatch_grad(&grad.to_contiguous(), plan)
+        by_dtype!([grad], E => rows::dispatch_grad::<E>(&grad, plan), reference::dispatch_rows_grad::<Self>(grad, plan))
     }
 
     fn combine_rows_forward(
@@ -157,8 +159,11 @@ impl Kernels for Flex {
         weights: FloatTensor<Self>,
         plan: &ExpertPlan,
     ) -> FloatTensor<Self> {
-        unless_f32!([rows, weights], reference::combine_rows_forward::<Self>(rows, weights, plan));
-        rows::combine(&rows.to_contiguous(), &weights.to_contiguous(), plan)
+        by_dtype!(
+            [rows] f32: [weights],
+            E => rows::combine::<E>(&rows, &weights, plan),
+            reference::combine_rows_forward::<Self>(rows, weights, plan)
+        )
     }
 
     fn combine_rows_grad(
@@ -167,13 +172,15 @@ impl Kernels for Flex {
         grad: FloatTensor<Self>,
         plan: &ExpertPlan,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        unless_f32!([rows, weights, grad], reference::combine_rows_grad::<Self>(rows, weights, grad, plan));
-        rows::combine_grad(&rows.to_contiguous(), &weights.to_contiguous(), &grad.to_contiguous(), plan)
+        by_dtype!(
+            [rows, grad] f32: [weights],
+            E => rows::combine_grad::<E>(&rows, &weights, &grad, plan),
+            reference::combine_rows_grad::<Self>(rows, weights, grad, plan)
+        )
     }
 
     fn swiglu_forward(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        unless_f32!([gate, up], reference::swiglu_forward::<Self>(gate, up));
-        swiglu::forward(&gate.to_contiguous(), &up.to_contiguous())
+        by_dtype!([gate, up], E => swiglu::forward::<E>(&gate, &up), reference::swiglu_forward::<Self>(gate, up))
     }
 
     fn swiglu_grad(
@@ -181,13 +188,19 @@ impl Kernels for Flex {
         up: FloatTensor<Self>,
         grad: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        unless_f32!([gate, up, grad], reference::swiglu_grad::<Self>(gate, up, grad));
-        swiglu::grad(&gate.to_contiguous(), &up.to_contiguous(), &grad.to_contiguous())
+        by_dtype!(
+            [gate, up, grad],
+            E => swiglu::grad::<E>(&gate, &up, &grad),
+            reference::swiglu_grad::<Self>(gate, up, grad)
+        )
     }
 
     fn rms_norm_forward(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> {
-        unless_f32!([x, gain], reference::rms_norm_forward::<Self>(x, gain, epsilon));
-        norm::forward(&x.to_contiguous(), &gain.to_contiguous(), epsilon)
+        by_dtype!(
+            [x, gain],
+            E => norm::forward::<E>(&x, &gain, epsilon),
+            reference::rms_norm_forward::<Self>(x, gain, epsilon)
+        )
     }
 
     fn rms_norm_grad(
@@ -196,8 +209,11 @@ impl Kernels for Flex {
         grad: FloatTensor<Self>,
         epsilon: f32,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        unless_f32!([x, gain, grad], reference::rms_norm_grad::<Self>(x, gain, grad, epsilon));
-        norm::grad(&x.to_contiguous(), &gain.to_contiguous(), &grad.to_contiguous(), epsilon)
+        by_dtype!(
+            [x, gain, grad],
+            E => norm::grad::<E>(&x, &gain, &grad, epsilon),
+            reference::rms_norm_grad::<Self>(x, gain, grad, epsilon)
+        )
     }
 
     fn rotate_forward(
@@ -206,8 +222,11 @@ impl Kernels for Flex {
         sin: FloatTensor<Self>,
         spec: &RotationSpec,
     ) -> FloatTensor<Self> {
-        unless_f32!([x, cos, sin], reference::rotate_forward::<Self>(x, cos, sin, spec));
-        rotary::forward(&x.to_contiguous(), &cos.to_contiguous(), &sin.to_contiguous(), spec)
+        by_dtype!(
+            [x] f32: [cos, sin],
+            E => rotary::forward::<E>(&x, &cos, &sin, spec),
+            reference::rotate_forward::<Self>(x, cos, sin, spec)
+        )
     }
 
     fn attention_forward(
@@ -216,9 +235,14 @@ impl Kernels for Flex {
         shared_key: Option<FloatTensor<Self>>,
         spec: &AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        unless_f32!([query, key_value], reference::attention_forward::<Self>(query, key_value, shared_key, spec));
-        let shared_key = shared_key.map(|shared| shared.to_contiguous());
-        attention::forward(&query.to_contiguous(), &key_value.to_contiguous(), shared_key.as_ref(), spec)
+        by_dtype!(
+            [query, key_value],
+            E => {
+                let shared_key = shared_key.map(|shared| shared.to_contiguous());
+                attention::forward::<E>(&query, &key_value, shared_key.as_ref(), spec)
+            },
+            reference::attention_forward::<Self>(query, key_value, shared_key, spec)
+        )
     }
 
     fn attention_grad(
@@ -226,17 +250,27 @@ impl Kernels for Flex {
         grad: FloatTensor<Self>,
         spec: &AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, Option<FloatTensor<Self>>) {
-        unless_f32!([saved.query, saved.key_value, grad], reference::attention_grad::<Self>(saved, grad, spec));
-        attention::grad(saved, &grad.to_contiguous(), spec)
+        match shared_dtype(&[saved.query.dtype(), saved.key_value.dtype(), grad.dtype()]) {
+            Some(DType::F32) => attention::grad::<f32>(saved, &grad.to_contiguous(), spec),
+            Some(DType::BF16) => attention::grad::<bf16>(saved, &grad.to_contiguous(), spec),
+            _ => reference::attention_grad::<Self>(saved, grad, spec),
+        }
     }
 
     fn attend_past(query: FloatTensor<Self>, past: FloatTensor<Self>, spec: &PastSpec) -> FloatTensor<Self> {
-        by_dtype!([query, past], E => past::forward::<E>(&query, &past, spec), reference::attend_past::<Self>(query, past, spec))
+        by_dtype!(
+            [query, past],
+            E => past::forward::<E>(&query, &past, spec),
+            reference::attend_past::<Self>(query, past, spec)
+        )
     }
 
     fn cross_entropy_forward(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
-        unless_f32!([logits], reference::cross_entropy_forward::<Self>(logits, targets));
-        cross_entropy::forward(&logits.to_contiguous(), &integers(targets))
+        by_dtype!(
+            [logits],
+            E => cross_entropy::forward::<E>(&logits, &integers(targets)),
+            reference::cross_entropy_forward::<Self>(logits, targets)
+        )
     }
 
     fn cross_entropy_grad(
@@ -244,9 +278,18 @@ impl Kernels for Flex {
         targets: IntTensor<Self>,
         grad: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        unless_f32!([logits, grad], reference::cross_entropy_grad::<Self>(logits, targets, grad));
-        cross_entropy::grad(&logits.to_contiguous(), &integers(targets), &grad.to_contiguous())
+        by_dtype!(
+            [logits] f32: [grad],
+            E => cross_entropy::grad::<E>(&logits, &integers(targets), &grad),
+            reference::cross_entropy_grad::<Self>(logits, targets, grad)
+        )
     }
+}
+
+/// The dtype that all have.
+fn shared_dtype(dtypes: &[DType]) -> Option<DType> {
+    let (&first, rest) = dtypes.split_first()?;
+    rest.iter().all(|&dtype| dtype == first).then_some(first)
 }
 
 /// The values of a contiguous f32 tensor.
@@ -262,6 +305,11 @@ fn values_of<E: Element>(tensor: &FlexTensor) -> &[E] {
 /// The dimensions of a tensor of known rank.
 fn dims<const D: usize>(tensor: &FlexTensor) -> [usize; D] {
     tensor.layout().shape().dims()
+}
+
+/// As many zeros, in memory that the system hands out cleared where it can.
+fn zeros<E: Element>(count: usize) -> Vec<E> {
+    bytemuck::allocation::zeroed_vec(count)
 }
 
 /// An f32 tensor that owns `values`.

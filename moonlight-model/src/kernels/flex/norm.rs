@@ -1,33 +1,46 @@
 //! RMS normalisation of rows.
 
 use burn::backend::flex::FlexTensor;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
+use super::element::Element;
 use super::math::dot;
-use super::{dims, tensor, values};
+use super::{dims, tensor_of, values_of, zeros};
 
 /// Rows of one task; also of one partial sum of the gain's gradient, so it does not depend on the threads.
 const ROWS: usize = 64;
 
-pub(super) fn forward(x: &FlexTensor, gain: &FlexTensor, epsilon: f32) -> FlexTensor {
+pub(super) fn forward<E: Element>(x: &FlexTensor, gain: &FlexTensor, epsilon: f32) -> FlexTensor {
     let [rows, width] = dims(x);
-    let (x, gain) = (values(x), values(gain));
-    let mut out = vec![0.0; rows * width];
+    let (x, gain) = (values_of::<E>(x), values_of::<E>(gain));
+    let mut out = zeros::<E>(rows * width);
     out.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(out, x)| {
         for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
             let inverse = inverse_rms(x, epsilon);
-            for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {
-                *out = x * inverse * gain;
-            }
+            scale(out, x, inverse, gain);
         }
     });
-    tensor(out, [rows, width])
+    tensor_of(out, [rows, width])
 }
 
-pub(super) fn grad(x: &FlexTensor, gain: &FlexTensor, grad: &FlexTensor, epsilon: f32) -> (FlexTensor, FlexTensor) {
+/// The normalised value is rounded before the product with the gain, as the published code does.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
+fn scale<E: Element>(out: &mut [E], x: &[E], inverse: f32, gain: &[E]) {
+    for ((out, x), gain) in out.iter_mut().zip(x).zip(gain) {
+        *out = E::narrow(E::narrow(x.wide() * inverse).wide() * gain.wide());
+    }
+}
+
+pub(super) fn grad<E: Element>(
+    x: &FlexTensor,
+    gain: &FlexTensor,
+    grad: &FlexTensor,
+    epsilon: f32,
+) -> (FlexTensor, FlexTensor) {
     let [rows, width] = dims(x);
-    let (x, gain, grad) = (values(x), values(gain), values(grad));
-    let mut grad_x = vec![0.0; rows * width];
+    let (x, gain, grad) = (values_of::<E>(x), values_of::<E>(gain), values_of::<E>(grad));
+    let mut grad_x = zeros::<E>(rows * width);
     let partial_gains: Vec<Vec<f32>> = grad_x
         .par_chunks_mut(ROWS * width)
         .zip(x.par_chunks(ROWS * width).zip(grad.par_chunks(ROWS * width)))
@@ -37,16 +50,16 @@ pub(super) fn grad(x: &FlexTensor, gain: &FlexTensor, grad: &FlexTensor, epsilon
             let inputs = x.chunks_exact(width).zip(grad.chunks_exact(width));
             for (grad_x, (x, grad)) in grad_x.chunks_exact_mut(width).zip(inputs) {
                 let inverse = inverse_rms(x, epsilon);
-                for ((scaled, &grad), &gain) in scaled.iter_mut().zip(grad).zip(gain) {
-                    *scaled = grad * gain;
+                for ((scaled, grad), gain) in scaled.iter_mut().zip(grad).zip(gain) {
+                    *scaled = grad.wide() * gain.wide();
                 }
                 let mean = dot(&scaled, x) * inverse / width as f32;
-                for (((grad_x, &scaled), &x), (grad_gain, &grad)) in
+                for (((grad_x, &scaled), x), (grad_gain, grad)) in
                     grad_x.iter_mut().zip(&scaled).zip(x).zip(grad_gain.iter_mut().zip(grad))
                 {
-                    let normalised = x * inverse;
-                    *grad_x = inverse * (scaled - normalised * mean);
-                    *grad_gain += grad * normalised;
+                    let normalised = x.wide() * inverse;
+                    *grad_x = E::narrow(inverse * (scaled - normalised * mean));
+                    *grad_gain += grad.wide() * normalised;
                 }
             }
             grad_gain
@@ -58,9 +71,9 @@ pub(super) fn grad(x: &FlexTensor, gain: &FlexTensor, grad: &FlexTensor, epsilon
             *sum += value;
         }
     }
-    (tensor(grad_x, [rows, width]), tensor(grad_gain, [width]))
+    (tensor_of(grad_x, [rows, width]), tensor_of(E::rounded(grad_gain), [width]))
 }
 
-fn inverse_rms(x: &[f32], epsilon: f32) -> f32 {
+fn inverse_rms<E: Element>(x: &[E], epsilon: f32) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + epsilon).sqrt()
 }

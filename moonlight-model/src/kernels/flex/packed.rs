@@ -4,8 +4,9 @@ use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::super::{BLOCK, Bits, PackedSpec};
-use super::matrix::{Matrix, MatrixMut, Write, multiply};
-use super::{ExpertPlan, dims, tensor, values};
+use super::element::Element;
+use super::matrix::{Matrix, Write, multiply};
+use super::{ExpertPlan, dims, tensor_of, values, values_of, zeros};
 
 /// Blocks of one task of unpacking.
 const BLOCKS_PER_TASK: usize = 64;
@@ -13,7 +14,7 @@ const BLOCKS_PER_TASK: usize = 64;
 const ROWS_PER_TASK: usize = 64;
 
 /// `out[r] = rows[r] x weight[expert of r]`, or with the transposed weight.
-pub(super) fn product(
+pub(super) fn product<E: Element>(
     rows: &FlexTensor,
     packed: &FlexTensor,
     scales: &FlexTensor,
@@ -28,8 +29,8 @@ pub(super) fn product(
     let (from, to) = if transpose { (output, input) } else { (input, output) };
     assert_eq!(width, from, "the rows are as wide as the weight's input");
     let packed: &[u8] = packed.as_slice().expect("packed values are bytes, and were made contiguous");
-    let (rows, scales) = (values(rows), values(scales));
-    let mut out = vec![0.0; count * to];
+    let (rows, scales) = (values_of::<E>(rows), values(scales));
+    let mut out = zeros::<E>(count * to);
     let mut weight = vec![0.0; input * output];
     for expert in 0..plan.experts() {
         let (start, end) = (plan.offsets[expert], plan.offsets[expert + 1]);
@@ -39,15 +40,20 @@ pub(super) fn product(
         unpack(&packed[expert * bytes..][..bytes], &scales[expert * blocks..][..blocks], bits, &mut weight);
         let pieces = out[start * to..end * to].par_chunks_mut(ROWS_PER_TASK * to);
         let inputs = rows[start * from..end * from].par_chunks(ROWS_PER_TASK * from);
-        pieces.zip(inputs).for_each(|(piece, inputs)| {
+        pieces.zip(inputs).for_each_init(Default::default, |(lhs, wide), (piece, inputs)| {
             let height = inputs.len() / from;
             let matrix = Matrix::new(&weight, input, output);
             let matrix = if transpose { matrix.transposed() } else { matrix };
-            let inputs = Matrix::new(inputs, height, from);
-            multiply(MatrixMut::strided(piece, height, to, to), inputs, matrix, 1.0, Write::Set);
+            let inputs = E::view(inputs, height, from, from, lhs);
+            // SAFETY: the view is the whole piece, which is this task's alone.
+            unsafe {
+                E::write(piece.as_mut_ptr(), height, to, to, wide, |out| {
+                    multiply(out, inputs, matrix, 1.0, Write::Set);
+                });
+            }
         });
     }
-    tensor(out, [count, to])
+    tensor_of(out, [count, to])
 }
 
 fn unpack(packed: &[u8], scales: &[f32], bits: Bits, weight: &mut [f32]) {

@@ -3,13 +3,19 @@
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::{RotationSpec, dims, tensor, values};
+use super::element::Element;
+use super::{RotationSpec, dims, tensor_of, values, values_of, zeros};
 
-pub(super) fn forward(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, spec: &RotationSpec) -> FlexTensor {
+pub(super) fn forward<E: Element>(
+    x: &FlexTensor,
+    cos: &FlexTensor,
+    sin: &FlexTensor,
+    spec: &RotationSpec,
+) -> FlexTensor {
     let [batch, sequence, heads, width] = dims(x);
-    let (x, cos, sin) = (values(x), values(cos), values(sin));
+    let (x, cos, sin) = (values_of::<E>(x), values(cos), values(sin));
     let pairs = (width - spec.start) / 2;
-    let mut out = vec![0.0; x.len()];
+    let mut out = zeros::<E>(x.len());
     let token = heads * width;
     out.par_chunks_mut(token)
         .zip(x.par_chunks(token).zip(cos.par_chunks(pairs).zip(sin.par_chunks(pairs))))
@@ -20,10 +26,13 @@ pub(super) fn forward(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, spec: 
                 let (out, x) = (&mut out[spec.start..], &x[spec.start..]);
                 for (pair, (&cos, &sin)) in cos.iter().zip(sin).enumerate() {
                     let (i, j) = if spec.interleave { (2 * pair, 2 * pair + 1) } else { (pair, pair + pairs) };
-                    out[i] = x[i] * cos - x[j] * sin;
-                    out[j] = x[j] * cos + x[i] * sin;
+                    // The angles are rounded before the products, as the published code does.
+                    let (cos, sin) = (E::narrow(cos).wide(), E::narrow(sin).wide());
+                    let (a, b) = (x[i].wide(), x[j].wide());
+                    out[i] = E::narrow(a * cos - b * sin);
+                    out[j] = E::narrow(b * cos + a * sin);
                 }
             }
         });
-    tensor(out, [batch, sequence, heads, width])
+    tensor_of(out, [batch, sequence, heads, width])
 }
