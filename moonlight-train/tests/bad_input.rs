@@ -232,6 +232,12 @@ fn prompts_and_data_that_do_not_fit() {
     fs::write(&data, "{\"tokens\": [1]}\n{\"token\": [1]}\n").unwrap();
     let score = moonlight(&["score", "--model", &dir, "--data"]).arg(&data).output().unwrap();
     assert_fails(&score, "data.jsonl:2");
+    fs::write(&data, "{\"tokens\": [1]}\n{\"tokens\": [999]}\n").unwrap();
+    for command in [["score", "--data"], ["generate", "--prompts"]] {
+        let [command, file] = command;
+        let output = moonlight(&[command, "--model", &dir, file]).arg(&data).output().unwrap();
+        assert_fails(&output, "data.jsonl:2: there is no token 999");
+    }
 }
 
 /// A limit on the size of files stands in for a full disk: both are a write that fails in the middle.

@@ -190,6 +190,17 @@ fn a_checkpoint_generates_and_scores() {
     assert_eq!(from_tokens, json);
     let drawn = |seed: &str| generate(&["--prompt", "File", "--temperature", "1.5", "--seed", seed, "--json"]);
     assert_eq!(drawn("3"), drawn("3"));
+    // Many prompts side by side, each as if it were alone.
+    let prompts = home.path("prompts.jsonl");
+    fs::write(&prompts, "{\"text\": \"File\"}\n{\"tokens\": [70]}\n{\"text\": \"A line\"}\n").unwrap();
+    let texts = home.path("texts.jsonl");
+    let many = [prompts.to_str().unwrap(), texts.to_str().unwrap()];
+    generate(&["--prompts", many[0], "--output", many[1], "--batch", "2", "--temperature", "1.5", "--seed", "3"]);
+    let texts = fs::read_to_string(&texts).unwrap();
+    let texts: Vec<&str> = texts.lines().collect();
+    assert_eq!((texts.len(), texts[0]), (3, drawn("3").trim_end()));
+    let alone = generate(&["--prompt", "A line", "--temperature", "1.5", "--seed", "5", "--json"]);
+    assert_eq!(texts[2], alone.trim_end());
 
     let data = home.path("data.jsonl");
     fs::write(&data, "{\"tokens\": [70, 105, 108]}\n\n{\"text\": \"File\"}\n{\"tokens\": []}\n").unwrap();

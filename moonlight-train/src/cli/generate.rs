@@ -1,25 +1,40 @@
 //! `moonlight generate`.
 
 use std::io::Write;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
 
-use clap::Args;
-use serde_json::json;
+use clap::{ArgGroup, Args};
+use serde_json::{Value, json};
 
+use super::lines::{Input, Output};
 use super::model::{ModelArguments, Opened};
 use crate::error::TrainError;
-use crate::generate::{Sampling, generate};
+use crate::generate::{Generated, Sampling, check_prompt, generate, generate_many};
+use crate::tokenizer::Tokenizer;
 
-/// Go on from a prompt.
+/// Go on from a prompt, or from many.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("source").required(true).args(["prompt", "prompt_tokens", "prompts"])))]
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
     /// The text to go on from.
-    #[arg(long, required_unless_present = "prompt_tokens", conflicts_with = "prompt_tokens")]
+    #[arg(long)]
     prompt: Option<String>,
     /// The tokens to go on from, e.g. `1,2,3`.
     #[arg(long, value_delimiter = ',', value_name = "TOKENS")]
     prompt_tokens: Option<Vec<u32>>,
+    /// JSONL of prompts, a line `{"text": "..."}` or `{"tokens": [...]}` each; the texts are printed as with `--json`, a line
+    /// each, in the same order.
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// How many of the prompts are gone on from side by side.
+    #[arg(long, default_value = "8", requires = "prompts", value_name = "TEXTS")]
+    batch: NonZeroUsize,
+    /// Where the texts of `--prompts` go; else to stdout.
+    #[arg(long, requires = "prompts", value_name = "FILE")]
+    output: Option<PathBuf>,
     /// The longest continuation, in tokens.
     #[arg(long, default_value_t = 200)]
     max_new_tokens: usize,
@@ -68,6 +83,9 @@ fn number(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
+    if let Some(prompts) = &arguments.prompts {
+        return run_many(Input::open(prompts)?, arguments);
+    }
     let Opened { model, tokenizer, eos, .. } = arguments.model.open()?;
     let prompt = match (&arguments.prompt_tokens, &arguments.prompt, &tokenizer) {
         (Some(tokens), ..) => tokens.clone(),
@@ -98,14 +116,40 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
         }
     })?;
     if arguments.json {
-        let text = tokenizer.as_ref().map(|tokenizer| tokenizer.decode(&generated.tokens));
-        let object = json!({
-            "prompt_tokens": prompt, "tokens": generated.tokens, "text": text, "stop": generated.stop,
-        });
-        show(&object.to_string());
+        show(&object(&prompt, &generated, tokenizer.as_ref()).to_string());
     } else if let Some(mut stream) = stream {
         show(&stream.finish());
     }
     show("\n");
     written.map_err(TrainError::write("stdout"))
+}
+
+fn object(prompt: &[u32], generated: &Generated, tokenizer: Option<&Tokenizer>) -> Value {
+    let text = tokenizer.map(|tokenizer| tokenizer.decode(&generated.tokens));
+    json!({"prompt_tokens": prompt, "tokens": generated.tokens, "text": text, "stop": generated.stop})
+}
+
+/// Goes on from the prompts of a file. A text is printed when it and all before it are there.
+fn run_many(file: Input, arguments: &Arguments) -> Result<(), TrainError> {
+    let Opened { model, tokenizer, eos, .. } = arguments.model.open()?;
+    let config = model.config();
+    let mut prompts = Vec::new();
+    file.for_each(tokenizer.as_ref(), |prompt| {
+        check_prompt(&prompt, config.vocab_size, config.max_position_embeddings)?;
+        prompts.push(prompt);
+        Ok(())
+    })?;
+    let mut output = Output::create(arguments.output.as_deref())?;
+    let mut texts: Vec<Option<Generated>> = vec![None; prompts.len()];
+    let mut printed = 0;
+    let (batch, sampling) = (arguments.batch.get(), arguments.sampling.sampling());
+    generate_many(&model, &prompts, batch, arguments.max_new_tokens, sampling, &eos, |place, text| {
+        texts[place] = Some(text);
+        while let Some(text) = texts.get_mut(printed).and_then(Option::take) {
+            output.line(&object(&prompts[printed], &text, tokenizer.as_ref()))?;
+            printed += 1;
+        }
+        Ok(())
+    })?;
+    output.finish()
 }

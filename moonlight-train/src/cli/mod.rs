@@ -4,6 +4,7 @@ mod chat;
 mod data;
 mod eval;
 mod generate;
+mod lines;
 mod merge;
 mod model;
 mod plan;

@@ -1,5 +1,6 @@
 //! Text from a model.
 
+mod many;
 mod sampler;
 
 use std::ops::ControlFlow;
@@ -10,6 +11,7 @@ use serde::Serialize;
 
 use crate::error::TrainError;
 
+pub use many::generate_many;
 pub use sampler::{Sampler, Sampling};
 
 /// Why a generation ended.
@@ -66,15 +68,8 @@ impl<'m> Session<'m> {
         eos: &[u32],
         mut each: impl FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generated, TrainError> {
-        check_tokens(prompt, self.model.config().vocab_size)?;
         let capacity = self.cache.capacity();
-        if prompt.is_empty() || prompt.len() > capacity {
-            let problem = match prompt.len() {
-                0 => "the prompt has no tokens".into(),
-                length => format!("the prompt has {length} tokens, more than the model's context of {capacity}"),
-            };
-            return Err(TrainError::Request { problem, hint: None });
-        }
+        check_prompt(prompt, self.model.config().vocab_size, capacity)?;
         // The last token is always read: its logits are wanted.
         let known = self.read.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
         self.cache.truncate(0, known);
@@ -129,6 +124,19 @@ fn rows(logits: Tensor<2>) -> Vec<Vec<f32>> {
     let width = logits.dims()[1];
     let values: Vec<f32> = logits.cast(DType::F32).into_data().try_into_vec().expect("the logits were cast to f32");
     values.chunks(width).map(<[f32]>::to_vec).collect()
+}
+
+/// A prompt must have tokens, that the model has, and no more than there is room for.
+pub(crate) fn check_prompt(prompt: &[u32], vocab_size: usize, capacity: usize) -> Result<(), TrainError> {
+    check_tokens(prompt, vocab_size)?;
+    let problem = match prompt.len() {
+        0 => "the prompt has no tokens".into(),
+        length if length > capacity => {
+            format!("the prompt has {length} tokens, more than the model's context of {capacity}")
+        }
+        _ => return Ok(()),
+    };
+    Err(TrainError::Request { problem, hint: None })
 }
 
 /// Every token must have a row in the embedding.
