@@ -11,6 +11,8 @@ use super::matrix::{Matrix, MatrixMut};
 pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
     /// Rows that a task takes at a time, which bounds its scratch memory.
     const ROWS: usize;
+    /// Columns that a task takes at a time at most, for the same reason.
+    const COLUMNS: usize;
 
     /// The values, each rounded once.
     fn rounded(values: Vec<f32>) -> Vec<Self>;
@@ -48,6 +50,7 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
 
 impl Element for f32 {
     const ROWS: usize = 2048;
+    const COLUMNS: usize = 512;
 
     fn rounded(values: Vec<f32>) -> Vec<f32> {
         values
@@ -88,6 +91,7 @@ impl Element for f32 {
 
 impl Element for bf16 {
     const ROWS: usize = 256;
+    const COLUMNS: usize = 128;
 
     fn rounded(values: Vec<f32>) -> Vec<bf16> {
         let mut rounded = Vec::with_capacity(values.len());

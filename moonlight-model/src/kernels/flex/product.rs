@@ -15,6 +15,16 @@ use super::{dims, tensor_of, values_of};
 
 /// Columns of one task: narrower, and the rows are packed more often than need be; wider, and there are too few tasks.
 const COLUMNS: usize = 128;
+/// Groups from which on there are tasks enough without that.
+const MANY: usize = 16;
+/// Rows times columns of a task of one of many groups. With few rows the time goes into reading the matrix, and that is
+/// quicker straight on.
+const PLACES: usize = 128 * 256;
+
+/// Columns of a task with so many rows.
+fn columns<E: Element>(rows: usize, groups: usize) -> usize {
+    if groups < MANY { COLUMNS } else { (PLACES / rows.max(1)).next_multiple_of(COLUMNS).clamp(COLUMNS, E::COLUMNS) }
+}
 
 /// Copies of a task's operands in f32, where they are not f32 themselves. Kept by each thread.
 #[derive(Default)]
@@ -51,7 +61,8 @@ pub(super) fn forward<E: Element>(
     for (group, bounds) in offsets.windows(2).enumerate() {
         for start in (bounds[0]..bounds[1]).step_by(E::ROWS) {
             let end = bounds[1].min(start + E::ROWS);
-            tasks.extend((0..to).step_by(COLUMNS).map(|first| (group, start..end, first..to.min(first + COLUMNS))));
+            let columns = columns::<E>(end - start, offsets.len() - 1);
+            tasks.extend((0..to).step_by(columns).map(|first| (group, start..end, first..to.min(first + columns))));
         }
     }
     let fill = |shared: &SharedSlice<E>| {
@@ -93,13 +104,16 @@ pub(super) fn weight_grad<E: Element>(
     let tasks: Vec<_> = offsets
         .windows(2)
         .enumerate()
-        .flat_map(|(group, bounds)| (0..output).step_by(COLUMNS).map(move |first| (group, bounds[0]..bounds[1], first)))
+        .flat_map(|(group, bounds)| {
+            let columns = columns::<E>(bounds[1] - bounds[0], offsets.len() - 1);
+            let firsts = (0..output).step_by(columns);
+            firsts.map(move |first| (group, bounds[0]..bounds[1], first..output.min(first + columns)))
+        })
         .collect();
     let fill = |shared: &SharedSlice<E>| {
-        tasks.into_par_iter().with_max_len(1).for_each(|(group, places, first)| {
-            let columns = COLUMNS.min(output - first);
+        tasks.into_par_iter().with_max_len(1).for_each(|(group, places, columns)| {
             // SAFETY: no two tasks have an element of the result in common.
-            let target = unsafe { shared.at(group * input * output + first) };
+            let target = unsafe { shared.at(group * input * output + columns.start) };
             SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
                 let fill = |mut out: MatrixMut<'_>| {
                     if places.is_empty() {
@@ -108,13 +122,13 @@ pub(super) fn weight_grad<E: Element>(
                     for start in places.clone().step_by(E::ROWS) {
                         let count = E::ROWS.min(places.end - start);
                         let rows = E::view(&rows[start * input..], count, input, input, lhs);
-                        let grad = E::view(&grad[start * output + first..], count, columns, output, rhs);
+                        let grad = E::view(&grad[start * output + columns.start..], count, columns.len(), output, rhs);
                         let write = if start == places.start { Write::Set } else { Write::Add };
                         multiply(out.reborrow(), rows.transposed(), grad, 1.0, write);
                     }
                 };
                 // SAFETY: as above.
-                unsafe { E::write(target, input, columns, output, out, fill) };
+                unsafe { E::write(target, input, columns.len(), output, out, fill) };
             });
         });
     };
