@@ -21,7 +21,7 @@ use crate::transfer::{self, Panel, in_order};
 use crate::transposition::{HEIGHT, Shared};
 
 /// Bytes that a thread reads at a time, about.
-const PANEL: usize = 512 << 10;
+const PANEL: usize = 1 << 20;
 /// Rows of a matrix that is transposed, at least: fewer would write to more cache lines than they fill.
 const FEWEST_ROWS: usize = 64;
 

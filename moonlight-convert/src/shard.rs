@@ -111,7 +111,6 @@ impl Shard {
     }
 
     /// Where in the file a place of the data section is.
-    #[cfg(unix)]
     pub(crate) fn position(&self, at: usize) -> u64 {
         (self.data + at) as u64
     }

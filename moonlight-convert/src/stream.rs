@@ -10,9 +10,11 @@ use crate::check::Plan;
 use crate::checkpoint::Checkpoint;
 use crate::decode::{Part, Piece};
 use crate::error::CheckpointError;
+use crate::shard::Shard;
 
-/// How far the system is asked to read ahead: enough for a disk to have work at any moment.
-const AHEAD: u64 = 128 << 20;
+/// How far the system is asked to read ahead. It reads on behind a piece, into pieces that other parameters are made of; when
+/// their turn comes, the disk must have other work for as long as it takes to go through them.
+const AHEAD: u64 = 512 << 20;
 /// How much it is asked for at a time.
 const STEP: usize = 4 << 20;
 
@@ -52,7 +54,7 @@ impl<'a> Stream<'a> {
         }
         std::thread::scope(|scope| {
             let pieces = plan.parameters.iter().flat_map(|planned| &planned.pieces);
-            scope.spawn(|| stream.ask_for(pieces));
+            scope.spawn(|| stream.go_ahead(pieces));
             let _end = End(&stream);
             work(&stream)
         })
@@ -82,7 +84,9 @@ impl<'a> Stream<'a> {
         self.moved.notify_one();
     }
 
-    fn ask_for<'p>(&self, pieces: impl Iterator<Item = &'p Piece>) {
+    /// Goes through the pieces ahead of those who read them.
+    fn go_ahead<'p>(&self, pieces: impl Iterator<Item = &'p Piece>) {
+        let mut pull = Pull { checkpoint: self.checkpoint, file: None };
         let mut asked = 0;
         for piece in pieces {
             let Part { shard, range } = &piece.part;
@@ -99,10 +103,65 @@ impl<'a> Stream<'a> {
                 drop(position);
                 let end = range.end.min(start + STEP);
                 if !late {
-                    self.checkpoint.prefetch(&Part { shard: *shard, range: start..end });
+                    pull.part(&Part { shard: *shard, range: start..end });
                 }
                 asked += (end - start) as u64;
             }
         }
     }
+}
+
+/// Has the system read parts of files, without copying them.
+struct Pull<'a> {
+    checkpoint: &'a Checkpoint,
+    /// The file that was pulled from last, and where it is pulled to; `None` where that cannot be.
+    file: Option<(usize, Option<(File, File)>)>,
+}
+
+impl Pull<'_> {
+    fn part(&mut self, part: &Part) {
+        let shard = self.checkpoint.shard(part.shard);
+        if self.file.as_ref().is_none_or(|(number, _)| *number != part.shard) {
+            self.file = Some((part.shard, sequential(shard)));
+        }
+        if let Some((_, Some((file, nowhere)))) = &self.file
+            && pull(file, nowhere, shard.position(part.range.start), part.range.len())
+        {
+            return;
+        }
+        self.checkpoint.prefetch(part);
+    }
+}
+
+/// The file with a place of its own that the system reads on from, and where what was read goes.
+#[cfg(target_os = "linux")]
+fn sequential(shard: &Shard) -> Option<(File, File)> {
+    let file = shard.reopen()?;
+    // The system then reads twice as far ahead. That it is refused costs only speed.
+    let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
+    Some((file, File::options().write(true).open("/dev/null").ok()?))
+}
+
+/// Sends a part of a file nowhere; whether that could be done. Unlike advice, this makes the system read as it does for a
+/// program that reads on and on: in large pieces into large pages, which takes half of the time.
+#[cfg(target_os = "linux")]
+fn pull(file: &File, nowhere: &File, start: u64, length: usize) -> bool {
+    let (mut at, end) = (start, start + length as u64);
+    while at < end {
+        let left = (end - at) as usize;
+        if !rustix::fs::sendfile(nowhere, file, Some(&mut at), left).is_ok_and(|sent| sent > 0) {
+            return false;
+        }
+    }
+    true
+}
+
+#[cfg(not(target_os = "linux"))]
+fn sequential(_: &Shard) -> Option<(File, File)> {
+    None
+}
+
+#[cfg(not(target_os = "linux"))]
+fn pull(_: &File, _: &File, _: u64, _: usize) -> bool {
+    false
 }
