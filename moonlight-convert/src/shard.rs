@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use memmap2::Mmap;
 use safetensors::Dtype;
@@ -33,7 +33,8 @@ const MAPPED_AROUND: usize = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct Shard {
     map: Mmap,
-    path: PathBuf,
+    #[cfg(unix)]
+    path: std::path::PathBuf,
     /// Which file it is, whatever stands at the path later.
     #[cfg(unix)]
     identity: (u64, u64),
@@ -81,10 +82,11 @@ impl Shard {
         Ok(Self::new(path, &metadata, map, 0, tensors))
     }
 
-    #[cfg_attr(not(unix), expect(unused_variables, reason = "the file's identity is asked for on Unix alone"))]
+    #[cfg_attr(not(unix), expect(unused_variables, reason = "files are opened again on Unix alone"))]
     fn new(path: &Path, metadata: &Metadata, map: Mmap, data: usize, tensors: Vec<ShardTensor>) -> Self {
         Self {
             map,
+            #[cfg(unix)]
             path: path.to_path_buf(),
             #[cfg(unix)]
             identity: identity(metadata),
@@ -94,6 +96,7 @@ impl Shard {
     }
 
     /// Where the file was found.
+    #[cfg(unix)]
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
