@@ -52,8 +52,8 @@ fn every_family_comes_back_as_it_was() {
 #[test]
 fn large_matrices_come_back_as_they_were() {
     let mut config = ModelConfig::preset("bench-small").unwrap();
-    (config.vocab_size, config.num_hidden_layers) = (3001, 2);
-    config.hidden_size = 520;
+    (config.vocab_size, config.num_hidden_layers) = (5001, 2);
+    config.hidden_size = 264;
     let device = Device::default();
     device.seed(7);
     let directory = tempfile::tempdir().unwrap();
