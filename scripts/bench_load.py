@@ -6,6 +6,8 @@
     python scripts/bench_load.py target/release/examples/load_time DIR [--dtype f32]
 
 Reading is `cat FILES > /dev/null`. Rates are bytes of the files a second, the median over rounds; one line of JSON on stdout.
+The host of a virtual machine may take back memory that is free, and gives it out again far more slowly than a disk reads:
+`--touch N` has N GiB written to and freed before each run, so that it is there. `--other` names another build to compare.
 """
 
 import argparse
@@ -17,6 +19,15 @@ import subprocess
 import sys
 import time
 
+TOUCH = """
+import mmap, sys
+memory = mmap.mmap(-1, int(sys.argv[1]) << 30)
+if hasattr(mmap, "MADV_HUGEPAGE"):
+    memory.madvise(mmap.MADV_HUGEPAGE)
+for at in range(0, len(memory), 4096):
+    memory[at] = 1
+"""
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,14 +35,18 @@ def main():
     parser.add_argument("dir", type=pathlib.Path)
     parser.add_argument("--dtype", choices=("f32", "bf16"), help="in memory (default: as stored)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--touch", type=int, default=0, metavar="GIB", help="memory to touch and free before each run")
+    parser.add_argument("--other", metavar="PROGRAM", help="another `load_time`, such as that of the commit before")
     options = parser.parse_args()
     files = sorted(options.dir.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    load = [options.program, str(options.dir)] + (["--dtype", options.dtype] if options.dtype else [])
-    ways = {"cat": ["cat", *map(str, files)], "load": load}
+    arguments = [str(options.dir)] + (["--dtype", options.dtype] if options.dtype else [])
+    ways = {"cat": ["cat", *map(str, files)], "load": [options.program, *arguments]}
+    if options.other:
+        ways["other"] = [options.other, *arguments]
     states = ("warm", "cold") if os.geteuid() == 0 else ("warm",)
     rates = {f"{state} {way}": [] for state in states for way in ways}
-    peak = 0
+    peaks = {way: 0 for way in ways if way != "cat"}
     for round_ in range(options.rounds):
         for state in states:
             for way in list(ways)[:: 1 if round_ % 2 == 0 else -1]:
@@ -40,18 +55,20 @@ def main():
                 else:
                     os.sync()
                     pathlib.Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
+                if options.touch:
+                    subprocess.run([sys.executable, "-c", TOUCH, str(options.touch)], check=True)
                 start = time.perf_counter()
                 if way == "cat":
                     subprocess.run(ways[way], check=True, stdout=subprocess.DEVNULL)
                     seconds = time.perf_counter() - start
                 else:
                     said = json.loads(subprocess.run(ways[way], check=True, stdout=subprocess.PIPE, text=True).stdout)
-                    seconds, peak = said["seconds"], max(peak, said["peak_rss_mib"])
+                    seconds, peaks[way] = said["seconds"], max(peaks[way], said["peak_rss_mib"])
                 rates[f"{state} {way}"].append(size / seconds / 1e9)
                 print(f"round {round_ + 1}  {state} {way}  {size / seconds / 1e9:6.2f} GB/s", file=sys.stderr)
     print(
         json.dumps(
-            {"bytes": size, "peak_rss_mib": peak}
+            {"bytes": size, "peak_rss_mib": peaks}
             | {name: {"gb_per_second": round(statistics.median(r), 2), "of_rounds": [round(x, 2) for x in r]} for name, r in rates.items()}
         )
     )

@@ -181,7 +181,7 @@ impl Checkpoint {
         self.burnpack
     }
 
-    fn shard(&self, shard: usize) -> &Shard {
+    pub(crate) fn shard(&self, shard: usize) -> &Shard {
         self.files[shard].shard.as_ref().expect("only tensors of files that were read are asked for")
     }
 

@@ -2,13 +2,12 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
-
 use crate::checkpoint::Checkpoint;
-use crate::elements::{self, Lines, Outcome, Plain, Weight, WeightDtype};
+use crate::elements::{self, Outcome, Plain, Weight, WeightDtype, with_weight};
 use crate::error::CheckpointError;
 use crate::names::HfTensor;
 use crate::quantised::{Fp8, Int4, scales};
+use crate::transposition::{Shared, transpose};
 
 /// Which way round a matrix lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +64,14 @@ impl Piece {
         self.tensor.shape.iter().product()
     }
 
+    /// Where the file holds some of its own rows.
+    pub(crate) fn stored_rows(&self, rows: &Range<usize>) -> Part {
+        let (height, _) = self.dims(self.stored());
+        let row = self.part.range.len() / height.max(1);
+        let start = self.part.range.start;
+        Part { shard: self.part.shard, range: start + rows.start * row..start + rows.end * row }
+    }
+
     /// Every part of a file that has to be read for it.
     pub(crate) fn parts(&self) -> impl Iterator<Item = &Part> {
         let scale = match &self.encoding {
@@ -79,7 +86,8 @@ impl Piece {
         self.parts().map(|part| part.range.len() as u64).sum()
     }
 
-    fn stored(&self) -> Layout {
+    /// The layout that the file has.
+    pub(crate) fn stored(&self) -> Layout {
         match self.encoding {
             Encoding::Plain(layout) => layout,
             Encoding::Fp8 { .. } | Encoding::Int4 { .. } => Layout::HuggingFace,
@@ -102,26 +110,64 @@ impl Piece {
     }
 }
 
+/// Runs `$body` with a tensor as [`Lines`], whatever it is kept as. `$bytes` are its own from row `$first` of the file on.
+macro_rules! with_lines {
+    ($checkpoint:expr, $piece:expr, $first:expr, $bytes:expr, $lines:ident => $body:expr) => {{
+        let (first, bytes, (_, columns)) = ($first, $bytes, $piece.dims($piece.stored()));
+        match &$piece.encoding {
+            Encoding::Plain(_) => with_weight!($piece.dtype, S => {
+                let $lines = &Plain::<S>::from_row(first, bytes, columns);
+                $body
+            }),
+            Encoding::Fp8 { scale, block } => {
+                let scales = scales($checkpoint.part(&scale.0), scale.1);
+                let $lines = &Fp8 { bytes, first, columns, block: *block, scales };
+                $body
+            }
+            Encoding::Int4 { scale, group } => {
+                let scales = scales($checkpoint.part(&scale.0), scale.1);
+                let $lines = &Int4 { bytes, first, columns, group: *group, scales };
+                $body
+            }
+        }
+    }};
+}
+
 impl Checkpoint {
     /// Rows of a tensor from row `first` on, as many as `target` holds, in a layout.
     pub(crate) fn decode<T: Weight>(&self, piece: &Piece, layout: Layout, first: usize, target: &mut [T]) -> Outcome {
-        let bytes = self.part(&piece.part);
-        let (_, columns) = piece.dims(piece.stored());
-        match &piece.encoding {
-            Encoding::Plain(_) => match piece.dtype {
-                WeightDtype::F32 => give(&Plain::<f32>::new(bytes, columns), piece, layout, first, target),
-                WeightDtype::Bf16 => give(&Plain::<bf16>::new(bytes, columns), piece, layout, first, target),
-                WeightDtype::F16 => give(&Plain::<f16>::new(bytes, columns), piece, layout, first, target),
-            },
-            Encoding::Fp8 { scale, block } => {
-                let scales = scales(self.part(&scale.0), scale.1);
-                give(&Fp8 { bytes, columns, block: *block, scales }, piece, layout, first, target)
-            }
-            Encoding::Int4 { scale, group } => {
-                let scales = scales(self.part(&scale.0), scale.1);
-                give(&Int4 { bytes, columns, group: *group, scales }, piece, layout, first, target)
-            }
-        }
+        let (rows, columns) = piece.dims(piece.stored());
+        with_lines!(self, piece, 0, self.part(&piece.part), lines => match piece.transposed_in(layout) {
+            true => transpose(lines, rows, first, target),
+            false => elements::copy(lines, columns, first, target),
+        })
+    }
+
+    /// Some rows of a tensor as it is stored, `bytes`, to their places in `target`: the whole tensor in a layout, from `at`
+    /// on.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else has the places of these rows meanwhile.
+    pub(crate) unsafe fn place<T: Weight>(
+        &self,
+        piece: &Piece,
+        layout: Layout,
+        rows: Range<usize>,
+        bytes: &[u8],
+        target: &Shared<'_, T>,
+        at: usize,
+    ) -> Outcome {
+        let (height, columns) = piece.dims(piece.stored());
+        let first = rows.start;
+        with_lines!(self, piece, first, bytes, lines => if piece.transposed_in(layout) {
+            // SAFETY: the caller's promise.
+            unsafe { target.turn(lines, rows, 0..columns, at + first, height) }
+        } else {
+            // SAFETY: the caller's promise.
+            let target = unsafe { target.part(at + first * columns..at + rows.end * columns) };
+            elements::copy(lines, columns, first, target)
+        })
     }
 
     /// Whose fault it is that a value is not finite in a dtype.
@@ -136,14 +182,5 @@ impl Checkpoint {
         } else {
             CheckpointError::NotFinite { tensor, file }
         }
-    }
-}
-
-fn give<T: Weight>(source: &impl Lines<T>, piece: &Piece, layout: Layout, first: usize, target: &mut [T]) -> Outcome {
-    let (rows, columns) = piece.dims(piece.stored());
-    if piece.transposed_in(layout) {
-        elements::transpose(source, rows, first, target)
-    } else {
-        elements::copy(source, columns, first, target)
     }
 }

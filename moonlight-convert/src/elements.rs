@@ -1,8 +1,7 @@
-//! Weights on the host: the three floating-point formats, conversion and transposition.
+//! Weights on the host: the three floating-point formats and conversion.
 //!
-//! Hugging Face stores a projection as `[out, in]`, Burn as `[in, out]`, so nearly every byte of a checkpoint is moved by
-//! [`transpose`]. Each value is looked at once on its way: one that is not finite in the new format is reported. Work is
-//! divided among threads by the callers (`transfer.rs`, `load.rs`).
+//! Each value is looked at once on its way: one that is not finite in the new format is reported. Work is divided among
+//! threads by the callers (`transfer.rs`, `load.rs`).
 
 use std::marker::PhantomData;
 
@@ -11,9 +10,6 @@ use half::{bf16, f16};
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian, and so must the machine be");
-
-/// Rows and columns of the square that is transposed at a time: two of them in f32 stay in a first-level cache.
-const TILE: usize = 64;
 
 /// A floating-point format that weights are kept in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -107,8 +103,17 @@ impl std::fmt::Display for WeightDtype {
 
 /// A value in one of the three formats.
 pub(crate) trait Weight: Element + bytemuck::Pod + Default + Send + Sync {
+    /// As many bits as the value has.
+    type Mark: Copy + Default + std::ops::BitOr<Output = Self::Mark>;
+    /// Bits of which the highest is set where the value is infinite or NaN: the magnitude, and one more in the exponent.
+    /// Those of many values can be or-ed together, in as many lanes as the values have.
+    fn mark(self) -> Self::Mark;
+    /// Whether the highest bit is not set.
+    fn unmarked(bits: Self::Mark) -> bool;
     /// Whether the value is neither infinite nor NaN.
-    fn finite(self) -> bool;
+    fn finite(self) -> bool {
+        Self::unmarked(self.mark())
+    }
     /// Exact.
     fn widen(self) -> f32;
     /// Rounds to the nearest, ties to even.
@@ -116,8 +121,12 @@ pub(crate) trait Weight: Element + bytemuck::Pod + Default + Send + Sync {
 }
 
 impl Weight for f32 {
-    fn finite(self) -> bool {
-        self.is_finite()
+    type Mark = u32;
+    fn mark(self) -> u32 {
+        (self.to_bits() & 0x7fff_ffff) + 0x0080_0000
+    }
+    fn unmarked(bits: u32) -> bool {
+        bits < 1 << 31
     }
     fn widen(self) -> f32 {
         self
@@ -128,8 +137,12 @@ impl Weight for f32 {
 }
 
 impl Weight for bf16 {
-    fn finite(self) -> bool {
-        self.to_bits() & 0x7f80 != 0x7f80
+    type Mark = u16;
+    fn mark(self) -> u16 {
+        (self.to_bits() & 0x7fff) + 0x0080
+    }
+    fn unmarked(bits: u16) -> bool {
+        bits < 1 << 15
     }
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -140,8 +153,12 @@ impl Weight for bf16 {
 }
 
 impl Weight for f16 {
-    fn finite(self) -> bool {
-        self.to_bits() & 0x7c00 != 0x7c00
+    type Mark = u16;
+    fn mark(self) -> u16 {
+        (self.to_bits() & 0x7fff) + 0x0400
+    }
+    fn unmarked(bits: u16) -> bool {
+        bits < 1 << 15
     }
     fn widen(self) -> f32 {
         self.to_f32()
@@ -196,48 +213,49 @@ pub(crate) trait Lines<T> {
 /// A matrix of plain values, row after row, at any alignment.
 pub(crate) struct Plain<'a, S> {
     bytes: &'a [u8],
+    /// Which of the matrix's rows the bytes begin with.
+    first: usize,
     columns: usize,
     kind: PhantomData<S>,
 }
 
 impl<'a, S: Weight> Plain<'a, S> {
     pub(crate) fn new(bytes: &'a [u8], columns: usize) -> Self {
-        Self { bytes, columns, kind: PhantomData }
+        Self::from_row(0, bytes, columns)
+    }
+
+    /// Only some rows of the matrix, from row `first` on.
+    pub(crate) fn from_row(first: usize, bytes: &'a [u8], columns: usize) -> Self {
+        Self { bytes, first, columns, kind: PhantomData }
     }
 }
 
 impl<S: Weight, T: Weight> Lines<T> for Plain<'_, S> {
     fn line(&self, row: usize, first: usize, target: &mut [T]) -> bool {
         let size = size_of::<S>();
-        let bytes = &self.bytes[(row * self.columns + first) * size..][..target.len() * size];
+        let bytes = &self.bytes[((row - self.first) * self.columns + first) * size..][..target.len() * size];
         convert_bytes::<S, T>(bytes, target)
     }
 }
 
 /// Little-endian values of one dtype as values of another; whether all of them are finite.
 pub(crate) fn convert_bytes<S: Weight, T: Weight>(bytes: &[u8], target: &mut [T]) -> bool {
-    let mut finite = true;
-    if S::dtype() == T::dtype() {
-        bytemuck::cast_slice_mut(target).copy_from_slice(bytes);
-        for value in target {
-            finite &= value.finite();
-        }
-    } else {
-        for (target, bytes) in target.iter_mut().zip(bytes.chunks_exact(size_of::<S>())) {
-            *target = T::narrow(bytemuck::pod_read_unaligned::<S>(bytes).widen());
-            finite &= target.finite();
-        }
+    let mut marks = T::Mark::default();
+    for (target, bytes) in target.iter_mut().zip(bytes.chunks_exact(size_of::<S>())) {
+        let value = bytemuck::pod_read_unaligned::<S>(bytes);
+        *target = if S::dtype() == T::dtype() { bytemuck::cast(value) } else { T::narrow(value.widen()) };
+        marks = marks | target.mark();
     }
-    finite
+    T::unmarked(marks)
 }
 
 /// Whether little-endian values are all finite.
 pub(crate) fn all_finite<T: Weight>(bytes: &[u8]) -> Outcome {
-    let mut finite = true;
+    let mut marks = T::Mark::default();
     for bytes in bytes.chunks_exact(size_of::<T>()) {
-        finite &= bytemuck::pod_read_unaligned::<T>(bytes).finite();
+        marks = marks | bytemuck::pod_read_unaligned::<T>(bytes).mark();
     }
-    Outcome::of(finite)
+    Outcome::of(T::unmarked(marks))
 }
 
 /// Rows of a matrix as they lie, from row `first` on, as many as `target` holds.
@@ -249,35 +267,10 @@ pub(crate) fn copy<T>(source: &impl Lines<T>, columns: usize, first: usize, targ
     Outcome::of(finite)
 }
 
-/// Columns of a matrix of `rows` rows, from column `first` on, as the rows of `target`, as many as it holds.
-pub(crate) fn transpose<T: Weight>(source: &impl Lines<T>, rows: usize, first: usize, target: &mut [T]) -> Outcome {
-    assert!(target.len().is_multiple_of(rows.max(1)));
-    let mut finite = true;
-    // Tiles are turned in a buffer of their own: rows of the target are often a power of two apart, and writing to many of
-    // them in turn would drive each out of the cache.
-    let mut tile = [T::default(); TILE * TILE];
-    for (band, target) in target.chunks_mut(TILE * rows.max(1)).enumerate() {
-        let start = first + band * TILE;
-        let width = target.len() / rows;
-        for top in (0..rows).step_by(TILE) {
-            let height = TILE.min(rows - top);
-            for (row, line) in tile.chunks_exact_mut(TILE).take(height).enumerate() {
-                finite &= source.line(top + row, start, &mut line[..width]);
-            }
-            for column in 0..width {
-                let target = &mut target[column * rows + top..][..height];
-                for (target, value) in target.iter_mut().zip(tile[column..].iter().step_by(TILE)) {
-                    *target = *value;
-                }
-            }
-        }
-    }
-    Outcome::of(finite)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transposition::transpose;
 
     fn plain<T: Weight>(values: &[T], columns: usize) -> Plain<'_, T> {
         Plain::new(bytemuck::cast_slice(values), columns)
@@ -285,25 +278,6 @@ mod tests {
 
     fn convert<S: Weight, T: Weight>(source: &[S], target: &mut [T]) -> Outcome {
         copy(&plain(source, source.len()), source.len(), 0, target)
-    }
-
-    #[test]
-    fn transposition_of_awkward_shapes_in_parts() {
-        for (rows, columns) in [(1, 1), (3, 130), (65, 64), (129, 67)] {
-            let source: Vec<f32> = (0..rows * columns).map(|i| i as f32).collect();
-            let mut target = vec![0.0f32; rows * columns];
-            // In two parts, as saving does.
-            let split = columns / 2;
-            let (a, b) = target.split_at_mut(split * rows);
-            let source_lines = plain(&source, columns);
-            assert_eq!(transpose(&source_lines, rows, 0, a), Outcome::Finite);
-            assert_eq!(transpose(&source_lines, rows, split, b), Outcome::Finite);
-            for row in 0..rows {
-                for column in 0..columns {
-                    assert_eq!(target[column * rows + row], source[row * columns + column]);
-                }
-            }
-        }
     }
 
     #[test]

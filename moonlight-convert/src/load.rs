@@ -8,19 +8,22 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use moonlight_model::config::ParameterKind;
 use moonlight_model::{Bits, CausalLm};
-use rayon::prelude::*;
 
 use crate::check::{Plan, Planned, Scope};
 use crate::checkpoint::Checkpoint;
 use crate::decode::{Layout, Piece};
-use crate::elements::{Outcome, Weight, WeightDtype, with_weight};
+use crate::elements::{Outcome, Weight, WeightDtype, all_finite, with_weight};
 use crate::error::CheckpointError;
+use crate::huge_pages;
 use crate::names::SkipReason;
+use crate::stream::Stream;
+use crate::transfer::{self, Panel, in_order};
+use crate::transposition::{HEIGHT, Shared};
 
-/// Values that one task decodes, at least.
-const VALUES_PER_TASK: usize = 1 << 20;
-/// A multiple of this many rows: of what is transposed at a time.
-const ROWS_PER_TASK: usize = 64;
+/// Bytes that a thread reads at a time, about.
+const PANEL: usize = 1 << 20;
+/// Rows of a matrix that is transposed, at least: fewer would write to more cache lines than they fill.
+const FEWEST_ROWS: usize = 64;
 
 /// A model with the weights of a checkpoint.
 #[derive(Debug)]
@@ -166,12 +169,16 @@ impl Checkpoint {
             }
         }
         let path = path.split('.').filter(|name| !name.is_empty()).map(str::to_owned).collect();
-        let mut filling = Filling { checkpoint: self, plan, device, dtype, common, path, filled: 0, failure: None };
-        let module = module.map(&mut filling);
-        if let Some(failure) = filling.failure {
-            return Err(failure);
-        }
-        assert_eq!(filling.filled, plan.parameters.len(), "the list of parameters is that of the module");
+        let module = Stream::open(self, plan, |stream| {
+            let mut filling =
+                Filling { checkpoint: self, plan, stream, device, dtype, common, path, filled: 0, failure: None };
+            let module = module.map(&mut filling);
+            if let Some(failure) = filling.failure {
+                return Err(failure);
+            }
+            assert_eq!(filling.filled, plan.parameters.len(), "the list of parameters is that of the module");
+            Ok(module)
+        })?;
         let pieces = || plan.parameters.iter().flat_map(|planned| &planned.pieces);
         let report = LoadReport {
             dtype: common,
@@ -183,27 +190,57 @@ impl Checkpoint {
         Ok((module, report))
     }
 
-    /// The values of a parameter in Burn's layout. The memory of the files that they were read from is given back, so that
-    /// a checkpoint is never in memory twice.
-    fn read<T: Weight>(&self, planned: &Planned) -> Result<Vec<T>, CheckpointError> {
+    /// The values of a parameter in Burn's layout. All threads take rows as they lie in the files, in order, so that the
+    /// disk is read from front to back, and put each where it belongs.
+    fn read<T: Weight>(&self, planned: &Planned, stream: &Stream<'_>) -> Result<Vec<T>, CheckpointError> {
         let Planned { parameter, pieces } = planned;
-        pieces.iter().flat_map(Piece::parts).for_each(|part| self.prefetch(part));
         let length: usize = parameter.shape.iter().product();
-        let mut target = vec![T::default(); length];
-        target.par_chunks_mut((length / pieces.len().max(1)).max(1)).zip(pieces).try_for_each(|(target, piece)| {
-            let (_, columns) = piece.dims(Layout::Burn);
-            let rows = (VALUES_PER_TASK / columns.max(1)).next_multiple_of(ROWS_PER_TASK);
-            let decoded = target.par_chunks_mut(rows * columns.max(1)).enumerate().try_for_each(|(at, target)| {
-                match self.decode(piece, Layout::Burn, at * rows, target) {
-                    Outcome::Finite => Ok(()),
-                    Outcome::NotFinite => Err(()),
-                }
-            });
-            piece.parts().for_each(|part| self.release(part));
-            decoded.map_err(|()| self.blame(piece, dtype_of::<T>()))
+        let mut values = huge_pages::zeros::<T>(length);
+        let target = Shared::new(&mut values);
+        in_order(&panels(pieces), |_, Panel { piece, rows }, buffer| {
+            let at = piece * (length / pieces.len());
+            let piece = &pieces[*piece];
+            let part = piece.stored_rows(rows);
+            let outcome = if piece.verbatim(Layout::Burn, dtype_of::<T>(), rows).is_some() {
+                let (_, columns) = piece.dims(Layout::Burn);
+                // SAFETY: each panel is taken once, and panels have no rows in common.
+                let target = unsafe { target.part(at + rows.start * columns..at + rows.end * columns) };
+                stream.read(&part, bytemuck::cast_slice_mut(target))?;
+                all_finite::<T>(bytemuck::cast_slice(target))
+            } else {
+                let bytes = transfer::values::<u8>(buffer, part.range.len());
+                stream.read(&part, bytes)?;
+                // SAFETY: as above.
+                unsafe { self.place(piece, Layout::Burn, rows.clone(), bytes, &target, at) }
+            };
+            if rows.end == piece.dims(piece.stored()).0 {
+                piece.parts().skip(1).for_each(|scale| self.release(scale));
+            }
+            match outcome {
+                Outcome::Finite => Ok(()),
+                Outcome::NotFinite => Err(self.blame(piece, dtype_of::<T>())),
+            }
         })?;
-        Ok(target)
+        Ok(values)
     }
+}
+
+/// Divides pieces into rows as they lie in the files.
+fn panels(pieces: &[Piece]) -> Vec<Panel> {
+    let mut panels = Vec::new();
+    for (number, piece) in pieces.iter().enumerate() {
+        let (rows, _) = piece.dims(piece.stored());
+        let usual = PANEL / (piece.part.range.len() / rows.max(1)).max(1);
+        let height = match usual / HEIGHT * HEIGHT {
+            0 if piece.transposed_in(Layout::Burn) => FEWEST_ROWS,
+            0 => usual.max(1),
+            height => height,
+        };
+        panels.extend(
+            (0..rows).step_by(height).map(|first| Panel { piece: number, rows: first..rows.min(first + height) }),
+        );
+    }
+    panels
 }
 
 fn dtype_of<T: Weight>() -> WeightDtype {
@@ -229,6 +266,7 @@ pub(crate) fn stored_dtype(plan: &Plan) -> WeightDtype {
 struct Filling<'a> {
     checkpoint: &'a Checkpoint,
     plan: &'a Plan,
+    stream: &'a Stream<'a>,
     device: &'a Device,
     dtype: Option<WeightDtype>,
     common: WeightDtype,
@@ -246,7 +284,7 @@ impl Filling<'_> {
             _ => self.common,
         };
         let shape = planned.parameter.shape.clone();
-        with_weight!(dtype, T => Ok(TensorData::new(self.checkpoint.read::<T>(planned)?, shape)))
+        with_weight!(dtype, T => Ok(TensorData::new(self.checkpoint.read::<T>(planned, self.stream)?, shape)))
     }
 }
 

@@ -101,6 +101,8 @@ const E4M3: [f32; 256] = {
 /// A matrix of E4M3 values with one scale for each block; the blocks at the edges may be partial.
 pub(crate) struct Fp8<'a> {
     pub(crate) bytes: &'a [u8],
+    /// Which of the matrix's rows the bytes begin with.
+    pub(crate) first: usize,
     pub(crate) columns: usize,
     pub(crate) block: [usize; 2],
     /// `[ceil(rows / block), ceil(columns / block)]`.
@@ -111,7 +113,7 @@ impl<T: Weight> Lines<T> for Fp8<'_> {
     fn line(&self, row: usize, first: usize, target: &mut [T]) -> bool {
         let [height, width] = self.block;
         let scales = &self.scales[row / height * self.columns.div_ceil(width)..];
-        let bytes = &self.bytes[row * self.columns + first..][..target.len()];
+        let bytes = &self.bytes[(row - self.first) * self.columns + first..][..target.len()];
         let mut finite = true;
         for (at, (target, &bits)) in target.iter_mut().zip(bytes).enumerate() {
             *target = T::narrow(E4M3[usize::from(bits)] * scales[(first + at) / width]);
@@ -124,6 +126,8 @@ impl<T: Weight> Lines<T> for Fp8<'_> {
 /// A matrix of 4-bit values, eight to a 32-bit word, the lowest first, with one scale for each group of a row.
 pub(crate) struct Int4<'a> {
     pub(crate) bytes: &'a [u8],
+    /// Which of the matrix's rows the bytes begin with.
+    pub(crate) first: usize,
     pub(crate) columns: usize,
     /// Values of a row that share a scale.
     pub(crate) group: usize,
@@ -134,7 +138,7 @@ pub(crate) struct Int4<'a> {
 impl<T: Weight> Lines<T> for Int4<'_> {
     fn line(&self, row: usize, first: usize, target: &mut [T]) -> bool {
         let scales = &self.scales[row * (self.columns / self.group)..];
-        let bytes = &self.bytes[row * self.columns.div_ceil(NIBBLES_PER_WORD) * 4..];
+        let bytes = &self.bytes[(row - self.first) * self.columns.div_ceil(NIBBLES_PER_WORD) * 4..];
         let mut finite = true;
         for (at, target) in (first..).zip(target) {
             let value = i32::from(bytes[at / 2] >> (at % 2 * 4) & 0xf) - NIBBLE_OFFSET;
@@ -167,14 +171,19 @@ mod tests {
     fn scales_belong_to_blocks_also_to_the_partial_ones() {
         // 3 x 5 in blocks of 2 x 2: 2 x 3 scales.
         let bytes = vec![0x38u8; 15];
-        let matrix = Fp8 { bytes: &bytes, columns: 5, block: [2, 2], scales: vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0] };
+        let matrix =
+            Fp8 { bytes: &bytes, first: 0, columns: 5, block: [2, 2], scales: vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0] };
         let mut line = [0.0f32; 5];
         assert!(matrix.line(1, 0, &mut line));
         assert_eq!(line, [1.0, 1.0, 2.0, 2.0, 3.0]);
         assert!(matrix.line(2, 1, &mut line[..3]));
         assert_eq!(line[..3], [4.0, 5.0, 5.0]);
         let mut target = [bf16::ZERO];
-        assert!(!Fp8 { bytes: &[0x7f], columns: 1, block: [2, 2], scales: vec![1.0] }.line(0, 0, &mut target));
+        assert!(!Fp8 { bytes: &[0x7f], first: 0, columns: 1, block: [2, 2], scales: vec![1.0] }.line(
+            0,
+            0,
+            &mut target
+        ));
     }
 
     #[test]
@@ -183,7 +192,7 @@ mod tests {
         let mut bytes = vec![0u8; 16];
         (bytes[0], bytes[4]) = (0xf7, 0x98);
         (bytes[8], bytes[12]) = (0x80, 0x0a);
-        let matrix = Int4 { bytes: &bytes, columns: 10, group: 5, scales: vec![1.0, 2.0, 4.0, 8.0] };
+        let matrix = Int4 { bytes: &bytes, first: 0, columns: 10, group: 5, scales: vec![1.0, 2.0, 4.0, 8.0] };
         let mut line = [0.0f32; 10];
         assert!(matrix.line(0, 0, &mut line));
         assert_eq!(line, [-1.0, 7.0, -8.0, -8.0, -8.0, -16.0, -16.0, -16.0, 0.0, 2.0]);

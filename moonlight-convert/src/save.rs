@@ -21,6 +21,7 @@ use crate::progress::Progress;
 use crate::room;
 use crate::staging::replace_directory;
 use crate::transfer::{self, Panel, Task, in_order, panels, transfer};
+use crate::transposition::transpose;
 use crate::writer::{OutTensor, Output, Sharding};
 
 /// The files that weights are saved in.
@@ -385,9 +386,7 @@ fn write_transposed<S: Weight, T: Weight>(
 ) -> Result<(), CheckpointError> {
     let source = Plain::<S>::new(bytemuck::cast_slice(matrix), columns);
     let panels = panels(std::iter::once((columns, rows * size_of::<T>())));
-    in_panels(output, tensor, &panels, rows, blame, |first, panel: &mut [T]| {
-        elements::transpose(&source, rows, first, panel)
-    })
+    in_panels(output, tensor, &panels, rows, blame, |first, panel: &mut [T]| transpose(&source, rows, first, panel))
 }
 
 /// Writes values as they lie, some at a time.

@@ -2,13 +2,13 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::ops::Range;
 use std::path::Path;
 
 use memmap2::Mmap;
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::tensor::{self, TensorInfo};
 use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
@@ -33,6 +33,11 @@ const MAPPED_AROUND: usize = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct Shard {
     map: Mmap,
+    #[cfg(unix)]
+    path: std::path::PathBuf,
+    /// Which file it is, whatever stands at the path later.
+    #[cfg(unix)]
+    identity: (u64, u64),
     /// Where the tensors' bytes begin.
     data: usize,
     pub(crate) tensors: Vec<ShardTensor>,
@@ -52,7 +57,8 @@ impl Shard {
     /// Opens and checks a file. The error is the rest of a sentence that begins with the file's name.
     pub(crate) fn open(path: &Path) -> Result<Self, String> {
         let file = File::open(path).map_err(|error| format!("cannot be opened: {error}"))?;
-        let length = file.metadata().map_err(|error| format!("cannot be read: {error}"))?.len();
+        let metadata = file.metadata().map_err(|error| format!("cannot be read: {error}"))?;
+        let length = metadata.len();
         if length < LENGTH as u64 {
             return Err(format!("is truncated: {length} bytes are too few for a safetensors file"));
         }
@@ -60,19 +66,56 @@ impl Shard {
         // shortens or rewrites it meanwhile breaks the promise; checkpoints are replaced by renaming, never in place.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| format!("cannot be mapped into memory: {error}"))?;
         let (data, tensors) = read_header(&map)?;
-        Ok(Self { map, data, tensors })
+        Ok(Self::new(path, &metadata, map, data, tensors))
     }
 
     /// Opens and checks a burnpack file. The error is the rest of a sentence that begins with the file's name.
     pub(crate) fn open_burnpack(path: &Path) -> Result<Self, String> {
         let tensors = burnpack::read(path)?;
         let file = File::open(path).map_err(|error| format!("cannot be opened: {error}"))?;
+        let metadata = file.metadata().map_err(|error| format!("cannot be read: {error}"))?;
         // SAFETY: as above.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| format!("cannot be mapped into memory: {error}"))?;
         if tensors.iter().any(|tensor| tensor.range.end > map.len()) {
             return Err("became shorter while it was opened".into());
         }
-        Ok(Self { map, data: 0, tensors })
+        Ok(Self::new(path, &metadata, map, 0, tensors))
+    }
+
+    #[cfg_attr(not(unix), expect(unused_variables, reason = "files are opened again on Unix alone"))]
+    fn new(path: &Path, metadata: &Metadata, map: Mmap, data: usize, tensors: Vec<ShardTensor>) -> Self {
+        Self {
+            map,
+            #[cfg(unix)]
+            path: path.to_path_buf(),
+            #[cfg(unix)]
+            identity: identity(metadata),
+            data,
+            tensors,
+        }
+    }
+
+    /// Where the file was found.
+    #[cfg(unix)]
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file, to be read at [`position`](Shard::position). `None` where another stands in its place by now, and where
+    /// reading would move the place that is read at.
+    pub(crate) fn reopen(&self) -> Option<File> {
+        #[cfg(unix)]
+        {
+            let file = File::open(&self.path).ok()?;
+            (identity(&file.metadata().ok()?) == self.identity).then_some(file)
+        }
+        #[cfg(not(unix))]
+        None
+    }
+
+    /// Where in the file a place of the data section is.
+    pub(crate) fn position(&self, at: usize) -> u64 {
+        (self.data + at) as u64
     }
 
     /// Gives the memory of a part of the data section back; it is read again from the disk, or from the system's cache,
@@ -108,6 +151,13 @@ impl Shard {
     }
 }
 
+/// Device and number.
+#[cfg(unix)]
+fn identity(metadata: &Metadata) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.dev(), metadata.ino())
+}
+
 /// The start of the data section, and the tensors in the order of their offsets.
 fn read_header(file: &[u8]) -> Result<(usize, Vec<ShardTensor>), String> {
     let claimed = u64::from_le_bytes(file[..LENGTH].try_into().expect("eight bytes were sliced"));
@@ -127,7 +177,7 @@ fn read_header(file: &[u8]) -> Result<(usize, Vec<ShardTensor>), String> {
     infos.sort_by_key(|(_, info)| info.data_offsets);
     // This checks that the offsets follow one another without gap or overlap, and that each tensor is as long as its
     // shape and dtype say.
-    let metadata = Metadata::new(None, infos).map_err(|error| broken(&error))?;
+    let metadata = tensor::Metadata::new(None, infos).map_err(|error| broken(&error))?;
     let (claimed, held) = (metadata.data_len(), file.len() - data);
     if claimed > held {
         return Err(format!(

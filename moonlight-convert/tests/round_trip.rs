@@ -8,7 +8,8 @@ use std::fs;
 use burn::module::Module;
 use burn::tensor::{DType, Device};
 use common::{FAMILIES, Raw, Tensors, config_of, fixture, parameters, read_tensors, write_dir};
-use moonlight_convert::{Checkpoint, SaveOptions, SkipReason, load, save};
+use moonlight_convert::{Checkpoint, CheckpointError, Format, SaveOptions, SkipReason, load, save};
+use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterKind;
 use moonlight_model::moe::Router;
 use safetensors::Dtype;
@@ -45,6 +46,66 @@ fn every_family_comes_back_as_it_was() {
             assert!(again.report.skipped.is_empty());
         }
     }
+}
+
+/// Matrices of many tiles and of odd sizes, taken by all threads in several parts.
+#[test]
+fn large_matrices_come_back_as_they_were() {
+    let mut config = ModelConfig::preset("bench-small").unwrap();
+    (config.vocab_size, config.num_hidden_layers) = (5001, 2);
+    config.hidden_size = 264;
+    let device = Device::default();
+    device.seed(7);
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let model = config.init(&device);
+    for (dtype, name) in [(DType::F32, "f32"), (DType::BF16, "bf16")] {
+        save(&model, &path(name), &SaveOptions { dtype: Some(dtype), ..SaveOptions::default() }).unwrap();
+        let again = load(&path(name), &device, None).unwrap().model;
+        if dtype == DType::F32 {
+            assert_eq!(parameters(&again), parameters(&model));
+        }
+        save(&again, &path("again"), &SaveOptions::default()).unwrap();
+        assert_eq!(read_tensors(&path("again")), read_tensors(&path(name)), "{name}");
+        // Rows as they lie, through another format, and another dtype on the way.
+        let burnpack = SaveOptions { format: Format::Burnpack, ..SaveOptions::default() };
+        Checkpoint::open(path(name)).unwrap().convert(&path("burnpack"), &burnpack).unwrap();
+        assert_eq!(parameters(&load(&path("burnpack"), &device, None).unwrap().model), parameters(&again), "{name}");
+        let wide = load(&path(name), &device, Some(DType::F32)).unwrap().model;
+        save(&wide, &path("again"), &SaveOptions { dtype: Some(dtype), ..SaveOptions::default() }).unwrap();
+        assert_eq!(read_tensors(&path("again")), read_tensors(&path(name)), "{name}");
+    }
+}
+
+/// What was opened is what is loaded, also when another checkpoint has taken its place.
+#[cfg(unix)]
+#[test]
+fn a_checkpoint_that_is_replaced_meanwhile_is_still_the_old_one() {
+    let device = Device::default();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model");
+    let old = load(&fixture("moonlight-like"), &device, None).unwrap().model;
+    save(&old, &path, &SaveOptions::default()).unwrap();
+    let opened = Checkpoint::open(&path).unwrap();
+    save(&old.config().init(&device), &path, &SaveOptions { dtype: Some(DType::BF16), ..SaveOptions::default() })
+        .unwrap();
+    assert_eq!(parameters(&opened.load(&device, None).unwrap().model), parameters(&old));
+    assert_ne!(parameters(&load(&path, &device, None).unwrap().model), parameters(&old));
+}
+
+/// A file that becomes shorter is an error, and no crash.
+#[cfg(unix)]
+#[test]
+fn a_file_that_is_shortened_meanwhile_is_an_error() {
+    let device = Device::default();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model");
+    save(&load(&fixture("moonlight-like"), &device, None).unwrap().model, &path, &SaveOptions::default()).unwrap();
+    let opened = Checkpoint::open(&path).unwrap();
+    let file = fs::File::options().write(true).open(path.join("model.safetensors")).unwrap();
+    file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+    let error = opened.load(&device, None).unwrap_err();
+    assert!(matches!(error, CheckpointError::Read { .. }), "{error}");
 }
 
 #[test]
