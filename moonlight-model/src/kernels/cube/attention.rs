@@ -18,7 +18,8 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::super::AttentionSpec;
-use super::tensor::{addresses, elem, empty, upload};
+use super::launch::launch;
+use super::tensor::{elem, empty, upload};
 
 /// Queries, keys and columns of a block.
 const BLOCK: usize = 32;
@@ -64,8 +65,28 @@ impl Heads {
     }
 }
 
+/// A block of queries and a block of keys that meet.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Blocks {
+    batch: usize,
+    head: usize,
+    key_head: usize,
+    /// The first query.
+    query: usize,
+    /// The first key.
+    key: usize,
+    sequence: usize,
+}
+
 fn starts(like: &CubeTensor, spec: &AttentionSpec) -> BufferArg {
     upload(like, spec.starts.as_ref().map_or(&[0], |starts| starts.as_slice()))
+}
+
+/// A cube for each block of positions of each head.
+fn each_block(sequence: usize, heads: usize, batch: usize) -> (CubeCount, CubeDim) {
+    let count = CubeCount::Static(sequence.div_ceil(BLOCK) as u32, heads as u32, batch as u32);
+    (count, CubeDim::new_1d(UNITS as u32))
 }
 
 /// The output `[batch, sequence, heads, value]` and the logarithms of the softmax denominators
@@ -83,24 +104,19 @@ pub(super) fn forward(
     let shared_key = shared_key.map_or_else(|| query.clone(), into_contiguous);
     let output = empty(&query, [batch, sequence, heads.heads, heads.value], query.dtype);
     let log_sum = empty(&query, [batch, heads.heads, sequence], DType::F32);
-    let (client, dtype, starts) = (query.client.clone(), elem(&query), starts(&query, spec));
+    let over = each_block(sequence, heads.heads, batch);
+    let (starts, dtype) = (starts(&query, spec), elem(&query));
     // SAFETY: the kernel keeps within its tensors.
     unsafe {
-        forward_kernel::launch_unchecked(
-            &client,
-            CubeCount::Static(sequence.div_ceil(BLOCK) as u32, heads.heads as u32, batch as u32),
-            CubeDim::new_1d(UNITS as u32),
-            addresses(&[&query, &key_value, &shared_key, &output]),
-            query.into_buffer_arg(),
-            key_value.into_buffer_arg(),
-            shared_key.into_buffer_arg(),
+        launch!(
+            forward_kernel,
+            over,
+            [query, key_value, shared_key, output, log_sum],
             starts,
-            output.clone().into_buffer_arg(),
-            log_sum.clone().into_buffer_arg(),
             sequence,
             spec.scale,
             heads,
-            dtype,
+            dtype
         );
     }
     (output, log_sum)
@@ -131,48 +147,28 @@ pub(super) fn grad(saved: Saved, spec: &AttentionSpec) -> (CubeTensor, CubeTenso
     let grad_key_value = empty(&query, [batch, sequence, heads.key_heads, heads.own + heads.value], query.dtype);
     // WebGPU has no empty buffer.
     let grad_shared = empty(&query, [batch, heads.key_heads, sequence, heads.shared.max(1)], DType::F32);
-    let (client, dtype) = (query.client.clone(), elem(&query));
-    let address = addresses(&[&query, &key_value, &shared_key, &grad, &grad_shared]);
-    let blocks = sequence.div_ceil(BLOCK) as u32;
+    let dtype = elem(&query);
     // SAFETY: the kernels keep within their tensors.
     unsafe {
-        query_grad_kernel::launch_unchecked(
-            &client,
-            CubeCount::Static(blocks, heads.heads as u32, batch as u32),
-            CubeDim::new_1d(UNITS as u32),
-            address,
-            query.clone().into_buffer_arg(),
-            key_value.clone().into_buffer_arg(),
-            shared_key.clone().into_buffer_arg(),
+        launch!(
+            query_grad_kernel,
+            each_block(sequence, heads.heads, batch),
+            [query, key_value, shared_key, log_sum, delta, grad, grad_query],
             starts(&query, spec),
-            log_sum.clone().into_buffer_arg(),
-            delta.clone().into_buffer_arg(),
-            grad.clone().into_buffer_arg(),
-            grad_query.clone().into_buffer_arg(),
             sequence,
             spec.scale,
             heads,
-            dtype,
+            dtype
         );
-        let starts = starts(&query, spec);
-        key_grad_kernel::launch_unchecked(
-            &client,
-            CubeCount::Static(blocks, heads.key_heads as u32, batch as u32),
-            CubeDim::new_1d(UNITS as u32),
-            address,
-            query.into_buffer_arg(),
-            key_value.into_buffer_arg(),
-            shared_key.into_buffer_arg(),
-            starts,
-            log_sum.into_buffer_arg(),
-            delta.into_buffer_arg(),
-            grad.into_buffer_arg(),
-            grad_key_value.clone().into_buffer_arg(),
-            grad_shared.clone().into_buffer_arg(),
+        launch!(
+            key_grad_kernel,
+            each_block(sequence, heads.key_heads, batch),
+            [query, key_value, shared_key, log_sum, delta, grad, grad_key_value, grad_shared],
+            starts(&query, spec),
             sequence,
             spec.scale,
             heads,
-            dtype,
+            dtype
         );
     }
     (grad_query, grad_key_value, has_shared.then_some(grad_shared))
@@ -183,9 +179,9 @@ fn forward_kernel<F: Float>(
     query: &[F],
     key_value: &[F],
     shared_key: &[F],
-    starts: &[u32],
     output: &mut [F],
     log_sum: &mut [f32],
+    starts: &[u32],
     sequence: usize,
     scale: f32,
     #[comptime] heads: Heads,
@@ -214,11 +210,8 @@ fn forward_kernel<F: Float>(
     let mut key = start_of(starts, batch, first, sequence, heads) / BLOCK * BLOCK;
     let end = min(first + BLOCK, sequence);
     while key < end {
-        let mut patch = zeros(PATCH);
-        key_products::<F>(
-            &mut left, &mut right, &mut patch, query, key_value, shared_key, batch, head, key_head, first, key,
-            sequence, heads,
-        );
+        let blocks = Blocks { batch, head, key_head, query: first, key, sequence };
+        let mut patch = key_products::<F>(&mut left, &mut right, query, key_value, shared_key, blocks, heads);
         #[unroll]
         for i in 0..ROWS {
             #[unroll]
@@ -269,7 +262,7 @@ fn forward_kernel<F: Float>(
         }
         #[unroll]
         for chunk in 0..value_chunks {
-            load_values::<F>(&mut right, key_value, batch, key_head, key, sequence, chunk, heads);
+            load_values::<F>(&mut right, key_value, blocks, chunk, heads);
             sync_cube();
             by_columns(&scores, &right, &mut sums, chunk, false);
             sync_cube();
@@ -304,11 +297,11 @@ fn query_grad_kernel<F: Float>(
     query: &[F],
     key_value: &[F],
     shared_key: &[F],
-    starts: &[u32],
     log_sum: &[f32],
     delta: &[f32],
     grad: &[F],
     grad_query: &mut [F],
+    starts: &[u32],
     sequence: usize,
     scale: f32,
     #[comptime] heads: Heads,
@@ -329,55 +322,14 @@ fn query_grad_kernel<F: Float>(
     let mut key = start_of(starts, batch, first, sequence, heads) / BLOCK * BLOCK;
     let end = min(first + BLOCK, sequence);
     while key < end {
-        let mut probabilities = zeros(PATCH);
-        let mut slopes = zeros(PATCH);
-        key_products::<F>(
-            &mut left,
-            &mut right,
-            &mut probabilities,
-            query,
-            key_value,
-            shared_key,
-            batch,
-            head,
-            key_head,
-            first,
-            key,
-            sequence,
-            heads,
-        );
-        value_products::<F>(
-            &mut left,
-            &mut right,
-            &mut slopes,
-            grad,
-            key_value,
-            batch,
-            head,
-            key_head,
-            first,
-            key,
-            sequence,
-            heads,
-        );
-        slopes_of(
-            &mut probabilities,
-            &mut slopes,
-            starts,
-            log_sum,
-            delta,
-            batch,
-            head,
-            first,
-            key,
-            sequence,
-            scale,
-            heads,
+        let blocks = Blocks { batch, head, key_head, query: first, key, sequence };
+        let (_, slopes) = softmax_grad::<F>(
+            &mut left, &mut right, query, key_value, shared_key, log_sum, delta, grad, starts, blocks, scale, heads,
         );
         write(&mut scores, &slopes);
         #[unroll]
         for chunk in 0..chunks {
-            load_keys::<F>(&mut right, key_value, shared_key, batch, key_head, key, sequence, chunk * BLOCK, heads);
+            load_keys::<F>(&mut right, key_value, shared_key, blocks, chunk, heads);
             sync_cube();
             by_columns(&scores, &right, &mut sums, chunk, false);
             sync_cube();
@@ -409,12 +361,12 @@ fn key_grad_kernel<F: Float>(
     query: &[F],
     key_value: &[F],
     shared_key: &[F],
-    starts: &[u32],
     log_sum: &[f32],
     delta: &[f32],
     grad: &[F],
     grad_key_value: &mut [F],
     grad_shared: &mut [f32],
+    starts: &[u32],
     sequence: usize,
     scale: f32,
     #[comptime] heads: Heads,
@@ -439,55 +391,14 @@ fn key_grad_kernel<F: Float>(
         let mut first = key;
         let mut seen = true;
         while seen {
-            let mut probabilities = zeros(PATCH);
-            let mut slopes = zeros(PATCH);
-            key_products::<F>(
-                &mut left,
-                &mut right,
-                &mut probabilities,
-                query,
-                key_value,
-                shared_key,
-                batch,
-                head,
-                key_head,
-                first,
-                key,
-                sequence,
-                heads,
-            );
-            value_products::<F>(
-                &mut left,
-                &mut right,
-                &mut slopes,
-                grad,
-                key_value,
-                batch,
-                head,
-                key_head,
-                first,
-                key,
-                sequence,
-                heads,
-            );
-            slopes_of(
-                &mut probabilities,
-                &mut slopes,
-                starts,
-                log_sum,
-                delta,
-                batch,
-                head,
-                first,
-                key,
-                sequence,
-                scale,
-                heads,
+            let blocks = Blocks { batch, head, key_head, query: first, key, sequence };
+            let (probabilities, slopes) = softmax_grad::<F>(
+                &mut left, &mut right, query, key_value, shared_key, log_sum, delta, grad, starts, blocks, scale, heads,
             );
             write(&mut scores, &probabilities);
             #[unroll]
             for chunk in 0..value_chunks {
-                load_head::<F>(&mut right, grad, batch, head, first, sequence, chunk * BLOCK, heads.heads, heads.value);
+                load_head::<F>(&mut right, grad, blocks, chunk, heads.heads, heads.value);
                 sync_cube();
                 by_columns(&scores, &right, &mut value_sums, chunk, true);
                 sync_cube();
@@ -495,7 +406,7 @@ fn key_grad_kernel<F: Float>(
             write(&mut scores, &slopes);
             #[unroll]
             for chunk in 0..chunks {
-                load_head::<F>(&mut right, query, batch, head, first, sequence, chunk * BLOCK, heads.heads, width);
+                load_head::<F>(&mut right, query, blocks, chunk, heads.heads, width);
                 sync_cube();
                 by_columns(&scores, &right, &mut key_sums, chunk, true);
                 sync_cube();
@@ -566,93 +477,87 @@ fn start_of(starts: &[u32], batch: usize, query: usize, sequence: usize, #[compt
     start
 }
 
-/// Adds the products of a block of queries and a block of keys to a patch.
+/// The products of queries and keys.
 #[cube]
 fn key_products<F: Float>(
     left: &mut Shared<[f32]>,
     right: &mut Shared<[f32]>,
-    patch: &mut Array<f32>,
     query: &[F],
     key_value: &[F],
     shared_key: &[F],
-    batch: usize,
-    head: usize,
-    key_head: usize,
-    first: usize,
-    key: usize,
-    sequence: usize,
+    blocks: Blocks,
     #[comptime] heads: Heads,
-) {
+) -> Array<f32> {
     let width = comptime!(heads.own + heads.shared);
+    let mut patch = zeros(PATCH);
     for chunk in 0..comptime!(width.div_ceil(BLOCK)) {
-        let from = chunk * BLOCK;
-        load_head::<F>(left, query, batch, head, first, sequence, from, heads.heads, width);
-        load_keys::<F>(right, key_value, shared_key, batch, key_head, key, sequence, from, heads);
+        load_head::<F>(left, query, blocks, chunk, heads.heads, width);
+        load_keys::<F>(right, key_value, shared_key, blocks, chunk, heads);
         sync_cube();
-        by_rows(left, right, patch);
+        by_rows(left, right, &mut patch);
         sync_cube();
     }
+    patch
 }
 
-/// Adds the products of a block of the output's gradient and a block of values to a patch.
+/// The products of the output's gradient and the values.
 #[cube]
 fn value_products<F: Float>(
     left: &mut Shared<[f32]>,
     right: &mut Shared<[f32]>,
-    patch: &mut Array<f32>,
     grad: &[F],
     key_value: &[F],
-    batch: usize,
-    head: usize,
-    key_head: usize,
-    first: usize,
-    key: usize,
-    sequence: usize,
+    blocks: Blocks,
     #[comptime] heads: Heads,
-) {
+) -> Array<f32> {
+    let mut patch = zeros(PATCH);
     for chunk in 0..comptime!(heads.value.div_ceil(BLOCK)) {
-        load_head::<F>(left, grad, batch, head, first, sequence, chunk * BLOCK, heads.heads, heads.value);
-        load_values::<F>(right, key_value, batch, key_head, key, sequence, chunk, heads);
+        load_head::<F>(left, grad, blocks, chunk, heads.heads, heads.value);
+        load_values::<F>(right, key_value, blocks, chunk, heads);
         sync_cube();
-        by_rows(left, right, patch);
+        by_rows(left, right, &mut patch);
         sync_cube();
     }
+    patch
 }
 
-/// From products of queries and keys to probabilities, and from products of gradients and values to the gradients of
-/// those products.
+/// The probabilities of the softmax, computed again from the logarithms of its sums, and the gradients of the products of
+/// queries and keys: what both gradient kernels begin with.
 #[cube]
-fn slopes_of(
-    probabilities: &mut Array<f32>,
-    slopes: &mut Array<f32>,
-    starts: &[u32],
+fn softmax_grad<F: Float>(
+    left: &mut Shared<[f32]>,
+    right: &mut Shared<[f32]>,
+    query: &[F],
+    key_value: &[F],
+    shared_key: &[F],
     log_sum: &[f32],
     delta: &[f32],
-    batch: usize,
-    head: usize,
-    first: usize,
-    key: usize,
-    sequence: usize,
+    grad: &[F],
+    starts: &[u32],
+    blocks: Blocks,
     scale: f32,
     #[comptime] heads: Heads,
-) {
+) -> (Array<f32>, Array<f32>) {
+    let mut probabilities = key_products::<F>(left, right, query, key_value, shared_key, blocks, heads);
+    let mut slopes = value_products::<F>(left, right, grad, key_value, blocks, heads);
     let (row, column) = place();
     #[unroll]
     for i in 0..ROWS {
-        let at = first + row + i;
-        let known = min(at, sequence - 1);
-        let seen_from = start_of(starts, batch, at, sequence, heads);
-        let log_sum = log_sum[(batch * heads.heads + head) * sequence + known];
-        let delta = delta[(batch * sequence + known) * heads.heads + head];
+        let at = blocks.query + row + i;
+        let known = min(at, blocks.sequence - 1);
+        let seen_from = start_of(starts, blocks.batch, at, blocks.sequence, heads);
+        let log_sum = log_sum[(blocks.batch * heads.heads + blocks.head) * blocks.sequence + known];
+        let delta = delta[(blocks.batch * blocks.sequence + known) * heads.heads + blocks.head];
         #[unroll]
         for j in 0..COLUMNS {
-            let to = key + column + j * ACROSS;
-            let seen = to <= at && to >= seen_from && at < sequence;
+            let to = blocks.key + column + j * ACROSS;
+            let seen = to <= at && to >= seen_from && at < blocks.sequence;
             let probability = select(seen, (probabilities[i * COLUMNS + j] * scale - log_sum).exp(), 0f32);
             probabilities[i * COLUMNS + j] = probability;
             slopes[i * COLUMNS + j] = probability * (slopes[i * COLUMNS + j] - delta) * scale;
         }
     }
+    (probabilities, slopes)
 }
 
 /// Writes each unit's patch to a block.
@@ -668,53 +573,48 @@ fn write(block: &mut Shared<[f32]>, patch: &Array<f32>) {
     }
 }
 
-/// Fills a block with columns `from..` of positions `first..` of one head of `[batch, sequence, heads, width]`; zero
-/// beyond the ends.
+/// Fills a block with a chunk of the columns of the queries' positions in `[batch, sequence, heads, width]`; zero beyond
+/// the ends.
 #[cube]
 fn load_head<F: Float>(
     block: &mut Shared<[f32]>,
     tensor: &[F],
-    batch: usize,
-    head: usize,
-    first: usize,
-    sequence: usize,
-    from: usize,
+    blocks: Blocks,
+    chunk: usize,
     #[comptime] heads: usize,
     #[comptime] width: usize,
 ) {
     for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
         let index = UNIT_POS as usize + round * UNITS;
-        let (at, to) = (first + index / BLOCK, from + index % BLOCK);
+        let (at, to) = (blocks.query + index / BLOCK, chunk * BLOCK + index % BLOCK);
         let mut value = 0f32;
-        if at < sequence && to < width {
-            value = f32::cast_from(tensor[((batch * sequence + at) * heads + head) * width + to]);
+        if at < blocks.sequence && to < width {
+            let line = ((blocks.batch * blocks.sequence + at) * heads + blocks.head) * width;
+            value = f32::cast_from(tensor[line + to]);
         }
         block[index / BLOCK * PITCH + index % BLOCK] = value;
     }
 }
 
-/// Fills a block with columns `from..` of keys `first..`: a key head's own part, then the shared one.
+/// Fills a block with a chunk of the columns of the keys: a key head's own part, then the shared one.
 #[cube]
 fn load_keys<F: Float>(
     block: &mut Shared<[f32]>,
     key_value: &[F],
     shared_key: &[F],
-    batch: usize,
-    key_head: usize,
-    first: usize,
-    sequence: usize,
-    from: usize,
+    blocks: Blocks,
+    chunk: usize,
     #[comptime] heads: Heads,
 ) {
     let pair = comptime!(heads.own + heads.value);
     for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
         let index = UNIT_POS as usize + round * UNITS;
-        let (at, to) = (first + index / BLOCK, from + index % BLOCK);
-        let position = batch * sequence + at;
+        let (at, to) = (blocks.key + index / BLOCK, chunk * BLOCK + index % BLOCK);
+        let position = blocks.batch * blocks.sequence + at;
         let mut value = 0f32;
-        if at < sequence {
+        if at < blocks.sequence {
             if to < heads.own {
-                value = f32::cast_from(key_value[(position * heads.key_heads + key_head) * pair + to]);
+                value = f32::cast_from(key_value[(position * heads.key_heads + blocks.key_head) * pair + to]);
             }
             // Never so without a shared key.
             if to >= heads.own && to < comptime!(heads.own + heads.shared) {
@@ -725,25 +625,23 @@ fn load_keys<F: Float>(
     }
 }
 
-/// Fills a block with a chunk of the values of keys `first..`.
+/// Fills a block with a chunk of the columns of the values.
 #[cube]
 fn load_values<F: Float>(
     block: &mut Shared<[f32]>,
     key_value: &[F],
-    batch: usize,
-    key_head: usize,
-    first: usize,
-    sequence: usize,
+    blocks: Blocks,
     chunk: usize,
     #[comptime] heads: Heads,
 ) {
     let pair = comptime!(heads.own + heads.value);
     for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
         let index = UNIT_POS as usize + round * UNITS;
-        let (at, to) = (first + index / BLOCK, chunk * BLOCK + index % BLOCK);
+        let (at, to) = (blocks.key + index / BLOCK, chunk * BLOCK + index % BLOCK);
         let mut value = 0f32;
-        if at < sequence && to < heads.value {
-            let line = ((batch * sequence + at) * heads.key_heads + key_head) * pair;
+        if at < blocks.sequence && to < heads.value {
+            let position = blocks.batch * blocks.sequence + at;
+            let line = (position * heads.key_heads + blocks.key_head) * pair;
             value = f32::cast_from(key_value[line + heads.own + to]);
         }
         block[index / BLOCK * PITCH + index % BLOCK] = value;

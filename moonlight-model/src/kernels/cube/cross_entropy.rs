@@ -5,29 +5,17 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::reduce::{UNITS, cubes, largest_of_units, row_of, sum_of_units};
-use super::tensor::{addresses, elem, empty};
+use super::launch::launch;
+use super::reduce::{UNITS, each_row, largest_of_units, row_of, sum_of_units};
+use super::tensor::{elem, empty};
 
 pub(super) fn forward(logits: CubeTensor, targets: CubeTensor) -> CubeTensor {
     let (logits, targets) = (into_contiguous(logits), into_contiguous(targets));
     let [rows, vocab] = logits.meta.shape().dims();
     let out = empty(&logits, [rows], DType::F32);
-    let (client, dtypes) = (logits.client.clone(), [elem(&logits), elem(&targets)]);
+    let dtypes = [elem(&logits), elem(&targets)];
     // SAFETY: the kernel keeps within its tensors.
-    unsafe {
-        forward_kernel::launch_unchecked(
-            &client,
-            cubes(rows),
-            CubeDim::new_1d(UNITS as u32),
-            addresses(&[&logits]),
-            logits.into_buffer_arg(),
-            targets.into_buffer_arg(),
-            out.clone().into_buffer_arg(),
-            rows,
-            vocab,
-            dtypes,
-        );
-    }
+    unsafe { launch!(forward_kernel, each_row(rows), [logits, targets, out], rows, vocab, dtypes) };
     out
 }
 
@@ -36,23 +24,9 @@ pub(super) fn grad(logits: CubeTensor, targets: CubeTensor, grad: CubeTensor) ->
     let (logits, targets, grad) = (into_contiguous(logits), into_contiguous(targets), into_contiguous(grad));
     let [rows, vocab] = logits.meta.shape().dims();
     let out = empty(&logits, [rows, vocab], logits.dtype);
-    let (client, dtypes) = (logits.client.clone(), [elem(&logits), elem(&targets)]);
+    let dtypes = [elem(&logits), elem(&targets)];
     // SAFETY: the kernel keeps within its tensors.
-    unsafe {
-        grad_kernel::launch_unchecked(
-            &client,
-            cubes(rows),
-            CubeDim::new_1d(UNITS as u32),
-            addresses(&[&logits]),
-            logits.into_buffer_arg(),
-            targets.into_buffer_arg(),
-            grad.into_buffer_arg(),
-            out.clone().into_buffer_arg(),
-            rows,
-            vocab,
-            dtypes,
-        );
-    }
+    unsafe { launch!(grad_kernel, each_row(rows), [logits, targets, grad, out], rows, vocab, dtypes) };
     out
 }
 

@@ -18,6 +18,7 @@
 mod attention;
 mod cross_entropy;
 mod grouped;
+mod launch;
 mod norm;
 mod reduce;
 mod rotary;

@@ -5,8 +5,9 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::reduce::{UNITS, cubes, row_of, sum_of_units};
-use super::tensor::{addresses, elem, empty};
+use super::launch::launch;
+use super::reduce::{UNITS, each_row, row_of, sum_of_units};
+use super::tensor::{elem, empty};
 
 /// Rows whose parts of the gain's gradient one unit adds up.
 const CHUNK: usize = 64;
@@ -15,23 +16,9 @@ pub(super) fn forward(x: CubeTensor, gain: CubeTensor, epsilon: f32) -> CubeTens
     let (x, gain) = (into_contiguous(x), into_contiguous(gain));
     let [rows, width] = x.meta.shape().dims();
     let out = empty(&x, [rows, width], x.dtype);
-    let (client, dtypes, address) = (x.client.clone(), [elem(&x), elem(&gain)], addresses(&[&x]));
+    let dtypes = [elem(&x), elem(&gain)];
     // SAFETY: the kernel keeps within its tensors.
-    unsafe {
-        forward_kernel::launch_unchecked(
-            &client,
-            cubes(rows),
-            CubeDim::new_1d(UNITS as u32),
-            address,
-            x.into_buffer_arg(),
-            gain.into_buffer_arg(),
-            out.clone().into_buffer_arg(),
-            rows,
-            width,
-            epsilon,
-            dtypes,
-        );
-    }
+    unsafe { launch!(forward_kernel, each_row(rows), [x, gain, out], rows, width, epsilon, dtypes) };
     out
 }
 
@@ -43,37 +30,13 @@ pub(super) fn grad(x: CubeTensor, gain: CubeTensor, grad: CubeTensor, epsilon: f
     let grad_x = empty(&x, [rows, width], x.dtype);
     let inverse = empty(&x, [rows], DType::F32);
     let grad_gain = empty(&x, [parts, width], DType::F32);
-    let (client, dtypes, address) = (x.client.clone(), [elem(&x), elem(&gain)], addresses(&[&x]));
+    let dtypes = [elem(&x), elem(&gain)];
+    let columns = CubeCount::Static(width.div_ceil(UNITS) as u32, parts as u32, 1);
+    let over = (columns, CubeDim::new_1d(UNITS as u32));
     // SAFETY: the kernels keep within their tensors.
     unsafe {
-        grad_kernel::launch_unchecked(
-            &client,
-            cubes(rows),
-            CubeDim::new_1d(UNITS as u32),
-            address,
-            x.clone().into_buffer_arg(),
-            gain.into_buffer_arg(),
-            grad.clone().into_buffer_arg(),
-            grad_x.clone().into_buffer_arg(),
-            inverse.clone().into_buffer_arg(),
-            rows,
-            width,
-            epsilon,
-            dtypes,
-        );
-        gain_grad_kernel::launch_unchecked(
-            &client,
-            CubeCount::Static(width.div_ceil(UNITS) as u32, parts as u32, 1),
-            CubeDim::new_1d(UNITS as u32),
-            address,
-            x.into_buffer_arg(),
-            grad.into_buffer_arg(),
-            inverse.into_buffer_arg(),
-            grad_gain.clone().into_buffer_arg(),
-            rows,
-            width,
-            dtypes[0],
-        );
+        launch!(grad_kernel, each_row(rows), [x, gain, grad, grad_x, inverse], rows, width, epsilon, dtypes);
+        launch!(gain_grad_kernel, over, [x, grad, inverse, grad_gain], rows, width, dtypes[0]);
     }
     (grad_x, grad_gain)
 }

@@ -6,9 +6,10 @@ use cubecl::prelude::*;
 pub(super) const UNITS: usize = 128;
 
 /// A cube for each row. WebGPU counts to 65,535 in each direction, so there may be more cubes than rows.
-pub(super) fn cubes(rows: usize) -> CubeCount {
+pub(super) fn each_row(rows: usize) -> (CubeCount, CubeDim) {
     let across = rows.clamp(1, 32_768);
-    CubeCount::Static(across as u32, rows.div_ceil(across) as u32, 1)
+    let count = CubeCount::Static(across as u32, rows.div_ceil(across) as u32, 1);
+    (count, CubeDim::new_1d(UNITS as u32))
 }
 
 /// The row of this cube. Cubes beyond the last row do that one again, for all of a cube must meet where it waits.
@@ -17,42 +18,43 @@ pub(super) fn row_of(rows: usize) -> usize {
     min(CUBE_POS, rows - 1)
 }
 
+/// How two numbers become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Reduction {
+    Sum,
+    Largest,
+}
+
 /// The sum of all units' numbers, for all units.
 #[cube]
 pub(super) fn sum_of_units(scratch: &mut Shared<[f32]>, value: f32) -> f32 {
-    let unit = UNIT_POS as usize;
-    scratch[unit] = value;
-    sync_cube();
-    let mut half = comptime!(UNITS / 2).runtime();
-    while half > 0 {
-        if unit < half {
-            let other = scratch[unit + half];
-            scratch[unit] += other;
-        }
-        sync_cube();
-        half /= 2;
-    }
-    let sum = scratch[0];
-    sync_cube();
-    sum
+    reduce_units(scratch, value, Reduction::Sum)
 }
 
 /// The largest of all units' numbers, for all units.
 #[cube]
 pub(super) fn largest_of_units(scratch: &mut Shared<[f32]>, value: f32) -> f32 {
+    reduce_units(scratch, value, Reduction::Largest)
+}
+
+#[cube]
+fn reduce_units(scratch: &mut Shared<[f32]>, value: f32, #[comptime] reduction: Reduction) -> f32 {
     let unit = UNIT_POS as usize;
     scratch[unit] = value;
     sync_cube();
     let mut half = comptime!(UNITS / 2).runtime();
     while half > 0 {
         if unit < half {
-            let other = scratch[unit + half];
-            scratch[unit] = max(scratch[unit], other);
+            let (own, other) = (scratch[unit], scratch[unit + half]);
+            scratch[unit] = match comptime!(reduction) {
+                Reduction::Sum => own + other,
+                Reduction::Largest => max(own, other),
+            };
         }
         sync_cube();
         half /= 2;
     }
-    let largest = scratch[0];
+    let reduced = scratch[0];
     sync_cube();
-    largest
+    reduced
 }

@@ -2,11 +2,11 @@
 
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::*;
 
 use super::super::RotationSpec;
-use super::tensor::{addresses, elem, empty};
+use super::launch::{each_number, launch};
+use super::tensor::{elem, empty};
 
 /// How a head turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -23,25 +23,10 @@ pub(super) fn forward(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, spec: &Ro
     let shape: [usize; 4] = x.meta.shape().dims();
     let turn = Turn { heads: shape[2], width: shape[3], start: spec.start, interleave: spec.interleave };
     let out = empty(&x, shape, x.dtype);
-    let (client, dtypes, address) = (x.client.clone(), [elem(&x), elem(&cos)], addresses(&[&x, &cos]));
     let count = shape.iter().product();
-    let dim = CubeDim::new(&client, count);
+    let dtypes = [elem(&x), elem(&cos)];
     // SAFETY: the kernel keeps within its tensors.
-    unsafe {
-        forward_kernel::launch_unchecked(
-            &client,
-            calculate_cube_count_elemwise(&client, count, dim),
-            dim,
-            address,
-            x.into_buffer_arg(),
-            cos.into_buffer_arg(),
-            sin.into_buffer_arg(),
-            out.clone().into_buffer_arg(),
-            count,
-            turn,
-            dtypes,
-        );
-    }
+    unsafe { launch!(forward_kernel, each_number(&x, count), [x, cos, sin, out], count, turn, dtypes) };
     out
 }
 

@@ -6,30 +6,18 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::super::ExpertPlan;
-use super::reduce::{UNITS, cubes, row_of, sum_of_units};
-use super::tensor::{addresses, elem, empty, upload};
+use super::launch::launch;
+use super::reduce::{UNITS, each_row, row_of, sum_of_units};
+use super::tensor::{elem, empty, upload};
 
 /// `out[r] = tokens[token of r]`.
 pub(super) fn dispatch(tokens: CubeTensor, plan: &ExpertPlan) -> CubeTensor {
     let tokens = into_contiguous(tokens);
     let (rows, width) = (plan.rows(), tokens.meta.shape()[1]);
     let out = empty(&tokens, [rows, width], tokens.dtype);
-    let (client, dtype, sources) = (tokens.client.clone(), elem(&tokens), upload(&tokens, &plan.token_of_row));
+    let (sources, dtype) = (upload(&tokens, &plan.token_of_row), elem(&tokens));
     // SAFETY: the kernel keeps within its tensors: a plan's numbers are those of its rows and tokens.
-    unsafe {
-        dispatch_kernel::launch_unchecked(
-            &client,
-            cubes(rows),
-            CubeDim::new_1d(UNITS as u32),
-            addresses(&[&tokens, &out]),
-            tokens.into_buffer_arg(),
-            sources,
-            out.clone().into_buffer_arg(),
-            rows,
-            width,
-            dtype,
-        );
-    }
+    unsafe { launch!(dispatch_kernel, each_row(rows), [tokens, out], sources, rows, width, dtype) };
     out
 }
 
@@ -41,25 +29,10 @@ pub(super) fn combine(rows: CubeTensor, weights: Option<CubeTensor>, plan: &Expe
     let weighted = weights.is_some();
     // A kernel has all its arguments: without weights it does not read them.
     let weights = weights.map_or_else(|| empty(&rows, [1], DType::F32), into_contiguous);
-    let (client, dtype, sources) = (rows.client.clone(), elem(&rows), upload(&rows, &plan.row_of_slot));
+    let (sources, dtype) = (upload(&rows, &plan.row_of_slot), elem(&rows));
+    let over = each_row(tokens);
     // SAFETY: the kernel keeps within its tensors: a plan's numbers are those of its rows and tokens.
-    unsafe {
-        combine_kernel::launch_unchecked(
-            &client,
-            cubes(tokens),
-            CubeDim::new_1d(UNITS as u32),
-            addresses(&[&rows, &out]),
-            rows.into_buffer_arg(),
-            weights.into_buffer_arg(),
-            sources,
-            out.clone().into_buffer_arg(),
-            tokens,
-            width,
-            plan.k,
-            weighted,
-            dtype,
-        );
-    }
+    unsafe { launch!(combine_kernel, over, [rows, weights, out], sources, tokens, width, plan.k, weighted, dtype) };
     out
 }
 
@@ -74,24 +47,19 @@ pub(super) fn combine_grad(
     let width = rows.meta.shape()[1];
     let grad_rows = empty(&rows, [plan.rows(), width], rows.dtype);
     let grad_weights = empty(&rows, [plan.tokens(), plan.k], DType::F32);
-    let (client, dtype, sources) = (rows.client.clone(), elem(&rows), upload(&rows, &plan.row_of_slot));
+    let (sources, dtype) = (upload(&rows, &plan.row_of_slot), elem(&rows));
+    let (over, slots) = (each_row(plan.rows()), plan.rows());
     // SAFETY: the kernel keeps within its tensors: a plan's numbers are those of its rows and tokens.
     unsafe {
-        combine_grad_kernel::launch_unchecked(
-            &client,
-            cubes(plan.rows()),
-            CubeDim::new_1d(UNITS as u32),
-            addresses(&[&rows]),
-            rows.into_buffer_arg(),
-            weights.into_buffer_arg(),
-            grad.into_buffer_arg(),
+        launch!(
+            combine_grad_kernel,
+            over,
+            [rows, weights, grad, grad_rows, grad_weights],
             sources,
-            grad_rows.clone().into_buffer_arg(),
-            grad_weights.clone().into_buffer_arg(),
-            plan.rows(),
+            slots,
             width,
             plan.k,
-            dtype,
+            dtype
         );
     }
     (grad_rows, grad_weights)
@@ -100,8 +68,8 @@ pub(super) fn combine_grad(
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn dispatch_kernel<F: Float>(
     tokens: &[F],
-    sources: &[u32],
     out: &mut [F],
+    sources: &[u32],
     rows: usize,
     width: usize,
     #[define(F)] _dtype: ElemType,
@@ -119,8 +87,8 @@ fn dispatch_kernel<F: Float>(
 fn combine_kernel<F: Float>(
     rows: &[F],
     weights: &[f32],
-    sources: &[u32],
     out: &mut [F],
+    sources: &[u32],
     tokens: usize,
     width: usize,
     k: usize,
@@ -150,9 +118,9 @@ fn combine_grad_kernel<F: Float>(
     rows: &[F],
     weights: &[f32],
     grad: &[F],
-    sources: &[u32],
     grad_rows: &mut [F],
     grad_weights: &mut [f32],
+    sources: &[u32],
     slots: usize,
     width: usize,
     k: usize,

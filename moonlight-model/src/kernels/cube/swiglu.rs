@@ -2,58 +2,30 @@
 
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::*;
 
-use super::tensor::{addresses, elem, empty};
+use super::launch::{each_number, launch};
+use super::tensor::{elem, empty};
 
 pub(super) fn forward(gate: CubeTensor, up: CubeTensor) -> CubeTensor {
     let (gate, up) = (into_contiguous(gate), into_contiguous(up));
-    let shape: [usize; 2] = gate.meta.shape().dims();
-    let out = empty(&gate, shape, gate.dtype);
-    let (client, dtype, address) = (gate.client.clone(), elem(&gate), addresses(&[&gate]));
-    let count = shape[0] * shape[1];
-    let dim = CubeDim::new(&client, count);
+    let [rows, width] = gate.meta.shape().dims();
+    let out = empty(&gate, [rows, width], gate.dtype);
+    let count = rows * width;
     // SAFETY: the kernel keeps within its tensors.
-    unsafe {
-        forward_kernel::launch_unchecked(
-            &client,
-            calculate_cube_count_elemwise(&client, count, dim),
-            dim,
-            address,
-            gate.into_buffer_arg(),
-            up.into_buffer_arg(),
-            out.clone().into_buffer_arg(),
-            count,
-            dtype,
-        );
-    }
+    unsafe { launch!(forward_kernel, each_number(&gate, count), [gate, up, out], count, elem(&gate)) };
     out
 }
 
 /// Gradients for gate and up, see `reference::swiglu_grad`.
 pub(super) fn grad(gate: CubeTensor, up: CubeTensor, grad: CubeTensor) -> (CubeTensor, CubeTensor) {
     let (gate, up, grad) = (into_contiguous(gate), into_contiguous(up), into_contiguous(grad));
-    let shape: [usize; 2] = gate.meta.shape().dims();
-    let (grad_gate, grad_up) = (empty(&gate, shape, gate.dtype), empty(&gate, shape, gate.dtype));
-    let (client, dtype, address) = (gate.client.clone(), elem(&gate), addresses(&[&gate]));
-    let count = shape[0] * shape[1];
-    let dim = CubeDim::new(&client, count);
+    let [rows, width] = gate.meta.shape().dims();
+    let [grad_gate, grad_up] = [(); 2].map(|()| empty(&gate, [rows, width], gate.dtype));
+    let count = rows * width;
     // SAFETY: the kernel keeps within its tensors.
     unsafe {
-        grad_kernel::launch_unchecked(
-            &client,
-            calculate_cube_count_elemwise(&client, count, dim),
-            dim,
-            address,
-            gate.into_buffer_arg(),
-            up.into_buffer_arg(),
-            grad.into_buffer_arg(),
-            grad_gate.clone().into_buffer_arg(),
-            grad_up.clone().into_buffer_arg(),
-            count,
-            dtype,
-        );
+        launch!(grad_kernel, each_number(&gate, count), [gate, up, grad, grad_gate, grad_up], count, elem(&gate));
     }
     (grad_gate, grad_up)
 }
