@@ -142,7 +142,9 @@ impl Element for bf16 {
         fill(MatrixMut::strided(tile, rows, columns, columns));
         for (row, wide) in tile.chunks_exact(columns).enumerate() {
             // SAFETY: passed on to the caller.
-            round_into(wide, unsafe { std::slice::from_raw_parts_mut(target.add(row * row_stride).cast(), columns) });
+            round_into(wide, unsafe {
+                std::slice::from_raw_parts_mut(target.add(row * row_stride).cast::<MaybeUninit<bf16>>(), columns)
+            });
         }
     }
 }
@@ -156,18 +158,17 @@ pub(super) fn widen<E: Element>(values: &[E], wide: &mut [f32]) {
 }
 
 /// Writes the values, each rounded once.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
 pub(super) fn round<E: Element>(wide: &[f32], values: &mut [E]) {
-    for (value, &wide) in values.iter_mut().zip(wide) {
-        *value = E::narrow(wide);
-    }
+    let values: *mut [E] = values;
+    // SAFETY: the slice is the caller's own, and what is written into it are values.
+    round_into(wide, unsafe { &mut *(values as *mut [MaybeUninit<E>]) });
 }
 
 /// As [`round`], into memory that need not hold values yet.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn round_into(wide: &[f32], values: &mut [MaybeUninit<bf16>]) {
+fn round_into<E: Element>(wide: &[f32], values: &mut [MaybeUninit<E>]) {
     for (value, &wide) in values.iter_mut().zip(wide) {
-        value.write(bf16::narrow(wide));
+        value.write(E::narrow(wide));
     }
 }
 

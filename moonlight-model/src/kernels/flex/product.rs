@@ -4,6 +4,7 @@
 //! is shared out. Neither the tasks nor the order of a sum depends on the number of threads.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
@@ -21,9 +22,11 @@ const MANY: usize = 16;
 /// quicker straight on.
 const PLACES: usize = 128 * 256;
 
-/// Columns of a task with so many rows.
-fn columns<E: Element>(rows: usize, groups: usize) -> usize {
-    if groups < MANY { COLUMNS } else { (PLACES / rows.max(1)).next_multiple_of(COLUMNS).clamp(COLUMNS, E::COLUMNS) }
+/// The columns of a matrix as the tasks of one of `groups` groups take them, each with so many rows.
+fn blocks<E: Element>(width: usize, rows: usize, groups: usize) -> impl Iterator<Item = Range<usize>> {
+    let wide = (PLACES / rows.max(1)).next_multiple_of(COLUMNS).clamp(COLUMNS, E::COLUMNS);
+    let columns = if groups < MANY { COLUMNS } else { wide };
+    (0..width).step_by(columns).map(move |first| first..width.min(first + columns))
 }
 
 /// Copies of a task's operands in f32, where they are not f32 themselves. Kept by each thread.
@@ -61,8 +64,8 @@ pub(super) fn forward<E: Element>(
     for (group, bounds) in offsets.windows(2).enumerate() {
         for start in (bounds[0]..bounds[1]).step_by(E::ROWS) {
             let end = bounds[1].min(start + E::ROWS);
-            let columns = columns::<E>(end - start, offsets.len() - 1);
-            tasks.extend((0..to).step_by(columns).map(|first| (group, start..end, first..to.min(first + columns))));
+            let blocks = blocks::<E>(to, end - start, offsets.len() - 1);
+            tasks.extend(blocks.map(|columns| (group, start..end, columns)));
         }
     }
     let fill = |shared: &SharedSlice<E>| {
@@ -105,9 +108,8 @@ pub(super) fn weight_grad<E: Element>(
         .windows(2)
         .enumerate()
         .flat_map(|(group, bounds)| {
-            let columns = columns::<E>(bounds[1] - bounds[0], offsets.len() - 1);
-            let firsts = (0..output).step_by(columns);
-            firsts.map(move |first| (group, bounds[0]..bounds[1], first..output.min(first + columns)))
+            let blocks = blocks::<E>(output, bounds[1] - bounds[0], offsets.len() - 1);
+            blocks.map(move |columns| (group, bounds[0]..bounds[1], columns))
         })
         .collect();
     let fill = |shared: &SharedSlice<E>| {
