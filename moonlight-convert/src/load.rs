@@ -1,4 +1,4 @@
-//! Loading: from the mapped files straight into the model's parameters.
+//! Loading: from the files straight into the model's parameters.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -12,6 +12,7 @@ use crate::decode::{Layout, Piece};
 use crate::elements::{Outcome, WeightDtype, all_finite, with_weight};
 use crate::error::CheckpointError;
 use crate::progress::Progress;
+use crate::transposition::WIDTH;
 use crate::writer::Output;
 
 /// Bytes of all threads' panels together.
@@ -20,8 +21,6 @@ const PANELS: usize = 96 << 20;
 const LARGEST_PANEL: usize = 16 << 20;
 /// A panel is about so large: it is written while a core's cache still holds it.
 const USUAL_PANEL: usize = 1 << 20;
-/// Rows of a transposed panel: a multiple of what is transposed at a time, and no fewer where rows are long.
-const TILE: usize = 64;
 /// How many panels ahead the system is asked to read.
 const AHEAD: usize = 16;
 
@@ -48,8 +47,9 @@ pub(crate) fn panels(pieces: impl Iterator<Item = (usize, usize)>) -> Vec<Panel>
     let most = (PANELS / threads()).min(LARGEST_PANEL);
     let mut panels = Vec::new();
     for (piece, (rows, row)) in pieces.enumerate() {
-        let height = (USUAL_PANEL.min(most) / row.max(1)).max(TILE.min(most / row.max(1))).max(1);
-        let height = if height > TILE { height / TILE * TILE } else { height };
+        // A panel's rows are columns of what is transposed: a multiple of a tile's, and no fewer where rows are long.
+        let height = (USUAL_PANEL.min(most) / row.max(1)).max(WIDTH.min(most / row.max(1))).max(1);
+        let height = if height > WIDTH { height / WIDTH * WIDTH } else { height };
         panels.extend((0..rows).step_by(height).map(|first| Panel { piece, rows: first..rows.min(first + height) }));
     }
     panels

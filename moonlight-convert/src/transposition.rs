@@ -12,7 +12,7 @@ use std::ops::Range;
 use crate::elements::{Lines, Outcome, Weight};
 
 /// Columns of a tile.
-const WIDTH: usize = 64;
+pub(crate) const WIDTH: usize = 64;
 /// Rows of a tile of values of two bytes. There are half as many of four.
 pub(crate) const HEIGHT: usize = 128;
 /// Rows and columns of what is turned in registers.

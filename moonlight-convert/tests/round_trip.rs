@@ -77,6 +77,14 @@ fn large_matrices_come_back_as_they_were() {
     }
 }
 
+/// A model, and the checkpoint at `path` that it was saved as.
+#[cfg(unix)]
+fn saved_and_opened(path: &std::path::Path) -> (moonlight_model::CausalLm, Checkpoint) {
+    let model = load(&fixture("moonlight-like"), &Device::default(), None).unwrap().model;
+    save(&model, path, &SaveOptions::default()).unwrap();
+    (model, Checkpoint::open(path).unwrap())
+}
+
 /// What was opened is what is loaded, also when another checkpoint has taken its place.
 #[cfg(unix)]
 #[test]
@@ -84,9 +92,7 @@ fn a_checkpoint_that_is_replaced_meanwhile_is_still_the_old_one() {
     let device = Device::default();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model");
-    let old = load(&fixture("moonlight-like"), &device, None).unwrap().model;
-    save(&old, &path, &SaveOptions::default()).unwrap();
-    let opened = Checkpoint::open(&path).unwrap();
+    let (old, opened) = saved_and_opened(&path);
     save(&old.config().init(&device), &path, &SaveOptions { dtype: Some(DType::BF16), ..SaveOptions::default() })
         .unwrap();
     assert_eq!(parameters(&opened.load(&device, None).unwrap().model), parameters(&old));
@@ -97,14 +103,12 @@ fn a_checkpoint_that_is_replaced_meanwhile_is_still_the_old_one() {
 #[cfg(unix)]
 #[test]
 fn a_file_that_is_shortened_meanwhile_is_an_error() {
-    let device = Device::default();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model");
-    save(&load(&fixture("moonlight-like"), &device, None).unwrap().model, &path, &SaveOptions::default()).unwrap();
-    let opened = Checkpoint::open(&path).unwrap();
+    let (_, opened) = saved_and_opened(&path);
     let file = fs::File::options().write(true).open(path.join("model.safetensors")).unwrap();
     file.set_len(file.metadata().unwrap().len() / 2).unwrap();
-    let error = opened.load(&device, None).unwrap_err();
+    let error = opened.load(&Device::default(), None).unwrap_err();
     assert!(matches!(error, CheckpointError::Read { .. }), "{error}");
 }
 
