@@ -1,7 +1,7 @@
 //! What can go wrong in a run.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
@@ -174,5 +174,10 @@ impl TrainError {
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Write { path, source }
+    }
+
+    /// What is wrong with a line of a file that the user gave.
+    pub(crate) fn at_line(path: &Path, line: usize, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
+        Self::Request { problem: format!("{}:{line}: {problem}", path.display()), hint }
     }
 }

@@ -1,11 +1,11 @@
 //! `moonlight eval`.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
 
+use super::lines::Output;
 use super::model::{ModelArguments, Opened};
 use crate::error::TrainError;
 use crate::eval::{Reader, Task, TaskFormat, evaluate, table, to_json};
@@ -55,10 +55,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
         hint: Some("put its tokenizer.json or tiktoken.model into the folder".into()),
     })?;
     let reader = Reader { model: &model, tokenizer: &tokenizer, dir: Some(&dir) };
-    let mut output = match &arguments.output {
-        Some(path) => Some((path, BufWriter::new(File::create(path).map_err(TrainError::write(path))?))),
-        None => None,
-    };
+    let mut output = arguments.output.as_deref().map(|path| Output::create(Some(path))).transpose()?;
     let mut evaluations = Vec::new();
     for path in &arguments.tasks {
         let task = Task {
@@ -69,15 +66,13 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
             limit: arguments.limit,
         };
         let evaluation = evaluate(reader, &task)?;
-        if let Some((path, output)) = &mut output {
-            for record in &evaluation.records {
-                writeln!(output, "{record}").map_err(TrainError::write(&**path))?;
-            }
+        if let Some(output) = &mut output {
+            evaluation.records.iter().try_for_each(|record| output.line(record))?;
         }
         evaluations.push(evaluation);
     }
-    if let Some((path, mut output)) = output {
-        output.flush().map_err(TrainError::write(path))?;
+    if let Some(output) = output {
+        output.finish()?;
     }
     let text = match arguments.json {
         true => evaluations.iter().map(|evaluation| to_json(evaluation).to_string() + "\n").collect(),

@@ -42,10 +42,7 @@ impl Input {
             if line.trim().is_empty() {
                 continue;
             }
-            let here = |problem: String, hint: Option<String>| TrainError::Request {
-                problem: format!("{}:{}: {problem}", self.name.display(), index + 1),
-                hint,
-            };
+            let here = |problem: String, hint| TrainError::at_line(&self.name, index + 1, problem, hint);
             let tokens = tokens_of(&line, tokenizer).map_err(|(problem, hint)| here(problem, hint))?;
             each(tokens).map_err(|error| match error {
                 error @ TrainError::Request { .. } => here(error.to_string(), error.hint()),

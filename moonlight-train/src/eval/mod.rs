@@ -31,7 +31,7 @@ pub use statistics::Estimate;
 pub use task::TaskFormat;
 
 use statistics::{mean, ratio};
-use task::{Question, Row, rows, wrong};
+use task::{Question, Row, rows};
 
 /// Logits that are in memory at once, at most (unless one sequence has more): 256 MiB in f32.
 const LOGITS: usize = 64 << 20;
@@ -104,7 +104,7 @@ pub fn evaluate(reader: Reader<'_>, task: &Task) -> Result<Evaluation, TrainErro
         Some(format) => format,
         None => TaskFormat::of(&rows[0].fields).ok_or_else(|| {
             let hint = "rows are MMLU's, ARC's, HellaSwag's, conversations or `{\"text\": ...}`; name it by `--format`";
-            wrong(&task.path, rows[0].line, "the row has the keys of no format", Some(hint.into()))
+            TrainError::at_line(&task.path, rows[0].line, "the row has the keys of no format", Some(hint.into()))
         })?,
     };
     if task.shots > 0 && !format.has_choices() {
@@ -124,7 +124,7 @@ type Outcome = (Vec<(&'static str, Estimate)>, Vec<Value>);
 
 fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) -> Result<Outcome, TrainError> {
     let read = |path: &Path, row: &Row| {
-        Question::read(format, &row.fields).map_err(|problem| wrong(path, row.line, problem, None))
+        Question::read(format, &row.fields).map_err(|problem| TrainError::at_line(path, row.line, problem, None))
     };
     let questions = rows.iter().map(|row| read(&task.path, row)).collect::<Result<Vec<_>, _>>()?;
     let examples = match &task.shots_from {
@@ -189,7 +189,7 @@ fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, 
     let mut documents = Vec::new();
     for row in rows {
         let text = row.fields.get("text").or_else(|| row.fields.get("page")).and_then(Value::as_str);
-        let text = text.ok_or_else(|| wrong(&task.path, row.line, "the row has no `text`", None))?;
+        let text = text.ok_or_else(|| TrainError::at_line(&task.path, row.line, "the row has no `text`", None))?;
         let tokens = reader.tokenizer.encode(text);
         let windows = windows(&tokens, beginning(reader), context);
         documents.push((text, requests.len()..requests.len() + windows.len()));
@@ -255,7 +255,7 @@ fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcom
     let context = reader.model.config().max_position_embeddings;
     let (mut requests, mut weights) = (Vec::new(), Vec::new());
     for row in rows {
-        let here = |problem: String, hint| wrong(&task.path, row.line, problem, hint);
+        let here = |problem: String, hint| TrainError::at_line(&task.path, row.line, problem, hint);
         let read = encoder.parse(row.text.as_bytes()).and_then(|conversation| encoder.weighted(&conversation.turns));
         let read = read.map_err(|error| here(error.to_string(), error.hint()))?;
         if read.tokens.len() > context + 1 {

@@ -1,7 +1,7 @@
 //! Rows of a task file in the layouts that the data sets have on the Hub, and the prompts that lm-evaluation-harness
 //! makes of them (its tasks `mmlu`, `arc_easy`/`arc_challenge` and `hellaswag`, version 0.4).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::str::FromStr;
 
 use serde_json::{Map, Value};
@@ -97,7 +97,8 @@ pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, TrainError> {
         let bytes = std::fs::read(path).map_err(TrainError::read(path))?;
         let lines = (1..).zip(bytes.split(|&byte| byte == b'\n')).filter(|(_, line)| !line.trim_ascii().is_empty());
         let rows = lines.take(limit).map(|(number, line)| {
-            let text = std::str::from_utf8(line).map_err(|_| wrong(path, number, "the row is not UTF-8", None))?;
+            let text = std::str::from_utf8(line)
+                .map_err(|_| TrainError::at_line(path, number, "the row is not UTF-8", None))?;
             read(path, number, text.to_owned())
         });
         rows.collect::<Result<Vec<_>, _>>()?
@@ -109,7 +110,7 @@ pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, TrainError> {
 }
 
 fn read(path: &Path, line: usize, text: String) -> Result<Row, TrainError> {
-    let here = |problem: String| wrong(path, line, problem, None);
+    let here = |problem: String| TrainError::at_line(path, line, problem, None);
     let value: Value = serde_json::from_str(&text).map_err(|error| {
         here(format!("the row is not JSON: {}", error.to_string().split(" at line ").next().unwrap_or_default()))
     })?;
@@ -117,11 +118,6 @@ fn read(path: &Path, line: usize, text: String) -> Result<Row, TrainError> {
         Value::Object(fields) => Ok(Row { line, text, fields }),
         _ => Err(here("the row is not a JSON object".into())),
     }
-}
-
-pub(super) fn wrong(path: &Path, line: usize, problem: impl std::fmt::Display, hint: Option<String>) -> TrainError {
-    let path: PathBuf = path.into();
-    TrainError::Request { problem: format!("{}:{line}: {problem}", path.display()), hint }
 }
 
 /// A question with choices.

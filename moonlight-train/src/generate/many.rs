@@ -1,8 +1,8 @@
 //! Texts from many prompts, several side by side.
 
-use moonlight_model::{CausalLm, KvCache};
+use moonlight_model::CausalLm;
 
-use super::{Generated, Sampler, Sampling, Stop, check_prompt, rows};
+use super::{Generated, Sampler, Sampling, Stop, cache, check_prompt, rows};
 use crate::error::TrainError;
 
 /// A text that is being written.
@@ -36,15 +36,12 @@ pub fn generate_many(
     mut each: impl FnMut(usize, Generated) -> Result<(), TrainError>,
 ) -> Result<(), TrainError> {
     let config = model.config();
-    let context = config.max_position_embeddings;
     for prompt in prompts {
-        check_prompt(prompt, config.vocab_size, context)?;
+        check_prompt(prompt, config.vocab_size, config.max_position_embeddings)?;
     }
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let capacity = context.min(longest.saturating_add(max_new_tokens));
-    let device = model.embed_tokens.weight.val().device();
     let mut seats: Vec<Option<Writing>> = (0..batch.clamp(1, prompts.len().max(1))).map(|_| None).collect();
-    let mut cache = KvCache::new(config, seats.len(), capacity, &device, model.dtype());
+    let mut cache = cache(model, seats.len(), longest.saturating_add(max_new_tokens));
     let mut waiting = prompts.iter().enumerate();
     loop {
         for (sequence, seat) in seats.iter_mut().enumerate().filter(|(_, seat)| seat.is_none()) {

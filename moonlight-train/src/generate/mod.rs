@@ -46,10 +46,7 @@ pub struct Session<'m> {
 impl<'m> Session<'m> {
     /// A session that has read nothing, with room for `capacity` tokens, the model's context at most.
     pub fn new(model: &'m CausalLm, capacity: usize) -> Self {
-        let config = model.config();
-        let device = model.embed_tokens.weight.val().device();
-        let capacity = capacity.min(config.max_position_embeddings);
-        Self { model, cache: KvCache::new(config, 1, capacity, &device, model.dtype()), read: Vec::new() }
+        Self { model, cache: cache(model, 1, capacity), read: Vec::new() }
     }
 
     /// Goes on from `prompt`, handing each new token to `each` as it comes. What the prompt has in common with what was
@@ -117,6 +114,13 @@ pub fn generate(
         each(token);
         ControlFlow::Continue(())
     })
+}
+
+/// Room for `capacity` tokens of each of `batch` texts, the model's context at most.
+fn cache(model: &CausalLm, batch: usize, capacity: usize) -> KvCache {
+    let config = model.config();
+    let device = model.embed_tokens.weight.val().device();
+    KvCache::new(config, batch, capacity.min(config.max_position_embeddings), &device, model.dtype())
 }
 
 /// Logits on the host, row by row.
