@@ -5,13 +5,13 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Mutex, PoisonError};
 
-use crate::check::{Plan, Scope};
 use crate::checkpoint::Checkpoint;
-use crate::decode::{Layout, Piece};
-use crate::elements::{Weight, with_weight};
+use crate::dtype::conversion::{Weight, with_weight};
+use crate::dtype::dequantize::{Layout, Piece};
 use crate::error::CheckpointError;
+use crate::io::parallel_copy::{Panel, Reading, in_order, panels};
+use crate::mapping::load_plan::{Plan, Scope};
 use crate::progress::Progress;
-use crate::transfer::{Panel, Reading, in_order, panels};
 
 /// What a comparison found.
 #[derive(Debug, Clone, PartialEq)]
@@ -241,7 +241,7 @@ impl Checkpoint {
         match piece.verbatim(layout, piece.dtype, &panel.rows) {
             Some(part) => self.part(&part),
             None => {
-                let target = crate::transfer::values::<T>(buffer, count);
+                let target = crate::io::parallel_copy::values::<T>(buffer, count);
                 // What is not finite is compared like everything else.
                 self.decode(piece, layout, panel.rows.start, target);
                 bytemuck::cast_slice(target)

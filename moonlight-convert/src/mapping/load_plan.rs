@@ -8,12 +8,12 @@ use moonlight_model::config::{ParameterKind, ParameterShape};
 use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, StoredTensor};
-use crate::decode::{Encoding, Layout, Part, Piece};
-use crate::elements::WeightDtype;
+use crate::dtype::conversion::WeightDtype;
+use crate::dtype::dequantize::{Encoding, Layout, Part, Piece};
+use crate::dtype::quant::{NIBBLES_PER_WORD, Scheme};
 use crate::error::CheckpointError;
-use crate::names::{self, HfTensor, SkipReason, Stacked};
-use crate::problem::{Problem, Problems};
-use crate::quantised::{NIBBLES_PER_WORD, Scheme};
+use crate::mapping::names::{self, HfTensor, SkipReason, Stacked};
+use crate::report::validation::{Problem, Problems};
 
 /// More experts than any router of the family is made for.
 const MOST_EXPERTS: usize = 1 << 16;

@@ -9,7 +9,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::elements::{Lines, Outcome, Weight};
+use crate::dtype::conversion::{Lines, Outcome, Weight};
 
 /// Columns of a tile.
 pub(crate) const WIDTH: usize = 64;
@@ -202,7 +202,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::elements::Plain;
+    use crate::dtype::conversion::Plain;
 
     fn check<T: Weight>(value: impl Fn(usize) -> T) {
         for (rows, columns) in [(1, 1), (3, 130), (65, 64), (129, 67), (8, 8), (128, 64), (300, 9), (7, 7)] {

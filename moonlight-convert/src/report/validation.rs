@@ -229,7 +229,7 @@ impl Problems {
             return Some("a download that was cut short looks like this: fetch these files again".into());
         }
         let head_missing =
-            |problem: &Problem| matches!(problem, Problem::Missing { tensor } if tensor == crate::names::HEAD);
+            |problem: &Problem| matches!(problem, Problem::Missing { tensor } if tensor == crate::mapping::names::HEAD);
         if self.list.len() == 1 && self.list.iter().any(head_missing) {
             return Some("if the head is the embedding, set `tie_word_embeddings` to true in `config.json`".into());
         }

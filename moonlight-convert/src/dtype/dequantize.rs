@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use crate::checkpoint::Checkpoint;
-use crate::elements::{self, Outcome, Plain, Weight, WeightDtype, with_weight};
+use crate::dtype::conversion::{self, Outcome, Plain, Weight, WeightDtype, with_weight};
+use crate::dtype::quant::{Fp8, Int4, scales};
+use crate::dtype::transpose::{Shared, transpose};
 use crate::error::CheckpointError;
-use crate::names::HfTensor;
-use crate::quantised::{Fp8, Int4, scales};
-use crate::transposition::{Shared, transpose};
+use crate::mapping::names::HfTensor;
 
 /// Which way round a matrix lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,7 +139,7 @@ impl Checkpoint {
         let (rows, columns) = piece.dims(piece.stored());
         with_lines!(self, piece, 0, self.part(&piece.part), lines => match piece.transposed_in(layout) {
             true => transpose(lines, rows, first, target),
-            false => elements::copy(lines, columns, first, target),
+            false => conversion::copy(lines, columns, first, target),
         })
     }
 
@@ -166,7 +166,7 @@ impl Checkpoint {
         } else {
             // SAFETY: the caller's promise.
             let target = unsafe { target.part(at + first * columns..at + rows.end * columns) };
-            elements::copy(lines, columns, first, target)
+            conversion::copy(lines, columns, first, target)
         })
     }
 

@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::checkpoint::Checkpoint;
-use crate::decode::{Layout, Piece};
-use crate::elements::{Outcome, WeightDtype, all_finite, with_weight};
+use crate::dtype::conversion::{Outcome, WeightDtype, all_finite, with_weight};
+use crate::dtype::dequantize::{Layout, Piece};
+use crate::dtype::transpose::WIDTH;
 use crate::error::CheckpointError;
+use crate::io::writer::Output;
 use crate::progress::Progress;
-use crate::transposition::WIDTH;
-use crate::writer::Output;
 
 /// Bytes of all threads' panels together.
 const PANELS: usize = 96 << 20;
@@ -120,7 +120,7 @@ impl<'a> Reading<'a> {
     }
 
     /// `verbatim` is the part that only this panel reads, where there is one.
-    pub(crate) fn end(&self, panel: &Panel, verbatim: Option<&crate::decode::Part>) {
+    pub(crate) fn end(&self, panel: &Panel, verbatim: Option<&crate::dtype::dequantize::Part>) {
         let last = self.remaining[panel.piece].fetch_sub(1, Ordering::AcqRel) == 1;
         match verbatim {
             Some(part) => self.checkpoint.release(part),

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use moonlight_model::ModelConfig;
 use serde_json::Value;
 
-use crate::elements::{Lines, Weight, WeightDtype};
+use crate::dtype::conversion::{Lines, Weight, WeightDtype};
 
 /// DeepSeek-V3's block, where the configuration names none.
 const DEFAULT_BLOCK: [usize; 2] = [128, 128];

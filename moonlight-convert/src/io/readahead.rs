@@ -6,11 +6,11 @@
 use std::fs::File;
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 
-use crate::check::Plan;
 use crate::checkpoint::Checkpoint;
-use crate::decode::{Part, Piece};
+use crate::dtype::dequantize::{Part, Piece};
 use crate::error::CheckpointError;
-use crate::shard::Shard;
+use crate::format::shard::Shard;
+use crate::mapping::load_plan::Plan;
 
 /// How far the system is asked to read ahead. It reads on behind a piece, into pieces that other parameters are made of; when
 /// their turn comes, the disk must have other work for as long as it takes to go through them.

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::error::CheckpointError;
-use crate::index::stays_inside;
+use crate::format::index::stays_inside;
 use crate::progress::Progress;
 
 /// Bytes that are read at a time.

@@ -11,11 +11,11 @@ use burn::tensor::DType;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
-use crate::burnpack::{self, BURNPACK, Entry};
-use crate::elements::WeightDtype;
+use crate::dtype::conversion::WeightDtype;
 use crate::error::{CheckpointError, is_full};
-use crate::index::{INDEX, Index, SINGLE};
-use crate::names;
+use crate::format::burnpack::{self, BURNPACK, Entry};
+use crate::format::index::{INDEX, Index, SINGLE};
+use crate::mapping::names;
 
 /// Headers are padded so that the data behind them is aligned for every dtype.
 const ALIGNMENT: usize = 8;

@@ -172,15 +172,15 @@ impl Weight for f16 {
 macro_rules! with_weight {
     ($dtype:expr, $weight:ident => $body:expr) => {
         match $dtype {
-            $crate::elements::WeightDtype::F32 => {
+            $crate::dtype::conversion::WeightDtype::F32 => {
                 type $weight = f32;
                 $body
             }
-            $crate::elements::WeightDtype::Bf16 => {
+            $crate::dtype::conversion::WeightDtype::Bf16 => {
                 type $weight = half::bf16;
                 $body
             }
-            $crate::elements::WeightDtype::F16 => {
+            $crate::dtype::conversion::WeightDtype::F16 => {
                 type $weight = half::f16;
                 $body
             }
@@ -270,7 +270,7 @@ pub(crate) fn copy<T>(source: &impl Lines<T>, columns: usize, first: usize, targ
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transposition::transpose;
+    use crate::dtype::transpose::transpose;
 
     fn plain<T: Weight>(values: &[T], columns: usize) -> Plain<'_, T> {
         Plain::new(bytemuck::cast_slice(values), columns)

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
-use crate::companions::companions_in;
 use crate::error::CheckpointError;
-use crate::problem::Problem;
+use crate::format::sidecars::companions_in;
+use crate::report::validation::Problem;
 
 /// How the names of files end while they are being fetched: by huggingface_hub, by curl and wget users, by aria2, by
 /// browsers.

@@ -16,8 +16,8 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::error::OneLine;
-use crate::index::unprintable;
-use crate::shard::ShardTensor;
+use crate::format::index::unprintable;
+use crate::format::shard::ShardTensor;
 
 /// The name of the file in a directory.
 pub(crate) const BURNPACK: &str = "model.bpk";

@@ -12,9 +12,9 @@ use safetensors::tensor::{self, TensorInfo};
 use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::burnpack;
 use crate::error::{Bytes, OneLine};
-use crate::index::unprintable;
+use crate::format::burnpack;
+use crate::format::index::unprintable;
 
 /// Bytes of the length that a file begins with.
 const LENGTH: usize = 8;

@@ -9,7 +9,7 @@ use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::CheckpointError;
-use crate::inside::Inside;
+use crate::io::confined_dir::Inside;
 
 /// The index's file name.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";

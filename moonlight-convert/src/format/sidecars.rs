@@ -7,14 +7,14 @@ use moonlight_model::ModelConfig;
 use moonlight_model::config::ModelType;
 use serde_json::{Map, Value, json};
 
-use crate::burnpack::BURNPACK;
 use crate::checkpoint::CONFIG;
-use crate::elements::WeightDtype;
+use crate::dtype::conversion::WeightDtype;
 use crate::error::CheckpointError;
-use crate::index::INDEX;
-use crate::inside::Inside;
-use crate::names::PREDICTION_LAYERS;
-use crate::writer::{write_failure, write_file};
+use crate::format::burnpack::BURNPACK;
+use crate::format::index::INDEX;
+use crate::io::confined_dir::Inside;
+use crate::io::writer::{write_failure, write_file};
+use crate::mapping::names::PREDICTION_LAYERS;
 
 /// How generation ends, for transformers.
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
