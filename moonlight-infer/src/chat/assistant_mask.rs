@@ -15,7 +15,7 @@
 
 use std::ops::Range;
 
-use super::tokens::MARKS;
+use super::encoder::MARKS;
 use super::{ChatEncoder, ChatError, Message};
 
 impl ChatEncoder {

@@ -3,7 +3,7 @@
 use moonlight_model::CausalLm;
 
 use super::{Generated, Sampler, Sampling, Stop, cache, check_prompt, rows};
-use crate::error::TrainError;
+use crate::error::InferError;
 
 /// A text that is being written.
 struct Writing {
@@ -33,8 +33,8 @@ pub fn generate_many(
     max_new_tokens: usize,
     sampling: Sampling,
     eos: &[u32],
-    mut each: impl FnMut(usize, Generated) -> Result<(), TrainError>,
-) -> Result<(), TrainError> {
+    mut each: impl FnMut(usize, Generated) -> Result<(), InferError>,
+) -> Result<(), InferError> {
     let config = model.config();
     for prompt in prompts {
         check_prompt(prompt, config.vocab_size, config.max_position_embeddings)?;

@@ -4,32 +4,61 @@
 //! becomes the JSON of that record and goes the way of all lines; where a line has a number a row has its own, from 1.
 //! Built in by the cargo feature `parquet`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::DataError;
+/// A parquet file, or a row of one, that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ParquetError {
+    /// The file.
+    #[error("cannot read `{}`: {problem}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+        /// What to do, where we know.
+        hint: Option<String>,
+    },
+    /// A row.
+    #[error("{}:{row}: the row cannot be read: {problem}", path.display())]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// The row, counted from 1.
+        row: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+impl ParquetError {
+    /// A file and what is wrong with it.
+    pub fn file(path: &Path, problem: impl Into<String>, hint: Option<&str>) -> Self {
+        Self::File { path: path.to_owned(), problem: problem.into(), hint: hint.map(Into::into) }
+    }
+
+    /// What to do about it, where we know.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::File { hint, .. } => hint.clone(),
+            Self::Row { .. } => None,
+        }
+    }
+}
 
 /// Which columns are read: those of the first set whose first column the file has. No set at all reads everything.
-pub(crate) type Wanted = &'static [&'static [&'static str]];
+pub type Wanted = &'static [&'static [&'static str]];
 
 /// What a conversation is kept in, in each of its three shapes.
-pub(super) const CONVERSATIONS: Wanted =
+pub const CONVERSATIONS: Wanted =
     &[&["messages"], &["conversations"], &["instruction", "input", "output", "system", "history", "weight"]];
 /// What `format = "tokens"` reads.
-pub(super) const TOKENS: Wanted = &[&["tokens"]];
+pub const TOKENS: Wanted = &[&["tokens"]];
 
 /// Whether a file is one of parquet, by its name's ending.
-pub(crate) fn is_parquet(path: &Path) -> bool {
+pub fn is_parquet(path: &Path) -> bool {
     path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("parquet"))
-}
-
-fn cannot(path: &Path, problem: impl Into<String>, hint: Option<&str>) -> DataError {
-    DataError::Parquet { path: path.to_owned(), problem: problem.into(), hint: hint.map(Into::into) }
-}
-
-/// A parquet file where text is wanted.
-pub(super) fn is_no_text(path: &Path) -> DataError {
-    let hint = "`data.format = \"chat\"` reads conversations from parquet files, `\"tokens\"` lists of tokens";
-    cannot(path, "a parquet file is no text, and `data.format` is `text`", Some(hint))
 }
 
 /// Says that this build has no reader.
@@ -38,16 +67,16 @@ pub(super) fn is_no_text(path: &Path) -> DataError {
 ///
 /// Always.
 #[cfg(not(feature = "parquet"))]
-pub(crate) fn rows(
+pub fn rows(
     path: &Path,
     _wanted: Wanted,
-) -> Result<impl Iterator<Item = Result<String, DataError>> + use<>, DataError> {
+) -> Result<impl Iterator<Item = Result<String, ParquetError>> + use<>, ParquetError> {
     let hint = "build with `--features parquet`, or write the rows as JSONL";
-    Err::<std::iter::Empty<_>, _>(cannot(path, "this build reads no parquet files", Some(hint)))
+    Err::<std::iter::Empty<_>, _>(ParquetError::file(path, "this build reads no parquet files", Some(hint)))
 }
 
 #[cfg(feature = "parquet")]
-pub(crate) use reader::rows;
+pub use reader::rows;
 
 #[cfg(feature = "parquet")]
 mod reader {
@@ -56,7 +85,7 @@ mod reader {
     use std::panic::{self, AssertUnwindSafe};
     use std::sync::{Arc, Once};
 
-    use parquet::errors::ParquetError;
+    use parquet::errors::ParquetError as ReaderError;
     use parquet::file::reader::{FileReader, SerializedFileReader};
     use parquet::record::reader::{ReaderIter, TreeBuilder};
     use parquet::record::{Field, Row};
@@ -70,27 +99,28 @@ mod reader {
     /// # Errors
     ///
     /// A file that is no whole parquet file, or has none of the columns; for a row, what the reader says of it.
-    pub(crate) fn rows(
+    pub fn rows(
         path: &Path,
         wanted: Wanted,
-    ) -> Result<impl Iterator<Item = Result<String, DataError>> + use<>, DataError> {
-        let file = File::open(path).map_err(|error| DataError::io("read", path, &error))?;
-        let file = guarded(|| SerializedFileReader::new(file)).map_err(|problem| cannot(path, problem, None))?;
+    ) -> Result<impl Iterator<Item = Result<String, ParquetError>> + use<>, ParquetError> {
+        let file = File::open(path).map_err(|error| ParquetError::file(path, error.to_string(), None))?;
+        let file =
+            guarded(|| SerializedFileReader::new(file)).map_err(|problem| ParquetError::file(path, problem, None))?;
         let schema = chosen(path, file.metadata().file_metadata().schema_descr_ptr(), wanted)?;
         Ok(Rows { path: path.to_owned(), file, schema, group: 0, rows: None, row: 0, broken: false })
     }
 
     /// What the parquet crate says, without what it says before it.
-    fn said(error: ParquetError) -> String {
+    fn said(error: ReaderError) -> String {
         let text = match error {
-            ParquetError::General(text) | ParquetError::EOF(text) | ParquetError::NYI(text) => text,
+            ReaderError::General(text) | ReaderError::EOF(text) | ReaderError::NYI(text) => text,
             error => error.to_string(),
         };
         text.lines().next().unwrap_or_default().to_owned()
     }
 
     /// The schema of the columns that are wanted.
-    fn chosen(path: &Path, whole: SchemaDescPtr, wanted: Wanted) -> Result<SchemaDescPtr, DataError> {
+    fn chosen(path: &Path, whole: SchemaDescPtr, wanted: Wanted) -> Result<SchemaDescPtr, ParquetError> {
         let root = whole.root_schema();
         let columns = root.get_fields();
         let has = |name: &str| columns.iter().any(|column| column.name() == name);
@@ -102,18 +132,18 @@ mod reader {
             let missing = quoted(&mut wanted.iter().filter_map(|set| set.first().copied()));
             let present = quoted(&mut columns.iter().map(|column| column.name()));
             let lacks = if wanted.len() > 1 { "none of the columns" } else { "no column" };
-            return Err(cannot(path, format!("it has {lacks} {missing}; it has {present}"), None));
+            return Err(ParquetError::file(path, format!("it has {lacks} {missing}; it has {present}"), None));
         }
         let kept = columns.iter().filter(|column| set.is_none_or(|set| set.contains(&column.name())));
         let kept: Vec<_> = kept.cloned().collect();
         let schema =
             || Ok(SchemaDescriptor::new(Arc::new(Type::group_type_builder(root.name()).with_fields(kept).build()?)));
-        Ok(Arc::new(guarded(schema).map_err(|problem| cannot(path, problem, None))?))
+        Ok(Arc::new(guarded(schema).map_err(|problem| ParquetError::file(path, problem, None))?))
     }
 
     /// What a read comes to. The parquet crate's record reader takes a file's word for much and panics where it was broken:
     /// that is an error of the file here, and nothing that is shown.
-    fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, String> {
+    fn guarded<T>(read: impl FnOnce() -> Result<T, ReaderError>) -> Result<T, String> {
         thread_local! {
             static READING: Cell<bool> = const { Cell::new(false) };
         }
@@ -149,7 +179,7 @@ mod reader {
     }
 
     impl Rows {
-        fn advance(&mut self) -> Option<Result<Row, ParquetError>> {
+        fn advance(&mut self) -> Option<Result<Row, ReaderError>> {
             loop {
                 if let Some(row) = self.rows.as_mut().and_then(Iterator::next) {
                     return Some(row);
@@ -169,7 +199,7 @@ mod reader {
     }
 
     impl Iterator for Rows {
-        type Item = Result<String, DataError>;
+        type Item = Result<String, ParquetError>;
 
         fn next(&mut self) -> Option<Self::Item> {
             if self.broken {
@@ -179,12 +209,8 @@ mod reader {
             self.row += 1;
             let object = row.and_then(|row| Ok(Value::Object(object(row)?).to_string()));
             self.broken = object.is_err();
-            Some(object.map_err(|problem| DataError::Record {
-                path: self.path.clone(),
-                line: self.row,
-                problem: format!("the row cannot be read: {problem}"),
-                hint: None,
-            }))
+            let (path, row) = (&self.path, self.row);
+            Some(object.map_err(|problem| ParquetError::Row { path: path.clone(), row, problem }))
         }
     }
 
@@ -248,7 +274,7 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/parquet").join(name)
     }
 
-    fn read(path: &Path, wanted: Wanted) -> Result<Vec<Value>, DataError> {
+    fn read(path: &Path, wanted: Wanted) -> Result<Vec<Value>, ParquetError> {
         rows(path, wanted)?.map(|row| Ok(serde_json::from_str(&row?).unwrap())).collect()
     }
 
@@ -301,7 +327,7 @@ mod tests {
             for length in [0, 3, 8, whole.len() / 2, whole.len() - 1] {
                 fs::write(&path, &whole[..length]).unwrap();
                 let error = read(&path, CONVERSATIONS).unwrap_err();
-                assert!(matches!(error, DataError::Parquet { .. }), "{length}: {error}");
+                assert!(matches!(error, ParquetError::File { .. }), "{length}: {error}");
                 assert!(!error.to_string().contains('\n'), "{error}");
             }
             let mut wrong = 0;

@@ -1,6 +1,6 @@
 //! Text from a model.
 
-mod many;
+mod batch;
 mod sampler;
 
 use std::ops::ControlFlow;
@@ -9,9 +9,9 @@ use burn::tensor::{DType, Tensor};
 use moonlight_model::{CausalLm, KvCache};
 use serde::Serialize;
 
-use crate::error::TrainError;
+use crate::error::InferError;
 
-pub use many::generate_many;
+pub use batch::generate_many;
 pub use sampler::{Sampler, Sampling};
 
 /// Why a generation ended.
@@ -64,7 +64,7 @@ impl<'m> Session<'m> {
         sampler: &mut Sampler,
         eos: &[u32],
         mut each: impl FnMut(u32) -> ControlFlow<()>,
-    ) -> Result<Generated, TrainError> {
+    ) -> Result<Generated, InferError> {
         let capacity = self.cache.capacity();
         check_prompt(prompt, self.model.config().vocab_size, capacity)?;
         // The last token is always read: its logits are wanted.
@@ -106,7 +106,7 @@ pub fn generate(
     sampling: Sampling,
     eos: &[u32],
     mut each: impl FnMut(u32),
-) -> Result<Generated, TrainError> {
+) -> Result<Generated, InferError> {
     let context = model.config().max_position_embeddings;
     // A prompt that is too long is told so by the session, which must not be larger than the context.
     let mut session = Session::new(model, prompt.len().saturating_add(max_new_tokens).min(context));
@@ -130,26 +130,25 @@ fn rows(logits: Tensor<2>) -> Vec<Vec<f32>> {
     values.chunks(width).map(<[f32]>::to_vec).collect()
 }
 
-/// A prompt must have tokens, that the model has, and no more than there is room for.
-pub(crate) fn check_prompt(prompt: &[u32], vocab_size: usize, capacity: usize) -> Result<(), TrainError> {
+/// Checks a prompt before a model reads it: it must have tokens, all of them in the vocabulary, and no more than there is
+/// room for.
+///
+/// # Errors
+///
+/// [`InferError::EmptyPrompt`], [`InferError::PromptTooLong`], [`InferError::UnknownToken`].
+pub fn check_prompt(prompt: &[u32], vocab_size: usize, capacity: usize) -> Result<(), InferError> {
     check_tokens(prompt, vocab_size)?;
-    let problem = match prompt.len() {
-        0 => "the prompt has no tokens".into(),
-        length if length > capacity => {
-            format!("the prompt has {length} tokens, more than the model's context of {capacity}")
-        }
-        _ => return Ok(()),
-    };
-    Err(TrainError::Request { problem, hint: None })
+    match prompt.len() {
+        0 => Err(InferError::EmptyPrompt),
+        tokens if tokens > capacity => Err(InferError::PromptTooLong { tokens, context: capacity }),
+        _ => Ok(()),
+    }
 }
 
 /// Every token must have a row in the embedding.
-pub(crate) fn check_tokens(tokens: &[u32], vocab_size: usize) -> Result<(), TrainError> {
+pub(crate) fn check_tokens(tokens: &[u32], vocab_size: usize) -> Result<(), InferError> {
     match tokens.iter().find(|&&token| token as usize >= vocab_size) {
         None => Ok(()),
-        Some(token) => Err(TrainError::Request {
-            problem: format!("there is no token {token}: the model has {vocab_size}"),
-            hint: None,
-        }),
+        Some(&token) => Err(InferError::UnknownToken { token, vocab_size }),
     }
 }

@@ -22,11 +22,16 @@ use moonlight_convert::hub;
 use moonlight_convert::tokenizer::{SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON};
 use tiktoken::Tiktoken;
 
-pub use crate::recipe::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER};
+use crate::expand::expand;
 use bytes::Bytes;
 pub use bytes::{BOS, EOS, PAD};
 pub use error::TokenizerError;
 pub use stream::TokenStream;
+
+/// The name of the tokenizer of bytes.
+pub const BYTES_TOKENIZER: &str = "bytes";
+/// The name of the tokenizer of bytes that has the tokens of a conversation.
+pub const BYTES_CHAT_TOKENIZER: &str = "bytes-chat";
 
 /// What may lie beside a tokenizer and belongs to it.
 const BESIDE: [&str; 4] =
@@ -110,7 +115,7 @@ impl Tokenizer {
         if spec == BYTES_CHAT_TOKENIZER {
             return Ok(Self::bytes_chat());
         }
-        let path = PathBuf::from(crate::recipe::expand(spec).unwrap_or_else(|_| spec.to_owned()));
+        let path = PathBuf::from(expand(spec).unwrap_or_else(|_| spec.to_owned()));
         let path = hub::resolve(&path).unwrap_or(path);
         if path.is_dir() {
             return Self::from_model_dir(&path)?.ok_or(TokenizerError::NotFound(path));

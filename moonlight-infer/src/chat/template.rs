@@ -12,19 +12,8 @@ use minijinja::{Environment, ErrorKind};
 use serde_json::{Value, json};
 
 use super::{ChatError, Message};
+use crate::moonlight_template::{MOONLIGHT_TEMPLATE, MOONLIGHT_TOKENS};
 use crate::tokenizer::Tokenizer;
-
-/// Moonlight's template, as published in its `tokenizer_config.json`: no line breaks, no `[BOS]`, and a system message
-/// where the conversation has none.
-pub const MOONLIGHT_TEMPLATE: &str = "{%- for message in messages -%}{%- if loop.first and messages[0]['role'] != \
-     'system' -%}<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>{%- endif -%}{%- if \
-     message['role'] == 'system' -%}<|im_system|>{%- endif -%}{%- if message['role'] == 'user' -%}<|im_user|>{%- endif \
-     -%}{%- if message['role'] == 'assistant' -%}<|im_assistant|>{%- endif -%}{{ message['role'] \
-     }}<|im_middle|>{{message['content']}}<|im_end|>{%- endfor -%}{%- if add_generation_prompt \
-     -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}";
-
-/// The special tokens of [`MOONLIGHT_TEMPLATE`].
-const MOONLIGHT_TOKENS: [&str; 5] = ["<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"];
 
 /// The one template of the environment.
 const NAME: &str = "chat";

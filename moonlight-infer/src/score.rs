@@ -4,10 +4,10 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use moonlight_model::CausalLm;
 
-use crate::error::TrainError;
+use crate::error::InferError;
 use crate::generate::check_tokens;
 
-/// How a model takes a token that it is given.
+/// How likely a model finds a token that it is given.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scored {
     /// The natural logarithm of its probability given those before it.
@@ -21,44 +21,37 @@ pub struct Scored {
 /// # Errors
 ///
 /// Tokens that the model does not have, and more of them than its context.
-pub fn score(model: &CausalLm, tokens: &[u32]) -> Result<Vec<Option<f32>>, TrainError> {
+pub fn score(model: &CausalLm, tokens: &[u32]) -> Result<Vec<Option<f32>>, InferError> {
     let context = model.config().max_position_embeddings;
     if tokens.len() > context {
-        return Err(too_long(tokens.len(), context));
+        return Err(InferError::TooManyTokens { tokens: tokens.len(), context });
     }
     let scored = score_batch(model, &[tokens])?.into_iter().flatten();
     let first = tokens.first().map(|_| None);
     Ok(first.into_iter().chain(scored.map(|scored| Some(scored.logprob))).collect())
 }
 
-fn too_long(length: usize, context: usize) -> TrainError {
-    TrainError::Request {
-        problem: format!("{length} tokens are more than the model's context of {context}"),
-        hint: None,
-    }
-}
-
 /// Each token of each sequence but the first, given those before it. The sequences are one batch, padded on the right. The
-/// last token of a sequence is not read, so it may lie behind the model's context.
+/// last token of a sequence is not read, so it may be one more than the model's context holds.
 ///
 /// # Errors
 ///
 /// As [`score`].
-pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Scored>>, TrainError> {
+pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Scored>>, InferError> {
     let config = model.config();
     let longest = sequences.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
     for tokens in sequences {
         check_tokens(tokens, config.vocab_size)?;
     }
     if longest > config.max_position_embeddings + 1 {
-        return Err(too_long(longest, config.max_position_embeddings));
+        return Err(InferError::TooManyTokens { tokens: longest, context: config.max_position_embeddings });
     }
     if longest < 2 {
         return Ok(vec![Vec::new(); sequences.len()]);
     }
     let device = model.embed_tokens.weight.val().device();
     let (rows, width) = (sequences.len(), longest - 1);
-    // What stands behind the end of a shorter sequence is never looked at: attention looks back only.
+    // Padding after a shorter sequence does not matter: attention is causal.
     let padded = |from: usize| -> Vec<i32> {
         let row = |tokens: &&[u32]| {
             let tokens: Vec<i32> = tokens.iter().skip(from).take(width).map(|&token| token as i32).collect();

@@ -14,14 +14,14 @@ fn model() -> CausalLm {
     config.init(&device)
 }
 
-/// The log-likelihood of `continuation` behind `context`, token by token with [`crate::score::score`].
+/// The log-likelihood of `continuation` after `context`, token by token with [`crate::score::score`].
 fn by_hand(model: &CausalLm, context: &str, continuation: &str) -> f64 {
     let tokens: Vec<u32> = context.bytes().chain(continuation.bytes()).map(u32::from).collect();
     let scores = crate::score::score(model, &tokens).unwrap();
     scores[context.len()..].iter().map(|score| f64::from(score.unwrap())).sum()
 }
 
-fn run(model: &CausalLm, name: &str, lines: &str, change: impl FnOnce(&mut Task)) -> Result<Evaluation, TrainError> {
+fn run(model: &CausalLm, name: &str, lines: &str, change: impl FnOnce(&mut Task)) -> Result<Evaluation, InferError> {
     let dir = tempfile::tempdir().unwrap();
     let mut task = Task { path: dir.path().join(name), ..Task::default() };
     std::fs::write(&task.path, lines).unwrap();

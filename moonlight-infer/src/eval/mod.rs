@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::chat::{ChatEncoder, ChatTemplate};
-use crate::error::TrainError;
+use crate::error::InferError;
 use crate::score::{Scored, score_batch};
 use crate::tokenizer::Tokenizer;
 
@@ -98,17 +98,17 @@ pub struct Reader<'a> {
 ///
 /// A file that cannot be read, a row that is none of the format (with file and line), a conversation that does not fit into
 /// the model's context, a model without a chat template where rows are conversations.
-pub fn evaluate(reader: Reader<'_>, task: &Task) -> Result<Evaluation, TrainError> {
+pub fn evaluate(reader: Reader<'_>, task: &Task) -> Result<Evaluation, InferError> {
     let rows = rows(&task.path, task.limit)?;
     let format = match task.format {
         Some(format) => format,
         None => TaskFormat::of(&rows[0].fields).ok_or_else(|| {
             let hint = "rows are MMLU's, ARC's, HellaSwag's, conversations or `{\"text\": ...}`; name it by `--format`";
-            TrainError::at_line(&task.path, rows[0].line, "the row has the keys of no format", Some(hint.into()))
+            InferError::line(&task.path, rows[0].line, "the row has the keys of no format", Some(hint.into()))
         })?,
     };
     if task.shots > 0 && !format.has_choices() {
-        return Err(TrainError::Request { problem: format!("examples do not go with rows of {format}"), hint: None });
+        return Err(InferError::ShotsWithoutChoices { format: format.to_string() });
     }
     let (metrics, records) = match format {
         TaskFormat::Mmlu | TaskFormat::Arc | TaskFormat::HellaSwag => choices(reader, task, format, &rows)?,
@@ -122,9 +122,9 @@ pub fn evaluate(reader: Reader<'_>, task: &Task) -> Result<Evaluation, TrainErro
 /// Figures by name, and a record for each row.
 type Outcome = (Vec<(&'static str, Estimate)>, Vec<Value>);
 
-fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) -> Result<Outcome, TrainError> {
+fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) -> Result<Outcome, InferError> {
     let read = |path: &Path, row: &Row| {
-        Question::read(format, &row.fields).map_err(|problem| TrainError::at_line(path, row.line, problem, None))
+        Question::read(format, &row.fields).map_err(|problem| InferError::line(path, row.line, problem, None))
     };
     let questions = rows.iter().map(|row| read(&task.path, row)).collect::<Result<Vec<_>, _>>()?;
     let examples = match &task.shots_from {
@@ -139,8 +139,7 @@ fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) ->
         let usable = examples.iter().filter(|example| example.subject == question.subject && *example != question);
         let shots: Vec<String> = usable.take(task.shots).map(|example| example.answered() + "\n\n").collect();
         if shots.len() < task.shots {
-            let problem = format!("there are {} examples for {} shots", shots.len(), task.shots);
-            return Err(TrainError::Request { problem, hint: Some("take fewer `--shots`, or another file".into()) });
+            return Err(InferError::TooFewExamples { examples: shots.len(), shots: task.shots });
         }
         let context = format!("{}{}{}", question.description, shots.concat(), question.context);
         first.push(requests.len());
@@ -183,13 +182,13 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
     best.0
 }
 
-fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, TrainError> {
+fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, InferError> {
     let context = reader.model.config().max_position_embeddings;
     let mut requests = Vec::new();
     let mut documents = Vec::new();
     for row in rows {
         let text = row.fields.get("text").or_else(|| row.fields.get("page")).and_then(Value::as_str);
-        let text = text.ok_or_else(|| TrainError::at_line(&task.path, row.line, "the row has no `text`", None))?;
+        let text = text.ok_or_else(|| InferError::line(&task.path, row.line, "the row has no `text`", None))?;
         let tokens = reader.tokenizer.encode(text);
         let windows = windows(&tokens, beginning(reader), context);
         documents.push((text, requests.len()..requests.len() + windows.len()));
@@ -246,7 +245,7 @@ fn windows(tokens: &[u32], first: Option<u32>, context: usize) -> Vec<Request> {
     windows
 }
 
-fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, TrainError> {
+fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, InferError> {
     let template = match reader.dir {
         Some(dir) => ChatTemplate::of_model(dir, reader.tokenizer)?,
         None => ChatTemplate::of_tokenizer(reader.tokenizer)?,
@@ -255,7 +254,7 @@ fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcom
     let context = reader.model.config().max_position_embeddings;
     let (mut requests, mut weights) = (Vec::new(), Vec::new());
     for row in rows {
-        let here = |problem: String, hint| TrainError::at_line(&task.path, row.line, problem, hint);
+        let here = |problem: String, hint| InferError::line(&task.path, row.line, problem, hint);
         let read = encoder.parse(row.text.as_bytes()).and_then(|conversation| encoder.weighted(&conversation.turns));
         let read = read.map_err(|error| here(error.to_string(), error.hint()))?;
         if read.tokens.len() > context + 1 {
@@ -292,17 +291,14 @@ struct Request {
 
 /// A context and what goes on from it, tokenised as one text (the harness's `_encode_pair`: spaces that end the context
 /// belong to what follows); a context that is too long loses its beginning.
-fn pair(reader: Reader<'_>, context: &str, continuation: &str) -> Result<Request, TrainError> {
+fn pair(reader: Reader<'_>, context: &str, continuation: &str) -> Result<Request, InferError> {
     let whole = format!("{context}{continuation}");
     let mut tokens = reader.tokenizer.encode(&whole);
     let mut from = reader.tokenizer.encode(context.trim_end()).len();
     if from == 0 {
         match beginning(reader) {
             Some(first) => tokens.insert(0, first),
-            None => {
-                let problem = "a question without a text, and the tokenizer has no token to begin with".into();
-                return Err(TrainError::Request { problem, hint: None });
-            }
+            None => return Err(InferError::NothingToBeginWith),
         }
         from = 1;
     }
@@ -322,7 +318,7 @@ fn log_likelihood(scored: &[Scored]) -> f64 {
 }
 
 /// The scored tokens of each request, in the order of the requests; batches are made of requests of like length.
-fn scored(model: &CausalLm, requests: &[Request]) -> Result<Vec<Vec<Scored>>, TrainError> {
+fn scored(model: &CausalLm, requests: &[Request]) -> Result<Vec<Vec<Scored>>, InferError> {
     let mut order: Vec<usize> = (0..requests.len()).collect();
     order.sort_by_key(|&index| std::cmp::Reverse(requests[index].tokens.len()));
     let vocab = model.config().vocab_size;

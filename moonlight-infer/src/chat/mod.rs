@@ -2,23 +2,24 @@
 //!
 //! * `conversation.rs`: records of JSON to messages.
 //! * `template.rs`: messages to the text that the model was taught them in.
-//! * `spans.rs`: where in that text the assistant speaks.
-//! * `tokens.rs`: the text to tokens, and a weight for each.
+//! * `assistant_mask.rs`: where in that text the assistant speaks.
+//! * `encoder.rs`: the text to tokens, and a weight for each.
 
+mod assistant_mask;
 mod conversation;
+mod encoder;
 mod error;
-mod spans;
 mod template;
 #[cfg(test)]
 mod tests;
-mod tokens;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::moonlight_template::MOONLIGHT_TEMPLATE;
 pub use conversation::{Conversation, Shape, Turn};
+pub use encoder::{ChatEncoder, WeightedTokens};
 pub use error::{ChatError, ConversationError};
-pub use template::{ChatTemplate, MOONLIGHT_TEMPLATE, TemplateSource};
-pub use tokens::{ChatEncoder, WeightedTokens};
+pub use template::{ChatTemplate, TemplateSource};
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,8 +1,52 @@
-//! `--device` and `--dtype`: the only place where a backend is named.
+//! Devices and dtypes by name: the only place where a backend is named.
 
 use burn::tensor::{DType, Device};
 
-use crate::error::TrainError;
+/// A device or dtype that there is not.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// A name that is no device's.
+    #[error("there is no device `{0}`")]
+    Unknown(String),
+    /// A device that this build cannot use.
+    #[error("this build has no `{kind}` (it has: {built})")]
+    NotBuilt {
+        /// The kind of device.
+        kind: &'static str,
+        /// The kinds that the build has, with commas between.
+        built: String,
+    },
+    /// A device whose number is none.
+    #[error("`{index}` in `{name}` is not the number of a device")]
+    Index {
+        /// The name as it was given.
+        name: String,
+        /// Its kind.
+        kind: &'static str,
+        /// What is in the number's place.
+        index: String,
+    },
+    /// A number for a kind of which there is one.
+    #[error("`{0}` takes no number")]
+    NoIndex(&'static str),
+    /// A name that is no dtype's.
+    #[error("there is no dtype `{0}`")]
+    Dtype(String),
+}
+
+impl DeviceError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Unknown(_) => "devices are cpu, cuda[:N], wgpu[:N], vulkan[:N] and metal".into(),
+            Self::NotBuilt { kind, .. } => format!("build with `--features {kind}`"),
+            Self::Index { kind, .. } => format!("write `{kind}` or `{kind}:0`"),
+            Self::NoIndex(kind) => format!("write `{kind}`"),
+            Self::Dtype(_) => "dtypes are f32, bf16, f16 and auto".into(),
+        })
+    }
+}
 
 /// A device to run on.
 #[derive(Debug, Clone)]
@@ -27,8 +71,8 @@ impl Target {
     ///
     /// # Errors
     ///
-    /// [`TrainError::Device`] for a name that is none, and for a device that this build has not.
-    pub fn open(name: &str) -> Result<Self, TrainError> {
+    /// [`DeviceError`] for a name that is no device's, and for a device that this build cannot use.
+    pub fn open(name: &str) -> Result<Self, DeviceError> {
         let built: Vec<&str> = KINDS.iter().filter(|(_, built)| *built).map(|(kind, _)| *kind).collect();
         let name = if name == "auto" { built.first().copied().unwrap_or("cpu") } else { name };
         let (kind, index) = match name.split_once(':') {
@@ -36,39 +80,25 @@ impl Target {
             Some((kind, index)) => (kind, Some(index)),
         };
         let known = KINDS.iter().find(|(known, _)| *known == kind);
-        let Some((kind, built_in)) = known else {
-            return Err(TrainError::Device {
-                problem: format!("there is no device `{name}`"),
-                hint: "devices are cpu, cuda[:N], wgpu[:N], vulkan[:N] and metal".into(),
-            });
-        };
+        let &(kind, built_in) = known.ok_or_else(|| DeviceError::Unknown(name.into()))?;
         if !built_in {
-            return Err(TrainError::Device {
-                problem: format!("this build has no `{kind}` (it has: {})", built.join(", ")),
-                hint: format!("build with `--features {kind}`"),
-            });
+            return Err(DeviceError::NotBuilt { kind, built: built.join(", ") });
         }
         let index = match index {
             None => None,
-            Some(index) if !matches!(*kind, "cpu" | "metal") => {
-                Some(index.parse::<usize>().map_err(|_| TrainError::Device {
-                    problem: format!("`{index}` in `{name}` is not the number of a device"),
-                    hint: format!("write `{kind}` or `{kind}:0`"),
-                })?)
-            }
-            Some(_) => {
-                return Err(TrainError::Device {
-                    problem: format!("`{kind}` takes no number"),
-                    hint: format!("write `{kind}`"),
-                });
+            Some(_) if matches!(kind, "cpu" | "metal") => return Err(DeviceError::NoIndex(kind)),
+            Some(index) => {
+                let wrong = |_| DeviceError::Index { name: name.into(), kind, index: index.into() };
+                Some(index.parse::<usize>().map_err(wrong)?)
             }
         };
-        Ok(Self { device: device(kind, index), is_cpu: *kind == "cpu" })
+        Ok(Self { device: device(kind, index), is_cpu: kind == "cpu" })
     }
 }
 
-/// The name of the device `offset` places behind the one that `name` means; there is one CPU, and one device of Metal.
-pub(crate) fn behind(name: &str, offset: usize) -> String {
+/// The name of the device `offset` places after the one that `name` means, for the workers of one machine; there is one CPU,
+/// and one device of Metal.
+pub fn name_at_offset(name: &str, offset: usize) -> String {
     let first = KINDS.iter().find(|(_, built)| *built).map_or("cpu", |(kind, _)| *kind);
     let name = if name == "auto" { first } else { name };
     let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
@@ -103,17 +133,14 @@ fn device(kind: &str, index: Option<usize>) -> Device {
 ///
 /// # Errors
 ///
-/// [`TrainError::Request`] for any other name.
-pub fn dtype(name: &str, target: &Target) -> Result<Option<DType>, TrainError> {
+/// [`DeviceError::Dtype`] for any other name.
+pub fn dtype(name: &str, target: &Target) -> Result<Option<DType>, DeviceError> {
     match name {
         "auto" => Ok(target.is_cpu.then_some(DType::F32)),
         "f32" => Ok(Some(DType::F32)),
         "bf16" => Ok(Some(DType::BF16)),
         "f16" => Ok(Some(DType::F16)),
-        other => Err(TrainError::Request {
-            problem: format!("there is no dtype `{other}`"),
-            hint: Some("dtypes are f32, bf16, f16 and auto".into()),
-        }),
+        other => Err(DeviceError::Dtype(other.into())),
     }
 }
 
@@ -131,11 +158,11 @@ mod tests {
     }
 
     #[test]
-    fn workers_take_the_devices_one_behind_the_other() {
-        assert_eq!(behind("cuda", 0), "cuda");
-        assert_eq!(behind("cuda", 3), "cuda:3");
-        assert_eq!(behind("vulkan:2", 1), "vulkan:3");
-        assert_eq!((behind("cpu", 5), behind("metal", 1)), ("cpu".to_owned(), "metal".to_owned()));
+    fn workers_use_one_device_after_the_other() {
+        assert_eq!(name_at_offset("cuda", 0), "cuda");
+        assert_eq!(name_at_offset("cuda", 3), "cuda:3");
+        assert_eq!(name_at_offset("vulkan:2", 1), "vulkan:3");
+        assert_eq!((name_at_offset("cpu", 5), name_at_offset("metal", 1)), ("cpu".to_owned(), "metal".to_owned()));
     }
 
     #[cfg(feature = "cpu")]

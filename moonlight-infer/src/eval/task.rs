@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use serde_json::{Map, Value};
 
-use crate::data::parquet;
-use crate::error::TrainError;
+use crate::error::InferError;
+use crate::parquet;
 
 /// What the rows of a task file are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -88,29 +88,29 @@ pub(super) struct Row {
 }
 
 /// The rows of a file, empty lines left out, at most `limit` (0 for all).
-pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, TrainError> {
+pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, InferError> {
     let limit = if limit == 0 { usize::MAX } else { limit };
     let rows = if parquet::is_parquet(path) {
         let rows = (1..).zip(parquet::rows(path, &[])?).take(limit);
         rows.map(|(row, text)| read(path, row, text?)).collect::<Result<Vec<_>, _>>()?
     } else {
-        let bytes = std::fs::read(path).map_err(TrainError::read(path))?;
+        let bytes = std::fs::read(path).map_err(InferError::read(path))?;
         let lines = (1..).zip(bytes.split(|&byte| byte == b'\n')).filter(|(_, line)| !line.trim_ascii().is_empty());
         let rows = lines.take(limit).map(|(number, line)| {
-            let text = std::str::from_utf8(line)
-                .map_err(|_| TrainError::at_line(path, number, "the row is not UTF-8", None))?;
+            let text =
+                std::str::from_utf8(line).map_err(|_| InferError::line(path, number, "the row is not UTF-8", None))?;
             read(path, number, text.to_owned())
         });
         rows.collect::<Result<Vec<_>, _>>()?
     };
     if rows.is_empty() {
-        return Err(TrainError::Request { problem: format!("`{}` has no rows", path.display()), hint: None });
+        return Err(InferError::NoRows(path.to_owned()));
     }
     Ok(rows)
 }
 
-fn read(path: &Path, line: usize, text: String) -> Result<Row, TrainError> {
-    let here = |problem: String| TrainError::at_line(path, line, problem, None);
+fn read(path: &Path, line: usize, text: String) -> Result<Row, InferError> {
+    let here = |problem: String| InferError::line(path, line, problem, None);
     let value: Value = serde_json::from_str(&text).map_err(|error| {
         here(format!("the row is not JSON: {}", error.to_string().split(" at line ").next().unwrap_or_default()))
     })?;

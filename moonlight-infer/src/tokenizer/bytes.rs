@@ -8,7 +8,7 @@ use moonlight_convert::tokenizer::{TOKENIZER_JSON, byte_to_char};
 use serde_json::{Map, Value, json};
 
 use super::Companion;
-use crate::chat::MOONLIGHT_TEMPLATE;
+use crate::moonlight_template::MOONLIGHT_TEMPLATE;
 
 /// Begins a text, where a model wants that.
 pub const BOS: u32 = 256;
