@@ -125,12 +125,22 @@ pub enum TrainError {
     Stage(String),
 }
 
+/// What to do about an error of a checkpoint. The library names no program; this one's users fetch models by the other.
+pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
+    let Some((repo, revision)) = error.not_cached() else { return error.hint() };
+    let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
+    Some(format!("`moonlight-convert download {repo}{revision}` fetches it"))
+}
+
 impl TrainError {
     /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Recipe(error) => error.hint(),
-            Self::Checkpoint(error) => error.hint(),
+            Self::Checkpoint(error) | Self::Adapter(AdapterError::Checkpoint(error)) => checkpoint_hint(error),
+            Self::Adapter(AdapterError::NoBase { .. }) => {
+                Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into())
+            }
             Self::Adapter(error) => error.hint(),
             Self::Lora(error) => error.hint(),
             Self::Tokenizer(error) => error.hint(),
