@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{DType, Device};
 use moonlight_convert::adapter::{base_of, is_adapter, load_adapter};
 use moonlight_convert::{Checkpoint, CheckpointError, load};
-use moonlight_model::{Bits, CausalLm};
+use moonlight_model::{CausalLm, QuantBits};
 
 use crate::error::InferError;
 
@@ -33,7 +33,7 @@ pub fn load_model(
     adapter: Option<&Path>,
     device: &Device,
     dtype: Option<DType>,
-    bits: Option<Bits>,
+    bits: Option<QuantBits>,
 ) -> Result<LoadedModel, InferError> {
     let (base, adapter) = match (is_adapter(dir), adapter) {
         (true, Some(_)) => return Err(InferError::AdapterOnAdapter(dir.to_owned())),
@@ -57,7 +57,7 @@ pub fn load_base(
     dir: &Path,
     device: &Device,
     dtype: Option<DType>,
-    bits: Option<Bits>,
+    bits: Option<QuantBits>,
 ) -> Result<CausalLm, CheckpointError> {
     match bits {
         None => Ok(load(dir, device, dtype)?.model),

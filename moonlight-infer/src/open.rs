@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use moonlight_model::{Bits, CausalLm};
+use moonlight_model::{CausalLm, QuantBits};
 use serde_json::Value;
 
 use crate::chat::{ChatEncoder, ChatTemplate};
@@ -25,7 +25,7 @@ pub struct OpenOptions {
     device: String,
     dtype: String,
     adapter: Option<PathBuf>,
-    bits: Option<Bits>,
+    bits: Option<QuantBits>,
 }
 
 impl Default for OpenOptions {
@@ -56,7 +56,7 @@ impl OpenOptions {
     }
 
     /// Quantizes the layers' projections to so many bits, with a scale for each 64 weights.
-    pub fn with_bits(self, bits: Bits) -> Self {
+    pub fn with_bits(self, bits: QuantBits) -> Self {
         Self { bits: Some(bits), ..self }
     }
 

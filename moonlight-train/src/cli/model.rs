@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use moonlight_infer::{OpenOptions, OpenedModel};
-use moonlight_model::Bits;
+use moonlight_model::QuantBits;
 
 use crate::error::TrainError;
 
@@ -38,10 +38,10 @@ enum Quantise {
 }
 
 impl Quantise {
-    fn bits(self) -> Bits {
+    fn bits(self) -> QuantBits {
         match self {
-            Self::Int8 => Bits::Eight,
-            Self::Int4 => Bits::Four,
+            Self::Int8 => QuantBits::Eight,
+            Self::Int4 => QuantBits::Four,
         }
     }
 }

@@ -3,8 +3,8 @@
 //! A step is followed from phase to phase as the trainer takes it (`trainer/backward.rs`, `trainer/step.rs` and the
 //! optimizer), and what is alive at each is added up. The largest phase is what has to fit.
 
-use moonlight_model::Bits;
 use moonlight_model::ModelConfig;
+use moonlight_model::QuantBits;
 use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::kernels::BLOCK;
 use moonlight_model::lora::{AdapterShape, LoraConfig};
@@ -132,8 +132,8 @@ pub struct MemorySettings {
     pub frozen: Vec<bool>,
     /// Adapters beside a frozen model.
     pub lora: Option<LoraConfig>,
-    /// Bits of the frozen projections, where they are packed.
-    pub packed: Option<Bits>,
+    /// QuantBits of the frozen projections, where they are packed.
+    pub packed: Option<QuantBits>,
     /// Whether there are steps whose update is measured, against the parameters as they were.
     pub probed: bool,
 }
@@ -145,8 +145,8 @@ struct Parameter {
     shape: [u64; 3],
     values: u64,
     bytes: u64,
-    /// Bits of a value, where it is packed.
-    packed: Option<Bits>,
+    /// QuantBits of a value, where it is packed.
+    packed: Option<QuantBits>,
     by: UpdatedBy,
 }
 
