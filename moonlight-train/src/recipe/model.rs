@@ -12,6 +12,7 @@ use super::RecipeError;
 use super::run::path;
 use super::section::Section;
 use crate::checkpoint::Checkpoints;
+use crate::error::checkpoint_hint;
 use crate::tokenizer::Tokenizer;
 
 /// The keys of `config.json` that shape a model of the family.
@@ -265,7 +266,7 @@ fn weights(section: &mut Section<'_>) -> PathBuf {
         }
     }
     hub::resolve(&written).unwrap_or_else(|error| {
-        section.invalid("path", format!("is wrong: {error}"), error.hint().as_deref());
+        section.invalid("path", format!("is wrong: {error}"), checkpoint_hint(&error).as_deref());
         written
     })
 }

@@ -4,12 +4,12 @@ use std::io::Write;
 
 use super::judge::{self, judge};
 use super::strategy::Finished;
-use crate::data::Corpus;
+use crate::analysis::plots::write_plots;
+use crate::data::Dataset;
 use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::generate::{Sampling, generate};
 use crate::metrics::peak_memory_mib;
-use crate::plots::write_plots;
 use crate::recipe::{NO_TOKENIZER, Recipe};
 use crate::tokenizer::Tokenizer;
 use moonlight_infer::load_model;
@@ -47,7 +47,7 @@ pub fn conclude(recipe: &Recipe, target: &Target, finished: &Finished) -> Result
     if let Some(loss) = finished.valid_loss {
         let vocab_size = model.config().vocab_size;
         let bigram = if vocab_size <= BIGRAM_VOCAB {
-            Corpus::open(&recipe.data, tokenizer.as_ref(), vocab_size, recipe.run.seed)?.bigram()
+            Dataset::open(&recipe.data, tokenizer.as_ref(), vocab_size, recipe.run.seed)?.bigram()
         } else {
             None
         };

@@ -5,16 +5,16 @@ use moonlight_model::config::{AttentionShape, ParameterKind, ParameterShape};
 use moonlight_optim::{Coefficients, NewtonSchulz};
 use serde::Serialize;
 
-/// Operations of one token, a multiplication and an addition counting two.
+/// TokenFlops of one token, a multiplication and an addition counting two.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Operations {
+pub struct TokenFlops {
     /// Products with weights: twice the activated parameters, the embedding (a lookup) left out.
     pub weights: u64,
     /// Scores and weighted sums of attention, averaged over the positions of a causal sequence.
     pub attention: u64,
 }
 
-impl Operations {
+impl TokenFlops {
     /// Of a forward pass over sequences of `sequence` tokens.
     pub fn of(config: &ModelConfig, sequence: usize) -> Self {
         let count = config.parameter_count();
@@ -41,13 +41,13 @@ impl Operations {
 }
 
 /// Whether Muon takes a parameter: the matrices but embedding and head.
-pub(super) fn is_muons(shape: &ParameterShape) -> bool {
+pub(super) fn is_muon_parameter(shape: &ParameterShape) -> bool {
     matches!(shape.kind, ParameterKind::Matrix | ParameterKind::Experts | ParameterKind::Router)
 }
 
-/// Operations of a step's Newton-Schulz over all matrices of a model: `steps` steps of the report's polynomial for each, with
+/// TokenFlops of a step's Newton-Schulz over all matrices of a model: `steps` steps of the report's polynomial for each, with
 /// symmetric products by half, as on the CPU, or whole (`symmetric` false), as in Burn's operations elsewhere.
-pub fn newton_schulz(config: &ModelConfig, steps: usize, symmetric: bool) -> f64 {
+pub fn newton_schulz_flops(config: &ModelConfig, steps: usize, symmetric: bool) -> f64 {
     let iteration = NewtonSchulz::new(&Coefficients::Report, steps);
     let shapes = config.parameter_shapes();
     let of = |shape: &ParameterShape| match shape.shape.as_slice() {
@@ -56,7 +56,7 @@ pub fn newton_schulz(config: &ModelConfig, steps: usize, symmetric: bool) -> f64
         }
         _ => 0.0,
     };
-    shapes.iter().filter(|shape| is_muons(shape)).map(of).sum()
+    shapes.iter().filter(|shape| is_muon_parameter(shape)).map(of).sum()
 }
 
 /// From how many tokens a step on an optimizer of so many operations takes no more than `share` of them, where a token
@@ -71,8 +71,8 @@ mod tests {
 
     fn numbers(preset: &str, sequence: usize) -> (f64, f64) {
         let config = ModelConfig::preset(preset).unwrap();
-        let token = Operations::of(&config, sequence).training(false) as f64;
-        (newton_schulz(&config, 5, false), token)
+        let token = TokenFlops::of(&config, sequence).training(false) as f64;
+        (newton_schulz_flops(&config, 5, false), token)
     }
 
     #[test]
@@ -84,7 +84,7 @@ mod tests {
         let attention = of(1.0, 512, 768) + of(1.0, 512, 160) + of(1.0, 128, 1024) + of(1.0, 512, 512);
         let mixture = of(32.0 * 3.0, 512, 352) + of(3.0, 512, 704) + of(1.0, 32, 512);
         let expected = 8.0 * attention + of(3.0, 512, 1408) + 7.0 * mixture;
-        let found = newton_schulz(&config, 5, true);
+        let found = newton_schulz_flops(&config, 5, true);
         assert!((found / expected - 1.0).abs() < 1e-12, "{found}, {expected}");
     }
 

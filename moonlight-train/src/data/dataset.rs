@@ -9,14 +9,14 @@ use super::files::{self, SourceFile};
 use super::hash::Hash;
 use super::report::{Fault, Faults};
 use super::sequences::{Packing, Sequences};
-use super::store::{Origin, Store};
-use super::tokenise::Reading;
+use super::token_store::{Origin, TokenStore};
+use super::tokenize::TokenizeJob;
 use super::{DataError, HostBatch, TrainStream};
-use crate::bigram::bigram_loss;
+use crate::analysis::bigram::bigram_loss;
 use crate::recipe::{DataConfig, DataFormat, TooLong};
 
-/// The data of a recipe, tokenised and on disk.
-pub struct Corpus {
+/// The data of a recipe, tokenized and on disk.
+pub struct Dataset {
     pub(super) train: Sequences,
     pub(super) valid: Option<Sequences>,
     /// The files of the training data, by which its documents are named.
@@ -32,8 +32,8 @@ pub struct Corpus {
     notes: Vec<String>,
 }
 
-impl Corpus {
-    /// Finds the files, tokenises what is not in `config.cache_dir` yet, and maps the tokens.
+impl Dataset {
+    /// Finds the files, tokenizes what is not in `config.cache_dir` yet, and maps the tokens.
     ///
     /// `vocab_size` is the model's: a token that it does not hold is an error. `tokenizer` may be absent where the files
     /// hold tokens. `seed` gives the order of every epoch.
@@ -70,10 +70,10 @@ impl Corpus {
             let files = choose(files, config);
             let (max_tokens, broken) = (config.max_tokens, config.broken);
             let (format, chat) = (config.format, chat.as_ref());
-            let reading = Reading { key, files: &files, format, tokenizer, chat, broken, vocab_size, max_tokens };
+            let reading = TokenizeJob { key, files: &files, format, tokenizer, chat, broken, vocab_size, max_tokens };
             let store = reading.store(&config.cache_dir)?;
             notes.extend(store.report().notes(key, &files));
-            let Parts { parts, notes: more } = parts(key, &store, &files, config)?;
+            let UsedDocuments { parts, notes: more } = parts(key, &store, &files, config)?;
             notes.extend(more);
             if key == "train" {
                 files_of_train = files;
@@ -81,7 +81,7 @@ impl Corpus {
             documents.push((key, Arc::new(store), parts));
         }
         let mut documents = documents.into_iter();
-        let sequences = |key, store: Arc<Store>, parts| {
+        let sequences = |key, store: Arc<TokenStore>, parts| {
             let sequences = Sequences::new(store, parts, config.sequence_length, packing(config));
             match sequences.predicted() {
                 0 => Err(DataError::Nothing { key, problem: format!("{} tokens in all", sequences.tokens()) }),
@@ -242,13 +242,13 @@ fn learned(key: &str, sequences: &Sequences) -> String {
 }
 
 /// The documents that are used, and what was done to some of them.
-struct Parts {
+struct UsedDocuments {
     parts: Vec<(u64, u64)>,
     notes: Vec<String>,
 }
 
 /// The span of each document, checked against the sequence length where it is not to be cut into sequences.
-fn parts(key: &str, store: &Store, files: &[SourceFile], config: &DataConfig) -> Result<Parts, DataError> {
+fn parts(key: &str, store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Result<UsedDocuments, DataError> {
     let longest = config.sequence_length as u64;
     let mut parts = Vec::with_capacity(store.documents());
     let [mut skipped, mut cut, mut unlearned] = [(); 3].map(|()| Faults::default());
@@ -294,7 +294,7 @@ fn parts(key: &str, store: &Store, files: &[SourceFile], config: &DataConfig) ->
         cut.note(key, &format!("longer than {longest} tokens and cut"), files),
         unlearned.note(key, &format!("left out, as nothing in the first {longest} tokens is learned"), files),
     ];
-    Ok(Parts { parts, notes: notes.into_iter().flatten().collect() })
+    Ok(UsedDocuments { parts, notes: notes.into_iter().flatten().collect() })
 }
 
 /// Takes documents, in the order of a hash of their numbers, until they hold `fraction` of the tokens; never all of

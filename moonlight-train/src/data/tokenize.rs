@@ -1,4 +1,4 @@
-//! Files to documents of tokens: read in blocks one after the other, tokenised in parallel, written in order.
+//! Files to documents of tokens: read in blocks one after the other, tokenized in parallel, written in order.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
@@ -11,16 +11,16 @@ use rayon::prelude::*;
 use serde::Deserialize;
 
 use super::DataError;
-use super::compressed::{Opened, open};
 use super::files::SourceFile;
 use super::hash::Hash;
 use super::report::{Fault, Report};
-use super::store::{Origin, Store, StoreWriter};
+use super::source_reader::{SourceReader, open};
+use super::token_store::{Origin, TokenStore, TokenStoreWriter};
 use crate::recipe::{Broken, DataFormat};
 
 /// Raised when the same template gives other tokens or weights.
 const TEMPLATES: u64 = 1;
-/// Bytes of a text file that are tokenised at once.
+/// Bytes of a text file that are tokenized at once.
 const BLOCK_BYTES: usize = 4 << 20;
 /// Bytes that are read before the blocks are shared out; bounds the memory.
 const ROUND_BYTES: usize = 32 << 20;
@@ -32,7 +32,7 @@ fn parquet_is_not_text(path: &Path) -> DataError {
 }
 
 /// What is read, and how.
-pub(super) struct Reading<'a> {
+pub(super) struct TokenizeJob<'a> {
     pub(super) key: &'static str,
     pub(super) files: &'a [SourceFile],
     pub(super) format: DataFormat,
@@ -45,7 +45,7 @@ pub(super) struct Reading<'a> {
     pub(super) max_tokens: u64,
 }
 
-/// A part of a document that a thread tokenises by itself.
+/// A part of a document that a thread tokenizes by itself.
 struct Block {
     origin: Origin,
     bytes: Vec<u8>,
@@ -59,7 +59,7 @@ enum End {
     Cut,
 }
 
-struct Tokenised {
+struct Tokenized {
     tokens: Vec<u32>,
     /// One for each token, or none at all.
     weights: Vec<f32>,
@@ -80,16 +80,16 @@ struct Record {
     tokens: Vec<u32>,
 }
 
-impl Reading<'_> {
+impl TokenizeJob<'_> {
     /// The documents: those of an earlier run where nothing has changed since, else made anew.
-    pub(super) fn store(&self, cache_dir: &Path) -> Result<Store, DataError> {
+    pub(super) fn store(&self, cache_dir: &Path) -> Result<TokenStore, DataError> {
         let digest = self.digest();
         let path = cache_dir.join(format!("{}-{:016x}.tokens", self.key, digest[0]));
-        if let Some(store) = Store::open(&path, digest)? {
+        if let Some(store) = TokenStore::open(&path, digest)? {
             return Ok(store);
         }
         self.write(&path, digest)?;
-        Store::open(&path, digest)?.ok_or_else(|| DataError::Io {
+        TokenStore::open(&path, digest)?.ok_or_else(|| DataError::Io {
             action: "read",
             path,
             problem: "another program changed it while it was opened".into(),
@@ -125,7 +125,7 @@ impl Reading<'_> {
     }
 
     fn write(&self, path: &Path, digest: [u64; 2]) -> Result<(), DataError> {
-        let mut writer = StoreWriter::create(path, self.vocab_size, self.format == DataFormat::Chat)?;
+        let mut writer = TokenStoreWriter::create(path, self.vocab_size, self.format == DataFormat::Chat)?;
         let mut found = Found::default();
         let mut round = Round { blocks: Vec::new(), bytes: 0 };
         for (index, file) in self.files.iter().enumerate() {
@@ -149,27 +149,27 @@ impl Reading<'_> {
     }
 
     /// Tokenises the blocks of a round and writes them; says whether there are tokens enough.
-    fn flush(&self, round: &mut Round, writer: &mut StoreWriter, found: &mut Found) -> Result<bool, DataError> {
+    fn flush(&self, round: &mut Round, writer: &mut TokenStoreWriter, found: &mut Found) -> Result<bool, DataError> {
         round.bytes = 0;
         let blocks = std::mem::take(&mut round.blocks);
-        let tokenised: Vec<_> = blocks.par_iter().map(|block| self.tokenise(block)).collect();
-        for (block, tokenised) in blocks.iter().zip(tokenised) {
+        let tokenized: Vec<_> = blocks.par_iter().map(|block| self.tokenize(block)).collect();
+        for (block, tokenized) in blocks.iter().zip(tokenized) {
             let Origin { file, line } = block.origin;
-            let tokenised = match tokenised? {
-                Ok(tokenised) => tokenised,
+            let tokenized = match tokenized? {
+                Ok(tokenized) => tokenized,
                 Err(Refused { problem, .. }) if self.broken == Broken::Skip => {
                     found.report.broken.add(Fault { file, line, problem });
                     continue;
                 }
                 Err(refused) => return Err(self.record(block, refused)),
             };
-            if tokenised.replaced {
+            if tokenized.replaced {
                 found.replaced.insert(file);
             }
-            if let Some(shape) = tokenised.shape {
+            if let Some(shape) = tokenized.shape {
                 *found.report.shapes.entry(shape).or_default() += 1;
             }
-            writer.extend(&tokenised.tokens, &tokenised.weights)?;
+            writer.extend(&tokenized.tokens, &tokenized.weights)?;
             if block.end.is_some() && writer.open_tokens() > 0 {
                 writer.end_document(block.origin);
                 if self.max_tokens > 0 && writer.tokens() >= self.max_tokens {
@@ -186,8 +186,8 @@ impl Reading<'_> {
     }
 
     /// The tokens of a block, or why it is left out; what no other block could mend is an error.
-    fn tokenise(&self, block: &Block) -> Result<Result<Tokenised, Refused>, DataError> {
-        let tokenised = match self.format {
+    fn tokenize(&self, block: &Block) -> Result<Result<Tokenized, Refused>, DataError> {
+        let tokenized = match self.format {
             DataFormat::Text => {
                 let tokenizer = self.tokenizer.ok_or(DataError::NoTokenizer)?;
                 let text = String::from_utf8_lossy(&block.bytes);
@@ -196,19 +196,19 @@ impl Reading<'_> {
                     tokens.extend(tokenizer.eos());
                 }
                 let replaced = matches!(text, std::borrow::Cow::Owned(_));
-                Ok(Tokenised { tokens, weights: Vec::new(), replaced, shape: None })
+                Ok(Tokenized { tokens, weights: Vec::new(), replaced, shape: None })
             }
             DataFormat::Tokens => tokens_of(&block.bytes),
             DataFormat::Chat => conversation_of(&block.bytes, self.chat.ok_or(DataError::NoTokenizer)?),
         };
-        let tokens = tokenised.iter().flat_map(|tokenised| &tokenised.tokens);
+        let tokens = tokenized.iter().flat_map(|tokenized| &tokenized.tokens);
         match tokens.copied().find(|&token| token as usize >= self.vocab_size) {
             Some(token) => {
                 let problem = format!("token {token} is outside the model's vocabulary of {}", self.vocab_size);
                 let hint = Some("the data or the tokenizer belong to another model".into());
                 Err(self.record(block, Refused { problem, hint }))
             }
-            None => Ok(tokenised),
+            None => Ok(tokenized),
         }
     }
 
@@ -224,7 +224,7 @@ impl Reading<'_> {
             return Ok(false);
         }
         let origin = Origin { file: index, line: 0 };
-        let Opened { reader, limit, cut } = open(file)?;
+        let SourceReader { reader, limit, cut } = open(file)?;
         let mut reader = reader.take(limit);
         let mut left = limit;
         let mut bytes = Vec::new();
@@ -256,7 +256,7 @@ impl Reading<'_> {
         round: &mut Round,
         full: &mut impl FnMut(&mut Round) -> Result<bool, DataError>,
     ) -> Result<bool, DataError> {
-        let Opened { reader, limit, .. } = open(file)?;
+        let SourceReader { reader, limit, .. } = open(file)?;
         let mut reader = BufReader::with_capacity(1 << 20, reader);
         let mut position = 0;
         for line in 1.. {
@@ -304,7 +304,7 @@ impl Reading<'_> {
     }
 }
 
-/// Blocks that are tokenised together.
+/// Blocks that are tokenized together.
 struct Round {
     blocks: Vec<Block>,
     bytes: usize,
@@ -333,7 +333,7 @@ impl Found {
 }
 
 /// The tokens of a line of `format = "tokens"`.
-fn tokens_of(line: &[u8]) -> Result<Tokenised, Refused> {
+fn tokens_of(line: &[u8]) -> Result<Tokenized, Refused> {
     let parsed: Record = serde_json::from_slice(line).map_err(|error| {
         // The parser counts lines too, but of this one line only.
         let problem = error.to_string();
@@ -343,15 +343,15 @@ fn tokens_of(line: &[u8]) -> Result<Tokenised, Refused> {
     if parsed.tokens.is_empty() {
         return Err(Refused { problem: "the record has no tokens".into(), hint: None });
     }
-    Ok(Tokenised { tokens: parsed.tokens, weights: Vec::new(), replaced: false, shape: None })
+    Ok(Tokenized { tokens: parsed.tokens, weights: Vec::new(), replaced: false, shape: None })
 }
 
 /// The tokens and weights of a conversation.
-fn conversation_of(line: &[u8], chat: &ChatEncoder) -> Result<Tokenised, Refused> {
+fn conversation_of(line: &[u8], chat: &ChatEncoder) -> Result<Tokenized, Refused> {
     let read = chat.parse(line).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation.turns)?)));
     match read {
         Ok((shape, WeightedTokens { tokens, weights })) => {
-            Ok(Tokenised { tokens, weights, replaced: false, shape: Some(shape) })
+            Ok(Tokenized { tokens, weights, replaced: false, shape: Some(shape) })
         }
         Err(error) => Err(Refused { problem: error.to_string(), hint: error.hint() }),
     }

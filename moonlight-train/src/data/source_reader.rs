@@ -11,7 +11,7 @@ use super::DataError;
 use super::files::SourceFile;
 
 /// The bytes of a file, unpacked.
-pub(super) struct Opened {
+pub(super) struct SourceReader {
     pub(super) reader: Box<dyn Read>,
     /// How many of them to read.
     pub(super) limit: u64,
@@ -21,15 +21,15 @@ pub(super) struct Opened {
 
 /// Opens a file; what is compressed is told by its name's ending. A limit of less than the file is one of its bytes, or of
 /// the unpacked bytes where it is compressed.
-pub(super) fn open(file: &SourceFile) -> Result<Opened, DataError> {
+pub(super) fn open(file: &SourceFile) -> Result<SourceReader, DataError> {
     let opened = File::open(&file.path).map_err(|error| DataError::io("read", &file.path, &error))?;
     let cut = file.read < file.size;
     let unpacked: Box<dyn Read> = match compression(&file.path) {
-        None => return Ok(Opened { reader: Box::new(opened), limit: file.read, cut }),
+        None => return Ok(SourceReader { reader: Box::new(opened), limit: file.read, cut }),
         Some(Compression::Gzip) => Box::new(MultiGzDecoder::new(opened)),
         Some(Compression::Zstandard) => Box::new(Frames::new(opened)),
     };
-    Ok(Opened { reader: unpacked, limit: if cut { file.read } else { u64::MAX }, cut })
+    Ok(SourceReader { reader: unpacked, limit: if cut { file.read } else { u64::MAX }, cut })
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +92,7 @@ mod tests {
     }
 
     fn text(path: &Path) -> io::Result<String> {
-        let Opened { reader, limit, .. } = open(&source(path)).unwrap();
+        let SourceReader { reader, limit, .. } = open(&source(path)).unwrap();
         let mut text = String::new();
         reader.take(limit).read_to_string(&mut text).map(|_| text)
     }

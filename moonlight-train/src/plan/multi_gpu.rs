@@ -7,12 +7,12 @@
 use moonlight_model::config::ParameterKind;
 use serde::Serialize;
 
-use super::operations::{is_muons, newton_schulz};
-use super::{Part, Plan};
+use super::flops::{is_muon_parameter, newton_schulz_flops};
+use super::{MemoryPart, Plan};
 
 /// What a run is asked about.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Machines {
+pub struct Cluster {
     /// GPUs, a worker each.
     pub workers: u64,
     /// Of the slowest link between two workers, bytes a second in one direction.
@@ -29,7 +29,7 @@ pub struct Machines {
 
 /// A number, and what it is made of.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Item {
+pub struct Quantity {
     /// What it is.
     pub name: &'static str,
     /// Bytes, or seconds.
@@ -40,35 +40,35 @@ pub struct Item {
 
 /// A run on several GPUs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Scale {
+pub struct MultiGpuPlan {
     /// GPUs.
     pub workers: u64,
     /// Memory of a GPU, bytes.
-    pub memory: Vec<Item>,
+    pub memory: Vec<Quantity>,
     /// What a worker sends in a step, bytes.
-    pub sent: Vec<Item>,
+    pub sent: Vec<Quantity>,
     /// Of a step, seconds; each part as if it were alone.
-    pub time: Vec<Item>,
+    pub time: Vec<Quantity>,
 }
 
-impl Scale {
+impl MultiGpuPlan {
     /// Works it out.
-    pub fn new(plan: &Plan, machines: Machines) -> Self {
-        let setting = &plan.setting;
+    pub fn new(plan: &Plan, cluster: Cluster) -> Self {
+        let settings = &plan.settings;
         let shapes = plan.config.parameter_shapes();
         let (mut muon, mut adamw) = (0_u64, 0_u64);
         for shape in shapes.iter().filter(|shape| shape.kind != ParameterKind::CorrectionBias) {
-            *(if is_muons(shape) && setting.muon { &mut muon } else { &mut adamw }) += shape.count();
+            *(if is_muon_parameter(shape) && settings.muon { &mut muon } else { &mut adamw }) += shape.count();
         }
-        let newton_schulz = if setting.muon { newton_schulz(&plan.config, 5, false) } else { 0.0 };
-        let (trained, workers, bytes) = (muon + adamw, machines.workers as f64, setting.bytes as f64);
+        let newton_schulz = if settings.muon { newton_schulz_flops(&plan.config, 5, false) } else { 0.0 };
+        let (trained, workers, bytes) = (muon + adamw, cluster.workers as f64, settings.bytes as f64);
         let (billion, share) = (trained as f64 / 1e9, (workers - 1.0) / workers);
-        let master = if setting.masters && setting.bytes < 4 { 4.0 } else { 0.0 };
-        let momentum = setting.momentum_bytes as f64;
-        let largest = plan.largest();
-        let part = |part: Part| largest.of(part) as f64;
+        let master = if settings.masters && settings.bytes < 4 { 4.0 } else { 0.0 };
+        let momentum = settings.momentum_bytes as f64;
+        let largest = plan.largest_phase();
+        let part = |part: MemoryPart| largest.of(part) as f64;
 
-        let item = |name, value, formula| Item { name, value, formula };
+        let item = |name, value, formula| Quantity { name, value, formula };
         let memory = vec![
             item("weights", bytes * trained as f64, format!("b P = {bytes} x {billion:.3} 10^9")),
             item(
@@ -87,10 +87,10 @@ impl Scale {
             ),
             item(
                 "activations",
-                part(Part::LayerInputs) + part(Part::Activations) + part(Part::Logits),
+                part(MemoryPart::LayerInputs) + part(MemoryPart::Activations) + part(MemoryPart::Logits),
                 format!(
                     "of a micro-batch of {} x {} tokens at the step's largest moment, by `moonlight plan`",
-                    setting.batch, setting.sequence
+                    settings.batch, settings.sequence
                 ),
             ),
             item(
@@ -111,16 +111,16 @@ impl Scale {
         ];
 
         let values = bytes * trained as f64 * share;
-        let gathered = if machines.flat { machines.gather_bytes as f64 * muon as f64 * share } else { 0.0 };
+        let gathered = if cluster.flat { cluster.gather_bytes as f64 * muon as f64 * share } else { 0.0 };
         let sent = vec![
             item("gradients", values, "b P (N - 1) / N: reduce-scatter".to_string()),
             item(
                 "momentum",
                 gathered,
-                match machines.flat {
+                match cluster.flat {
                     true => format!(
                         "at most {} M (N - 1) / N: parts of matrices go to who holds other parts",
-                        machines.gather_bytes
+                        cluster.gather_bytes
                     ),
                     false => "none: matrices are whole".to_string(),
                 },
@@ -128,30 +128,30 @@ impl Scale {
             item("parameters", values, "b P (N - 1) / N: all-gather".to_string()),
         ];
 
-        let step = plan.operations().training(setting.recompute) as f64 * machines.tokens as f64;
+        let step = plan.token_flops().training(settings.recompute) as f64 * cluster.tokens as f64;
         let all: f64 = sent.iter().map(|item| item.value).sum();
         let time = vec![
             item(
                 "forward and backward",
-                step / workers / machines.matmul,
-                format!("{step:.3e} operations of {} tokens / N / the matmul rate", machines.tokens),
+                step / workers / cluster.matmul,
+                format!("{step:.3e} operations of {} tokens / N / the matmul rate", cluster.tokens),
             ),
             item(
                 "Newton-Schulz",
-                newton_schulz / workers / machines.matmul,
+                newton_schulz / workers / cluster.matmul,
                 format!(
                     "{newton_schulz:.3e} operations / N / the matmul rate, {:.2} % of the pass{}",
                     100.0 * newton_schulz / step,
-                    if machines.flat { "; more for matrices that lie on several workers" } else { "" }
+                    if cluster.flat { "; more for matrices that lie on several workers" } else { "" }
                 ),
             ),
             item(
                 "sending",
-                all / machines.link,
+                all / cluster.link,
                 "bytes sent / link; gradients while the last backward runs".to_string(),
             ),
         ];
-        Self { workers: machines.workers, memory, sent, time }
+        Self { workers: cluster.workers, memory, sent, time }
     }
 
     /// Memory of a GPU, bytes.
@@ -162,7 +162,7 @@ impl Scale {
     /// The same for people, each number with its formula.
     pub fn table(&self) -> String {
         let mut text = format!("\non {} GPUs, a worker each\n", self.workers);
-        let mut block = |title: &str, items: &[Item], unit: &str, scale: f64| {
+        let mut block = |title: &str, items: &[Quantity], unit: &str, scale: f64| {
             text += &format!("{title}\n");
             for item in items {
                 text += &format!("  {:<21} {:>10.3} {unit}  {}\n", item.name, item.value / scale, item.formula);
@@ -182,10 +182,10 @@ mod tests {
     use moonlight_model::ModelConfig;
 
     use super::*;
-    use crate::plan::Setting;
+    use crate::plan::MemorySettings;
 
-    fn scale(workers: u64, flat: bool, sequence: usize) -> Scale {
-        let setting = Setting {
+    fn scale(workers: u64, flat: bool, sequence: usize) -> MultiGpuPlan {
+        let settings = MemorySettings {
             batch: 1,
             sequence,
             bytes: 2,
@@ -204,12 +204,12 @@ mod tests {
             lora: None,
             packed: None,
         };
-        let plan = Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), setting);
+        let plan = Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), settings);
         let tokens = 2048 * 8192;
-        Scale::new(&plan, Machines { workers, link: 50e9, matmul: 989e12, tokens, flat, gather_bytes: 2 })
+        MultiGpuPlan::new(&plan, Cluster { workers, link: 50e9, matmul: 989e12, tokens, flat, gather_bytes: 2 })
     }
 
-    fn of(items: &[Item], name: &str) -> f64 {
+    fn of(items: &[Quantity], name: &str) -> f64 {
         items.iter().find(|item| item.name == name).unwrap().value
     }
 
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn the_flat_form_stays_within_the_reports_ratio() {
-        let sum = |scale: &Scale| scale.sent.iter().map(|item| item.value).sum::<f64>();
+        let sum = |scale: &MultiGpuPlan| scale.sent.iter().map(|item| item.value).sum::<f64>();
         let ratio = sum(&scale(64, true, 4096)) / sum(&scale(64, false, 4096));
         // With bf16 gradients and weights it is (2 + 2 + 2) / (2 + 2) of Muon's share.
         assert!(ratio > 1.0 && ratio <= 1.5, "{ratio}");

@@ -11,6 +11,8 @@
 //! The whole is 32 GB. Weights are bf16 of magnitudes 2^-11 to 2^-7 with random signs, norms 1/2 to 1; equal seeds give
 //! equal files.
 
+mod published;
+
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::Write;
@@ -18,9 +20,9 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use clap::Parser;
-use moonlight_convert::{PublishedFile, published_files};
 use moonlight_model::ModelConfig;
 use moonlight_model::config::AttentionShape;
+use published::{PublishedFile, published_files};
 use serde_json::json;
 
 /// Bytes that are made at a time; each begins a random sequence of its own.

@@ -9,13 +9,13 @@ const ROUNDS: u64 = 6;
 
 /// A permutation of `0..length`, drawn by seed and epoch.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Order {
+pub(super) struct Shuffle {
     length: u64,
     half_bits: u32,
     key: u64,
 }
 
-impl Order {
+impl Shuffle {
     pub(super) fn new(length: u64, seed: u64, epoch: u64) -> Self {
         let bits = u64::BITS - length.saturating_sub(1).leading_zeros();
         Self { length, half_bits: bits.div_ceil(2).max(1), key: mix(mix(seed ^ 0x6d6f_6f6e) ^ epoch) }
@@ -52,7 +52,7 @@ mod tests {
     fn every_number_comes_once() {
         for length in [1, 2, 3, 4, 5, 16, 17, 1000] {
             for epoch in 0..3 {
-                let order = Order::new(length, 7, epoch);
+                let order = Shuffle::new(length, 7, epoch);
                 let mut seen: Vec<u64> = (0..length).map(|index| order.at(index)).collect();
                 seen.sort_unstable();
                 assert!(seen.into_iter().eq(0..length));
@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn seeds_and_epochs_give_orders_of_their_own() {
-        let order = |seed, epoch| -> Vec<u64> { (0..1000).map(|at| Order::new(1000, seed, epoch).at(at)).collect() };
+        let order = |seed, epoch| -> Vec<u64> { (0..1000).map(|at| Shuffle::new(1000, seed, epoch).at(at)).collect() };
         assert_eq!(order(1, 1), order(1, 1));
         let fixed = |a: Vec<u64>, b: Vec<u64>| a.iter().zip(&b).filter(|(a, b)| a == b).count();
         assert!(fixed(order(1, 1), order(1, 2)) < 10);
@@ -75,7 +75,7 @@ mod tests {
     fn places_are_drawn_evenly() {
         let mut counts = [[0u32; 8]; 8];
         for seed in 0..8000 {
-            let order = Order::new(8, seed, 0);
+            let order = Shuffle::new(8, seed, 0);
             for index in 0..8 {
                 counts[index as usize][order.at(index) as usize] += 1;
             }

@@ -6,7 +6,7 @@
 use moonlight_model::config::{AttentionShape, ModelConfig, MoeShape};
 use moonlight_model::lora::AdapterShape;
 
-use super::Setting;
+use super::MemorySettings;
 
 /// Values that a layer's graph keeps, and the most that its backward pass holds beside them at a time.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -21,13 +21,13 @@ pub(super) struct LayerActivations {
 pub(super) fn of_layer(
     config: &ModelConfig,
     layer: usize,
-    setting: &Setting,
+    settings: &MemorySettings,
     adapters: &[AdapterShape],
 ) -> LayerActivations {
-    let (batch, sequence) = (setting.batch, setting.sequence);
+    let (batch, sequence) = (settings.batch, settings.sequence);
     let n = (batch * sequence) as u64;
     let hidden = config.hidden_size as u64;
-    let (attention, attention_transient) = of_attention(config, batch, sequence, setting.plain_attention);
+    let (attention, attention_transient) = of_attention(config, batch, sequence, settings.plain_attention);
     let (feed_forward, feed_forward_transient) = match config.moe_of_layer(layer) {
         Some(moe) => of_moe(config, moe, n),
         None => {
@@ -38,7 +38,7 @@ pub(super) fn of_layer(
     };
     // Beside them: the normed input of either half, and the sum between the halves.
     let kept = 3 * n * hidden + attention + feed_forward;
-    let (more, less) = match &setting.lora {
+    let (more, less) = match &settings.lora {
         Some(lora) => of_adapters(config, layer, n, (lora.rank, adapters)),
         None => (0, 0),
     };

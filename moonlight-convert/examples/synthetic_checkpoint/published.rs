@@ -2,26 +2,25 @@
 
 use std::io;
 
+use moonlight_convert::{HfTensor, hugging_face_tensors};
 use moonlight_model::ModelConfig;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use crate::mapping::names::{self, HfTensor};
-
 /// A file as it was published.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PublishedFile {
+pub(crate) struct PublishedFile {
     /// `model-1-of-27.safetensors`: the numbers are not padded.
-    pub name: String,
+    pub(crate) name: String,
     /// Its tensors in the order of their names, which is the order of their bytes.
-    pub tensors: Vec<HfTensor>,
+    pub(crate) tensors: Vec<HfTensor>,
     /// Everything in front of the first tensor: compact JSON without metadata, padded to eight bytes.
-    pub header: Vec<u8>,
+    pub(crate) header: Vec<u8>,
 }
 
 impl PublishedFile {
     /// Length of the file.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         let values = |tensor: &HfTensor| tensor.shape.iter().map(|&size| size as u64).product::<u64>();
         self.header.len() as u64 + 2 * self.tensors.iter().map(values).sum::<u64>()
     }
@@ -33,16 +32,19 @@ impl PublishedFile {
 /// # Errors
 ///
 /// Where the sizes are too large for a safetensors header.
-pub fn published_files(config: &ModelConfig) -> io::Result<Vec<PublishedFile>> {
+pub(crate) fn published_files(config: &ModelConfig) -> io::Result<Vec<PublishedFile>> {
     let layers = config.num_hidden_layers.max(1);
     let mut groups: Vec<Vec<HfTensor>> = vec![Vec::new(); layers];
     let mut layer = 0;
-    for tensor in config.parameter_shapes().iter().flat_map(names::hugging_face_tensors) {
-        layer = names::layer_of_tensor(&tensor.name).unwrap_or(layer);
+    for tensor in config.parameter_shapes().iter().flat_map(hugging_face_tensors) {
+        layer = layer_of(&tensor.name).unwrap_or(layer);
         groups[layer].push(tensor);
     }
     for (layer, group) in groups.iter_mut().enumerate() {
-        group.push(HfTensor { name: names::inverse_frequencies(layer), shape: vec![config.rope_dim()] });
+        group.push(HfTensor {
+            name: format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq"),
+            shape: vec![config.rope_dim()],
+        });
         group.sort_by(|a, b| a.name.cmp(&b.name));
     }
     let file = |(number, tensors): (usize, Vec<HfTensor>)| {
@@ -50,6 +52,11 @@ pub fn published_files(config: &ModelConfig) -> io::Result<Vec<PublishedFile>> {
         Ok(PublishedFile { name: format!("model-{}-of-{layers}.safetensors", number + 1), tensors, header })
     };
     groups.into_iter().enumerate().map(file).collect()
+}
+
+/// The layer that a tensor belongs to, `None` for those of no layer.
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split_once('.')?.0.parse().ok()
 }
 
 fn header(tensors: &[HfTensor]) -> io::Result<Vec<u8>> {
@@ -66,23 +73,4 @@ fn header(tensors: &[HfTensor]) -> io::Result<Vec<u8>> {
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.extend_from_slice(&json);
     Ok(header)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The sizes of the 27 files of moonshotai/Moonlight-16B-A3B-Instruct at revision
-    /// 4e735b07a89f73647dfab71ab91b840f362ede5b.
-    #[test]
-    fn moonlights_files_have_the_published_sizes() {
-        let files = published_files(&ModelConfig::preset("moonlight-16b-a3b").unwrap()).unwrap();
-        assert_eq!(files.iter().map(|file| file.tensors.len()).sum::<usize>(), 5_344);
-        let mut expected = vec![837_036_512];
-        expected.extend([1_169_721_008; 9]);
-        expected.extend([1_169_721_216; 16]);
-        expected.push(1_840_814_416);
-        assert_eq!(files.iter().map(PublishedFile::bytes).collect::<Vec<_>>(), expected);
-        assert_eq!(files[26].name, "model-27-of-27.safetensors");
-    }
 }

@@ -33,7 +33,7 @@ struct Footer {
 }
 
 /// Documents of tokens, mapped into memory.
-pub(super) struct Store {
+pub(super) struct TokenStore {
     map: Mmap,
     footer: Footer,
     table: usize,
@@ -49,7 +49,7 @@ pub(super) struct Origin {
     pub(super) line: u32,
 }
 
-impl Store {
+impl TokenStore {
     /// Opens the file at `path`; `None` where there is none, or one that is not whole or that was made from other
     /// things than `key`.
     pub(super) fn open(path: &Path, key: [u64; 2]) -> Result<Option<Self>, DataError> {
@@ -163,7 +163,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 }
 
 /// Writes a store, document by document.
-pub(super) struct StoreWriter {
+pub(super) struct TokenStoreWriter {
     path: PathBuf,
     temporary: PathBuf,
     out: BufWriter<File>,
@@ -174,8 +174,8 @@ pub(super) struct StoreWriter {
     finished: bool,
 }
 
-impl StoreWriter {
-    /// Begins the file that [`finish`](StoreWriter::finish) will put at `path`; `vocab_size` decides its width,
+impl TokenStoreWriter {
+    /// Begins the file that [`finish`](TokenStoreWriter::finish) will put at `path`; `vocab_size` decides its width,
     /// and whether the tokens have weights.
     pub(super) fn create(path: &Path, vocab_size: usize, weighted: bool) -> Result<Self, DataError> {
         if let Some(folder) = path.parent() {
@@ -265,7 +265,7 @@ impl StoreWriter {
     }
 }
 
-impl Drop for StoreWriter {
+impl Drop for TokenStoreWriter {
     fn drop(&mut self) {
         if !self.finished {
             // Nobody is left to tell if this fails, and the next run does not look at the file.
@@ -279,7 +279,7 @@ mod tests {
     use super::*;
 
     fn write(path: &Path, vocab_size: usize, documents: &[&[u32]]) {
-        let mut writer = StoreWriter::create(path, vocab_size, false).unwrap();
+        let mut writer = TokenStoreWriter::create(path, vocab_size, false).unwrap();
         for (index, tokens) in documents.iter().enumerate() {
             let (left, right) = tokens.split_at(tokens.len() / 2);
             writer.extend(left, &[]).unwrap();
@@ -298,7 +298,7 @@ mod tests {
         {
             let path = dir.path().join(format!("folder/{vocab_size}.tokens"));
             write(&path, vocab_size, &documents);
-            let store = Store::open(&path, [1, 2]).unwrap().unwrap();
+            let store = TokenStore::open(&path, [1, 2]).unwrap().unwrap();
             assert_eq!((store.documents(), store.report().replaced, store.is_weighted()), (3, 5, false));
             for (index, tokens) in documents.iter().enumerate() {
                 assert_eq!(store.tokens(store.span(index)).collect::<Vec<_>>(), *tokens);
@@ -313,12 +313,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         let content = |weights: &[f32]| {
-            let mut writer = StoreWriter::create(&path, 300, true).unwrap();
+            let mut writer = TokenStoreWriter::create(&path, 300, true).unwrap();
             writer.extend(&[7, 8], &weights[..2]).unwrap();
             writer.extend(&[9], &weights[2..]).unwrap();
             writer.end_document(Origin { file: 0, line: 1 });
             writer.finish([1, 2], &Report::default()).unwrap();
-            let store = Store::open(&path, [1, 2]).unwrap().unwrap();
+            let store = TokenStore::open(&path, [1, 2]).unwrap().unwrap();
             assert!(store.is_weighted());
             assert_eq!(store.tokens(0..3).collect::<Vec<_>>(), [7, 8, 9]);
             assert_eq!(store.weights(1..3).collect::<Vec<_>>(), weights[1..]);
@@ -333,7 +333,7 @@ mod tests {
         let content = |documents: &[&[u32]]| {
             let path = dir.path().join("x");
             write(&path, 300, documents);
-            Store::open(&path, [1, 2]).unwrap().unwrap().content()
+            TokenStore::open(&path, [1, 2]).unwrap().unwrap().content()
         };
         assert_eq!(content(&[&[1, 2], &[3]]), content(&[&[1, 2], &[3]]));
         assert_ne!(content(&[&[1, 2], &[3]]), content(&[&[1], &[2, 3]]));
@@ -344,20 +344,20 @@ mod tests {
     fn what_is_not_whole_is_not_opened() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
-        assert!(Store::open(&path, [1, 2]).unwrap().is_none());
+        assert!(TokenStore::open(&path, [1, 2]).unwrap().is_none());
         write(&path, 300, &[&[1, 2, 3]]);
-        assert!(Store::open(&path, [1, 3]).unwrap().is_none());
+        assert!(TokenStore::open(&path, [1, 3]).unwrap().is_none());
         let bytes = std::fs::read(&path).unwrap();
         for bad in [&bytes[..bytes.len() - 1], &bytes[1..], &bytes[8..], &[], &bytes[..40]] {
             std::fs::write(&path, bad).unwrap();
-            assert!(Store::open(&path, [1, 2]).unwrap().is_none());
+            assert!(TokenStore::open(&path, [1, 2]).unwrap().is_none());
         }
     }
 
     #[test]
     fn what_is_not_finished_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = StoreWriter::create(&dir.path().join("x"), 300, false).unwrap();
+        let mut writer = TokenStoreWriter::create(&dir.path().join("x"), 300, false).unwrap();
         writer.extend(&[1, 2], &[]).unwrap();
         drop(writer);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
