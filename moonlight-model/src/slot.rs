@@ -4,7 +4,7 @@ use burn::module::Param;
 use burn::tensor::Tensor;
 
 use crate::attention::Attention;
-use crate::kernels::Bits;
+use crate::kernels::QuantBits as Bits;
 use crate::layer::{DecoderLayer, FeedForward};
 use crate::lora::LowRank;
 use crate::mlp::Mlp;
