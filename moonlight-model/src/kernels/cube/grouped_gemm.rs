@@ -4,15 +4,58 @@
 //! A cube (a workgroup, a block of threads) computes a tile of [`TILE`] x [`TILE`] numbers, each of its units a patch of
 //! [`PATCH`] x [`PATCH`] in registers, from strips of [`DEPTH`] numbers of both factors in shared memory: the blocking of
 //! every dense product on a GPU (Volkov and Demmel, SC'08). Products of half types are summed in f32 and rounded once.
-//! Which rows are whose is counted on the host, which knows the plan, and goes to the device as a list of tiles. An
+//! Which rows are whose is counted on the host, which knows the layout, and goes to the device as a list of tiles. An
 //! expert without rows has no tile; for the weights' gradient it has tiles that are written with zeros.
 
+use burn::backend::Cube;
+use burn::backend::tensor::FloatTensor;
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::super::ExpertPlan;
-use super::tensor::{addresses, elem, empty, rows_of, upload};
+use super::tensor::{addresses, assert_dtype, assert_shape, buffers, elem, empty, rows_of, upload, wrapped};
+use crate::kernels::{GroupLayout, GroupedMatmulKernel, reference};
+
+impl GroupedMatmulKernel for Cube {
+    fn grouped_matmul_forward(
+        rows: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> FloatTensor<Self> {
+        match buffers([&rows, &weight]) {
+            Some([rows, weight]) if pays(&rows, layout) && rows.dtype == weight.dtype => {
+                wrapped(by_group(rows, weight, layout, false))
+            }
+            _ => reference::grouped_matmul_forward::<Self>(rows, weight, layout),
+        }
+    }
+
+    fn grouped_matmul_rows_grad(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> FloatTensor<Self> {
+        match buffers([&grad, &weight]) {
+            Some([grad, weight]) if pays(&grad, layout) && grad.dtype == weight.dtype => {
+                wrapped(by_group(grad, weight, layout, true))
+            }
+            _ => reference::grouped_matmul_rows_grad::<Self>(grad, weight, layout),
+        }
+    }
+
+    fn grouped_matmul_weight_grad(
+        rows: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> FloatTensor<Self> {
+        match buffers([&rows, &grad]) {
+            Some([rows, grad]) if pays(&rows, layout) && rows.dtype == grad.dtype => {
+                wrapped(weight_grad(rows, grad, layout))
+            }
+            _ => reference::grouped_matmul_weight_grad::<Self>(rows, grad, layout),
+        }
+    }
+}
 
 /// Rows and columns of the tile of one cube.
 const TILE: usize = 64;
@@ -34,25 +77,30 @@ const MANY: usize = 64;
 
 /// Whether these kernels are the choice: they do not use the matrix units (tensor cores) that Burn's product of half
 /// types does, which is what counts once the experts have many rows.
-pub(super) fn pays(rows: &CubeTensor, plan: &ExpertPlan) -> bool {
-    let busy = plan.offsets.windows(2).filter(|range| range[0] < range[1]).count();
+fn pays(rows: &CubeTensor, layout: &GroupLayout) -> bool {
+    let busy = layout.offsets().windows(2).filter(|range| range[0] < range[1]).count();
     let matrix_units = !rows.client.properties().features.matmul.cmma.is_empty();
-    rows.dtype == DType::F32 || !matrix_units || plan.rows() < MANY * busy
+    rows.dtype == DType::F32 || !matrix_units || layout.rows() < MANY * busy
 }
 
 /// Each expert's rows by its matrix, `[rows, in] x [experts, in, out]`, or by its transpose, `[rows, out]` to
 /// `[rows, in]`.
-pub(super) fn by_expert(rows: CubeTensor, weight: CubeTensor, plan: &ExpertPlan, transposed: bool) -> CubeTensor {
+fn by_group(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, transposed: bool) -> CubeTensor {
     let (rows, weight) = (rows_of(rows), rows_of(weight));
-    let (_, input, output) = (weight.meta.shape()[0], weight.meta.shape()[1], weight.meta.shape()[2]);
-    let columns = if transposed { input } else { output };
-    let out = empty(&rows, [plan.rows(), columns], rows.dtype);
-    let tiles = row_tiles(plan);
+    let [_, input, output] = weight.meta.shape().dims::<3>();
+    let (depth, columns) = if transposed { (output, input) } else { (input, output) };
+    assert_shape(&rows, [layout.rows(), depth]);
+    assert_shape(&weight, [layout.groups(), input, output]);
+    assert_dtype(&weight, rows.dtype);
+    let out = empty(&rows, [layout.rows(), columns], rows.dtype);
+    let tiles = row_tiles(layout);
     let count = CubeCount::Static(columns.div_ceil(TILE) as u32, (tiles.len() / 3) as u32, 1);
     let (client, tiles) = (rows.client.clone(), upload(&rows, &tiles));
-    // SAFETY: the kernel keeps within its tensors.
+    // SAFETY: the kernel indexes rows by the tiles' row bounds, which are those of the layout's groups; groups by their
+    // number; and depth and columns up to the shapes of rows and result. All tensors have these shapes and one dtype, as was
+    // asserted above, and `rows_of` made their last dimensions contiguous, which the kernel takes the others' strides to.
     unsafe {
-        by_expert_kernel::launch_unchecked(
+        by_group_kernel::launch_unchecked(
             &client,
             count,
             CubeDim::new_1d(UNITS as u32),
@@ -69,14 +117,19 @@ pub(super) fn by_expert(rows: CubeTensor, weight: CubeTensor, plan: &ExpertPlan,
 }
 
 /// `rows^T x grad` of each expert, `[experts, in, out]`.
-pub(super) fn weight_grad(rows: CubeTensor, grad: CubeTensor, plan: &ExpertPlan) -> CubeTensor {
+fn weight_grad(rows: CubeTensor, grad: CubeTensor, layout: &GroupLayout) -> CubeTensor {
     let (rows, grad) = (rows_of(rows), rows_of(grad));
     let (input, output) = (rows.meta.shape()[1], grad.meta.shape()[1]);
-    let out = empty(&rows, [plan.experts(), input, output], rows.dtype);
-    let offsets: Vec<u32> = plan.offsets.iter().map(|&offset| offset as u32).collect();
-    let count = CubeCount::Static(output.div_ceil(TILE) as u32, input.div_ceil(TILE) as u32, plan.experts() as u32);
+    assert_shape(&rows, [layout.rows(), input]);
+    assert_shape(&grad, [layout.rows(), output]);
+    assert_dtype(&grad, rows.dtype);
+    let out = empty(&rows, [layout.groups(), input, output], rows.dtype);
+    let offsets: Vec<u32> = layout.offsets().iter().map(|&offset| offset as u32).collect();
+    let count = CubeCount::Static(output.div_ceil(TILE) as u32, input.div_ceil(TILE) as u32, layout.groups() as u32);
     let (client, offsets) = (rows.client.clone(), upload(&rows, &offsets));
-    // SAFETY: the kernel keeps within its tensors.
+    // SAFETY: the kernel indexes rows of both factors from one of the layout's offsets to the next, which never decrease and
+    // end with the number of rows, and columns up to the factors' widths. Shapes and dtypes are as was asserted above, and
+    // `rows_of` made the last dimensions contiguous.
     unsafe {
         weight_grad_kernel::launch_unchecked(
             &client,
@@ -94,9 +147,9 @@ pub(super) fn weight_grad(rows: CubeTensor, grad: CubeTensor, plan: &ExpertPlan)
 }
 
 /// For each tile of rows its expert, its first row and the end of the expert's rows.
-fn row_tiles(plan: &ExpertPlan) -> Vec<u32> {
+fn row_tiles(layout: &GroupLayout) -> Vec<u32> {
     let mut tiles = Vec::new();
-    for (expert, range) in plan.offsets.windows(2).enumerate() {
+    for (expert, range) in layout.offsets().windows(2).enumerate() {
         for first in (range[0]..range[1]).step_by(TILE) {
             tiles.extend([expert as u32, first as u32, range[1] as u32]);
         }
@@ -105,7 +158,7 @@ fn row_tiles(plan: &ExpertPlan) -> Vec<u32> {
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn by_expert_kernel<F: Float>(
+fn by_group_kernel<F: Float>(
     rows: &Tensor<F>,
     weight: &Tensor<F>,
     out: &mut Tensor<F>,

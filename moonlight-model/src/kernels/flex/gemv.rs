@@ -1,4 +1,5 @@
-//! A product of very few rows, as decoding has them: it costs the reading of the weights, and reads them once, in order.
+//! Products of very few rows, as decoding has them (GEMV and skinny GEMM): they cost reading the weights, which are read
+//! once, in order.
 //!
 //! A task is a run of a matrix's rows, so that each thread reads memory straight on; the tasks' sums are added in order.
 
@@ -8,8 +9,8 @@ use burn::backend::flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::element::Element;
-use super::tensor_of;
+use super::dtype::Element;
+use super::tensor::tensor_of;
 
 /// Rows up to which this is quicker than packing the weight for a matrix product.
 const ROWS: usize = 8;
@@ -26,7 +27,7 @@ pub(super) fn suits(offsets: &[usize]) -> bool {
     offsets.windows(2).all(|bounds| bounds[1] - bounds[0] <= ROWS)
 }
 
-/// As `product::forward`, untransposed: `rows` is `[rows, input]`, `weight` a matrix `[input, output]` for each group.
+/// As `grouped_gemm::forward`, untransposed: `rows` is `[rows, input]`, `weight` a matrix `[input, output]` for each group.
 pub(super) fn forward<E: Element>(
     rows: &[E],
     weight: &[E],

@@ -1,4 +1,4 @@
-//! Attention of new tokens to a cache, read where it lies.
+//! Attention of new tokens to a KV cache, read in place.
 //!
 //! A task is a block of queries of one key head, or, where there are few queries, a segment of the keys: then each key
 //! is read once, by whichever thread is free, and the segments' sums are put together in order (FlashAttention-2,
@@ -6,14 +6,30 @@
 
 use std::ops::Range;
 
+use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
 use rayon::prelude::*;
 
-use super::element::Element;
+use super::dtype::Element;
 use super::math::{exp_in_place, largest};
 use super::matrix::{Matrix, MatrixMut, Write, multiply};
-use super::{dims, tensor_of, values_of};
-use crate::kernels::past::{PastSpec, Run};
+use super::tensor::{by_dtype, dims, tensor_of, values_of};
+use crate::kernels::{CacheSpan, CachedAttentionKernel, CachedAttentionSpec, reference};
+
+impl CachedAttentionKernel for Flex {
+    fn cached_attention_forward(
+        query: FloatTensor<Self>,
+        cache: FloatTensor<Self>,
+        spec: &CachedAttentionSpec,
+    ) -> FloatTensor<Self> {
+        by_dtype!(
+            [query, cache],
+            E => forward::<E>(&query, &cache, spec),
+            reference::cached_attention_forward::<Self>(query, cache, spec)
+        )
+    }
+}
 
 /// Queries of one task.
 const QUERIES: usize = 64;
@@ -28,15 +44,15 @@ struct Problem<'a, E> {
     /// Values of a row of the cache.
     row: usize,
     query: &'a [E],
-    past: &'a [E],
-    spec: &'a PastSpec,
+    cache: &'a [E],
+    spec: &'a CachedAttentionSpec,
 }
 
-/// The queries `rows` of a run and key head, counted token by token and for each token head by head, and the keys that
+/// The queries `rows` of a span and key head, counted token by token and for each token head by head, and the keys that
 /// they are held against.
 struct Task {
-    run: Run,
-    /// The run's first token among all new ones.
+    span: CacheSpan,
+    /// The span's first token among all new ones.
     token: usize,
     key_head: usize,
     rows: Range<usize>,
@@ -53,12 +69,12 @@ struct Partial {
     mixed: Vec<f32>,
 }
 
-/// See `reference::attend_past`.
-pub(super) fn forward<E: Element>(query: &FlexTensor, past: &FlexTensor, spec: &PastSpec) -> FlexTensor {
+/// See `reference::cached_attention_forward`.
+fn forward<E: Element>(query: &FlexTensor, cache: &FlexTensor, spec: &CachedAttentionSpec) -> FlexTensor {
     let [tokens, heads, _] = dims(query);
-    let [_, key_heads, capacity, row] = dims(past);
+    let [_, key_heads, capacity, row] = dims(cache);
     let problem =
-        Problem { heads, key_heads, capacity, row, query: values_of::<E>(query), past: values_of::<E>(past), spec };
+        Problem { heads, key_heads, capacity, row, query: values_of::<E>(query), cache: values_of::<E>(cache), spec };
     let width = spec.values.len();
     let tasks = problem.tasks();
     let partials: Vec<Partial> = tasks.par_iter().with_max_len(1).map(|task| problem.partial(task)).collect();
@@ -79,19 +95,19 @@ pub(super) fn forward<E: Element>(query: &FlexTensor, past: &FlexTensor, spec: &
 }
 
 impl<E: Element> Problem<'_, E> {
-    /// Tasks by run, key head, queries and keys, the keys fastest.
+    /// Tasks by span, key head, queries and keys, the keys fastest.
     fn tasks(&self) -> Vec<Task> {
         let mut tasks = Vec::new();
         let mut token = 0;
-        for &run in self.spec.runs.iter() {
-            let rows = run.count * self.group();
+        for &span in self.spec.spans.iter() {
+            let rows = span.count * self.group();
             for key_head in 0..self.key_heads {
                 for first in (0..rows).step_by(QUERIES) {
                     let block = first..rows.min(first + QUERIES);
-                    let end = self.visible(run, block.end - 1);
+                    let end = self.visible(span, block.end - 1);
                     let segment = if rows <= QUERIES { KEYS } else { end };
                     tasks.extend((0..end).step_by(segment).map(|start| Task {
-                        run,
+                        span,
                         token,
                         key_head,
                         rows: block.clone(),
@@ -99,7 +115,7 @@ impl<E: Element> Problem<'_, E> {
                     }));
                 }
             }
-            token += run.count;
+            token += span.count;
         }
         tasks
     }
@@ -109,9 +125,9 @@ impl<E: Element> Problem<'_, E> {
         self.heads / self.key_heads
     }
 
-    /// How many keys the query `row` of a run sees.
-    fn visible(&self, run: Run, row: usize) -> usize {
-        run.start + row / self.group() + 1
+    /// How many keys the query `row` of a span sees.
+    fn visible(&self, span: CacheSpan, row: usize) -> usize {
+        span.start + row / self.group() + 1
     }
 
     /// Where the query `row` of a task lies among all queries, `[tokens, heads]`.
@@ -120,7 +136,7 @@ impl<E: Element> Problem<'_, E> {
     }
 
     fn partial(&self, task: &Task) -> Partial {
-        let PastSpec { scale, keys, values, .. } = self.spec;
+        let CachedAttentionSpec { scale, keys, values, .. } = self.spec;
         let (rows, key_width, value_width) = (task.rows.len(), keys.len(), values.len());
         let queries: Vec<f32> = task
             .rows
@@ -128,7 +144,7 @@ impl<E: Element> Problem<'_, E> {
             .flat_map(|row| self.query[self.query_row(task, row) * key_width..][..key_width].iter().map(|x| x.wide()))
             .collect();
         let queries = Matrix::new(&queries, rows, key_width);
-        let first = (task.run.sequence * self.key_heads + task.key_head) * self.capacity;
+        let first = (task.span.sequence * self.key_heads + task.key_head) * self.capacity;
         let mut whole = Partial {
             largest: vec![f32::NEG_INFINITY; rows],
             sum: vec![0.0; rows],
@@ -137,20 +153,26 @@ impl<E: Element> Problem<'_, E> {
         let (mut scratch, mut wide) = (vec![0.0; rows * KEYS.min(task.keys.len())], Vec::new());
         for start in task.keys.clone().step_by(KEYS) {
             let count = KEYS.min(task.keys.end - start);
-            let past = &self.past[(first + start) * self.row..][..count * self.row];
+            let cached = &self.cache[(first + start) * self.row..][..count * self.row];
             let scores = &mut scratch[..rows * count];
-            let view = E::view(&past[keys.start..], count, key_width, self.row, &mut wide);
-            multiply(MatrixMut::strided(scores, rows, count, count), queries, view.transposed(), *scale, Write::Set);
+            let view = E::view(&cached[keys.start..], count, key_width, self.row, &mut wide);
+            multiply(
+                &mut MatrixMut::strided(scores, rows, count, count),
+                queries,
+                view.transposed(),
+                *scale,
+                Write::Set,
+            );
             for (index, scores) in scores.chunks_exact_mut(count).enumerate() {
-                let visible = self.visible(task.run, task.rows.start + index).saturating_sub(start).min(count);
+                let visible = self.visible(task.span, task.rows.start + index).saturating_sub(start).min(count);
                 let (seen, unseen) = scores.split_at_mut(visible);
                 unseen.fill(0.0);
                 whole.rescale(index, largest(seen).max(whole.largest[index]), value_width);
                 whole.sum[index] += exp_in_place(seen, whole.largest[index]);
             }
-            let view = E::view(&past[values.start..], count, value_width, self.row, &mut wide);
-            let out = MatrixMut::strided(&mut whole.mixed, rows, value_width, value_width);
-            multiply(out, Matrix::new(scores, rows, count), view, 1.0, Write::Add);
+            let view = E::view(&cached[values.start..], count, value_width, self.row, &mut wide);
+            let mut out = MatrixMut::strided(&mut whole.mixed, rows, value_width, value_width);
+            multiply(&mut out, Matrix::new(scores, rows, count), view, 1.0, Write::Add);
         }
         whole
     }

@@ -1,8 +1,10 @@
-//! What tensors are made of: f32, or bf16 that is widened where it is read and rounded where it is written.
+//! The dtypes of tensors that the kernels take: f32, and bf16, which is widened where it is read and rounded where it is
+//! written.
 
 use std::mem::MaybeUninit;
 
 use burn::tensor::bf16;
+use moonlight_disjoint::BlockMut;
 use multiversion::multiversion;
 
 use super::matrix::{Matrix, MatrixMut};
@@ -33,19 +35,12 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
     /// The nearest value, ties to even; NaN stays NaN.
     fn narrow(wide: f32) -> Self;
 
-    /// Writes what `fill` puts into an f32 view of `rows x columns` that begins at `target`.
+    /// Writes to `target` what `fill` puts into an f32 view of its shape.
     ///
-    /// # Safety
+    /// # Panics
     ///
-    /// The view lies inside one allocation, and nobody else touches its elements meanwhile. They need not hold values yet.
-    unsafe fn write(
-        target: *mut Self,
-        rows: usize,
-        columns: usize,
-        row_stride: usize,
-        scratch: &mut Vec<f32>,
-        fill: impl FnOnce(MatrixMut<'_>),
-    );
+    /// When `fill` leaves the view unwritten, so every element of `target` holds a value afterwards.
+    fn write(target: BlockMut<'_, MaybeUninit<Self>>, scratch: &mut Vec<f32>, fill: impl FnOnce(&mut MatrixMut<'_>));
 }
 
 impl Element for f32 {
@@ -76,16 +71,10 @@ impl Element for f32 {
         wide
     }
 
-    unsafe fn write(
-        target: *mut f32,
-        rows: usize,
-        columns: usize,
-        row_stride: usize,
-        _scratch: &mut Vec<f32>,
-        fill: impl FnOnce(MatrixMut<'_>),
-    ) {
-        // SAFETY: passed on to the caller.
-        fill(unsafe { MatrixMut::from_raw(target, rows, columns, row_stride) });
+    fn write(target: BlockMut<'_, MaybeUninit<f32>>, _scratch: &mut Vec<f32>, fill: impl FnOnce(&mut MatrixMut<'_>)) {
+        let mut out = MatrixMut::unwritten(target);
+        fill(&mut out);
+        assert!(out.is_written(), "the view was not filled");
     }
 }
 
@@ -95,8 +84,8 @@ impl Element for bf16 {
 
     fn rounded(values: Vec<f32>) -> Vec<bf16> {
         let mut rounded = Vec::with_capacity(values.len());
-        round_into(&values, rounded.spare_capacity_mut());
-        // SAFETY: `round_into` wrote a value for each.
+        round_into(&values, &mut rounded.spare_capacity_mut()[..values.len()]);
+        // SAFETY: there is the capacity, and `round_into` wrote a value to each place of a slice of this length.
         unsafe { rounded.set_len(values.len()) };
         rounded
     }
@@ -129,22 +118,17 @@ impl Element for bf16 {
         bf16::from_bits(if wide.is_nan() { 0x7fc0 } else { rounded })
     }
 
-    unsafe fn write(
-        target: *mut bf16,
-        rows: usize,
-        columns: usize,
-        row_stride: usize,
+    fn write(
+        mut target: BlockMut<'_, MaybeUninit<bf16>>,
         scratch: &mut Vec<f32>,
-        fill: impl FnOnce(MatrixMut<'_>),
+        fill: impl FnOnce(&mut MatrixMut<'_>),
     ) {
+        let (rows, columns) = (target.rows(), target.columns());
         scratch.resize(scratch.len().max(rows * columns), 0.0);
         let tile = &mut scratch[..rows * columns];
-        fill(MatrixMut::strided(tile, rows, columns, columns));
+        fill(&mut MatrixMut::strided(tile, rows, columns, columns));
         for (row, wide) in tile.chunks_exact(columns).enumerate() {
-            // SAFETY: passed on to the caller.
-            round_into(wide, unsafe {
-                std::slice::from_raw_parts_mut(target.add(row * row_stride).cast::<MaybeUninit<bf16>>(), columns)
-            });
+            round_into(wide, target.row(row));
         }
     }
 }
@@ -158,15 +142,24 @@ pub(super) fn widen<E: Element>(values: &[E], wide: &mut [f32]) {
 }
 
 /// Writes the values, each rounded once.
+///
+/// # Panics
+///
+/// When the slices differ in length.
 pub(super) fn round<E: Element>(wide: &[f32], values: &mut [E]) {
     let values: *mut [E] = values;
-    // SAFETY: the slice is the caller's own, and what is written into it are values.
+    // SAFETY: the slice is borrowed for writing, and `round_into` writes values alone, which `MaybeUninit` has the layout of.
     round_into(wide, unsafe { &mut *(values as *mut [MaybeUninit<E>]) });
 }
 
-/// As [`round`], into memory that need not hold values yet.
+/// As [`round`], into memory that need not hold values yet: afterwards all of it does.
+pub(super) fn round_into<E: Element>(wide: &[f32], values: &mut [MaybeUninit<E>]) {
+    assert_eq!(wide.len(), values.len(), "each value has a place");
+    round_each(wide, values);
+}
+
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn round_into<E: Element>(wide: &[f32], values: &mut [MaybeUninit<E>]) {
+fn round_each<E: Element>(wide: &[f32], values: &mut [MaybeUninit<E>]) {
     for (value, &wide) in values.iter_mut().zip(wide) {
         value.write(E::narrow(wide));
     }
