@@ -7,18 +7,18 @@ use std::path::Path;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use moonlight_model::config::ParameterKind;
-use moonlight_model::{Bits, CausalLm};
+use moonlight_model::{CausalLm, QuantBits};
 
-use crate::check::{Plan, Planned, Scope};
 use crate::checkpoint::Checkpoint;
-use crate::decode::{Layout, Piece};
-use crate::elements::{Outcome, Weight, WeightDtype, all_finite, with_weight};
+use crate::dtype::conversion::{Outcome, Weight, WeightDtype, all_finite, with_weight};
+use crate::dtype::dequantize::{Layout, Piece};
+use crate::dtype::transpose::{HEIGHT, Shared};
 use crate::error::CheckpointError;
-use crate::huge_pages;
-use crate::names::SkipReason;
-use crate::stream::Stream;
-use crate::transfer::{self, Panel, in_order};
-use crate::transposition::{HEIGHT, Shared};
+use crate::io::huge_pages;
+use crate::io::parallel_copy::{self, Panel, in_order};
+use crate::io::readahead::Stream;
+use crate::mapping::load_plan::{Plan, Planned, Scope};
+use crate::mapping::names::SkipReason;
 
 /// Bytes that a thread reads at a time, about.
 const PANEL: usize = 1 << 20;
@@ -94,7 +94,12 @@ impl Checkpoint {
     /// # Errors
     ///
     /// Those of [`load`](crate::load).
-    pub fn load_packed(&self, device: &Device, dtype: Option<DType>, bits: Bits) -> Result<CausalLm, CheckpointError> {
+    pub fn load_packed(
+        &self,
+        device: &Device,
+        dtype: Option<DType>,
+        bits: QuantBits,
+    ) -> Result<CausalLm, CheckpointError> {
         let mut model = self.config().init(device);
         model.embed_tokens = self.load_part(model.embed_tokens, "embed_tokens", device, dtype)?.0;
         model.norm = self.load_part(model.norm, "norm", device, dtype)?.0;
@@ -105,7 +110,7 @@ impl Checkpoint {
             .map(|layer| {
                 let fresh = self.config().init_layer(layer, device);
                 let (loaded, _) = self.load_part(fresh, &format!("layers.{layer}"), device, dtype)?;
-                Ok(loaded.packed(bits))
+                Ok(loaded.quantized(bits))
             })
             .collect::<Result<_, CheckpointError>>()?;
         Ok(model)
@@ -208,7 +213,7 @@ impl Checkpoint {
                 stream.read(&part, bytemuck::cast_slice_mut(target))?;
                 all_finite::<T>(bytemuck::cast_slice(target))
             } else {
-                let bytes = transfer::values::<u8>(buffer, part.range.len());
+                let bytes = parallel_copy::values::<u8>(buffer, part.range.len());
                 stream.read(&part, bytes)?;
                 // SAFETY: as above.
                 unsafe { self.place(piece, Layout::Burn, rows.clone(), bytes, &target, at) }

@@ -106,7 +106,7 @@ fn step(
         let _ = output.loss_sum.clone().into_scalar::<f32>(); // the trainer reads it as well
         let gradients = (output.loss_sum / predicted as f64).backward();
         let gradients = GradientsParams::from_grads(gradients, &model);
-        let more = output.report.expert_loads();
+        let more = output.stats.expert_loads();
         if loads.is_empty() {
             loads = more;
         } else {

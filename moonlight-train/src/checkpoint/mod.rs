@@ -22,12 +22,12 @@ use std::path::{Path, PathBuf};
 
 use moonlight_convert::adapter::write_adapter;
 use moonlight_convert::{SaveOptions, replace_directory, write_into};
+use moonlight_infer::tokenizer::Companion;
 use moonlight_model::CausalLm;
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataPosition;
 use crate::error::TrainError;
-use crate::tokenizer::Companion;
 
 const STATE: &str = "trainer.json";
 /// The whole state of the optimizer, as earlier versions wrote it with one rank; only read.

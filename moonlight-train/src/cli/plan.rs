@@ -4,12 +4,12 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use moonlight_convert::{Checkpoint, hub};
+use moonlight_convert::Checkpoint;
+use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
-use moonlight_model::config::AttentionConfig;
+use moonlight_model::config::AttentionShape;
 use serde_json::json;
 
-use super::model::resolve;
 use crate::error::TrainError;
 use crate::plan::{Machines, Operations, Part, Plan, Scale, Threads, available_memory, tokens_until};
 use crate::recipe::{FormName, HalfOrFull, Recipe};
@@ -178,7 +178,7 @@ fn heading(config: &ModelConfig, operations: Operations) -> String {
 }
 
 fn of_model(path: &std::path::Path, as_json: bool) -> Result<String, TrainError> {
-    let checkpoint = Checkpoint::open(resolve(&hub::resolve(path)?))?;
+    let checkpoint = Checkpoint::open(resolve_model(path)?)?;
     let config = checkpoint.config();
     let weights = config.parameter_count().total;
     let per_token = cache_values(config);
@@ -210,8 +210,8 @@ fn of_model(path: &std::path::Path, as_json: bool) -> Result<String, TrainError>
 /// Values that the cache keeps of a token.
 fn cache_values(config: &ModelConfig) -> u64 {
     let of_layer = match &config.attention {
-        AttentionConfig::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
-        AttentionConfig::Gqa(gqa) => 2 * gqa.num_key_value_heads * gqa.head_dim,
+        AttentionShape::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
+        AttentionShape::Gqa(gqa) => 2 * gqa.num_key_value_heads * gqa.head_dim,
     };
     (config.num_hidden_layers * of_layer) as u64
 }

@@ -14,7 +14,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor};
-use moonlight_model::{CausalLm, ForwardReport, LayerOutput, LmBatch, Pass, Probe};
+use moonlight_model::{CausalLm, ForwardContext, ForwardStats, LayerOutput, LmBatch, Probe};
 use moonlight_optim::distributed::{CollectiveError, DistributedOptimizer, sum_of_squares};
 
 use super::model_cell::ModelCell;
@@ -179,16 +179,16 @@ fn squares<M: Module>(module: &M, gradients: &GradientsParams) -> f64 {
     squares.1
 }
 
-/// Forward and backward: the sum of the losses of all predicted tokens, nats, and the report of the forward pass. Nothing
+/// Forward and backward: the sum of the losses of all predicted tokens, nats, and the statistics of the forward pass. Nothing
 /// is added to the sink for a non-finite loss, unless it must finish.
 pub(crate) fn backward(
     sink: &mut impl GradientSink,
     input: MicroBatch,
     memory: MemoryOptions,
-) -> Result<(f64, ForwardReport), StepError> {
+) -> Result<(f64, ForwardStats), StepError> {
     let MicroBatch { batch, loss_scale, balance_weight, balance_scale, probe } = input;
     let [rows, sequence] = batch.tokens.dims();
-    let pass = sink.model().pass(&batch, balance_weight, probe);
+    let pass = sink.model().forward_context(&batch, balance_weight, probe);
     let backbone = if memory.recompute {
         Backbone::without_graph(sink.model(), batch.tokens.clone(), &pass)
     } else {
@@ -215,8 +215,8 @@ pub(crate) fn backward(
         tied
     });
     sink.add(gradients)?;
-    let report = backbone.backward(sink, batch.tokens, &pass, gradient, balance_scale, tied)?;
-    Ok((loss_sum, report))
+    let stats = backbone.backward(sink, batch.tokens, &pass, gradient, balance_scale, tied)?;
+    Ok((loss_sum, stats))
 }
 
 /// The result of embedding and layers, with what their backward pass needs.
@@ -226,40 +226,40 @@ struct Backbone {
     balance_loss: Option<Tensor<1>>,
     /// Each layer's input, without a graph, where layers run again; else empty.
     inputs: Vec<Tensor<2>>,
-    report: ForwardReport,
+    stats: ForwardStats,
 }
 
 impl Backbone {
     /// Keeps the whole graph.
-    fn with_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &Pass) -> Self {
+    fn with_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &ForwardContext) -> Self {
         let mut backbone = Self::at(model.embed(tokens));
         for index in 0..model.layers.len() {
-            let LayerOutput { hidden, balance_loss, report } = model.run_layer(index, backbone.last, pass);
+            let LayerOutput { hidden, balance_loss, stats } = model.run_layer(index, backbone.last, pass);
             backbone.last = hidden;
             if let Some(loss) = balance_loss {
                 backbone.balance_loss = Some(backbone.balance_loss.map_or(loss.clone(), |sum| sum + loss));
             }
-            backbone.report.layers.push(report);
+            backbone.stats.layers.push(stats);
         }
         backbone
     }
 
     /// Keeps each layer's input. The layers run on the device without gradients, because a graph that is dropped is freed
     /// by the next backward pass only.
-    fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &Pass) -> Self {
+    fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &ForwardContext) -> Self {
         let (model, pass) = (model.valid(), pass.clone().inner());
         let mut backbone = Self::at(model.embed(tokens.inner()));
         for index in 0..model.layers.len() {
             backbone.inputs.push(backbone.last.clone());
-            let LayerOutput { hidden, report, .. } = model.run_layer(index, backbone.last, &pass);
+            let LayerOutput { hidden, stats, .. } = model.run_layer(index, backbone.last, &pass);
             backbone.last = hidden;
-            backbone.report.layers.push(report);
+            backbone.stats.layers.push(stats);
         }
         backbone
     }
 
     fn at(last: Tensor<2>) -> Self {
-        Self { last, balance_loss: None, inputs: Vec::new(), report: ForwardReport::default() }
+        Self { last, balance_loss: None, inputs: Vec::new(), stats: ForwardStats::default() }
     }
 
     fn output(&self) -> Tensor<2> {
@@ -272,12 +272,12 @@ impl Backbone {
         self,
         sink: &mut impl GradientSink,
         tokens: Tensor<2, Int>,
-        pass: &Pass,
+        pass: &ForwardContext,
         mut gradient: Tensor<2>,
         balance_scale: f64,
         tied: Option<GradientsParams>,
-    ) -> Result<ForwardReport, CollectiveError> {
-        let Self { last, balance_loss, inputs, report } = self;
+    ) -> Result<ForwardStats, CollectiveError> {
+        let Self { last, balance_loss, inputs, stats } = self;
         if inputs.is_empty() {
             // Without a trained parameter up to here there is no graph.
             let gradients = if last.is_tracked() {
@@ -287,7 +287,7 @@ impl Backbone {
                 GradientsParams::new()
             };
             sink.add(joined(sink.model(), gradients, tied))?;
-            return Ok(report);
+            return Ok(stats);
         }
         drop(last);
         for (index, input) in inputs.into_iter().enumerate().rev() {
@@ -304,7 +304,7 @@ impl Backbone {
             let gradients = GradientsParams::from_grads(gradients, sink.model());
             sink.add(joined(sink.model(), gradients, tied))?;
         }
-        Ok(report)
+        Ok(stats)
     }
 }
 
@@ -450,15 +450,15 @@ mod tests {
         }
     }
 
-    /// Loss, report and gradients of the model's own pass with one graph.
-    fn plain(model: &CausalLm, input: MicroBatch) -> (f64, ForwardReport, GradientsParams) {
+    /// Loss, statistics and gradients of the model's own pass with one graph.
+    fn plain(model: &CausalLm, input: MicroBatch) -> (f64, ForwardStats, GradientsParams) {
         let output = model.loss(&input.batch, input.balance_weight, input.probe);
         let loss_sum = f64::from(output.loss_sum.clone().into_scalar::<f32>());
         let mut objective = output.loss_sum * input.loss_scale;
         if let Some(balance) = output.balance_loss {
             objective = objective + balance * input.balance_scale;
         }
-        (loss_sum, output.report, GradientsParams::from_grads(objective.backward(), model))
+        (loss_sum, output.stats, GradientsParams::from_grads(objective.backward(), model))
     }
 
     #[test]
@@ -466,13 +466,13 @@ mod tests {
         for tied in [false, true] {
             let model = model(tied);
             let device = Device::default().autodiff();
-            let (expected_loss, expected_report, expected) = plain(&model, input(&device));
+            let (expected_loss, expected_stats, expected) = plain(&model, input(&device));
             let expected = values(&model, Some(&expected));
             for memory in WAYS {
                 let mut sink = Keeping(&model, GradientsAccumulator::new());
-                let (loss_sum, report) = backward(&mut sink, input(&device), memory).unwrap();
+                let (loss_sum, stats) = backward(&mut sink, input(&device), memory).unwrap();
                 assert!((loss_sum / expected_loss - 1.0).abs() < 1e-6);
-                assert_eq!(report.expert_loads(), expected_report.expert_loads());
+                assert_eq!(stats.expert_loads(), expected_stats.expert_loads());
                 let gradients = values(&model, Some(&sink.1.grads()));
                 assert_eq!(gradients.len(), expected.len(), "tied {tied}, {memory:?}");
                 for (ours, expected) in gradients.iter().zip(&expected) {

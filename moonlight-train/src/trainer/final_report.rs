@@ -5,17 +5,17 @@ use std::io::Write;
 use std::sync::Arc;
 
 use burn::module::Module;
+use moonlight_infer::generate::{Sampling, generate};
+use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::CausalLm;
 
 use super::run_eval::{self, run_eval};
 use super::train_loop::Outcome;
 use crate::data::Corpus;
 use crate::error::TrainError;
-use crate::generate::{Sampling, generate};
 use crate::metrics::peak_memory_mib;
 use crate::plots::write_plots;
 use crate::recipe::Recipe;
-use crate::tokenizer::Tokenizer;
 
 /// The largest vocabulary that a table of bigrams is counted for.
 const BIGRAM_VOCAB: usize = 4096;

@@ -29,8 +29,8 @@ mod train_loop;
 use std::io::IsTerminal;
 
 use burn::train::Interrupter;
+use moonlight_infer::device::Target;
 
-use crate::device::Target;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 

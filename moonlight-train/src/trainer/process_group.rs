@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use burn::train::Interrupter;
+use moonlight_infer::device::{self, Target};
 use moonlight_model::CausalLm;
 use moonlight_optim::distributed::{
     Collective, CollectiveError, InProcess, Nested, OnDevices, Solo, Worker, devices_reduce, sum_of_squares,
@@ -18,7 +19,6 @@ use super::exchange::{agree, all_gather, broadcast_number};
 use super::rank_trainer::RankTrainer;
 use super::setup::{Leftovers, ResumePoint, Setup};
 use super::train_loop::{Outcome, train_loop};
-use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::metrics::{Dashboard, Progress, Reporter};
 use crate::recipe::{DistributedRecipe, Recipe};
@@ -145,7 +145,7 @@ impl ProcessGroup {
         let before = 0;
         let target = |offset| match before + offset {
             0 => Ok(first.clone()),
-            offset => Target::open(&device::behind(&recipe.run.device, offset)),
+            offset => Ok(Target::open(&device::name_at_offset(&recipe.run.device, offset))?),
         };
         (0..self.recipe.devices).map(target).collect()
     }

@@ -3,13 +3,13 @@
 use std::fs;
 use std::path::Path;
 
+use moonlight_infer::eval::{Reader, evaluate, table, to_json};
+use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::CausalLm;
 use serde_json::{Map, Value};
 
 use crate::error::TrainError;
-use crate::eval::{Reader, evaluate, table, to_json};
 use crate::recipe::Recipe;
-use crate::tokenizer::Tokenizer;
 
 const FILE: &str = "evaluation.json";
 

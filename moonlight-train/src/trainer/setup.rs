@@ -8,6 +8,9 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use moonlight_convert::adapter::{AdapterError, read_adapter};
 use moonlight_convert::load;
+use moonlight_infer::device::{self, Target};
+use moonlight_infer::load_base;
+use moonlight_infer::tokenizer::{Companion, Tokenizer};
 use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::distributed::{DistributedError, DistributedOptimizer, Worker};
 use moonlight_optim::{
@@ -22,7 +25,6 @@ use super::rank_trainer::RankTrainer;
 use super::run_eval::{self, run_eval};
 use crate::checkpoint::{Checkpoints, Found, TrainerState};
 use crate::data::{Ahead, Corpus};
-use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::metrics::{ConsoleLines, LogEvery, MetricsFile, Reporter};
 use crate::plan::{Plan, Setting, Threads, available_memory};
@@ -31,8 +33,6 @@ use crate::recipe::{
 };
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
-use crate::tokenizer::{Companion, Tokenizer};
-use crate::weights::load_base;
 
 /// The file with the tokens at which generation stops.
 const GENERATION_CONFIG: &str = "generation_config.json";

@@ -136,8 +136,8 @@ fn run_micro_batches(
             balance_scale: share,
             probe: settings.probe,
         };
-        let (loss_sum, report) = backward(sink, input, settings.memory)?;
-        result.add(loss_sum / totals.predicted, &report, share);
+        let (loss_sum, stats) = backward(sink, input, settings.memory)?;
+        result.add(loss_sum / totals.predicted, &stats, share);
     }
     if settings.dropout_seed.is_some() {
         // Validation and probes run without dropout.

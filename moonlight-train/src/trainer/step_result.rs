@@ -1,6 +1,6 @@
 //! What a step measures, on one rank and over all.
 
-use moonlight_model::ForwardReport;
+use moonlight_model::ForwardStats;
 use moonlight_optim::distributed::Worker;
 
 use super::exchange::{all_gather, exchange_fields};
@@ -74,13 +74,13 @@ impl StepResult {
     }
 
     /// Adds a micro-batch: its part of the mean loss, and its share of the step's sequences.
-    pub(crate) fn add(&mut self, loss: f64, report: &ForwardReport, share: f64) {
+    pub(crate) fn add(&mut self, loss: f64, stats: &ForwardStats, share: f64) {
         let pass = Self {
             loss,
             gradient_squares: 0.0,
-            expert_loads: report.expert_loads(),
-            attention: attention_logits(report, share),
-            head_logits: head_logits(report),
+            expert_loads: stats.expert_loads(),
+            attention: attention_logits(stats, share),
+            head_logits: head_logits(stats),
         };
         self.merge(pass);
     }
@@ -152,16 +152,16 @@ fn merge_each<T>(into: &mut Vec<T>, from: Vec<T>, merge: impl Fn(&mut T, T)) {
 }
 
 /// The largest logit of each head of each layer.
-fn head_logits(report: &ForwardReport) -> Vec<Vec<f64>> {
-    let layers = report.layers.iter().map_while(|layer| layer.max_attention_logit.clone());
+fn head_logits(stats: &ForwardStats) -> Vec<Vec<f64>> {
+    let layers = stats.layers.iter().map_while(|layer| layer.max_attention_logit.clone());
     layers.map(|logits| logits.into_data().iter::<f64>().collect()).collect()
 }
 
-fn attention_logits(report: &ForwardReport, share: f64) -> Option<AttentionLogits> {
+fn attention_logits(stats: &ForwardStats, share: f64) -> Option<AttentionLogits> {
     let mut result: Option<AttentionLogits> = None;
-    for layer in &report.layers {
+    for layer in &stats.layers {
         let largest: f64 = layer.max_attention_logit.clone()?.max().into_scalar::<f32>().into();
-        let above = f64::from(layer.share_above_100.clone()?.into_scalar::<f32>()) / report.layers.len() as f64;
+        let above = f64::from(layer.share_above_100.clone()?.into_scalar::<f32>()) / stats.layers.len() as f64;
         let so_far = result.map_or((f64::NEG_INFINITY, 0.0), |logits| (logits.largest, logits.share_above_100));
         result = Some(AttentionLogits { largest: so_far.0.max(largest), share_above_100: so_far.1 + above });
     }
