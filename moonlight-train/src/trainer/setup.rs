@@ -393,8 +393,8 @@ pub(super) fn rules(recipe: &OptimizerRecipe, hidden: usize) -> ParameterRules {
         RoundingName::Master => Rounding::MasterWeights,
     };
     let adamw = AdamWConfig::new()
-        .with_betas(recipe.betas[0] as f32, recipe.betas[1] as f32)
-        .with_epsilon(recipe.epsilon as f32)
+        .with_betas(recipe.betas[0], recipe.betas[1])
+        .with_epsilon(recipe.epsilon)
         .with_weight_decay(recipe.weight_decay)
         .with_rounding(rounding);
     let factor = recipe.update_rms;
