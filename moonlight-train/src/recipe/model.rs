@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use moonlight_convert::hub;
+use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -13,7 +14,6 @@ use super::run::path;
 use super::section::Section;
 use crate::checkpoint::Checkpoints;
 use crate::error::checkpoint_hint;
-use crate::tokenizer::Tokenizer;
 
 /// The keys of `config.json` that shape a model of the family.
 const SHAPE_KEYS: &[&str] = &[

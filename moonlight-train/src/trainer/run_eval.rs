@@ -1,20 +1,20 @@
-//! `evaluation.json` of a run: what the model can do before the first step and after the last.
+//! `evaluation.json` of a run: the recipe's tasks before the first step and after the last.
 
 use std::fs;
 use std::path::Path;
 
+use moonlight_infer::eval::{Reader, evaluate, table, to_json};
+use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::CausalLm;
 use serde_json::{Map, Value};
 
 use crate::error::TrainError;
-use crate::eval::{Reader, evaluate, table, to_json};
 use crate::recipe::Recipe;
-use crate::tokenizer::Tokenizer;
 
 const FILE: &str = "evaluation.json";
 
-/// Evaluates a model on the tasks of a recipe; nothing where it names none. Text for the reader, JSON for the file.
-pub(super) fn judge(
+/// Evaluates a model on the tasks of a recipe; `None` if it names none. A table for the reader, and JSON for the file.
+pub(super) fn run_eval(
     recipe: &Recipe,
     model: &CausalLm,
     tokenizer: Option<&Tokenizer>,
@@ -32,16 +32,18 @@ pub(super) fn judge(
     Ok(Some((table(&evaluations), evaluations.iter().map(to_json).collect())))
 }
 
-/// Puts what was found `before` or `after` into the run's file, beside what is there.
-pub(super) fn keep(folder: &Path, when: &str, found: Value) -> Result<(), TrainError> {
+/// Logs the results `before` or `after` the run, and adds them to its file.
+pub(super) fn record(folder: &Path, when: &str, (table, results): (String, Value)) -> Result<(), TrainError> {
     let path = folder.join(FILE);
     let mut all = earlier(folder);
-    all.insert(when.into(), found);
+    all.insert(when.into(), results);
     let text = serde_json::to_string_pretty(&all).unwrap_or_default() + "\n";
-    fs::write(&path, text).map_err(TrainError::write(&path))
+    fs::write(&path, text).map_err(TrainError::write(&path))?;
+    tracing::info!("evaluation {when}:\n{}", table.trim_end_matches('\n'));
+    Ok(())
 }
 
-/// What the run's file holds already.
+/// What the run's file contains already.
 fn earlier(folder: &Path) -> Map<String, Value> {
     let text = fs::read_to_string(folder.join(FILE)).unwrap_or_default();
     serde_json::from_str(&text).unwrap_or_default()
