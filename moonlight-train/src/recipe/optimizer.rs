@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use moonlight_optim::QkClip;
+use moonlight_optim::{AdamWConfig, MomentumPrecision, MuonConfig, ParameterRules, Precision, QkClip, Rounding, Scale};
 use serde::Serialize;
 
 use super::section::Section;
@@ -156,6 +156,50 @@ impl OptimizerRecipe {
     /// QK-clip, if it is asked for.
     pub(crate) fn qk_clip(&self) -> Option<QkClip> {
         (self.qk_clip > 0.0).then_some(QkClip { threshold: self.qk_clip })
+    }
+
+    /// Which optimizer takes which parameters of a model with this hidden size, and its settings.
+    pub(crate) fn rules(&self, hidden: usize) -> ParameterRules {
+        let rounding = match self.rounding {
+            RoundingName::Nearest => Rounding::Nearest,
+            RoundingName::Stochastic => Rounding::Stochastic,
+            RoundingName::Master => Rounding::MasterWeights,
+        };
+        let adamw = AdamWConfig::new()
+            .with_betas(self.betas[0] as f32, self.betas[1] as f32)
+            .with_epsilon(self.epsilon as f32)
+            .with_weight_decay(self.weight_decay)
+            .with_rounding(rounding);
+        let factor = self.update_rms;
+        let scale = match self.scale {
+            ScaleName::Report => Scale::Report { factor },
+            ScaleName::UpdateNorm => Scale::UpdateNorm { factor },
+            ScaleName::HiddenSize => Scale::HiddenSize { factor, hidden },
+            ScaleName::KellerJordan => Scale::KellerJordan,
+            ScaleName::Spectral => Scale::Spectral,
+            ScaleName::Unit => Scale::Unit,
+        };
+        match self.name {
+            OptimizerName::AdamW => ParameterRules::adamw(adamw),
+            OptimizerName::Muon => {
+                let muon = MuonConfig::new()
+                    .with_momentum(self.momentum)
+                    .with_nesterov(self.nesterov)
+                    .with_weight_decay(self.weight_decay)
+                    .with_scale(scale)
+                    .with_steps(self.newton_schulz_steps)
+                    .with_rounding(rounding)
+                    .with_momentum_precision(match self.momentum_dtype {
+                        HalfOrFull::F32 => MomentumPrecision::F32,
+                        HalfOrFull::Bf16 => MomentumPrecision::Bf16,
+                    })
+                    .with_precision(match self.newton_schulz_dtype {
+                        HalfOrFull::F32 => Precision::F32,
+                        HalfOrFull::Bf16 => Precision::Bf16,
+                    });
+                ParameterRules::moonlight(muon, adamw)
+            }
+        }
     }
 
     pub(super) fn read(section: &mut Section<'_>) -> Self {

@@ -9,10 +9,7 @@ use burn::tensor::{DType, Device, Tensor};
 use moonlight_convert::adapter::{AdapterError, read_adapter};
 use moonlight_convert::load;
 use moonlight_model::{CausalLm, ModelConfig};
-use moonlight_optim::{
-    AdamWConfig, Assignment, BatchedOptimizer, MomentumPrecision, MuonConfig, ParameterRules, Precision, Rounding,
-    Scale,
-};
+use moonlight_optim::{Assignment, BatchedOptimizer};
 use serde_json::{Value, json};
 
 use super::freeze;
@@ -26,9 +23,7 @@ use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::metrics::MetricsFile;
 use crate::plan::{Plan, Setting, Threads, available_memory};
-use crate::recipe::{
-    HalfOrFull, LoraRecipe, ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe, RoundingName, ScaleName,
-};
+use crate::recipe::{LoraRecipe, ModelSource, NO_TOKENIZER, Recipe};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
 use crate::tokenizer::{Companion, Tokenizer};
@@ -159,7 +154,7 @@ pub(super) fn open(recipe: &Recipe, target: &Target, from: From) -> Result<Opene
         }
     };
     let model = freeze::freeze(model, &recipe.train.freeze, recipe.optimizer.qk_clip().is_some())?;
-    let assignment = rules(&recipe.optimizer, config.hidden_size).assign(&model)?;
+    let assignment = recipe.optimizer.rules(config.hidden_size).assign(&model)?;
     let corpus = Arc::new(corpus);
     let recipe = recipe.clone();
     Ok(Opened { recipe, model, state, from, assignment, schedule, corpus, checkpoints, tokenizer })
@@ -324,50 +319,6 @@ fn adapted(base: CausalLm, dir: &Path, lora: &LoraRecipe) -> Result<CausalLm, Tr
     let mut adapters = read_adapter(base.config(), dir)?;
     adapters.iter_mut().for_each(|adapter| adapter.settings.dropout = lora.dropout);
     base.with_adapters(adapters).map_err(|source| AdapterError::Misfit { dir: dir.to_owned(), source }.into())
-}
-
-/// The optimizers that a recipe asks for, for a model of this width.
-pub(super) fn rules(recipe: &OptimizerRecipe, hidden: usize) -> ParameterRules {
-    let rounding = match recipe.rounding {
-        RoundingName::Nearest => Rounding::Nearest,
-        RoundingName::Stochastic => Rounding::Stochastic,
-        RoundingName::Master => Rounding::MasterWeights,
-    };
-    let adamw = AdamWConfig::new()
-        .with_betas(recipe.betas[0] as f32, recipe.betas[1] as f32)
-        .with_epsilon(recipe.epsilon as f32)
-        .with_weight_decay(recipe.weight_decay)
-        .with_rounding(rounding);
-    let factor = recipe.update_rms;
-    let scale = match recipe.scale {
-        ScaleName::Report => Scale::Report { factor },
-        ScaleName::UpdateNorm => Scale::UpdateNorm { factor },
-        ScaleName::HiddenSize => Scale::HiddenSize { factor, hidden },
-        ScaleName::KellerJordan => Scale::KellerJordan,
-        ScaleName::Spectral => Scale::Spectral,
-        ScaleName::Unit => Scale::Unit,
-    };
-    match recipe.name {
-        OptimizerName::AdamW => ParameterRules::adamw(adamw),
-        OptimizerName::Muon => {
-            let muon = MuonConfig::new()
-                .with_momentum(recipe.momentum)
-                .with_nesterov(recipe.nesterov)
-                .with_weight_decay(recipe.weight_decay)
-                .with_scale(scale)
-                .with_steps(recipe.newton_schulz_steps)
-                .with_rounding(rounding)
-                .with_momentum_precision(match recipe.momentum_dtype {
-                    HalfOrFull::F32 => MomentumPrecision::F32,
-                    HalfOrFull::Bf16 => MomentumPrecision::Bf16,
-                })
-                .with_precision(match recipe.newton_schulz_dtype {
-                    HalfOrFull::F32 => Precision::F32,
-                    HalfOrFull::Bf16 => Precision::Bf16,
-                });
-            ParameterRules::moonlight(muon, adamw)
-        }
-    }
 }
 
 fn announce(model: &CausalLm, assignment: &Assignment, corpus: &Corpus, recipe: &Recipe, state: &TrainerState) {
