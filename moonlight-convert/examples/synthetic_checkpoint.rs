@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use clap::Parser;
 use moonlight_convert::{PublishedFile, published_files};
 use moonlight_model::ModelConfig;
-use moonlight_model::config::AttentionConfig;
+use moonlight_model::config::AttentionShape;
 use serde_json::json;
 
 /// Bytes that are made at a time; each begins a random sequence of its own.
@@ -107,7 +107,7 @@ fn config(arguments: &Arguments) -> Result<ModelConfig, Box<dyn Error>> {
     if let Some(moe) = &mut config.moe {
         scale(&mut moe.moe_intermediate_size);
     }
-    if let AttentionConfig::Mla(mla) = &mut config.attention {
+    if let AttentionShape::Mla(mla) = &mut config.attention {
         for width in [&mut mla.kv_lora_rank, &mut mla.qk_nope_head_dim, &mut mla.qk_rope_head_dim, &mut mla.v_head_dim]
         {
             scale(width);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{DType, Device};
 use moonlight_convert::adapter::{base_of, is_adapter, load_adapter};
 use moonlight_convert::{Checkpoint, CheckpointError, load};
-use moonlight_model::{Bits, CausalLm};
+use moonlight_model::{CausalLm, QuantBits};
 
 use crate::error::TrainError;
 
@@ -30,7 +30,7 @@ impl Weights {
         adapter: Option<&Path>,
         device: &Device,
         dtype: Option<DType>,
-        bits: Option<Bits>,
+        bits: Option<QuantBits>,
     ) -> Result<Self, TrainError> {
         let (base, adapter) = match (is_adapter(dir), adapter) {
             (true, Some(_)) => {
@@ -56,7 +56,7 @@ pub(crate) fn load_base(
     dir: &Path,
     device: &Device,
     dtype: Option<DType>,
-    bits: Option<Bits>,
+    bits: Option<QuantBits>,
 ) -> Result<CausalLm, CheckpointError> {
     match bits {
         None => Ok(load(dir, device, dtype)?.model),

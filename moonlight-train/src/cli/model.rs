@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use moonlight_convert::adapter::is_adapter;
 use moonlight_convert::hub;
-use moonlight_model::{Bits, CausalLm};
+use moonlight_model::{CausalLm, QuantBits};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoints;
@@ -44,10 +44,10 @@ enum Quantise {
 }
 
 impl Quantise {
-    fn bits(self) -> Bits {
+    fn bits(self) -> QuantBits {
         match self {
-            Self::Int8 => Bits::Eight,
-            Self::Int4 => Bits::Four,
+            Self::Int8 => QuantBits::Eight,
+            Self::Int4 => QuantBits::Four,
         }
     }
 }

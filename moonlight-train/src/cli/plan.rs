@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use moonlight_convert::{Checkpoint, hub};
 use moonlight_model::ModelConfig;
-use moonlight_model::config::AttentionConfig;
+use moonlight_model::config::AttentionShape;
 use serde_json::json;
 
 use super::model::resolve;
@@ -210,8 +210,8 @@ fn of_model(path: &std::path::Path, as_json: bool) -> Result<String, TrainError>
 /// Values that the cache keeps of a token.
 fn cache_values(config: &ModelConfig) -> u64 {
     let of_layer = match &config.attention {
-        AttentionConfig::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
-        AttentionConfig::Gqa(gqa) => 2 * gqa.num_key_value_heads * gqa.head_dim,
+        AttentionShape::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
+        AttentionShape::Gqa(gqa) => 2 * gqa.num_key_value_heads * gqa.head_dim,
     };
     (config.num_hidden_layers * of_layer) as u64
 }

@@ -3,7 +3,7 @@
 //! A forward pass in the graph keeps the inputs of every product and of every kernel (`moonlight_model::kernels`); the
 //! list below follows the code, in its order. `n` is the number of tokens of a micro-batch.
 
-use moonlight_model::config::{AttentionConfig, ModelConfig, MoeConfig};
+use moonlight_model::config::{AttentionShape, ModelConfig, MoeShape};
 use moonlight_model::lora::AdapterShape;
 
 use super::Setting;
@@ -89,7 +89,7 @@ fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, plain: bool
     let n = (batch * sequence) as u64;
     let heads = config.num_attention_heads as u64;
     let (query, key_value, output, compressed) = match &config.attention {
-        AttentionConfig::Mla(mla) => {
+        AttentionShape::Mla(mla) => {
             let (nope, rope, value) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim);
             let query = heads * (nope + rope) as u64;
             let key_value = heads * (nope + value) as u64;
@@ -100,7 +100,7 @@ fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, plain: bool
             }
             (query, key_value, heads * value as u64, compressed)
         }
-        AttentionConfig::Gqa(gqa) => {
+        AttentionShape::Gqa(gqa) => {
             let width = gqa.head_dim as u64;
             (heads * width, 2 * gqa.num_key_value_heads as u64 * width, heads * width, 0)
         }
@@ -116,7 +116,7 @@ fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, plain: bool
     (kept, transient)
 }
 
-fn of_moe(config: &ModelConfig, moe: &MoeConfig, n: u64) -> (u64, u64) {
+fn of_moe(config: &ModelConfig, moe: &MoeShape, n: u64) -> (u64, u64) {
     let hidden = config.hidden_size as u64;
     let (k, width) = (moe.num_experts_per_tok as u64, moe.moe_intermediate_size as u64);
     let shared = (moe.n_shared_experts * moe.moe_intermediate_size) as u64;

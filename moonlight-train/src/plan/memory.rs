@@ -3,8 +3,8 @@
 //! A step is followed from moment to moment as the trainer takes it (`trainer/backward.rs`, `trainer/step.rs` and the
 //! optimizer), and what is alive at each is added up. The largest moment is what has to fit.
 
-use moonlight_model::Bits;
 use moonlight_model::ModelConfig;
+use moonlight_model::QuantBits;
 use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::kernels::BLOCK;
 use moonlight_model::lora::{AdapterShape, LoraConfig};
@@ -133,7 +133,7 @@ pub struct Setting {
     /// Adapters beside a frozen model.
     pub lora: Option<LoraConfig>,
     /// Bits of the frozen projections, where they are packed.
-    pub packed: Option<Bits>,
+    pub packed: Option<QuantBits>,
     /// Whether there are steps whose update is measured, against the parameters as they were.
     pub probed: bool,
 }
@@ -146,7 +146,7 @@ struct Parameter {
     values: u64,
     bytes: u64,
     /// Bits of a value, where it is packed.
-    packed: Option<Bits>,
+    packed: Option<QuantBits>,
     by: TakenBy,
 }
 

@@ -1,7 +1,7 @@
 //! Floating-point operations of a token, and of Muon, which takes the same whatever the tokens of a step.
 
 use moonlight_model::ModelConfig;
-use moonlight_model::config::{AttentionConfig, ParameterKind, ParameterShape};
+use moonlight_model::config::{AttentionShape, ParameterKind, ParameterShape};
 use moonlight_optim::{Coefficients, NewtonSchulz};
 use serde::Serialize;
 
@@ -22,8 +22,8 @@ impl Operations {
         let looked_up = if config.tie_word_embeddings { 0 } else { embedding };
         let heads = config.num_attention_heads as u64;
         let widths = match &config.attention {
-            AttentionConfig::Mla(mla) => mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim,
-            AttentionConfig::Gqa(gqa) => 2 * gqa.head_dim,
+            AttentionShape::Mla(mla) => mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim,
+            AttentionShape::Gqa(gqa) => 2 * gqa.head_dim,
         };
         let attention = config.num_hidden_layers as u64 * heads * widths as u64 * (sequence as u64 + 1);
         Self { weights: 2 * (count.activated - looked_up), attention }

@@ -4,7 +4,7 @@
 ///
 /// Burn's derive puts the variant's name into the path of every parameter below it; a path must be
 /// `layers.0.mlp.gate_proj.weight` whatever kind of MLP the layer has.
-macro_rules! transparent_module {
+macro_rules! delegate_module {
     ($name:ident { $($variant:ident),+ }) => {
         impl burn::module::Module for $name {
             fn collect_devices(&self, devices: burn::module::Devices) -> burn::module::Devices {
@@ -56,4 +56,4 @@ macro_rules! transparent_module {
     };
 }
 
-pub(crate) use transparent_module;
+pub(crate) use delegate_module;

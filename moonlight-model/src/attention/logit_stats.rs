@@ -11,7 +11,7 @@ const BLOCK: usize = 128;
 
 /// Statistics of one layer's scaled attention logits over all visible pairs.
 #[derive(Debug, Clone)]
-pub(crate) struct LogitStatistics {
+pub(crate) struct LogitStats {
     /// The largest of each head, f32 `[heads]`.
     pub(crate) largest: Tensor<1>,
     /// The share above 100, f32 `[1]`.
@@ -19,7 +19,7 @@ pub(crate) struct LogitStatistics {
 }
 
 /// Measures `scale * query key^T`; both are `[batch, sequence, heads, width]` and are not differentiated.
-pub(crate) fn measure(query: Tensor<4>, key: Tensor<4>, scale: f64, tokens: &Tokens<'_>) -> LogitStatistics {
+pub(crate) fn measure(query: Tensor<4>, key: Tensor<4>, scale: f64, tokens: &Tokens<'_>) -> LogitStats {
     let device = query.device();
     let query = query.detach().swap_dims(1, 2); // [batch, heads, sequence, width]
     let key = key.detach().swap_dims(1, 2).swap_dims(2, 3);
@@ -39,7 +39,7 @@ pub(crate) fn measure(query: Tensor<4>, key: Tensor<4>, scale: f64, tokens: &Tok
         largest = Some(largest.map_or(block.clone(), |largest| largest.max_pair(block)));
         large = Some(large.map_or(count.clone(), |large| large + count));
     }
-    LogitStatistics {
+    LogitStats {
         largest: largest.expect("a sequence has at least one token"),
         share_above_100: large.expect("a sequence has at least one token") / visible_pairs as f64,
     }

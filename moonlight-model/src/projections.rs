@@ -4,55 +4,54 @@ use burn::module::Param;
 use burn::tensor::Tensor;
 
 use crate::attention::Attention;
-use crate::kernels::Bits;
 use crate::layer::{DecoderLayer, FeedForward};
 use crate::lora::LowRank;
 use crate::mlp::Mlp;
 use crate::model::CausalLm;
-use crate::packed::Packed;
 use crate::projection::Projection;
+use crate::quantization::{QuantBits, QuantizedWeight};
 
 /// A weight with what may stand in its place and beside it.
-pub(crate) struct Place<'a, const D: usize> {
+pub(crate) struct WeightMut<'a, const D: usize> {
     pub(crate) weight: &'a mut Param<Tensor<D>>,
-    pub(crate) packed: &'a mut Option<Packed>,
+    pub(crate) quantized: &'a mut Option<QuantizedWeight>,
     pub(crate) lora: &'a mut Option<LowRank<D>>,
 }
 
 /// A matrix, or a stack of experts'.
-pub(crate) enum Slot<'a> {
-    Matrix(Place<'a, 2>),
-    Experts(Place<'a, 3>),
+pub(crate) enum ProjectionMut<'a> {
+    Matrix(WeightMut<'a, 2>),
+    Experts(WeightMut<'a, 3>),
 }
 
-impl<const D: usize> Place<'_, D> {
-    /// The shape of the weight, packed or not.
+impl<const D: usize> WeightMut<'_, D> {
+    /// The shape of the weight, quantized or not.
     pub(crate) fn dims(&self) -> [usize; D] {
-        match &*self.packed {
+        match &*self.quantized {
             None => self.weight.lazy_shape().dims(),
-            Some(packed) => last(packed.dims()),
+            Some(quantized) => last(quantized.dims()),
         }
     }
 
     /// Adds the adapter, where there is one, to the weight.
     pub(crate) fn merge(self) {
-        let Self { weight, packed, lora } = self;
+        let Self { weight, quantized, lora } = self;
         if lora.is_none() {
             return;
         }
-        unpack(weight, packed);
+        dequantize(weight, quantized);
         let Some(lora) = lora.take() else { return };
         replace(weight, |old| lora.merged_into(old));
     }
 
-    fn pack(self, bits: Bits) {
-        if self.packed.is_some() {
+    fn quantize(self, bits: QuantBits) {
+        if self.quantized.is_some() {
             return;
         }
         let dims: [usize; D] = self.dims();
         let mut stack = [1; 3];
         stack[3 - D..].copy_from_slice(&dims);
-        *self.packed = Some(Packed::new(self.weight.val().reshape(stack), bits));
+        *self.quantized = Some(QuantizedWeight::new(self.weight.val().reshape(stack), bits));
         replace(self.weight, |old| Tensor::zeros([1; D], (&old.device(), old.dtype())));
         *self.weight = self.weight.clone().set_require_grad(false);
     }
@@ -64,10 +63,10 @@ fn last<const D: usize>(dims: [usize; 3]) -> [usize; D] {
     own
 }
 
-fn unpack<const D: usize>(weight: &mut Param<Tensor<D>>, packed: &mut Option<Packed>) {
-    let Some(packed) = packed.take() else { return };
-    let dims: [usize; D] = last(packed.dims());
-    replace(weight, |old| packed.unpacked().reshape(dims).cast(old.dtype()));
+fn dequantize<const D: usize>(weight: &mut Param<Tensor<D>>, quantized: &mut Option<QuantizedWeight>) {
+    let Some(quantized) = quantized.take() else { return };
+    let dims: [usize; D] = last(quantized.dims());
+    replace(weight, |old| quantized.dequantized().reshape(dims).cast(old.dtype()));
 }
 
 /// A new value, which trains as the old one did.
@@ -80,13 +79,13 @@ fn replace<const D: usize>(param: &mut Param<Tensor<D>>, new: impl FnOnce(Tensor
 
 impl DecoderLayer {
     /// The layer with every projection in few bits and frozen; norms and router stay as they are.
-    pub fn packed(mut self, bits: Bits) -> Self {
+    pub fn quantized(mut self, bits: QuantBits) -> Self {
         let mut slots = Vec::new();
         push_layer(&mut slots, "", &mut self);
         for (_, slot) in slots {
             match slot {
-                Slot::Matrix(place) => place.pack(bits),
-                Slot::Experts(place) => place.pack(bits),
+                ProjectionMut::Matrix(place) => place.quantize(bits),
+                ProjectionMut::Experts(place) => place.quantize(bits),
             }
         }
         self
@@ -96,43 +95,43 @@ impl DecoderLayer {
 impl CausalLm {
     /// The model with every projection of its layers in few bits and frozen; embedding, head, norms and routers stay as they
     /// are.
-    pub fn packed(mut self, bits: Bits) -> Self {
-        self.layers = self.layers.into_iter().map(|layer| layer.packed(bits)).collect();
+    pub fn quantized(mut self, bits: QuantBits) -> Self {
+        self.layers = self.layers.into_iter().map(|layer| layer.quantized(bits)).collect();
         self
     }
 
     /// The model with its weights in full again, as far as the bits have kept them.
-    pub fn unpacked(mut self) -> Self {
-        for (_, slot) in self.slots() {
+    pub fn dequantized(mut self) -> Self {
+        for (_, slot) in self.projections_mut() {
             match slot {
-                Slot::Matrix(Place { weight, packed, .. }) => unpack(weight, packed),
-                Slot::Experts(Place { weight, packed, .. }) => unpack(weight, packed),
+                ProjectionMut::Matrix(WeightMut { weight, quantized, .. }) => dequantize(weight, quantized),
+                ProjectionMut::Experts(WeightMut { weight, quantized, .. }) => dequantize(weight, quantized),
             }
         }
         self
     }
 
     /// Whether any weight is in few bits.
-    pub fn is_packed(&self) -> bool {
-        self.packed_bytes() > 0
+    pub fn is_quantized(&self) -> bool {
+        self.quantized_bytes() > 0
     }
 
     /// Bytes of all weights in few bits, with their scales.
-    pub fn packed_bytes(&self) -> usize {
+    pub fn quantized_bytes(&self) -> usize {
         let mut model = self.clone();
-        let slots = model.slots();
-        let of = |packed: &Option<Packed>| packed.as_ref().map_or(0, Packed::bytes);
+        let slots = model.projections_mut();
+        let of = |quantized: &Option<QuantizedWeight>| quantized.as_ref().map_or(0, QuantizedWeight::bytes);
         slots
             .iter()
             .map(|(_, slot)| match slot {
-                Slot::Matrix(place) => of(place.packed),
-                Slot::Experts(place) => of(place.packed),
+                ProjectionMut::Matrix(place) => of(place.quantized),
+                ProjectionMut::Experts(place) => of(place.quantized),
             })
             .sum()
     }
 
     /// Every projection of the decoder's layers with its path. Embedding, head, routers and norms are none.
-    pub(crate) fn slots(&mut self) -> Vec<(String, Slot<'_>)> {
+    pub(crate) fn projections_mut(&mut self) -> Vec<(String, ProjectionMut<'_>)> {
         let mut slots = Vec::new();
         for (index, layer) in self.layers.iter_mut().enumerate() {
             push_layer(&mut slots, &format!("layers.{index}."), layer);
@@ -141,7 +140,7 @@ impl CausalLm {
     }
 }
 
-fn push_layer<'a>(slots: &mut Vec<(String, Slot<'a>)>, path: &str, layer: &'a mut DecoderLayer) {
+fn push_layer<'a>(slots: &mut Vec<(String, ProjectionMut<'a>)>, path: &str, layer: &'a mut DecoderLayer) {
     let mut matrix = |name: &str, projection| push(slots, format!("{path}self_attn.{name}"), projection);
     match &mut layer.self_attn {
         Attention::Mla(attention) => {
@@ -169,12 +168,15 @@ fn push_layer<'a>(slots: &mut Vec<(String, Slot<'a>)>, path: &str, layer: &'a mu
         FeedForward::Dense(mlp) => push_mlp(slots, &format!("{path}mlp"), mlp),
         FeedForward::Moe(moe) => {
             let experts = &mut moe.experts;
-            for (name, weight, packed, lora) in [
-                ("gate_proj", &mut experts.gate_proj, &mut experts.gate_packed, &mut experts.gate_lora),
-                ("up_proj", &mut experts.up_proj, &mut experts.up_packed, &mut experts.up_lora),
-                ("down_proj", &mut experts.down_proj, &mut experts.down_packed, &mut experts.down_lora),
+            for (name, weight, quantized, lora) in [
+                ("gate_proj", &mut experts.gate_proj, &mut experts.gate_quantized, &mut experts.gate_lora),
+                ("up_proj", &mut experts.up_proj, &mut experts.up_quantized, &mut experts.up_lora),
+                ("down_proj", &mut experts.down_proj, &mut experts.down_quantized, &mut experts.down_lora),
             ] {
-                slots.push((format!("{path}mlp.experts.{name}"), Slot::Experts(Place { weight, packed, lora })));
+                slots.push((
+                    format!("{path}mlp.experts.{name}"),
+                    ProjectionMut::Experts(WeightMut { weight, quantized, lora }),
+                ));
             }
             if let Some(shared) = &mut moe.shared_experts {
                 push_mlp(slots, &format!("{path}mlp.shared_experts"), shared);
@@ -183,12 +185,12 @@ fn push_layer<'a>(slots: &mut Vec<(String, Slot<'a>)>, path: &str, layer: &'a mu
     }
 }
 
-fn push<'a>(slots: &mut Vec<(String, Slot<'a>)>, path: String, projection: &'a mut Projection) {
-    let Projection { weight, packed, lora, .. } = projection;
-    slots.push((path, Slot::Matrix(Place { weight, packed, lora })));
+fn push<'a>(slots: &mut Vec<(String, ProjectionMut<'a>)>, path: String, projection: &'a mut Projection) {
+    let Projection { weight, quantized, lora, .. } = projection;
+    slots.push((path, ProjectionMut::Matrix(WeightMut { weight, quantized, lora })));
 }
 
-fn push_mlp<'a>(slots: &mut Vec<(String, Slot<'a>)>, path: &str, mlp: &'a mut Mlp) {
+fn push_mlp<'a>(slots: &mut Vec<(String, ProjectionMut<'a>)>, path: &str, mlp: &'a mut Mlp) {
     push(slots, format!("{path}.gate_proj"), &mut mlp.gate_proj);
     push(slots, format!("{path}.up_proj"), &mut mlp.up_proj);
     push(slots, format!("{path}.down_proj"), &mut mlp.down_proj);

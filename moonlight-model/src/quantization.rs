@@ -13,11 +13,12 @@ use std::sync::Arc;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Int, Tensor};
 
-use crate::kernels::{BLOCK, Bits, ExpertPlan, PackedSpec, packed_matmul};
+pub use crate::kernels::Bits as QuantBits;
+use crate::kernels::{BLOCK, ExpertPlan, PackedSpec, packed_matmul};
 
 /// A matrix, or the stack of a layer's experts, in few bits.
 #[derive(Module, Debug)]
-pub struct Packed {
+pub struct QuantizedWeight {
     /// u8 `[experts, bytes]`.
     values: Param<Tensor<2, Int>>,
     /// f32 `[experts, blocks]`.
@@ -26,18 +27,18 @@ pub struct Packed {
     spec: PackedSpec,
 }
 
-impl Packed {
+impl QuantizedWeight {
     /// Packs `[experts, in, out]`, an expert at a time.
-    pub(crate) fn new(weight: Tensor<3>, bits: Bits) -> Self {
+    pub(crate) fn new(weight: Tensor<3>, bits: QuantBits) -> Self {
         let [experts, input, output] = weight.dims();
         let spec = PackedSpec { bits, input, output };
         // What autodiff knows of the weight ends here.
         let autodiff = weight.is_autodiff();
         let weight = if autodiff { weight.inner() } else { weight };
-        let packed: Vec<_> = (0..experts)
-            .map(|expert| pack(weight.clone().slice_dim(0, expert..expert + 1).cast(DType::F32), spec))
+        let quantized: Vec<_> = (0..experts)
+            .map(|expert| quantize(weight.clone().slice_dim(0, expert..expert + 1).cast(DType::F32), spec))
             .collect();
-        let (values, scales): (Vec<_>, Vec<_>) = packed.into_iter().unzip();
+        let (values, scales): (Vec<_>, Vec<_>) = quantized.into_iter().unzip();
         let (values, scales) = (Tensor::cat(values, 0), Tensor::cat(scales, 0));
         let (values, scales) = match autodiff {
             true => (Tensor::from_inner(values), Tensor::from_inner(scales)),
@@ -48,7 +49,7 @@ impl Packed {
     }
 
     /// The matrices again, f32 `[experts, in, out]`.
-    pub(crate) fn unpacked(&self) -> Tensor<3> {
+    pub(crate) fn dequantized(&self) -> Tensor<3> {
         let PackedSpec { bits, input, output } = self.spec;
         let (values, scales) = (self.values.val(), self.scales.val());
         let [experts, blocks] = scales.dims();
@@ -56,8 +57,8 @@ impl Packed {
             let bytes = values.clone().slice_dim(0, expert..expert + 1).float().cast(DType::F32);
             let bytes = bytes.reshape([blocks, bits.bytes(BLOCK)]);
             let numbers = match bits {
-                Bits::Eight => bytes,
-                Bits::Four => {
+                QuantBits::Eight => bytes,
+                QuantBits::Four => {
                     let high = bytes.clone().div_scalar(16.0).floor();
                     Tensor::cat(vec![bytes - high.clone() * 16.0, high], 1)
                 }
@@ -94,7 +95,7 @@ impl Packed {
 }
 
 /// One matrix `[1, in, out]` as bytes `[1, bytes]` and scales `[1, blocks]`.
-fn pack(weight: Tensor<3>, spec: PackedSpec) -> (Tensor<2, Int>, Tensor<2>) {
+fn quantize(weight: Tensor<3>, spec: PackedSpec) -> (Tensor<2, Int>, Tensor<2>) {
     let count = spec.input * spec.output;
     let blocks = count.div_ceil(BLOCK);
     let mut flat = weight.reshape([count]);
@@ -108,8 +109,8 @@ fn pack(weight: Tensor<3>, spec: PackedSpec) -> (Tensor<2, Int>, Tensor<2>) {
     let divisors = scales.clone().mask_fill(scales.clone().equal_elem(0.0), 1.0);
     let numbers = (values / divisors).round() + f64::from(spec.bits.zero());
     let bytes = match spec.bits {
-        Bits::Eight => numbers,
-        Bits::Four => {
+        QuantBits::Eight => numbers,
+        QuantBits::Four => {
             let half = BLOCK / 2;
             numbers.clone().slice_dim(1, 0..half) + numbers.slice_dim(1, half..BLOCK) * 16.0
         }
@@ -138,10 +139,10 @@ mod tests {
     fn each_value_is_off_by_half_a_scale_at_most() {
         let device = Device::default();
         let weight = weight(&device);
-        for (bits, largest) in [(Bits::Eight, 127.0), (Bits::Four, 7.0)] {
-            let packed = Packed::new(weight.clone(), bits);
+        for (bits, largest) in [(QuantBits::Eight, 127.0), (QuantBits::Four, 7.0)] {
+            let quantized = QuantizedWeight::new(weight.clone(), bits);
             let values = |tensor: Tensor<3>| tensor.into_data().iter::<f32>().collect::<Vec<_>>();
-            let (before, after) = (values(weight.clone()), values(packed.unpacked()));
+            let (before, after) = (values(weight.clone()), values(quantized.dequantized()));
             for (before, after) in before.chunks(23 * 37).zip(after.chunks(23 * 37)) {
                 for (before, after) in before.chunks(BLOCK).zip(after.chunks(BLOCK)) {
                     let scale = before.iter().fold(0.0_f32, |most, value| most.max(value.abs())) / largest;
@@ -150,8 +151,8 @@ mod tests {
                     }
                 }
             }
-            // Packing what was packed loses nothing more.
-            let again = values(Packed::new(packed.unpacked(), bits).unpacked());
+            // Quantizing what was quantized loses nothing more.
+            let again = values(QuantizedWeight::new(quantized.dequantized(), bits).dequantized());
             let off = again.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(off < 1e-5, "{off}");
         }
@@ -159,31 +160,32 @@ mod tests {
 
     #[test]
     fn the_bytes_are_what_they_are_said_to_be() {
-        let packed = |bits| Packed::new(weight(&Device::default()), bits);
-        for (bits, per_block) in [(Bits::Eight, 68), (Bits::Four, 36)] {
-            let packed = packed(bits);
-            assert_eq!(packed.bytes(), 3 * 14 * per_block);
-            let held = packed.values.val().into_data().bytes().len() + packed.scales.val().into_data().bytes().len();
-            assert_eq!(held, packed.bytes());
+        let quantized = |bits| QuantizedWeight::new(weight(&Device::default()), bits);
+        for (bits, per_block) in [(QuantBits::Eight, 68), (QuantBits::Four, 36)] {
+            let quantized = quantized(bits);
+            assert_eq!(quantized.bytes(), 3 * 14 * per_block);
+            let held =
+                quantized.values.val().into_data().bytes().len() + quantized.scales.val().into_data().bytes().len();
+            assert_eq!(held, quantized.bytes());
         }
     }
 
-    /// Product and gradient are those of the unpacked matrix.
+    /// Product and gradient are those of the dequantized matrix.
     #[test]
     fn the_product_and_its_gradient_are_those_of_the_unpacked_matrix() {
         let device = Device::default().autodiff();
         let choices: Vec<u32> = (0..50).map(|slot| [0, 2, 2, 0, 2][slot % 5]).collect();
         let plan = Arc::new(ExpertPlan::new(&choices, 1, 3));
-        for bits in [Bits::Eight, Bits::Four] {
-            let packed = Packed::new(weight(&device), bits);
-            let plain = packed.unpacked();
+        for bits in [QuantBits::Eight, QuantBits::Four] {
+            let quantized = QuantizedWeight::new(weight(&device), bits);
+            let plain = quantized.dequantized();
             let run = |product: &dyn Fn(Tensor<2>) -> Tensor<2>| {
                 let x = Tensor::<2>::ones([50, 23], &device).cumsum(0).sin().require_grad();
                 let y = product(x.clone());
                 let gradients = (y.clone() * y.clone().cos()).sum().backward();
                 (y.into_data(), x.grad(&gradients).unwrap().into_data())
             };
-            let ours = run(&|x| packed.grouped_product(x, &plan));
+            let ours = run(&|x| quantized.grouped_product(x, &plan));
             let expected = run(&|x| crate::kernels::grouped_matmul(x, plain.clone(), &plan));
             for (ours, expected) in [(ours.0, expected.0), (ours.1, expected.1)] {
                 ours.assert_approx_eq(&expected, Tolerance::<f32>::rel_abs(1e-4, 1e-4));

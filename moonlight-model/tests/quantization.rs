@@ -5,7 +5,7 @@ mod common;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::moonlight;
 use moonlight_model::lora::{LoraConfig, LowRankSettings};
-use moonlight_model::{Bits, CausalLm, KvCache, LmBatch, ModelConfig, Probe};
+use moonlight_model::{CausalLm, KvCache, LmBatch, ModelConfig, Probe, QuantBits};
 use serde_json::json;
 
 fn config() -> ModelConfig {
@@ -29,19 +29,19 @@ fn median(a: Tensor<3>, b: Tensor<3>) -> f32 {
 }
 
 #[test]
-fn more_bits_are_closer_and_what_is_unpacked_computes_the_same() {
+fn more_bits_are_closer_and_what_is_dequantized_computes_the_same() {
     let device = Device::default();
     let model = config().init(&device);
     let whole = model.logits(tokens(&device), None);
     let size = whole.clone().abs().mean().into_scalar::<f32>();
-    let off = [Bits::Eight, Bits::Four].map(|bits| {
-        let packed = model.clone().packed(bits);
-        let logits = packed.logits(tokens(&device), None);
-        assert!(packed.is_packed() && !packed.clone().unpacked().is_packed());
-        assert!(apart(packed.clone().unpacked().logits(tokens(&device), None), logits.clone()) < 1e-4 * size);
-        let mut cache = KvCache::new(&config(), 2, 14, &device, packed.dtype());
+    let off = [QuantBits::Eight, QuantBits::Four].map(|bits| {
+        let quantized = model.clone().quantized(bits);
+        let logits = quantized.logits(tokens(&device), None);
+        assert!(quantized.is_quantized() && !quantized.clone().dequantized().is_quantized());
+        assert!(apart(quantized.clone().dequantized().logits(tokens(&device), None), logits.clone()) < 1e-4 * size);
+        let mut cache = KvCache::new(&config(), 2, 14, &device, quantized.dtype());
         let parts = [(0, 6), (6, 7), (7, 14)]
-            .map(|(start, end)| packed.decode(tokens(&device).slice_dim(1, start..end), &mut cache));
+            .map(|(start, end)| quantized.decode(tokens(&device).slice_dim(1, start..end), &mut cache));
         assert!(apart(Tensor::cat(parts.to_vec(), 1), logits.clone()) < 1e-4 * size);
         median(logits, whole.clone()) / size
     });
@@ -59,8 +59,8 @@ fn the_projections_take_eight_or_four_bits_and_a_scale() {
         .filter(|shape| shape.path.contains("_proj"))
         .map(|shape| shape.count().next_multiple_of(64))
         .sum();
-    for (bits, per_value) in [(Bits::Eight, 8.5), (Bits::Four, 4.5)] {
-        let bytes = model.clone().packed(bits).packed_bytes() as f64;
+    for (bits, per_value) in [(QuantBits::Eight, 8.5), (QuantBits::Four, 4.5)] {
+        let bytes = model.clone().quantized(bits).quantized_bytes() as f64;
         // Each expert's matrix is filled up to whole blocks.
         assert!((bytes / (values as f64 * per_value / 8.0) - 1.0).abs() < 0.1, "{bytes} for {values} values");
     }
@@ -80,11 +80,11 @@ fn adapters_have_the_gradients_of_the_unpacked_base() {
         loss_mask: Tensor::ones([2, 14], &device),
         segments: None,
     };
-    for bits in [Bits::Eight, Bits::Four] {
-        let packed = config().init(&device).packed(bits);
-        let plain = packed.clone().unpacked().with_lora(&lora, 5).unwrap();
-        let packed = packed.with_lora(&lora, 5).unwrap();
-        assert!(packed.is_packed());
+    for bits in [QuantBits::Eight, QuantBits::Four] {
+        let quantized = config().init(&device).quantized(bits);
+        let plain = quantized.clone().dequantized().with_lora(&lora, 5).unwrap();
+        let quantized = quantized.with_lora(&lora, 5).unwrap();
+        assert!(quantized.is_quantized());
         let gradient = |model: &CausalLm| {
             let gradients = model.loss(&batch, 0.0, Probe::default()).loss_sum.backward();
             let b = &model.layers[1].mlp;
@@ -97,12 +97,12 @@ fn adapters_have_the_gradients_of_the_unpacked_base() {
             let flat = |data: TensorData| data.iter::<f32>().collect::<Vec<_>>();
             [flat(experts.into_data()), flat(query.into_data())]
         };
-        for (ours, expected) in gradient(&packed).into_iter().zip(gradient(&plain)) {
+        for (ours, expected) in gradient(&quantized).into_iter().zip(gradient(&plain)) {
             let size = expected.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
             let off = ours.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(size > 0.0 && off < 1e-3 * size, "{off} of {size}");
         }
         // Merging is unpacking and adding.
-        assert!(!packed.merge().is_packed());
+        assert!(!quantized.merge().is_quantized());
     }
 }

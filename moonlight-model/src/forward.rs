@@ -9,14 +9,15 @@ use burn::tensor::{Int, Tensor};
 
 use crate::attention::Tokens;
 use crate::batch::{LmBatch, Segments};
+use crate::forward_stats::Probe;
+use crate::layer::LayerOutput;
 use crate::model::CausalLm;
 use crate::moe::Routing;
-use crate::report::{LayerReport, Probe};
 use crate::rope::Rotation;
 
 /// What all layers of a forward pass know of its tokens.
 #[derive(Debug, Clone)]
-pub struct Pass {
+pub struct ForwardContext {
     batch: usize,
     sequence: usize,
     rotation: Rotation,
@@ -26,18 +27,7 @@ pub struct Pass {
     probe: Probe,
 }
 
-/// What comes out of a layer.
-#[derive(Debug)]
-pub struct LayerOutput {
-    /// `[tokens, hidden]`.
-    pub hidden: Tensor<2>,
-    /// The layer's weighted sequence-wise balance loss, f32 `[1]`; `None` where its weight is 0 or the layer is dense.
-    pub balance_loss: Option<Tensor<1>>,
-    /// Expert loads, and what the probe asked for.
-    pub report: LayerReport,
-}
-
-impl Pass {
+impl ForwardContext {
     /// The same pass on the device without gradients, for a model that is there.
     pub fn inner(self) -> Self {
         Self { rotation: self.rotation.inner(), ..self }
@@ -65,8 +55,8 @@ impl Pass {
 
 impl CausalLm {
     /// The pass of a batch; `balance_weight` is that of the experts' balance loss, 0 for none.
-    pub fn pass(&self, batch: &LmBatch, balance_weight: f64, probe: Probe) -> Pass {
-        self.pass_of(&batch.tokens, batch.segments.as_ref(), balance_weight, probe)
+    pub fn forward_context(&self, batch: &LmBatch, balance_weight: f64, probe: Probe) -> ForwardContext {
+        self.context_of(&batch.tokens, batch.segments.as_ref(), balance_weight, probe)
     }
 
     /// Embeds `[batch, sequence]` tokens: `[batch * sequence, hidden]`, the input of layer 0.
@@ -80,19 +70,19 @@ impl CausalLm {
     /// # Panics
     ///
     /// When the model has no layer `index`.
-    pub fn run_layer(&self, index: usize, hidden: Tensor<2>, pass: &Pass) -> LayerOutput {
-        let mut output = self.layers[index].forward(hidden, &pass.tokens(), &pass.routing());
-        output.report.layer = index;
+    pub fn run_layer(&self, index: usize, hidden: Tensor<2>, context: &ForwardContext) -> LayerOutput {
+        let mut output = self.layers[index].forward(hidden, &context.tokens(), &context.routing());
+        output.stats.layer = index;
         output
     }
 
-    pub(crate) fn pass_of(
+    pub(crate) fn context_of(
         &self,
         tokens: &Tensor<2, Int>,
         segments: Option<&Segments>,
         balance_weight: f64,
         probe: Probe,
-    ) -> Pass {
+    ) -> ForwardContext {
         let [batch, sequence] = tokens.dims();
         if let Some(segments) = segments {
             assert_eq!((segments.batch, segments.sequence), (batch, sequence), "segments describe another batch");
@@ -105,7 +95,7 @@ impl CausalLm {
                 self.rotary().at(&positions, &device)
             }
         };
-        Pass {
+        ForwardContext {
             batch,
             sequence,
             rotation,

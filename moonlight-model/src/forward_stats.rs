@@ -11,14 +11,14 @@ pub struct Probe {
 
 /// One entry for each decoder layer.
 #[derive(Debug, Clone, Default)]
-pub struct ForwardReport {
+pub struct ForwardStats {
     /// In the order of the layers.
-    pub layers: Vec<LayerReport>,
+    pub layers: Vec<LayerStats>,
 }
 
 /// What one layer tells.
 #[derive(Debug, Clone, Default)]
-pub struct LayerReport {
+pub struct LayerStats {
     /// Index of the layer.
     pub layer: usize,
     /// Tokens that each routed expert was given, `experts` numbers; `None` for a dense layer.
@@ -29,7 +29,7 @@ pub struct LayerReport {
     pub share_above_100: Option<Tensor<1>>,
 }
 
-impl ForwardReport {
+impl ForwardStats {
     /// The expert loads of all layers, for [`CausalLm::update_router_bias`](crate::CausalLm::update_router_bias).
     pub fn expert_loads(&self) -> Vec<Option<Vec<u64>>> {
         self.layers.iter().map(|layer| layer.expert_load.clone()).collect()
