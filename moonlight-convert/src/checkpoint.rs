@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use moonlight_model::{ConfigError, ModelConfig};
 use rayon::prelude::*;
 
-use crate::burnpack::BURNPACK;
-use crate::decode::Part;
+use crate::dtype::dequantize::Part;
 use crate::error::CheckpointError;
+use crate::format::burnpack::BURNPACK;
+use crate::format::index::{Index, SINGLE};
+use crate::format::shard::Shard;
 use crate::hub;
-use crate::index::{Index, SINGLE};
-use crate::inside::Inside;
-use crate::names;
-use crate::problem::Problem;
-use crate::shard::Shard;
-use crate::staging;
+use crate::io::atomic_dir;
+use crate::io::confined_dir::Inside;
+use crate::mapping::names;
+use crate::report::validation::Problem;
 
 /// The model's configuration.
 pub(crate) const CONFIG: &str = "config.json";
@@ -90,7 +90,7 @@ impl Checkpoint {
     /// that cannot be read or names a file elsewhere.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         let dir = &hub::resolve(dir)?;
-        staging::recover(dir);
+        atomic_dir::recover(dir);
         if !dir.is_dir() {
             return Err(CheckpointError::NotADirectory { path: dir.to_path_buf() });
         }

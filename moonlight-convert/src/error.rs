@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use moonlight_model::ConfigError;
 
-use crate::elements::WeightDtype;
-use crate::problem::Problems;
+use crate::dtype::conversion::WeightDtype;
+use crate::report::validation::Problems;
 
 /// A checkpoint that cannot be opened, loaded or saved.
 ///

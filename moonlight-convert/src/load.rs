@@ -9,16 +9,16 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use moonlight_model::config::ParameterKind;
 use moonlight_model::{CausalLm, QuantBits};
 
-use crate::check::{Plan, Planned, Scope};
 use crate::checkpoint::Checkpoint;
-use crate::decode::{Layout, Piece};
-use crate::elements::{Outcome, Weight, WeightDtype, all_finite, with_weight};
+use crate::dtype::conversion::{Outcome, Weight, WeightDtype, all_finite, with_weight};
+use crate::dtype::dequantize::{Layout, Piece};
+use crate::dtype::transpose::{HEIGHT, Shared};
 use crate::error::CheckpointError;
-use crate::huge_pages;
-use crate::names::SkipReason;
-use crate::stream::Stream;
-use crate::transfer::{self, Panel, in_order};
-use crate::transposition::{HEIGHT, Shared};
+use crate::io::huge_pages;
+use crate::io::parallel_copy::{self, Panel, in_order};
+use crate::io::readahead::Stream;
+use crate::mapping::load_plan::{Plan, Planned, Scope};
+use crate::mapping::names::SkipReason;
 
 /// Bytes that a thread reads at a time, about.
 const PANEL: usize = 1 << 20;
@@ -213,7 +213,7 @@ impl Checkpoint {
                 stream.read(&part, bytemuck::cast_slice_mut(target))?;
                 all_finite::<T>(bytemuck::cast_slice(target))
             } else {
-                let bytes = transfer::values::<u8>(buffer, part.range.len());
+                let bytes = parallel_copy::values::<u8>(buffer, part.range.len());
                 stream.read(&part, bytes)?;
                 // SAFETY: as above.
                 unsafe { self.place(piece, Layout::Burn, rows.clone(), bytes, &target, at) }

@@ -6,7 +6,7 @@ use moonlight_model::ModelConfig;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use crate::names::{self, HfTensor};
+use crate::mapping::names::{self, HfTensor};
 
 /// A file as it was published.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,20 +9,20 @@ use burn::tensor::{DType, Tensor, TensorData};
 use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::{CausalLm, ModelConfig};
 
-use crate::check::{Plan, Scope};
 use crate::checkpoint::{CONFIG, Checkpoint};
-use crate::companions;
-use crate::decode::Layout;
-use crate::elements::{self, Outcome, Plain, Weight, WeightDtype, with_weight};
+use crate::dtype::conversion::{self, Outcome, Plain, Weight, WeightDtype, with_weight};
+use crate::dtype::dequantize::Layout;
+use crate::dtype::transpose::transpose;
 use crate::error::CheckpointError;
+use crate::format::sidecars;
+use crate::io::atomic_dir::replace_directory;
+use crate::io::disk_space;
+use crate::io::parallel_copy::{self, Panel, Task, in_order, panels, transfer};
+use crate::io::writer::{OutTensor, Output, Sharding};
 use crate::load::{stored_dtype, weight_dtype};
-use crate::names::{self, HfTensor};
+use crate::mapping::load_plan::{Plan, Scope};
+use crate::mapping::names::{self, HfTensor};
 use crate::progress::Progress;
-use crate::room;
-use crate::staging::replace_directory;
-use crate::transfer::{self, Panel, Task, in_order, panels, transfer};
-use crate::transposition::transpose;
-use crate::writer::{OutTensor, Output, Sharding};
 
 /// The files that weights are saved in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -243,12 +243,12 @@ fn fill(
         Format::Burnpack => Output::burnpack(dir, shown, tensors),
     }?;
     let needed = output.total();
-    if let Some(free) = room::free(dir)
+    if let Some(free) = disk_space::free(dir)
         && free < needed
     {
         return Err(CheckpointError::NoRoom { dir: shown.to_path_buf(), needed, free });
     }
-    companions::write(config, dtype, options.companions_from.as_deref(), dir, shown, needed)?;
+    sidecars::write(config, dtype, options.companions_from.as_deref(), dir, shown, needed)?;
     write(&output)?;
     output.finish()
 }
@@ -266,7 +266,7 @@ fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
     if !overwrite {
         return Err(CheckpointError::Exists { dir: dir.to_path_buf() });
     }
-    let foreign = |name: &&String| !companions::belongs_to_checkpoint(name) || dir.join(name).is_dir();
+    let foreign = |name: &&String| !sidecars::belongs_to_checkpoint(name) || dir.join(name).is_dir();
     let foreign = names.iter().find(foreign).or_else(|| names.first().filter(|_| !dir.join(CONFIG).exists()));
     match foreign {
         Some(entry) => Err(CheckpointError::Foreign { dir: dir.to_path_buf(), entry: entry.clone() }),
@@ -399,7 +399,7 @@ fn write_converted<S: Weight, T: Weight>(
     let panels = panels(std::iter::once((values.len(), size_of::<T>())));
     in_panels(output, tensor, &panels, 1, blame, |first, panel: &mut [T]| {
         let values = &values[first..first + panel.len()];
-        Outcome::of(elements::convert_bytes::<S, T>(bytemuck::cast_slice(values), panel))
+        Outcome::of(conversion::convert_bytes::<S, T>(bytemuck::cast_slice(values), panel))
     })
 }
 
@@ -414,7 +414,7 @@ fn in_panels<T: Weight>(
 ) -> Result<(), CheckpointError> {
     let spoilt = AtomicBool::new(false);
     in_order(panels, |_, panel, buffer| {
-        let target = transfer::values::<T>(buffer, panel.rows.len() * width);
+        let target = parallel_copy::values::<T>(buffer, panel.rows.len() * width);
         if make(panel.rows.start, target) == Outcome::NotFinite {
             spoilt.store(true, Ordering::Relaxed);
             return Ok(());

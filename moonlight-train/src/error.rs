@@ -1,43 +1,37 @@
 //! What can go wrong in a run.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
+use moonlight_infer::InferError;
+use moonlight_infer::chat::ChatError;
+use moonlight_infer::device::DeviceError;
+use moonlight_infer::tokenizer::TokenizerError;
 use moonlight_model::lora::LoraError;
 use moonlight_optim::distributed::{CollectiveError, DistributedError};
 use moonlight_optim::{RuleError, StateError};
 
-use crate::chat::ChatError;
 use crate::data::DataError;
 use crate::recipe::RecipeError;
-use crate::tokenizer::TokenizerError;
 
 /// Why a program stopped. Every message is one sentence for the person who started it.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TrainError {
     /// The recipe.
     #[error(transparent)]
     Recipe(#[from] RecipeError),
-    /// The weights, read or written.
+    /// A model that cannot be opened, run or saved: weights, adapter, tokenizer, chat template or device.
     #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// An adapter, read or written.
-    #[error(transparent)]
-    Adapter(#[from] AdapterError),
+    Infer(#[from] InferError),
     /// Adapters that the model cannot have.
     #[error("`lora.targets`: {0}")]
     Lora(#[from] LoraError),
-    /// The tokenizer.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
     /// The data.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// A conversation, or the template for it.
-    #[error(transparent)]
-    Chat(#[from] ChatError),
     /// The division of the parameters among the optimizers.
     #[error(transparent)]
     Rules(#[from] RuleError),
@@ -84,14 +78,6 @@ pub enum TrainError {
         /// The newest checkpoint.
         last_checkpoint: Option<PathBuf>,
     },
-    /// A device that does not exist, or that this build has not.
-    #[error("{problem}")]
-    Device {
-        /// The sentence.
-        problem: String,
-        /// What to do.
-        hint: String,
-    },
     /// Arguments that do not go together with the model.
     #[error("{problem}")]
     Request {
@@ -130,12 +116,9 @@ impl TrainError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Recipe(error) => error.hint(),
-            Self::Checkpoint(error) => error.hint(),
-            Self::Adapter(error) => error.hint(),
+            Self::Infer(error) => error.hint(),
             Self::Lora(error) => error.hint(),
-            Self::Tokenizer(error) => error.hint(),
             Self::Data(error) => error.hint(),
-            Self::Chat(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
             Self::RunExists(_) => Some("go on with it by `--resume`, or choose another `--set run.name=...`".into()),
             Self::NotFinite { .. } => {
@@ -144,7 +127,6 @@ impl TrainError {
             Self::Collective(error) => error.hint(),
             Self::Worker { source, .. } => source.hint(),
             Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
-            Self::Device { hint, .. } => Some(hint.clone()),
             Self::Request { hint, .. } => hint.clone(),
             Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 Some("free some space and go on by `--resume`".into())
@@ -175,9 +157,16 @@ impl TrainError {
         let path = path.into();
         move |source| Self::Write { path, source }
     }
-
-    /// What is wrong with a line of a file that the user gave.
-    pub(crate) fn at_line(path: &Path, line: usize, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
-        Self::Request { problem: format!("{}:{line}: {problem}", path.display()), hint }
-    }
 }
+
+/// The errors of opening and running a model, by their own types.
+macro_rules! from_infer {
+    ($($error:ty),*) => {
+        $(impl From<$error> for TrainError {
+            fn from(error: $error) -> Self {
+                Self::Infer(error.into())
+            }
+        })*
+    };
+}
+from_infer!(CheckpointError, AdapterError, TokenizerError, ChatError, DeviceError);

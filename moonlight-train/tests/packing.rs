@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Device;
 use common::SHAPE;
+use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::{ModelConfig, Probe};
 use moonlight_train::data::{Corpus, HostBatch};
 use moonlight_train::recipe::Recipe;
-use moonlight_train::tokenizer::Tokenizer;
 
 const RECIPE: &str = r#"
 [model]

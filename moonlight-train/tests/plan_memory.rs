@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::train::Interrupter;
-use moonlight_train::device::Target;
+use moonlight_infer::device::Target;
 use moonlight_train::plan::{Plan, Threads};
 use moonlight_train::recipe::Recipe;
 use moonlight_train::trainer::train;

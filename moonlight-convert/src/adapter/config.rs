@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::error::AdapterError;
 use super::pattern::Key;
 use crate::error::CheckpointError;
-use crate::inside::Inside;
+use crate::io::confined_dir::Inside;
 
 /// The file.
 pub(super) const ADAPTER_CONFIG: &str = "adapter_config.json";

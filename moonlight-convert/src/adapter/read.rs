@@ -16,7 +16,7 @@ use super::error::AdapterError;
 use super::names::{self, Part};
 use super::{ADAPTER_WEIGHTS, NOTES, Note};
 use crate::error::CheckpointError;
-use crate::inside::Inside;
+use crate::io::confined_dir::Inside;
 
 /// A matrix of the file, row by row, in f32.
 #[derive(Debug, Clone)]

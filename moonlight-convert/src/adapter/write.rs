@@ -13,8 +13,8 @@ use super::config::{ADAPTER_CONFIG, NewConfig};
 use super::error::AdapterError;
 use super::names;
 use super::{ADAPTER_WEIGHTS, NOTES, Note};
-use crate::companions;
 use crate::error::CheckpointError;
+use crate::format::sidecars;
 
 /// One module of the file.
 struct Module {
@@ -76,7 +76,7 @@ pub fn write_adapter(
     let modules = modules(&adapters, model.config().moe.is_some());
     let config = config(&modules, &adapters, model, base);
     if let Some(from) = companions_from {
-        companions::copy(from, dir)?;
+        sidecars::copy(from, dir)?;
     }
     let write = |name: &str, bytes: &[u8]| {
         let path = dir.join(name);

@@ -11,7 +11,7 @@ use super::merges::merges;
 use super::{AddedToken, Ranks, SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON, pattern, special_tokens};
 use crate::error::CheckpointError;
 use crate::hub;
-use crate::inside::Inside;
+use crate::io::confined_dir::Inside;
 
 /// The longest file of ranks that is read; the published one has 2,795,286 bytes.
 const LONGEST: u64 = 100_000_000;

@@ -4,12 +4,12 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use moonlight_infer::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
 use crate::data::{Corpus, Figures, Inspection, Sample};
 use crate::error::TrainError;
 use crate::recipe::{NO_TOKENIZER, Recipe};
-use crate::tokenizer::Tokenizer;
 
 /// The widest bar of the histogram, in characters.
 const BAR: u64 = 40;

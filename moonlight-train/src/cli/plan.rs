@@ -4,12 +4,12 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use moonlight_convert::{Checkpoint, hub};
+use moonlight_convert::Checkpoint;
+use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::AttentionShape;
 use serde_json::json;
 
-use super::model::resolve;
 use crate::error::TrainError;
 use crate::plan::{Machines, Operations, Part, Plan, Scale, Threads, available_memory, tokens_until};
 use crate::recipe::{FormName, HalfOrFull, Recipe};
@@ -178,7 +178,7 @@ fn heading(config: &ModelConfig, operations: Operations) -> String {
 }
 
 fn of_model(path: &std::path::Path, as_json: bool) -> Result<String, TrainError> {
-    let checkpoint = Checkpoint::open(resolve(&hub::resolve(path)?))?;
+    let checkpoint = Checkpoint::open(resolve_model(path)?)?;
     let config = checkpoint.config();
     let weights = config.parameter_count().total;
     let per_token = cache_values(config);

@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 
+use moonlight_infer::chat::{ChatEncoder, ChatError, ChatTemplate};
+use moonlight_infer::tokenizer::{Companion, Tokenizer};
+
 use super::files::{self, SourceFile};
 use super::hash::Hash;
 use super::report::{Fault, Faults};
@@ -10,9 +13,7 @@ use super::store::{Origin, Store};
 use super::tokenise::Reading;
 use super::{DataError, HostBatch, TrainStream};
 use crate::bigram::bigram_loss;
-use crate::chat::{ChatEncoder, ChatError, ChatTemplate};
 use crate::recipe::{DataConfig, DataFormat, TooLong};
-use crate::tokenizer::{Companion, Tokenizer};
 
 /// The data of a recipe, tokenised and on disk.
 pub struct Corpus {

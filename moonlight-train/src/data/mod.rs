@@ -2,7 +2,6 @@
 //!
 //! * `files.rs`: globs to files.
 //! * `compressed.rs`: what is in a file, unpacked where it is compressed.
-//! * `parquet.rs`: rows of parquet files as lines of JSON.
 //! * `tokenise.rs`: files to documents of tokens, in parallel; conversations with a weight for each token.
 //! * `report.rs`: what was found on the way.
 //! * `store.rs`: the documents on disk, mapped into memory, kept for the next run.
@@ -23,7 +22,6 @@ mod hash;
 mod inspect;
 mod order;
 mod packing;
-pub(crate) mod parquet;
 mod report;
 mod sequences;
 mod store;

@@ -1,10 +1,11 @@
 use std::path::Path;
 
+use moonlight_infer::tokenizer::Tokenizer;
+
 use super::*;
 use crate::recipe::{Broken, DataConfig, DataFormat, TooLong};
-use crate::tokenizer::Tokenizer;
 
-const EOS: i32 = crate::tokenizer::EOS as i32;
+const EOS: i32 = moonlight_infer::tokenizer::EOS as i32;
 
 fn config(dir: &Path, glob: &str) -> DataConfig {
     DataConfig {

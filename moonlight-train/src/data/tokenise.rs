@@ -4,6 +4,9 @@ use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
+use moonlight_infer::chat::{ChatEncoder, Shape, WeightedTokens};
+use moonlight_infer::parquet::{self, ParquetError, is_parquet};
+use moonlight_infer::tokenizer::Tokenizer;
 use rayon::prelude::*;
 use serde::Deserialize;
 
@@ -11,12 +14,9 @@ use super::DataError;
 use super::compressed::{Opened, open};
 use super::files::SourceFile;
 use super::hash::Hash;
-use super::parquet::{self, is_parquet};
 use super::report::{Fault, Report};
 use super::store::{Origin, Store, StoreWriter};
-use crate::chat::{ChatEncoder, Shape, WeightedTokens};
 use crate::recipe::{Broken, DataFormat};
-use crate::tokenizer::Tokenizer;
 
 /// Raised when the same template gives other tokens or weights.
 const TEMPLATES: u64 = 1;
@@ -24,6 +24,12 @@ const TEMPLATES: u64 = 1;
 const BLOCK_BYTES: usize = 4 << 20;
 /// Bytes that are read before the blocks are shared out; bounds the memory.
 const ROUND_BYTES: usize = 32 << 20;
+
+/// A parquet file where text is wanted.
+fn parquet_is_not_text(path: &Path) -> DataError {
+    let hint = "`data.format = \"chat\"` reads conversations from parquet files, `\"tokens\"` lists of tokens";
+    ParquetError::file(path, "a parquet file is no text, and `data.format` is `text`", Some(hint)).into()
+}
 
 /// What is read, and how.
 pub(super) struct Reading<'a> {
@@ -127,7 +133,7 @@ impl Reading<'_> {
                 if round.bytes < ROUND_BYTES { Ok(false) } else { self.flush(round, &mut writer, &mut found) }
             };
             let done = match self.format {
-                DataFormat::Text if is_parquet(&file.path) => return Err(parquet::is_no_text(&file.path)),
+                DataFormat::Text if is_parquet(&file.path) => return Err(parquet_is_not_text(&file.path)),
                 DataFormat::Text => self.read_text(index as u32, file, &mut round, &mut full)?,
                 DataFormat::Tokens | DataFormat::Chat if is_parquet(&file.path) => {
                     self.read_rows(index as u32, file, &mut round, &mut full)?

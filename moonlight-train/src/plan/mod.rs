@@ -16,14 +16,14 @@ mod scale;
 #[cfg(test)]
 mod tests;
 
+use moonlight_infer::device::Target;
+use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterCount;
 
-use crate::device::Target;
 use crate::error::TrainError;
 use crate::frozen::frozen_parameters;
 use crate::recipe::{Checkpointing, HalfOrFull, LoraRecipe, NO_TOKENIZER, OptimizerName, Recipe, RoundingName};
-use crate::tokenizer::Tokenizer;
 
 pub use advice::Advice;
 pub use available::available_memory;

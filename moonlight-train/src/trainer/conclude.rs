@@ -12,7 +12,7 @@ use crate::metrics::peak_memory_mib;
 use crate::plots::write_plots;
 use crate::recipe::{NO_TOKENIZER, Recipe};
 use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
+use moonlight_infer::load_model;
 
 /// The largest vocabulary that a table of bigrams is counted for.
 const BIGRAM_VOCAB: usize = 4096;
@@ -43,7 +43,7 @@ pub fn conclude(recipe: &Recipe, target: &Target, finished: &Finished) -> Result
         Some(_) => device::dtype(&recipe.model.dtype, target)?,
         None => None,
     };
-    let model = Weights::open(&finished.checkpoint, None, &target.device, dtype, recipe.model.quantise.bits())?.model;
+    let model = load_model(&finished.checkpoint, None, &target.device, dtype, recipe.model.quantise.bits())?.model;
     if let Some(loss) = finished.valid_loss {
         let vocab_size = model.config().vocab_size;
         let bigram = if vocab_size <= BIGRAM_VOCAB {
