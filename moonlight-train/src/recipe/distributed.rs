@@ -1,16 +1,16 @@
 //! `[distributed]`.
 
-use std::str::FromStr;
 use std::time::Duration;
 
 use moonlight_optim::distributed::{DistributedConfig, DistributedForm, GatherPrecision};
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::HalfOrFull;
-use super::section::Section;
+use super::check::Check;
 
 /// How the workers of a run divide Muon; [`DistributedForm`] in a recipe's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum FormName {
     /// Each worker has whole matrices, balanced by the cost of their Newton-Schulz.
@@ -19,21 +19,10 @@ pub enum FormName {
     Flat,
 }
 
-impl FromStr for FormName {
-    type Err = ();
-
-    fn from_str(name: &str) -> Result<Self, ()> {
-        match name {
-            "whole-matrix" => Ok(Self::WholeMatrix),
-            "flat" => Ok(Self::Flat),
-            _ => Err(()),
-        }
-    }
-}
-
 /// `[distributed]`: several workers train one model, each on its share of every step's sequences and with its part of the
 /// optimizer. Where the section is absent a run has one worker, or as many as `mpirun` or `srun` started.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct DistributedRecipe {
     /// `form`: `whole-matrix`, or `flat` for the report's Algorithm 1. Default: `whole-matrix`.
     pub form: FormName,
@@ -53,20 +42,14 @@ impl Default for DistributedRecipe {
 }
 
 impl DistributedRecipe {
-    /// `None` where the recipe has no such section.
-    pub(super) fn read(section: &mut Section<'_>) -> Option<Self> {
-        let written = section.is_written();
-        let default = Self::default();
-        let form = section.choice("form", &["whole-matrix", "flat"]).unwrap_or(default.form);
-        let devices = section.whole("devices").unwrap_or(1) as usize;
-        section
-            .require("devices", (1..=1024).contains(&devices), || format!("is {devices}; it must be from 1 to 1024"));
-        let gather_dtype = section.choice("gather_dtype", &["bf16", "f32"]).unwrap_or(default.gather_dtype);
-        let timeout_seconds = section.whole("timeout_seconds").unwrap_or(default.timeout_seconds);
-        section.require("timeout_seconds", (1..=86_400).contains(&timeout_seconds), || {
+    pub(super) fn check(&self, check: &mut Check<'_>) {
+        let Self { devices, timeout_seconds, .. } = *self;
+        check.require("distributed.devices", (1..=1024).contains(&devices), || {
+            format!("is {devices}; it must be from 1 to 1024")
+        });
+        check.require("distributed.timeout_seconds", (1..=86_400).contains(&timeout_seconds), || {
             format!("is {timeout_seconds}; it must be from 1 second to a day")
         });
-        written.then_some(Self { form, devices, gather_dtype, timeout_seconds })
     }
 
     /// What the optimizer is told.

@@ -1,14 +1,13 @@
 //! `[optimizer]`.
 
-use std::str::FromStr;
-
 use moonlight_optim::{AdamWConfig, MomentumPrecision, MuonConfig, ParameterRules, Precision, QkClip, Rounding, Scale};
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
-use super::section::Section;
+use super::check::Check;
 
 /// Which optimizer takes the matrices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerName {
     /// Muon for matrices, AdamW for embeddings, head, norms and biases.
@@ -17,20 +16,8 @@ pub enum OptimizerName {
     AdamW,
 }
 
-impl FromStr for OptimizerName {
-    type Err = ();
-
-    fn from_str(name: &str) -> Result<Self, ()> {
-        match name {
-            "muon" => Ok(Self::Muon),
-            "adamw" => Ok(Self::AdamW),
-            _ => Err(()),
-        }
-    }
-}
-
 /// What the length of Muon's updates is taken from; [`moonlight_optim::Scale`] in a recipe's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScaleName {
     /// `update_rms sqrt(max(A, B))`, the report's "Adjusted LR" (equation 4).
@@ -47,28 +34,8 @@ pub enum ScaleName {
     Unit,
 }
 
-impl ScaleName {
-    const NAMES: [&str; 6] = ["report", "update_norm", "hidden_size", "keller_jordan", "spectral", "unit"];
-}
-
-impl FromStr for ScaleName {
-    type Err = ();
-
-    fn from_str(name: &str) -> Result<Self, ()> {
-        match name {
-            "report" => Ok(Self::Report),
-            "update_norm" => Ok(Self::UpdateNorm),
-            "hidden_size" => Ok(Self::HiddenSize),
-            "keller_jordan" => Ok(Self::KellerJordan),
-            "spectral" => Ok(Self::Spectral),
-            "unit" => Ok(Self::Unit),
-            _ => Err(()),
-        }
-    }
-}
-
 /// How parameters in half precision take an update; [`moonlight_optim::Rounding`] in a recipe's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RoundingName {
     /// To the nearest: updates below half a step are lost.
@@ -79,21 +46,8 @@ pub enum RoundingName {
     Master,
 }
 
-impl FromStr for RoundingName {
-    type Err = ();
-
-    fn from_str(name: &str) -> Result<Self, ()> {
-        match name {
-            "nearest" => Ok(Self::Nearest),
-            "stochastic" => Ok(Self::Stochastic),
-            "master" => Ok(Self::Master),
-            _ => Err(()),
-        }
-    }
-}
-
 /// A dtype of the optimizer's own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum HalfOrFull {
     /// f32.
@@ -102,20 +56,9 @@ pub enum HalfOrFull {
     Bf16,
 }
 
-impl FromStr for HalfOrFull {
-    type Err = ();
-
-    fn from_str(name: &str) -> Result<Self, ()> {
-        match name {
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            _ => Err(()),
-        }
-    }
-}
-
 /// `[optimizer]`: Muon or AdamW, and its constants. Defaults are those of "Muon is Scalable for LLM Training".
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct OptimizerRecipe {
     /// `name`: `muon` or `adamw`. Default: `muon`.
     pub name: OptimizerName,
@@ -202,56 +145,62 @@ impl OptimizerRecipe {
         }
     }
 
-    pub(super) fn read(section: &mut Section<'_>) -> Self {
-        let name = section.choice("name", &["muon", "adamw"]).unwrap_or(OptimizerName::Muon);
-        if !section.has("learning_rate") {
-            section.missing("learning_rate", "Muon at the report's scale takes AdamW's rates: from 2e-4 to 2e-3");
+    pub(super) fn check(&self, check: &mut Check<'_>) {
+        if !check.has("optimizer.learning_rate") {
+            check.missing(
+                "optimizer.learning_rate",
+                "Muon at the report's scale takes AdamW's rates: from 2e-4 to 2e-3",
+            );
         }
-        let learning_rate = section.number("learning_rate").unwrap_or(1e-3);
-        section.require("learning_rate", learning_rate >= 0.0, || {
-            format!("is {learning_rate}; a rate must not be negative")
-        });
-        let weight_decay = section.number("weight_decay").unwrap_or(0.1);
-        section.require("weight_decay", weight_decay >= 0.0, || format!("is {weight_decay}; it must not be negative"));
-        let momentum = section.number("momentum").unwrap_or(0.95);
-        section.require("momentum", (0.0..1.0).contains(&momentum), || {
-            format!("is {momentum}; it must be from 0 to below 1")
-        });
-        let nesterov = section.boolean("nesterov").unwrap_or(true);
-        let newton_schulz_steps = section.whole("newton_schulz_steps").unwrap_or(5) as usize;
-        section.require("newton_schulz_steps", (1..=100).contains(&newton_schulz_steps), || {
-            format!("is {newton_schulz_steps}; it must be from 1 to 100")
-        });
-        let scale = section.choice("scale", &ScaleName::NAMES).unwrap_or(ScaleName::Report);
-        let update_rms = section.number("update_rms").unwrap_or(0.2);
-        section.require("update_rms", update_rms > 0.0, || format!("is {update_rms}; it must be above 0"));
-        let betas = section.pair("betas").unwrap_or([0.9, 0.95]);
-        section.require("betas", betas.iter().all(|beta| (0.0..1.0).contains(beta)), || {
-            format!("is {betas:?}; each must be from 0 to below 1")
-        });
-        let epsilon = section.number("epsilon").unwrap_or(1e-8);
-        section.require("epsilon", epsilon > 0.0, || format!("is {epsilon}; it must be above 0"));
-        let rounding = section.choice("rounding", &["nearest", "stochastic", "master"]).unwrap_or(RoundingName::Master);
-        let dtypes = ["f32", "bf16"];
-        let momentum_dtype = section.choice("momentum_dtype", &dtypes).unwrap_or(HalfOrFull::F32);
-        let newton_schulz_dtype = section.choice("newton_schulz_dtype", &dtypes).unwrap_or(HalfOrFull::F32);
-        let qk_clip = section.number("qk_clip").unwrap_or(0.0);
-        section.require("qk_clip", qk_clip >= 0.0, || format!("is {qk_clip}; it must not be negative"));
-        Self {
-            name,
+        let Self {
             learning_rate,
             weight_decay,
             momentum,
-            nesterov,
             newton_schulz_steps,
-            scale,
             update_rms,
             betas,
             epsilon,
-            rounding,
-            momentum_dtype,
-            newton_schulz_dtype,
             qk_clip,
+            ..
+        } = *self;
+        check.require("optimizer.learning_rate", learning_rate >= 0.0, || {
+            format!("is {learning_rate}; a rate must not be negative")
+        });
+        check.require("optimizer.weight_decay", weight_decay >= 0.0, || {
+            format!("is {weight_decay}; it must not be negative")
+        });
+        check.require("optimizer.momentum", (0.0..1.0).contains(&momentum), || {
+            format!("is {momentum}; it must be from 0 to below 1")
+        });
+        check.require("optimizer.newton_schulz_steps", (1..=100).contains(&newton_schulz_steps), || {
+            format!("is {newton_schulz_steps}; it must be from 1 to 100")
+        });
+        check.require("optimizer.update_rms", update_rms > 0.0, || format!("is {update_rms}; it must be above 0"));
+        check.require("optimizer.betas", betas.iter().all(|beta| (0.0..1.0).contains(beta)), || {
+            format!("is {betas:?}; each must be from 0 to below 1")
+        });
+        check.require("optimizer.epsilon", epsilon > 0.0, || format!("is {epsilon}; it must be above 0"));
+        check.require("optimizer.qk_clip", qk_clip >= 0.0, || format!("is {qk_clip}; it must not be negative"));
+    }
+}
+
+impl Default for OptimizerRecipe {
+    fn default() -> Self {
+        Self {
+            name: OptimizerName::Muon,
+            learning_rate: 1e-3,
+            weight_decay: 0.1,
+            momentum: 0.95,
+            nesterov: true,
+            newton_schulz_steps: 5,
+            scale: ScaleName::Report,
+            update_rms: 0.2,
+            betas: [0.9, 0.95],
+            epsilon: 1e-8,
+            rounding: RoundingName::Master,
+            momentum_dtype: HalfOrFull::F32,
+            newton_schulz_dtype: HalfOrFull::F32,
+            qk_clip: 0.0,
         }
     }
 }

@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use super::*;
+use crate::schedule::Schedule;
 use crate::tokenizer::Tokenizer;
 
 const SMALL: &str = r#"
@@ -232,7 +233,7 @@ fn a_preset_may_be_a_file_beside_the_recipe() {
 }
 
 /// Every `.toml` of a folder of the repository.
-fn toml_files(folder: &str) -> Vec<PathBuf> {
+pub(super) fn toml_files(folder: &str) -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder);
     let files = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
     let mut files: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|end| end == "toml")).collect();

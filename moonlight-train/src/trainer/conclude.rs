@@ -10,8 +10,7 @@ use crate::error::TrainError;
 use crate::generate::{Sampling, generate};
 use crate::metrics::peak_memory_mib;
 use crate::plots::write_plots;
-use crate::recipe::{NO_TOKENIZER, Recipe};
-use crate::tokenizer::Tokenizer;
+use crate::recipe::Recipe;
 use moonlight_infer::load_model;
 
 /// The largest vocabulary that a table of bigrams is counted for.
@@ -27,10 +26,7 @@ pub fn conclude(recipe: &Recipe, target: &Target, finished: &Finished) -> Result
     if recipe.train.plots {
         write_plots(&folder.join("metrics.jsonl"), &folder.join("plots"))?;
     }
-    let tokenizer = match recipe.data.tokenizer.as_str() {
-        NO_TOKENIZER => None,
-        name => Some(Tokenizer::open(name)?),
-    };
+    let tokenizer = recipe.data.tokenizer.open()?;
     eprintln!("finished: {} steps, {} tokens", finished.step, finished.tokens);
     if let Some(account) = &finished.account {
         eprintln!("{account}");
@@ -40,7 +36,7 @@ pub fn conclude(recipe: &Recipe, target: &Target, finished: &Finished) -> Result
     }
     // Weights are as they were saved; a base that adapters stand beside is as the run had it.
     let dtype = match recipe.lora {
-        Some(_) => device::dtype(&recipe.model.dtype, target)?,
+        Some(_) => device::dtype(recipe.model.dtype.as_str(), target)?,
         None => None,
     };
     let model = load_model(&finished.checkpoint, None, &target.device, dtype, recipe.model.quantise.bits())?.model;

@@ -23,7 +23,7 @@ use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::metrics::MetricsFile;
 use crate::plan::{Plan, Setting, Threads, available_memory};
-use crate::recipe::{LoraRecipe, ModelSource, NO_TOKENIZER, Recipe};
+use crate::recipe::{LoraRecipe, Recipe};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
 use crate::tokenizer::{Companion, Tokenizer};
@@ -95,10 +95,7 @@ pub(super) fn open(recipe: &Recipe, target: &Target, from: From) -> Result<Opene
     if folder.exists() && from == From::Start {
         return Err(TrainError::RunExists(folder));
     }
-    let tokenizer = match recipe.data.tokenizer.as_str() {
-        NO_TOKENIZER => None,
-        name => Some(Tokenizer::open(name)?),
-    };
+    let tokenizer = recipe.data.tokenizer.open()?;
     let config = recipe.model.config_for(tokenizer.as_ref())?;
     check_memory(recipe, &config, target)?;
     let corpus = Corpus::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
@@ -107,10 +104,7 @@ pub(super) fn open(recipe: &Recipe, target: &Target, from: From) -> Result<Opene
         .map_err(|error| TrainError::Request { problem: error.to_string(), hint: None })?;
     let stream = corpus.train_stream(recipe.train.batch_size);
 
-    let companions_from = match &recipe.model.source {
-        ModelSource::Path(path) => Some(path.clone()),
-        ModelSource::Shape(_) => None,
-    };
+    let companions_from = recipe.model.path.clone();
     let checkpoints = Checkpoints::new(
         folder.join("checkpoints"),
         recipe.train.keep,
@@ -123,7 +117,7 @@ pub(super) fn open(recipe: &Recipe, target: &Target, from: From) -> Result<Opene
         None => checkpoints,
     };
     let device = target.device.clone().autodiff();
-    let dtype = device::dtype(&recipe.model.dtype, target)?;
+    let dtype = device::dtype(recipe.model.dtype.as_str(), target)?;
     // The model that adapters stand beside, in every checkpoint of the run.
     let base = match (&recipe.lora, &companions_from) {
         (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantise.bits())?),
