@@ -109,8 +109,8 @@ impl OptimizerRecipe {
             RoundingName::Master => Rounding::MasterWeights,
         };
         let adamw = AdamWConfig::new()
-            .with_betas(self.betas[0] as f32, self.betas[1] as f32)
-            .with_epsilon(self.epsilon as f32)
+            .with_betas(self.betas[0], self.betas[1])
+            .with_epsilon(self.epsilon)
             .with_weight_decay(self.weight_decay)
             .with_rounding(rounding);
         let factor = self.update_rms;

@@ -11,7 +11,9 @@ use crate::WeightLayout;
 /// of 0.2 that is the rescaling of both papers, `0.2 sqrt(A B) / ||O||`; with any other scale the update keeps the length
 /// that Muon's has, as in microsoft/dion.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(rename = "Adaptive", transform = allow_names))]
+#[serde(remote = "Self", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Adaptive {
     /// Muon as it is.
     #[default]
@@ -19,32 +21,57 @@ pub enum Adaptive {
     /// "NorMuon" (arXiv 2510.05491), Algorithm 1: one second moment for each neuron, that is for each output of the layer:
     /// `v <- beta_2 v + (1 - beta_2) mean_in(O^2)`, `O <- O / (sqrt(v) + epsilon)`. The state grows by one number an output.
     NorMuon {
-        /// 0.95 in the paper.
+        /// Decay of the second moment. Default: 0.95, the paper's.
+        #[serde(default = "beta_2")]
         beta_2: f64,
-        /// 1e-8.
+        /// Added to the root of the second moment. Default: 1e-8.
+        #[serde(default = "epsilon")]
         epsilon: f64,
     },
     /// "AdaMuon" (arXiv 2507.11005), Algorithm 1: a second moment for each element,
     /// `V <- beta_2 V + (1 - beta_2) O^2`, `O <- O / (sqrt(V) + epsilon)`. The state is twice Muon's.
     AdaMuon {
-        /// 0.95 in the paper, where it is also the momentum.
+        /// Decay of the second moment. Default: 0.95, in the paper also the momentum.
+        #[serde(default = "beta_2")]
         beta_2: f64,
-        /// 1e-8.
+        /// Added to the root of the second moment. Default: 1e-8.
+        #[serde(default = "epsilon")]
         epsilon: f64,
-        /// Whether the signs of the momentum are orthogonalised, as the paper's later versions have it, or the momentum.
+        /// Whether the signs of the momentum are orthogonalised, as in the paper's later versions, or the momentum.
+        /// Default: `true`.
+        #[serde(default = "sign")]
         sign: bool,
     },
+}
+
+crate::serde_names::name_or_table!(Adaptive, "a variant of Muon");
+
+fn beta_2() -> f64 {
+    0.95
+}
+
+fn epsilon() -> f64 {
+    1e-8
+}
+
+fn sign() -> bool {
+    true
+}
+
+#[cfg(feature = "schema")]
+fn allow_names(schema: &mut schemars::Schema) {
+    crate::serde_names::allow_names(schema, &["nor_muon", "ada_muon"]);
 }
 
 impl Adaptive {
     /// NorMuon with the paper's constants.
     pub fn nor_muon() -> Self {
-        Adaptive::NorMuon { beta_2: 0.95, epsilon: 1e-8 }
+        Adaptive::NorMuon { beta_2: beta_2(), epsilon: epsilon() }
     }
 
     /// AdaMuon with the paper's constants.
     pub fn ada_muon() -> Self {
-        Adaptive::AdaMuon { beta_2: 0.95, epsilon: 1e-8, sign: true }
+        Adaptive::AdaMuon { beta_2: beta_2(), epsilon: epsilon(), sign: sign() }
     }
 
     /// What is orthogonalised.

@@ -1,18 +1,18 @@
-//! Whole matrices shared out among workers.
+//! Whole matrices divided among ranks by their cost.
 
 use serde::{Deserialize, Serialize};
 
-/// Which worker takes each matrix.
+/// The rank of each matrix.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Sharing {
-    /// The worker of each matrix, in the order of the costs.
-    pub worker_of: Vec<usize>,
-    /// What each worker has to do, in the unit of the costs.
+pub struct Balance {
+    /// The rank of each matrix, in the order of the costs.
+    pub rank_of: Vec<usize>,
+    /// The summed cost of each rank, in the unit of the costs.
     pub loads: Vec<f64>,
 }
 
-impl Sharing {
-    /// The largest load over the mean load: 1 is perfect. 1 where there is nothing to do.
+impl Balance {
+    /// The largest load over the mean load: 1 is perfect. 1 if all costs are 0.
     pub fn imbalance(&self) -> f64 {
         let sum: f64 = self.loads.iter().sum();
         if sum == 0.0 {
@@ -23,36 +23,36 @@ impl Sharing {
     }
 }
 
-/// Shares matrices out among `workers` by their costs, such as [`NewtonSchulz::flops`](crate::NewtonSchulz::flops): the
-/// dearest first, each to the worker that has least so far (longest processing time first; Graham 1969: at most
-/// `4/3 - 1/(3 workers)` of the best). A stack `[experts, in, out]` is `experts` matrices.
+/// Divides matrices among `world_size` ranks by their costs, such as
+/// [`NewtonSchulz::flops`](crate::NewtonSchulz::flops): longest processing time first, each to the rank with the least load
+/// so far (Graham 1969: at most `4/3 - 1/(3 world_size)` of the optimum). A stack `[experts, in, out]` is `experts`
+/// matrices.
 ///
-/// It depends on its arguments alone, ties go to the earlier matrix and the earlier worker: every worker that computes it
-/// gets the same.
+/// A function of its arguments alone, ties go to the earlier matrix and the lower rank: all ranks compute the same.
 ///
-/// Of the 5,207 matrices that Muon takes in Moonlight-16B the busiest of 8 workers gets 0.01 % more than the mean, the
+/// Of the 5,207 matrices that Muon takes in Moonlight-16B the busiest of 8 ranks gets 0.01 % more than the mean, the
 /// busiest of 64 gets 0.6 % more.
 ///
 /// # Panics
 ///
-/// If there is no worker, or a cost is not a number.
-pub fn share_out(costs: &[f64], workers: usize) -> Sharing {
-    assert!(workers > 0, "matrices are shared out among one worker at least");
+/// If `world_size` is 0, or a cost is NaN.
+pub fn balance(costs: &[f64], world_size: usize) -> Balance {
+    assert!(world_size > 0, "a group has at least one rank");
     assert!(costs.iter().all(|cost| !cost.is_nan()), "a cost is a number");
     let mut order: Vec<usize> = (0..costs.len()).collect();
     order.sort_by(|&one, &other| costs[other].total_cmp(&costs[one]).then(one.cmp(&other)));
-    let mut sharing = Sharing { worker_of: vec![0; costs.len()], loads: vec![0.0; workers] };
+    let mut balance = Balance { rank_of: vec![0; costs.len()], loads: vec![0.0; world_size] };
     for matrix in order {
         let mut least = 0;
-        for worker in 1..workers {
-            if sharing.loads[worker] < sharing.loads[least] {
-                least = worker;
+        for rank in 1..world_size {
+            if balance.loads[rank] < balance.loads[least] {
+                least = rank;
             }
         }
-        sharing.worker_of[matrix] = least;
-        sharing.loads[least] += costs[matrix];
+        balance.rank_of[matrix] = least;
+        balance.loads[least] += costs[matrix];
     }
-    sharing
+    balance
 }
 
 #[cfg(test)]
@@ -62,14 +62,14 @@ mod tests {
 
     #[test]
     fn the_dearest_go_first_to_whoever_has_least() {
-        let sharing = share_out(&[1.0, 5.0, 3.0, 3.0, 2.0], 2);
-        assert_eq!(sharing.worker_of, [1, 0, 1, 1, 0]);
-        assert_eq!((sharing.loads.as_slice(), sharing.imbalance()), ([7.0, 7.0].as_slice(), 1.0));
+        let balanced = balance(&[1.0, 5.0, 3.0, 3.0, 2.0], 2);
+        assert_eq!(balanced.rank_of, [1, 0, 1, 1, 0]);
+        assert_eq!((balanced.loads.as_slice(), balanced.imbalance()), ([7.0, 7.0].as_slice(), 1.0));
         // Where the best would be even, it is not always found.
-        let sharing = share_out(&[3.0, 3.0, 2.0, 2.0, 2.0], 2);
-        assert_eq!(sharing.loads, [7.0, 5.0]);
-        assert!((sharing.imbalance() - 7.0 / 6.0).abs() < 1e-12);
-        assert_eq!(share_out(&[], 3).imbalance(), 1.0);
+        let balanced = balance(&[3.0, 3.0, 2.0, 2.0, 2.0], 2);
+        assert_eq!(balanced.loads, [7.0, 5.0]);
+        assert!((balanced.imbalance() - 7.0 / 6.0).abs() < 1e-12);
+        assert_eq!(balance(&[], 3).imbalance(), 1.0);
     }
 
     /// The matrices of Moonlight-16B that Muon takes, `[rows, columns]`, experts one by one.
@@ -101,10 +101,10 @@ mod tests {
         let total: f64 = costs.iter().sum();
         println!("{} matrices, {:.1} TFLOP a step", shapes.len(), total / 1e12);
         for (workers, bound) in [(8, 1.0001), (64, 1.006)] {
-            let sharing = share_out(&costs, workers);
-            println!("{workers} workers: largest over mean {:.5}", sharing.imbalance());
-            assert!(sharing.imbalance() < bound, "{workers}: {}", sharing.imbalance());
-            assert!((sharing.loads.iter().sum::<f64>() / total - 1.0).abs() < 1e-9);
+            let balanced = balance(&costs, workers);
+            println!("{workers} workers: largest over mean {:.5}", balanced.imbalance());
+            assert!(balanced.imbalance() < bound, "{workers}: {}", balanced.imbalance());
+            assert!((balanced.loads.iter().sum::<f64>() / total - 1.0).abs() < 1e-9);
         }
     }
 }

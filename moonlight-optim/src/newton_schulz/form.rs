@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 
 /// How the iteration is carried out; the result is the same but for rounding.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Form {
     /// The Gram form where it costs less, restarted as often as the type of the products demands, else the direct one. In
     /// half precision that is always the direct form: the Gram form would have to restart after every step, which is the

@@ -6,7 +6,7 @@ use burn::tensor::distributed::{ReduceOperation, all_reduce};
 use burn::tensor::{DType, Device, Tensor};
 
 use super::collective::{split, stretch};
-use super::traffic::Counter;
+use super::comm_stats::Counter;
 use super::{Collective, CollectiveError, Operation, Traffic};
 
 /// Whether devices of this kind sum tensors among themselves.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 /// The report orthogonalises whole matrices, and so do the presets. Blocks for each head of `q_proj` and `kv_b_proj` are
 /// what torchtitan's Moonlight recipe takes (its `BlockShard`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Blocks {
     /// The matrix as it is.

@@ -1,11 +1,15 @@
 //! Orthogonalisation by Newton-Schulz, a stack of matrices at a time.
 
+mod form;
+
 use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 
-use crate::form::{Form, plan, plan_flops};
+pub use form::Form;
+
 use crate::{Coefficients, Preconditioning};
+use form::{plan, plan_flops};
 
 /// The iteration: which polynomials, how many, and what is done before them.
 #[derive(Clone, Debug, PartialEq)]
