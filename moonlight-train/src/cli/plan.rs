@@ -8,11 +8,12 @@ use moonlight_convert::Checkpoint;
 use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::AttentionShape;
+use moonlight_optim::distributed::{DistributedForm, GatherPrecision};
 use serde_json::json;
 
 use crate::error::TrainError;
 use crate::plan::{Machines, Operations, Part, Plan, Scale, Threads, available_memory, tokens_until};
-use crate::recipe::{FormName, HalfOrFull, Recipe};
+use crate::recipe::Recipe;
 
 /// The memory of GPUs that are sold, GB.
 const SIZES: [u64; 4] = [24, 48, 80, 141];
@@ -76,21 +77,21 @@ fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, Tr
     let count = plan.parameters();
     let operations = plan.operations();
     let scale = arguments.workers.map(|workers| {
-        let distributed = recipe.distributed.clone().unwrap_or_default();
+        let distributed = recipe.distributed.clone().unwrap_or_default().optimizer;
         let sequences = recipe.train.batch_size * recipe.train.gradient_accumulation;
         let machines = Machines {
             workers,
             link: arguments.link * 1e9,
             matmul: arguments.matmul * 1e12,
             tokens: (sequences * setting.sequence) as u64,
-            flat: distributed.form == FormName::Flat,
-            gather_bytes: if distributed.gather_dtype == HalfOrFull::Bf16 { 2 } else { 4 },
+            flat: distributed.form == DistributedForm::Flat,
+            gather_bytes: if distributed.gather == GatherPrecision::Bf16 { 2 } else { 4 },
         };
         Scale::new(&plan, machines)
     });
     // From how many tokens a step on Newton-Schulz takes no more than a tenth of the operations.
     let newton_schulz = plan
-        .newton_schulz(recipe.optimizer.newton_schulz_steps)
+        .newton_schulz(recipe.optimizer.newton_schulz_steps())
         .map(|optimizer| (optimizer, tokens_until(0.1, optimizer, operations.training(setting.recompute) as f64)));
     let holds = |size: &&u64| gigabytes(plan.peak()) <= (**size - RESERVE) as f64;
     if arguments.json {

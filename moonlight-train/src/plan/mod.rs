@@ -19,10 +19,11 @@ mod tests;
 use moonlight_infer::device::Target;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterCount;
+use moonlight_optim::{MomentumPrecision, Rounding};
 
 use crate::error::TrainError;
 use crate::frozen::frozen_parameters;
-use crate::recipe::{Checkpointing, HalfOrFull, LoraRecipe, ModelDtype, OptimizerName, Recipe, RoundingName};
+use crate::recipe::{Checkpointing, LoraRecipe, ModelDtype, OptimizerName, Recipe};
 
 pub use advice::Advice;
 pub use available::available_memory;
@@ -64,8 +65,8 @@ impl Setting {
             fused: recipe.train.fuse_update,
             accumulates,
             muon: recipe.optimizer.name == OptimizerName::Muon,
-            momentum_bytes: if recipe.optimizer.momentum_dtype == HalfOrFull::Bf16 { 2 } else { 4 },
-            masters: recipe.optimizer.rounding == RoundingName::Master,
+            momentum_bytes: if recipe.optimizer.muon.momentum_precision == MomentumPrecision::Bf16 { 2 } else { 4 },
+            masters: recipe.optimizer.muon.rounding == Rounding::MasterWeights,
             cpu,
             plain_attention: cpu && recipe.model.dtype == ModelDtype::F16,
             threads: threads.0,

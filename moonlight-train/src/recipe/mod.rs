@@ -35,12 +35,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use data::{Broken, DataConfig, DataFormat, NO_TOKENIZER, TokenizerName, TooLong};
-pub use distributed::{DistributedRecipe, FormName};
+pub use distributed::DistributedRecipe;
 pub use error::RecipeError;
 pub use eval::EvalConfig;
 pub use lora::LoraRecipe;
 pub use model::{ModelDtype, ModelRecipe, Quantise};
-pub use optimizer::{HalfOrFull, OptimizerName, OptimizerRecipe, RoundingName, ScaleName};
+pub use optimizer::{OptimizerName, OptimizerRecipe};
 pub use run::{DeviceName, RunConfig, SampleConfig};
 pub use schema::schema;
 pub use train::{Checkpointing, MoeRecipe, TrainConfig};

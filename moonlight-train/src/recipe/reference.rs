@@ -62,7 +62,7 @@ fn page(root: &Value) -> String {
     for (section, said) in properties(root) {
         let told = parts(said, root);
         let description = told.iter().rev().find_map(|part| part["description"].as_str()).unwrap_or_default();
-        write!(page, "\n## `[{section}]`\n\n{}\n\n", line(description)).unwrap();
+        writeln!(page, "\n## `[{section}]`\n\n{}\n", line(description)).unwrap();
         let mut plain = Vec::new();
         for (key, said) in told.iter().flat_map(|part| properties(part)) {
             // The keys of a published config.json have no docs of ours.
@@ -72,7 +72,7 @@ fn page(root: &Value) -> String {
             }
         }
         if !plain.is_empty() {
-            write!(page, "* as in the published `config.json`: {}\n", plain.join(", ")).unwrap();
+            writeln!(page, "* as in the published `config.json`: {}", plain.join(", ")).unwrap();
         }
     }
     page
@@ -83,10 +83,12 @@ fn entry(page: &mut String, key: &str, said: &Value, root: &Value, depth: usize)
     let parts = parts(said, root);
     let indent = "  ".repeat(depth);
     let of = |key: &str| parts.iter().find_map(|part| part[key].as_str()).map(line);
-    let default = parts.iter().find_map(|part| part.get("default")).filter(|value| is_plain(value));
+    let description = of("description").unwrap_or_default();
+    // Some defaults follow from other keys, and some docs say theirs.
+    let told = description.contains("Default:");
+    let default = parts.iter().find_map(|part| part.get("default")).filter(|value| !told && is_plain(value));
     let default = default.map(|value| format!(", default `{value}`")).unwrap_or_default();
-    write!(page, "{indent}* `{key}` ({}{default}): {}\n", kind(&parts, root), of("description").unwrap_or_default())
-        .unwrap();
+    writeln!(page, "{indent}* `{key}` ({}{default}): {description}", kind(&parts, root)).unwrap();
     let choices = parts.iter().flat_map(|part| ["oneOf", "anyOf"].map(|of| part[of].as_array())).flatten().flatten();
     for choice in choices {
         let description = line(choice["description"].as_str().unwrap_or_default());
@@ -95,7 +97,7 @@ fn entry(page: &mut String, key: &str, said: &Value, root: &Value, depth: usize)
             write!(page, "{indent}  * `\"{name}\"`: {description}\n").unwrap();
         }
         for (name, said) in properties(choice) {
-            write!(page, "{indent}  * `{{ {name} = ... }}`: {description}\n").unwrap();
+            writeln!(page, "{indent}  * `{{ {name} = ... }}`: {description}").unwrap();
             for (key, said) in self::parts(said, root).iter().flat_map(|part| properties(part)) {
                 entry(page, key, said, root, depth + 2);
             }
