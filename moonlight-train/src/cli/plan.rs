@@ -7,7 +7,6 @@ use clap::Args;
 use moonlight_convert::Checkpoint;
 use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
-use moonlight_model::config::AttentionShape;
 use moonlight_optim::distributed::{DistributedForm, GatherPrecision};
 use serde_json::json;
 
@@ -182,7 +181,7 @@ fn of_model(path: &std::path::Path, as_json: bool) -> Result<String, TrainError>
     let checkpoint = Checkpoint::open(resolve_model(path)?)?;
     let config = checkpoint.config();
     let weights = config.parameter_count().total;
-    let per_token = cache_values(config);
+    let per_token = (config.num_hidden_layers * config.cache_values_per_token()) as u64;
     let context = config.max_position_embeddings as u64;
     let operations = Operations::of(config, config.max_position_embeddings);
     if as_json {
@@ -206,13 +205,4 @@ fn of_model(path: &std::path::Path, as_json: bool) -> Result<String, TrainError>
     line(&format!("cache of {context} tokens"), per_token * context);
     line("together", weights + per_token * context);
     Ok(text)
-}
-
-/// Values that the cache keeps of a token.
-fn cache_values(config: &ModelConfig) -> u64 {
-    let of_layer = match &config.attention {
-        AttentionShape::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
-        AttentionShape::Gqa(gqa) => 2 * gqa.num_key_value_heads * gqa.head_dim,
-    };
-    (config.num_hidden_layers * of_layer) as u64
 }

@@ -171,8 +171,13 @@ pub(super) fn moments(config: &ModelConfig, setting: &Setting) -> Vec<Moment> {
     for adapter in &adapters {
         for shape in [&adapter.a, &adapter.b] {
             // Always f32.
-            let shape =
-                ParameterShape { path: adapter.path.clone(), shape: shape.clone(), kind: ParameterKind::Matrix };
+            let shape = ParameterShape {
+                path: adapter.path.clone(),
+                shape: shape.clone(),
+                kind: ParameterKind::Matrix,
+                role: Some(adapter.role),
+                layer: Some(adapter.layer),
+            };
             parameters.push(Parameter::new(&shape, false, 4, config, setting));
         }
     }
@@ -181,7 +186,7 @@ pub(super) fn moments(config: &ModelConfig, setting: &Setting) -> Vec<Moment> {
 
 impl Parameter {
     fn new(shape: &ParameterShape, frozen: bool, bytes: u64, config: &ModelConfig, setting: &Setting) -> Self {
-        let stage = match shape.path.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse().ok()) {
+        let stage = match shape.layer {
             Some(layer) => Stage::Layer(layer),
             None if shape.kind == ParameterKind::Embedding && !config.tie_word_embeddings => Stage::Embedding,
             // A tied embedding has a gradient from the head on.

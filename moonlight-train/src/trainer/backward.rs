@@ -151,35 +151,19 @@ struct Trunk {
 
 impl Trunk {
     /// Keeps the whole graph.
-    fn with_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &ForwardContext) -> Self {
-        let mut trunk = Self::at(model.embed(tokens));
-        for index in 0..model.layers.len() {
-            let LayerOutput { hidden, balance_loss, stats } = model.run_layer(index, trunk.last, pass);
-            trunk.last = hidden;
-            if let Some(loss) = balance_loss {
-                trunk.balance_loss = Some(trunk.balance_loss.map_or(loss.clone(), |sum| sum + loss));
-            }
-            trunk.report.layers.push(stats);
-        }
-        trunk
+    fn with_graph(model: &CausalLm, tokens: Tensor<2, Int>, context: &ForwardContext) -> Self {
+        let output = model.forward_hidden(tokens, context);
+        let balance_loss = output.balance_loss();
+        Self { last: output.hidden, balance_loss, inputs: Vec::new(), report: output.stats }
     }
 
     /// Keeps each layer's input. A graph that is dropped gives its memory back with the next backward pass only, so there
     /// is none: the layers run on the device without gradients.
-    fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &ForwardContext) -> Self {
-        let (model, pass) = (model.valid(), pass.clone().inner());
-        let mut trunk = Self::at(model.embed(tokens.inner()));
-        for index in 0..model.layers.len() {
-            trunk.inputs.push(trunk.last.clone());
-            let LayerOutput { hidden, stats, .. } = model.run_layer(index, trunk.last, &pass);
-            trunk.last = hidden;
-            trunk.report.layers.push(stats);
-        }
-        trunk
-    }
-
-    fn at(last: Tensor<2>) -> Self {
-        Self { last, balance_loss: None, inputs: Vec::new(), report: ForwardStats::default() }
+    fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, context: &ForwardContext) -> Self {
+        let (model, context) = (model.valid(), context.clone().inner());
+        let mut inputs = Vec::new();
+        let output = model.forward_hidden_with(tokens.inner(), &context, |_, input| inputs.push(input.clone()));
+        Self { last: output.hidden, balance_loss: None, inputs, report: output.stats }
     }
 
     fn output(&self) -> Tensor<2> {
