@@ -14,6 +14,7 @@ use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
 
 pub use low_rank::{LowRank, LowRankSettings};
 pub use target::TARGET_GROUPS;
@@ -26,15 +27,35 @@ use crate::projections::ModelProjection;
 use low_rank::{DropoutSeed, mix};
 use target::Target;
 
-/// What adapters a model gets.
-#[derive(Debug, Clone, PartialEq)]
+/// What adapters a model gets. The defaults are those of "LoRA Without Regret" (Schulman, Thinking Machines 2025), on attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
-    /// Columns of `A` and rows of `B`.
+    /// The rank of each adapter: columns of `A` and rows of `B`.
     pub rank: usize,
-    /// Scaling and dropout.
-    pub settings: LowRankSettings,
-    /// Which projections: words of [`TARGET_GROUPS`], or ends of paths as globs (`q_proj`, `shared_experts.*`).
+    /// The change is scaled by `alpha / rank`.
+    pub alpha: f64,
+    /// The share of an adapter's inputs that is dropped in training.
+    pub dropout: f64,
+    /// What is adapted: `attention`, `mlp` (of dense layers), `shared_experts`, `experts`, `all`, or ends of paths as globs
+    /// (`q_proj`, `shared_experts.*`, `layers.[0-9].**`).
     pub targets: Vec<String>,
+    /// Whether the scale is `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
+    pub rslora: bool,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { rank: 16, alpha: 32.0, dropout: 0.0, targets: vec!["attention".into()], rslora: false }
+    }
+}
+
+impl LoraConfig {
+    /// The numbers of each adapter.
+    pub fn settings(&self) -> LowRankSettings {
+        LowRankSettings { alpha: self.alpha, rslora: self.rslora, dropout: self.dropout }
+    }
 }
 
 /// An adapter that does not fit the model.
@@ -274,7 +295,7 @@ fn fresh<const D: usize>(
     let values: Vec<f32> = (0..count).map(|number| ((2.0 * uniform(number) - 1.0) * bound) as f32).collect();
     let a = Tensor::from_data(TensorData::new(values, shape_a), (device, DType::F32));
     let b = Tensor::zeros(shape_b, (device, DType::F32));
-    LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings, index, dropout.clone())
+    LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings(), index, dropout.clone())
 }
 
 fn given<const D: usize>(

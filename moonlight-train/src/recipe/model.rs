@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use moonlight_infer::resolve_model;
 use moonlight_infer::tokenizer::Tokenizer;
-use moonlight_model::config::shape_keys;
+use moonlight_model::config::{GqaShape, MlaShape, MoeShape, RopeConfig, shape_keys};
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::RecipeError;
 use super::check::Check;
@@ -119,14 +119,28 @@ impl JsonSchema for ModelRecipe {
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let shape: Map<String, Value> = shape_keys()
-            .into_iter()
-            .map(|key| (key.to_owned(), serde_json::json!({"description": "As in the published `config.json`."})))
+        let keys = shape_keys();
+        let others: Map<String, Value> = keys
+            .iter()
+            .map(|&key| (key.to_owned(), json!({"description": "As in the published `config.json`."})))
             .collect();
-        let parts = [Keys::json_schema(generator), json_schema!({"properties": shape})];
+        let mut shape = merged(
+            "",
+            [
+                ModelConfig::json_schema(generator),
+                MlaShape::json_schema(generator),
+                GqaShape::json_schema(generator),
+                RopeConfig::json_schema(generator),
+                MoeShape::json_schema(generator),
+                json_schema!({"properties": others}),
+            ],
+        );
+        if let Some(properties) = shape.get_mut("properties").and_then(Value::as_object_mut) {
+            properties.retain(|key, _| keys.contains(&key.as_str()));
+        }
         merged(
             "Where the model comes from: the `path` of weights, a `preset`, or a shape in the words of `config.json`.",
-            parts,
+            [Keys::json_schema(generator), shape],
         )
     }
 }

@@ -247,7 +247,7 @@ impl Run {
                 .recipe
                 .lora
                 .as_ref()
-                .filter(|lora| lora.dropout > 0.0)
+                .filter(|lora| lora.adapters.dropout > 0.0)
                 // Each worker drops other inputs.
                 .map(|_| step_seed.wrapping_mul(SEED_STRIDE).wrapping_add((worker as u64) << 32)),
         };
