@@ -120,6 +120,8 @@ pub struct Setting {
     pub muon: bool,
     /// Bytes of a momentum value.
     pub momentum_bytes: u64,
+    /// Bytes of a second moment for each value that Muon updates: AdaMuon's. (NorMuon has one for each output: next to nothing.)
+    pub second_moment_bytes: u64,
     /// Whether parameters that are not f32 have an f32 master.
     pub masters: bool,
     /// Whether weights and checkpoints share their memory: the device is the CPU.
@@ -232,7 +234,7 @@ impl Parameter {
         let master = if setting.masters && self.bytes < 4 { 4 } else { 0 };
         self.values
             * match self.by {
-                TakenBy::Muon => setting.momentum_bytes + master,
+                TakenBy::Muon => setting.momentum_bytes + setting.second_moment_bytes + master,
                 TakenBy::AdamW => 8 + master,
                 TakenBy::Nothing => 0,
             }

@@ -64,7 +64,7 @@ impl Scale {
         let (trained, workers, bytes) = (muon + adamw, machines.workers as f64, setting.bytes as f64);
         let (billion, share) = (trained as f64 / 1e9, (workers - 1.0) / workers);
         let master = if setting.masters && setting.bytes < 4 { 4.0 } else { 0.0 };
-        let momentum = setting.momentum_bytes as f64;
+        let momentum = (setting.momentum_bytes + setting.second_moment_bytes) as f64;
         let largest = plan.largest();
         let part = |part: Part| largest.of(part) as f64;
 
@@ -195,6 +195,7 @@ mod tests {
             accumulates: true,
             muon: true,
             momentum_bytes: 4,
+            second_moment_bytes: 0,
             masters: true,
             probed: false,
             cpu: false,
