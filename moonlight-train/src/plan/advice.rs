@@ -122,6 +122,7 @@ mod tests {
             accumulates: false,
             muon: true,
             momentum_bytes: 4,
+            second_moment_bytes: 0,
             masters: true,
             cpu: false,
             plain_attention: false,
