@@ -7,7 +7,7 @@ use std::path::Path;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use moonlight_model::config::ParameterKind;
-use moonlight_model::{Bits, CausalLm};
+use moonlight_model::{CausalLm, QuantBits};
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{Outcome, Weight, WeightDtype, all_finite, with_weight};
@@ -94,7 +94,12 @@ impl Checkpoint {
     /// # Errors
     ///
     /// Those of [`load`](crate::load).
-    pub fn load_packed(&self, device: &Device, dtype: Option<DType>, bits: Bits) -> Result<CausalLm, CheckpointError> {
+    pub fn load_packed(
+        &self,
+        device: &Device,
+        dtype: Option<DType>,
+        bits: QuantBits,
+    ) -> Result<CausalLm, CheckpointError> {
         let mut model = self.config().init(device);
         model.embed_tokens = self.load_part(model.embed_tokens, "embed_tokens", device, dtype)?.0;
         model.norm = self.load_part(model.norm, "norm", device, dtype)?.0;
@@ -105,7 +110,7 @@ impl Checkpoint {
             .map(|layer| {
                 let fresh = self.config().init_layer(layer, device);
                 let (loaded, _) = self.load_part(fresh, &format!("layers.{layer}"), device, dtype)?;
-                Ok(loaded.packed(bits))
+                Ok(loaded.quantized(bits))
             })
             .collect::<Result<_, CheckpointError>>()?;
         Ok(model)

@@ -104,8 +104,8 @@ pub fn write_into(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result
 
 fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
     let merged;
-    let model = if model.has_adapters() || model.is_packed() {
-        merged = model.clone().unpacked().merge();
+    let model = if model.has_adapters() || model.is_quantized() {
+        merged = model.clone().dequantized().merge();
         &merged
     } else {
         model

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use moonlight_model::Bits;
+use moonlight_model::QuantBits;
 use moonlight_model::kernels::{
     AttentionSpec, BLOCK, ExpertPlan, PackedSpec, RotationSpec, combine_rows, cross_entropy, dispatch_rows,
     grouped_attention, grouped_matmul, latent_attention, packed_matmul, project, rms_norm, rotate, swiglu,
@@ -94,7 +94,7 @@ fn products(criterion: &mut Criterion) {
         let (rows, weight, plan) = (input([ROWS, HIDDEN], device), input([EXPERTS, HIDDEN, WIDTH], device), plan());
         Box::new(move || grouped_matmul(rows.clone(), weight.clone(), &plan))
     });
-    for bits in [Bits::Eight, Bits::Four] {
+    for bits in [QuantBits::Eight, QuantBits::Four] {
         let name = format!("packed_matmul {bits:?}");
         // No gradient of the weight: it is frozen.
         bench(criterion, &name, [operations, operations].map(Work::Operations), |device| {

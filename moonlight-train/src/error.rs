@@ -1,43 +1,37 @@
 //! What can go wrong in a run.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
+use moonlight_infer::InferError;
+use moonlight_infer::chat::ChatError;
+use moonlight_infer::device::DeviceError;
+use moonlight_infer::tokenizer::TokenizerError;
 use moonlight_model::lora::LoraError;
 use moonlight_optim::distributed::{CollectiveError, DistributedError};
 use moonlight_optim::{RuleError, StateError};
 
-use crate::chat::ChatError;
 use crate::data::DataError;
 use crate::recipe::RecipeError;
-use crate::tokenizer::TokenizerError;
 
 /// Why a program stopped. Every message is one sentence for the person who started it.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TrainError {
     /// The recipe.
     #[error(transparent)]
     Recipe(#[from] RecipeError),
-    /// The weights, read or written.
+    /// A model that cannot be opened, run or saved: weights, adapter, tokenizer, chat template or device.
     #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// An adapter, read or written.
-    #[error(transparent)]
-    Adapter(#[from] AdapterError),
+    Infer(#[from] InferError),
     /// Adapters that the model cannot have.
     #[error("`lora.targets`: {0}")]
     Lora(#[from] LoraError),
-    /// The tokenizer.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
     /// The data.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// A conversation, or the template for it.
-    #[error(transparent)]
-    Chat(#[from] ChatError),
     /// The division of the parameters among the optimizers.
     #[error(transparent)]
     Rules(#[from] RuleError),
@@ -84,14 +78,6 @@ pub enum TrainError {
         /// The newest checkpoint.
         last_checkpoint: Option<PathBuf>,
     },
-    /// A device that does not exist, or that this build has not.
-    #[error("{problem}")]
-    Device {
-        /// The sentence.
-        problem: String,
-        /// What to do.
-        hint: String,
-    },
     /// Arguments that do not go together with the model.
     #[error("{problem}")]
     Request {
@@ -125,27 +111,14 @@ pub enum TrainError {
     Stage(String),
 }
 
-/// What to do about an error of a checkpoint. The library names no program; this one's users fetch models by the other.
-pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
-    let Some((repo, revision)) = error.not_cached() else { return error.hint() };
-    let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
-    Some(format!("`moonlight-convert download {repo}{revision}` fetches it"))
-}
-
 impl TrainError {
     /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Recipe(error) => error.hint(),
-            Self::Checkpoint(error) | Self::Adapter(AdapterError::Checkpoint(error)) => checkpoint_hint(error),
-            Self::Adapter(AdapterError::NoBase { .. }) => {
-                Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into())
-            }
-            Self::Adapter(error) => error.hint(),
+            Self::Infer(error) => infer_hint(error),
             Self::Lora(error) => error.hint(),
-            Self::Tokenizer(error) => error.hint(),
             Self::Data(error) => error.hint(),
-            Self::Chat(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
             Self::RunExists(_) => Some("go on with it by `--resume`, or choose another `--set run.name=...`".into()),
             Self::NotFinite { .. } => {
@@ -154,7 +127,6 @@ impl TrainError {
             Self::Collective(error) => error.hint(),
             Self::Worker { source, .. } => source.hint(),
             Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
-            Self::Device { hint, .. } => Some(hint.clone()),
             Self::Request { hint, .. } => hint.clone(),
             Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 Some("free some space and go on by `--resume`".into())
@@ -185,9 +157,43 @@ impl TrainError {
         let path = path.into();
         move |source| Self::Write { path, source }
     }
+}
 
-    /// What is wrong with a line of a file that the user gave.
-    pub(crate) fn at_line(path: &Path, line: usize, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
-        Self::Request { problem: format!("{}:{line}: {problem}", path.display()), hint }
+/// What to do about an error of a checkpoint. The library names no program; this one's users fetch models by the other.
+pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
+    let Some((repo, revision)) = error.not_cached() else { return error.hint() };
+    let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
+    Some(format!("`moonlight-convert download {repo}{revision}` fetches it"))
+}
+
+/// What to do about a model that cannot be opened or run, in the words of this program's command line.
+fn infer_hint(error: &InferError) -> Option<String> {
+    match error {
+        InferError::Checkpoint(error) | InferError::Adapter(AdapterError::Checkpoint(error)) => checkpoint_hint(error),
+        InferError::Adapter(AdapterError::NoBase { .. }) => {
+            Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into())
+        }
+        InferError::AdapterOnAdapter(_) => {
+            Some("`--model` beside `--adapter` is the model that the adapter belongs to".into())
+        }
+        InferError::Chat(ChatError::NoTemplate { .. }) => Some(
+            "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
+             `chat_template.jinja` into the folder"
+                .into(),
+        ),
+        InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
+        error => error.hint(),
     }
 }
+
+/// The errors of opening and running a model, by their own types.
+macro_rules! from_infer {
+    ($($error:ty),*) => {
+        $(impl From<$error> for TrainError {
+            fn from(error: $error) -> Self {
+                Self::Infer(error.into())
+            }
+        })*
+    };
+}
+from_infer!(CheckpointError, AdapterError, TokenizerError, ChatError, DeviceError);

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use clap::Parser;
 use moonlight_model::ModelConfig;
-use moonlight_model::config::AttentionConfig;
+use moonlight_model::config::AttentionShape;
 use published::{PublishedFile, published_files};
 use serde_json::json;
 
@@ -109,7 +109,7 @@ fn config(arguments: &Arguments) -> Result<ModelConfig, Box<dyn Error>> {
     if let Some(moe) = &mut config.moe {
         scale(&mut moe.moe_intermediate_size);
     }
-    if let AttentionConfig::Mla(mla) = &mut config.attention {
+    if let AttentionShape::Mla(mla) = &mut config.attention {
         for width in [&mut mla.kv_lora_rank, &mut mla.qk_nope_head_dim, &mut mla.qk_rope_head_dim, &mut mla.v_head_dim]
         {
             scale(width);

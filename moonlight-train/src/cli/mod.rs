@@ -4,7 +4,6 @@ mod chat;
 mod data;
 mod eval;
 mod generate;
-mod lines;
 mod merge;
 mod model;
 mod plan;

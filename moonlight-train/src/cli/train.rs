@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use burn::train::Interrupter;
 use clap::Args;
+use moonlight_infer::device::Target;
 
 use super::INTERRUPTED;
-use crate::device::Target;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 use crate::trainer::{self, Finished};

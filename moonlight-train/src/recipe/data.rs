@@ -3,17 +3,14 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use moonlight_infer::expand;
+pub use moonlight_infer::tokenizer::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER};
 use serde::Serialize;
 
-use super::expand::expand;
 use super::run::path;
 use super::section::Section;
 use super::{ModelRecipe, ModelSource, RunConfig};
 
-/// The value of `tokenizer` that stands for the 256 bytes.
-pub const BYTES_TOKENIZER: &str = "bytes";
-/// The value of `tokenizer` that stands for the 256 bytes with Moonlight's tokens of a conversation.
-pub const BYTES_CHAT_TOKENIZER: &str = "bytes-chat";
 /// The value of `tokenizer` that stands for none at all, for data that are tokens already.
 pub const NO_TOKENIZER: &str = "none";
 

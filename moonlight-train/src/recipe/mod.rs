@@ -11,7 +11,6 @@ mod data;
 mod distributed;
 mod error;
 mod eval;
-mod expand;
 mod lora;
 mod model;
 mod optimizer;
@@ -29,9 +28,9 @@ pub use data::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Broken, DataConfig, DataFo
 pub use distributed::{DistributedRecipe, FormName};
 pub use error::RecipeError;
 pub use eval::EvalConfig;
-pub use expand::expand;
 pub use lora::LoraRecipe;
 pub use model::{ModelRecipe, ModelSource, Quantise};
+pub use moonlight_infer::expand;
 pub use optimizer::{HalfOrFull, OptimizerName, OptimizerRecipe, RoundingName, ScaleName};
 pub use run::{RunConfig, SampleConfig};
 pub use schedule::{AccumulationChange, ScheduleConfig, ScheduleName, Stage, StageShape};

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use moonlight_convert::hub;
-use moonlight_model::{Bits, ConfigError, ModelConfig};
+use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -85,11 +85,11 @@ pub enum Quantise {
 
 impl Quantise {
     /// What the model is told; `None` for weights in full.
-    pub fn bits(self) -> Option<Bits> {
+    pub fn bits(self) -> Option<QuantBits> {
         match self {
             Self::None => None,
-            Self::Int8 => Some(Bits::Eight),
-            Self::Int4 => Some(Bits::Four),
+            Self::Int8 => Some(QuantBits::Eight),
+            Self::Int4 => Some(QuantBits::Four),
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
+use moonlight_infer::expand;
 use serde::Serialize;
 
-use super::expand::expand;
 use super::section::Section;
 
 /// `[run]`: the run's name, folder, seed and device.

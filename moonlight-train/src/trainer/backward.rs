@@ -14,7 +14,7 @@
 use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor};
-use moonlight_model::{CausalLm, ForwardReport, LayerOutput, Pass};
+use moonlight_model::{CausalLm, ForwardContext, ForwardStats, LayerOutput};
 use moonlight_optim::BatchedOptimizer;
 
 use super::step::{NotFinite, global_norm};
@@ -108,7 +108,7 @@ impl Taker for Updating<'_> {
 pub(crate) fn backward(taker: &mut impl Taker, input: MicroBatch, sparing: Sparing) -> Result<MicroOutcome, NotFinite> {
     let MicroBatch { batch, loss_scale, balance_weight, balance_scale, probe } = input;
     let [rows, sequence] = batch.tokens.dims();
-    let pass = taker.model().pass(&batch, balance_weight, probe);
+    let pass = taker.model().forward_context(&batch, balance_weight, probe);
     let trunk = if sparing.recompute {
         Trunk::without_graph(taker.model(), batch.tokens.clone(), &pass)
     } else {
@@ -146,40 +146,40 @@ struct Trunk {
     balance_loss: Option<Tensor<1>>,
     /// Each layer's input, without a graph; empty where the graph holds everything.
     inputs: Vec<Tensor<2>>,
-    report: ForwardReport,
+    report: ForwardStats,
 }
 
 impl Trunk {
     /// Keeps the whole graph.
-    fn with_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &Pass) -> Self {
+    fn with_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &ForwardContext) -> Self {
         let mut trunk = Self::at(model.embed(tokens));
         for index in 0..model.layers.len() {
-            let LayerOutput { hidden, balance_loss, report } = model.run_layer(index, trunk.last, pass);
+            let LayerOutput { hidden, balance_loss, stats } = model.run_layer(index, trunk.last, pass);
             trunk.last = hidden;
             if let Some(loss) = balance_loss {
                 trunk.balance_loss = Some(trunk.balance_loss.map_or(loss.clone(), |sum| sum + loss));
             }
-            trunk.report.layers.push(report);
+            trunk.report.layers.push(stats);
         }
         trunk
     }
 
     /// Keeps each layer's input. A graph that is dropped gives its memory back with the next backward pass only, so there
     /// is none: the layers run on the device without gradients.
-    fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &Pass) -> Self {
+    fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &ForwardContext) -> Self {
         let (model, pass) = (model.valid(), pass.clone().inner());
         let mut trunk = Self::at(model.embed(tokens.inner()));
         for index in 0..model.layers.len() {
             trunk.inputs.push(trunk.last.clone());
-            let LayerOutput { hidden, report, .. } = model.run_layer(index, trunk.last, &pass);
+            let LayerOutput { hidden, stats, .. } = model.run_layer(index, trunk.last, &pass);
             trunk.last = hidden;
-            trunk.report.layers.push(report);
+            trunk.report.layers.push(stats);
         }
         trunk
     }
 
     fn at(last: Tensor<2>) -> Self {
-        Self { last, balance_loss: None, inputs: Vec::new(), report: ForwardReport::default() }
+        Self { last, balance_loss: None, inputs: Vec::new(), report: ForwardStats::default() }
     }
 
     fn output(&self) -> Tensor<2> {
@@ -192,11 +192,11 @@ impl Trunk {
         self,
         taker: &mut impl Taker,
         tokens: Tensor<2, Int>,
-        pass: &Pass,
+        pass: &ForwardContext,
         mut gradient: Tensor<2>,
         balance_scale: f64,
         tied: Option<GradientsParams>,
-    ) -> ForwardReport {
+    ) -> ForwardStats {
         let Self { last, balance_loss, inputs, report } = self;
         if inputs.is_empty() {
             // What is frozen up to here has no graph to go back through.

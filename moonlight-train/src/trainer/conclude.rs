@@ -4,15 +4,15 @@ use std::io::Write;
 
 use super::judge::{self, judge};
 use super::strategy::Finished;
-use crate::data::Corpus;
+use crate::analysis::plots::write_plots;
+use crate::data::Dataset;
 use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::generate::{Sampling, generate};
 use crate::metrics::peak_memory_mib;
-use crate::plots::write_plots;
 use crate::recipe::{NO_TOKENIZER, Recipe};
 use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
+use moonlight_infer::load_model;
 
 /// The largest vocabulary that a table of bigrams is counted for.
 const BIGRAM_VOCAB: usize = 4096;
@@ -43,11 +43,11 @@ pub fn conclude(recipe: &Recipe, target: &Target, finished: &Finished) -> Result
         Some(_) => device::dtype(&recipe.model.dtype, target)?,
         None => None,
     };
-    let model = Weights::open(&finished.checkpoint, None, &target.device, dtype, recipe.model.quantise.bits())?.model;
+    let model = load_model(&finished.checkpoint, None, &target.device, dtype, recipe.model.quantise.bits())?.model;
     if let Some(loss) = finished.valid_loss {
         let vocab_size = model.config().vocab_size;
         let bigram = if vocab_size <= BIGRAM_VOCAB {
-            Corpus::open(&recipe.data, tokenizer.as_ref(), vocab_size, recipe.run.seed)?.bigram()
+            Dataset::open(&recipe.data, tokenizer.as_ref(), vocab_size, recipe.run.seed)?.bigram()
         } else {
             None
         };

@@ -21,11 +21,11 @@ use super::stepper::Stepper;
 use super::strategy::{Records, Run};
 use super::trainee::Trainee;
 use crate::checkpoint::{Checkpoints, Found, TrainerState};
-use crate::data::{Ahead, Corpus};
+use crate::data::{Dataset, Prefetcher};
 use crate::device::{self, Target};
 use crate::error::TrainError;
 use crate::metrics::MetricsFile;
-use crate::plan::{Plan, Setting, Threads, available_memory};
+use crate::plan::{MemorySettings, Plan, Threads, available_memory};
 use crate::recipe::{
     HalfOrFull, LoraRecipe, ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe, RoundingName, ScaleName,
 };
@@ -53,7 +53,7 @@ pub(super) struct Opened {
     pub(super) from: Option<Found>,
     pub(super) assignment: Assignment,
     schedule: Schedule,
-    corpus: Arc<Corpus>,
+    corpus: Arc<Dataset>,
     checkpoints: Checkpoints,
     tokenizer: Option<Tokenizer>,
 }
@@ -106,7 +106,7 @@ pub(super) fn open(recipe: &Recipe, target: &Target, from: From) -> Result<Opene
     };
     let config = recipe.model.config_for(tokenizer.as_ref())?;
     check_memory(recipe, &config, target)?;
-    let corpus = Corpus::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
+    let corpus = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
     let recipe = &recipe.clone().with_steps(corpus.train_sequences())?;
     let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.learning_rate, recipe.train.steps)
         .map_err(|error| TrainError::Request { problem: error.to_string(), hint: None })?;
@@ -208,7 +208,7 @@ impl Opened {
             recipe: recipe.clone(),
             schedule: self.schedule.clone(),
             corpus: self.corpus.clone(),
-            data: Ahead::new(stream),
+            data: Prefetcher::new(stream),
             optimizer,
             assignment: self.assignment.clone(),
             device,
@@ -224,7 +224,7 @@ impl Opened {
 /// the tokenizer's, and a `generation_config.json` by which servers stop where the assistant does.
 fn companions(
     tokenizer: Option<&Tokenizer>,
-    corpus: &Corpus,
+    corpus: &Dataset,
     config: &ModelConfig,
     from: Option<&Path>,
 ) -> Vec<Companion> {
@@ -258,7 +258,7 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Resul
     let Some(available) = available_memory().filter(|_| target.is_cpu && recipe.train.check_memory) else {
         return Ok(());
     };
-    let plan = Plan::new(config.clone(), Setting::of_recipe(recipe, config, true, Threads::here())?);
+    let plan = Plan::new(config.clone(), MemorySettings::of_recipe(recipe, config, true, Threads::here())?);
     if plan.peak() <= available {
         return Ok(());
     }
@@ -370,7 +370,7 @@ pub(super) fn rules(recipe: &OptimizerRecipe, hidden: usize) -> ParameterRules {
     }
 }
 
-fn announce(model: &CausalLm, assignment: &Assignment, corpus: &Corpus, recipe: &Recipe, state: &TrainerState) {
+fn announce(model: &CausalLm, assignment: &Assignment, corpus: &Dataset, recipe: &Recipe, state: &TrainerState) {
     let count = model.config().parameter_count();
     let million = |count: u64| count as f64 / 1e6;
     eprintln!("{assignment:#}");
@@ -399,7 +399,7 @@ fn announce(model: &CausalLm, assignment: &Assignment, corpus: &Corpus, recipe: 
 }
 
 /// How much there is to learn from.
-fn sizes(corpus: &Corpus) -> String {
+fn sizes(corpus: &Dataset) -> String {
     format!(
         "{} training tokens in {} sequences, {} validation tokens",
         corpus.train_tokens(),

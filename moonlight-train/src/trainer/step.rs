@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
-use moonlight_model::{ForwardReport, Probe};
+use moonlight_model::{ForwardStats, Probe};
 use moonlight_optim::BatchedOptimizer;
 use moonlight_optim::distributed::sum_of_squares;
 
@@ -190,7 +190,7 @@ fn add_loads(sum: &mut Vec<Option<Vec<u64>>>, loads: Vec<Option<Vec<u64>>>) {
 }
 
 /// The larger of each head's logits so far and those of one more pass.
-fn add_head_logits(so_far: &mut Vec<Vec<f64>>, report: &ForwardReport) {
+fn add_head_logits(so_far: &mut Vec<Vec<f64>>, report: &ForwardStats) {
     let layers = report.layers.iter().map_while(|layer| layer.max_attention_logit.clone());
     for (index, logits) in layers.enumerate() {
         let logits: Vec<f64> = logits.into_data().iter::<f64>().collect();
@@ -202,7 +202,7 @@ fn add_head_logits(so_far: &mut Vec<Vec<f64>>, report: &ForwardReport) {
 }
 
 /// The largest logit of all layers and heads, and the mean over the layers of the share above 100.
-fn attention_of(report: &ForwardReport) -> Option<(f64, f64)> {
+fn attention_of(report: &ForwardStats) -> Option<(f64, f64)> {
     let mut result: Option<(f64, f64)> = None;
     for layer in &report.layers {
         let largest = layer.max_attention_logit.clone()?.max().into_scalar::<f32>();

@@ -26,7 +26,7 @@ use super::terminal;
 use super::together::{self, Broken};
 use super::trainee::Trainee;
 use crate::checkpoint::{Best, Checkpoints, TrainerState};
-use crate::data::{Ahead, Corpus, HostBatch, Want};
+use crate::data::{BatchRequest, Dataset, HostBatch, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{Figures, MetricsFile, Split, resident_memory_mib};
 use crate::recipe::{Checkpointing, Recipe};
@@ -40,8 +40,8 @@ const SEED_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 pub(super) struct Run {
     pub(super) recipe: Recipe,
     pub(super) schedule: Schedule,
-    pub(super) corpus: Arc<Corpus>,
-    pub(super) data: Ahead,
+    pub(super) corpus: Arc<Dataset>,
+    pub(super) data: Prefetcher,
     pub(super) optimizer: Stepper,
     pub(super) assignment: Assignment,
     /// The device with gradients.
@@ -311,15 +311,15 @@ impl Run {
     }
 
     /// What a step reads: all of its sequences, or this worker's share.
-    fn want(&self, step: u64) -> Want {
+    fn want(&self, step: u64) -> BatchRequest {
         let train = &self.recipe.train;
         let passes = self.schedule.gradient_accumulation(step).unwrap_or(train.gradient_accumulation);
         let sequences = passes * train.batch_size;
         match self.optimizer.worker() {
-            None => Want { sequences, share: 0..sequences, batches: passes },
+            None => BatchRequest { sequences, share: 0..sequences, batches: passes },
             Some(worker) => {
                 let (share, batches) = together::share(worker, sequences, train.batch_size);
-                Want { sequences, share, batches }
+                BatchRequest { sequences, share, batches }
             }
         }
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Int, Tensor};
 use moonlight_convert::{SaveOptions, save};
-use moonlight_model::{Bits, CausalLm, ModelConfig};
+use moonlight_model::{CausalLm, ModelConfig, QuantBits};
 use serde_json::json;
 
 use super::start::{self, Prepared};
@@ -117,7 +117,7 @@ fn a_base_that_adapters_stand_beside_stays_to_the_last_bit() {
     let model = home.path().join("model");
     let before = files(&model);
     let device = Target::open("cpu").unwrap().device.autodiff();
-    for (quantise, packed) in [("none", None), ("int8", Some(Bits::Eight)), ("int4", Some(Bits::Four))] {
+    for (quantise, packed) in [("none", None), ("int8", Some(QuantBits::Eight)), ("int4", Some(QuantBits::Four))] {
         let base = load_base(&model, &device, Some(DType::F32), packed).unwrap();
         let of_files = bits(&base);
         for optimizer in ["muon", "adamw"] {

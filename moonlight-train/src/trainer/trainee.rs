@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
-use moonlight_model::{CausalLm, ForwardReport, LmBatch, Probe};
+use moonlight_model::{CausalLm, ForwardStats, LmBatch, Probe};
 
 use crate::metrics::Figures;
 
@@ -35,7 +35,7 @@ pub struct MicroOutcome {
     /// Sum of the losses of all predicted tokens, nats.
     pub loss_sum: f64,
     /// Expert loads, and what the probe asked for.
-    pub report: ForwardReport,
+    pub report: ForwardStats,
 }
 
 impl TrainStep for Trainee {
@@ -65,7 +65,7 @@ impl Trainee {
         if let Some(balance) = output.balance_loss {
             objective = objective + balance * input.balance_scale;
         }
-        let outcome = MicroOutcome { loss_sum, report: output.report };
+        let outcome = MicroOutcome { loss_sum, report: output.stats };
         TrainOutput::new(&self.model, objective.backward(), outcome)
     }
 

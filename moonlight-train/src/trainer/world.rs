@@ -135,7 +135,7 @@ impl World {
         let before = self.processes.as_ref().map_or(0, |processes| processes.local_rank()) * self.recipe.devices;
         #[cfg(not(feature = "mpi"))]
         let before = 0;
-        let target = |offset| Target::open(&device::behind(&recipe.run.device, before + offset));
+        let target = |offset| Ok(Target::open(&device::name_at_offset(&recipe.run.device, before + offset))?);
         (0..self.recipe.devices).map(target).collect()
     }
 
