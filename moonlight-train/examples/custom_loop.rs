@@ -56,7 +56,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 None => mean,
             };
             gradients.accumulate(&model, GradientsParams::from_grads(objective.backward(), &model));
-            add_loads(&mut expert_loads, output.report.expert_loads());
+            add_loads(&mut expert_loads, output.stats.expert_loads());
         }
         model = optimizer.step(learning_rate(step), model, gradients.grads());
         // No gradient moves this bias: it is raised for experts with few tokens and lowered for those with many.

@@ -3,8 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
+use moonlight_convert::{CheckpointError, FileError};
 use moonlight_infer::InferError;
 use moonlight_infer::chat::ChatError;
 use moonlight_infer::device::DeviceError;
@@ -43,22 +43,9 @@ pub enum TrainError {
         /// What is wrong with it.
         source: StateError,
     },
-    /// A file of the run cannot be read.
-    #[error("`{}` cannot be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file of the run cannot be written.
-    #[error("`{}` cannot be written: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// A file of the run cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The run's folder is there already.
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
@@ -128,9 +115,7 @@ impl TrainError {
             Self::Worker { source, .. } => source.hint(),
             Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),
-            Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("free some space and go on by `--resume`".into())
-            }
+            Self::File(error) if error.is_full() => Some("free some space and go on by `--resume`".into()),
             _ => None,
         }
     }
@@ -149,13 +134,11 @@ impl TrainError {
     }
 
     pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Read { path, source }
+        FileError::read(path)
     }
 
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Write { path, source }
+        FileError::write(path)
     }
 }
 
