@@ -14,6 +14,7 @@ use moonlight_optim::distributed::{CollectiveError, DistributedError};
 use moonlight_optim::{RuleError, StateError};
 
 use crate::data::DataError;
+use crate::hint::checkpoint_hint;
 use crate::recipe::RecipeError;
 
 /// Why a program stopped. Every message is one sentence for the person who started it.
@@ -49,11 +50,11 @@ pub enum TrainError {
     /// The run's folder is there already.
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
-    /// A loss or gradient that is no number.
+    /// A non-finite loss or gradient.
     #[error("step {step}: the {what} is {value}{}{}", worker.map(|worker| format!(" on worker {worker}"))
         .unwrap_or_default(), last_checkpoint.as_ref()
         .map(|path| format!("; the last good checkpoint is `{}`", path.display())).unwrap_or_default())]
-    NotFinite {
+    NonFinite {
         /// The step, counted from 1.
         step: u64,
         /// The loss or the gradient norm.
@@ -92,7 +93,7 @@ pub enum TrainError {
     },
     /// Another worker failed, and says so itself.
     #[error("another worker failed")]
-    Elsewhere,
+    RemoteFailure,
     /// burn-train's machinery failed.
     #[error("training stopped: {0}")]
     Stage(String),
@@ -107,30 +108,28 @@ impl TrainError {
             Self::Lora(error) => error.hint(),
             Self::Data(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
-            Self::RunExists(_) => Some("go on with it by `--resume`, or choose another `--set run.name=...`".into()),
-            Self::NotFinite { .. } => {
+            Self::RunExists(_) => Some("resume it with `--resume`, or choose another `--set run.name=...`".into()),
+            Self::NonFinite { .. } => {
                 Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
             }
             Self::Collective(error) => error.hint(),
             Self::Worker { source, .. } => source.hint(),
-            Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
+            Self::Killed => Some("resume from the newest checkpoint with `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),
-            Self::File(error) if error.is_full() => Some("free some space and go on by `--resume`".into()),
+            Self::File(error) if error.is_full() => Some("free some space and resume with `--resume`".into()),
             _ => None,
         }
     }
 
-    /// Says it on stderr, in one line and one more for the hint. What another worker says is not said again.
+    /// Logs it in one line, and its hint in another. The failure of another rank is not repeated.
     pub(crate) fn report(&self) {
-        if matches!(self, Self::Elsewhere) {
+        if matches!(self, Self::RemoteFailure) {
             return;
         }
-        // One line each, whatever a nested message holds.
+        // One line each, whatever a nested message contains.
         let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-        eprintln!("error: {}", line(self.to_string()));
-        if let Some(hint) = self.hint() {
-            eprintln!("hint: {}", line(hint));
-        }
+        let hint = self.hint().map(|hint| format!("\nhint: {}", line(hint))).unwrap_or_default();
+        tracing::error!("{}{hint}", line(self.to_string()));
     }
 
     pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
@@ -140,13 +139,6 @@ impl TrainError {
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         FileError::write(path)
     }
-}
-
-/// What to do about an error of a checkpoint. The library names no program; this one's users fetch models by the other.
-pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
-    let Some((repo, revision)) = error.not_cached() else { return error.hint() };
-    let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
-    Some(format!("`moonlight-convert download {repo}{revision}` fetches it"))
 }
 
 /// What to do about a model that cannot be opened or run, in the words of this program's command line.

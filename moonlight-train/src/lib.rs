@@ -6,11 +6,10 @@ pub mod cli;
 pub mod data;
 pub mod error;
 mod frozen;
+mod hint;
 pub mod metrics;
 pub mod plan;
 pub mod recipe;
 pub mod schedule;
 pub mod tensorboard;
 pub mod trainer;
-
-use moonlight_infer::{self as weights, device, eval, generate, tokenizer};

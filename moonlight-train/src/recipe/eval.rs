@@ -1,12 +1,12 @@
 //! `[eval]`.
 
+use moonlight_infer::eval::Task;
 use std::path::PathBuf;
 
 use moonlight_infer::expand;
 use serde::Serialize;
 
 use super::section::Section;
-use crate::eval::Task;
 
 /// `[eval]`: what the model is asked before the first step and after the last.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use moonlight_convert::hub;
+use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -12,8 +13,7 @@ use super::RecipeError;
 use super::run::path;
 use super::section::Section;
 use crate::checkpoint::Checkpoints;
-use crate::error::checkpoint_hint;
-use crate::tokenizer::Tokenizer;
+use crate::hint::checkpoint_hint;
 
 /// The keys of `config.json` that shape a model of the family.
 const SHAPE_KEYS: &[&str] = &[

@@ -1,7 +1,7 @@
+use moonlight_infer::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::tokenizer::Tokenizer;
 
 const SMALL: &str = r#"
 [model]
