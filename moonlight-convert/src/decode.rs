@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
+use moonlight_disjoint::DisjointMut;
+
 use crate::checkpoint::Checkpoint;
 use crate::elements::{self, Outcome, Plain, Weight, WeightDtype, with_weight};
 use crate::error::CheckpointError;
 use crate::names::HfTensor;
 use crate::quantised::{Fp8, Int4, scales};
-use crate::transposition::{Shared, transpose};
+use crate::transposition::{transpose, transpose_into};
 
 /// Which way round a matrix lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,24 +150,27 @@ impl Checkpoint {
     ///
     /// # Safety
     ///
-    /// Nobody else has the places of these rows meanwhile.
+    /// The places of these rows are claimed nowhere else.
     pub(crate) unsafe fn place<T: Weight>(
         &self,
         piece: &Piece,
         layout: Layout,
         rows: Range<usize>,
         bytes: &[u8],
-        target: &Shared<'_, T>,
+        target: &DisjointMut<'_, T>,
         at: usize,
     ) -> Outcome {
         let (height, columns) = piece.dims(piece.stored());
         let first = rows.start;
         with_lines!(self, piece, first, bytes, lines => if piece.transposed_in(layout) {
-            // SAFETY: the caller's promise.
-            unsafe { target.turn(lines, rows, 0..columns, at + first, height) }
+            assert!(at.is_multiple_of(height), "a piece begins with a row");
+            let top = at / height;
+            // SAFETY: the caller's promise: the columns of these rows are their places.
+            let target = unsafe { target.block(height, top..top + columns, rows.clone()) };
+            transpose_into(lines, rows, 0..columns, target)
         } else {
             // SAFETY: the caller's promise.
-            let target = unsafe { target.part(at + first * columns..at + rows.end * columns) };
+            let target = unsafe { target.row(at + first * columns..at + rows.end * columns) };
             elements::copy(lines, columns, first, target)
         })
     }

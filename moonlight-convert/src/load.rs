@@ -6,6 +6,7 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use moonlight_disjoint::DisjointMut;
 use moonlight_model::config::ParameterKind;
 use moonlight_model::{Bits, CausalLm};
 
@@ -18,7 +19,7 @@ use crate::huge_pages;
 use crate::names::SkipReason;
 use crate::stream::Stream;
 use crate::transfer::{self, Panel, in_order};
-use crate::transposition::{HEIGHT, Shared};
+use crate::transposition::HEIGHT;
 
 /// Bytes that a thread reads at a time, about.
 const PANEL: usize = 1 << 20;
@@ -196,15 +197,15 @@ impl Checkpoint {
         let Planned { parameter, pieces } = planned;
         let length: usize = parameter.shape.iter().product();
         let mut values = huge_pages::zeros::<T>(length);
-        let target = Shared::new(&mut values);
+        let target = DisjointMut::new(&mut values);
         in_order(&panels(pieces), |_, Panel { piece, rows }, buffer| {
             let at = piece * (length / pieces.len());
             let piece = &pieces[*piece];
             let part = piece.stored_rows(rows);
             let outcome = if piece.verbatim(Layout::Burn, dtype_of::<T>(), rows).is_some() {
                 let (_, columns) = piece.dims(Layout::Burn);
-                // SAFETY: each panel is taken once, and panels have no rows in common.
-                let target = unsafe { target.part(at + rows.start * columns..at + rows.end * columns) };
+                // SAFETY: `in_order` takes each panel once, and `panels` divides the rows of a piece.
+                let target = unsafe { target.row(at + rows.start * columns..at + rows.end * columns) };
                 stream.read(&part, bytemuck::cast_slice_mut(target))?;
                 all_finite::<T>(bytemuck::cast_slice(target))
             } else {
@@ -221,6 +222,7 @@ impl Checkpoint {
                 Outcome::NotFinite => Err(self.blame(piece, dtype_of::<T>())),
             }
         })?;
+        target.finish();
         Ok(values)
     }
 }
