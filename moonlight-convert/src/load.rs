@@ -6,13 +6,14 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use moonlight_disjoint::DisjointMut;
 use moonlight_model::config::ParameterKind;
 use moonlight_model::{CausalLm, QuantBits};
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{Outcome, Weight, WeightDtype, all_finite, with_weight};
 use crate::dtype::dequantize::{Layout, SourceTensor};
-use crate::dtype::transpose::{HEIGHT, Shared};
+use crate::dtype::transpose::HEIGHT;
 use crate::error::CheckpointError;
 use crate::io::huge_pages;
 use crate::io::parallel_copy::{self, RowChunk, in_order};
@@ -201,15 +202,15 @@ impl Checkpoint {
         let PlannedParameter { parameter, sources } = planned;
         let length: usize = parameter.shape.iter().product();
         let mut values = huge_pages::zeros::<T>(length);
-        let target = Shared::new(&mut values);
+        let target = DisjointMut::new(&mut values);
         in_order(&row_chunks(sources), |_, RowChunk { source, rows }, buffer| {
             let at = source * (length / sources.len());
             let source = &sources[*source];
             let part = source.stored_rows(rows);
             let outcome = if source.verbatim(Layout::Burn, dtype_of::<T>(), rows).is_some() {
                 let (_, columns) = source.dims(Layout::Burn);
-                // SAFETY: each chunk is taken once, and chunks have no rows in common.
-                let target = unsafe { target.part(at + rows.start * columns..at + rows.end * columns) };
+                // SAFETY: `in_order` takes each chunk once, and `row_chunks` divides the rows of a source.
+                let target = unsafe { target.row(at + rows.start * columns..at + rows.end * columns) };
                 stream.read(&part, bytemuck::cast_slice_mut(target))?;
                 all_finite::<T>(bytemuck::cast_slice(target))
             } else {
@@ -226,6 +227,7 @@ impl Checkpoint {
                 Outcome::NotFinite => Err(self.blame(source, dtype_of::<T>())),
             }
         })?;
+        target.finish();
         Ok(values)
     }
 }
