@@ -14,7 +14,7 @@ use moonlight_optim::distributed::{CollectiveError, DistributedError};
 use moonlight_optim::{RuleError, StateError};
 
 use crate::data::DataError;
-use crate::hint::checkpoint_hint;
+use crate::hint::infer_hint;
 use crate::recipe::RecipeError;
 
 /// Why a program stopped. Every message is one sentence for the person who started it.
@@ -138,26 +138,6 @@ impl TrainError {
 
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         FileError::write(path)
-    }
-}
-
-/// What to do about a model that cannot be opened or run, in the words of this program's command line.
-fn infer_hint(error: &InferError) -> Option<String> {
-    match error {
-        InferError::Checkpoint(error) | InferError::Adapter(AdapterError::Checkpoint(error)) => checkpoint_hint(error),
-        InferError::Adapter(AdapterError::NoBase { .. }) => {
-            Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into())
-        }
-        InferError::AdapterOnAdapter(_) => {
-            Some("`--model` beside `--adapter` is the model that the adapter belongs to".into())
-        }
-        InferError::Chat(ChatError::NoTemplate { .. }) => Some(
-            "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
-             `chat_template.jinja` into the folder"
-                .into(),
-        ),
-        InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
-        error => error.hint(),
     }
 }
 
