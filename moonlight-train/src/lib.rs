@@ -6,6 +6,7 @@ pub mod cli;
 pub mod data;
 pub mod error;
 mod frozen;
+mod hint;
 pub mod metrics;
 pub mod plan;
 pub mod recipe;
