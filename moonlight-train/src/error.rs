@@ -3,8 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
+use moonlight_convert::{CheckpointError, FileError};
 use moonlight_infer::InferError;
 use moonlight_infer::chat::ChatError;
 use moonlight_infer::device::DeviceError;
@@ -43,26 +43,13 @@ pub enum TrainError {
         /// What is wrong with it.
         source: StateError,
     },
-    /// A file of the run cannot be read.
-    #[error("`{}` cannot be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file of the run cannot be written.
-    #[error("`{}` cannot be written: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// A file of the run cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The run's folder is there already.
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
-    /// A loss or gradient that is no number.
+    /// A loss or gradient that is not finite.
     #[error("step {step}: the {what} is {value}{}{}", worker.map(|worker| format!(" on worker {worker}"))
         .unwrap_or_default(), last_checkpoint.as_ref()
         .map(|path| format!("; the last good checkpoint is `{}`", path.display())).unwrap_or_default())]
@@ -77,6 +64,25 @@ pub enum TrainError {
         worker: Option<usize>,
         /// The newest checkpoint.
         last_checkpoint: Option<PathBuf>,
+    },
+    /// A matrix without singular values.
+    #[error("`layers.{layer}.{path}` has no singular values: it is not finite")]
+    NotFiniteMatrix {
+        /// The decoder layer, from 0.
+        layer: usize,
+        /// The matrix, by its path inside the layer.
+        path: String,
+    },
+    /// A plot in a file of no known kind.
+    #[error("`{}` is neither an SVG nor a PNG", .0.display())]
+    PlotFormat(PathBuf),
+    /// A metric that no run has.
+    #[error("none of the runs has the figure `{metric}`")]
+    UnknownMetric {
+        /// The metric that was asked for.
+        metric: String,
+        /// Those that the runs have, with commas between.
+        known: String,
     },
     /// Arguments that do not go together with the model.
     #[error("{problem}")]
@@ -128,9 +134,9 @@ impl TrainError {
             Self::Worker { source, .. } => source.hint(),
             Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),
-            Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("free some space and go on by `--resume`".into())
-            }
+            Self::File(error) if error.is_full() => Some("free some space and go on by `--resume`".into()),
+            Self::PlotFormat(_) => Some("let the name end in .svg or .png".into()),
+            Self::UnknownMetric { known, .. } => Some(format!("they have: {known}")),
             _ => None,
         }
     }
@@ -149,13 +155,11 @@ impl TrainError {
     }
 
     pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Read { path, source }
+        FileError::read(path)
     }
 
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Write { path, source }
+        FileError::write(path)
     }
 }
 
@@ -176,11 +180,6 @@ fn infer_hint(error: &InferError) -> Option<String> {
         InferError::AdapterOnAdapter(_) => {
             Some("`--model` beside `--adapter` is the model that the adapter belongs to".into())
         }
-        InferError::Chat(ChatError::NoTemplate { .. }) => Some(
-            "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
-             `chat_template.jinja` into the folder"
-                .into(),
-        ),
         InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
         error => error.hint(),
     }

@@ -1,4 +1,4 @@
-//! Pre-training, resuming, generating and scoring with the Moonlight family: the library behind `moonlight`.
+#![doc = include_str!("../README.md")]
 
 pub mod analysis;
 pub mod checkpoint;

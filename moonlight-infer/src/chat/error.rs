@@ -25,7 +25,7 @@ pub enum ChatError {
         /// What it says.
         problem: String,
     },
-    /// A template in whose text the assistant's words cannot be told from the rest.
+    /// A template in whose text the assistant's words cannot be found.
     #[error("the assistant's words cannot be found in what the chat template makes of message {message}: {problem}")]
     NoSpan {
         /// Its number, from 1.
@@ -43,7 +43,8 @@ impl ChatError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NoTemplate { .. } => Some(
-                "a model that was never taught to chat continues a text; else put its `chat_template.jinja` into the folder"
+                "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
+                 `chat_template.jinja` into the folder"
                     .into(),
             ),
             Self::NoSpan { .. } => Some(
@@ -102,7 +103,7 @@ pub enum ConversationError {
 }
 
 impl ConversationError {
-    /// How to mend it, where we know.
+    /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Shape { .. } => Some(

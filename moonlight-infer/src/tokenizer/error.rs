@@ -27,7 +27,7 @@ pub enum TokenizerError {
 }
 
 impl TokenizerError {
-    /// How to mend it, where we know.
+    /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NotFound(_) => Some(

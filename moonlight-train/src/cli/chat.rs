@@ -115,7 +115,8 @@ impl Conversation<'_> {
                 if let Err(error) = self.answer(line) {
                     self.messages.pop();
                     match error {
-                        TrainError::Write { .. } => return Err(error),
+                        // The answer itself cannot be written.
+                        TrainError::File(_) => return Err(error),
                         error => error.report(),
                     }
                 }

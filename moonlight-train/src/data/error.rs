@@ -47,7 +47,7 @@ pub enum DataError {
         line: usize,
         /// What is wrong.
         problem: String,
-        /// How to mend it.
+        /// What to do about it.
         hint: Option<String>,
     },
     /// Files, but nothing in them to predict.
@@ -66,7 +66,7 @@ pub enum DataError {
     Template {
         /// What is wrong with it.
         problem: String,
-        /// How to mend it.
+        /// What to do about it.
         hint: Option<String>,
     },
     /// A position that belongs to other data.
@@ -80,7 +80,7 @@ impl DataError {
         Self::Io { action, path: path.to_owned(), problem: error.to_string() }
     }
 
-    /// How to mend it, where we know.
+    /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::EmptyGlob { .. } => {

@@ -93,7 +93,7 @@ fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, plain: bool
             let (nope, rope, value) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim);
             let query = heads * (nope + rope) as u64;
             let key_value = heads * (nope + value) as u64;
-            // The latent before its norm lies in one tensor with the shared key; then the normed one, and the turned key.
+            // The latent before its norm shares a tensor with the common key; then the normed latent, and the rotated key.
             let mut compressed = (mla.kv_lora_rank + rope + mla.kv_lora_rank + rope) as u64;
             if let Some(rank) = mla.q_lora_rank {
                 compressed += 2 * rank as u64;
