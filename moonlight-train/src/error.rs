@@ -14,6 +14,7 @@ use moonlight_optim::distributed::{CollectiveError, DistributedError};
 use moonlight_optim::{RuleError, StateError};
 
 use crate::data::DataError;
+use crate::hints::infer_hint;
 use crate::recipe::RecipeError;
 
 /// Why a program stopped. Every message is one sentence for the person who started it.
@@ -160,28 +161,6 @@ impl TrainError {
 
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         FileError::write(path)
-    }
-}
-
-/// What to do about an error of a checkpoint. The library names no program; this one's users fetch models by the other.
-pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
-    let Some((repo, revision)) = error.not_cached() else { return error.hint() };
-    let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
-    Some(format!("`moonlight-convert download {repo}{revision}` fetches it"))
-}
-
-/// What to do about a model that cannot be opened or run, in the words of this program's command line.
-fn infer_hint(error: &InferError) -> Option<String> {
-    match error {
-        InferError::Checkpoint(error) | InferError::Adapter(AdapterError::Checkpoint(error)) => checkpoint_hint(error),
-        InferError::Adapter(AdapterError::NoBase { .. }) => {
-            Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into())
-        }
-        InferError::AdapterOnAdapter(_) => {
-            Some("`--model` beside `--adapter` is the model that the adapter belongs to".into())
-        }
-        InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
-        error => error.hint(),
     }
 }
 

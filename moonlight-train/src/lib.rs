@@ -6,6 +6,7 @@ pub mod cli;
 pub mod data;
 pub mod error;
 mod frozen;
+mod hints;
 pub mod metrics;
 pub mod plan;
 pub mod recipe;

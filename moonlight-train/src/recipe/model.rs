@@ -12,7 +12,7 @@ use super::RecipeError;
 use super::run::path;
 use super::section::Section;
 use crate::checkpoint::Checkpoints;
-use crate::error::checkpoint_hint;
+use crate::hints::checkpoint_hint;
 use crate::tokenizer::Tokenizer;
 
 /// The keys of `config.json` that shape a model of the family.
