@@ -50,11 +50,11 @@ pub enum TrainError {
     /// The run's folder is there already.
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
-    /// A loss or gradient that is not finite.
+    /// A non-finite loss or gradient.
     #[error("step {step}: the {what} is {value}{}{}", worker.map(|worker| format!(" on worker {worker}"))
         .unwrap_or_default(), last_checkpoint.as_ref()
         .map(|path| format!("; the last good checkpoint is `{}`", path.display())).unwrap_or_default())]
-    NotFinite {
+    NonFinite {
         /// The step, counted from 1.
         step: u64,
         /// The loss or the gradient norm.
@@ -112,7 +112,7 @@ pub enum TrainError {
     },
     /// Another worker failed, and says so itself.
     #[error("another worker failed")]
-    Elsewhere,
+    RemoteFailure,
     /// burn-train's machinery failed.
     #[error("training stopped: {0}")]
     Stage(String),
@@ -127,32 +127,30 @@ impl TrainError {
             Self::Lora(error) => error.hint(),
             Self::Data(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
-            Self::RunExists(_) => Some("go on with it by `--resume`, or choose another `--set run.name=...`".into()),
-            Self::NotFinite { .. } => {
+            Self::RunExists(_) => Some("resume it with `--resume`, or choose another `--set run.name=...`".into()),
+            Self::NonFinite { .. } => {
                 Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
             }
             Self::Collective(error) => error.hint(),
             Self::Worker { source, .. } => source.hint(),
-            Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
+            Self::Killed => Some("resume from the newest checkpoint with `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),
-            Self::File(error) if error.is_full() => Some("free some space and go on by `--resume`".into()),
+            Self::File(error) if error.is_full() => Some("free some space and resume with `--resume`".into()),
             Self::PlotFormat(_) => Some("let the name end in .svg or .png".into()),
             Self::UnknownMetric { known, .. } => Some(format!("they have: {known}")),
             _ => None,
         }
     }
 
-    /// Says it on stderr, in one line and one more for the hint. What another worker says is not said again.
+    /// Logs it in one line, and its hint in another. The failure of another rank is not repeated.
     pub(crate) fn report(&self) {
-        if matches!(self, Self::Elsewhere) {
+        if matches!(self, Self::RemoteFailure) {
             return;
         }
-        // One line each, whatever a nested message holds.
+        // One line each, whatever a nested message contains.
         let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-        eprintln!("error: {}", line(self.to_string()));
-        if let Some(hint) = self.hint() {
-            eprintln!("hint: {}", line(hint));
-        }
+        let hint = self.hint().map(|hint| format!("\nhint: {}", line(hint))).unwrap_or_default();
+        tracing::error!("{}{hint}", line(self.to_string()));
     }
 
     pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {

@@ -13,5 +13,3 @@ pub mod recipe;
 pub mod schedule;
 pub mod tensorboard;
 pub mod trainer;
-
-use moonlight_infer::{self as weights, device, eval, generate, tokenizer};

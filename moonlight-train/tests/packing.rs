@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Device;
 use common::SHAPE;
-use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::{ModelConfig, Probe};
 use moonlight_train::data::{Dataset, HostBatch};
 use moonlight_train::recipe::Recipe;
@@ -66,7 +65,7 @@ fn a_packed_conversation_has_the_loss_that_it_has_alone() {
     std::fs::write(dir.path().join("a.jsonl"), lines).unwrap();
     let text = RECIPE.replace("SHAPE", SHAPE).replace("DIR", &dir.path().display().to_string());
     let recipe = Recipe::parse(&text, &dir.path().join("recipe.toml"), &[]).unwrap();
-    let tokenizer = Tokenizer::open(&recipe.data.tokenizer).unwrap();
+    let tokenizer = recipe.data.tokenizer.open().unwrap().unwrap();
     let config: ModelConfig = recipe.model.config_for(Some(&tokenizer)).unwrap();
     let device = Device::flex();
     device.seed(5);

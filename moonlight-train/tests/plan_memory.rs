@@ -104,7 +104,7 @@ fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, Plan
     let target = Target::open("cpu").unwrap();
     let before = LIVE.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
-    train(&recipe, &target, false, Interrupter::new()).unwrap();
+    train(&recipe, &target, false, &Interrupter::new()).unwrap();
     (PEAK.load(Ordering::Relaxed) - before, plan)
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::data::{Dataset, Inspection, Sample, SplitStats};
 use crate::error::TrainError;
-use crate::recipe::{NO_TOKENIZER, Recipe};
+use crate::recipe::Recipe;
 
 /// The widest bar of the histogram, in characters.
 const BAR: u64 = 40;
@@ -43,10 +43,7 @@ pub(super) struct Arguments {
 pub(super) fn run(command: &Command) -> Result<(), TrainError> {
     let Command::Inspect(arguments) = command;
     let recipe = Recipe::load(&arguments.recipe, &arguments.sets)?;
-    let tokenizer = match recipe.data.tokenizer.as_str() {
-        NO_TOKENIZER => None,
-        name => Some(Tokenizer::open(name)?),
-    };
+    let tokenizer = recipe.data.tokenizer.open()?;
     let config = recipe.model.config_for(tokenizer.as_ref())?;
     let dataset = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
     let inspection = dataset.inspect(arguments.samples);

@@ -7,13 +7,14 @@ use clap::Args;
 use moonlight_convert::Checkpoint;
 use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
+use moonlight_optim::distributed::{DistributedForm, GatherPrecision};
 use serde_json::{Map, Value, json};
 
 use crate::error::TrainError;
 use crate::plan::{
     Advice, Cluster, MemoryPart, MultiGpuPlan, Plan, StepPhase, Threads, TokenFlops, available_memory, tokens_until,
 };
-use crate::recipe::{FormName, HalfOrFull, Recipe};
+use crate::recipe::Recipe;
 
 /// The memory of GPUs that are sold, GB.
 const SIZES: [u64; 4] = [24, 48, 80, 141];
@@ -93,19 +94,19 @@ impl RunPlan {
         let advice = budget.map(|budget| plan.advice(budget)).unwrap_or_default();
         let accumulation = recipe.train.gradient_accumulation;
         let multi_gpu = arguments.workers.map(|workers| {
-            let distributed = recipe.distributed.clone().unwrap_or_default();
+            let distributed = recipe.distributed.clone().unwrap_or_default().optimizer;
             let cluster = Cluster {
                 workers,
                 link: arguments.link * 1e9,
                 matmul: arguments.matmul * 1e12,
                 tokens: (recipe.train.batch_size * accumulation * settings.sequence) as u64,
-                flat: distributed.form == FormName::Flat,
-                gather_bytes: if distributed.gather_dtype == HalfOrFull::Bf16 { 2 } else { 4 },
+                flat: distributed.form == DistributedForm::Flat,
+                gather_bytes: if distributed.gather == GatherPrecision::Bf16 { 2 } else { 4 },
             };
             MultiGpuPlan::new(&plan, cluster)
         });
         let token = plan.token_flops().training(settings.recompute) as f64;
-        let newton_schulz = plan.newton_schulz_flops(recipe.optimizer.newton_schulz_steps);
+        let newton_schulz = plan.newton_schulz_flops(recipe.optimizer.newton_schulz_steps());
         let newton_schulz = newton_schulz.map(|step| (step, tokens_until(0.1, step, token)));
         Ok(Self { plan, accumulation, budget, advice, newton_schulz, multi_gpu })
     }

@@ -3,7 +3,7 @@ use std::path::Path;
 use moonlight_infer::tokenizer::Tokenizer;
 
 use super::*;
-use crate::recipe::{Broken, DataConfig, DataFormat, TooLong};
+use crate::recipe::{Broken, DataConfig, DataFormat, TokenizerName, TooLong};
 
 const EOS: i32 = moonlight_infer::tokenizer::EOS as i32;
 
@@ -14,7 +14,7 @@ fn config(dir: &Path, glob: &str) -> DataConfig {
         valid_fraction: 0.0,
         format: DataFormat::Text,
         chat_template: Default::default(),
-        tokenizer: "bytes".into(),
+        tokenizer: TokenizerName::Bytes,
         sequence_length: 8,
         pack: true,
         shuffle: false,
@@ -337,7 +337,7 @@ fn chat_config(dir: &Path, glob: &str) -> DataConfig {
     .unwrap();
     DataConfig {
         format: DataFormat::Chat,
-        tokenizer: "bytes-chat".into(),
+        tokenizer: TokenizerName::BytesChat,
         chat_template: dir.join("template.jinja"),
         sequence_length: 16,
         ..config(dir, glob)

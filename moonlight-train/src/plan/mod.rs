@@ -17,13 +17,13 @@ mod system_memory;
 mod tests;
 
 use moonlight_infer::device::Target;
-use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterCount;
+use moonlight_optim::{MomentumPrecision, Rounding};
 
 use crate::error::TrainError;
 use crate::frozen::frozen_parameters;
-use crate::recipe::{Checkpointing, HalfOrFull, LoraRecipe, NO_TOKENIZER, OptimizerName, Recipe, RoundingName};
+use crate::recipe::{Checkpointing, LoraRecipe, ModelDtype, OptimizerName, Recipe};
 
 pub use advice::Advice;
 pub use flops::{TokenFlops, newton_schulz_flops, tokens_until};
@@ -49,9 +49,9 @@ impl MemorySettings {
     ///
     /// A pattern of `train.freeze` that does not fit the model.
     pub fn of_recipe(recipe: &Recipe, config: &ModelConfig, cpu: bool, threads: Threads) -> Result<Self, TrainError> {
-        let half = match recipe.model.dtype.as_str() {
-            "bf16" | "f16" => true,
-            "auto" if !cpu => config.dtype.as_deref().is_some_and(|dtype| dtype != "float32"),
+        let half = match recipe.model.dtype {
+            ModelDtype::Bf16 | ModelDtype::F16 => true,
+            ModelDtype::Auto if !cpu => config.dtype.as_deref().is_some_and(|dtype| dtype != "float32"),
             _ => false,
         };
         let accumulates = recipe.train.gradient_accumulation > 1
@@ -65,10 +65,10 @@ impl MemorySettings {
             fused: recipe.train.fuse_update,
             accumulates,
             muon: recipe.optimizer.name == OptimizerName::Muon,
-            momentum_bytes: if recipe.optimizer.momentum_dtype == HalfOrFull::Bf16 { 2 } else { 4 },
-            masters: recipe.optimizer.rounding == RoundingName::Master,
+            momentum_bytes: if recipe.optimizer.muon.momentum_precision == MomentumPrecision::Bf16 { 2 } else { 4 },
+            masters: recipe.optimizer.muon.rounding == Rounding::MasterWeights,
             cpu,
-            plain_attention: cpu && recipe.model.dtype == "f16",
+            plain_attention: cpu && recipe.model.dtype == ModelDtype::F16,
             threads: threads.0,
             frozen: frozen_parameters(config, &recipe.train.freeze)?,
             lora: recipe.lora.as_ref().map(LoraRecipe::config),
@@ -104,10 +104,7 @@ impl Plan {
     ///
     /// A tokenizer, a model or a device that does not open.
     pub fn of_recipe(recipe: &Recipe, threads: Threads) -> Result<Self, TrainError> {
-        let tokenizer = match recipe.data.tokenizer.as_str() {
-            NO_TOKENIZER => None,
-            name => Some(Tokenizer::open(name)?),
-        };
+        let tokenizer = recipe.data.tokenizer.open()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
         let cpu = Target::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
         let settings = MemorySettings::of_recipe(recipe, &config, cpu, threads)?;

@@ -6,7 +6,7 @@
 use moonlight_model::ModelConfig;
 use moonlight_model::QuantBits;
 use moonlight_model::config::{ParameterKind, ParameterShape};
-use moonlight_model::kernels::BLOCK;
+use moonlight_model::kernels::QUANT_BLOCK;
 use moonlight_model::lora::{AdapterShape, LoraConfig};
 use moonlight_optim::equal_batches;
 use serde::Serialize;
@@ -208,9 +208,9 @@ impl Parameter {
     fn weight(&self) -> u64 {
         let Some(bits) = self.packed else { return self.values * self.bytes };
         let [stack, rows, columns] = self.shape;
-        let blocks = (rows * columns).div_ceil(BLOCK as u64);
+        let blocks = (rows * columns).div_ceil(QUANT_BLOCK as u64);
         // Numbers and an f32 scale.
-        stack * blocks * (bits.bytes(BLOCK) as u64 + 4)
+        stack * blocks * (bits.bytes(QUANT_BLOCK) as u64 + 4)
     }
 
     /// One matrix in full, where it is packed: what is there during its product.

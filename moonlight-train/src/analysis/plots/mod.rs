@@ -9,31 +9,10 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::error::TrainError;
+use crate::metrics::METRICS;
 
 pub use compare::{Axis, Comparison, compare};
 use draw::{Curve, Format, draw};
-
-/// A plot: its file, its title, and the curves of `(split, key, name)`.
-struct Plot {
-    file: &'static str,
-    title: &'static str,
-    curves: &'static [(&'static str, &'static str, &'static str)],
-}
-
-const PLOTS: &[Plot] = &[
-    Plot {
-        file: "loss.svg",
-        title: "Loss (nats per token)",
-        curves: &[("train", "loss", "training"), ("valid", "loss", "validation")],
-    },
-    Plot { file: "lr.svg", title: "Learning rate", curves: &[("train", "lr", "learning rate")] },
-    Plot { file: "grad_norm.svg", title: "Gradient norm", curves: &[("train", "grad_norm", "before clipping")] },
-    Plot {
-        file: "expert_load.svg",
-        title: "Expert load, busiest over mean (worst layer)",
-        curves: &[("train", "expert_imbalance", "imbalance")],
-    },
-];
 
 /// Draws `loss.svg`, `lr.svg`, `grad_norm.svg` and, for a mixture of experts, `expert_load.svg` into `dir`.
 ///
@@ -44,20 +23,22 @@ pub fn write_plots(metrics: &Path, dir: &Path) -> Result<(), TrainError> {
     let text = fs::read_to_string(metrics).map_err(TrainError::read(metrics))?;
     let records: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     fs::create_dir_all(dir).map_err(TrainError::write(dir))?;
-    for plot in PLOTS {
-        let curves: Vec<Curve> = plot
-            .curves
-            .iter()
+    for metric in METRICS {
+        let Some(plot) = &metric.plot else { continue };
+        let validation = metric.validated.then_some(("valid", "validation"));
+        let curves: Vec<Curve> = [("train", plot.legend)]
+            .into_iter()
+            .chain(validation)
             .enumerate()
-            .map(|(color, (split, key, name))| Curve {
-                name: (*name).into(),
-                points: points(&records, split, key),
+            .map(|(color, (split, name))| Curve {
+                name: name.into(),
+                points: points(&records, split, metric.key),
                 color,
                 strong: true,
             })
             .collect();
         if curves.iter().any(|curve| !curve.points.is_empty()) {
-            let path = dir.join(plot.file);
+            let path = dir.join(format!("{}.svg", plot.file));
             let svg = draw(plot.title, "step", &curves, Format::Svg)
                 .map_err(|problem| TrainError::write(&path)(std::io::Error::other(problem)))?;
             fs::write(&path, svg).map_err(TrainError::write(&path))?;
