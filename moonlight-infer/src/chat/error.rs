@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 /// Why a conversation has no tokens.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ChatError {
     /// Neither the folder nor the tokenizer knows how to talk.
     #[error("`{}` has no chat template", dir.display())]
@@ -58,6 +59,7 @@ impl ChatError {
 
 /// Why a record is no conversation, or not one that can be learned from.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ConversationError {
     /// Bytes that are not UTF-8.
     #[error("the record is not UTF-8: its byte {byte} is wrong")]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 /// A tokenizer that cannot be had.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum TokenizerError {
     /// There is no such file or folder, or nothing in it is a tokenizer.
     #[error("there is no tokenizer at `{}`", .0.display())]

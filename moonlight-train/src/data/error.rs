@@ -6,6 +6,7 @@ use moonlight_infer::parquet::ParquetError;
 
 /// Data that cannot be read, or that does not fit the recipe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum DataError {
     /// A glob that matches no file.
     #[error("`data.{key}` has the glob `{glob}`, which matches no file")]
