@@ -14,7 +14,7 @@ use moonlight_optim::distributed::{CollectiveError, DistributedError};
 use moonlight_optim::{RuleError, StateError};
 
 use crate::data::DataError;
-use crate::hint::infer_hint;
+use crate::hints::infer_hint;
 use crate::recipe::RecipeError;
 
 /// Why a program stopped. Every message is one sentence for the person who started it.
@@ -65,6 +65,25 @@ pub enum TrainError {
         worker: Option<usize>,
         /// The newest checkpoint.
         last_checkpoint: Option<PathBuf>,
+    },
+    /// A matrix without singular values.
+    #[error("`layers.{layer}.{path}` has no singular values: it is not finite")]
+    NotFiniteMatrix {
+        /// The decoder layer, from 0.
+        layer: usize,
+        /// The matrix, by its path inside the layer.
+        path: String,
+    },
+    /// A plot in a file of no known kind.
+    #[error("`{}` is neither an SVG nor a PNG", .0.display())]
+    PlotFormat(PathBuf),
+    /// A metric that no run has.
+    #[error("none of the runs has the figure `{metric}`")]
+    UnknownMetric {
+        /// The metric that was asked for.
+        metric: String,
+        /// Those that the runs have, with commas between.
+        known: String,
     },
     /// Arguments that do not go together with the model.
     #[error("{problem}")]
@@ -117,6 +136,8 @@ impl TrainError {
             Self::Killed => Some("resume from the newest checkpoint with `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),
             Self::File(error) if error.is_full() => Some("free some space and resume with `--resume`".into()),
+            Self::PlotFormat(_) => Some("let the name end in .svg or .png".into()),
+            Self::UnknownMetric { known, .. } => Some(format!("they have: {known}")),
             _ => None,
         }
     }

@@ -98,7 +98,7 @@ pub struct Selection {
 ///
 /// # Errors
 ///
-/// A layer that does not load, and a matrix that holds a number that is none.
+/// A layer that does not load, and [`TrainError::NotFiniteMatrix`].
 pub fn layer_spectra(
     checkpoint: &Checkpoint,
     layer: usize,
@@ -119,10 +119,8 @@ pub fn layer_spectra(
         .into_iter()
         .map(|(path, group, matrix)| {
             let shape = matrix.dims();
-            let spectrum = singular_values(matrix).ok_or_else(|| TrainError::Request {
-                problem: format!("`layers.{layer}.{path}` has no singular values: it is not finite"),
-                hint: None,
-            })?;
+            let spectrum =
+                singular_values(matrix).ok_or_else(|| TrainError::NotFiniteMatrix { layer, path: path.clone() })?;
             Ok(MatrixSpectrum {
                 layer,
                 path,

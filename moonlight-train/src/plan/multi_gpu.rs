@@ -95,7 +95,7 @@ impl MultiGpuPlan {
             ),
             item(
                 "buckets",
-                // What leaves and what comes in, of the bucket under way and the one behind it; the largest is a parameter.
+                // Sent and received bytes, of the bucket under way and of the next one; the largest bucket is a parameter.
                 {
                     let parameter = shapes.iter().map(|shape| shape.count()).max().unwrap_or(0).max(1 << 22);
                     4.0 * bytes * parameter as f64

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::activation_memory::{of_head, of_layer};
 
-/// What memory is taken by.
+/// What memory is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MemoryPart {
@@ -88,7 +88,7 @@ impl StepPhase {
     }
 }
 
-/// Which optimizer takes a parameter.
+/// Which optimizer updates a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UpdatedBy {
     /// Muon.
@@ -397,7 +397,7 @@ impl Step<'_> {
         phases
     }
 
-    /// The update of some parameters, whose gradients go one after the other; `beside` is what lives in the meantime, and
+    /// The update of some parameters, whose gradients are freed one after the other; `beside` is what else is alive in the meantime, and
     /// `copied` what is kept of parameters that were updated, where the update is to be measured.
     fn update(&self, of: impl Fn(&Parameter) -> bool, beside: u64, copied: &mut u64) -> Vec<StepPhase> {
         let mut waiting: Vec<&Parameter> = self.parameters.iter().filter(|parameter| of(parameter)).collect();

@@ -16,7 +16,7 @@ use super::check::Check;
 use super::reader::flat;
 use super::run::optional_path;
 use super::schema::merged;
-use crate::hint::checkpoint_hint;
+use crate::hints::checkpoint_hint;
 
 /// Where the model comes from: the `path` of weights, or a shape to be initialised from scratch.
 #[derive(Debug, Clone, Default, Serialize)]
