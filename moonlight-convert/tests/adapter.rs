@@ -222,14 +222,14 @@ fn what_is_wrong_is_named() {
 /// Layer by layer into few bits is the whole model into few bits.
 #[test]
 fn packed_as_it_is_read() {
-    use moonlight_model::Bits;
+    use moonlight_model::QuantBits;
     for name in ["moonlight-like", "qwen2"] {
         let checkpoint = moonlight_convert::Checkpoint::open(fixture(name)).unwrap();
         let device = Device::default();
-        for bits in [Bits::Eight, Bits::Four] {
+        for bits in [QuantBits::Eight, QuantBits::Four] {
             let packed = checkpoint.load_packed(&device, Some(burn::tensor::DType::F32), bits).unwrap();
-            assert!(packed.is_packed());
-            assert_eq!(logits(&packed), logits(&base(name).packed(bits)));
+            assert!(packed.is_quantized());
+            assert_eq!(logits(&packed), logits(&base(name).quantized(bits)));
             // What is saved is unpacked.
             let home = tempfile::tempdir().unwrap();
             save(&packed, &home.path().join("saved"), &SaveOptions::default()).unwrap();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor};
 
-use crate::config::{AttentionConfig, ModelConfig};
+use crate::config::{AttentionShape, ModelConfig};
 use crate::kernels::{CacheSpan, uniform_span};
 
 /// The cache of a model for a batch of sequences, each of a length of its own, allocated once.
@@ -40,8 +40,8 @@ impl KvCache {
     /// Room for `capacity` tokens in each of `batch` sequences; `dtype` is that of the model's weights.
     pub fn new(config: &ModelConfig, batch: usize, capacity: usize, device: &Device, dtype: DType) -> Self {
         let (key_heads, row) = match &config.attention {
-            AttentionConfig::Mla(mla) => (1, mla.kv_lora_rank + mla.qk_rope_head_dim),
-            AttentionConfig::Gqa(gqa) => (gqa.num_key_value_heads, 2 * gqa.head_dim),
+            AttentionShape::Mla(mla) => (1, mla.kv_lora_rank + mla.qk_rope_head_dim),
+            AttentionShape::Gqa(gqa) => (gqa.num_key_value_heads, 2 * gqa.head_dim),
         };
         let layer = || {
             let store = Tensor::zeros([batch, key_heads, capacity, row], (device, dtype));

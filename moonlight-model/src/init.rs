@@ -25,7 +25,7 @@ impl Init {
             weight: self.parameter([input, output], device),
             bias: bias.then(|| Initializer::Zeros.init([output], device)),
             lora: None,
-            packed: None,
+            quantized: None,
         }
     }
 

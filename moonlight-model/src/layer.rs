@@ -6,13 +6,13 @@ use burn::tensor::{Device, Tensor};
 use crate::attention::{Attention, NewTokens, Tokens};
 use crate::cache::LayerCache;
 use crate::config::ModelConfig;
+use crate::forward_stats::LayerStats;
 use crate::init::Init;
 use crate::mlp::Mlp;
+use crate::module_enum::delegate_module;
 use crate::moe::{Moe, MoeOutput, Routing};
 use crate::norm::RmsNorm;
-use crate::pass::LayerOutput;
-use crate::report::LayerReport;
-use crate::transparent::transparent_module;
+use crate::rope::RotaryEmbedding;
 
 /// Attention, then a feed-forward part, each behind a norm and beside the residual stream.
 #[derive(Module, Debug)]
@@ -37,7 +37,18 @@ pub enum FeedForward {
     Moe(Moe),
 }
 
-transparent_module!(FeedForward { Dense, Moe });
+delegate_module!(FeedForward { Dense, Moe });
+
+/// What comes out of a layer.
+#[derive(Debug)]
+pub struct LayerOutput {
+    /// `[tokens, hidden]`.
+    pub hidden: Tensor<2>,
+    /// The layer's weighted sequence-wise balance loss, f32 `[1]`; `None` where its weight is 0 or the layer is dense.
+    pub balance_loss: Option<Tensor<1>>,
+    /// Expert loads, and what the probe asked for.
+    pub stats: LayerStats,
+}
 
 impl DecoderLayer {
     pub(crate) fn new(config: &ModelConfig, layer: usize, init: Init, device: &Device) -> Self {
@@ -62,8 +73,8 @@ impl DecoderLayer {
             Some(statistics) => (Some(statistics.largest), Some(statistics.share_above_100)),
             None => (None, None),
         };
-        let report = LayerReport { layer: 0, expert_load: load, max_attention_logit, share_above_100 };
-        LayerOutput { hidden, balance_loss, report }
+        let stats = LayerStats { layer: 0, expert_load: load, max_attention_logit, share_above_100 };
+        LayerOutput { hidden, balance_loss, stats }
     }
 
     /// `[tokens, hidden]` of tokens that follow those in the cache.
@@ -82,5 +93,31 @@ impl DecoderLayer {
                 (x + hidden, Some(load), balance_loss)
             }
         }
+    }
+}
+
+impl ModelConfig {
+    /// Decoder layer `layer` with fresh parameters, drawn when they are first used.
+    ///
+    /// # Panics
+    ///
+    /// When the model has no such layer.
+    pub fn init_layer(&self, layer: usize, device: &Device) -> DecoderLayer {
+        assert!(layer < self.num_hidden_layers, "the model has {} layers", self.num_hidden_layers);
+        DecoderLayer::new(self, layer, Init { standard_deviation: self.initializer_range }, device)
+    }
+}
+
+impl DecoderLayer {
+    /// What the layer makes of hidden states `[batch, sequence, hidden]` at positions `0..sequence`; the same shape.
+    /// `config` is the model's that the layer is of.
+    pub fn forward_alone(&self, config: &ModelConfig, hidden: Tensor<3>) -> Tensor<3> {
+        let [batch, sequence, width] = hidden.dims();
+        let positions: Vec<u32> = (0..batch).flat_map(|_| 0..sequence as u32).collect();
+        let rotation = RotaryEmbedding::new(&config.rope, config.rope_dim()).at(&positions, &hidden.device());
+        let tokens = Tokens { batch, sequence, rotation: &rotation, starts: None, probe_logits: false };
+        let routing = Routing { batch, sequence, padding: None, balance_weight: 0.0 };
+        let output = self.forward(hidden.reshape([batch * sequence, width]), &tokens, &routing);
+        output.hidden.reshape([batch, sequence, width])
     }
 }

@@ -6,12 +6,12 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use crate::batch::{LmBatch, Segments};
 use crate::config::ModelConfig;
+use crate::forward_stats::{ForwardStats, Probe};
 use crate::init::Init;
 use crate::kernels::{cross_entropy, project};
 use crate::layer::{DecoderLayer, FeedForward};
 use crate::moe::bias_step;
 use crate::norm::RmsNorm;
-use crate::report::{ForwardReport, Probe};
 use crate::rope::RotaryEmbedding;
 
 /// A decoder-only language model of the Moonlight family.
@@ -43,7 +43,7 @@ pub struct LossOutput {
     /// its weight is 0 or the model is dense.
     pub balance_loss: Option<Tensor<1>>,
     /// Expert loads, and what the probe asked for.
-    pub report: ForwardReport,
+    pub stats: ForwardStats,
 }
 
 /// The result of the decoder's layers.
@@ -51,7 +51,7 @@ struct Hidden {
     /// `[tokens, hidden]`, before the final norm.
     hidden: Tensor<2>,
     balance_loss: Option<Tensor<1>>,
-    report: ForwardReport,
+    stats: ForwardStats,
 }
 
 impl ModelConfig {
@@ -93,16 +93,16 @@ impl CausalLm {
     /// `sequence_balance_weight` is the weight of the experts' balance loss, 0 for none.
     pub fn loss(&self, batch: &LmBatch, sequence_balance_weight: f64, probe: Probe) -> LossOutput {
         let [rows, sequence] = batch.tokens.dims();
-        let Hidden { hidden, balance_loss, report } =
+        let Hidden { hidden, balance_loss, stats } =
             self.hidden(batch.tokens.clone(), batch.segments.as_ref(), sequence_balance_weight, probe);
         let losses = self.token_losses(hidden, batch.targets.clone().reshape([rows * sequence]));
         let mask = batch.loss_mask.clone().reshape([rows * sequence]);
-        LossOutput { loss_sum: (losses * mask).sum(), balance_loss, report }
+        LossOutput { loss_sum: (losses * mask).sum(), balance_loss, stats }
     }
 
     /// Moves each router's correction bias against its load: `b += rate (sign(e) - mean(sign(e)))`.
     ///
-    /// `loads` has an entry for each layer, as [`ForwardReport::expert_loads`] gives them, summed over all
+    /// `loads` has an entry for each layer, as [`ForwardStats::expert_loads`] gives them, summed over all
     /// micro-batches of the step; `None` leaves a layer alone, and so does a router without a bias.
     pub fn update_router_bias(mut self, loads: &[Option<Vec<u64>>], rate: f64) -> Self {
         if rate == 0.0 {
@@ -119,19 +119,19 @@ impl CausalLm {
     }
 
     fn hidden(&self, tokens: Tensor<2, Int>, segments: Option<&Segments>, balance_weight: f64, probe: Probe) -> Hidden {
-        let pass = self.pass_of(&tokens, segments, balance_weight, probe);
+        let context = self.context_of(&tokens, segments, balance_weight, probe);
         let mut hidden = self.embed(tokens);
         let mut balance_loss: Option<Tensor<1>> = None;
-        let mut report = ForwardReport::default();
+        let mut stats = ForwardStats::default();
         for index in 0..self.layers.len() {
-            let output = self.run_layer(index, hidden, &pass);
+            let output = self.run_layer(index, hidden, &context);
             hidden = output.hidden;
             if let Some(loss) = output.balance_loss {
                 balance_loss = Some(balance_loss.map_or(loss.clone(), |sum| sum + loss));
             }
-            report.layers.push(output.report);
+            stats.layers.push(output.stats);
         }
-        Hidden { hidden, balance_loss, report }
+        Hidden { hidden, balance_loss, stats }
     }
 
     pub(crate) fn rotary(&self) -> &RotaryEmbedding {

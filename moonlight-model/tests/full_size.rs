@@ -45,7 +45,7 @@ fn one_full_size_block_runs_forward_and_backward() {
     let loss = output.loss_sum.clone().into_scalar::<f32>() / sequence as f32;
     // Fresh weights know nothing: about ln 64 = 4.16.
     assert!((3.5..6.0).contains(&loss), "{loss}");
-    let load = output.report.expert_loads()[0].clone().expect("the block has experts");
+    let load = output.stats.expert_loads()[0].clone().expect("the block has experts");
     assert_eq!(load.iter().sum::<u64>(), 6 * sequence as u64);
     let gradients = (output.loss_sum + output.balance_loss.expect("the weight is not zero")).backward();
     let gradient = model.embed_tokens.weight.val().grad(&gradients).expect("the embedding is trained");

@@ -191,10 +191,10 @@ fn padding_counts_for_nothing() {
     assert!((value(&short.loss_sum) - value(&long.loss_sum)).abs() < 1e-4);
     let balance = |loss: &Option<Tensor<1>>| value(loss.as_ref().expect("the weight is not zero"));
     assert!((balance(&short.balance_loss) - balance(&long.balance_loss)).abs() < 1e-6);
-    assert_eq!(short.report.expert_loads(), long.report.expert_loads());
-    let load = short.report.expert_loads()[1].clone().expect("layer 1 has experts");
+    assert_eq!(short.stats.expert_loads(), long.stats.expert_loads());
+    let load = short.stats.expert_loads()[1].clone().expect("layer 1 has experts");
     assert_eq!(load.iter().sum::<u64>(), 6 * 2);
-    assert_eq!(short.report.layers[0].expert_load, None);
+    assert_eq!(short.stats.layers[0].expert_load, None);
 }
 
 #[test]
@@ -229,13 +229,13 @@ fn the_bias_follows_the_load_and_changes_the_choice() {
     let device = Device::default();
     let model = moonlight(json!({})).init(&device);
     let input = batch(None, 2, 16, &device);
-    let before = model.loss(&input, 0.0, Probe::default()).report.expert_loads();
+    let before = model.loss(&input, 0.0, Probe::default()).stats.expert_loads();
     let mut model = model;
     for _ in 0..200 {
-        let loads = model.loss(&input, 0.0, Probe::default()).report.expert_loads();
+        let loads = model.loss(&input, 0.0, Probe::default()).stats.expert_loads();
         model = model.update_router_bias(&loads, 0.01);
     }
-    let after = model.loss(&input, 0.0, Probe::default()).report.expert_loads();
+    let after = model.loss(&input, 0.0, Probe::default()).stats.expert_loads();
     let imbalance = |load: &Vec<u64>| *load.iter().max().unwrap() as f64 * 9.0 / load.iter().sum::<u64>() as f64;
     for layer in 1..3 {
         let (before, after) = (before[layer].as_ref().unwrap(), after[layer].as_ref().unwrap());
@@ -282,9 +282,9 @@ fn the_probe_finds_the_largest_logit() {
     for (name, config) in family() {
         let model = config.init(&device);
         let quiet = model.loss(&batch(None, 2, 7, &device), 0.0, Probe::default());
-        assert!(quiet.report.layers.iter().all(|layer| layer.max_attention_logit.is_none()), "{name}");
+        assert!(quiet.stats.layers.iter().all(|layer| layer.max_attention_logit.is_none()), "{name}");
         let probed = model.loss(&batch(None, 2, 7, &device), 0.0, Probe { attention_logits: true });
-        for layer in probed.report.layers {
+        for layer in probed.stats.layers {
             let largest = layer.max_attention_logit.expect("it was asked for");
             assert_eq!(largest.dims(), [config.num_attention_heads], "{name}");
             assert!(largest.clone().is_finite().all().into_scalar::<bool>(), "{name}");

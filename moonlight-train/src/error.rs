@@ -1,43 +1,37 @@
 //! What can go wrong in a run.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
+use moonlight_infer::InferError;
+use moonlight_infer::chat::ChatError;
+use moonlight_infer::device::DeviceError;
+use moonlight_infer::tokenizer::TokenizerError;
 use moonlight_model::lora::LoraError;
 use moonlight_optim::distributed::{CollectiveError, DistributedError};
 use moonlight_optim::{RuleError, StateError};
 
-use crate::chat::ChatError;
 use crate::data::DataError;
 use crate::recipe::RecipeError;
-use crate::tokenizer::TokenizerError;
 
 /// Why a program stopped. Every message is one sentence for the person who started it.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TrainError {
     /// The recipe.
     #[error(transparent)]
     Recipe(#[from] RecipeError),
-    /// The weights, read or written.
+    /// A model that cannot be opened, run or saved: weights, adapter, tokenizer, chat template or device.
     #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// An adapter, read or written.
-    #[error(transparent)]
-    Adapter(#[from] AdapterError),
+    Infer(#[from] InferError),
     /// Adapters that the model cannot have.
     #[error("`lora.targets`: {0}")]
     Lora(#[from] LoraError),
-    /// The tokenizer.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
     /// The data.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// A conversation, or the template for it.
-    #[error(transparent)]
-    Chat(#[from] ChatError),
     /// The division of the parameters among the optimizers.
     #[error(transparent)]
     Rules(#[from] RuleError),
@@ -68,11 +62,11 @@ pub enum TrainError {
     /// The run's folder is there already.
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
-    /// A loss or gradient that is no number.
+    /// A non-finite loss or gradient.
     #[error("step {step}: the {what} is {value}{}{}", worker.map(|worker| format!(" on worker {worker}"))
         .unwrap_or_default(), last_checkpoint.as_ref()
         .map(|path| format!("; the last good checkpoint is `{}`", path.display())).unwrap_or_default())]
-    NotFinite {
+    NonFinite {
         /// The step, counted from 1.
         step: u64,
         /// The loss or the gradient norm.
@@ -83,14 +77,6 @@ pub enum TrainError {
         worker: Option<usize>,
         /// The newest checkpoint.
         last_checkpoint: Option<PathBuf>,
-    },
-    /// A device that does not exist, or that this build has not.
-    #[error("{problem}")]
-    Device {
-        /// The sentence.
-        problem: String,
-        /// What to do.
-        hint: String,
     },
     /// Arguments that do not go together with the model.
     #[error("{problem}")]
@@ -119,7 +105,7 @@ pub enum TrainError {
     },
     /// Another worker failed, and says so itself.
     #[error("another worker failed")]
-    Elsewhere,
+    RemoteFailure,
     /// burn-train's machinery failed.
     #[error("training stopped: {0}")]
     Stage(String),
@@ -130,40 +116,34 @@ impl TrainError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Recipe(error) => error.hint(),
-            Self::Checkpoint(error) => error.hint(),
-            Self::Adapter(error) => error.hint(),
+            Self::Infer(error) => infer_hint(error),
             Self::Lora(error) => error.hint(),
-            Self::Tokenizer(error) => error.hint(),
             Self::Data(error) => error.hint(),
-            Self::Chat(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
-            Self::RunExists(_) => Some("go on with it by `--resume`, or choose another `--set run.name=...`".into()),
-            Self::NotFinite { .. } => {
+            Self::RunExists(_) => Some("resume it with `--resume`, or choose another `--set run.name=...`".into()),
+            Self::NonFinite { .. } => {
                 Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
             }
             Self::Collective(error) => error.hint(),
             Self::Worker { source, .. } => source.hint(),
-            Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
-            Self::Device { hint, .. } => Some(hint.clone()),
+            Self::Killed => Some("resume from the newest checkpoint with `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),
             Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("free some space and go on by `--resume`".into())
+                Some("free some space and resume with `--resume`".into())
             }
             _ => None,
         }
     }
 
-    /// Says it on stderr, in one line and one more for the hint. What another worker says is not said again.
+    /// Logs it in one line, and its hint in another. The failure of another rank is not repeated.
     pub(crate) fn report(&self) {
-        if matches!(self, Self::Elsewhere) {
+        if matches!(self, Self::RemoteFailure) {
             return;
         }
-        // One line each, whatever a nested message holds.
+        // One line each, whatever a nested message contains.
         let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-        eprintln!("error: {}", line(self.to_string()));
-        if let Some(hint) = self.hint() {
-            eprintln!("hint: {}", line(hint));
-        }
+        let hint = self.hint().map(|hint| format!("\nhint: {}", line(hint))).unwrap_or_default();
+        tracing::error!("{}{hint}", line(self.to_string()));
     }
 
     pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
@@ -175,9 +155,43 @@ impl TrainError {
         let path = path.into();
         move |source| Self::Write { path, source }
     }
+}
 
-    /// What is wrong with a line of a file that the user gave.
-    pub(crate) fn at_line(path: &Path, line: usize, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
-        Self::Request { problem: format!("{}:{line}: {problem}", path.display()), hint }
+/// What to do about an error of a checkpoint. The library names no program; this one's users fetch models by the other.
+pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
+    let Some((repo, revision)) = error.not_cached() else { return error.hint() };
+    let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
+    Some(format!("`moonlight-convert download {repo}{revision}` fetches it"))
+}
+
+/// What to do about a model that cannot be opened or run, in the words of this program's command line.
+fn infer_hint(error: &InferError) -> Option<String> {
+    match error {
+        InferError::Checkpoint(error) | InferError::Adapter(AdapterError::Checkpoint(error)) => checkpoint_hint(error),
+        InferError::Adapter(AdapterError::NoBase { .. }) => {
+            Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into())
+        }
+        InferError::AdapterOnAdapter(_) => {
+            Some("`--model` beside `--adapter` is the model that the adapter belongs to".into())
+        }
+        InferError::Chat(ChatError::NoTemplate { .. }) => Some(
+            "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
+             `chat_template.jinja` into the folder"
+                .into(),
+        ),
+        InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
+        error => error.hint(),
     }
 }
+
+/// The errors of opening and running a model, by their own types.
+macro_rules! from_infer {
+    ($($error:ty),*) => {
+        $(impl From<$error> for TrainError {
+            fn from(error: $error) -> Self {
+                Self::Infer(error.into())
+            }
+        })*
+    };
+}
+from_infer!(CheckpointError, AdapterError, TokenizerError, ChatError, DeviceError);

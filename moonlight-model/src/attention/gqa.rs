@@ -3,10 +3,10 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
-use super::probe::{LogitStatistics, measure};
+use super::logit_stats::{LogitStats, measure};
 use super::{NewTokens, Tokens};
 use crate::cache::LayerCache;
-use crate::config::{GqaConfig, ModelConfig};
+use crate::config::{GqaShape, ModelConfig};
 use crate::init::Init;
 use crate::kernels::{CachedAttentionSpec, cached_attention, grouped_attention};
 use crate::projection::Projection;
@@ -29,7 +29,7 @@ pub struct GroupedQueryAttention {
 }
 
 impl GroupedQueryAttention {
-    pub(super) fn new(config: &ModelConfig, gqa: &GqaConfig, init: Init, device: &Device) -> Self {
+    pub(super) fn new(config: &ModelConfig, gqa: &GqaShape, init: Init, device: &Device) -> Self {
         let hidden = config.hidden_size;
         let (queries, keys) = (config.num_attention_heads * gqa.head_dim, gqa.num_key_value_heads * gqa.head_dim);
         Self {
@@ -50,7 +50,7 @@ impl GroupedQueryAttention {
         x: Tensor<2>,
         tokens: &Tokens<'_>,
         kept: Option<&mut Option<Tensor<4>>>,
-    ) -> (Tensor<2>, Option<LogitStatistics>) {
+    ) -> (Tensor<2>, Option<LogitStats>) {
         let (batch, sequence) = (tokens.batch, tokens.sequence);
         let (query, key_value) = self.project(x, tokens);
         if let Some(kept) = kept {

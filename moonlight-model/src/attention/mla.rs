@@ -5,10 +5,10 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
-use super::probe::{LogitStatistics, measure};
+use super::logit_stats::{LogitStats, measure};
 use super::{NewTokens, Tokens};
 use crate::cache::{Absorbed, LayerCache};
-use crate::config::{MlaConfig, ModelConfig};
+use crate::config::{MlaShape, ModelConfig};
 use crate::init::Init;
 use crate::kernels::{CachedAttentionSpec, GroupLayout, cached_attention, grouped_matmul, latent_attention};
 use crate::norm::RmsNorm;
@@ -43,7 +43,7 @@ pub struct MultiHeadLatentAttention {
 }
 
 impl MultiHeadLatentAttention {
-    pub(super) fn new(config: &ModelConfig, mla: &MlaConfig, init: Init, device: &Device) -> Self {
+    pub(super) fn new(config: &ModelConfig, mla: &MlaShape, init: Init, device: &Device) -> Self {
         let (hidden, heads) = (config.hidden_size, config.num_attention_heads);
         let (nope, rope, value) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim);
         let queries = heads * (nope + rope);
@@ -73,7 +73,7 @@ impl MultiHeadLatentAttention {
         x: Tensor<2>,
         tokens: &Tokens<'_>,
         latents: Option<&mut Option<Tensor<3>>>,
-    ) -> (Tensor<2>, Option<LogitStatistics>) {
+    ) -> (Tensor<2>, Option<LogitStats>) {
         let (batch, sequence) = (tokens.batch, tokens.sequence);
         let query = self.query(x.clone(), tokens); // [batch, sequence, heads, nope + rope]
         let (latent, shared_key) = self.latent(x, tokens);

@@ -1,23 +1,23 @@
 //! Attention layers: multi-head latent attention and grouped-query attention.
 
 mod gqa;
+mod logit_stats;
 mod mla;
-mod probe;
 
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 
 use crate::cache::LayerCache;
-use crate::config::{AttentionConfig, ModelConfig};
+use crate::config::{AttentionShape, ModelConfig};
 use crate::init::Init;
 use crate::kernels::{AttentionSpec, CacheSpan};
+use crate::module_enum::delegate_module;
 use crate::rope::Rotation;
-use crate::transparent::transparent_module;
 
 pub use gqa::GroupedQueryAttention;
+pub(crate) use logit_stats::LogitStats;
 pub use mla::MultiHeadLatentAttention;
-pub(crate) use probe::LogitStatistics;
 
 /// The tokens of a forward pass as the attention sees them.
 pub(crate) struct Tokens<'a> {
@@ -58,18 +58,18 @@ pub enum Attention {
     Gqa(GroupedQueryAttention),
 }
 
-transparent_module!(Attention { Mla, Gqa });
+delegate_module!(Attention { Mla, Gqa });
 
 impl Attention {
     pub(crate) fn new(config: &ModelConfig, init: Init, device: &Device) -> Self {
         match &config.attention {
-            AttentionConfig::Mla(mla) => Self::Mla(MultiHeadLatentAttention::new(config, mla, init, device)),
-            AttentionConfig::Gqa(gqa) => Self::Gqa(GroupedQueryAttention::new(config, gqa, init, device)),
+            AttentionShape::Mla(mla) => Self::Mla(MultiHeadLatentAttention::new(config, mla, init, device)),
+            AttentionShape::Gqa(gqa) => Self::Gqa(GroupedQueryAttention::new(config, gqa, init, device)),
         }
     }
 
     /// `[tokens, hidden]` to `[tokens, hidden]`, over whole sequences.
-    pub(crate) fn forward(&self, x: Tensor<2>, tokens: &Tokens<'_>) -> (Tensor<2>, Option<LogitStatistics>) {
+    pub(crate) fn forward(&self, x: Tensor<2>, tokens: &Tokens<'_>) -> (Tensor<2>, Option<LogitStats>) {
         match self {
             Self::Mla(attention) => attention.forward(x, tokens, None),
             Self::Gqa(attention) => attention.forward(x, tokens, None),

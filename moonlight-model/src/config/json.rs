@@ -3,8 +3,8 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    AttentionConfig, ConfigError, GqaConfig, MlaConfig, ModelConfig, ModelType, MoeConfig, RopeConfig, Scoring,
-    TopkMethod, YarnConfig,
+    AttentionShape, ConfigError, GqaShape, MlaShape, ModelConfig, ModelType, MoeShape, RopeConfig, Scoring, TopkMethod,
+    YarnConfig,
 };
 
 /// transformers' default of `rope_theta` for every class of the family.
@@ -150,9 +150,9 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     let num_attention_heads = keys.size("num_attention_heads")?;
     let max_position_embeddings = keys.size("max_position_embeddings")?;
     let attention = if deepseek {
-        AttentionConfig::Mla(read_mla(&mut keys)?)
+        AttentionShape::Mla(read_mla(&mut keys)?)
     } else {
-        AttentionConfig::Gqa(read_gqa(&mut keys, model_type, hidden_size, num_attention_heads)?)
+        AttentionShape::Gqa(read_gqa(&mut keys, model_type, hidden_size, num_attention_heads)?)
     };
     let rope = read_rope(&mut keys, deepseek)?;
     let moe = if deepseek { read_moe(&mut keys, model_type)? } else { None };
@@ -192,8 +192,8 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     })
 }
 
-fn read_mla(keys: &mut Keys) -> Result<MlaConfig, ConfigError> {
-    Ok(MlaConfig {
+fn read_mla(keys: &mut Keys) -> Result<MlaShape, ConfigError> {
+    Ok(MlaShape {
         q_lora_rank: keys.optional_size("q_lora_rank")?,
         kv_lora_rank: keys.size("kv_lora_rank")?,
         qk_nope_head_dim: keys.size("qk_nope_head_dim")?,
@@ -209,9 +209,9 @@ fn read_gqa(
     model_type: ModelType,
     hidden_size: usize,
     num_attention_heads: usize,
-) -> Result<GqaConfig, ConfigError> {
+) -> Result<GqaShape, ConfigError> {
     let bias = keys.boolean("attention_bias")?.unwrap_or(false);
-    Ok(GqaConfig {
+    Ok(GqaShape {
         num_key_value_heads: keys.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads),
         head_dim: match keys.optional_size("head_dim")? {
             Some(head_dim) => head_dim,
@@ -270,7 +270,7 @@ fn read_yarn(keys: &mut Keys) -> Result<YarnConfig, ConfigError> {
     })
 }
 
-fn read_moe(keys: &mut Keys, model_type: ModelType) -> Result<Option<MoeConfig>, ConfigError> {
+fn read_moe(keys: &mut Keys, model_type: ModelType) -> Result<Option<MoeShape>, ConfigError> {
     // DeepSeek-V2's own class reads an absent `n_routed_experts` as "dense"; the family's files always have it.
     let Some(n_routed_experts) = keys.optional_size("n_routed_experts")? else {
         return Ok(None);
@@ -299,7 +299,7 @@ fn read_moe(keys: &mut Keys, model_type: ModelType) -> Result<Option<MoeConfig>,
             });
         }
     };
-    Ok(Some(MoeConfig {
+    Ok(Some(MoeShape {
         n_routed_experts,
         num_experts_per_tok: keys.size("num_experts_per_tok")?,
         moe_intermediate_size: keys.size("moe_intermediate_size")?,
@@ -345,7 +345,7 @@ fn write(config: &ModelConfig, map: &mut Map<String, Value>) {
         put("torch_dtype", json!(dtype));
     }
     match &config.attention {
-        AttentionConfig::Mla(mla) => {
+        AttentionShape::Mla(mla) => {
             put("q_lora_rank", json!(mla.q_lora_rank));
             put("kv_lora_rank", json!(mla.kv_lora_rank));
             put("qk_nope_head_dim", json!(mla.qk_nope_head_dim));
@@ -359,7 +359,7 @@ fn write(config: &ModelConfig, map: &mut Map<String, Value>) {
                 put("num_key_value_heads", json!(config.num_attention_heads));
             }
         }
-        AttentionConfig::Gqa(gqa) => {
+        AttentionShape::Gqa(gqa) => {
             put("num_key_value_heads", json!(gqa.num_key_value_heads));
             put("head_dim", json!(gqa.head_dim));
             if config.model_type == ModelType::Llama {
@@ -368,7 +368,7 @@ fn write(config: &ModelConfig, map: &mut Map<String, Value>) {
         }
     }
     put("rope_theta", json!(config.rope.theta));
-    if config.rope.interleave != matches!(config.attention, AttentionConfig::Mla(_)) {
+    if config.rope.interleave != matches!(config.attention, AttentionShape::Mla(_)) {
         put("rope_interleave", json!(config.rope.interleave));
     }
     if let Some(yarn) = &config.rope.yarn {

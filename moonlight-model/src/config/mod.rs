@@ -30,8 +30,8 @@ pub enum ModelType {
 
 /// The shape of a decoder-only language model of the Moonlight family.
 ///
-/// Field names are those of the published `config.json`, grouped: [`AttentionConfig`], [`RopeConfig`],
-/// [`MoeConfig`]. Build one with [`ModelConfig::from_json`] or [`ModelConfig::preset`].
+/// Field names are those of the published `config.json`, grouped: [`AttentionShape`], [`RopeConfig`],
+/// [`MoeShape`]. Build one with [`ModelConfig::from_json`] or [`ModelConfig::preset`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// The model class.
@@ -55,11 +55,11 @@ pub struct ModelConfig {
     /// Whether the head is the embedding, transposed.
     pub tie_word_embeddings: bool,
     /// Multi-head latent attention, or grouped-query attention.
-    pub attention: AttentionConfig,
+    pub attention: AttentionShape,
     /// Rotary position embedding.
     pub rope: RopeConfig,
     /// Experts; `None` for a dense model.
-    pub moe: Option<MoeConfig>,
+    pub moe: Option<MoeShape>,
     /// First token of a text, where the tokenizer adds one.
     pub bos_token_id: Option<u32>,
     /// Tokens that end a generation.
@@ -72,16 +72,16 @@ pub struct ModelConfig {
 
 /// How a layer attends.
 #[derive(Debug, Clone, PartialEq)]
-pub enum AttentionConfig {
+pub enum AttentionShape {
     /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
-    Mla(MlaConfig),
+    Mla(MlaShape),
     /// Grouped-query attention (Llama, Qwen2).
-    Gqa(GqaConfig),
+    Gqa(GqaShape),
 }
 
 /// Multi-head latent attention.
 #[derive(Debug, Clone, PartialEq)]
-pub struct MlaConfig {
+pub struct MlaShape {
     /// Width of the query latent; `None` projects queries directly (Moonlight).
     pub q_lora_rank: Option<usize>,
     /// Width of the latent that keys and values are expanded from, and that the cache holds.
@@ -102,7 +102,7 @@ pub struct MlaConfig {
 
 /// Grouped-query attention.
 #[derive(Debug, Clone, PartialEq)]
-pub struct GqaConfig {
+pub struct GqaShape {
     /// Number of key and value heads; divides the number of query heads.
     pub num_key_value_heads: usize,
     /// Width of a head.
@@ -148,7 +148,7 @@ pub struct YarnConfig {
 
 /// Routed and shared experts.
 #[derive(Debug, Clone, PartialEq)]
-pub struct MoeConfig {
+pub struct MoeShape {
     /// Number of routed experts.
     pub n_routed_experts: usize,
     /// Routed experts that each token visits.
@@ -228,31 +228,31 @@ const KNOWN_MODEL_TYPES: &str = "deepseek_v3, deepseek_v2, kimi_k2, kimi_k25, ki
 
 impl ModelConfig {
     /// The experts' configuration of layer `layer`, or `None` where the layer is dense.
-    pub fn moe_of_layer(&self, layer: usize) -> Option<&MoeConfig> {
+    pub fn moe_of_layer(&self, layer: usize) -> Option<&MoeShape> {
         self.moe.as_ref().filter(|moe| layer >= moe.first_k_dense_replace && layer.is_multiple_of(moe.moe_layer_freq))
     }
 
     /// Width of one head's query and key.
     pub fn qk_head_dim(&self) -> usize {
         match &self.attention {
-            AttentionConfig::Mla(mla) => mla.qk_nope_head_dim + mla.qk_rope_head_dim,
-            AttentionConfig::Gqa(gqa) => gqa.head_dim,
+            AttentionShape::Mla(mla) => mla.qk_nope_head_dim + mla.qk_rope_head_dim,
+            AttentionShape::Gqa(gqa) => gqa.head_dim,
         }
     }
 
     /// Dimensions of a head that the rotary embedding turns.
     pub fn rope_dim(&self) -> usize {
         match &self.attention {
-            AttentionConfig::Mla(mla) => mla.qk_rope_head_dim,
-            AttentionConfig::Gqa(gqa) => gqa.head_dim,
+            AttentionShape::Mla(mla) => mla.qk_rope_head_dim,
+            AttentionShape::Gqa(gqa) => gqa.head_dim,
         }
     }
 
     /// Values that the cache keeps for each token and layer: 576 for Moonlight.
     pub fn cache_values_per_token(&self) -> usize {
         match &self.attention {
-            AttentionConfig::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
-            AttentionConfig::Gqa(gqa) => 2 * gqa.num_key_value_heads * gqa.head_dim,
+            AttentionShape::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
+            AttentionShape::Gqa(gqa) => 2 * gqa.num_key_value_heads * gqa.head_dim,
         }
     }
 
@@ -261,7 +261,7 @@ impl ModelConfig {
     pub fn softmax_scale(&self) -> f64 {
         let scale = (self.qk_head_dim() as f64).powf(-0.5);
         match (&self.attention, &self.rope.yarn) {
-            (AttentionConfig::Mla(_), Some(yarn)) => match yarn.mscale_all_dim {
+            (AttentionShape::Mla(_), Some(yarn)) => match yarn.mscale_all_dim {
                 Some(all_dim) if all_dim != 0.0 => scale * yarn_mscale(yarn.factor, all_dim).powi(2),
                 _ => scale,
             },

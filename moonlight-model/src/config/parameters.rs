@@ -1,6 +1,6 @@
 //! Every parameter of a model with its shape, counted without allocating one.
 
-use super::{AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MoeConfig, TopkMethod};
+use super::{AttentionShape, GqaShape, MlaShape, ModelConfig, MoeShape, TopkMethod};
 
 /// One tensor of the model, under the path that Burn's module visitors see.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,8 +62,8 @@ impl ModelConfig {
             list.prefix = format!("layers.{layer}.");
             list.push("input_layernorm.weight", [hidden], ParameterKind::Norm);
             match &self.attention {
-                AttentionConfig::Mla(mla) => self.push_mla(&mut list, mla),
-                AttentionConfig::Gqa(gqa) => self.push_gqa(&mut list, gqa),
+                AttentionShape::Mla(mla) => self.push_mla(&mut list, mla),
+                AttentionShape::Gqa(gqa) => self.push_gqa(&mut list, gqa),
             }
             list.push("post_attention_layernorm.weight", [hidden], ParameterKind::Norm);
             match self.moe_of_layer(layer) {
@@ -99,7 +99,7 @@ impl ModelConfig {
         count
     }
 
-    fn push_mla(&self, list: &mut List, mla: &MlaConfig) {
+    fn push_mla(&self, list: &mut List, mla: &MlaShape) {
         let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
         let bias = mla.attention_bias;
         let queries = heads * self.qk_head_dim();
@@ -118,7 +118,7 @@ impl ModelConfig {
         list.push_linear("self_attn.o_proj", heads * mla.v_head_dim, hidden, bias);
     }
 
-    fn push_gqa(&self, list: &mut List, gqa: &GqaConfig) {
+    fn push_gqa(&self, list: &mut List, gqa: &GqaShape) {
         let queries = self.num_attention_heads * gqa.head_dim;
         let keys = gqa.num_key_value_heads * gqa.head_dim;
         list.push_linear("self_attn.q_proj", self.hidden_size, queries, gqa.qkv_bias);
@@ -127,7 +127,7 @@ impl ModelConfig {
         list.push_linear("self_attn.o_proj", queries, self.hidden_size, gqa.o_bias);
     }
 
-    fn push_moe(&self, list: &mut List, moe: &MoeConfig) {
+    fn push_moe(&self, list: &mut List, moe: &MoeShape) {
         let (hidden, experts, width) = (self.hidden_size, moe.n_routed_experts, moe.moe_intermediate_size);
         list.push("mlp.router.weight", [hidden, experts], ParameterKind::Router);
         if moe.topk_method == TopkMethod::NoauxTc {

@@ -1,6 +1,6 @@
 //! Impossible combinations, each refused by the name of its field.
 
-use super::{AttentionConfig, ConfigError, ModelConfig, MoeConfig, TopkMethod};
+use super::{AttentionShape, ConfigError, ModelConfig, MoeShape, TopkMethod};
 
 /// More layers than any decoder has. Lists by layer are no longer than this, whatever a file says.
 const MOST_LAYERS: usize = 10_000;
@@ -69,7 +69,7 @@ impl ModelConfig {
 
     fn validate_attention(&self) -> Result<(), ConfigError> {
         match &self.attention {
-            AttentionConfig::Mla(mla) => {
+            AttentionShape::Mla(mla) => {
                 if let Some(rank) = mla.q_lora_rank {
                     size(rank, "q_lora_rank", WIDEST)?;
                 }
@@ -82,7 +82,7 @@ impl ModelConfig {
                     format!("is {}, but the rotary embedding turns pairs: it must be even", mla.qk_rope_head_dim)
                 })
             }
-            AttentionConfig::Gqa(gqa) => {
+            AttentionShape::Gqa(gqa) => {
                 size(gqa.num_key_value_heads, "num_key_value_heads", MOST_HEADS)?;
                 size(gqa.head_dim, "head_dim", MOST_HEADS)?;
                 require(
@@ -113,7 +113,7 @@ impl ModelConfig {
         })
     }
 
-    fn validate_moe(&self, moe: &MoeConfig) -> Result<(), ConfigError> {
+    fn validate_moe(&self, moe: &MoeShape) -> Result<(), ConfigError> {
         size(moe.n_routed_experts, "n_routed_experts", MOST_EXPERTS)?;
         positive(moe.num_experts_per_tok, "num_experts_per_tok")?;
         size(moe.moe_intermediate_size, "moe_intermediate_size", WIDEST)?;
@@ -165,7 +165,7 @@ mod tests {
         }
     }
 
-    fn moe(config: &mut ModelConfig) -> &mut MoeConfig {
+    fn moe(config: &mut ModelConfig) -> &mut MoeShape {
         config.moe.as_mut().unwrap()
     }
 
@@ -181,8 +181,8 @@ mod tests {
         assert_eq!(refused(|c| (moe(c).n_group, moe(c).topk_group) = (16, 1)), "num_experts_per_tok");
         assert_eq!(
             refused(|c| match &mut c.attention {
-                AttentionConfig::Mla(mla) => mla.qk_rope_head_dim = 63,
-                AttentionConfig::Gqa(_) => unreachable!("Moonlight has MLA"),
+                AttentionShape::Mla(mla) => mla.qk_rope_head_dim = 63,
+                AttentionShape::Gqa(_) => unreachable!("Moonlight has MLA"),
             }),
             "qk_rope_head_dim"
         );
@@ -190,9 +190,9 @@ mod tests {
 
     #[test]
     fn sizes_that_no_model_has_name_their_field() {
-        let mla = |config: &mut ModelConfig, change: fn(&mut super::super::MlaConfig)| match &mut config.attention {
-            AttentionConfig::Mla(mla) => change(mla),
-            AttentionConfig::Gqa(_) => unreachable!("Moonlight has MLA"),
+        let mla = |config: &mut ModelConfig, change: fn(&mut super::super::MlaShape)| match &mut config.attention {
+            AttentionShape::Mla(mla) => change(mla),
+            AttentionShape::Gqa(_) => unreachable!("Moonlight has MLA"),
         };
         const HUGE: usize = 1_000_000_000_000;
         assert_eq!(refused(|c| c.num_hidden_layers = HUGE), "num_hidden_layers");

@@ -18,7 +18,7 @@ pub use target::TARGET_GROUPS;
 
 use crate::config::{ModelConfig, ParameterKind};
 use crate::model::CausalLm;
-use crate::slot::Slot;
+use crate::projections::ProjectionMut;
 use low_rank::{DropoutSeed, mix};
 use target::Target;
 
@@ -153,7 +153,7 @@ impl CausalLm {
             .collect::<Result<Vec<_>, _>>()?;
         let mut model = self.merge().frozen();
         let device = model.embed_tokens.weight.val().device();
-        let mut slots = model.slots();
+        let mut slots = model.projections_mut();
         for (text, target) in &targets {
             if !slots.iter().any(|(path, _)| target.matches(path)) {
                 let mut known: Vec<String> =
@@ -167,10 +167,10 @@ impl CausalLm {
         let wanted = slots.iter_mut().filter(|(path, _)| targets.iter().any(|(_, target)| target.matches(path)));
         for (index, (_, slot)) in wanted.enumerate() {
             match slot {
-                Slot::Matrix(slot) => {
+                ProjectionMut::Matrix(slot) => {
                     *slot.lora = Some(fresh(slot.dims(), config, (seed, index), &shared, &device));
                 }
-                Slot::Experts(slot) => {
+                ProjectionMut::Experts(slot) => {
                     *slot.lora = Some(fresh(slot.dims(), config, (seed, index), &shared, &device));
                 }
             }
@@ -187,16 +187,16 @@ impl CausalLm {
         let mut model = self.merge().frozen();
         let device = model.embed_tokens.weight.val().device();
         let shared = DropoutSeed::default();
-        let mut slots = model.slots();
+        let mut slots = model.projections_mut();
         for adapter in adapters {
             let Some(index) = slots.iter().position(|(path, _)| *path == adapter.path) else {
                 return Err(LoraError::NoSuchProjection { path: adapter.path });
             };
             match &mut slots[index].1 {
-                Slot::Matrix(slot) => {
+                ProjectionMut::Matrix(slot) => {
                     *slot.lora = Some(given(slot.dims(), adapter, index, &shared, &device)?);
                 }
-                Slot::Experts(slot) => {
+                ProjectionMut::Experts(slot) => {
                     *slot.lora = Some(given(slot.dims(), adapter, index, &shared, &device)?);
                 }
             }
@@ -205,12 +205,12 @@ impl CausalLm {
     }
 
     /// The model with its adapters added to its weights; gradients reach the weights as they did before. A weight in few
-    /// bits that has an adapter is unpacked for it.
+    /// bits that has an adapter is dequantized for it.
     pub fn merge(mut self) -> Self {
-        for (_, slot) in self.slots() {
+        for (_, slot) in self.projections_mut() {
             match slot {
-                Slot::Matrix(slot) => slot.merge(),
-                Slot::Experts(slot) => slot.merge(),
+                ProjectionMut::Matrix(slot) => slot.merge(),
+                ProjectionMut::Experts(slot) => slot.merge(),
             }
         }
         self
@@ -224,12 +224,12 @@ impl CausalLm {
     /// The values of all adapters, in the order of the model.
     pub fn adapters(&self) -> Vec<Adapter> {
         let mut model = self.clone();
-        let slots = model.slots();
+        let slots = model.projections_mut();
         slots
             .into_iter()
             .filter_map(|(path, slot)| match slot {
-                Slot::Matrix(slot) => slot.lora.as_ref().map(|lora| taken(path, lora)),
-                Slot::Experts(slot) => slot.lora.as_ref().map(|lora| taken(path, lora)),
+                ProjectionMut::Matrix(slot) => slot.lora.as_ref().map(|lora| taken(path, lora)),
+                ProjectionMut::Experts(slot) => slot.lora.as_ref().map(|lora| taken(path, lora)),
             })
             .collect()
     }
@@ -257,9 +257,9 @@ impl CausalLm {
 
     fn dropout_seed(&self) -> Option<DropoutSeed> {
         let mut model = self.clone();
-        model.slots().iter().find_map(|(_, slot)| match slot {
-            Slot::Matrix(slot) => slot.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
-            Slot::Experts(slot) => slot.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
+        model.projections_mut().iter().find_map(|(_, slot)| match slot {
+            ProjectionMut::Matrix(slot) => slot.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
+            ProjectionMut::Experts(slot) => slot.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
         })
     }
 }

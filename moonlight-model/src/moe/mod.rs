@@ -9,7 +9,7 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
-use crate::config::{ModelConfig, MoeConfig};
+use crate::config::{ModelConfig, MoeShape};
 use crate::init::Init;
 use crate::kernels::{GroupLayout, combine_rows, dispatch_rows};
 use crate::mlp::Mlp;
@@ -50,7 +50,7 @@ pub(crate) struct MoeOutput {
 }
 
 impl Moe {
-    pub(crate) fn new(config: &ModelConfig, moe: &MoeConfig, init: Init, device: &Device) -> Self {
+    pub(crate) fn new(config: &ModelConfig, moe: &MoeShape, init: Init, device: &Device) -> Self {
         let shared_width = moe.n_shared_experts * moe.moe_intermediate_size;
         Self {
             router: Router::new(config.hidden_size, moe, init, device),

@@ -5,7 +5,7 @@ use burn::tensor::activation::{sigmoid, softmax};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
-use crate::config::{MoeConfig, Scoring, TopkMethod};
+use crate::config::{MoeShape, Scoring, TopkMethod};
 use crate::init::Init;
 
 /// Tokens that one task chooses for.
@@ -53,7 +53,7 @@ pub(crate) struct Routed {
 }
 
 impl Router {
-    pub(super) fn new(hidden: usize, moe: &MoeConfig, init: Init, device: &Device) -> Self {
+    pub(super) fn new(hidden: usize, moe: &MoeShape, init: Init, device: &Device) -> Self {
         let experts = moe.n_routed_experts;
         let bias = (moe.topk_method == TopkMethod::NoauxTc)
             .then(|| Initializer::Zeros.init([experts], device).set_require_grad(false));

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use moonlight_infer::parquet::ParquetError;
+
 /// Data that cannot be read, or that does not fit the recipe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DataError {
@@ -34,15 +36,8 @@ pub enum DataError {
         problem: String,
     },
     /// A parquet file that cannot be read.
-    #[error("cannot read `{}`: {problem}", path.display())]
-    Parquet {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-        /// How to mend it.
-        hint: Option<String>,
-    },
+    #[error(transparent)]
+    Parquet(#[from] ParquetError),
     /// A record that is wrong.
     #[error("{}:{line}: {problem}", path.display())]
     Record {
@@ -91,7 +86,8 @@ impl DataError {
             Self::EmptyGlob { .. } => {
                 Some("globs are relative to the working directory; `**` matches any depth".into())
             }
-            Self::Record { hint, .. } | Self::Template { hint, .. } | Self::Parquet { hint, .. } => hint.clone(),
+            Self::Record { hint, .. } | Self::Template { hint, .. } => hint.clone(),
+            Self::Parquet(error) => error.hint(),
             Self::NoTokenizer => Some("write data.tokenizer = \"bytes\", or the path of one".into()),
             Self::Changed => Some("put the files back as they were, or start a new run".into()),
             _ => None,

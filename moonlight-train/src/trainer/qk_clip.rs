@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use moonlight_model::attention::Attention;
-use moonlight_model::config::AttentionConfig;
+use moonlight_model::config::AttentionShape;
 use moonlight_model::{CausalLm, Projection};
 use moonlight_optim::{HeadLayout, QkClip, WeightLayout, in_place_of};
 
@@ -14,10 +14,10 @@ pub(super) fn clip(mut model: CausalLm, largest: &[Vec<f64>], clip: QkClip) -> C
     let heads = model.config().num_attention_heads;
     let layout = WeightLayout::InOut;
     let parts = match &model.config().attention {
-        AttentionConfig::Mla(mla) => {
+        AttentionShape::Mla(mla) => {
             HeadLayout { heads, nope: mla.qk_nope_head_dim, rope: mla.qk_rope_head_dim, value: mla.v_head_dim, layout }
         }
-        AttentionConfig::Gqa(gqa) => HeadLayout { heads, nope: 0, rope: gqa.head_dim, value: 0, layout },
+        AttentionShape::Gqa(gqa) => HeadLayout { heads, nope: 0, rope: gqa.head_dim, value: 0, layout },
     };
     for (layer, largest) in model.layers.iter_mut().zip(largest) {
         let factors = clip.factors(largest);

@@ -1,0 +1,108 @@
+//! Weights in few bits in the model: close to the full ones, smaller, trained beside.
+
+mod common;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use common::moonlight;
+use moonlight_model::lora::{LoraConfig, LowRankSettings};
+use moonlight_model::{CausalLm, KvCache, LmBatch, ModelConfig, Probe, QuantBits};
+use serde_json::json;
+
+fn config() -> ModelConfig {
+    moonlight(json!({}))
+}
+
+fn tokens(device: &Device) -> Tensor<2, Int> {
+    let values: Vec<i32> = (0..28).map(|index| (index * 37 + index / 3) % 61).collect();
+    Tensor::from_data(TensorData::new(values, [2, 14]), device)
+}
+
+fn apart(a: Tensor<3>, b: Tensor<3>) -> f32 {
+    (a - b).abs().mean().into_scalar::<f32>()
+}
+
+/// The median: a token whose scores are nearly equal may visit another expert, and is far off then.
+fn median(a: Tensor<3>, b: Tensor<3>) -> f32 {
+    let mut apart = (a - b).abs().into_data().iter::<f32>().collect::<Vec<_>>();
+    apart.sort_by(f32::total_cmp);
+    apart[apart.len() / 2]
+}
+
+#[test]
+fn more_bits_are_closer_and_what_is_dequantized_computes_the_same() {
+    let device = Device::default();
+    let model = config().init(&device);
+    let whole = model.logits(tokens(&device), None);
+    let size = whole.clone().abs().mean().into_scalar::<f32>();
+    let off = [QuantBits::Eight, QuantBits::Four].map(|bits| {
+        let quantized = model.clone().quantized(bits);
+        let logits = quantized.logits(tokens(&device), None);
+        assert!(quantized.is_quantized() && !quantized.clone().dequantized().is_quantized());
+        assert!(apart(quantized.clone().dequantized().logits(tokens(&device), None), logits.clone()) < 1e-4 * size);
+        let mut cache = KvCache::new(&config(), 2, 14, &device, quantized.dtype());
+        let parts = [(0, 6), (6, 7), (7, 14)]
+            .map(|(start, end)| quantized.decode(tokens(&device).slice_dim(1, start..end), &mut cache));
+        assert!(apart(Tensor::cat(parts.to_vec(), 1), logits.clone()) < 1e-4 * size);
+        median(logits, whole.clone()) / size
+    });
+    // Rounding to 7 instead of 127 steps is 18 times as coarse.
+    assert!(off[0] < 0.08 && (6.0..40.0).contains(&(off[1] / off[0])), "{off:?}");
+}
+
+#[test]
+fn the_projections_take_eight_or_four_bits_and_a_scale() {
+    let device = Device::default();
+    let model = config().init(&device);
+    let shapes = config().parameter_shapes();
+    let values: u64 = shapes
+        .iter()
+        .filter(|shape| shape.path.contains("_proj"))
+        .map(|shape| shape.count().next_multiple_of(64))
+        .sum();
+    for (bits, per_value) in [(QuantBits::Eight, 8.5), (QuantBits::Four, 4.5)] {
+        let bytes = model.clone().quantized(bits).quantized_bytes() as f64;
+        // Each expert's matrix is filled up to whole blocks.
+        assert!((bytes / (values as f64 * per_value / 8.0) - 1.0).abs() < 0.1, "{bytes} for {values} values");
+    }
+}
+
+#[test]
+fn adapters_have_the_gradients_of_the_unpacked_base() {
+    let device = Device::default().autodiff();
+    let lora = LoraConfig {
+        rank: 3,
+        settings: LowRankSettings { alpha: 6.0, rslora: false, dropout: 0.0 },
+        targets: vec!["all".into()],
+    };
+    let batch = LmBatch {
+        tokens: tokens(&device),
+        targets: tokens(&device).flip([1]),
+        loss_mask: Tensor::ones([2, 14], &device),
+        segments: None,
+    };
+    for bits in [QuantBits::Eight, QuantBits::Four] {
+        let quantized = config().init(&device).quantized(bits);
+        let plain = quantized.clone().dequantized().with_lora(&lora, 5).unwrap();
+        let quantized = quantized.with_lora(&lora, 5).unwrap();
+        assert!(quantized.is_quantized());
+        let gradient = |model: &CausalLm| {
+            let gradients = model.loss(&batch, 0.0, Probe::default()).loss_sum.backward();
+            let b = &model.layers[1].mlp;
+            let moonlight_model::FeedForward::Moe(moe) = b else { panic!("layer 1 has experts") };
+            let experts = moe.experts.down_lora.as_ref().unwrap().b.val().grad(&gradients).unwrap();
+            let moonlight_model::attention::Attention::Mla(attention) = &model.layers[0].self_attn else {
+                panic!("Moonlight has latent attention")
+            };
+            let query = attention.q_proj.as_ref().unwrap().lora.as_ref().unwrap().b.val().grad(&gradients).unwrap();
+            let flat = |data: TensorData| data.iter::<f32>().collect::<Vec<_>>();
+            [flat(experts.into_data()), flat(query.into_data())]
+        };
+        for (ours, expected) in gradient(&quantized).into_iter().zip(gradient(&plain)) {
+            let size = expected.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+            let off = ours.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(size > 0.0 && off < 1e-3 * size, "{off} of {size}");
+        }
+        // Merging is unpacking and adding.
+        assert!(!quantized.merge().is_quantized());
+    }
+}
