@@ -295,8 +295,8 @@ thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs a call, and gives its outcome or the message of its panic, which is not printed.
-fn caught(call: Call, plan: &Plan, device: &Device, dtype: DType, empty: bool) -> Result<Outcome, String> {
+/// Has panics of quiet threads not printed.
+fn install_hook() {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let print = std::panic::take_hook();
@@ -306,6 +306,11 @@ fn caught(call: Call, plan: &Plan, device: &Device, dtype: DType, empty: bool) -
             }
         }));
     });
+}
+
+/// Runs a call, and gives its outcome or the message of its panic, which is not printed.
+fn caught(call: Call, plan: &Plan, device: &Device, dtype: DType, empty: bool) -> Result<Outcome, String> {
+    install_hook();
     let mut arguments = Arguments { plan, device: device.clone(), dtype, empty, made: 0 };
     QUIET.set(true);
     let result = catch_unwind(AssertUnwindSafe(|| call(&mut arguments)));
@@ -362,6 +367,31 @@ proptest! {
     #[test]
     fn hostile_arguments_are_refused_or_give_what_the_reference_gives(plan in plans(5)) {
         check(&plan)?;
+    }
+}
+
+proptest! {
+    /// A layout of choices keeps the rules by which layouts of parts are accepted.
+    #[test]
+    fn hostile_choices_are_refused_or_give_a_valid_layout(
+        choices in prop::collection::vec(prop_oneof![9 => 0_u32..6, 1 => any::<u32>()], 0..40),
+        k in 0_usize..4,
+        groups in 0_usize..7,
+    ) {
+        install_hook();
+        QUIET.set(true);
+        let layout = catch_unwind(|| GroupLayout::from_choices(&choices, k, groups));
+        QUIET.set(false);
+        let valid = k > 0 && groups > 0 && choices.len() % k == 0 && choices.iter().all(|&choice| (choice as usize) < groups);
+        prop_assert_eq!(layout.is_ok(), valid);
+        if let Ok(layout) = layout {
+            let (offsets, tokens, rows) = (layout.offsets(), layout.token_of_row(), layout.row_of_slot());
+            let parts = GroupLayout::from_parts(offsets.to_vec(), tokens.to_vec(), rows.to_vec(), k);
+            prop_assert_eq!(parts.as_ref(), Ok(&layout));
+            for (slot, &choice) in choices.iter().enumerate() {
+                prop_assert!(layout.group(choice as usize).contains(&(rows[slot] as usize)));
+            }
+        }
     }
 }
 
