@@ -2,7 +2,7 @@
 
 use glob::{MatchOptions, Pattern};
 
-/// A glob in which dots are what slashes are for files: `*` stands for any characters within one name, `**` for any number
+/// A glob over dotted names: `*` matches any characters within one name, `**` any number
 /// of names, `?` for one character, `[0-9]` for one of a set.
 #[derive(Debug, Clone)]
 pub struct NamePattern(Pattern);

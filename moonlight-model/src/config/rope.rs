@@ -16,8 +16,8 @@ pub struct RopeConfig {
     /// Base of the frequencies.
     #[config(default = 10_000.0)]
     pub theta: f64,
-    /// Whether dimension pairs lie beside each other, `(x0, x1), (x2, x3)`, as in the DeepSeek family, or half
-    /// a head apart, `(x0, x_{d/2})`, as in Llama.
+    /// Whether a pair are neighbouring dimensions, `(x0, x1), (x2, x3)`, as in the DeepSeek family, or half a head apart,
+    /// `(x0, x_{d/2})`, as in Llama.
     #[config(default = true)]
     pub interleave: bool,
     /// Context extension by YaRN (arXiv 2309.00071).

@@ -49,7 +49,7 @@ pub(crate) struct DropoutSeed(Arc<AtomicU64>);
 
 impl DropoutSeed {
     pub(crate) fn set(&self, seed: Option<u64>) {
-        // One seed stands for "off"; a run that would draw it has another's masks.
+        // 0 means disabled, so a real seed of 0 is mapped to 1.
         self.0.store(seed.map_or(0, |seed| seed.max(1)), Ordering::Relaxed);
     }
 }
@@ -63,8 +63,8 @@ struct Dropout {
 }
 
 impl Dropout {
-    /// Drops a share of the values and scales the others up. The mask follows from the seed and the adapter alone, so
-    /// that a pass that is run again, for its gradients or behind a resume, drops the same values.
+    /// Drops a share of the values and scales the others up. The mask depends on the seed and the adapter only, so that
+    /// recomputing a pass, for its gradients or after a resume, drops the same values.
     fn apply(&self, x: Tensor<2>, share: f64) -> Tensor<2> {
         let seed = self.seed.0.load(Ordering::Relaxed);
         if share == 0.0 || seed == 0 {

@@ -10,7 +10,7 @@
 pub(crate) mod low_rank;
 mod target;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -148,7 +148,7 @@ impl CausalLm {
     /// Freezes the model and puts a fresh adapter beside each projection that a target matches.
     ///
     /// `A` is uniform within `1 / sqrt(in)`, which is what peft's `kaiming_uniform_(a=sqrt(5))` comes to, and depends on
-    /// `seed` alone; `B` is zero. Adapters that were there are merged first.
+    /// `seed` only; `B` is zero. Existing adapters are merged first.
     ///
     /// # Errors
     ///
@@ -188,7 +188,7 @@ impl CausalLm {
         Ok(model)
     }
 
-    /// Freezes the model and gives it the adapters that are handed over; those that were there are merged first.
+    /// Freezes the model and gives it these adapters; existing ones are merged first.
     ///
     /// # Errors
     ///
@@ -197,15 +197,24 @@ impl CausalLm {
         let mut model = self.merge().frozen();
         let device = model.embed_tokens.weight.val().device();
         let shared = DropoutSeed::default();
-        let mut projections: HashMap<String, ProjectionMut<'_>> =
-            model.projections_mut().into_iter().map(|each| (each.path(), each.projection)).collect();
-        for (index, adapter) in adapters.into_iter().enumerate() {
-            match projections.get_mut(&adapter.path) {
-                None => return Err(LoraError::NoSuchProjection { path: adapter.path }),
-                Some(ProjectionMut::Matrix(weight)) => {
+        let mut projections = model.projections_mut();
+        let known: HashSet<String> = projections.iter().map(ModelProjection::path).collect();
+        let mut by_path: HashMap<String, Adapter> = HashMap::with_capacity(adapters.len());
+        for adapter in adapters {
+            if !known.contains(&adapter.path) {
+                return Err(LoraError::NoSuchProjection { path: adapter.path });
+            }
+            by_path.insert(adapter.path.clone(), adapter);
+        }
+        // Numbered as fresh ones are, so that a model that is read again has the dropout masks of the one that was written.
+        projections.retain(|each| by_path.contains_key(&each.path()));
+        for (index, each) in projections.into_iter().enumerate() {
+            let Some(adapter) = by_path.remove(&each.path()) else { continue };
+            match each.projection {
+                ProjectionMut::Matrix(weight) => {
                     *weight.lora = Some(given(weight.dims(), adapter, index, &shared, &device)?);
                 }
-                Some(ProjectionMut::Experts(weight)) => {
+                ProjectionMut::Experts(weight) => {
                     *weight.lora = Some(given(weight.dims(), adapter, index, &shared, &device)?);
                 }
             }
@@ -227,10 +236,10 @@ impl CausalLm {
         self.projections().into_iter().filter_map(of_projection).collect()
     }
 
-    /// From now on, in this model and its clones, adapters with a dropout drop a share of their inputs, by masks that
-    /// follow from `seed`; `None` ends that. Without adapters it does nothing.
+    /// Turns dropout on in the adapters of this model and its clones, with masks that depend on `seed`; `None` turns it off.
+    /// Does nothing without adapters. To be called once before each micro-batch.
     ///
-    /// The masks are drawn from the device's generator, which each pass seeds anew.
+    /// The masks are drawn from the device's generator, which each pass seeds again.
     pub fn set_dropout_seed(&self, seed: Option<u64>) {
         if let Some(shared) = self.dropout_seed() {
             shared.set(seed);
@@ -248,6 +257,7 @@ impl CausalLm {
         self.map(&mut Freeze)
     }
 
+    /// The seed that all adapters share; `None` without adapters.
     fn dropout_seed(&self) -> Option<DropoutSeed> {
         self.projections().into_iter().find_map(|each| match each.projection {
             ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
