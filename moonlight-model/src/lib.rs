@@ -107,6 +107,6 @@ pub use mlp::{Mlp, MlpConfig};
 pub use model::{CausalLm, HiddenOutput, LossOutput};
 pub use moe::{Experts, ExpertsConfig, Moe, MoeConfig, MoeOutput, Router, RouterConfig};
 pub use norm::{RmsNorm, RmsNormConfig};
-pub use pattern::NamePattern;
+pub use pattern::{NamePattern, PatternError};
 pub use projection::Projection;
 pub use quantization::{QuantBits, QuantizedWeight};

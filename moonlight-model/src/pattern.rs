@@ -7,14 +7,19 @@ use glob::{MatchOptions, Pattern};
 #[derive(Debug, Clone)]
 pub struct NamePattern(Pattern);
 
+/// A malformed pattern; the text says what is wrong with it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct PatternError(String);
+
 impl NamePattern {
     /// Compiles a pattern.
     ///
     /// # Errors
     ///
-    /// What is wrong with it.
-    pub fn new(pattern: &str) -> Result<Self, String> {
-        Pattern::new(&pattern.replace('.', "/")).map(Self).map_err(|error| error.msg.to_owned())
+    /// [`PatternError`] for a malformed glob.
+    pub fn new(pattern: &str) -> Result<Self, PatternError> {
+        Pattern::new(&pattern.replace('.', "/")).map(Self).map_err(|error| PatternError(error.msg.to_owned()))
     }
 
     /// Whether the whole of a name matches.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use burn::config::Config;
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Distribution, Tensor};
 
@@ -25,13 +26,15 @@ pub struct LowRank<const D: usize> {
 }
 
 /// The numbers of an adapter beside its matrices.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Config, Debug, Copy, PartialEq)]
 pub struct LowRankSettings {
     /// `alpha`: the change is scaled by `alpha / rank`.
     pub alpha: f64,
     /// Whether the scale is `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
+    #[config(default = false)]
     pub rslora: bool,
     /// The share of the adapter's inputs that is dropped in training.
+    #[config(default = 0.0)]
     pub dropout: f64,
 }
 

@@ -12,6 +12,7 @@ mod target;
 
 use std::collections::{HashMap, HashSet};
 
+use burn::config::Config;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
@@ -27,13 +28,27 @@ use low_rank::{DropoutSeed, mix};
 use target::Target;
 
 /// What adapters a model gets.
-#[derive(Debug, Clone, PartialEq)]
+///
+/// ```
+/// use burn::tensor::Device;
+/// use moonlight_model::ModelConfig;
+/// use moonlight_model::lora::{LoraConfig, LowRankSettings};
+///
+/// let mut config = ModelConfig::preset("bench-small")?;
+/// (config.vocab_size, config.hidden_size, config.num_hidden_layers) = (64, 32, 2);
+/// let lora = LoraConfig::new(4, LowRankSettings::new(8.0)).with_targets(vec!["attention".into()]);
+/// let model = config.init(&Device::default()).with_lora(&lora, 1)?;
+/// assert_eq!(model.adapters().len(), 2 * 4); // q, kv_a, kv_b and o of two layers
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Config, Debug, PartialEq)]
 pub struct LoraConfig {
     /// Columns of `A` and rows of `B`.
     pub rank: usize,
     /// Scaling and dropout.
     pub settings: LowRankSettings,
     /// Which projections: words of [`TARGET_GROUPS`], or ends of paths as globs (`q_proj`, `shared_experts.*`).
+    #[config(default = "vec![String::from(\"all\")]")]
     pub targets: Vec<String>,
 }
 
@@ -159,7 +174,7 @@ impl CausalLm {
             .iter()
             .map(|text| match Target::new(text) {
                 Ok(target) => Ok((text, target)),
-                Err(problem) => Err(LoraError::Target { target: text.clone(), problem }),
+                Err(error) => Err(LoraError::Target { target: text.clone(), problem: error.to_string() }),
             })
             .collect::<Result<Vec<_>, _>>()?;
         let mut model = self.merge().frozen();
