@@ -1,4 +1,4 @@
-//! What decoding remembers of the tokens so far.
+//! The KV cache of a model.
 
 use std::sync::Arc;
 
@@ -53,8 +53,8 @@ impl KvCache {
         self.capacity
     }
 
-    /// Forgets all but the first `length` tokens of a sequence, for a text that goes on differently from there; 0 makes
-    /// room for another text.
+    /// Keeps the first `length` tokens of a sequence and drops the rest, to continue the text differently from there; 0
+    /// empties the sequence.
     ///
     /// # Panics
     ///

@@ -80,7 +80,7 @@ impl ForwardContext {
         self
     }
 
-    /// The same on the device without gradients, for a model that is there.
+    /// The same on the device without gradients, for `model.valid()`.
     pub fn inner(self) -> Self {
         Self { rotation: self.rotation.map(Rotation::inner), ..self }
     }

@@ -1,8 +1,8 @@
-//! What a forward pass tells of itself.
+//! Statistics of a forward pass.
 
 use burn::tensor::Tensor;
 
-/// What to report beyond expert loads, which cost nothing.
+/// What to measure beyond expert loads, which cost nothing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Probe {
     /// The largest attention logit of each head and the share of logits above 100. Computes the logits once more.
@@ -16,12 +16,12 @@ pub struct ForwardStats {
     pub layers: Vec<LayerStats>,
 }
 
-/// What one layer tells.
+/// The statistics of one layer.
 #[derive(Debug, Clone, Default)]
 pub struct LayerStats {
     /// Index of the layer.
     pub layer: usize,
-    /// Tokens that each routed expert was given, `experts` numbers; `None` for a dense layer.
+    /// Number of tokens routed to each expert, `[experts]`; `None` for a dense layer.
     pub expert_load: Option<Vec<u64>>,
     /// The largest scaled attention logit of each head, f32 `[heads]`; `None` unless probed.
     pub max_attention_logit: Option<Tensor<1>>,

@@ -17,8 +17,8 @@ use crate::rope::RotaryEmbedding;
 
 /// A decoder-only language model of the Moonlight family.
 ///
-/// Made by [`ModelConfig::init`]; parameters are drawn when they are first used, so a model that is about to be loaded
-/// costs nothing.
+/// Should be created with [`ModelConfig::init`]; parameters are drawn when they are first used, so a model that is about
+/// to be loaded costs nothing.
 #[derive(Module, Debug)]
 pub struct CausalLm {
     /// `[vocab, hidden]`.
@@ -27,7 +27,7 @@ pub struct CausalLm {
     pub layers: Vec<DecoderLayer>,
     /// Before the head.
     pub norm: RmsNorm,
-    /// `[hidden, vocab]`; absent where the embedding serves.
+    /// `[hidden, vocab]`; absent where the embedding is the head, transposed.
     pub lm_head: Option<Linear>,
     #[module(skip)]
     config: ModelConfig,

@@ -2,19 +2,24 @@
 
 use glob::{MatchOptions, Pattern};
 
-/// A glob in which dots are what slashes are for files: `*` stands for any characters within one name, `**` for any number
+/// A glob over dotted names: `*` matches any characters within one name, `**` any number
 /// of names, `?` for one character, `[0-9]` for one of a set.
 #[derive(Debug, Clone)]
 pub struct NamePattern(Pattern);
+
+/// A malformed pattern; the text says what is wrong with it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct PatternError(String);
 
 impl NamePattern {
     /// Compiles a pattern.
     ///
     /// # Errors
     ///
-    /// What is wrong with it.
-    pub fn new(pattern: &str) -> Result<Self, String> {
-        Pattern::new(&pattern.replace('.', "/")).map(Self).map_err(|error| error.msg.to_owned())
+    /// [`PatternError`] for a malformed glob.
+    pub fn new(pattern: &str) -> Result<Self, PatternError> {
+        Pattern::new(&pattern.replace('.', "/")).map(Self).map_err(|error| PatternError(error.msg.to_owned()))
     }
 
     /// Whether the whole of a name matches.

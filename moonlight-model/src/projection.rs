@@ -15,9 +15,9 @@ pub struct Projection {
     pub weight: Param<Tensor<2>>,
     /// `[out]`.
     pub bias: Option<Param<Tensor<1>>>,
-    /// What is trained in place of the weight, where there is one.
+    /// The adapter that is trained in place of the weight.
     pub lora: Option<LowRank<2>>,
-    /// The weight in few bits, where it is.
+    /// The weight in 8 or 4 bits, in place of `weight`.
     pub quantized: Option<QuantizedWeight>,
     #[module(skip)]
     pub(crate) role: ProjectionRole,
@@ -64,13 +64,13 @@ impl Projection {
     }
 }
 
-/// A weight with what may stand in its place and beside it.
+/// The quantized form and the adapter of a weight, where it has them.
 pub(crate) struct WeightRef<'a, const D: usize> {
     pub(crate) quantized: &'a Option<QuantizedWeight>,
     pub(crate) lora: &'a Option<LowRank<D>>,
 }
 
-/// See [`WeightRef`].
+/// A weight with its quantized form and its adapter.
 pub(crate) struct WeightMut<'a, const D: usize> {
     pub(crate) weight: &'a mut Param<Tensor<D>>,
     pub(crate) quantized: &'a mut Option<QuantizedWeight>,

@@ -1,8 +1,8 @@
 //! Weights in 8 or 4 bits, for models that are frozen.
 //!
-//! A matrix is cut into blocks of 64 values in the order in which it lies; a block is whole numbers and one f32 scale, its
-//! largest magnitude over the largest number: 8.5 or 4.5 bits a value, and an error of at most half a scale. The full matrix
-//! is there only inside of its product, forward and again backward (`dX = dY W^T`), one expert's at a time.
+//! A matrix is cut into blocks of 64 consecutive values; a block is integers and one f32 scale, its largest magnitude over
+//! the largest integer: 8.5 or 4.5 bits a value, and an error of at most half a scale. The full matrix exists only during
+//! its product, forward and again backward (`dX = dY W^T`), one expert's at a time.
 //!
 //! Burn 0.22.1 quantises as well, and was tried: on the CPU its 4-bit values take a byte each, and the product of a float
 //! and a quantised tensor dequantises the whole weight (all experts of a stack), which autodiff then keeps until the
@@ -32,7 +32,7 @@ impl QuantizedWeight {
     pub(crate) fn new(weight: Tensor<3>, bits: QuantBits) -> Self {
         let [experts, input, output] = weight.dims();
         let spec = PackedSpec { bits, input, output };
-        // What autodiff knows of the weight ends here.
+        // The quantized weight has no gradient.
         let autodiff = weight.is_autodiff();
         let weight = if autodiff { weight.inner() } else { weight };
         let quantized: Vec<_> = (0..experts)
@@ -48,7 +48,7 @@ impl QuantizedWeight {
         Self { values: Param::initialized(ParamId::new(), values), scales, spec }
     }
 
-    /// The matrices again, f32 `[experts, in, out]`.
+    /// The matrices in full, f32 `[experts, in, out]`.
     pub(crate) fn dequantized(&self) -> Tensor<3> {
         let PackedSpec { bits, input, output } = self.spec;
         let (values, scales) = (self.values.val(), self.scales.val());

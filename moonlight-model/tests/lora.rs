@@ -239,6 +239,37 @@ fn dropout_follows_its_seed_and_is_off_without_one() {
     close(model.clone().merge().logits(tokens(2, 9, &device), None), model.logits(tokens(2, 9, &device), None));
 }
 
+/// A run that is resumed reads its adapters back, and must drop what the run before it would have dropped.
+#[test]
+fn adapters_that_are_read_back_have_the_same_masks() {
+    struct MoveB(bool);
+    impl ModuleMapper for MoveB {
+        fn enter_module(&mut self, name: &str, _container_type: &str) {
+            self.0 = name == "b";
+        }
+
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            if self.0 { param.map(|b| b + 0.1) } else { param }
+        }
+    }
+    let _alone = alone();
+    let device = Device::default();
+    let base = moonlight(json!({})).init(&device);
+    for targets in [&["all"][..], &["experts", "self_attn.o_proj"]] {
+        let mut config = lora(targets);
+        config.dropout = 0.5;
+        let fresh = base.clone().with_lora(&config, 3).unwrap().map(&mut MoveB(false));
+        let read = base.clone().with_adapters(fresh.adapters()).unwrap();
+        let logits = |model: &CausalLm| {
+            model.set_dropout_seed(Some(7));
+            model.logits(tokens(2, 9, &device), None).into_data()
+        };
+        assert_eq!(logits(&read), logits(&fresh), "{targets:?}");
+        fresh.set_dropout_seed(None);
+        assert_ne!(fresh.logits(tokens(2, 9, &device), None).into_data(), logits(&read), "{targets:?}");
+    }
+}
+
 /// The mean over many masks is the pass without any, where everything behind it is linear.
 #[test]
 fn dropout_keeps_the_mean() {

@@ -9,8 +9,7 @@ use crate::kernels::{Run, in_step};
 #[derive(Debug)]
 pub(crate) struct LayerCache {
     store: Option<Tensor<4>>,
-    /// Weights as the decoding products want them, made when they are first wanted; what they are is the attention's
-    /// affair.
+    /// Weights laid out for decoding, made at the first use; each kind of attention decides which.
     pub(crate) prepared: Option<Vec<Tensor<3>>>,
 }
 

@@ -256,7 +256,7 @@ mod tests {
         assert!((published.softmax_scale() - expected).abs() < 1e-12);
     }
 
-    /// Whatever a shape is written with can be read from a recipe, and the other way round.
+    /// Recipes know the keys of a shape by this list.
     #[test]
     fn every_key_that_is_written_is_in_the_list() {
         let known = shape_keys();

@@ -18,8 +18,8 @@ pub struct RopeConfig {
     #[config(default = 10_000.0)]
     #[cfg_attr(feature = "schema", schemars(rename = "rope_theta"))]
     pub theta: f64,
-    /// Whether dimension pairs lie beside each other, `(x0, x1), (x2, x3)`, as in the DeepSeek family, or half
-    /// a head apart, `(x0, x_{d/2})`, as in Llama.
+    /// Whether a pair are neighbouring dimensions, `(x0, x1), (x2, x3)`, as in the DeepSeek family, or half a head apart,
+    /// `(x0, x_{d/2})`, as in Llama.
     #[config(default = true)]
     #[cfg_attr(feature = "schema", schemars(rename = "rope_interleave"))]
     pub interleave: bool,

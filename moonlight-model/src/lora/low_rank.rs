@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use burn::config::Config;
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Distribution, Tensor};
 
@@ -25,13 +26,15 @@ pub struct LowRank<const D: usize> {
 }
 
 /// The numbers of an adapter beside its matrices.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Config, Debug, Copy, PartialEq)]
 pub struct LowRankSettings {
     /// `alpha`: the change is scaled by `alpha / rank`.
     pub alpha: f64,
     /// Whether the scale is `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
+    #[config(default = false)]
     pub rslora: bool,
     /// The share of the adapter's inputs that is dropped in training.
+    #[config(default = 0.0)]
     pub dropout: f64,
 }
 
@@ -49,7 +52,7 @@ pub(crate) struct DropoutSeed(Arc<AtomicU64>);
 
 impl DropoutSeed {
     pub(crate) fn set(&self, seed: Option<u64>) {
-        // One seed stands for "off"; a run that would draw it has another's masks.
+        // 0 means disabled, so a real seed of 0 is mapped to 1.
         self.0.store(seed.map_or(0, |seed| seed.max(1)), Ordering::Relaxed);
     }
 }
@@ -63,8 +66,8 @@ struct Dropout {
 }
 
 impl Dropout {
-    /// Drops a share of the values and scales the others up. The mask follows from the seed and the adapter alone, so
-    /// that a pass that is run again, for its gradients or behind a resume, drops the same values.
+    /// Drops a share of the values and scales the others up. The mask depends on the seed and the adapter only, so that
+    /// recomputing a pass, for its gradients or after a resume, drops the same values.
     fn apply(&self, x: Tensor<2>, share: f64) -> Tensor<2> {
         let seed = self.seed.0.load(Ordering::Relaxed);
         if share == 0.0 || seed == 0 {

@@ -10,8 +10,9 @@
 pub(crate) mod low_rank;
 mod target;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
+use burn::config::Config;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,21 @@ use low_rank::{DropoutSeed, mix};
 use target::Target;
 
 /// What adapters a model gets. The defaults are those of "LoRA Without Regret" (Schulman, Thinking Machines 2025), on attention.
+///
+/// It is read from a file with every key optional; unknown keys are errors.
+///
+/// ```
+/// use burn::tensor::Device;
+/// use moonlight_model::ModelConfig;
+/// use moonlight_model::lora::LoraConfig;
+///
+/// let mut config = ModelConfig::preset("bench-small")?;
+/// (config.vocab_size, config.hidden_size, config.num_hidden_layers) = (64, 32, 2);
+/// let lora = LoraConfig::new().with_rank(4).with_alpha(8.0);
+/// let model = config.init(&Device::default()).with_lora(&lora, 1)?;
+/// assert_eq!(model.adapters().len(), 2 * 4); // q, kv_a, kv_b and o of two layers
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
@@ -51,7 +67,39 @@ impl Default for LoraConfig {
     }
 }
 
+impl Config for LoraConfig {}
+
 impl LoraConfig {
+    /// Rank 16 and alpha 32 on attention, without dropout.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets [`rank`](LoraConfig::rank).
+    pub fn with_rank(self, rank: usize) -> Self {
+        Self { rank, ..self }
+    }
+
+    /// Sets [`alpha`](LoraConfig::alpha).
+    pub fn with_alpha(self, alpha: f64) -> Self {
+        Self { alpha, ..self }
+    }
+
+    /// Sets [`dropout`](LoraConfig::dropout).
+    pub fn with_dropout(self, dropout: f64) -> Self {
+        Self { dropout, ..self }
+    }
+
+    /// Sets [`targets`](LoraConfig::targets).
+    pub fn with_targets(self, targets: Vec<String>) -> Self {
+        Self { targets, ..self }
+    }
+
+    /// Sets [`rslora`](LoraConfig::rslora).
+    pub fn with_rslora(self, rslora: bool) -> Self {
+        Self { rslora, ..self }
+    }
+
     /// The numbers of each adapter.
     pub fn settings(&self) -> LowRankSettings {
         LowRankSettings { alpha: self.alpha, rslora: self.rslora, dropout: self.dropout }
@@ -169,7 +217,7 @@ impl CausalLm {
     /// Freezes the model and puts a fresh adapter beside each projection that a target matches.
     ///
     /// `A` is uniform within `1 / sqrt(in)`, which is what peft's `kaiming_uniform_(a=sqrt(5))` comes to, and depends on
-    /// `seed` alone; `B` is zero. Adapters that were there are merged first.
+    /// `seed` only; `B` is zero. Existing adapters are merged first.
     ///
     /// # Errors
     ///
@@ -180,7 +228,7 @@ impl CausalLm {
             .iter()
             .map(|text| match Target::new(text) {
                 Ok(target) => Ok((text, target)),
-                Err(problem) => Err(LoraError::Target { target: text.clone(), problem }),
+                Err(error) => Err(LoraError::Target { target: text.clone(), problem: error.to_string() }),
             })
             .collect::<Result<Vec<_>, _>>()?;
         let mut model = self.merge().frozen();
@@ -209,7 +257,7 @@ impl CausalLm {
         Ok(model)
     }
 
-    /// Freezes the model and gives it the adapters that are handed over; those that were there are merged first.
+    /// Freezes the model and gives it these adapters; existing ones are merged first.
     ///
     /// # Errors
     ///
@@ -218,15 +266,24 @@ impl CausalLm {
         let mut model = self.merge().frozen();
         let device = model.embed_tokens.weight.val().device();
         let shared = DropoutSeed::default();
-        let mut projections: HashMap<String, ProjectionMut<'_>> =
-            model.projections_mut().into_iter().map(|each| (each.path(), each.projection)).collect();
-        for (index, adapter) in adapters.into_iter().enumerate() {
-            match projections.get_mut(&adapter.path) {
-                None => return Err(LoraError::NoSuchProjection { path: adapter.path }),
-                Some(ProjectionMut::Matrix(weight)) => {
+        let mut projections = model.projections_mut();
+        let known: HashSet<String> = projections.iter().map(ModelProjection::path).collect();
+        let mut by_path: HashMap<String, Adapter> = HashMap::with_capacity(adapters.len());
+        for adapter in adapters {
+            if !known.contains(&adapter.path) {
+                return Err(LoraError::NoSuchProjection { path: adapter.path });
+            }
+            by_path.insert(adapter.path.clone(), adapter);
+        }
+        // Numbered as fresh ones are, so that a model that is read again has the dropout masks of the one that was written.
+        projections.retain(|each| by_path.contains_key(&each.path()));
+        for (index, each) in projections.into_iter().enumerate() {
+            let Some(adapter) = by_path.remove(&each.path()) else { continue };
+            match each.projection {
+                ProjectionMut::Matrix(weight) => {
                     *weight.lora = Some(given(weight.dims(), adapter, index, &shared, &device)?);
                 }
-                Some(ProjectionMut::Experts(weight)) => {
+                ProjectionMut::Experts(weight) => {
                     *weight.lora = Some(given(weight.dims(), adapter, index, &shared, &device)?);
                 }
             }
@@ -248,10 +305,10 @@ impl CausalLm {
         self.projections().into_iter().filter_map(of_projection).collect()
     }
 
-    /// From now on, in this model and its clones, adapters with a dropout drop a share of their inputs, by masks that
-    /// follow from `seed`; `None` ends that. Without adapters it does nothing.
+    /// Turns dropout on in the adapters of this model and its clones, with masks that depend on `seed`; `None` turns it off.
+    /// Does nothing without adapters. To be called once before each micro-batch.
     ///
-    /// The masks are drawn from the device's generator, which each pass seeds anew.
+    /// The masks are drawn from the device's generator, which each pass seeds again.
     pub fn set_dropout_seed(&self, seed: Option<u64>) {
         if let Some(shared) = self.dropout_seed() {
             shared.set(seed);
@@ -269,6 +326,7 @@ impl CausalLm {
         self.map(&mut Freeze)
     }
 
+    /// The seed that all adapters share; `None` without adapters.
     fn dropout_seed(&self) -> Option<DropoutSeed> {
         self.projections().into_iter().find_map(|each| match each.projection {
             ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| lora.dropout_seed().clone()),

@@ -1,7 +1,7 @@
 //! Which projections get an adapter.
 
 use crate::parameter::ProjectionRole;
-use crate::pattern::NamePattern;
+use crate::pattern::{NamePattern, PatternError};
 
 /// The words that stand for a kind of projection.
 pub const TARGET_GROUPS: [&str; 5] = ["attention", "mlp", "shared_experts", "experts", "all"];
@@ -14,8 +14,7 @@ pub(super) enum Target {
 }
 
 impl Target {
-    /// The error is what is wrong with the glob.
-    pub(super) fn new(text: &str) -> Result<Self, String> {
+    pub(super) fn new(text: &str) -> Result<Self, PatternError> {
         if let Some(group) = TARGET_GROUPS.iter().find(|group| **group == text) {
             return Ok(Self::Group(group));
         }

@@ -61,17 +61,17 @@ pub struct Experts {
     pub up_proj: Param<Tensor<3>>,
     /// `[experts, width, hidden]`.
     pub down_proj: Param<Tensor<3>>,
-    /// What is trained in place of `gate_proj`, where there is one.
+    /// The adapter that is trained in place of `gate_proj`.
     pub gate_lora: Option<LowRank<3>>,
-    /// What is trained in place of `up_proj`.
+    /// The same for `up_proj`.
     pub up_lora: Option<LowRank<3>>,
-    /// What is trained in place of `down_proj`.
+    /// The same for `down_proj`.
     pub down_lora: Option<LowRank<3>>,
-    /// `gate_proj` in few bits, where it is; the weight is a single zero then.
+    /// `gate_proj` in 8 or 4 bits; the weight is a single zero then.
     pub gate_quantized: Option<QuantizedWeight>,
-    /// `up_proj` in few bits.
+    /// The same for `up_proj`.
     pub up_quantized: Option<QuantizedWeight>,
-    /// `down_proj` in few bits.
+    /// The same for `down_proj`.
     pub down_quantized: Option<QuantizedWeight>,
 }
 

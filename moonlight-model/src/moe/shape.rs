@@ -23,7 +23,7 @@ pub struct MoeShape {
     pub n_shared_experts: usize,
     /// The first layers that are dense.
     pub first_k_dense_replace: usize,
-    /// Every how many layers (after the dense ones) experts stand.
+    /// Every how many layers (after the dense ones) have experts.
     pub moe_layer_freq: usize,
     /// Groups that the experts are divided into.
     pub n_group: usize,

@@ -152,7 +152,7 @@ impl AttentionModule for GroupedQueryAttention {
         if new.are_prompts() {
             let mut kept = None;
             let (output, _) = self.attend(x, &new.tokens, Some(&mut kept));
-            let kept = kept.expect("the forward pass fills what it is handed");
+            let kept = kept.expect("`attend` fills it");
             cache.write(kept.reshape(row), &new.runs);
             return output;
         }

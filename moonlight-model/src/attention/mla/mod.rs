@@ -165,7 +165,7 @@ impl MultiHeadLatentAttention {
         let query = match (&self.q_proj, &self.q_a_proj, &self.q_a_layernorm, &self.q_b_proj) {
             (Some(whole), ..) => whole.forward(x),
             (None, Some(down), Some(norm), Some(up)) => up.forward(norm.forward(down.forward(x))),
-            _ => unreachable!("`new` makes either the one projection or all three parts"),
+            _ => unreachable!("`build` makes either the one projection or all three parts"),
         };
         let query = query.reshape([context.batch(), context.sequence(), self.heads, self.nope + self.rope]);
         context.rotation().apply(query, self.nope)
@@ -181,7 +181,7 @@ impl MultiHeadLatentAttention {
         (self.kv_a_layernorm.forward(latent), shared)
     }
 
-    /// The two halves of `kv_b_proj` as the decoding products want them, made once for a cache: `[heads, nope, latent]` and
+    /// The two halves of `kv_b_proj` laid out for decoding, made once for a cache: `[heads, nope, latent]` and
     /// `[heads, latent, value]`.
     fn absorbed(&self, cache: &mut LayerCache) -> [Tensor<3>; 2] {
         let halves = cache.prepared.get_or_insert_with(|| {
@@ -189,7 +189,7 @@ impl MultiHeadLatentAttention {
             let weight = weight.reshape([self.latent, self.heads, self.nope + self.value]).swap_dims(0, 1);
             let key = weight.clone().slice_dim(2, 0..self.nope).swap_dims(1, 2);
             let value = weight.slice_dim(2, self.nope..self.nope + self.value);
-            // Rows that lie apart cannot be seen as one matrix: this copies them, once for all tokens.
+            // A product needs contiguous rows: this copies them, once for all tokens.
             let copied = |tensor: Tensor<3>| {
                 let [heads, rows, columns] = tensor.dims();
                 tensor.reshape([heads * rows, columns]).reshape([heads, rows, columns])
@@ -217,7 +217,7 @@ impl AttentionModule for MultiHeadLatentAttention {
         if new.are_prompts() {
             let mut latents = None;
             let (output, _) = self.attend(x, &new.tokens, Some(&mut latents));
-            let latents = latents.expect("the forward pass fills what it is handed");
+            let latents = latents.expect("`attend` fills it");
             cache.write(latents.reshape([count, 1, latent + rope]), &new.runs);
             return output;
         }
