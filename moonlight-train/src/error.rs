@@ -3,8 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
+use moonlight_convert::{CheckpointError, FileError};
 use moonlight_infer::InferError;
 use moonlight_infer::chat::ChatError;
 use moonlight_infer::device::DeviceError;
@@ -14,6 +14,7 @@ use moonlight_optim::distributed::{CollectiveError, DistributedError};
 use moonlight_optim::{RuleError, StateError};
 
 use crate::data::DataError;
+use crate::hint::infer_hint;
 use crate::recipe::RecipeError;
 
 /// Why a program stopped. Every message is one sentence for the person who started it.
@@ -43,30 +44,17 @@ pub enum TrainError {
         /// What is wrong with it.
         source: StateError,
     },
-    /// A file of the run cannot be read.
-    #[error("`{}` cannot be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file of the run cannot be written.
-    #[error("`{}` cannot be written: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// A file of the run cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The run's folder is there already.
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
-    /// A loss or gradient that is no number.
+    /// A non-finite loss or gradient.
     #[error("step {step}: the {what} is {value}{}{}", worker.map(|worker| format!(" on worker {worker}"))
         .unwrap_or_default(), last_checkpoint.as_ref()
         .map(|path| format!("; the last good checkpoint is `{}`", path.display())).unwrap_or_default())]
-    NotFinite {
+    NonFinite {
         /// The step, counted from 1.
         step: u64,
         /// The loss or the gradient norm.
@@ -105,7 +93,7 @@ pub enum TrainError {
     },
     /// Another worker failed, and says so itself.
     #[error("another worker failed")]
-    Elsewhere,
+    RemoteFailure,
     /// burn-train's machinery failed.
     #[error("training stopped: {0}")]
     Stage(String),
@@ -116,46 +104,40 @@ impl TrainError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Recipe(error) => error.hint(),
-            Self::Infer(error) => error.hint(),
+            Self::Infer(error) => infer_hint(error),
             Self::Lora(error) => error.hint(),
             Self::Data(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
-            Self::RunExists(_) => Some("go on with it by `--resume`, or choose another `--set run.name=...`".into()),
-            Self::NotFinite { .. } => {
+            Self::RunExists(_) => Some("resume it with `--resume`, or choose another `--set run.name=...`".into()),
+            Self::NonFinite { .. } => {
                 Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
             }
             Self::Collective(error) => error.hint(),
             Self::Worker { source, .. } => source.hint(),
-            Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
+            Self::Killed => Some("resume from the newest checkpoint with `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),
-            Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("free some space and go on by `--resume`".into())
-            }
+            Self::File(error) if error.is_full() => Some("free some space and resume with `--resume`".into()),
             _ => None,
         }
     }
 
-    /// Says it on stderr, in one line and one more for the hint. What another worker says is not said again.
+    /// Logs it in one line, and its hint in another. The failure of another rank is not repeated.
     pub(crate) fn report(&self) {
-        if matches!(self, Self::Elsewhere) {
+        if matches!(self, Self::RemoteFailure) {
             return;
         }
-        // One line each, whatever a nested message holds.
+        // One line each, whatever a nested message contains.
         let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-        eprintln!("error: {}", line(self.to_string()));
-        if let Some(hint) = self.hint() {
-            eprintln!("hint: {}", line(hint));
-        }
+        let hint = self.hint().map(|hint| format!("\nhint: {}", line(hint))).unwrap_or_default();
+        tracing::error!("{}{hint}", line(self.to_string()));
     }
 
     pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Read { path, source }
+        FileError::read(path)
     }
 
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Write { path, source }
+        FileError::write(path)
     }
 }
 

@@ -1,18 +1,15 @@
 //! Pre-training, resuming, generating and scoring with the Moonlight family: the library behind `moonlight`.
 
-pub mod bigram;
+pub mod analysis;
 pub mod checkpoint;
 pub mod cli;
 pub mod data;
 pub mod error;
 mod frozen;
+mod hint;
 pub mod metrics;
 pub mod plan;
-pub mod plots;
 pub mod recipe;
 pub mod schedule;
-pub mod spectrum;
 pub mod tensorboard;
 pub mod trainer;
-
-use moonlight_infer::{self as weights, device, eval, generate, tokenizer};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use burn::tensor::Device;
 use common::SHAPE;
 use moonlight_model::{ModelConfig, Probe};
-use moonlight_train::data::{Corpus, HostBatch};
+use moonlight_train::data::{Dataset, HostBatch};
 use moonlight_train::recipe::Recipe;
 
 const RECIPE: &str = r#"
@@ -75,9 +75,9 @@ fn a_packed_conversation_has_the_loss_that_it_has_alone() {
     let losses = |pack: bool| {
         let mut data = recipe.data.clone();
         data.pack = pack;
-        let corpus = Corpus::open(&data, Some(&tokenizer), config.vocab_size, 0).unwrap();
+        let dataset = Dataset::open(&data, Some(&tokenizer), config.vocab_size, 0).unwrap();
         let mut losses = BTreeMap::new();
-        let mut stream = corpus.train_stream(2);
+        let mut stream = dataset.train_stream(2);
         let mut most = 0;
         while stream.position().epoch == 0 {
             let found = documents(&stream.next_batch().unwrap());

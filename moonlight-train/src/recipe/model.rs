@@ -16,6 +16,7 @@ use super::check::Check;
 use super::reader::flat;
 use super::run::optional_path;
 use super::schema::merged;
+use crate::hint::checkpoint_hint;
 
 /// Where the model comes from: the `path` of weights, or a shape to be initialised from scratch.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -178,7 +179,7 @@ impl ModelRecipe {
         if let Some(path) = &mut self.path {
             match resolve_model(&path) {
                 Ok(found) => *path = found,
-                Err(error) => check.invalid("model.path", format!("is wrong: {error}"), error.hint()),
+                Err(error) => check.invalid("model.path", format!("is wrong: {error}"), checkpoint_hint(&error)),
             }
         }
         if let Some(name) = self.preset.take() {

@@ -1,6 +1,6 @@
+use moonlight_infer::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
 
-use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_optim::{AdamWConfig, MomentumPrecision, MuonConfig, Precision, Rounding, Scale};
 
 use super::*;
