@@ -1,6 +1,6 @@
-use moonlight_infer::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
 
+use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_optim::{AdamWConfig, MomentumPrecision, MuonConfig, Precision, Rounding, Scale};
 
 use super::*;
@@ -386,7 +386,9 @@ fn parsing_looks_at_no_disk() {
 #[test]
 fn recipes_of_older_runs_mean_the_same() {
     let mut seen = 0;
-    for file in toml_files("moonlight-train/tests/old_recipes") {
+    let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/compat");
+    let runs = ["bf16", "lora", "pretrain", "workers"].map(|run| runs.join(run).join("recipe.toml"));
+    for file in toml_files("moonlight-train/tests/old_recipes").into_iter().chain(runs) {
         let text = std::fs::read_to_string(&file).unwrap();
         let old: toml::Table = toml::from_str(&text).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -409,7 +411,7 @@ fn recipes_of_older_runs_mean_the_same() {
         assert_eq!((recipe.optimizer.muon, recipe.optimizer.adamw), (muon, adamw), "{}", file.display());
         seen += 1;
     }
-    assert!(seen >= 2, "{seen}");
+    assert_eq!(seen, 10);
 }
 
 /// Muon and AdamW by the keys that a recipe had before it had all of theirs.
