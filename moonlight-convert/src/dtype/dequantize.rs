@@ -163,7 +163,7 @@ impl Checkpoint {
         let (height, columns) = source.dims(source.stored());
         let first = rows.start;
         with_rows!(self, source, first, bytes, lines => if source.transposed_in(layout) {
-            assert!(at.is_multiple_of(height), "a tensor of the stack begins with a row");
+            assert!(at.is_multiple_of(height), "a source begins with a row");
             let top = at / height;
             // SAFETY: the caller's promise: the columns of these rows are their places.
             let target = unsafe { target.block(height, top..top + columns, rows.clone()) };
