@@ -13,18 +13,31 @@ use burn::backend::{Autodiff, AutodiffBackend, Backend};
 use super::reference::AttentionSaved;
 use super::{AttentionSpec, CachedAttentionSpec, GroupLayout, Kernels, ModelOps, QuantizedSpec, RotationSpec};
 
+/// The result of `forward`, as a node of the graph where a parent is tracked; its gradient is given `state`, which may
+/// checkpoint parents by `prep`.
+macro_rules! node {
+    ($backward:ident, [$($parent:expr),+], |$prep:ident| $state:expr, $forward:expr) => {
+        match $backward.prepare::<C>([$($parent),+]).compute_bound().stateful() {
+            #[allow(unused_mut, reason = "not every state checkpoints a parent")]
+            OpsKind::Tracked(mut $prep) => {
+                let state = $state;
+                $prep.finish(state, $forward)
+            }
+            OpsKind::UnTracked(prep) => prep.finish($forward),
+        }
+    };
+}
+
 impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     fn project(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         let (rows_tracked, weight_tracked) = (rows.is_tracked(), weight.is_tracked());
-        match Project.prepare::<C>([rows.node(), weight.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                // Each is kept for the other's gradient alone: beside a frozen weight the rows are not.
-                let state =
-                    (weight_tracked.then(|| prep.checkpoint(&rows)), rows_tracked.then(|| prep.checkpoint(&weight)));
-                prep.finish(state, B::project_forward(rows.into_primitive(), weight.into_primitive()))
-            }
-            OpsKind::UnTracked(prep) => prep.finish(B::project_forward(rows.into_primitive(), weight.into_primitive())),
-        }
+        node!(
+            Project,
+            [rows.node(), weight.node()],
+            // Each is kept for the other's gradient alone: beside a frozen weight the rows are not.
+            |prep| (weight_tracked.then(|| prep.checkpoint(&rows)), rows_tracked.then(|| prep.checkpoint(&weight))),
+            B::project_forward(rows.into_primitive(), weight.into_primitive())
+        )
     }
 
     fn grouped_matmul(
@@ -33,19 +46,16 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         layout: Arc<GroupLayout>,
     ) -> FloatTensor<Self> {
         let (rows_tracked, weight_tracked) = (rows.is_tracked(), weight.is_tracked());
-        match GroupedMatmul.prepare::<C>([rows.node(), weight.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let state = (
-                    weight_tracked.then(|| prep.checkpoint(&rows)),
-                    rows_tracked.then(|| prep.checkpoint(&weight)),
-                    layout.clone(),
-                );
-                prep.finish(state, B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &layout))
-            }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &layout))
-            }
-        }
+        node!(
+            GroupedMatmul,
+            [rows.node(), weight.node()],
+            |prep| (
+                weight_tracked.then(|| prep.checkpoint(&rows)),
+                rows_tracked.then(|| prep.checkpoint(&weight)),
+                layout.clone(),
+            ),
+            B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &layout)
+        )
     }
 
     fn quantized_matmul(
@@ -56,24 +66,21 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         layout: Arc<GroupLayout>,
     ) -> FloatTensor<Self> {
         let scales = scales.into_primitive();
-        match QuantizedMatmul.prepare::<C>([rows.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let state = (values.clone(), scales.clone(), spec, layout.clone());
-                prep.finish(state, B::quantized_matmul_forward(rows.into_primitive(), values, scales, spec, &layout))
-            }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(B::quantized_matmul_forward(rows.into_primitive(), values, scales, spec, &layout))
-            }
-        }
+        node!(
+            QuantizedMatmul,
+            [rows.node()],
+            |prep| (values.clone(), scales.clone(), spec, layout.clone()),
+            B::quantized_matmul_forward(rows.into_primitive(), values, scales, spec, &layout)
+        )
     }
 
     fn dispatch_rows(tokens: FloatTensor<Self>, layout: Arc<GroupLayout>) -> FloatTensor<Self> {
-        match DispatchRows.prepare::<C>([tokens.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                prep.finish(layout.clone(), B::dispatch_rows_forward(tokens.into_primitive(), &layout))
-            }
-            OpsKind::UnTracked(prep) => prep.finish(B::dispatch_rows_forward(tokens.into_primitive(), &layout)),
-        }
+        node!(
+            DispatchRows,
+            [tokens.node()],
+            |prep| layout.clone(),
+            B::dispatch_rows_forward(tokens.into_primitive(), &layout)
+        )
     }
 
     fn combine_rows(
@@ -81,37 +88,30 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         weights: FloatTensor<Self>,
         layout: Arc<GroupLayout>,
     ) -> FloatTensor<Self> {
-        match CombineRows.prepare::<C>([rows.node(), weights.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let state = (prep.checkpoint(&rows), prep.checkpoint(&weights), layout.clone());
-                prep.finish(state, B::combine_rows_forward(rows.into_primitive(), weights.into_primitive(), &layout))
-            }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(B::combine_rows_forward(rows.into_primitive(), weights.into_primitive(), &layout))
-            }
-        }
+        node!(
+            CombineRows,
+            [rows.node(), weights.node()],
+            |prep| (prep.checkpoint(&rows), prep.checkpoint(&weights), layout.clone()),
+            B::combine_rows_forward(rows.into_primitive(), weights.into_primitive(), &layout)
+        )
     }
 
     fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        match Swiglu.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let state = (prep.checkpoint(&gate), prep.checkpoint(&up));
-                prep.finish(state, B::swiglu_forward(gate.into_primitive(), up.into_primitive()))
-            }
-            OpsKind::UnTracked(prep) => prep.finish(B::swiglu_forward(gate.into_primitive(), up.into_primitive())),
-        }
+        node!(
+            Swiglu,
+            [gate.node(), up.node()],
+            |prep| (prep.checkpoint(&gate), prep.checkpoint(&up)),
+            B::swiglu_forward(gate.into_primitive(), up.into_primitive())
+        )
     }
 
     fn rms_norm(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> {
-        match RmsNorm.prepare::<C>([x.node(), gain.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let state = (prep.checkpoint(&x), prep.checkpoint(&gain), epsilon);
-                prep.finish(state, B::rms_norm_forward(x.into_primitive(), gain.into_primitive(), epsilon))
-            }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(B::rms_norm_forward(x.into_primitive(), gain.into_primitive(), epsilon))
-            }
-        }
+        node!(
+            RmsNorm,
+            [x.node(), gain.node()],
+            |prep| (prep.checkpoint(&x), prep.checkpoint(&gain), epsilon),
+            B::rms_norm_forward(x.into_primitive(), gain.into_primitive(), epsilon)
+        )
     }
 
     fn rotate(
@@ -121,13 +121,12 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         spec: RotationSpec,
     ) -> FloatTensor<Self> {
         let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
-        match Rotate.prepare::<C>([x.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let state = (cos.clone(), sin.clone(), spec.clone());
-                prep.finish(state, B::rotate_forward(x.into_primitive(), cos, sin, &spec))
-            }
-            OpsKind::UnTracked(prep) => prep.finish(B::rotate_forward(x.into_primitive(), cos, sin, &spec)),
-        }
+        node!(
+            Rotate,
+            [x.node()],
+            |prep| (cos.clone(), sin.clone(), spec.clone()),
+            B::rotate_forward(x.into_primitive(), cos, sin, &spec)
+        )
     }
 
     fn latent_attention(
@@ -136,17 +135,16 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         shared_key: FloatTensor<Self>,
         spec: AttentionSpec,
     ) -> FloatTensor<Self> {
-        let nodes = [query.node(), key_value.node(), shared_key.node()];
+        let (query_node, key_node, shared_node) = (query.node(), key_value.node(), shared_key.node());
         let (query, key_value, shared_key) =
             (query.into_primitive(), key_value.into_primitive(), Some(shared_key.into_primitive()));
         let (output, log_sum) = B::attention_forward(query.clone(), key_value.clone(), shared_key.clone(), &spec);
-        match Attention.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let saved = AttentionSaved { query, key_value, shared_key, output: output.clone(), log_sum };
-                prep.finish((saved, spec), output)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(output),
-        }
+        node!(
+            Attention,
+            [query_node, key_node, shared_node],
+            |prep| (AttentionSaved { query, key_value, shared_key, output: output.clone(), log_sum }, spec),
+            output
+        )
     }
 
     fn grouped_attention(
@@ -154,16 +152,15 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         key_value: FloatTensor<Self>,
         spec: AttentionSpec,
     ) -> FloatTensor<Self> {
-        let nodes = [query.node(), key_value.node()];
+        let (query_node, key_node) = (query.node(), key_value.node());
         let (query, key_value) = (query.into_primitive(), key_value.into_primitive());
         let (output, log_sum) = B::attention_forward(query.clone(), key_value.clone(), None, &spec);
-        match Attention.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let saved = AttentionSaved { query, key_value, shared_key: None, output: output.clone(), log_sum };
-                prep.finish((saved, spec), output)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(output),
-        }
+        node!(
+            Attention,
+            [query_node, key_node],
+            |prep| (AttentionSaved { query, key_value, shared_key: None, output: output.clone(), log_sum }, spec),
+            output
+        )
     }
 
     // Decoding has no gradient.
@@ -176,13 +173,12 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     }
 
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
-        match CrossEntropy.prepare::<C>([logits.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let state = (prep.checkpoint(&logits), targets.clone());
-                prep.finish(state, B::cross_entropy_forward(logits.into_primitive(), targets))
-            }
-            OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy_forward(logits.into_primitive(), targets)),
-        }
+        node!(
+            CrossEntropy,
+            [logits.node()],
+            |prep| (prep.checkpoint(&logits), targets.clone()),
+            B::cross_entropy_forward(logits.into_primitive(), targets)
+        )
     }
 }
 
