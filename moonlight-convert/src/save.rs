@@ -10,17 +10,17 @@ use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::{CausalLm, ModelConfig};
 
 use crate::checkpoint::{CONFIG, Checkpoint};
-use crate::dtype::conversion::{self, Outcome, Plain, Weight, WeightDtype, with_weight};
+use crate::dtype::conversion::{self, Outcome, PlainRows, Weight, WeightDtype, with_weight};
 use crate::dtype::dequantize::Layout;
 use crate::dtype::transpose::transpose;
 use crate::error::CheckpointError;
 use crate::format::sidecars;
 use crate::io::atomic_dir::replace_directory;
 use crate::io::disk_space;
-use crate::io::parallel_copy::{self, Panel, Task, in_order, panels, transfer};
+use crate::io::parallel_copy::{self, CopyTask, RowChunk, in_order, row_chunks, transfer};
 use crate::io::writer::{OutTensor, Output, Sharding};
 use crate::load::{stored_dtype, weight_dtype};
-use crate::mapping::load_plan::{Plan, Scope};
+use crate::mapping::load_plan::{LoadPlan, Scope};
 use crate::mapping::names::{self, HfTensor};
 use crate::progress::Progress;
 
@@ -47,7 +47,7 @@ pub struct SaveOptions {
     /// One safetensors file a layer, as Moonlight was published, whatever its size.
     pub shard_by_layer: bool,
     /// A directory whose tokenizer, chat template and generation configuration are copied along.
-    pub companions_from: Option<PathBuf>,
+    pub sidecars_from: Option<PathBuf>,
     /// Whether a checkpoint that stands there is replaced (the default) or an error. A directory that holds anything
     /// that is not part of a checkpoint is never replaced.
     pub overwrite: bool,
@@ -63,7 +63,7 @@ impl Default for SaveOptions {
             format: Format::HuggingFace,
             max_shard_size: 5_000_000_000,
             shard_by_layer: false,
-            companions_from: None,
+            sidecars_from: None,
             overwrite: true,
             partial: false,
         }
@@ -71,7 +71,7 @@ impl Default for SaveOptions {
 }
 
 /// Saves a model as a Hugging Face directory: `config.json`, `generation_config.json`, the weights in
-/// `model.safetensors` or in shards with an index, and the companions asked for. With [`Format::Burnpack`] the weights
+/// `model.safetensors` or in shards with an index, and the sidecars asked for. With [`Format::Burnpack`] the weights
 /// are `model.bpk` instead.
 ///
 /// The directory appears whole or not at all, and one that stood there before is replaced in one step: it is written
@@ -161,7 +161,7 @@ impl Checkpoint {
     /// one where they were stacked, and with plain values where they were quantised. Weights go from file to file; no
     /// model is built, and memory stays small (about 100 MB, and the largest tensor where it has to be transposed).
     ///
-    /// The companions are this checkpoint's own unless `options` name others.
+    /// The sidecar files are this checkpoint's own unless `options` name others.
     ///
     /// # Errors
     ///
@@ -186,7 +186,7 @@ impl Checkpoint {
         let (tensors, tasks) = tasks(&plan, dtype, options.format);
         let main = dtype.unwrap_or_else(|| stored_dtype(&plan));
         let mut options = options.clone();
-        options.companions_from.get_or_insert_with(|| self.dir().to_path_buf());
+        options.sidecars_from.get_or_insert_with(|| self.dir().to_path_buf());
         check_target(dir, options.overwrite)?;
         replace_directory(dir, |new| {
             fill(self.config(), main, &tensors, new, dir, &options, |output| transfer(self, &tasks, output, progress))
@@ -195,7 +195,7 @@ impl Checkpoint {
 }
 
 /// What is written, and where each of its values comes from.
-fn tasks(plan: &Plan, dtype: Option<WeightDtype>, format: Format) -> (Vec<OutTensor>, Vec<Task<'_>>) {
+fn tasks(plan: &LoadPlan, dtype: Option<WeightDtype>, format: Format) -> (Vec<OutTensor>, Vec<CopyTask<'_>>) {
     let (mut tensors, mut tasks) = (Vec::new(), Vec::new());
     for planned in &plan.parameters {
         let parameter = &planned.parameter;
@@ -206,20 +206,20 @@ fn tasks(plan: &Plan, dtype: Option<WeightDtype>, format: Format) -> (Vec<OutTen
         };
         match format {
             Format::HuggingFace => {
-                for piece in &planned.pieces {
-                    let HfTensor { name, shape } = &piece.tensor;
+                for source in &planned.sources {
+                    let HfTensor { name, shape } = &source.tensor;
                     let tensor = tensors.len();
                     tensors.push(OutTensor { name: name.clone(), dtype, shape: shape.clone() });
-                    tasks.push(Task { piece, tensor, at: 0, layout: Layout::HuggingFace, dtype });
+                    tasks.push(CopyTask { source, tensor, at: 0, layout: Layout::HuggingFace, dtype });
                 }
             }
             Format::Burnpack => {
                 let tensor = tensors.len();
                 tensors.push(OutTensor { name: parameter.path.clone(), dtype, shape: parameter.shape.clone() });
                 let mut at = 0;
-                for piece in &planned.pieces {
-                    tasks.push(Task { piece, tensor, at, layout: Layout::Burn, dtype });
-                    at += (piece.count() * dtype.size()) as u64;
+                for source in &planned.sources {
+                    tasks.push(CopyTask { source, tensor, at, layout: Layout::Burn, dtype });
+                    at += (source.count() * dtype.size()) as u64;
                 }
             }
         }
@@ -248,7 +248,7 @@ fn fill(
     {
         return Err(CheckpointError::NoRoom { dir: shown.to_path_buf(), needed, free });
     }
-    sidecars::write(config, dtype, options.companions_from.as_deref(), dir, shown, needed)?;
+    sidecars::write(config, dtype, options.sidecars_from.as_deref(), dir, shown, needed)?;
     write(&output)?;
     output.finish()
 }
@@ -384,9 +384,9 @@ fn write_transposed<S: Weight, T: Weight>(
     columns: usize,
     blame: impl FnOnce() -> CheckpointError,
 ) -> Result<(), CheckpointError> {
-    let source = Plain::<S>::new(bytemuck::cast_slice(matrix), columns);
-    let panels = panels(std::iter::once((columns, rows * size_of::<T>())));
-    in_panels(output, tensor, &panels, rows, blame, |first, panel: &mut [T]| transpose(&source, rows, first, panel))
+    let source = PlainRows::<S>::new(bytemuck::cast_slice(matrix), columns);
+    let chunks = row_chunks(std::iter::once((columns, rows * size_of::<T>())));
+    in_chunks(output, tensor, &chunks, rows, blame, |first, chunk: &mut [T]| transpose(&source, rows, first, chunk))
 }
 
 /// Writes values as they lie, some at a time.
@@ -396,30 +396,30 @@ fn write_converted<S: Weight, T: Weight>(
     values: &[S],
     blame: impl FnOnce() -> CheckpointError,
 ) -> Result<(), CheckpointError> {
-    let panels = panels(std::iter::once((values.len(), size_of::<T>())));
-    in_panels(output, tensor, &panels, 1, blame, |first, panel: &mut [T]| {
-        let values = &values[first..first + panel.len()];
-        Outcome::of(conversion::convert_bytes::<S, T>(bytemuck::cast_slice(values), panel))
+    let chunks = row_chunks(std::iter::once((values.len(), size_of::<T>())));
+    in_chunks(output, tensor, &chunks, 1, blame, |first, chunk: &mut [T]| {
+        let values = &values[first..first + chunk.len()];
+        Outcome::of(conversion::convert_bytes::<S, T>(bytemuck::cast_slice(values), chunk))
     })
 }
 
-/// Has all threads make panels of rows of `width` values, and writes them.
-fn in_panels<T: Weight>(
+/// Has all threads make chunks of rows of `width` values, and writes them.
+fn in_chunks<T: Weight>(
     output: &Output,
     tensor: usize,
-    panels: &[Panel],
+    chunks: &[RowChunk],
     width: usize,
     blame: impl FnOnce() -> CheckpointError,
     make: impl Fn(usize, &mut [T]) -> Outcome + Sync,
 ) -> Result<(), CheckpointError> {
     let spoilt = AtomicBool::new(false);
-    in_order(panels, |_, panel, buffer| {
-        let target = parallel_copy::values::<T>(buffer, panel.rows.len() * width);
-        if make(panel.rows.start, target) == Outcome::NotFinite {
+    in_order(chunks, |_, chunk, buffer| {
+        let target = parallel_copy::values::<T>(buffer, chunk.rows.len() * width);
+        if make(chunk.rows.start, target) == Outcome::NotFinite {
             spoilt.store(true, Ordering::Relaxed);
             return Ok(());
         }
-        output.write(tensor, (panel.rows.start * width * size_of::<T>()) as u64, bytemuck::cast_slice(target))
+        output.write(tensor, (chunk.rows.start * width * size_of::<T>()) as u64, bytemuck::cast_slice(target))
     })?;
     if spoilt.into_inner() { Err(blame()) } else { Ok(()) }
 }

@@ -126,11 +126,9 @@ impl InferError {
             Self::Chat(error) => error.hint(),
             Self::Parquet(error) => error.hint(),
             Self::Device(error) => error.hint(),
-            Self::AdapterOnAdapter(_) => {
-                Some("`--model` beside `--adapter` is the model that the adapter belongs to".into())
-            }
+            Self::AdapterOnAdapter(_) => Some("an adapter is put beside the model that it belongs to".into()),
             Self::NoTokenizer(_) => Some("put its tokenizer.json or tiktoken.model into the folder".into()),
-            Self::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
+            Self::TooFewExamples { .. } => Some("take fewer shots, or another file of examples".into()),
             Self::Line { hint, .. } => hint.clone(),
             Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 Some("free some space and run it again".into())

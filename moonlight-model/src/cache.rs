@@ -5,7 +5,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::config::{AttentionShape, ModelConfig};
-use crate::kernels::{Run, in_step};
+use crate::kernels::{CacheSpan, uniform_span};
 
 /// The cache of a model for a batch of sequences, each of a length of its own, allocated once.
 ///
@@ -93,14 +93,14 @@ impl KvCache {
     /// # Panics
     ///
     /// When there is no room, or `counts` are of another batch.
-    pub(crate) fn take_in(&mut self, counts: &[usize]) -> Arc<Vec<Run>> {
+    pub(crate) fn take_in(&mut self, counts: &[usize]) -> Arc<Vec<CacheSpan>> {
         assert_eq!(counts.len(), self.batch(), "the cache was made for another batch");
         let mut runs = Vec::with_capacity(counts.len());
         for (sequence, (length, &count)) in self.lengths.iter_mut().zip(counts).enumerate() {
             let start = *length;
             assert!(start + count <= self.capacity, "the cache is full: {start} + {count} > {}", self.capacity);
             if count > 0 {
-                runs.push(Run { sequence, start, count });
+                runs.push(CacheSpan { sequence, start, count });
             }
             *length += count;
         }
@@ -110,16 +110,16 @@ impl KvCache {
 
 impl LayerCache {
     /// Writes `[tokens, key heads, row]` where `runs` says.
-    pub(crate) fn write(&mut self, new: Tensor<3>, runs: &[Run]) {
+    pub(crate) fn write(&mut self, new: Tensor<3>, runs: &[CacheSpan]) {
         // The store is taken out while it is written, so that the backend sees its only owner and writes in place.
         let mut store = self.store.take().expect("the store is always put back");
         let [batch, heads, _, row] = store.dims();
-        if let Some(run) = in_step(runs, batch) {
+        if let Some(run) = uniform_span(runs, batch) {
             let new = new.reshape([batch, run.count, heads, row]).swap_dims(1, 2);
             store = store.slice_assign([0..batch, 0..heads, run.start..run.end(), 0..row], new);
         } else {
             let mut token = 0;
-            for &Run { sequence, start, count } in runs {
+            for &CacheSpan { sequence, start, count } in runs {
                 let new = new.clone().slice_dim(0, token..token + count).unsqueeze::<4>().swap_dims(1, 2);
                 let place = [sequence..sequence + 1, 0..heads, start..start + count, 0..row];
                 store = store.slice_assign(place, new);

@@ -116,7 +116,7 @@ impl TrainError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Recipe(error) => error.hint(),
-            Self::Infer(error) => error.hint(),
+            Self::Infer(error) => infer_hint(error),
             Self::Lora(error) => error.hint(),
             Self::Data(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
@@ -154,6 +154,33 @@ impl TrainError {
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Write { path, source }
+    }
+}
+
+/// What to do about an error of a checkpoint. The library names no program; this one's users fetch models by the other.
+pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
+    let Some((repo, revision)) = error.not_cached() else { return error.hint() };
+    let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
+    Some(format!("`moonlight-convert download {repo}{revision}` fetches it"))
+}
+
+/// What to do about a model that cannot be opened or run, in the words of this program's command line.
+fn infer_hint(error: &InferError) -> Option<String> {
+    match error {
+        InferError::Checkpoint(error) | InferError::Adapter(AdapterError::Checkpoint(error)) => checkpoint_hint(error),
+        InferError::Adapter(AdapterError::NoBase { .. }) => {
+            Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into())
+        }
+        InferError::AdapterOnAdapter(_) => {
+            Some("`--model` beside `--adapter` is the model that the adapter belongs to".into())
+        }
+        InferError::Chat(ChatError::NoTemplate { .. }) => Some(
+            "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
+             `chat_template.jinja` into the folder"
+                .into(),
+        ),
+        InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
+        error => error.hint(),
     }
 }
 

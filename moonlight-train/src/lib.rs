@@ -1,6 +1,6 @@
 //! Pre-training, resuming, generating and scoring with the Moonlight family: the library behind `moonlight`.
 
-pub mod bigram;
+pub mod analysis;
 pub mod checkpoint;
 pub mod cli;
 pub mod data;
@@ -8,9 +8,7 @@ pub mod error;
 mod frozen;
 pub mod metrics;
 pub mod plan;
-pub mod plots;
 pub mod recipe;
 pub mod schedule;
-pub mod spectrum;
 pub mod tensorboard;
 pub mod trainer;

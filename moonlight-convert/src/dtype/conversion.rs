@@ -1,7 +1,7 @@
 //! Weights on the host: the three floating-point formats and conversion.
 //!
 //! Each value is looked at once on its way: one that is not finite in the new format is reported. Work is divided among
-//! threads by the callers (`transfer.rs`, `load.rs`).
+//! threads by the callers (`io/parallel_copy.rs`, `load.rs`).
 
 use std::marker::PhantomData;
 
@@ -105,7 +105,7 @@ impl std::fmt::Display for WeightDtype {
 pub(crate) trait Weight: Element + bytemuck::Pod + Default + Send + Sync {
     /// As many bits as the value has.
     type Mark: Copy + Default + std::ops::BitOr<Output = Self::Mark>;
-    /// Bits of which the highest is set where the value is infinite or NaN: the magnitude, and one more in the exponent.
+    /// QuantBits of which the highest is set where the value is infinite or NaN: the magnitude, and one more in the exponent.
     /// Those of many values can be or-ed together, in as many lanes as the values have.
     fn mark(self) -> Self::Mark;
     /// Whether the highest bit is not set.
@@ -205,13 +205,13 @@ impl Outcome {
 }
 
 /// A matrix `[rows, columns]` that gives its values as `T`, whatever it keeps them as.
-pub(crate) trait Lines<T> {
+pub(crate) trait RowSource<T> {
     /// Writes values of row `row`, from column `first` on, into `target`; whether all of them are finite.
-    fn line(&self, row: usize, first: usize, target: &mut [T]) -> bool;
+    fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool;
 }
 
 /// A matrix of plain values, row after row, at any alignment.
-pub(crate) struct Plain<'a, S> {
+pub(crate) struct PlainRows<'a, S> {
     bytes: &'a [u8],
     /// Which of the matrix's rows the bytes begin with.
     first: usize,
@@ -219,7 +219,7 @@ pub(crate) struct Plain<'a, S> {
     kind: PhantomData<S>,
 }
 
-impl<'a, S: Weight> Plain<'a, S> {
+impl<'a, S: Weight> PlainRows<'a, S> {
     pub(crate) fn new(bytes: &'a [u8], columns: usize) -> Self {
         Self::from_row(0, bytes, columns)
     }
@@ -230,8 +230,8 @@ impl<'a, S: Weight> Plain<'a, S> {
     }
 }
 
-impl<S: Weight, T: Weight> Lines<T> for Plain<'_, S> {
-    fn line(&self, row: usize, first: usize, target: &mut [T]) -> bool {
+impl<S: Weight, T: Weight> RowSource<T> for PlainRows<'_, S> {
+    fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool {
         let size = size_of::<S>();
         let bytes = &self.bytes[((row - self.first) * self.columns + first) * size..][..target.len() * size];
         convert_bytes::<S, T>(bytes, target)
@@ -259,10 +259,10 @@ pub(crate) fn all_finite<T: Weight>(bytes: &[u8]) -> Outcome {
 }
 
 /// Rows of a matrix as they lie, from row `first` on, as many as `target` holds.
-pub(crate) fn copy<T>(source: &impl Lines<T>, columns: usize, first: usize, target: &mut [T]) -> Outcome {
+pub(crate) fn copy<T>(source: &impl RowSource<T>, columns: usize, first: usize, target: &mut [T]) -> Outcome {
     let mut finite = true;
     for (row, target) in target.chunks_exact_mut(columns.max(1)).enumerate() {
-        finite &= source.line(first + row, 0, target);
+        finite &= source.read_row(first + row, 0, target);
     }
     Outcome::of(finite)
 }
@@ -272,8 +272,8 @@ mod tests {
     use super::*;
     use crate::dtype::transpose::transpose;
 
-    fn plain<T: Weight>(values: &[T], columns: usize) -> Plain<'_, T> {
-        Plain::new(bytemuck::cast_slice(values), columns)
+    fn plain<T: Weight>(values: &[T], columns: usize) -> PlainRows<'_, T> {
+        PlainRows::new(bytemuck::cast_slice(values), columns)
     }
 
     fn convert<S: Weight, T: Weight>(source: &[S], target: &mut [T]) -> Outcome {

@@ -3,10 +3,11 @@
 use std::ops::Range;
 
 use crate::checkpoint::Checkpoint;
-use crate::dtype::conversion::{self, Outcome, Plain, Weight, WeightDtype, with_weight};
+use crate::dtype::conversion::{self, Outcome, PlainRows, Weight, WeightDtype, with_weight};
 use crate::dtype::quant::{Fp8, Int4, scales};
 use crate::dtype::transpose::{Shared, transpose};
 use crate::error::CheckpointError;
+use crate::format::shard::FileRange;
 use crate::mapping::names::HfTensor;
 
 /// Which way round a matrix lies.
@@ -20,40 +21,33 @@ pub(crate) enum Layout {
 
 /// One tensor as Hugging Face names it, wherever in the files it is and however it is kept.
 #[derive(Debug)]
-pub(crate) struct Piece {
+pub(crate) struct SourceTensor {
     /// The name and shape that it is saved by.
     pub(crate) tensor: HfTensor,
     /// Which of the checkpoint's tensors holds it.
-    pub(crate) source: usize,
+    pub(crate) stored_index: usize,
     /// The dtype of its values: the narrowest that loses nothing, or for FP8 the one that its users compute in.
     pub(crate) dtype: WeightDtype,
     /// Where it lies.
-    pub(crate) part: Part,
+    pub(crate) part: FileRange,
     pub(crate) encoding: Encoding,
     /// Whether Burn keeps the transpose of what Hugging Face does.
-    pub(crate) turns: bool,
-}
-
-/// A part of a file's data section.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Part {
-    pub(crate) shard: usize,
-    pub(crate) range: Range<usize>,
+    pub(crate) transposed: bool,
 }
 
 /// How a tensor is kept.
 #[derive(Debug)]
 pub(crate) enum Encoding {
     Plain(Layout),
-    Fp8 { scale: (Part, WeightDtype), block: [usize; 2] },
-    Int4 { scale: (Part, WeightDtype), group: usize },
+    Fp8 { scale: (FileRange, WeightDtype), block: [usize; 2] },
+    Int4 { scale: (FileRange, WeightDtype), group: usize },
 }
 
-impl Piece {
+impl SourceTensor {
     /// Rows and columns in a layout; a vector is one column.
     pub(crate) fn dims(&self, layout: Layout) -> (usize, usize) {
         match *self.tensor.shape.as_slice() {
-            [rows, columns] if self.turns && layout == Layout::Burn => (columns, rows),
+            [rows, columns] if self.transposed && layout == Layout::Burn => (columns, rows),
             [rows, columns] => (rows, columns),
             ref shape => (shape.iter().product(), 1),
         }
@@ -65,15 +59,15 @@ impl Piece {
     }
 
     /// Where the file holds some of its own rows.
-    pub(crate) fn stored_rows(&self, rows: &Range<usize>) -> Part {
+    pub(crate) fn stored_rows(&self, rows: &Range<usize>) -> FileRange {
         let (height, _) = self.dims(self.stored());
         let row = self.part.range.len() / height.max(1);
         let start = self.part.range.start;
-        Part { shard: self.part.shard, range: start + rows.start * row..start + rows.end * row }
+        FileRange { shard: self.part.shard, range: start + rows.start * row..start + rows.end * row }
     }
 
     /// Every part of a file that has to be read for it.
-    pub(crate) fn parts(&self) -> impl Iterator<Item = &Part> {
+    pub(crate) fn parts(&self) -> impl Iterator<Item = &FileRange> {
         let scale = match &self.encoding {
             Encoding::Plain(_) => None,
             Encoding::Fp8 { scale, .. } | Encoding::Int4 { scale, .. } => Some(&scale.0),
@@ -96,27 +90,27 @@ impl Piece {
 
     /// Whether the file holds the transpose of what the layout asks for, so that each row of it is spread over the file.
     pub(crate) fn transposed_in(&self, layout: Layout) -> bool {
-        self.turns && self.stored() != layout
+        self.transposed && self.stored() != layout
     }
 
     /// Where the file holds some rows exactly as the layout and the dtype ask for them.
-    pub(crate) fn verbatim(&self, layout: Layout, dtype: WeightDtype, rows: &Range<usize>) -> Option<Part> {
+    pub(crate) fn verbatim(&self, layout: Layout, dtype: WeightDtype, rows: &Range<usize>) -> Option<FileRange> {
         if self.transposed_in(layout) || dtype != self.dtype || !matches!(self.encoding, Encoding::Plain(_)) {
             return None;
         }
         let row = self.dims(layout).1 * dtype.size();
         let start = self.part.range.start;
-        Some(Part { shard: self.part.shard, range: start + rows.start * row..start + rows.end * row })
+        Some(FileRange { shard: self.part.shard, range: start + rows.start * row..start + rows.end * row })
     }
 }
 
-/// Runs `$body` with a tensor as [`Lines`], whatever it is kept as. `$bytes` are its own from row `$first` of the file on.
-macro_rules! with_lines {
-    ($checkpoint:expr, $piece:expr, $first:expr, $bytes:expr, $lines:ident => $body:expr) => {{
-        let (first, bytes, (_, columns)) = ($first, $bytes, $piece.dims($piece.stored()));
-        match &$piece.encoding {
-            Encoding::Plain(_) => with_weight!($piece.dtype, S => {
-                let $lines = &Plain::<S>::from_row(first, bytes, columns);
+/// Runs `$body` with a tensor as a [`RowSource`](conversion::RowSource), whatever its encoding. `$bytes` begin with its row `$first`.
+macro_rules! with_rows {
+    ($checkpoint:expr, $source:expr, $first:expr, $bytes:expr, $lines:ident => $body:expr) => {{
+        let (first, bytes, (_, columns)) = ($first, $bytes, $source.dims($source.stored()));
+        match &$source.encoding {
+            Encoding::Plain(_) => with_weight!($source.dtype, S => {
+                let $lines = &PlainRows::<S>::from_row(first, bytes, columns);
                 $body
             }),
             Encoding::Fp8 { scale, block } => {
@@ -135,9 +129,15 @@ macro_rules! with_lines {
 
 impl Checkpoint {
     /// Rows of a tensor from row `first` on, as many as `target` holds, in a layout.
-    pub(crate) fn decode<T: Weight>(&self, piece: &Piece, layout: Layout, first: usize, target: &mut [T]) -> Outcome {
-        let (rows, columns) = piece.dims(piece.stored());
-        with_lines!(self, piece, 0, self.part(&piece.part), lines => match piece.transposed_in(layout) {
+    pub(crate) fn decode<T: Weight>(
+        &self,
+        source: &SourceTensor,
+        layout: Layout,
+        first: usize,
+        target: &mut [T],
+    ) -> Outcome {
+        let (rows, columns) = source.dims(source.stored());
+        with_rows!(self, source, 0, self.part(&source.part), lines => match source.transposed_in(layout) {
             true => transpose(lines, rows, first, target),
             false => conversion::copy(lines, columns, first, target),
         })
@@ -151,16 +151,16 @@ impl Checkpoint {
     /// Nobody else has the places of these rows meanwhile.
     pub(crate) unsafe fn place<T: Weight>(
         &self,
-        piece: &Piece,
+        source: &SourceTensor,
         layout: Layout,
         rows: Range<usize>,
         bytes: &[u8],
         target: &Shared<'_, T>,
         at: usize,
     ) -> Outcome {
-        let (height, columns) = piece.dims(piece.stored());
+        let (height, columns) = source.dims(source.stored());
         let first = rows.start;
-        with_lines!(self, piece, first, bytes, lines => if piece.transposed_in(layout) {
+        with_rows!(self, source, first, bytes, lines => if source.transposed_in(layout) {
             // SAFETY: the caller's promise.
             unsafe { target.turn(lines, rows, 0..columns, at + first, height) }
         } else {
@@ -171,12 +171,12 @@ impl Checkpoint {
     }
 
     /// Whose fault it is that a value is not finite in a dtype.
-    pub(crate) fn blame(&self, piece: &Piece, dtype: WeightDtype) -> CheckpointError {
-        let found = &self.tensor_list()[piece.source];
+    pub(crate) fn blame(&self, source: &SourceTensor, dtype: WeightDtype) -> CheckpointError {
+        let found = &self.tensor_list()[source.stored_index];
         let (tensor, file) = (found.name.clone(), Some(self.dir().join(&found.file)));
-        let (rows, columns) = piece.dims(piece.stored());
+        let (rows, columns) = source.dims(source.stored());
         let mut row = vec![0.0f32; columns];
-        let finite = (0..rows).all(|at| self.decode(piece, piece.stored(), at, &mut row) == Outcome::Finite);
+        let finite = (0..rows).all(|at| self.decode(source, source.stored(), at, &mut row) == Outcome::Finite);
         if finite {
             CheckpointError::Overflow { tensor, file, dtype }
         } else {

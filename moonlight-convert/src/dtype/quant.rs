@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use moonlight_model::ModelConfig;
 use serde_json::Value;
 
-use crate::dtype::conversion::{Lines, Weight, WeightDtype};
+use crate::dtype::conversion::{RowSource, Weight, WeightDtype};
 
 /// DeepSeek-V3's block, where the configuration names none.
 const DEFAULT_BLOCK: [usize; 2] = [128, 128];
@@ -18,7 +18,7 @@ pub(crate) const NIBBLES_PER_WORD: usize = 8;
 
 /// What `quantization_config` says of the weights.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Scheme {
+pub(crate) struct QuantScheme {
     /// Its `quant_method`.
     pub(crate) method: Option<String>,
     /// Rows and columns that one FP8 scale is for.
@@ -27,7 +27,7 @@ pub(crate) struct Scheme {
     pub(crate) unreadable_packing: Option<String>,
 }
 
-impl Scheme {
+impl QuantScheme {
     pub(crate) fn of(config: &ModelConfig) -> Self {
         let Some(quantisation) = config.extra.get("quantization_config") else { return Self::default() };
         let method = quantisation.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
@@ -109,8 +109,8 @@ pub(crate) struct Fp8<'a> {
     pub(crate) scales: Vec<f32>,
 }
 
-impl<T: Weight> Lines<T> for Fp8<'_> {
-    fn line(&self, row: usize, first: usize, target: &mut [T]) -> bool {
+impl<T: Weight> RowSource<T> for Fp8<'_> {
+    fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool {
         let [height, width] = self.block;
         let scales = &self.scales[row / height * self.columns.div_ceil(width)..];
         let bytes = &self.bytes[(row - self.first) * self.columns + first..][..target.len()];
@@ -135,8 +135,8 @@ pub(crate) struct Int4<'a> {
     pub(crate) scales: Vec<f32>,
 }
 
-impl<T: Weight> Lines<T> for Int4<'_> {
-    fn line(&self, row: usize, first: usize, target: &mut [T]) -> bool {
+impl<T: Weight> RowSource<T> for Int4<'_> {
+    fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool {
         let scales = &self.scales[row * (self.columns / self.group)..];
         let bytes = &self.bytes[(row - self.first) * self.columns.div_ceil(NIBBLES_PER_WORD) * 4..];
         let mut finite = true;
@@ -174,12 +174,12 @@ mod tests {
         let matrix =
             Fp8 { bytes: &bytes, first: 0, columns: 5, block: [2, 2], scales: vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0] };
         let mut line = [0.0f32; 5];
-        assert!(matrix.line(1, 0, &mut line));
+        assert!(matrix.read_row(1, 0, &mut line));
         assert_eq!(line, [1.0, 1.0, 2.0, 2.0, 3.0]);
-        assert!(matrix.line(2, 1, &mut line[..3]));
+        assert!(matrix.read_row(2, 1, &mut line[..3]));
         assert_eq!(line[..3], [4.0, 5.0, 5.0]);
         let mut target = [bf16::ZERO];
-        assert!(!Fp8 { bytes: &[0x7f], first: 0, columns: 1, block: [2, 2], scales: vec![1.0] }.line(
+        assert!(!Fp8 { bytes: &[0x7f], first: 0, columns: 1, block: [2, 2], scales: vec![1.0] }.read_row(
             0,
             0,
             &mut target
@@ -194,9 +194,9 @@ mod tests {
         (bytes[8], bytes[12]) = (0x80, 0x0a);
         let matrix = Int4 { bytes: &bytes, first: 0, columns: 10, group: 5, scales: vec![1.0, 2.0, 4.0, 8.0] };
         let mut line = [0.0f32; 10];
-        assert!(matrix.line(0, 0, &mut line));
+        assert!(matrix.read_row(0, 0, &mut line));
         assert_eq!(line, [-1.0, 7.0, -8.0, -8.0, -8.0, -16.0, -16.0, -16.0, 0.0, 2.0]);
-        assert!(matrix.line(1, 0, &mut line));
+        assert!(matrix.read_row(1, 0, &mut line));
         assert_eq!(line[..2], [-32.0, 0.0]);
         assert_eq!(line[8..], [16.0, -64.0]);
     }
@@ -204,11 +204,11 @@ mod tests {
     #[test]
     fn the_configuration_says_how() {
         let mut config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
-        assert_eq!(Scheme::of(&config), Scheme::default());
-        assert_eq!(Scheme::of(&config).block(), [128, 128]);
+        assert_eq!(QuantScheme::of(&config), QuantScheme::default());
+        assert_eq!(QuantScheme::of(&config).block(), [128, 128]);
         let mut scheme = |value: Value| {
             config.extra.insert("quantization_config".into(), value);
-            Scheme::of(&config)
+            QuantScheme::of(&config)
         };
         let fp8 = scheme(json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 32]}));
         assert_eq!((fp8.method.as_deref(), fp8.block()), (Some("fp8"), [64, 32]));

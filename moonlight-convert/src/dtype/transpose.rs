@@ -9,7 +9,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::dtype::conversion::{Lines, Outcome, Weight};
+use crate::dtype::conversion::{Outcome, RowSource, Weight};
 
 /// Columns of a tile.
 pub(crate) const WIDTH: usize = 64;
@@ -19,7 +19,7 @@ pub(crate) const HEIGHT: usize = 128;
 const SIDE: usize = 8;
 
 /// Columns of a matrix of `rows` rows, from column `first` on, as the rows of `target`, as many as it holds.
-pub(crate) fn transpose<T: Weight>(source: &impl Lines<T>, rows: usize, first: usize, target: &mut [T]) -> Outcome {
+pub(crate) fn transpose<T: Weight>(source: &impl RowSource<T>, rows: usize, first: usize, target: &mut [T]) -> Outcome {
     assert!(target.len().is_multiple_of(rows.max(1)));
     let columns = first..first + target.len() / rows.max(1);
     let target = Shared::new(target);
@@ -56,7 +56,7 @@ impl<'a, T: Weight> Shared<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 
-    /// A part of a matrix, transposed: the first column's first value goes to `at`, the one below it behind it, the
+    /// A part of a matrix, transposed: the first column's first value goes to `at`, the one below it after it, the
     /// one beside it `stride` further.
     ///
     /// # Safety
@@ -64,7 +64,7 @@ impl<'a, T: Weight> Shared<'a, T> {
     /// Nobody else reads or writes these places meanwhile.
     pub(crate) unsafe fn turn(
         &self,
-        source: &impl Lines<T>,
+        source: &impl RowSource<T>,
         rows: Range<usize>,
         columns: Range<usize>,
         at: usize,
@@ -82,7 +82,7 @@ impl<'a, T: Weight> Shared<'a, T> {
             for top in rows.clone().step_by(tall) {
                 let height = tall.min(rows.end - top);
                 for (row, line) in tile.chunks_exact_mut(WIDTH).take(height).enumerate() {
-                    finite &= source.line(top + row, left, &mut line[..width]);
+                    finite &= source.read_row(top + row, left, &mut line[..width]);
                 }
                 // SAFETY: the last of the places that the tile goes to lies inside by the assertion above, and the caller
                 // promises that they are theirs.
@@ -202,7 +202,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::dtype::conversion::Plain;
+    use crate::dtype::conversion::PlainRows;
 
     fn check<T: Weight>(value: impl Fn(usize) -> T) {
         for (rows, columns) in [(1, 1), (3, 130), (65, 64), (129, 67), (8, 8), (128, 64), (300, 9), (7, 7)] {
@@ -211,7 +211,7 @@ mod tests {
             // In two parts, as saving does.
             let split = columns / 2;
             let (a, b) = target.split_at_mut(split * rows);
-            let lines = Plain::<T>::new(bytemuck::cast_slice(&source), columns);
+            let lines = PlainRows::<T>::new(bytemuck::cast_slice(&source), columns);
             assert_eq!(transpose(&lines, rows, 0, a), Outcome::Finite);
             assert_eq!(transpose(&lines, rows, split, b), Outcome::Finite);
             let turned = |target: &[T]| {
@@ -250,6 +250,6 @@ mod tests {
         let mut target = [0.0f32; 11];
         let shared = Shared::new(&mut target);
         // SAFETY: there is one thread.
-        let _ = unsafe { shared.turn(&Plain::<f32>::new(bytemuck::cast_slice(&source), 4), 0..3, 0..4, 0, 3) };
+        let _ = unsafe { shared.turn(&PlainRows::<f32>::new(bytemuck::cast_slice(&source), 4), 0..3, 0..4, 0, 3) };
     }
 }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::OneLine;
 use crate::format::index::unprintable;
-use crate::format::shard::ShardTensor;
+use crate::format::tensor_entry::TensorEntry;
 
 /// The name of the file in a directory.
 pub(crate) const BURNPACK: &str = "model.bpk";
@@ -98,7 +98,7 @@ pub(crate) fn arrange(entries: &[Entry]) -> Result<Arrangement, String> {
 
 /// The tensors of a file, their ranges counted from its beginning. The error is the rest of a sentence that begins with
 /// the file's name.
-pub(crate) fn read(path: &Path) -> Result<Vec<ShardTensor>, String> {
+pub(crate) fn read(path: &Path) -> Result<Vec<TensorEntry>, String> {
     // Checks the header, the number of tensors, that every range has the length that its dtype and shape ask for, and
     // that it lies in the file.
     burn_pack::Reader::from_file_exact(path).map_err(|error| format!("is no burnpack file: {}", OneLine(error)))?;
@@ -112,7 +112,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<ShardTensor>, String> {
     let descriptors: Descriptors = ciborium::de::from_reader_with_recursion_limit(reader, DEEPEST)
         .map_err(|error| format!("has a broken header: {}", OneLine(error)))?;
     let data = aligned_data_section_start(size);
-    let mut tensors: Vec<ShardTensor> = descriptors
+    let mut tensors: Vec<TensorEntry> = descriptors
         .tensors
         .into_iter()
         .map(|(name, descriptor)| {
@@ -125,7 +125,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<ShardTensor>, String> {
             let shape = descriptor.shape.iter().map(|&size| usize::try_from(size).ok()).collect();
             let dtype = dtype(descriptor.dtype).ok_or_else(|| format!("holds `{name}` as {:?}", descriptor.dtype))?;
             let (range, shape) = range.zip(shape).ok_or_else(|| format!("has an impossible place for `{name}`"))?;
-            Ok(ShardTensor { name, dtype, shape, range })
+            Ok(TensorEntry { name, dtype, shape, range })
         })
         .collect::<Result<_, String>>()?;
     tensors.sort_by_key(|tensor| tensor.range.start);

@@ -9,7 +9,7 @@ use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::CheckpointError;
-use crate::io::confined_dir::Inside;
+use crate::io::confined_dir::ConfinedDir;
 
 /// The index's file name.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -39,8 +39,8 @@ struct Read {
 
 impl Index {
     /// Reads the index and checks that every entry is a file below the index's directory; `None` where there is no index.
-    pub(crate) fn read(inside: &Inside, dir: &Path) -> Result<Option<Self>, CheckpointError> {
-        let Some(text) = inside.read(INDEX, LONGEST)? else { return Ok(None) };
+    pub(crate) fn read(confined: &ConfinedDir, dir: &Path) -> Result<Option<Self>, CheckpointError> {
+        let Some(text) = confined.read(INDEX, LONGEST)? else { return Ok(None) };
         Self::parse(&text, dir.join(INDEX)).map(Some)
     }
 

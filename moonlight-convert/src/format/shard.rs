@@ -7,7 +7,6 @@ use std::ops::Range;
 use std::path::Path;
 
 use memmap2::Mmap;
-use safetensors::Dtype;
 use safetensors::tensor::{self, TensorInfo};
 use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -15,6 +14,7 @@ use serde::{Deserialize, Deserializer};
 use crate::error::{Bytes, OneLine};
 use crate::format::burnpack;
 use crate::format::index::unprintable;
+use crate::format::tensor_entry::TensorEntry;
 
 /// Bytes of the length that a file begins with.
 const LENGTH: usize = 8;
@@ -40,16 +40,14 @@ pub(crate) struct Shard {
     identity: (u64, u64),
     /// Where the tensors' bytes begin.
     data: usize,
-    pub(crate) tensors: Vec<ShardTensor>,
+    pub(crate) tensors: Vec<TensorEntry>,
 }
 
-/// One tensor of the file.
-#[derive(Debug)]
-pub(crate) struct ShardTensor {
-    pub(crate) name: String,
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<usize>,
-    /// Behind the header; in a burnpack file, from its beginning.
+/// A range of bytes in the data section of one of a checkpoint's shards.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct FileRange {
+    /// Which of the checkpoint's files.
+    pub(crate) shard: usize,
     pub(crate) range: Range<usize>,
 }
 
@@ -83,7 +81,7 @@ impl Shard {
     }
 
     #[cfg_attr(not(unix), expect(unused_variables, reason = "files are opened again on Unix alone"))]
-    fn new(path: &Path, metadata: &Metadata, map: Mmap, data: usize, tensors: Vec<ShardTensor>) -> Self {
+    fn new(path: &Path, metadata: &Metadata, map: Mmap, data: usize, tensors: Vec<TensorEntry>) -> Self {
         Self {
             map,
             #[cfg(unix)]
@@ -159,7 +157,7 @@ fn identity(metadata: &Metadata) -> (u64, u64) {
 }
 
 /// The start of the data section, and the tensors in the order of their offsets.
-fn read_header(file: &[u8]) -> Result<(usize, Vec<ShardTensor>), String> {
+fn read_header(file: &[u8]) -> Result<(usize, Vec<TensorEntry>), String> {
     let claimed = u64::from_le_bytes(file[..LENGTH].try_into().expect("eight bytes were sliced"));
     let held = (file.len() - LENGTH) as u64;
     if claimed > held {
@@ -194,7 +192,7 @@ fn read_header(file: &[u8]) -> Result<(usize, Vec<ShardTensor>), String> {
         .filter_map(|name| {
             let info = metadata.info(&name)?;
             let (start, end) = info.data_offsets;
-            Some(ShardTensor { dtype: info.dtype, shape: info.shape.clone(), range: start..end, name })
+            Some(TensorEntry { dtype: info.dtype, shape: info.shape.clone(), range: start..end, name })
         })
         .collect();
     Ok((data, tensors))
@@ -243,6 +241,8 @@ impl<'de> Deserialize<'de> for Header {
 
 #[cfg(test)]
 mod tests {
+    use safetensors::Dtype;
+
     use super::*;
 
     fn file(header: &str, data: usize) -> Vec<u8> {

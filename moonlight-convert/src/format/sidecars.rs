@@ -12,7 +12,7 @@ use crate::dtype::conversion::WeightDtype;
 use crate::error::CheckpointError;
 use crate::format::burnpack::BURNPACK;
 use crate::format::index::INDEX;
-use crate::io::confined_dir::Inside;
+use crate::io::confined_dir::ConfinedDir;
 use crate::io::writer::{write_failure, write_file};
 use crate::mapping::names::PREDICTION_LAYERS;
 
@@ -20,7 +20,7 @@ use crate::mapping::names::PREDICTION_LAYERS;
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// Files that are carried from one checkpoint to the next as they are.
-const COMPANIONS: [&str; 12] = [
+const SIDECARS: [&str; 12] = [
     GENERATION_CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,13 +39,13 @@ const COMPANIONS: [&str; 12] = [
 const REMOTE_CODE: [&str; 3] = ["tokenization_", "configuration_", "modeling_"];
 
 /// Whether a file is carried along.
-pub(crate) fn is_companion(name: &str) -> bool {
-    COMPANIONS.contains(&name) || (name.ends_with(".py") && REMOTE_CODE.iter().any(|prefix| name.starts_with(prefix)))
+pub(crate) fn is_sidecar(name: &str) -> bool {
+    SIDECARS.contains(&name) || (name.ends_with(".py") && REMOTE_CODE.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 /// Whether a checkpoint is made of such files, so that replacing it loses nothing else.
 pub(crate) fn belongs_to_checkpoint(name: &str) -> bool {
-    name == CONFIG || name == INDEX || name == BURNPACK || name.ends_with(".safetensors") || is_companion(name)
+    name == CONFIG || name == INDEX || name == BURNPACK || name.ends_with(".safetensors") || is_sidecar(name)
 }
 
 /// The names of the files in a directory that are carried along, sorted.
@@ -53,17 +53,17 @@ pub(crate) fn belongs_to_checkpoint(name: &str) -> bool {
 /// # Errors
 ///
 /// [`CheckpointError`] where the directory cannot be read, or such a file is a link out of it.
-pub fn companions_in(dir: &Path) -> Result<Vec<String>, CheckpointError> {
+pub fn sidecars_in(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     if !dir.is_dir() {
-        return Err(CheckpointError::NotADirectory { path: dir.to_path_buf() });
+        return Err(CheckpointError::not_a_directory(dir));
     }
     let entries = fs::read_dir(dir).map_err(CheckpointError::read(dir))?;
-    let inside = Inside::new(dir).map_err(CheckpointError::read(dir))?;
+    let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
     let mut names = Vec::new();
     for entry in entries.flatten() {
-        if let Some(name) = entry.file_name().into_string().ok().filter(|name| is_companion(name))
+        if let Some(name) = entry.file_name().into_string().ok().filter(|name| is_sidecar(name))
             && dir.join(&name).is_file()
-            && inside.file(&name)?.is_some()
+            && confined.file(&name)?.is_some()
         {
             names.push(name);
         }
@@ -72,16 +72,16 @@ pub fn companions_in(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     Ok(names)
 }
 
-/// Copies the companions from one directory to another.
+/// Copies the sidecars from one directory to another.
 pub(crate) fn copy(from: &Path, dir: &Path) -> Result<(), CheckpointError> {
-    for name in companions_in(from)? {
+    for name in sidecars_in(from)? {
         let target = dir.join(&name);
         fs::copy(from.join(&name), &target).map_err(CheckpointError::write(&target))?;
     }
     Ok(())
 }
 
-/// Copies the companions and writes the two configurations.
+/// Copies the sidecars and writes the two configurations.
 pub(crate) fn write(
     config: &ModelConfig,
     dtype: WeightDtype,
@@ -90,23 +90,23 @@ pub(crate) fn write(
     shown: &Path,
     needed: u64,
 ) -> Result<(), CheckpointError> {
-    let companions = from.map(companions_in).transpose()?.unwrap_or_default();
+    let sidecars = from.map(sidecars_in).transpose()?.unwrap_or_default();
     if let Some(from) = from {
-        for name in &companions {
+        for name in &sidecars {
             let (source, target) = (from.join(name), dir.join(name));
             // Copied, not linked: a Hub cache is made of links into folders that may be cleaned up.
             fs::copy(&source, &target).map_err(|error| write_failure(shown, name, needed, error))?;
         }
     }
-    write_file(dir, CONFIG, saved_config(config, dtype, &companions).to_json().as_bytes(), shown, needed)?;
-    if !companions.iter().any(|name| name == GENERATION_CONFIG) {
+    write_file(dir, CONFIG, saved_config(config, dtype, &sidecars).to_json().as_bytes(), shown, needed)?;
+    if !sidecars.iter().any(|name| name == GENERATION_CONFIG) {
         write_file(dir, GENERATION_CONFIG, generation_config(config).as_bytes(), shown, needed)?;
     }
     Ok(())
 }
 
 /// The configuration of what is written: its dtype, and nothing that the files do not hold.
-fn saved_config(config: &ModelConfig, dtype: WeightDtype, companions: &[String]) -> ModelConfig {
+fn saved_config(config: &ModelConfig, dtype: WeightDtype, sidecars: &[String]) -> ModelConfig {
     let mut config = config.clone();
     config.dtype = Some(dtype.torch_name().to_owned());
     config.extra.remove("quantization_config");
@@ -117,7 +117,7 @@ fn saved_config(config: &ModelConfig, dtype: WeightDtype, companions: &[String])
     }
     let there = |class: &str| {
         let module = class.split('.').next().unwrap_or(class);
-        class.contains("--") || companions.iter().any(|name| name.strip_suffix(".py") == Some(module))
+        class.contains("--") || sidecars.iter().any(|name| name.strip_suffix(".py") == Some(module))
     };
     if let Some(Value::Object(classes)) = config.extra.get("auto_map")
         && !classes.values().all(|class| class.as_str().is_some_and(there))

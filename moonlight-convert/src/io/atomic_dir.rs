@@ -24,26 +24,26 @@ use crate::error::CheckpointError;
 ///
 /// # Errors
 ///
-/// Whatever `fill` says, or [`CheckpointError::Write`]. What stood at `dir` is then untouched, and what was written is
+/// Whatever `fill` says, or [`CheckpointError::File`]. What stood at `dir` is then untouched, and what was written is
 /// removed.
 pub fn replace_directory(
     dir: &Path,
     fill: impl FnOnce(&Path) -> Result<(), CheckpointError>,
 ) -> Result<(), CheckpointError> {
-    let staging = Staging::begin(dir)?;
+    let staging = AtomicDir::begin(dir)?;
     fill(staging.path())?;
     staging.commit()
 }
 
 /// A directory being written, removed again unless it is committed.
 #[derive(Debug)]
-pub(crate) struct Staging {
+pub(crate) struct AtomicDir {
     target: PathBuf,
     saving: PathBuf,
     committed: bool,
 }
 
-impl Staging {
+impl AtomicDir {
     /// Makes the empty sibling that the files go to.
     pub(crate) fn begin(target: &Path) -> Result<Self, CheckpointError> {
         let target = resolve(target)?;
@@ -88,7 +88,7 @@ impl Staging {
     }
 }
 
-impl Drop for Staging {
+impl Drop for AtomicDir {
     fn drop(&mut self) {
         if !self.committed {
             // The error that led here is the one to report.
@@ -147,7 +147,7 @@ fn resolve(target: &Path) -> Result<PathBuf, CheckpointError> {
     };
     let path = resolved.map_err(CheckpointError::read(target))?;
     if path.file_name().is_none() || (path.exists() && !path.is_dir()) {
-        return Err(CheckpointError::NotADirectory { path: target.to_path_buf() });
+        return Err(CheckpointError::not_a_directory(target));
     }
     Ok(path)
 }
@@ -270,7 +270,7 @@ mod tests {
     #[test]
     fn three_renamings_replace_as_well() {
         let (_home, dir) = home();
-        let staging = Staging::begin(&dir).unwrap();
+        let staging = AtomicDir::begin(&dir).unwrap();
         write(staging.path(), "new");
         replace_in_steps(staging.path(), &dir).unwrap();
         assert_eq!(text(&dir), "new");

@@ -8,14 +8,14 @@ use crate::error::CheckpointError;
 
 /// The folders that the files of a checkpoint's directory may really lie in.
 #[derive(Debug)]
-pub(crate) struct Inside {
+pub(crate) struct ConfinedDir {
     dir: PathBuf,
     /// `dir`, and for a snapshot of the Hub's cache the `blobs` of the same repository, which its links lead to. Without
     /// links, as the operating system sees them.
     allowed: Vec<PathBuf>,
 }
 
-impl Inside {
+impl ConfinedDir {
     pub(crate) fn new(dir: &Path) -> io::Result<Self> {
         let real = fs::canonicalize(dir)?;
         let mut allowed = vec![real.clone()];
@@ -33,7 +33,7 @@ impl Inside {
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::Link`] where links lead elsewhere, [`CheckpointError::Read`] for what is no plain file (a pipe
+    /// [`CheckpointError::Link`] where links lead elsewhere, [`CheckpointError::File`] for what is no plain file (a pipe
     /// would be waited on for ever).
     pub(crate) fn file(&self, name: &str) -> Result<Option<PathBuf>, CheckpointError> {
         let path = self.dir.join(name);
@@ -57,7 +57,7 @@ impl Inside {
     ///
     /// # Errors
     ///
-    /// As [`file`](Inside::file), and [`CheckpointError::TooLong`].
+    /// As [`file`](ConfinedDir::file), and [`CheckpointError::TooLong`].
     pub(crate) fn read(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
         let Some(path) = self.file(name)? else { return Ok(None) };
         let mut file = File::open(&path).map_err(CheckpointError::read(&path))?;
@@ -94,17 +94,17 @@ mod tests {
         // The directory itself may be reached by a link.
         symlink("model", home.path().join("alias")).unwrap();
         for dir in [dir, home.path().join("alias")] {
-            let inside = Inside::new(&dir).unwrap();
-            assert_eq!(inside.read("sub/b", 9).unwrap().unwrap(), b"a");
-            assert!(matches!(inside.read("a", 0), Err(CheckpointError::TooLong { bytes: 1, most: 0, .. })));
+            let confined = ConfinedDir::new(&dir).unwrap();
+            assert_eq!(confined.read("sub/b", 9).unwrap().unwrap(), b"a");
+            assert!(matches!(confined.read("a", 0), Err(CheckpointError::TooLong { bytes: 1, most: 0, .. })));
             for name in ["out", "far", "up/secret"] {
-                assert!(matches!(inside.file(name), Err(CheckpointError::Link { .. })), "{name}");
+                assert!(matches!(confined.file(name), Err(CheckpointError::Link { .. })), "{name}");
             }
             for name in ["absent", "dangling", "a/below"] {
-                assert!(inside.file(name).unwrap().is_none(), "{name}");
+                assert!(confined.file(name).unwrap().is_none(), "{name}");
             }
             for name in ["loop", "sub"] {
-                assert!(matches!(inside.file(name), Err(CheckpointError::Read { .. })), "{name}");
+                assert!(matches!(confined.file(name), Err(CheckpointError::File(_))), "{name}");
             }
         }
     }
@@ -121,13 +121,13 @@ mod tests {
         let snapshot = repo("models--a--b").join("snapshots").join("1");
         symlink("../../blobs/x", snapshot.join("own")).unwrap();
         symlink("../../../models--c--d/blobs/x", snapshot.join("other")).unwrap();
-        let inside = Inside::new(&snapshot).unwrap();
-        assert_eq!(inside.read("own", 100).unwrap().unwrap(), b"models--a--b");
-        assert!(matches!(inside.file("other"), Err(CheckpointError::Link { .. })));
+        let confined = ConfinedDir::new(&snapshot).unwrap();
+        assert_eq!(confined.read("own", 100).unwrap().unwrap(), b"models--a--b");
+        assert!(matches!(confined.file("other"), Err(CheckpointError::Link { .. })));
         // And no `blobs` that leads out.
         fs::remove_dir_all(repo("models--a--b").join("blobs")).unwrap();
         symlink(repo("models--c--d").join("blobs"), repo("models--a--b").join("blobs")).unwrap();
-        let inside = Inside::new(&snapshot).unwrap();
-        assert!(matches!(inside.file("own"), Err(CheckpointError::Link { .. })));
+        let confined = ConfinedDir::new(&snapshot).unwrap();
+        assert!(matches!(confined.file("own"), Err(CheckpointError::Link { .. })));
     }
 }

@@ -1,8 +1,9 @@
-//! Reading ahead, copying by all threads, writing, and putting directories in place.
+//! Prefetcher ahead, copying by all threads, writing, and putting directories in place.
 
 pub(crate) mod atomic_dir;
 pub(crate) mod confined_dir;
 pub(crate) mod disk_space;
+pub(crate) mod file_error;
 pub(crate) mod huge_pages;
 pub(crate) mod parallel_copy;
 pub(crate) mod readahead;

@@ -7,19 +7,19 @@ use std::fs::File;
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 
 use crate::checkpoint::Checkpoint;
-use crate::dtype::dequantize::{Part, Piece};
+use crate::dtype::dequantize::SourceTensor;
 use crate::error::CheckpointError;
-use crate::format::shard::Shard;
-use crate::mapping::load_plan::Plan;
+use crate::format::shard::{FileRange, Shard};
+use crate::mapping::load_plan::LoadPlan;
 
-/// How far the system is asked to read ahead. It reads on behind a piece, into pieces that other parameters are made of; when
+/// How far the system is asked to read ahead. It reads past the end of a source, into those of other parameters; when
 /// their turn comes, the disk must have other work for as long as it takes to go through them.
 const AHEAD: u64 = 512 << 20;
 /// How much it is asked for at a time.
 const STEP: usize = 4 << 20;
 
 /// The files of a checkpoint while they are read.
-pub(crate) struct Stream<'a> {
+pub(crate) struct ReadAhead<'a> {
     checkpoint: &'a Checkpoint,
     /// One for each shard, opened when it is first read; `None` where only its map can be had.
     files: Vec<OnceLock<Option<File>>>,
@@ -36,9 +36,9 @@ struct Position {
     ended: bool,
 }
 
-impl<'a> Stream<'a> {
+impl<'a> ReadAhead<'a> {
     /// Runs `work`, and meanwhile has the system read what `plan` asks for, in order, some way ahead of it.
-    pub(crate) fn open<R>(checkpoint: &'a Checkpoint, plan: &Plan, work: impl FnOnce(&Self) -> R) -> R {
+    pub(crate) fn open<R>(checkpoint: &'a Checkpoint, plan: &LoadPlan, work: impl FnOnce(&Self) -> R) -> R {
         let stream = Self {
             checkpoint,
             files: checkpoint.files().iter().map(|_| OnceLock::new()).collect(),
@@ -46,22 +46,22 @@ impl<'a> Stream<'a> {
             moved: Condvar::new(),
         };
         /// Ends the thread also when `work` panics.
-        struct End<'a, 'b>(&'a Stream<'b>);
+        struct End<'a, 'b>(&'a ReadAhead<'b>);
         impl Drop for End<'_, '_> {
             fn drop(&mut self) {
                 self.0.advance(|position| position.ended = true);
             }
         }
         std::thread::scope(|scope| {
-            let pieces = plan.parameters.iter().flat_map(|planned| &planned.pieces);
-            scope.spawn(|| stream.go_ahead(pieces));
+            let sources = plan.parameters.iter().flat_map(|planned| &planned.sources);
+            scope.spawn(|| stream.go_ahead(sources));
             let _end = End(&stream);
             work(&stream)
         })
     }
 
     /// Reads a part of a file.
-    pub(crate) fn read(&self, part: &Part, target: &mut [u8]) -> Result<(), CheckpointError> {
+    pub(crate) fn read(&self, part: &FileRange, target: &mut [u8]) -> Result<(), CheckpointError> {
         let shard = self.checkpoint.shard(part.shard);
         match self.files[part.shard].get_or_init(|| shard.reopen()) {
             #[cfg(unix)]
@@ -84,14 +84,14 @@ impl<'a> Stream<'a> {
         self.moved.notify_one();
     }
 
-    /// Goes through the pieces ahead of those who read them.
-    fn go_ahead<'p>(&self, pieces: impl Iterator<Item = &'p Piece>) {
-        let mut pull = Pull { checkpoint: self.checkpoint, file: None };
+    /// Goes through the sources ahead of those who read them.
+    fn go_ahead<'p>(&self, sources: impl Iterator<Item = &'p SourceTensor>) {
+        let mut pull = SequentialReader { checkpoint: self.checkpoint, file: None };
         let mut asked = 0;
-        for piece in pieces {
-            let Part { shard, range } = &piece.part;
+        for source in sources {
+            let FileRange { shard, range } = &source.part;
             // Scales are small, and looked at through the map.
-            piece.parts().skip(1).for_each(|scale| self.checkpoint.prefetch(scale));
+            source.parts().skip(1).for_each(|scale| self.checkpoint.prefetch(scale));
             for start in range.clone().step_by(STEP) {
                 let position = self.position.lock().unwrap_or_else(PoisonError::into_inner);
                 let far = |position: &mut Position| !position.ended && asked > position.read + AHEAD;
@@ -103,7 +103,7 @@ impl<'a> Stream<'a> {
                 drop(position);
                 let end = range.end.min(start + STEP);
                 if !late {
-                    pull.part(&Part { shard: *shard, range: start..end });
+                    pull.part(&FileRange { shard: *shard, range: start..end });
                 }
                 asked += (end - start) as u64;
             }
@@ -112,14 +112,14 @@ impl<'a> Stream<'a> {
 }
 
 /// Has the system read parts of files, without copying them.
-struct Pull<'a> {
+struct SequentialReader<'a> {
     checkpoint: &'a Checkpoint,
     /// The file that was pulled from last, and where it is pulled to; `None` where that cannot be.
     file: Option<(usize, Option<(File, File)>)>,
 }
 
-impl Pull<'_> {
-    fn part(&mut self, part: &Part) {
+impl SequentialReader<'_> {
+    fn part(&mut self, part: &FileRange) {
         let shard = self.checkpoint.shard(part.shard);
         if self.file.as_ref().is_none_or(|(number, _)| *number != part.shard) {
             self.file = Some((part.shard, sequential(shard)));
@@ -143,7 +143,7 @@ fn sequential(shard: &Shard) -> Option<(File, File)> {
 }
 
 /// Sends a part of a file nowhere; whether that could be done. Unlike advice, this makes the system read as it does for a
-/// program that reads on and on: in large pieces into large pages, which takes half of the time.
+/// program that reads on and on: in large sources into large pages, which takes half of the time.
 #[cfg(target_os = "linux")]
 fn pull(file: &File, nowhere: &File, start: u64, length: usize) -> bool {
     let (mut at, end) = (start, start + length as u64);

@@ -12,12 +12,13 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
 use crate::dtype::conversion::WeightDtype;
-use crate::error::{CheckpointError, is_full};
+use crate::error::CheckpointError;
 use crate::format::burnpack::{self, BURNPACK, Entry};
 use crate::format::index::{INDEX, Index, SINGLE};
+use crate::io::file_error::is_full;
 use crate::mapping::names;
 
-/// Headers are padded so that the data behind them is aligned for every dtype.
+/// Headers are padded so that the data after them is aligned for every dtype.
 const ALIGNMENT: usize = 8;
 
 /// A tensor that is going to be written.
@@ -39,7 +40,7 @@ impl OutTensor {
 pub(crate) enum Sharding {
     /// Files of at most this many bytes of data; a tensor larger than that gets a file of its own.
     Size(u64),
-    /// One file a layer, what is before the first layer with the first, what is behind the last with the last.
+    /// One file a layer, what is before the first layer with the first, what comes after the last with the last.
     Layer,
 }
 
@@ -175,7 +176,7 @@ impl Output {
         Ok(())
     }
 
-    /// Writes a part of a tensor, `at` bytes behind its beginning. Every byte is written once.
+    /// Writes a part of a tensor, `at` bytes after its beginning. Every byte is written once.
     pub(crate) fn write(&self, tensor: usize, at: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
         let (number, start, end) = self.places[tensor];
         assert!(start + at + bytes.len() as u64 <= end, "no tensor is longer than announced");
@@ -262,7 +263,7 @@ fn write_all_at(file: &File, mut bytes: &[u8], mut at: u64) -> io::Result<()> {
 }
 
 fn invalid(shown: &Path, file: &str, problem: String) -> CheckpointError {
-    CheckpointError::Write { path: shown.join(file), source: io::Error::new(io::ErrorKind::InvalidInput, problem) }
+    CheckpointError::write(&shown.join(file))(io::Error::new(io::ErrorKind::InvalidInput, problem))
 }
 
 /// Writes one small file of the checkpoint.
@@ -281,7 +282,7 @@ pub(crate) fn write_failure(shown: &Path, name: &str, needed: u64, error: io::Er
     if is_full(&error) {
         CheckpointError::Full { dir: shown.to_path_buf(), needed }
     } else {
-        CheckpointError::Write { path: shown.join(name), source: error }
+        CheckpointError::write(&shown.join(name))(error)
     }
 }
 

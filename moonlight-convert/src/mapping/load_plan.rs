@@ -9,11 +9,12 @@ use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, StoredTensor};
 use crate::dtype::conversion::WeightDtype;
-use crate::dtype::dequantize::{Encoding, Layout, Part, Piece};
-use crate::dtype::quant::{NIBBLES_PER_WORD, Scheme};
+use crate::dtype::dequantize::{Encoding, Layout, SourceTensor};
+use crate::dtype::quant::{NIBBLES_PER_WORD, QuantScheme};
 use crate::error::CheckpointError;
+use crate::format::shard::FileRange;
 use crate::mapping::names::{self, HfTensor, SkipReason, Stacked};
-use crate::report::validation::{Problem, Problems};
+use crate::report::validation::{Problem, ProblemList};
 
 /// More experts than any router of the family is made for.
 const MOST_EXPERTS: usize = 1 << 16;
@@ -29,23 +30,23 @@ const WIDEST: usize = 1 << 21;
 
 /// Where each parameter's values are.
 #[derive(Debug)]
-pub(crate) struct Plan {
-    pub(crate) parameters: Vec<Planned>,
+pub(crate) struct LoadPlan {
+    pub(crate) parameters: Vec<PlannedParameter>,
     pub(crate) skipped: BTreeMap<SkipReason, Vec<String>>,
 }
 
 /// Where one parameter's values are.
 #[derive(Debug)]
-pub(crate) struct Planned {
+pub(crate) struct PlannedParameter {
     pub(crate) parameter: ParameterShape,
     /// One, or one for each expert.
-    pub(crate) pieces: Vec<Piece>,
+    pub(crate) sources: Vec<SourceTensor>,
 }
 
-impl Planned {
+impl PlannedParameter {
     /// The narrowest dtype that loses nothing.
     pub(crate) fn stored(&self) -> WeightDtype {
-        self.pieces.iter().map(|piece| piece.dtype).reduce(WeightDtype::widest).unwrap_or(WeightDtype::F32)
+        self.sources.iter().map(|source| source.dtype).reduce(WeightDtype::widest).unwrap_or(WeightDtype::F32)
     }
 }
 
@@ -77,22 +78,22 @@ impl Checkpoint {
 
     /// The `quant_method` of the configuration, where the weights are quantised.
     pub(crate) fn quantisation(&self) -> Option<String> {
-        Scheme::of(self.config()).method
+        QuantScheme::of(self.config()).method
     }
 
-    pub(crate) fn checked_plan(&self, scope: Scope<'_>) -> Result<Plan, CheckpointError> {
+    pub(crate) fn checked_plan(&self, scope: Scope<'_>) -> Result<LoadPlan, CheckpointError> {
         self.plan(scope).map_err(|problems| CheckpointError::Misfit { dir: self.dir().to_path_buf(), problems })
     }
 
-    pub(crate) fn plan(&self, scope: Scope<'_>) -> Result<Plan, Problems> {
-        let scheme = Scheme::of(self.config());
+    pub(crate) fn plan(&self, scope: Scope<'_>) -> Result<LoadPlan, ProblemList> {
+        let scheme = QuantScheme::of(self.config());
         let quantised = scheme.method.clone();
         if let Some(problem) =
             implausible(self.config(), self.tensor_list().len(), self.unread.as_ref().map(|set| set.len()))
         {
             let mut list = self.broken.clone();
             list.push(Problem::Implausible { problem });
-            return Err(Problems { list, quantised });
+            return Err(ProblemList { list, quantised });
         }
         let wanted: Vec<ParameterShape> = self
             .config()
@@ -106,10 +107,11 @@ impl Checkpoint {
                 }
             })
             .collect();
-        let mut matching = Matching::new(self, scheme);
-        let mut parameters: Vec<Planned> = wanted.into_iter().map(|parameter| matching.plan(parameter)).collect();
+        let mut matching = TensorMatcher::new(self, scheme);
+        let mut parameters: Vec<PlannedParameter> =
+            wanted.into_iter().map(|parameter| matching.plan(parameter)).collect();
         let skipped = if matches!(scope, Scope::Below(_)) { BTreeMap::new() } else { matching.rest() };
-        let Matching { problems: found, unreadable_wanted, .. } = matching;
+        let TensorMatcher { problems: found, unreadable_wanted, .. } = matching;
         let mut list = match scope {
             Scope::Below(_) if !unreadable_wanted => Vec::new(),
             _ => self.broken.clone(),
@@ -117,14 +119,14 @@ impl Checkpoint {
         list.extend(found);
         if matches!(scope, Scope::Present) {
             list.retain(|problem| !problem.is_absence());
-            parameters.retain(|planned| planned.pieces.len() == pieces_of(&planned.parameter));
+            parameters.retain(|planned| planned.sources.len() == sources_of(&planned.parameter));
         }
-        if list.is_empty() { Ok(Plan { parameters, skipped }) } else { Err(Problems { list, quantised }) }
+        if list.is_empty() { Ok(LoadPlan { parameters, skipped }) } else { Err(ProblemList { list, quantised }) }
     }
 }
 
-/// How many pieces a parameter is made of.
-fn pieces_of(parameter: &ParameterShape) -> usize {
+/// How many sources a parameter is made of.
+fn sources_of(parameter: &ParameterShape) -> usize {
     if parameter.kind == ParameterKind::Experts { parameter.shape[0] } else { 1 }
 }
 
@@ -156,9 +158,9 @@ fn implausible(config: &ModelConfig, tensors: usize, unread: Option<usize>) -> O
     None
 }
 
-struct Matching<'a> {
+struct TensorMatcher<'a> {
     checkpoint: &'a Checkpoint,
-    scheme: Scheme,
+    scheme: QuantScheme,
     problems: Vec<Problem>,
     by_key: HashMap<&'a str, usize>,
     used: Vec<bool>,
@@ -168,8 +170,8 @@ struct Matching<'a> {
     unreadable_wanted: bool,
 }
 
-impl<'a> Matching<'a> {
-    fn new(checkpoint: &'a Checkpoint, scheme: Scheme) -> Self {
+impl<'a> TensorMatcher<'a> {
+    fn new(checkpoint: &'a Checkpoint, scheme: QuantScheme) -> Self {
         let tensors = checkpoint.tensor_list();
         let mut by_key = HashMap::with_capacity(tensors.len());
         let mut problems = Vec::new();
@@ -183,12 +185,12 @@ impl<'a> Matching<'a> {
         Self { checkpoint, scheme, problems, by_key, used, of_wrong_dtype: HashSet::new(), unreadable_wanted: false }
     }
 
-    fn plan(&mut self, parameter: ParameterShape) -> Planned {
+    fn plan(&mut self, parameter: ParameterShape) -> PlannedParameter {
         let wanted = names::hugging_face_tensors(&parameter);
         if self.checkpoint.is_burnpack() {
             return self.plan_in_burnpack(parameter, wanted);
         }
-        let turns = names::transposed(parameter.kind);
+        let transposed = names::transposed(parameter.kind);
         let one_by_one = wanted.iter().any(|tensor| {
             let packed = names::packed(&tensor.name).values;
             self.by_key.contains_key(names::key(&tensor.name)) || self.by_key.contains_key(names::key(&packed))
@@ -196,26 +198,30 @@ impl<'a> Matching<'a> {
         let stacked = names::stacked(&parameter)
             .filter(|_| !one_by_one)
             .filter(|stacked| self.knows(names::key(&stacked.tensor.name)));
-        let pieces = match stacked {
-            Some(stacked) => self.take_stacked(wanted, stacked, turns),
-            None => wanted.into_iter().filter_map(|tensor| self.take_whole(tensor, turns)).collect(),
+        let sources = match stacked {
+            Some(stacked) => self.take_stacked(wanted, stacked, transposed),
+            None => wanted.into_iter().filter_map(|tensor| self.take_whole(tensor, transposed)).collect(),
         };
-        Planned { parameter, pieces }
+        PlannedParameter { parameter, sources }
     }
 
     /// A burnpack file holds each parameter under its own path and in its own shape, a stack of experts in one.
-    fn plan_in_burnpack(&mut self, parameter: ParameterShape, wanted: Vec<HfTensor>) -> Planned {
+    fn plan_in_burnpack(&mut self, parameter: ParameterShape, wanted: Vec<HfTensor>) -> PlannedParameter {
         let tensor = HfTensor { name: parameter.path.clone(), shape: parameter.shape.clone() };
-        let Some((source, part)) = self.find(&tensor) else { return Planned { parameter, pieces: Vec::new() } };
-        let Some(dtype) = self.plain_dtype(source) else { return Planned { parameter, pieces: Vec::new() } };
-        let turns = names::transposed(parameter.kind);
+        let Some((stored_index, part)) = self.find(&tensor) else {
+            return PlannedParameter { parameter, sources: Vec::new() };
+        };
+        let Some(dtype) = self.plain_dtype(stored_index) else {
+            return PlannedParameter { parameter, sources: Vec::new() };
+        };
+        let transposed = names::transposed(parameter.kind);
         let length = part.range.len() / wanted.len().max(1);
-        let pieces = wanted.into_iter().enumerate().map(|(at, tensor)| {
+        let sources = wanted.into_iter().enumerate().map(|(at, tensor)| {
             let start = part.range.start + at * length;
-            let part = Part { shard: part.shard, range: start..start + length };
-            Piece { tensor, source, dtype, part, encoding: Encoding::Plain(Layout::Burn), turns }
+            let part = FileRange { shard: part.shard, range: start..start + length };
+            SourceTensor { tensor, stored_index, dtype, part, encoding: Encoding::Plain(Layout::Burn), transposed }
         });
-        Planned { pieces: pieces.collect(), parameter }
+        PlannedParameter { sources: sources.collect(), parameter }
     }
 
     fn knows(&self, key: &str) -> bool {
@@ -227,25 +233,25 @@ impl<'a> Matching<'a> {
         self.checkpoint.unread.as_ref().is_none_or(|unread| unread.contains(key))
     }
 
-    fn stored(&self, source: usize) -> &'a StoredTensor {
-        &self.checkpoint.tensor_list()[source]
+    fn stored(&self, stored_index: usize) -> &'a StoredTensor {
+        &self.checkpoint.tensor_list()[stored_index]
     }
 
     /// Finds a tensor and checks its shape; what is wrong joins the problems.
-    fn find(&mut self, tensor: &HfTensor) -> Option<(usize, Part)> {
+    fn find(&mut self, tensor: &HfTensor) -> Option<(usize, FileRange)> {
         let key = if self.checkpoint.is_burnpack() { tensor.name.as_str() } else { names::key(&tensor.name) };
-        let Some(&source) = self.by_key.get(key) else {
+        let Some(&stored_index) = self.by_key.get(key) else {
             self.missing(key, &tensor.name);
             return None;
         };
         // gate_up_proj is asked for twice, and complained of once.
-        let first_use = !std::mem::replace(&mut self.used[source], true);
-        let found = self.stored(source);
+        let first_use = !std::mem::replace(&mut self.used[stored_index], true);
+        let found = self.stored(stored_index);
         let fits = found.shape == tensor.shape;
         if first_use && !fits {
             self.misshapen(found, found.shape.clone(), tensor.shape.clone());
         }
-        fits.then(|| (source, Part { shard: found.shard, range: found.range.clone() }))
+        fits.then(|| (stored_index, FileRange { shard: found.shard, range: found.range.clone() }))
     }
 
     fn missing(&mut self, key: &str, name: &str) {
@@ -272,8 +278,8 @@ impl<'a> Matching<'a> {
     }
 
     /// The dtype of a tensor of plain values; another one joins the problems.
-    fn plain_dtype(&mut self, source: usize) -> Option<WeightDtype> {
-        let found = self.stored(source);
+    fn plain_dtype(&mut self, stored_index: usize) -> Option<WeightDtype> {
+        let found = self.stored(stored_index);
         let dtype = WeightDtype::from_safetensors(found.dtype);
         if dtype.is_none() {
             self.wrong_dtype(found);
@@ -281,24 +287,37 @@ impl<'a> Matching<'a> {
         dtype
     }
 
-    fn take_whole(&mut self, tensor: HfTensor, turns: bool) -> Option<Piece> {
+    fn take_whole(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
         let packed = names::packed(&tensor.name);
         let key = names::key(&tensor.name);
         if !self.by_key.contains_key(key) && self.knows(names::key(&packed.values)) {
-            return self.take_packed(tensor, packed, turns);
+            return self.take_packed(tensor, packed, transposed);
         }
-        let (source, part) = self.find(&tensor)?;
-        if self.stored(source).dtype == Dtype::F8_E4M3 {
-            return self.take_fp8(tensor, source, part, turns);
+        let (stored_index, part) = self.find(&tensor)?;
+        if self.stored(stored_index).dtype == Dtype::F8_E4M3 {
+            return self.take_fp8(tensor, stored_index, part, transposed);
         }
-        let dtype = self.plain_dtype(source)?;
-        Some(Piece { tensor, source, dtype, part, encoding: Encoding::Plain(Layout::HuggingFace), turns })
+        let dtype = self.plain_dtype(stored_index)?;
+        Some(SourceTensor {
+            tensor,
+            stored_index,
+            dtype,
+            part,
+            encoding: Encoding::Plain(Layout::HuggingFace),
+            transposed,
+        })
     }
 
     /// An FP8 matrix and the scales of its blocks.
-    fn take_fp8(&mut self, tensor: HfTensor, source: usize, part: Part, turns: bool) -> Option<Piece> {
+    fn take_fp8(
+        &mut self,
+        tensor: HfTensor,
+        stored_index: usize,
+        part: FileRange,
+        transposed: bool,
+    ) -> Option<SourceTensor> {
         let &[rows, columns] = tensor.shape.as_slice() else {
-            self.wrong_dtype(self.stored(source));
+            self.wrong_dtype(self.stored(stored_index));
             return None;
         };
         let block = self.scheme.block();
@@ -307,16 +326,23 @@ impl<'a> Matching<'a> {
         let name = if other { compressed } else { deepseek };
         let shape = vec![rows.div_ceil(block[0]), columns.div_ceil(block[1])];
         let scale = self.take_scale(HfTensor { name, shape })?;
-        Some(Piece { tensor, source, dtype: WeightDtype::Bf16, part, encoding: Encoding::Fp8 { scale, block }, turns })
+        Some(SourceTensor {
+            tensor,
+            stored_index,
+            dtype: WeightDtype::Bf16,
+            part,
+            encoding: Encoding::Fp8 { scale, block },
+            transposed,
+        })
     }
 
-    fn take_scale(&mut self, scale: HfTensor) -> Option<(Part, WeightDtype)> {
-        let (source, part) = self.find(&scale)?;
-        Some((part, self.plain_dtype(source)?))
+    fn take_scale(&mut self, scale: HfTensor) -> Option<(FileRange, WeightDtype)> {
+        let (stored_index, part) = self.find(&scale)?;
+        Some((part, self.plain_dtype(stored_index)?))
     }
 
     /// A matrix of 4-bit values, the scales of its groups, and its shape.
-    fn take_packed(&mut self, tensor: HfTensor, packed: names::Packed, turns: bool) -> Option<Piece> {
+    fn take_packed(&mut self, tensor: HfTensor, packed: names::PackedNames, transposed: bool) -> Option<SourceTensor> {
         let &[rows, columns] = tensor.shape.as_slice() else {
             self.missing(names::key(&tensor.name), &tensor.name);
             return None;
@@ -325,8 +351,8 @@ impl<'a> Matching<'a> {
         let values = self.find(&HfTensor { name: packed.values, shape: vec![rows, words] });
         let scale = self.take_groups(packed.scale, rows, columns);
         self.check_packed_shape(&packed.shape, &tensor.shape);
-        let (source, part) = values?;
-        let found = self.stored(source);
+        let (stored_index, part) = values?;
+        let found = self.stored(stored_index);
         if found.dtype != Dtype::I32 {
             self.wrong_dtype(found);
             return None;
@@ -336,13 +362,20 @@ impl<'a> Matching<'a> {
             return None;
         }
         let (scale, group) = scale?;
-        Some(Piece { tensor, source, dtype: scale.1, part, encoding: Encoding::Int4 { scale, group }, turns })
+        Some(SourceTensor {
+            tensor,
+            stored_index,
+            dtype: scale.1,
+            part,
+            encoding: Encoding::Int4 { scale, group },
+            transposed,
+        })
     }
 
     /// The scales `[rows, columns / group]`, and the group that their shape tells.
-    fn take_groups(&mut self, name: String, rows: usize, columns: usize) -> Option<((Part, WeightDtype), usize)> {
+    fn take_groups(&mut self, name: String, rows: usize, columns: usize) -> Option<((FileRange, WeightDtype), usize)> {
         let key = names::key(&name);
-        let groups = match self.by_key.get(key).map(|&source| self.stored(source).shape.as_slice()) {
+        let groups = match self.by_key.get(key).map(|&stored_index| self.stored(stored_index).shape.as_slice()) {
             Some(&[_, groups]) if groups > 0 && columns.is_multiple_of(groups) => groups,
             // Not the shape of such scales, whatever the group: named with the group that Kimi's have.
             _ => columns.div_ceil(USUAL_GROUP),
@@ -354,10 +387,10 @@ impl<'a> Matching<'a> {
     /// `weight_shape` says the shape before packing, in two integers.
     fn check_packed_shape(&mut self, name: &str, expected: &[usize]) {
         let key = names::key(name);
-        let Some(&source) = self.by_key.get(key) else { return self.missing(key, name) };
-        self.used[source] = true;
-        let found = self.stored(source);
-        let bytes = self.checkpoint.part(&Part { shard: found.shard, range: found.range.clone() });
+        let Some(&stored_index) = self.by_key.get(key) else { return self.missing(key, name) };
+        self.used[stored_index] = true;
+        let found = self.stored(stored_index);
+        let bytes = self.checkpoint.part(&FileRange { shard: found.shard, range: found.range.clone() });
         let size = match found.dtype {
             Dtype::I32 => 4,
             Dtype::I64 => 8,
@@ -376,10 +409,10 @@ impl<'a> Matching<'a> {
         }
     }
 
-    /// Each expert's rows of a stack: they lie beside one another, so that a piece is a plain part of the file.
-    fn take_stacked(&mut self, wanted: Vec<HfTensor>, stacked: Stacked, turns: bool) -> Vec<Piece> {
-        let Some((source, Part { shard, range })) = self.find(&stacked.tensor) else { return Vec::new() };
-        let Some(dtype) = self.plain_dtype(source) else { return Vec::new() };
+    /// Each expert's rows of a stack: they lie beside one another, so that a source is a plain part of the file.
+    fn take_stacked(&mut self, wanted: Vec<HfTensor>, stacked: Stacked, transposed: bool) -> Vec<SourceTensor> {
+        let Some((stored_index, FileRange { shard, range })) = self.find(&stacked.tensor) else { return Vec::new() };
+        let Some(dtype) = self.plain_dtype(stored_index) else { return Vec::new() };
         let (height, row) = (stacked.tensor.shape[1], stacked.tensor.shape[2] * dtype.size());
         let part = |expert: usize| -> Range<usize> {
             let first = range.start + (expert * height + stacked.rows.start) * row;
@@ -388,13 +421,13 @@ impl<'a> Matching<'a> {
         wanted
             .into_iter()
             .enumerate()
-            .map(|(expert, tensor)| Piece {
+            .map(|(expert, tensor)| SourceTensor {
                 tensor,
-                source,
+                stored_index,
                 dtype,
-                part: Part { shard, range: part(expert) },
+                part: FileRange { shard, range: part(expert) },
                 encoding: Encoding::Plain(Layout::HuggingFace),
-                turns,
+                transposed,
             })
             .collect()
     }

@@ -2,7 +2,7 @@
 //!
 //! | module path | file |
 //! |---|---|
-//! | `embed_tokens.weight`, `norm.weight`, `layers.L.…` | the same behind `model.` |
+//! | `embed_tokens.weight`, `norm.weight`, `layers.L.…` | the same after `model.` |
 //! | `lm_head.weight` | `lm_head.weight` |
 //! | `layers.L.mlp.router.…` | `model.layers.L.mlp.gate.…` |
 //! | `layers.L.mlp.experts.gate_proj`, `[experts, in, out]` | `model.layers.L.mlp.experts.E.gate_proj.weight`, each `[out, in]` |
@@ -13,7 +13,7 @@
 //!
 //! A burnpack file names tensors by the module path.
 //!
-//! A prefix `language_model.` (Kimi-VL, Kimi-K2.5) is dropped, with or without the `model.` behind it, and a lone
+//! A prefix `language_model.` (Kimi-VL, Kimi-K2.5) is dropped, with or without the `model.` after it, and a lone
 //! `model.` may be absent.
 
 use std::ops::Range;
@@ -39,7 +39,7 @@ const RENAMED: [(&str, &str); 2] = [
 pub enum SkipReason {
     /// `*.rotary_emb.inv_freq`: a buffer of older model code; the model computes its frequencies.
     InverseFrequencies,
-    /// A layer behind the last one, for multi-token prediction.
+    /// A layer after the last one, for multi-token prediction.
     MultiTokenPrediction,
     /// A vision tower or its projector.
     Vision,
@@ -83,20 +83,19 @@ pub(crate) fn fp8_scales(weight: &str) -> [String; 2] {
 }
 
 /// The three tensors that stand for a matrix packed by compressed-tensors.
-pub(crate) struct Packed {
+pub(crate) struct PackedNames {
     pub(crate) values: String,
     pub(crate) scale: String,
     pub(crate) shape: String,
 }
 
-/// See [`Packed`].
-pub(crate) fn packed(weight: &str) -> Packed {
-    Packed { values: format!("{weight}_packed"), scale: format!("{weight}_scale"), shape: format!("{weight}_shape") }
-}
-
-/// The stale buffer that published files hold for each layer.
-pub(crate) fn inverse_frequencies(layer: usize) -> String {
-    format!("{MODEL}layers.{layer}.self_attn{INV_FREQ}")
+/// See [`PackedNames`].
+pub(crate) fn packed(weight: &str) -> PackedNames {
+    PackedNames {
+        values: format!("{weight}_packed"),
+        scale: format!("{weight}_scale"),
+        shape: format!("{weight}_shape"),
+    }
 }
 
 /// The layer that a tensor belongs to, `None` for those of no layer.
@@ -183,7 +182,7 @@ pub(crate) fn skip_reason(name: &str, config: &ModelConfig) -> Option<SkipReason
     (config.tie_word_embeddings && key == HEAD).then_some(SkipReason::TiedHead)
 }
 
-/// The number of layers behind the last one that are for multi-token prediction.
+/// The number of layers after the last one that are for multi-token prediction.
 pub(crate) fn prediction_layers(config: &ModelConfig) -> usize {
     PREDICTION_LAYERS
         .iter()

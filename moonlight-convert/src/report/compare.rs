@@ -7,10 +7,10 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{Weight, with_weight};
-use crate::dtype::dequantize::{Layout, Piece};
+use crate::dtype::dequantize::{Layout, SourceTensor};
 use crate::error::CheckpointError;
-use crate::io::parallel_copy::{Panel, Reading, in_order, panels};
-use crate::mapping::load_plan::{Plan, Scope};
+use crate::io::parallel_copy::{Prefetcher, RowChunk, in_order, row_chunks};
+use crate::mapping::load_plan::{LoadPlan, Scope};
 use crate::progress::Progress;
 
 /// What a comparison found.
@@ -23,12 +23,12 @@ pub struct Comparison {
     /// Bytes that were read of both together.
     pub bytes: u64,
     /// Every difference, in the order of the tensors' names.
-    pub differences: Vec<Difference>,
+    pub differences: Vec<TensorDifference>,
 }
 
 /// How two checkpoints differ in one tensor.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Difference {
+pub enum TensorDifference {
     /// The second does not have it.
     OnlyInFirst {
         /// Its name.
@@ -51,13 +51,13 @@ pub enum Difference {
         /// Its name.
         tensor: String,
         /// How far apart they are.
-        distance: Distance,
+        distance: ValueDistance,
     },
 }
 
 /// How far two tensors are apart.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Distance {
+pub struct ValueDistance {
     /// The largest difference of two values; infinite where one of them is no number.
     pub largest: f64,
     /// The mean of the differences' magnitudes.
@@ -66,13 +66,13 @@ pub struct Distance {
     pub cosine: f64,
 }
 
-impl fmt::Display for Difference {
+impl fmt::Display for TensorDifference {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::OnlyInFirst { tensor } => write!(formatter, "{tensor}: only in the first"),
             Self::OnlyInSecond { tensor } => write!(formatter, "{tensor}: only in the second"),
             Self::Shape { tensor, shapes: [a, b] } => write!(formatter, "{tensor}: {a:?} and {b:?}"),
-            Self::Values { tensor, distance: Distance { largest, mean, cosine } } => {
+            Self::Values { tensor, distance: ValueDistance { largest, mean, cosine } } => {
                 write!(formatter, "{tensor}: largest difference {largest:.3e}, mean {mean:.3e}, cosine {cosine:.9}")
             }
         }
@@ -114,14 +114,14 @@ impl Sums {
         sums
     }
 
-    fn distance(&self, count: usize) -> Distance {
+    fn distance(&self, count: usize) -> ValueDistance {
         let norms = (self.squares[0] * self.squares[1]).sqrt();
         let cosine = match (norms, self.squares) {
             (_, [0.0, 0.0]) => 1.0,
             (0.0, _) => 0.0,
             (norms, _) => self.product / norms,
         };
-        Distance { largest: self.largest, mean: self.differences / count.max(1) as f64, cosine }
+        ValueDistance { largest: self.largest, mean: self.differences / count.max(1) as f64, cosine }
     }
 }
 
@@ -146,22 +146,22 @@ impl Checkpoint {
     ) -> Result<Comparison, CheckpointError> {
         let plans = [self.checked_plan(Scope::Present)?, other.checked_plan(Scope::Present)?];
         let [left, right] = [by_name(&plans[0]), by_name(&plans[1])];
-        let mut differences: BTreeMap<&str, Difference> = BTreeMap::new();
-        let mut pairs: Vec<(&Piece, &Piece)> = Vec::new();
+        let mut differences: BTreeMap<&str, TensorDifference> = BTreeMap::new();
+        let mut pairs: Vec<(&SourceTensor, &SourceTensor)> = Vec::new();
         // In the order of the first one's files.
-        for piece in plans[0].parameters.iter().flat_map(|planned| &planned.pieces) {
-            let tensor = piece.tensor.name.clone();
+        for source in plans[0].parameters.iter().flat_map(|planned| &planned.sources) {
+            let tensor = source.tensor.name.clone();
             match right.get(tensor.as_str()) {
-                None => drop(differences.insert(&piece.tensor.name, Difference::OnlyInFirst { tensor })),
-                Some(theirs) if theirs.tensor.shape != piece.tensor.shape => {
-                    let shapes = [piece.tensor.shape.clone(), theirs.tensor.shape.clone()];
-                    differences.insert(&piece.tensor.name, Difference::Shape { tensor, shapes });
+                None => drop(differences.insert(&source.tensor.name, TensorDifference::OnlyInFirst { tensor })),
+                Some(theirs) if theirs.tensor.shape != source.tensor.shape => {
+                    let shapes = [source.tensor.shape.clone(), theirs.tensor.shape.clone()];
+                    differences.insert(&source.tensor.name, TensorDifference::Shape { tensor, shapes });
                 }
-                Some(theirs) => pairs.push((piece, theirs)),
+                Some(theirs) => pairs.push((source, theirs)),
             }
         }
         for name in right.keys().filter(|name| !left.contains_key(*name)) {
-            differences.insert(name, Difference::OnlyInSecond { tensor: (*name).to_owned() });
+            differences.insert(name, TensorDifference::OnlyInSecond { tensor: (*name).to_owned() });
         }
         let bytes = pairs.iter().map(|(a, b)| a.bytes() + b.bytes()).sum();
         let sums = self.sums(other, &pairs, bytes, progress)?;
@@ -171,7 +171,7 @@ impl Checkpoint {
             let equal = if bitwise { !sums.bits_differ } else { distance.largest <= tolerance.max(0.0) };
             if !equal {
                 let tensor = a.tensor.name.clone();
-                differences.insert(&a.tensor.name, Difference::Values { tensor, distance });
+                differences.insert(&a.tensor.name, TensorDifference::Values { tensor, distance });
             }
         }
         Ok(Comparison {
@@ -185,42 +185,42 @@ impl Checkpoint {
     fn sums(
         &self,
         other: &Self,
-        pairs: &[(&Piece, &Piece)],
+        pairs: &[(&SourceTensor, &SourceTensor)],
         bytes: u64,
         progress: &dyn Progress,
     ) -> Result<Vec<Sums>, CheckpointError> {
         progress.begin(bytes);
-        let panels = panels(pairs.iter().map(|(a, b)| {
+        let chunks = row_chunks(pairs.iter().map(|(a, b)| {
             let (rows, columns) = a.dims(common(a, b));
             // Both are in memory at once.
             (rows, columns * (a.dtype.size() + b.dtype.size()))
         }));
-        let reading = Reading::new(self, pairs.iter().map(|pair| pair.0).collect(), &panels);
-        let theirs = Reading::new(other, pairs.iter().map(|pair| pair.1).collect(), &panels);
+        let reading = Prefetcher::new(self, pairs.iter().map(|pair| pair.0).collect(), &chunks);
+        let theirs = Prefetcher::new(other, pairs.iter().map(|pair| pair.1).collect(), &chunks);
         let sums = Mutex::new(vec![Sums::default(); pairs.len()]);
-        in_order(&panels, |at, panel, buffer| {
-            reading.begin(&panels, at);
-            theirs.begin(&panels, at);
-            let (a, b) = pairs[panel.piece];
+        in_order(&chunks, |at, chunk, buffer| {
+            reading.begin(&chunks, at);
+            theirs.begin(&chunks, at);
+            let (a, b) = pairs[chunk.source];
             let layout = common(a, b);
             let of_panel = with_weight!(a.dtype, S => with_weight!(b.dtype, T => {
-                let count = panel.rows.len() * a.dims(layout).1;
+                let count = chunk.rows.len() * a.dims(layout).1;
                 let mut own = std::mem::take(buffer);
                 let mut second = Vec::new();
-                let ours = self.rows::<S>(a, layout, panel, &mut own, count);
-                let theirs = other.rows::<T>(b, layout, panel, &mut second, count);
+                let ours = self.rows::<S>(a, layout, chunk, &mut own, count);
+                let theirs = other.rows::<T>(b, layout, chunk, &mut second, count);
                 let equal = a.dtype == b.dtype && ours == theirs;
                 let of_panel = if equal { None } else { Some(sums_of::<S, T>(ours, theirs)) };
                 *buffer = own;
                 of_panel
             }));
             if let Some(of_panel) = of_panel {
-                sums.lock().unwrap_or_else(PoisonError::into_inner)[panel.piece].add(&of_panel);
+                sums.lock().unwrap_or_else(PoisonError::into_inner)[chunk.source].add(&of_panel);
             }
-            let of = |piece: &Piece| piece.verbatim(layout, piece.dtype, &panel.rows);
-            reading.end(panel, of(a).as_ref());
-            theirs.end(panel, of(b).as_ref());
-            let share = (a.bytes() + b.bytes()) as f64 * panel.rows.len() as f64 / a.dims(layout).0.max(1) as f64;
+            let of = |source: &SourceTensor| source.verbatim(layout, source.dtype, &chunk.rows);
+            reading.end(chunk, of(a).as_ref());
+            theirs.end(chunk, of(b).as_ref());
+            let share = (a.bytes() + b.bytes()) as f64 * chunk.rows.len() as f64 / a.dims(layout).0.max(1) as f64;
             match progress.advance(share as u64) {
                 ControlFlow::Continue(()) => Ok(()),
                 ControlFlow::Break(()) => Err(CheckpointError::Interrupted),
@@ -229,21 +229,21 @@ impl Checkpoint {
         Ok(sums.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Some rows of a piece in its own dtype, as bytes: of the file where it holds them so, else decoded into `buffer`.
+    /// Some rows of a source in its own dtype, as bytes: of the file where it holds them so, else decoded into `buffer`.
     fn rows<'a, T: Weight>(
         &'a self,
-        piece: &Piece,
+        source: &SourceTensor,
         layout: Layout,
-        panel: &Panel,
+        chunk: &RowChunk,
         buffer: &'a mut Vec<u64>,
         count: usize,
     ) -> &'a [u8] {
-        match piece.verbatim(layout, piece.dtype, &panel.rows) {
+        match source.verbatim(layout, source.dtype, &chunk.rows) {
             Some(part) => self.part(&part),
             None => {
                 let target = crate::io::parallel_copy::values::<T>(buffer, count);
                 // What is not finite is compared like everything else.
-                self.decode(piece, layout, panel.rows.start, target);
+                self.decode(source, layout, chunk.rows.start, target);
                 bytemuck::cast_slice(target)
             }
         }
@@ -265,15 +265,15 @@ fn sums_of<S: Weight, T: Weight>(a: &[u8], b: &[u8]) -> Sums {
 }
 
 /// The layout in which the files need not be transposed, where there is one.
-fn common(a: &Piece, b: &Piece) -> Layout {
-    if [a, b].iter().all(|piece| !piece.transposed_in(Layout::Burn)) { Layout::Burn } else { Layout::HuggingFace }
+fn common(a: &SourceTensor, b: &SourceTensor) -> Layout {
+    if [a, b].iter().all(|source| !source.transposed_in(Layout::Burn)) { Layout::Burn } else { Layout::HuggingFace }
 }
 
-fn by_name(plan: &Plan) -> BTreeMap<&str, &Piece> {
+fn by_name(plan: &LoadPlan) -> BTreeMap<&str, &SourceTensor> {
     plan.parameters
         .iter()
-        .flat_map(|planned| &planned.pieces)
-        .map(|piece| (piece.tensor.name.as_str(), piece))
+        .flat_map(|planned| &planned.sources)
+        .map(|source| (source.tensor.name.as_str(), source))
         .collect()
 }
 

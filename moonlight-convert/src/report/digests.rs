@@ -49,7 +49,7 @@ enum Name {
 /// error.
 pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result<Vec<CheckedFile>, CheckpointError> {
     if !dir.is_dir() {
-        return Err(CheckpointError::NotADirectory { path: dir.to_path_buf() });
+        return Err(CheckpointError::not_a_directory(dir));
     }
     let text = fs::read_to_string(list).map_err(CheckpointError::read(list))?;
     let broken = |problem: String| CheckpointError::Digests { path: list.to_path_buf(), problem };

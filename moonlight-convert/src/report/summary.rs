@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::CheckpointError;
-use crate::format::sidecars::companions_in;
+use crate::format::sidecars::sidecars_in;
 use crate::report::validation::Problem;
 
 /// How the names of files end while they are being fetched: by huggingface_hub, by curl and wget users, by aria2, by
@@ -18,7 +18,7 @@ const UNFINISHED: [&str; 6] = [".incomplete", ".part", ".partial", ".aria2", ".c
 /// Whether a checkpoint can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub enum CheckpointState {
     /// Nothing is missing and nothing is wrong.
     Complete,
     /// Something is missing, and there are files that are still being fetched.
@@ -33,7 +33,7 @@ pub struct Summary {
     /// The directory.
     pub directory: PathBuf,
     /// Whether it can be used.
-    pub state: State,
+    pub state: CheckpointState,
     /// `safetensors` or `burnpack`.
     pub format: &'static str,
     /// The class name that transformers looks up.
@@ -45,7 +45,7 @@ pub struct Summary {
     /// Routed experts of a layer, and how many of them a token visits.
     pub experts: Option<[usize; 2]>,
     /// The model's parameters.
-    pub parameters: Parameters,
+    pub parameters: ParameterCounts,
     /// The `quant_method` of the configuration.
     pub quantization: Option<String>,
     /// Tensors in the files.
@@ -53,24 +53,25 @@ pub struct Summary {
     /// Bytes of these tensors.
     pub tensor_bytes: u64,
     /// The tensors by dtype.
-    pub dtypes: Vec<OfDtype>,
+    pub dtypes: Vec<DtypeSummary>,
     /// The files of weights.
-    pub files: Vec<OfFile>,
+    pub files: Vec<FileSummary>,
     /// The tokenizer's file.
     pub tokenizer: Option<String>,
     /// The files beside the weights that are carried along.
-    pub companions: Vec<String>,
+    #[serde(rename = "companions")]
+    pub sidecars: Vec<String>,
     /// What loading passes over.
-    pub skipped: Vec<Skipped>,
+    pub skipped: Vec<SkippedTensors>,
     /// Files that are still being fetched.
     pub unfinished: Vec<String>,
     /// Everything that is wrong.
-    pub problems: Vec<Wrong>,
+    pub problems: Vec<ReportedProblem>,
 }
 
 /// Parameters of a model.
 #[derive(Debug, Clone, Serialize)]
-pub struct Parameters {
+pub struct ParameterCounts {
     /// All of them.
     pub total: u64,
     /// Those that one token uses.
@@ -83,7 +84,7 @@ pub struct Parameters {
 
 /// The tensors of one dtype.
 #[derive(Debug, Clone, Serialize)]
-pub struct OfDtype {
+pub struct DtypeSummary {
     /// As safetensors spells it.
     pub dtype: String,
     /// How many there are.
@@ -94,7 +95,7 @@ pub struct OfDtype {
 
 /// A file of weights.
 #[derive(Debug, Clone, Serialize)]
-pub struct OfFile {
+pub struct FileSummary {
     /// Its name.
     pub name: String,
     /// Its length; `None` where it is absent.
@@ -105,7 +106,7 @@ pub struct OfFile {
 
 /// Tensors that loading passes over for one reason.
 #[derive(Debug, Clone, Serialize)]
-pub struct Skipped {
+pub struct SkippedTensors {
     /// What they are.
     pub reason: &'static str,
     /// Their names.
@@ -114,7 +115,7 @@ pub struct Skipped {
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, Serialize)]
-pub struct Wrong {
+pub struct ReportedProblem {
     /// The file that it is in, where it is in one.
     pub file: Option<String>,
     /// A sentence.
@@ -131,13 +132,13 @@ impl Checkpoint {
         let config = self.config();
         let count = config.parameter_count();
         let problems = self.problems();
-        let unfinished = unfinished(self.dir());
+        let unfinished = unfinished_downloads(self.dir());
         let mut dtypes: BTreeMap<String, (usize, u64)> = BTreeMap::new();
         for (_, tensor) in self.tensors() {
             let of_dtype = dtypes.entry(tensor.dtype.to_string()).or_default();
             *of_dtype = (of_dtype.0 + 1, of_dtype.1 + tensor.bytes());
         }
-        let companions = companions_in(self.dir())?;
+        let sidecars = sidecars_in(self.dir())?;
         let tokenizer = ["tokenizer.json", "tiktoken.model", "tokenizer.model", "vocab.json"];
         Ok(Summary {
             directory: self.dir().to_path_buf(),
@@ -147,7 +148,7 @@ impl Checkpoint {
             model_type: config.model_type.as_str(),
             layers: config.num_hidden_layers,
             experts: config.moe.as_ref().map(|moe| [moe.n_routed_experts, moe.num_experts_per_tok]),
-            parameters: Parameters {
+            parameters: ParameterCounts {
                 total: count.total,
                 activated: count.activated,
                 without_embeddings: count.total - count.embeddings,
@@ -156,45 +157,51 @@ impl Checkpoint {
             quantization: self.quantisation(),
             tensors: self.tensor_list().len(),
             tensor_bytes: dtypes.values().map(|(_, bytes)| bytes).sum(),
-            dtypes: dtypes.into_iter().map(|(dtype, (tensors, bytes))| OfDtype { dtype, tensors, bytes }).collect(),
+            dtypes: dtypes
+                .into_iter()
+                .map(|(dtype, (tensors, bytes))| DtypeSummary { dtype, tensors, bytes })
+                .collect(),
             files: self
                 .files()
                 .iter()
-                .map(|file| OfFile {
+                .map(|file| FileSummary {
                     name: file.name.clone(),
                     bytes: fs::metadata(self.dir().join(&file.name)).ok().map(|found| found.len()),
                     tensors: file.tensors,
                 })
                 .collect(),
             tokenizer: tokenizer.iter().find(|name| self.dir().join(name).is_file()).map(|name| (*name).to_owned()),
-            companions,
+            sidecars,
             skipped: self
                 .skipped()
                 .into_iter()
-                .map(|(reason, tensors)| Skipped { reason: reason.describe(), tensors })
+                .map(|(reason, tensors)| SkippedTensors { reason: reason.describe(), tensors })
                 .collect(),
             unfinished,
             problems: problems
                 .iter()
-                .map(|problem| Wrong { file: problem.file().map(str::to_owned), problem: problem.to_string() })
+                .map(|problem| ReportedProblem {
+                    file: problem.file().map(str::to_owned),
+                    problem: problem.to_string(),
+                })
                 .collect(),
         })
     }
 }
 
 /// A file that is being fetched under its own name is too short, and so is a reason to wait, too.
-fn state(problems: &[Problem], unfinished: &[String]) -> State {
+fn state(problems: &[Problem], unfinished: &[String]) -> CheckpointState {
     let waits = |problem: &Problem| problem.is_absence() || matches!(problem, Problem::BrokenFile { .. });
     match problems {
-        [] => State::Complete,
-        problems if !unfinished.is_empty() && problems.iter().all(waits) => State::Downloading,
-        _ => State::Broken,
+        [] => CheckpointState::Complete,
+        problems if !unfinished.is_empty() && problems.iter().all(waits) => CheckpointState::Downloading,
+        _ => CheckpointState::Broken,
     }
 }
 
 /// Files in and around a directory that are still being fetched: in it, where huggingface_hub keeps them below it
 /// (`.cache/huggingface/download`), and for a snapshot of the Hub's cache beside it (`blobs`).
-pub fn unfinished(dir: &Path) -> Vec<String> {
+pub fn unfinished_downloads(dir: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mut look = |folder: PathBuf, shown: &str| {
         let Ok(entries) = fs::read_dir(folder) else { return };
@@ -223,10 +230,10 @@ mod tests {
         let short = Problem::BrokenFile { file: "a".into(), problem: "is truncated".into() };
         let wrong = Problem::Unexpected { tensor: "t".into(), file: "a".into() };
         let pending = ["model-2-of-2.safetensors.incomplete".to_owned()];
-        assert_eq!(state(&[], &pending), State::Complete);
-        assert_eq!(state(std::slice::from_ref(&missing), &[]), State::Broken);
-        assert_eq!(state(&[missing.clone(), short], &pending), State::Downloading);
-        assert_eq!(state(&[missing, wrong], &pending), State::Broken);
+        assert_eq!(state(&[], &pending), CheckpointState::Complete);
+        assert_eq!(state(std::slice::from_ref(&missing), &[]), CheckpointState::Broken);
+        assert_eq!(state(&[missing.clone(), short], &pending), CheckpointState::Downloading);
+        assert_eq!(state(&[missing, wrong], &pending), CheckpointState::Broken);
     }
 
     #[test]
@@ -242,6 +249,6 @@ mod tests {
             fs::write(path, "").unwrap();
         }
         let expected = [".cache/huggingface/download/y.incomplete", "blobs/z.incomplete", "x.part"];
-        assert_eq!(unfinished(&snapshot), expected);
+        assert_eq!(unfinished_downloads(&snapshot), expected);
     }
 }

@@ -203,13 +203,13 @@ impl Kind {
 
 /// Every problem of a checkpoint. Displays as one line that gives the count of each kind and spells out the first few.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problems {
+pub struct ProblemList {
     pub(crate) list: Vec<Problem>,
     /// The `quant_method` of the configuration, where it has one.
     pub(crate) quantised: Option<String>,
 }
 
-impl Problems {
+impl ProblemList {
     /// Each of them.
     pub fn list(&self) -> &[Problem] {
         &self.list
@@ -237,7 +237,7 @@ impl Problems {
     }
 }
 
-impl fmt::Display for Problems {
+impl fmt::Display for ProblemList {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut kinds: BTreeMap<Kind, Vec<&Problem>> = BTreeMap::new();
         for problem in &self.list {
@@ -272,7 +272,7 @@ mod tests {
             expected: vec![3, 2],
         });
         assert_eq!(
-            Problems { list, quantised: None }.to_string(),
+            ProblemList { list, quantised: None }.to_string(),
             "30 tensors are missing: `t0`, `t1`, `t2`, `t3` and 26 more; \
              1 tensor has the wrong shape: `w` is [2, 3], not [3, 2]"
         );

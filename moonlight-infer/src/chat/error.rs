@@ -43,8 +43,7 @@ impl ChatError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NoTemplate { .. } => Some(
-                "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
-                 `chat_template.jinja` into the folder"
+                "a model that was never taught to chat continues a text; else put its `chat_template.jinja` into the folder"
                     .into(),
             ),
             Self::NoSpan { .. } => Some(

@@ -8,7 +8,7 @@ use super::{NewTokens, Tokens};
 use crate::cache::LayerCache;
 use crate::config::{GqaShape, ModelConfig};
 use crate::init::Init;
-use crate::kernels::{PastSpec, attend_past, grouped_attention};
+use crate::kernels::{CachedAttentionSpec, cached_attention, grouped_attention};
 use crate::projection::Projection;
 
 /// Several query heads share each key and value head.
@@ -80,8 +80,8 @@ impl GroupedQueryAttention {
         let (query, key_value) = self.project(x, &new.tokens);
         cache.write(key_value.reshape(row), &new.runs);
         let scale = self.scale as f32;
-        let spec = PastSpec { scale, keys: 0..width, values: width..2 * width, runs: new.runs.clone() };
-        let output = attend_past(query.reshape([count, self.heads, width]), cache.past(), spec);
+        let spec = CachedAttentionSpec { scale, keys: 0..width, values: width..2 * width, spans: new.runs.clone() };
+        let output = cached_attention(query.reshape([count, self.heads, width]), cache.past(), spec);
         self.o_proj.forward(output.reshape([count, self.heads * width]))
     }
 

@@ -11,7 +11,7 @@ use burn::tensor::{Device, Tensor};
 use crate::cache::LayerCache;
 use crate::config::{AttentionShape, ModelConfig};
 use crate::init::Init;
-use crate::kernels::{AttentionSpec, Run};
+use crate::kernels::{AttentionSpec, CacheSpan};
 use crate::module_enum::delegate_module;
 use crate::rope::Rotation;
 
@@ -32,7 +32,7 @@ pub(crate) struct Tokens<'a> {
 /// New tokens of several sequences, one behind the other: `tokens` has them as one sequence, packed.
 pub(crate) struct NewTokens<'a> {
     pub(crate) tokens: Tokens<'a>,
-    pub(crate) runs: Arc<Vec<Run>>,
+    pub(crate) runs: Arc<Vec<CacheSpan>>,
 }
 
 impl NewTokens<'_> {

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 
 use crate::config::MoeShape;
 use crate::init::Init;
-use crate::kernels::{ExpertPlan, grouped_matmul, swiglu};
+use crate::kernels::{GroupLayout, grouped_matmul, swiglu};
 use crate::lora::LowRank;
 use crate::quantization::QuantizedWeight;
 
@@ -51,7 +51,7 @@ impl Experts {
     }
 
     /// `[rows, hidden]`, sorted by expert as `plan` says, to `[rows, hidden]`.
-    pub fn forward(&self, rows: Tensor<2>, plan: &Arc<ExpertPlan>) -> Tensor<2> {
+    pub fn forward(&self, rows: Tensor<2>, plan: &Arc<GroupLayout>) -> Tensor<2> {
         let gate = (&self.gate_proj, self.gate_quantized.as_ref(), self.gate_lora.as_ref());
         let up = (&self.up_proj, self.up_quantized.as_ref(), self.up_lora.as_ref());
         let down = (&self.down_proj, self.down_quantized.as_ref(), self.down_lora.as_ref());
@@ -63,7 +63,7 @@ impl Experts {
 fn project(
     rows: Tensor<2>,
     (weight, quantized, lora): (&Param<Tensor<3>>, Option<&QuantizedWeight>, Option<&LowRank<3>>),
-    plan: &Arc<ExpertPlan>,
+    plan: &Arc<GroupLayout>,
 ) -> Tensor<2> {
     let base = |rows| match quantized {
         None => grouped_matmul(rows, weight.val(), plan),

@@ -11,7 +11,7 @@ use burn::tensor::{Device, Tensor};
 
 use crate::config::{ModelConfig, MoeShape};
 use crate::init::Init;
-use crate::kernels::{ExpertPlan, combine_rows, dispatch_rows};
+use crate::kernels::{GroupLayout, combine_rows, dispatch_rows};
 use crate::mlp::Mlp;
 
 pub(crate) use balance::bias_step;
@@ -62,7 +62,7 @@ impl Moe {
     pub(crate) fn forward(&self, x: Tensor<2>, routing: &Routing<'_>) -> MoeOutput {
         let routed = self.router.route(x.clone());
         let experts = self.router.experts();
-        let plan = Arc::new(ExpertPlan::new(&routed.choices, routed.k, experts));
+        let plan = Arc::new(GroupLayout::from_choices(&routed.choices, routed.k, experts));
         let rows = self.experts.forward(dispatch_rows(x.clone(), &plan), &plan);
         let mut hidden = combine_rows(rows, routed.weights.clone(), &plan);
         if let Some(shared) = &self.shared_experts {

@@ -21,7 +21,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moonlight_convert::adapter::write_adapter;
-use moonlight_convert::{SaveOptions, replace_directory, write_into};
+use moonlight_convert::{FileError, SaveOptions, replace_directory, write_into};
 use moonlight_infer::tokenizer::Companion;
 use moonlight_model::CausalLm;
 use serde::{Deserialize, Serialize};
@@ -129,10 +129,7 @@ impl Checkpoints {
             failure = optimizer.end(new, written).err();
             match &failure {
                 None => Ok(()),
-                Some(error) => Err(moonlight_convert::CheckpointError::Write {
-                    path: new.to_owned(),
-                    source: std::io::Error::other(error.to_string()),
-                }),
+                Some(error) => Err(FileError::write(new)(std::io::Error::other(error.to_string()))),
             }
         });
         if let Some(error) = failure {
@@ -151,7 +148,7 @@ impl Checkpoints {
             let base = std::path::absolute(base).map_err(TrainError::read(base))?;
             return Ok(write_adapter(model, dir, &base, from.as_deref())?);
         }
-        let options = SaveOptions { companions_from: from.clone(), ..SaveOptions::default() };
+        let options = SaveOptions { sidecars_from: from.clone(), ..SaveOptions::default() };
         Ok(write_into(model, dir, &options)?)
     }
 

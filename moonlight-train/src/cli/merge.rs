@@ -39,7 +39,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     // As stored, unless that is narrower than what is written: the sum is taken in f32 and rounded once.
     let loaded = dtype.filter(|&dtype| dtype == DType::F32);
     let LoadedModel { model, dir: base } = load_model(&base, Some(&adapter), &target.device, loaded, None)?;
-    let options = SaveOptions { dtype, companions_from: Some(base), overwrite: false, ..SaveOptions::default() };
+    let options = SaveOptions { dtype, sidecars_from: Some(base), overwrite: false, ..SaveOptions::default() };
     let count = model.adapters().len();
     save(&model.merge(), &arguments.output, &options)?;
     eprintln!("{count} adapters merged into `{}`", arguments.output.display());

@@ -8,8 +8,8 @@ use moonlight_convert::Checkpoint;
 use moonlight_infer::resolve_model;
 use serde_json::json;
 
+use crate::analysis::spectrum::{Selection, by_group, layer_spectra};
 use crate::error::TrainError;
-use crate::spectrum::{Selection, by_group, layer_spectra};
 
 /// SVD entropy and stable rank of the weights, by the report's six groups.
 ///

@@ -11,10 +11,10 @@ use moonlight_model::CausalLm;
 
 use super::run_eval::{self, run_eval};
 use super::train_loop::Outcome;
-use crate::data::Corpus;
+use crate::analysis::plots::write_plots;
+use crate::data::Dataset;
 use crate::error::TrainError;
 use crate::metrics::peak_memory_mib;
-use crate::plots::write_plots;
 use crate::recipe::Recipe;
 
 /// The largest vocabulary that a table of bigrams is counted for.
@@ -24,7 +24,7 @@ const BIGRAM_VOCAB: usize = 4096;
 pub struct Trained {
     /// The model of the last checkpoint.
     pub model: CausalLm,
-    pub(super) corpus: Arc<Corpus>,
+    pub(super) corpus: Arc<Dataset>,
     pub(super) tokenizer: Option<Tokenizer>,
 }
 

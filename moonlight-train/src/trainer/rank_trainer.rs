@@ -18,7 +18,7 @@ use super::step::{StepError, StepSettings, UpdateMode, step};
 use super::step_result::StepTotals;
 use super::{qk_clip, save};
 use crate::checkpoint::{Best, Checkpoints, TrainerState};
-use crate::data::{Ahead, Corpus, Want};
+use crate::data::{BatchRequest, Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{Metrics, Split, resident_memory_mib};
 use crate::recipe::{Checkpointing, Recipe};
@@ -31,8 +31,8 @@ const SEED_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 pub(super) struct RankTrainer {
     pub(super) recipe: Recipe,
     pub(super) schedule: Schedule,
-    pub(super) corpus: Arc<Corpus>,
-    pub(super) data: Ahead,
+    pub(super) corpus: Arc<Dataset>,
+    pub(super) data: Prefetcher,
     pub(super) model: ModelCell,
     pub(super) optimizer: DistributedOptimizer,
     pub(super) assignment: Assignment,
@@ -145,14 +145,14 @@ impl RankTrainer {
     }
 
     /// This rank's share of a step's sequences, in micro-batches of at most the recipe's size.
-    fn batch_request(&self, index: u64) -> Want {
+    fn batch_request(&self, index: u64) -> BatchRequest {
         let train = &self.recipe.train;
         let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
         let sequences = passes * train.batch_size;
         let cuts = even_cuts(sequences, self.worker().size());
         let share = cuts[self.worker().rank()]..cuts[self.worker().rank() + 1];
         let batches = share.len().div_ceil(train.batch_size).max(1);
-        Want { sequences, share, batches }
+        BatchRequest { sequences, share, batches }
     }
 
     fn step_error(&self, index: u64, error: StepError) -> TrainError {

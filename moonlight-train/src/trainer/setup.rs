@@ -12,10 +12,8 @@ use moonlight_infer::device::{self, Target};
 use moonlight_infer::load_base;
 use moonlight_infer::tokenizer::{Companion, Tokenizer};
 use moonlight_model::{CausalLm, ModelConfig};
+use moonlight_optim::Assignment;
 use moonlight_optim::distributed::{DistributedError, DistributedOptimizer, Worker};
-use moonlight_optim::{
-    AdamWConfig, Assignment, MomentumPrecision, MuonConfig, ParameterRules, Precision, Rounding, Scale,
-};
 use serde_json::{Value, json};
 
 use super::final_report::Trained;
@@ -24,13 +22,11 @@ use super::model_cell::ModelCell;
 use super::rank_trainer::RankTrainer;
 use super::run_eval::{self, run_eval};
 use crate::checkpoint::{Checkpoints, Found, TrainerState};
-use crate::data::{Ahead, Corpus};
+use crate::data::{Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{ConsoleLines, LogEvery, MetricsFile, Reporter};
-use crate::plan::{Plan, Setting, Threads, available_memory};
-use crate::recipe::{
-    HalfOrFull, LoraRecipe, ModelSource, NO_TOKENIZER, OptimizerName, OptimizerRecipe, Recipe, RoundingName, ScaleName,
-};
+use crate::plan::{MemorySettings, Plan, Threads, available_memory};
+use crate::recipe::{LoraRecipe, Recipe};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventWriter;
 
@@ -47,7 +43,7 @@ pub(super) struct Setup {
     pub(super) resumed: Option<Found>,
     assignment: Assignment,
     schedule: Schedule,
-    corpus: Arc<Corpus>,
+    corpus: Arc<Dataset>,
     checkpoints: Checkpoints,
     tokenizer: Option<Tokenizer>,
 }
@@ -70,20 +66,14 @@ impl Setup {
         if folder.exists() && from == ResumePoint::Start {
             return Err(TrainError::RunExists(folder));
         }
-        let tokenizer = match recipe.data.tokenizer.as_str() {
-            NO_TOKENIZER => None,
-            name => Some(Tokenizer::open(name)?),
-        };
+        let tokenizer = recipe.data.tokenizer.open()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
         check_memory(recipe, &config, target)?;
-        let corpus = Corpus::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
+        let corpus = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
         let recipe = recipe.clone().with_steps(corpus.train_sequences())?;
         let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.learning_rate, recipe.train.steps)
             .map_err(|error| TrainError::Request { problem: error.to_string(), hint: None })?;
-        let weights = match &recipe.model.source {
-            ModelSource::Path(path) => Some(path.as_path()),
-            ModelSource::Shape(_) => None,
-        };
+        let weights = recipe.model.path.as_deref();
         let checkpoints = Checkpoints::new(
             folder.join("checkpoints"),
             recipe.train.keep,
@@ -99,7 +89,7 @@ impl Setup {
             None => TrainerState::new(corpus.train_stream(recipe.train.batch_size).position()),
         };
         let model = freeze::freeze(model, &recipe.train.freeze, recipe.optimizer.qk_clip().is_some())?;
-        let assignment = rules(&recipe.optimizer, config.hidden_size).assign(&model)?;
+        let assignment = recipe.optimizer.rules(config.hidden_size).assign(&model)?;
         let corpus = Arc::new(corpus);
         Ok(Self { recipe, model, state, resumed, assignment, schedule, corpus, checkpoints, tokenizer })
     }
@@ -156,7 +146,7 @@ impl Setup {
             trainers.push(RankTrainer {
                 schedule: self.schedule.clone(),
                 corpus: self.corpus.clone(),
-                data: Ahead::new(data),
+                data: Prefetcher::new(data),
                 model: ModelCell::new(model),
                 optimizer: optimizer(&self.assignment, &self.recipe, worker.clone(), self.resumed.as_ref())?,
                 assignment: self.assignment.clone(),
@@ -204,7 +194,7 @@ impl Setup {
 
 /// What remains of a setup when its trainers are made.
 pub(super) struct Leftovers {
-    corpus: Arc<Corpus>,
+    corpus: Arc<Dataset>,
     tokenizer: Option<Tokenizer>,
 }
 
@@ -248,7 +238,7 @@ impl Weights<'_> {
     fn open(&self, config: &ModelConfig, from: ResumePoint) -> Result<(CausalLm, Option<Found>), TrainError> {
         let Self { recipe, path, target, checkpoints } = *self;
         let device = target.device.clone().autodiff();
-        let dtype = device::dtype(&recipe.model.dtype, target)?;
+        let dtype = device::dtype(recipe.model.dtype.as_str(), target)?;
         // The base model of the adapters in every checkpoint of the run.
         let base = match (&recipe.lora, path) {
             (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantise.bits())?),
@@ -283,7 +273,7 @@ impl Weights<'_> {
 /// tokenizer's, and a `generation_config.json` that makes servers stop at the end of the assistant's turn.
 fn companions(
     tokenizer: Option<&Tokenizer>,
-    corpus: &Corpus,
+    corpus: &Dataset,
     config: &ModelConfig,
     from: Option<&Path>,
 ) -> Vec<Companion> {
@@ -317,7 +307,7 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Resul
     let Some(available) = available_memory().filter(|_| target.is_cpu && recipe.train.check_memory) else {
         return Ok(());
     };
-    let plan = Plan::new(config.clone(), Setting::of_recipe(recipe, config, true, Threads::here())?);
+    let plan = Plan::new(config.clone(), MemorySettings::of_recipe(recipe, config, true, Threads::here())?);
     if plan.peak() <= available {
         return Ok(());
     }
@@ -385,52 +375,8 @@ fn adapted(base: CausalLm, dir: &Path, lora: &LoraRecipe) -> Result<CausalLm, Tr
     base.with_adapters(adapters).map_err(|source| AdapterError::Misfit { dir: dir.to_owned(), source }.into())
 }
 
-/// The optimizers that a recipe asks for, for a model of this width.
-pub(super) fn rules(recipe: &OptimizerRecipe, hidden: usize) -> ParameterRules {
-    let rounding = match recipe.rounding {
-        RoundingName::Nearest => Rounding::Nearest,
-        RoundingName::Stochastic => Rounding::Stochastic,
-        RoundingName::Master => Rounding::MasterWeights,
-    };
-    let adamw = AdamWConfig::new()
-        .with_betas(recipe.betas[0], recipe.betas[1])
-        .with_epsilon(recipe.epsilon)
-        .with_weight_decay(recipe.weight_decay)
-        .with_rounding(rounding);
-    let factor = recipe.update_rms;
-    let scale = match recipe.scale {
-        ScaleName::Report => Scale::Report { factor },
-        ScaleName::UpdateNorm => Scale::UpdateNorm { factor },
-        ScaleName::HiddenSize => Scale::HiddenSize { factor, hidden },
-        ScaleName::KellerJordan => Scale::KellerJordan,
-        ScaleName::Spectral => Scale::Spectral,
-        ScaleName::Unit => Scale::Unit,
-    };
-    match recipe.name {
-        OptimizerName::AdamW => ParameterRules::adamw(adamw),
-        OptimizerName::Muon => {
-            let muon = MuonConfig::new()
-                .with_momentum(recipe.momentum)
-                .with_nesterov(recipe.nesterov)
-                .with_weight_decay(recipe.weight_decay)
-                .with_scale(scale)
-                .with_steps(recipe.newton_schulz_steps)
-                .with_rounding(rounding)
-                .with_momentum_precision(match recipe.momentum_dtype {
-                    HalfOrFull::F32 => MomentumPrecision::F32,
-                    HalfOrFull::Bf16 => MomentumPrecision::Bf16,
-                })
-                .with_precision(match recipe.newton_schulz_dtype {
-                    HalfOrFull::F32 => Precision::F32,
-                    HalfOrFull::Bf16 => Precision::Bf16,
-                });
-            ParameterRules::moonlight(muon, adamw)
-        }
-    }
-}
-
 /// How much there is to learn from.
-fn sizes(corpus: &Corpus) -> String {
+fn sizes(corpus: &Dataset) -> String {
     format!(
         "{} training tokens in {} sequences, {} validation tokens",
         corpus.train_tokens(),
