@@ -12,7 +12,7 @@ use std::time::Instant;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use moonlight_model::{CausalLm, LmBatch, ModelConfig, Probe};
-use moonlight_optim::{AdamWConfig, BatchedOptimizer, MuonConfig, ParameterRules, Precision};
+use moonlight_optim::{AdamWConfig, MuonAdamW, MuonConfig, OptimizerOptions, ParameterRules, Precision};
 use moonlight_train::trainer::{MicroBatch, Trainee};
 use serde_json::json;
 
@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut trainee = Trainee { model: config.init(&device) };
     let muon = MuonConfig::new().with_precision(precision);
     let assignment = ParameterRules::moonlight(muon, AdamWConfig::new()).assign(&trainee.model)?;
-    let mut optimizer = assignment.batched_optimizer();
+    let mut optimizer = assignment.build(OptimizerOptions::new())?;
     let batches = batches(&config, [micro_batches, batch, sequence], &device);
     let mut times = Vec::new();
     // The first step draws the parameters and has no momentum yet.
@@ -93,7 +93,7 @@ fn batches(config: &ModelConfig, [count, batch, sequence]: [usize; 3], device: &
 
 fn step(
     trainee: Trainee,
-    optimizer: &mut BatchedOptimizer,
+    optimizer: &mut MuonAdamW,
     batches: &[LmBatch],
     device: &Device,
 ) -> Result<(Trainee, Times), Box<dyn std::error::Error>> {
@@ -130,7 +130,7 @@ fn step(
     device.sync()?;
     let passed = start.elapsed().as_secs_f64();
     let Trainee { model } = trainee;
-    let model = optimizer.step(3e-4, model, gradients).update_router_bias(&loads, 1e-3);
+    let model = optimizer.step(3e-4, model, gradients)?.update_router_bias(&loads, 1e-3);
     device.sync()?;
     let whole = start.elapsed().as_secs_f64();
     Ok((Trainee { model }, Times { whole, optimizer: whole - passed }))

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
 use moonlight_model::lora::LoraError;
-use moonlight_optim::distributed::{CollectiveError, DistributedError};
-use moonlight_optim::{RuleError, StateError};
+use moonlight_optim::distributed::CollectiveError;
+use moonlight_optim::{OptimizerError, RuleError, StateError};
 
 use crate::chat::ChatError;
 use crate::data::DataError;
@@ -108,7 +108,7 @@ pub enum TrainError {
     Collective(#[from] CollectiveError),
     /// An optimizer that cannot be divided among workers.
     #[error(transparent)]
-    Distributed(#[from] DistributedError),
+    Distributed(#[from] OptimizerError),
     /// One of several workers failed.
     #[error("worker {rank}: {source}")]
     Worker {

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::adapter::write_adapter;
 use moonlight_convert::{SaveOptions, replace_directory, write_into};
 use moonlight_model::CausalLm;
-use moonlight_optim::BatchedOptimizer;
+use moonlight_optim::MuonAdamW;
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataPosition;
@@ -238,7 +238,7 @@ pub trait Keeping {
     fn end(&mut self, dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError>;
 }
 
-impl Keeping for &BatchedOptimizer {
+impl Keeping for &MuonAdamW {
     fn begin(&mut self, _dir: &Path) -> Result<(), TrainError> {
         Ok(())
     }

@@ -15,7 +15,7 @@ use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor};
 use moonlight_model::{CausalLm, ForwardReport, LayerOutput, Pass};
-use moonlight_optim::BatchedOptimizer;
+use moonlight_optim::MuonAdamW;
 
 use super::step::{NotFinite, global_norm};
 use super::trainee::{MicroBatch, MicroOutcome, Trainee};
@@ -75,14 +75,14 @@ impl Taker for Summing<'_> {
 /// Updates each stage's parameters as soon as their gradients are there, and forgets these.
 pub(crate) struct Updating<'a> {
     trainee: &'a mut Trainee,
-    optimizer: &'a mut BatchedOptimizer,
+    optimizer: &'a mut MuonAdamW,
     learning_rate: f64,
     /// Sum of the squares of all gradients so far.
     squares: f64,
 }
 
 impl<'a> Updating<'a> {
-    pub(crate) fn new(trainee: &'a mut Trainee, optimizer: &'a mut BatchedOptimizer, learning_rate: f64) -> Self {
+    pub(crate) fn new(trainee: &'a mut Trainee, optimizer: &'a mut MuonAdamW, learning_rate: f64) -> Self {
         Self { trainee, optimizer, learning_rate, squares: 0.0 }
     }
 
@@ -100,7 +100,8 @@ impl Taker for Updating<'_> {
     fn take(&mut self, gradients: GradientsParams) {
         self.squares += global_norm(&self.trainee.model, &gradients).powi(2);
         let model = self.trainee.take_model();
-        self.trainee.model = self.optimizer.step(self.learning_rate, model, gradients);
+        let stepped = self.optimizer.step(self.learning_rate, model, gradients);
+        self.trainee.model = stepped.expect("one rank has no other to lose");
     }
 }
 
@@ -282,7 +283,7 @@ mod tests {
     use burn::module::{ModuleVisitor, Param};
     use burn::tensor::Device;
     use moonlight_model::{ModelConfig, Probe};
-    use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
+    use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules};
 
     use super::*;
     use crate::data::HostBatch;
@@ -382,7 +383,7 @@ mod tests {
             let device = Device::default().autodiff();
             let run = |recompute: bool, fused: bool| {
                 let mut trainee = start.clone();
-                let mut optimizer = assignment.batched_optimizer();
+                let mut optimizer = assignment.build(OptimizerOptions::new()).unwrap();
                 let settings = StepSettings {
                     learning_rate: 0.01,
                     gradient_clip: 0.0,
@@ -420,7 +421,7 @@ mod tests {
     fn stepped(start: &Trainee, fused: bool, steps: &[&[HostBatch]]) -> (Vec<StepOutcome>, Vec<Vec<f32>>) {
         let rules = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new());
         let (mut trainee, device) = (start.clone(), Device::default().autodiff());
-        let mut optimizer = rules.assign(&start.model).unwrap().batched_optimizer();
+        let mut optimizer = rules.assign(&start.model).unwrap().build(OptimizerOptions::new()).unwrap();
         let settings = StepSettings {
             learning_rate: 0.01,
             gradient_clip: 0.0,
@@ -479,7 +480,7 @@ mod tests {
         trainee.model.norm.weight =
             trainee.model.norm.weight.map(|gain| gain.mul_scalar(f32::NAN).detach().require_grad());
         let rules = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new());
-        let mut optimizer = rules.assign(&trainee.model).unwrap().batched_optimizer();
+        let mut optimizer = rules.assign(&trainee.model).unwrap().build(OptimizerOptions::new()).unwrap();
         let before = values(&trainee.model, None);
         let mut taker = Updating::new(&mut trainee, &mut optimizer, 0.1);
         let sparing = Sparing { recompute: true, loss_chunk_tokens: 0 };

@@ -78,7 +78,7 @@ fn on_stage(trainee: Trainee, run: Run, dashboard: bool, interrupter: Interrupte
     let epochs = run.recipe.train.steps.div_ceil(epoch_steps) as usize;
     let starting_epoch = (run.state.step / epoch_steps) as usize;
     // burn-train wants an optimizer of its kind; the strategy steps with its own.
-    let optimizer = run.assignment.optimizer();
+    let optimizer = run.assignment.to_module_optimizer();
     let of = run.recipe.run.clone();
     let strategy = Arc::new(StepStrategy::new(run));
     let training = SupervisedTraining::new(of.folder(), NoLoader::train(), NoLoader::valid())

@@ -10,8 +10,8 @@ use moonlight_convert::adapter::{AdapterError, read_adapter};
 use moonlight_convert::load;
 use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::{
-    AdamWConfig, Assignment, BatchedOptimizer, MomentumPrecision, MuonConfig, ParameterRules, Precision, Rounding,
-    Scale,
+    AdamWConfig, Assignment, MomentumPrecision, MuonAdamW, MuonConfig, OptimizerError, OptimizerOptions,
+    ParameterRules, Precision, Rounding, Scale,
 };
 use serde_json::{Value, json};
 
@@ -73,24 +73,23 @@ pub(super) enum From {
 pub(super) fn prepare(recipe: &Recipe, target: &Target, resume: bool, lines: bool) -> Result<Prepared, TrainError> {
     let opened = open(recipe, target, if resume { From::Newest } else { From::Start })?;
     let optimizer = match &opened.from {
-        Some(found) => found.batched_optimizer(&opened.assignment)?,
-        None => opened.assignment.batched_optimizer(),
+        Some(found) => found.load(&opened.assignment)?,
+        None => opened.assignment.build(OptimizerOptions::new())?,
     };
     let records = opened.begin()?;
     let device = target.device.clone().autodiff();
-    let run = opened.run(Stepper::Alone(optimizer), device, Some(records), lines)?;
+    let run = opened.run(Stepper::Alone(Box::new(optimizer)), device, Some(records), lines)?;
     Ok(Prepared { trainee: Trainee { model: opened.model }, run })
 }
 
 impl Found {
-    /// The state of a single optimizer, whoever wrote it.
-    fn batched_optimizer(&self, assignment: &Assignment) -> Result<BatchedOptimizer, TrainError> {
+    /// The optimizer of one rank with the state of the checkpoint.
+    fn load(&self, assignment: &Assignment) -> Result<MuonAdamW, TrainError> {
         let files = self.optimizer();
-        let loaded = match files.as_slice() {
-            [single] => assignment.load_batched_optimizer(single),
-            parts => assignment.load_batched_optimizer_parts(parts),
-        };
-        loaded.map_err(|source| TrainError::OptimizerState { path: files[0].clone(), source })
+        assignment.load(&files, OptimizerOptions::new()).map_err(|error| match error {
+            OptimizerError::State(source) => TrainError::OptimizerState { path: files[0].clone(), source },
+            error => error.into(),
+        })
     }
 }
 

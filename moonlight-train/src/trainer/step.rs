@@ -4,7 +4,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
 use moonlight_model::{ForwardReport, Probe};
-use moonlight_optim::BatchedOptimizer;
+use moonlight_optim::MuonAdamW;
 use moonlight_optim::distributed::sum_of_squares;
 
 use super::backward::{Sparing, Summing, Taker, Updating, backward};
@@ -82,7 +82,7 @@ impl Whole {
 /// before it has updated some layers.
 pub(crate) fn step(
     trainee: &mut Trainee,
-    optimizer: &mut BatchedOptimizer,
+    optimizer: &mut MuonAdamW,
     batches: &[HostBatch],
     settings: &StepSettings,
     device: &Device,
@@ -94,7 +94,8 @@ pub(crate) fn step(
         fused(trainee, optimizer, batches, settings, device)?
     } else {
         let (gradients, outcome) = gradient(trainee, batches, settings, device)?;
-        trainee.model = optimizer.step(settings.learning_rate, trainee.take_model(), gradients);
+        let stepped = optimizer.step(settings.learning_rate, trainee.take_model(), gradients);
+        trainee.model = stepped.expect("one rank has no other to lose");
         outcome
     };
     trainee.model = trainee.take_model().update_router_bias(&outcome.expert_loads, settings.bias_update_rate);
@@ -125,7 +126,7 @@ fn gradient(
 /// A step that updates each layer as soon as its gradients are there. There is no norm to clip by before the last of them.
 fn fused(
     trainee: &mut Trainee,
-    optimizer: &mut BatchedOptimizer,
+    optimizer: &mut MuonAdamW,
     batches: &[HostBatch],
     settings: &StepSettings,
     device: &Device,

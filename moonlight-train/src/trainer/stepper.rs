@@ -1,14 +1,14 @@
 //! Who updates the model: this process alone, or several workers together.
 
-use moonlight_optim::BatchedOptimizer;
-use moonlight_optim::distributed::{DistributedOptimizer, Worker};
+use moonlight_optim::MuonAdamW;
+use moonlight_optim::distributed::Worker;
 
 /// The optimizer of a run.
 pub(super) enum Stepper {
     /// One worker, which has everything.
-    Alone(BatchedOptimizer),
+    Alone(Box<MuonAdamW>),
     /// One of several workers.
-    Together(Box<DistributedOptimizer>),
+    Together(Box<MuonAdamW>),
 }
 
 impl Stepper {

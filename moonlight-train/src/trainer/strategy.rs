@@ -384,7 +384,7 @@ impl Run {
 
     fn save(&mut self, model: &CausalLm) -> Result<PathBuf, TrainError> {
         match &self.optimizer {
-            Stepper::Alone(optimizer) => self.checkpoints.save(model, &mut { optimizer }, &self.state),
+            Stepper::Alone(optimizer) => self.checkpoints.save(model, &mut &**optimizer, &self.state),
             Stepper::Together(optimizer) => together::save(&self.checkpoints, model, optimizer, &self.state),
         }
     }

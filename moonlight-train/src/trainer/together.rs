@@ -8,7 +8,8 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Tensor};
 use moonlight_model::CausalLm;
-use moonlight_optim::distributed::{CollectiveError, DistributedOptimizer, Traffic, Worker, even_cuts, sum_of_squares};
+use moonlight_optim::MuonAdamW;
+use moonlight_optim::distributed::{CollectiveError, Traffic, Worker, even_cuts, sum_of_squares};
 
 use super::backward::Taker;
 use super::step::{NotFinite, StepOutcome, StepSettings, Whole, finite, passes};
@@ -58,7 +59,7 @@ pub(super) fn whole(worker: &Worker, batches: &[HostBatch], sequences: usize) ->
 /// Takes the step. The model is as it was where the loss or the gradient is no number, which all workers find alike.
 pub(super) fn step(
     trainee: &mut Trainee,
-    optimizer: &mut DistributedOptimizer,
+    optimizer: &mut MuonAdamW,
     batches: &[HostBatch],
     whole: Whole,
     settings: &StepSettings,
@@ -128,7 +129,7 @@ fn summed(worker: &Worker, own: StepOutcome, squares: f64) -> Result<StepOutcome
 /// pass goes on.
 struct Reducing<'a> {
     model: &'a CausalLm,
-    optimizer: &'a mut DistributedOptimizer,
+    optimizer: &'a mut MuonAdamW,
     sums: Sums,
 }
 
@@ -239,7 +240,7 @@ pub(super) fn told_number(worker: &Worker, own: Option<u64>) -> Result<Option<u6
 pub(super) fn save(
     checkpoints: &Checkpoints,
     model: &CausalLm,
-    optimizer: &DistributedOptimizer,
+    optimizer: &MuonAdamW,
     state: &TrainerState,
 ) -> Result<PathBuf, TrainError> {
     let worker = optimizer.worker();
@@ -267,7 +268,7 @@ pub(super) fn save(
 
 /// The optimizer's state of a checkpoint, in a file for each worker.
 struct Parts<'a> {
-    optimizer: &'a DistributedOptimizer,
+    optimizer: &'a MuonAdamW,
     dir_told: bool,
     disagreed: bool,
 }
@@ -288,7 +289,7 @@ impl Keeping for Parts<'_> {
     }
 }
 
-fn write_part(dir: &Path, optimizer: &DistributedOptimizer) -> Result<(), TrainError> {
+fn write_part(dir: &Path, optimizer: &MuonAdamW) -> Result<(), TrainError> {
     let worker = optimizer.worker();
     let path = Checkpoints::part(dir, worker.rank(), worker.size());
     if !dir.exists() {
@@ -329,7 +330,7 @@ pub(super) fn check_weights(worker: &Worker, model: &CausalLm) -> Result<(), Tra
 
 /// What the workers did, for the end of a run: bytes sent and state held, beside the formula.
 pub(super) fn account(
-    optimizer: &DistributedOptimizer,
+    optimizer: &MuonAdamW,
     model: &CausalLm,
     sent: Traffic,
     steps: u64,

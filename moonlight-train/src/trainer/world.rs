@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::Interrupter;
+use moonlight_optim::OptimizerOptions;
 use moonlight_optim::distributed::{
     Collective, CollectiveError, InProcess, Nested, OnDevices, Solo, Worker, devices_reduce,
 };
@@ -296,12 +297,13 @@ fn member(
     lines: bool,
 ) -> Result<(Trainee, Run), TrainError> {
     let settings = opened.recipe.distributed.clone().unwrap_or_default();
+    let options = OptimizerOptions::new().with_worker(worker.clone()).with_distributed(settings.config());
     let optimizer = match &opened.from {
         Some(found) => {
             let files = found.optimizer();
-            opened.assignment.load_distributed_optimizer(worker.clone(), settings.config(), &files)?
+            opened.assignment.load(&files, options)?
         }
-        None => opened.assignment.distributed_optimizer(worker.clone(), settings.config())?,
+        None => opened.assignment.build(options)?,
     };
     let device = target.device.clone().autodiff();
     let model = opened.model.clone().fork(&device);
