@@ -11,6 +11,7 @@ use std::time::Instant;
 use burn::tensor::{DType, Device, Tensor};
 use clap::Parser;
 use moonlight_convert::Checkpoint;
+use moonlight_model::ForwardContext;
 
 /// Loads one decoder layer and runs it over 16 tokens, in f32 on the default device.
 #[derive(Debug, Parser)]
@@ -34,7 +35,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("loaded in {:.1} s", start.elapsed().as_secs_f64());
     let start = Instant::now();
     let hidden = Tensor::<3>::ones([1, 16, config.hidden_size], &device);
-    let values = block.forward_alone(&config, hidden).into_data();
+    let context = ForwardContext::new(&config.rotary(), [1, 16], &device);
+    let values = block.forward(hidden, &context).hidden.into_data();
     let finite = values.iter::<f32>().all(f32::is_finite);
     println!("ran over 16 tokens in {:.1} s; all values finite: {finite}", start.elapsed().as_secs_f64());
     // Linux's own counts: what this process had the disk read (nothing where the system's cache had it), and its memory.

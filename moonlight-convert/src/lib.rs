@@ -58,3 +58,8 @@ pub use load::{LoadReport, Loaded, load};
 pub use mapping::names::{HfTensor, SkipReason, hugging_face_tensors};
 pub use progress::Progress;
 pub use save::{Format, SaveOptions, save, write_into};
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -6,13 +6,14 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use moonlight_disjoint::DisjointMut;
 use moonlight_model::config::ParameterKind;
 use moonlight_model::{CausalLm, QuantBits};
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{Outcome, Weight, WeightDtype, all_finite, with_weight};
 use crate::dtype::dequantize::{Layout, SourceTensor};
-use crate::dtype::transpose::{HEIGHT, Shared};
+use crate::dtype::transpose::HEIGHT;
 use crate::error::CheckpointError;
 use crate::io::huge_pages;
 use crate::io::parallel_copy::{self, RowChunk, in_order};
@@ -39,7 +40,7 @@ pub struct Loaded {
 pub struct LoadReport {
     /// The dtype of the model's weights (the router's own and its correction bias apart).
     pub dtype: WeightDtype,
-    /// Parameters of the model that were filled.
+    /// Parameters of the model that were loaded.
     pub parameters: usize,
     /// Tensors of the files that they were made of.
     pub tensors: usize,
@@ -174,14 +175,23 @@ impl Checkpoint {
             }
         }
         let path = path.split('.').filter(|name| !name.is_empty()).map(str::to_owned).collect();
-        let module = ReadAhead::open(self, plan, |stream| {
-            let mut filling =
-                Filling { checkpoint: self, plan, stream, device, dtype, common, path, filled: 0, failure: None };
-            let module = module.map(&mut filling);
-            if let Some(failure) = filling.failure {
+        let module = ReadAhead::open(self, plan, |read_ahead| {
+            let mut loader = WeightLoader {
+                checkpoint: self,
+                plan,
+                read_ahead,
+                device,
+                dtype,
+                common,
+                path,
+                loaded: 0,
+                failure: None,
+            };
+            let module = module.map(&mut loader);
+            if let Some(failure) = loader.failure {
                 return Err(failure);
             }
-            assert_eq!(filling.filled, plan.parameters.len(), "the list of parameters is that of the module");
+            assert_eq!(loader.loaded, plan.parameters.len(), "the list of parameters is that of the module");
             Ok(module)
         })?;
         let sources = || plan.parameters.iter().flat_map(|planned| &planned.sources);
@@ -197,24 +207,28 @@ impl Checkpoint {
 
     /// The values of a parameter in Burn's layout. All threads take rows as they lie in the files, in order, so that the
     /// disk is read from front to back, and put each where it belongs.
-    fn read<T: Weight>(&self, planned: &PlannedParameter, stream: &ReadAhead<'_>) -> Result<Vec<T>, CheckpointError> {
+    fn read<T: Weight>(
+        &self,
+        planned: &PlannedParameter,
+        read_ahead: &ReadAhead<'_>,
+    ) -> Result<Vec<T>, CheckpointError> {
         let PlannedParameter { parameter, sources } = planned;
         let length: usize = parameter.shape.iter().product();
         let mut values = huge_pages::zeros::<T>(length);
-        let target = Shared::new(&mut values);
+        let target = DisjointMut::new(&mut values);
         in_order(&row_chunks(sources), |_, RowChunk { source, rows }, buffer| {
             let at = source * (length / sources.len());
             let source = &sources[*source];
             let part = source.stored_rows(rows);
             let outcome = if source.verbatim(Layout::Burn, dtype_of::<T>(), rows).is_some() {
                 let (_, columns) = source.dims(Layout::Burn);
-                // SAFETY: each chunk is taken once, and chunks have no rows in common.
-                let target = unsafe { target.part(at + rows.start * columns..at + rows.end * columns) };
-                stream.read(&part, bytemuck::cast_slice_mut(target))?;
+                // SAFETY: `in_order` takes each chunk once, and `row_chunks` divides the rows of a source.
+                let target = unsafe { target.row(at + rows.start * columns..at + rows.end * columns) };
+                read_ahead.read(&part, bytemuck::cast_slice_mut(target))?;
                 all_finite::<T>(bytemuck::cast_slice(target))
             } else {
                 let bytes = parallel_copy::values::<u8>(buffer, part.range.len());
-                stream.read(&part, bytes)?;
+                read_ahead.read(&part, bytes)?;
                 // SAFETY: as above.
                 unsafe { self.place(source, Layout::Burn, rows.clone(), bytes, &target, at) }
             };
@@ -226,6 +240,7 @@ impl Checkpoint {
                 Outcome::NotFinite => Err(self.blame(source, dtype_of::<T>())),
             }
         })?;
+        target.finish();
         Ok(values)
     }
 }
@@ -267,33 +282,21 @@ pub(crate) fn stored_dtype(plan: &LoadPlan) -> WeightDtype {
         .unwrap_or(WeightDtype::F32)
 }
 
-/// Replaces the parameters of a fresh model, which have not been drawn yet and never are.
-struct Filling<'a> {
+/// Replaces the parameters of a fresh model. They are lazy: none of them is ever drawn.
+struct WeightLoader<'a> {
     checkpoint: &'a Checkpoint,
     plan: &'a LoadPlan,
-    stream: &'a ReadAhead<'a>,
+    read_ahead: &'a ReadAhead<'a>,
     device: &'a Device,
     dtype: Option<WeightDtype>,
     common: WeightDtype,
     path: Vec<String>,
     /// How many have been replaced: the plan has them in the module's order.
-    filled: usize,
+    loaded: usize,
     failure: Option<CheckpointError>,
 }
 
-impl Filling<'_> {
-    fn data(&self, planned: &PlannedParameter) -> Result<TensorData, CheckpointError> {
-        let dtype = match (planned.parameter.kind, self.dtype) {
-            (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
-            (ParameterKind::Router, None) => planned.stored(),
-            _ => self.common,
-        };
-        let shape = planned.parameter.shape.clone();
-        with_weight!(dtype, T => Ok(TensorData::new(self.checkpoint.read::<T>(planned, self.stream)?, shape)))
-    }
-}
-
-impl ModuleMapper for Filling<'_> {
+impl ModuleMapper for WeightLoader<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -307,13 +310,21 @@ impl ModuleMapper for Filling<'_> {
             return param;
         }
         let planned =
-            self.plan.parameters.get(self.filled).filter(|planned| planned.parameter.path == self.path.join("."));
+            self.plan.parameters.get(self.loaded).filter(|planned| planned.parameter.path == self.path.join("."));
         let planned = planned.unwrap_or_else(|| panic!("{} is in the list of parameters", self.path.join(".")));
-        self.filled += 1;
-        match self.data(planned) {
+        self.loaded += 1;
+        let dtype = match (planned.parameter.kind, self.dtype) {
+            (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
+            (ParameterKind::Router, None) => planned.stored(),
+            _ => self.common,
+        };
+        let shape = planned.parameter.shape.clone();
+        let data = with_weight!(dtype, T => {
+            self.checkpoint.read::<T>(planned, self.read_ahead).map(|values| TensorData::new(values, shape))
+        });
+        match data {
             Ok(data) => {
-                let dtype = data.dtype();
-                let tensor = Tensor::from_data(data, (self.device, dtype));
+                let tensor = Tensor::from_data(data, (self.device, DType::from(dtype)));
                 let id = param.id;
                 param.transform_for_load(tensor, id)
             }

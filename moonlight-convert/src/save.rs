@@ -111,13 +111,17 @@ fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
         model
     };
     let dtype = options.dtype.map(weight_dtype).transpose()?;
-    let mut survey =
-        Survey { parameters: model.config().parameter_shapes(), path: Vec::new(), dtypes: Vec::new(), failure: None };
-    model.visit(&mut survey);
-    if let Some(failure) = survey.failure {
+    let mut collector = DtypeCollector {
+        parameters: model.config().parameter_shapes(),
+        path: Vec::new(),
+        dtypes: Vec::new(),
+        failure: None,
+    };
+    model.visit(&mut collector);
+    if let Some(failure) = collector.failure {
         return Err(failure);
     }
-    let Survey { parameters, dtypes, .. } = survey;
+    let DtypeCollector { parameters, dtypes, .. } = collector;
     let dtype_of = |index: usize| match (parameters[index].kind, dtype) {
         (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
         (_, Some(dtype)) => dtype,
@@ -142,7 +146,7 @@ fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
     // The embedding comes first, and has the dtype that the model computes in.
     let main = dtype_of(0);
     fill(model.config(), main, &tensors, dir, shown, options, |output| {
-        let mut saving = Saving {
+        let mut saving = WeightSaver {
             parameters: &parameters,
             tensors: &tensors,
             starts: &starts,
@@ -275,14 +279,14 @@ fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
 }
 
 /// Collects the dtypes of all parameters, in order.
-struct Survey {
+struct DtypeCollector {
     parameters: Vec<ParameterShape>,
     path: Vec<String>,
     dtypes: Vec<WeightDtype>,
     failure: Option<CheckpointError>,
 }
 
-impl ModuleVisitor for Survey {
+impl ModuleVisitor for DtypeCollector {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -306,7 +310,7 @@ impl ModuleVisitor for Survey {
 }
 
 /// Writes parameter after parameter.
-struct Saving<'a> {
+struct WeightSaver<'a> {
     parameters: &'a [ParameterShape],
     tensors: &'a [OutTensor],
     /// For each parameter, the first of its tensors.
@@ -317,7 +321,7 @@ struct Saving<'a> {
     failure: Option<CheckpointError>,
 }
 
-impl ModuleVisitor for Saving<'_> {
+impl ModuleVisitor for WeightSaver<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if self.failure.is_some() {
             return;
@@ -333,7 +337,7 @@ impl ModuleVisitor for Saving<'_> {
     }
 }
 
-impl Saving<'_> {
+impl WeightSaver<'_> {
     fn write(&mut self, parameter: &ParameterShape, first: usize, data: &TensorData) -> Result<(), CheckpointError> {
         with_weight!(weight_dtype(data.dtype())?, S => {
             let values = data.as_slice::<S>().map_err(|error| CheckpointError::Device {

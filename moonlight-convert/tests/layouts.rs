@@ -16,7 +16,7 @@ use moonlight_convert::report::{Problem, TensorDifference};
 use moonlight_convert::{
     Checkpoint, CheckpointError, Format, Progress, SaveOptions, SkipReason, hugging_face_tensors, load, save,
 };
-use moonlight_model::ModelConfig;
+use moonlight_model::{ForwardContext, ModelConfig};
 use safetensors::Dtype;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -223,8 +223,9 @@ fn one_layer_is_loaded_and_run_without_the_other_files() {
     assert_eq!(report.bytes, checkpoint.files()[1].bytes, "all of the one file, and nothing else");
     let whole = load(&fixture("moonlight-like"), &device, dtype).unwrap().model;
     let hidden = || Tensor::<3>::ones([2, 5, config.hidden_size], &device) * 0.5;
-    let alone = layer.forward_alone(&config, hidden()).into_data();
-    assert_eq!(alone, whole.layers[1].forward_alone(&config, hidden()).into_data());
+    let context = ForwardContext::new(&config.rotary(), [2, 5], &device);
+    let alone = layer.forward(hidden(), &context).hidden.into_data();
+    assert_eq!(alone, whole.layers[1].forward(hidden(), &context).hidden.into_data());
     assert!(alone.iter::<f32>().all(f32::is_finite));
 
     for path in ["layers.0", "layers.2.mlp", "embed_tokens"] {

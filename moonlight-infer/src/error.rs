@@ -3,8 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
+use moonlight_convert::{CheckpointError, FileError};
 
 use crate::chat::ChatError;
 use crate::device::DeviceError;
@@ -98,22 +98,9 @@ pub enum InferError {
         /// What to do, where we know.
         hint: Option<String>,
     },
-    /// A file cannot be read.
-    #[error("`{}` cannot be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file cannot be written.
-    #[error("`{}` cannot be written: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// A file cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 impl InferError {
@@ -130,9 +117,7 @@ impl InferError {
             Self::NoTokenizer(_) => Some("put its tokenizer.json or tiktoken.model into the folder".into()),
             Self::TooFewExamples { .. } => Some("take fewer shots, or another file of examples".into()),
             Self::Line { hint, .. } => hint.clone(),
-            Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("free some space and run it again".into())
-            }
+            Self::File(error) if error.is_full() => Some("free some space and run it again".into()),
             _ => None,
         }
     }
@@ -153,12 +138,10 @@ impl InferError {
     }
 
     pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Read { path, source }
+        FileError::read(path)
     }
 
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Write { path, source }
+        FileError::write(path)
     }
 }

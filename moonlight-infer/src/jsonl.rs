@@ -32,7 +32,7 @@ impl JsonlReader {
     ///
     /// # Errors
     ///
-    /// [`InferError::Read`].
+    /// [`InferError::File`].
     pub fn open(path: &Path) -> Result<Self, InferError> {
         let file = File::open(path).map_err(InferError::read(path))?;
         Ok(Self { path: path.to_owned(), lines: BufReader::new(file).lines(), line: 0 })
@@ -97,7 +97,7 @@ impl JsonlWriter {
     ///
     /// # Errors
     ///
-    /// [`InferError::Write`].
+    /// [`InferError::File`].
     pub fn create(path: Option<&Path>) -> Result<Self, InferError> {
         Ok(match path {
             Some(path) => {
@@ -112,7 +112,7 @@ impl JsonlWriter {
     ///
     /// # Errors
     ///
-    /// [`InferError::Write`].
+    /// [`InferError::File`].
     pub fn line(&mut self, value: &Value) -> Result<(), InferError> {
         writeln!(self.to, "{value}").map_err(InferError::write(&self.path))
     }
@@ -121,7 +121,7 @@ impl JsonlWriter {
     ///
     /// # Errors
     ///
-    /// [`InferError::Write`].
+    /// [`InferError::File`].
     pub fn finish(mut self) -> Result<(), InferError> {
         self.to.flush().map_err(InferError::write(&self.path))
     }

@@ -8,7 +8,7 @@ mod measure;
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::Parser;
 use measure::{Failure, cast, median, peak_rss_mib, seconds};
-use moonlight_model::{DecoderLayer, ModelConfig};
+use moonlight_model::{DecoderLayer, ForwardContext, ModelConfig};
 use serde_json::json;
 
 #[derive(Parser)]
@@ -59,11 +59,12 @@ fn step(
     options: &Options,
     device: &Device,
 ) -> Result<(), Failure> {
+    let context = ForwardContext::new(&config.rotary(), [1, options.tokens], device);
     if !options.train {
-        layer.forward_alone(config, hidden.clone()).into_data();
+        layer.forward(hidden.clone(), &context).hidden.into_data();
         return Ok(());
     }
-    let output = layer.forward_alone(config, hidden.clone().detach().require_grad());
+    let output = layer.forward(hidden.clone().detach().require_grad(), &context).hidden;
     let gradients = output.sum().backward();
     device.sync()?;
     drop(gradients);

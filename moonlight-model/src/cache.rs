@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device};
 
-use crate::config::{AttentionShape, ModelConfig};
-use crate::kernels::{CacheSpan, uniform_span};
+use crate::attention::LayerCache;
+use crate::config::ModelConfig;
+use crate::kernels::CacheSpan;
 
 /// The cache of a model for a batch of sequences, each of a length of its own, allocated once.
 ///
@@ -18,36 +19,12 @@ pub struct KvCache {
     capacity: usize,
 }
 
-/// `[batch, key heads, capacity, row]`: for MLA one key head, and in a row the latent and the shared key; for grouped-query
-/// attention in a row the key and the value.
-#[derive(Debug)]
-pub(crate) struct LayerCache {
-    store: Option<Tensor<4>>,
-    /// The weights that MLA's products want, made when they are first wanted.
-    pub(crate) absorbed: Option<Absorbed>,
-}
-
-/// `kv_b_proj`, split and laid out for decoding.
-#[derive(Debug, Clone)]
-pub(crate) struct Absorbed {
-    /// `[heads, nope, latent]`.
-    pub(crate) key: Tensor<3>,
-    /// `[heads, latent, value]`.
-    pub(crate) value: Tensor<3>,
-}
-
 impl KvCache {
     /// Room for `capacity` tokens in each of `batch` sequences; `dtype` is that of the model's weights.
     pub fn new(config: &ModelConfig, batch: usize, capacity: usize, device: &Device, dtype: DType) -> Self {
-        let (key_heads, row) = match &config.attention {
-            AttentionShape::Mla(mla) => (1, mla.kv_lora_rank + mla.qk_rope_head_dim),
-            AttentionShape::Gqa(gqa) => (gqa.num_key_value_heads, 2 * gqa.head_dim),
-        };
-        let layer = || {
-            let store = Tensor::zeros([batch, key_heads, capacity, row], (device, dtype));
-            LayerCache { store: Some(store), absorbed: None }
-        };
-        let layers = (0..config.num_hidden_layers).map(|_| layer()).collect();
+        let shape = config.attention_widths().cache;
+        let layer = |_| LayerCache::new(batch, shape, capacity, device, dtype);
+        let layers = (0..config.num_hidden_layers).map(layer).collect();
         Self { layers, lengths: vec![0; batch], capacity }
     }
 
@@ -105,32 +82,5 @@ impl KvCache {
             *length += count;
         }
         Arc::new(runs)
-    }
-}
-
-impl LayerCache {
-    /// Writes `[tokens, key heads, row]` where `runs` says.
-    pub(crate) fn write(&mut self, new: Tensor<3>, runs: &[CacheSpan]) {
-        // The store is taken out while it is written, so that the backend sees its only owner and writes in place.
-        let mut store = self.store.take().expect("the store is always put back");
-        let [batch, heads, _, row] = store.dims();
-        if let Some(run) = uniform_span(runs, batch) {
-            let new = new.reshape([batch, run.count, heads, row]).swap_dims(1, 2);
-            store = store.slice_assign([0..batch, 0..heads, run.start..run.end(), 0..row], new);
-        } else {
-            let mut token = 0;
-            for &CacheSpan { sequence, start, count } in runs {
-                let new = new.clone().slice_dim(0, token..token + count).unsqueeze::<4>().swap_dims(1, 2);
-                let place = [sequence..sequence + 1, 0..heads, start..start + count, 0..row];
-                store = store.slice_assign(place, new);
-                token += count;
-            }
-        }
-        self.store = Some(store);
-    }
-
-    /// `[batch, key heads, capacity, row]`.
-    pub(crate) fn past(&self) -> Tensor<4> {
-        self.store.clone().expect("the store is always put back")
     }
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor, TensorData};
 
-use crate::attention::{NewTokens, Tokens};
 use crate::cache::KvCache;
+use crate::forward::{DecodeContext, ForwardContext};
 use crate::kernels::CacheSpan;
 use crate::model::CausalLm;
 use crate::rayon_pool::run_in_pool;
@@ -63,16 +63,8 @@ impl CausalLm {
     fn decode_layers(&self, tokens: Tensor<2, Int>, runs: Arc<Vec<CacheSpan>>, cache: &mut KvCache) -> Tensor<2> {
         let positions: Vec<u32> = runs.iter().flat_map(|run| run.start as u32..run.end() as u32).collect();
         let rotation = self.rotary().at(&positions, &tokens.device());
-        let new = NewTokens {
-            tokens: Tokens {
-                batch: 1,
-                sequence: positions.len(),
-                rotation: &rotation,
-                starts: (runs.len() > 1).then(|| Arc::new(first_tokens(&runs))),
-                probe_logits: false,
-            },
-            runs,
-        };
+        let starts = (runs.len() > 1).then(|| first_tokens(&runs));
+        let new = DecodeContext { tokens: ForwardContext::decoding(rotation, positions.len(), starts), runs };
         let layers = self.layers.iter().zip(&mut cache.layers);
         layers.fold(self.embed(tokens), |x, (layer, cache)| layer.decode(x, &new, cache))
     }

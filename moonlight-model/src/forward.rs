@@ -1,26 +1,35 @@
-//! A forward pass in stages, for whoever wants to walk it back layer by layer.
-//!
-//! [`CausalLm::loss`] is these stages one after the other. A trainer that keeps no more than each layer's input between
-//! them, and runs a layer again when its gradient is wanted, needs the memory of one layer's activations instead of all.
+//! What all layers of a forward pass know of its tokens.
 
 use std::sync::Arc;
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::Device;
 
-use crate::attention::Tokens;
-use crate::batch::{LmBatch, Segments};
+use crate::batch::Segments;
 use crate::forward_stats::Probe;
-use crate::layer::LayerOutput;
-use crate::model::CausalLm;
-use crate::moe::Routing;
-use crate::rope::Rotation;
+use crate::kernels::{AttentionSpec, CacheSpan};
+use crate::rope::{RotaryEmbedding, Rotation};
 
-/// What all layers of a forward pass know of its tokens.
+/// The tokens of a forward pass as layers see them: how many, at which positions, of which documents, and what is to be
+/// measured on the way.
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use moonlight_model::rope::RotaryEmbedding;
+/// use moonlight_model::{ForwardContext, MultiHeadLatentAttentionConfig, RopeConfig};
+///
+/// let device = Device::default();
+/// // Hidden states of 64, 4 heads; a latent of 16; queries and keys of 16 + 8, values of 16.
+/// let attention = MultiHeadLatentAttentionConfig::new(64, 4, 16, 16, 8, 16).init(&device);
+/// let rotary = RotaryEmbedding::new(&RopeConfig::new(), 8);
+/// let x = Tensor::<3>::random([2, 10, 64], Distribution::Default, &device);
+/// let context = ForwardContext::new(&rotary, [2, 10], &device);
+/// assert_eq!(attention.forward(x, &context).dims(), [2, 10, 64]);
+/// ```
 #[derive(Debug, Clone)]
 pub struct ForwardContext {
     batch: usize,
     sequence: usize,
-    rotation: Rotation,
+    rotation: Option<Rotation>,
     starts: Option<Arc<Vec<u32>>>,
     padding: Option<Arc<Vec<bool>>>,
     balance_weight: f64,
@@ -28,81 +37,119 @@ pub struct ForwardContext {
 }
 
 impl ForwardContext {
-    /// The same pass on the device without gradients, for a model that is there.
+    /// Whole sequences, each one document at positions `0..sequence`.
+    pub fn new(rotary: &RotaryEmbedding, [batch, sequence]: [usize; 2], device: &Device) -> Self {
+        let positions: Vec<u32> = (0..batch).flat_map(|_| 0..sequence as u32).collect();
+        Self { rotation: Some(rotary.at(&positions, device)), ..Self::without_positions([batch, sequence]) }
+    }
+
+    /// Sequences that are packed from documents: attention stays inside of each, and positions restart with it.
+    pub fn packed(rotary: &RotaryEmbedding, segments: &Segments, device: &Device) -> Self {
+        Self {
+            rotation: Some(rotary.at(&segments.positions, device)),
+            starts: Some(segments.starts.clone()),
+            padding: Some(segments.padding.clone()),
+            ..Self::without_positions([segments.batch, segments.sequence])
+        }
+    }
+
+    /// For layers that have no attention.
+    pub fn without_positions([batch, sequence]: [usize; 2]) -> Self {
+        Self {
+            batch,
+            sequence,
+            rotation: None,
+            starts: None,
+            padding: None,
+            balance_weight: 0.0,
+            probe: Probe::default(),
+        }
+    }
+
+    /// Sets the weight of the experts' sequence-wise balance loss; 0, the default, for none.
+    #[must_use]
+    pub fn with_balance_weight(mut self, weight: f64) -> Self {
+        self.balance_weight = weight;
+        self
+    }
+
+    /// Sets what is measured beyond expert loads.
+    #[must_use]
+    pub fn with_probe(mut self, probe: Probe) -> Self {
+        self.probe = probe;
+        self
+    }
+
+    /// The same on the device without gradients, for a model that is there.
     pub fn inner(self) -> Self {
-        Self { rotation: self.rotation.inner(), ..self }
+        Self { rotation: self.rotation.map(Rotation::inner), ..self }
     }
 
-    pub(crate) fn tokens(&self) -> Tokens<'_> {
-        Tokens {
-            batch: self.batch,
-            sequence: self.sequence,
-            rotation: &self.rotation,
-            starts: self.starts.clone(),
-            probe_logits: self.probe.attention_logits,
-        }
+    /// Sequences.
+    pub fn batch(&self) -> usize {
+        self.batch
     }
 
-    pub(crate) fn routing(&self) -> Routing<'_> {
-        Routing {
-            batch: self.batch,
-            sequence: self.sequence,
-            padding: self.padding.as_ref().map(|padding| padding.as_slice()),
-            balance_weight: self.balance_weight,
-        }
+    /// Tokens of each sequence.
+    pub fn sequence(&self) -> usize {
+        self.sequence
+    }
+
+    /// New tokens of several sequences, one after the other, for a cache; their context is that of one packed sequence.
+    pub(crate) fn decoding(rotation: Rotation, sequence: usize, starts: Option<Vec<u32>>) -> Self {
+        let rotation = Some(rotation);
+        Self { rotation, starts: starts.map(Arc::new), ..Self::without_positions([1, sequence]) }
+    }
+
+    /// # Panics
+    ///
+    /// For a context without positions.
+    pub(crate) fn rotation(&self) -> &Rotation {
+        self.rotation.as_ref().expect("attention needs a context with positions: `ForwardContext::new`")
+    }
+
+    /// For each token the start of its document, where sequences are packed.
+    pub(crate) fn starts(&self) -> Option<&[u32]> {
+        self.starts.as_ref().map(|starts| starts.as_slice())
+    }
+
+    /// Which tokens are padding and count for nothing.
+    pub(crate) fn padding(&self) -> Option<&[bool]> {
+        self.padding.as_ref().map(|padding| padding.as_slice())
+    }
+
+    pub(crate) fn balance_weight(&self) -> f64 {
+        self.balance_weight
+    }
+
+    pub(crate) fn probes_logits(&self) -> bool {
+        self.probe.attention_logits
+    }
+
+    pub(crate) fn attention_spec(&self, scale: f64) -> AttentionSpec {
+        AttentionSpec { scale: scale as f32, starts: self.starts.clone() }
+    }
+
+    /// # Panics
+    ///
+    /// When `[batch, sequence]` are not those of the context.
+    pub(crate) fn check(&self, [batch, sequence]: [usize; 2]) {
+        let expected = [self.batch, self.sequence];
+        assert_eq!([batch, sequence], expected, "the context is of another batch or sequence length");
     }
 }
 
-impl CausalLm {
-    /// The pass of a batch; `balance_weight` is that of the experts' balance loss, 0 for none.
-    pub fn forward_context(&self, batch: &LmBatch, balance_weight: f64, probe: Probe) -> ForwardContext {
-        self.context_of(&batch.tokens, batch.segments.as_ref(), balance_weight, probe)
-    }
+/// New tokens for a cache.
+pub(crate) struct DecodeContext {
+    /// The tokens as one packed sequence.
+    pub(crate) tokens: ForwardContext,
+    /// The sequences that they belong to.
+    pub(crate) runs: Arc<Vec<CacheSpan>>,
+}
 
-    /// Embeds `[batch, sequence]` tokens: `[batch * sequence, hidden]`, the input of layer 0.
-    pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<2> {
-        let [batch, sequence] = tokens.dims();
-        self.embed_tokens.forward(tokens).reshape([batch * sequence, self.config().hidden_size])
-    }
-
-    /// Runs one layer over `[batch * sequence, hidden]`.
-    ///
-    /// # Panics
-    ///
-    /// When the model has no layer `index`.
-    pub fn run_layer(&self, index: usize, hidden: Tensor<2>, context: &ForwardContext) -> LayerOutput {
-        let mut output = self.layers[index].forward(hidden, &context.tokens(), &context.routing());
-        output.stats.layer = index;
-        output
-    }
-
-    pub(crate) fn context_of(
-        &self,
-        tokens: &Tensor<2, Int>,
-        segments: Option<&Segments>,
-        balance_weight: f64,
-        probe: Probe,
-    ) -> ForwardContext {
-        let [batch, sequence] = tokens.dims();
-        if let Some(segments) = segments {
-            assert_eq!((segments.batch, segments.sequence), (batch, sequence), "segments describe another batch");
-        }
-        let device = tokens.device();
-        let rotation = match segments {
-            Some(segments) => self.rotary().at(&segments.positions, &device),
-            None => {
-                let positions: Vec<u32> = (0..batch).flat_map(|_| 0..sequence as u32).collect();
-                self.rotary().at(&positions, &device)
-            }
-        };
-        ForwardContext {
-            batch,
-            sequence,
-            rotation,
-            starts: segments.map(|segments| segments.starts.clone()),
-            padding: segments.map(|segments| segments.padding.clone()),
-            balance_weight,
-            probe,
-        }
+impl DecodeContext {
+    /// Whether they begin their sequences, and are enough for whole attention to be cheaper than attention to a cache.
+    pub(crate) fn are_prompts(&self) -> bool {
+        self.runs.iter().all(|run| run.start == 0) && self.tokens.sequence > self.runs.len()
     }
 }

@@ -1,39 +1,111 @@
 //! Fresh parameters: normal with the configured standard deviation, biases zero, drawn when first used.
+//!
+//! Every parameter of the family is made here and nowhere else, so that what it is for is said once, where its module is
+//! made; the list of parameters reads it from there.
 
-use burn::module::{Initializer, Param};
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use burn::module::{Initializer, Param, ParamId};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 
+use crate::parameter::{MlpRole, ParameterKind, ProjectionRole};
 use crate::projection::Projection;
 
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Init {
-    pub(crate) standard_deviation: f64,
+/// What each parameter of a model is for, by its id.
+pub(crate) type ParameterKinds = RefCell<HashMap<ParamId, (ParameterKind, Option<ProjectionRole>)>>;
+
+/// Makes parameters on a device, and notes what they are for where someone asks.
+#[derive(Clone, Copy)]
+pub(crate) struct Init<'a> {
+    pub(crate) device: &'a Device,
+    kinds: Option<&'a ParameterKinds>,
 }
 
-impl Init {
-    fn normal(self) -> Initializer {
-        Initializer::Normal { mean: 0.0, std: self.standard_deviation }
+impl<'a> Init<'a> {
+    pub(crate) fn new(device: &'a Device) -> Self {
+        Self { device, kinds: None }
     }
 
-    pub(crate) fn parameter<const D: usize>(self, shape: [usize; D], device: &Device) -> Param<Tensor<D>> {
-        self.normal().init(shape, device)
+    /// The same, noting in `kinds` what each parameter is for.
+    pub(crate) fn noting(device: &'a Device, kinds: &'a ParameterKinds) -> Self {
+        Self { device, kinds: Some(kinds) }
     }
 
-    pub(crate) fn projection(self, input: usize, output: usize, bias: bool, device: &Device) -> Projection {
-        Projection {
-            weight: self.parameter([input, output], device),
-            bias: bias.then(|| Initializer::Zeros.init([output], device)),
-            lora: None,
-            quantized: None,
+    /// A projection, `[input, output]`.
+    pub(crate) fn projection(
+        self,
+        role: ProjectionRole,
+        [input, output]: [usize; 2],
+        bias: bool,
+        deviation: f64,
+    ) -> Projection {
+        let weight = self.normal(ParameterKind::Matrix, Some(role), [input, output], deviation);
+        let bias =
+            bias.then(|| self.noted(Initializer::Zeros.init([output], self.device), ParameterKind::Bias, Some(role)));
+        Projection { weight, bias, lora: None, quantized: None, role }
+    }
+
+    /// The routed experts' matrices of one projection, `[experts, input, output]`.
+    pub(crate) fn experts(self, role: MlpRole, shape: [usize; 3], deviation: f64) -> Param<Tensor<3>> {
+        self.normal(ParameterKind::Experts, Some(ProjectionRole::Experts(role)), shape, deviation)
+    }
+
+    /// A router's matrix, `[hidden, experts]`.
+    pub(crate) fn router(self, shape: [usize; 2], deviation: f64) -> Param<Tensor<2>> {
+        self.normal(ParameterKind::Router, None, shape, deviation)
+    }
+
+    /// A router's correction bias, which no gradient reaches.
+    pub(crate) fn correction_bias(self, experts: usize) -> Param<Tensor<1>> {
+        let bias = Initializer::Zeros.init([experts], self.device).set_require_grad(false);
+        self.noted(bias, ParameterKind::CorrectionBias, None)
+    }
+
+    /// The gain of a norm.
+    pub(crate) fn gain(self, width: usize) -> Param<Tensor<1>> {
+        self.noted(Initializer::Ones.init([width], self.device), ParameterKind::Norm, None)
+    }
+
+    /// The output head, `[input, output]`.
+    pub(crate) fn head(self, [input, output]: [usize; 2], deviation: f64) -> Linear {
+        let config = LinearConfig::new(input, output).with_bias(false).with_initializer(normal(deviation));
+        let mut head = config.init(self.device);
+        head.weight = self.noted(head.weight, ParameterKind::Head, None);
+        head
+    }
+
+    /// The token embedding, `[rows, width]`.
+    pub(crate) fn embedding(self, [rows, width]: [usize; 2], deviation: f64) -> Embedding {
+        let mut embedding = EmbeddingConfig::new(rows, width).with_initializer(normal(deviation)).init(self.device);
+        embedding.weight = self.noted(embedding.weight, ParameterKind::Embedding, None);
+        embedding
+    }
+
+    fn normal<const D: usize>(
+        self,
+        kind: ParameterKind,
+        role: Option<ProjectionRole>,
+        shape: [usize; D],
+        deviation: f64,
+    ) -> Param<Tensor<D>> {
+        self.noted(normal(deviation).init(shape, self.device), kind, role)
+    }
+
+    fn noted<const D: usize>(
+        self,
+        param: Param<Tensor<D>>,
+        kind: ParameterKind,
+        role: Option<ProjectionRole>,
+    ) -> Param<Tensor<D>> {
+        if let Some(kinds) = self.kinds {
+            kinds.borrow_mut().insert(param.id, (kind, role));
         }
+        param
     }
+}
 
-    pub(crate) fn head(self, input: usize, output: usize, device: &Device) -> Linear {
-        LinearConfig::new(input, output).with_bias(false).with_initializer(self.normal()).init(device)
-    }
-
-    pub(crate) fn embedding(self, rows: usize, width: usize, device: &Device) -> Embedding {
-        EmbeddingConfig::new(rows, width).with_initializer(self.normal()).init(device)
-    }
+fn normal(deviation: f64) -> Initializer {
+    Initializer::Normal { mean: 0.0, std: deviation }
 }

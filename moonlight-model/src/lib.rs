@@ -51,6 +51,8 @@ mod model;
 mod module_enum;
 pub mod moe;
 mod norm;
+mod parameter;
+mod parameter_list;
 mod pattern;
 mod projection;
 mod projections;
@@ -59,15 +61,20 @@ mod rayon_pool;
 pub mod rope;
 
 pub use allocator::keep_freed_memory;
+pub use attention::{
+    Attention, AttentionConfig, GroupedQueryAttention, GroupedQueryAttentionConfig, MultiHeadLatentAttention,
+    MultiHeadLatentAttentionConfig,
+};
 pub use batch::{LmBatch, Segments};
 pub use cache::KvCache;
-pub use config::{ConfigError, ModelConfig};
+pub use config::{ConfigError, ModelConfig, RopeConfig};
 pub use forward::ForwardContext;
 pub use forward_stats::{ForwardStats, LayerStats, Probe};
-pub use layer::{DecoderLayer, FeedForward, LayerOutput};
-pub use mlp::Mlp;
-pub use model::{CausalLm, LossOutput};
-pub use norm::RmsNorm;
+pub use layer::{DecoderLayer, DecoderLayerConfig, FeedForward, FeedForwardConfig, LayerOutput};
+pub use mlp::{Mlp, MlpConfig};
+pub use model::{CausalLm, HiddenOutput, LossOutput};
+pub use moe::{Experts, ExpertsConfig, Moe, MoeConfig, MoeOutput, Router, RouterConfig};
+pub use norm::{RmsNorm, RmsNormConfig};
 pub use pattern::NamePattern;
 pub use projection::Projection;
 pub use quantization::{QuantBits, QuantizedWeight};

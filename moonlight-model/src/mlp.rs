@@ -1,13 +1,46 @@
 //! The gated MLP of dense layers and shared experts.
 
+use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
 use crate::init::Init;
 use crate::kernels::swiglu;
-use crate::projection::Projection;
+use crate::parameter::{MlpRole, ProjectionRole};
+use crate::projection::{Projection, projections_of_fields};
+
+/// The configuration of an [`Mlp`].
+#[derive(Config, Debug, PartialEq)]
+pub struct MlpConfig {
+    /// Width of the hidden states.
+    pub hidden_size: usize,
+    /// Width between the projections.
+    pub intermediate_size: usize,
+    /// Standard deviation of fresh weights.
+    #[config(default = 0.02)]
+    pub initializer_range: f64,
+}
+
+impl MlpConfig {
+    /// An MLP with fresh parameters, drawn when they are first used.
+    pub fn init(&self, device: &Device) -> Mlp {
+        self.build(Init::new(device), ProjectionRole::Mlp)
+    }
+
+    pub(crate) fn build(&self, init: Init<'_>, role: impl Fn(MlpRole) -> ProjectionRole) -> Mlp {
+        let (hidden, width) = (self.hidden_size, self.intermediate_size);
+        let projection = |part, shape| init.projection(role(part), shape, false, self.initializer_range);
+        Mlp {
+            gate_proj: projection(MlpRole::Gate, [hidden, width]),
+            up_proj: projection(MlpRole::Up, [hidden, width]),
+            down_proj: projection(MlpRole::Down, [width, hidden]),
+        }
+    }
+}
 
 /// `down(silu(gate(x)) * up(x))` (arXiv 2002.05202).
+///
+/// Should be created with [`MlpConfig`].
 #[derive(Module, Debug)]
 pub struct Mlp {
     /// `[hidden, width]`.
@@ -18,17 +51,19 @@ pub struct Mlp {
     pub down_proj: Projection,
 }
 
+projections_of_fields!(Mlp { gate_proj, up_proj, down_proj });
+
 impl Mlp {
-    pub(crate) fn new(hidden: usize, width: usize, init: Init, device: &Device) -> Self {
-        Self {
-            gate_proj: init.projection(hidden, width, false, device),
-            up_proj: init.projection(hidden, width, false, device),
-            down_proj: init.projection(width, hidden, false, device),
-        }
+    /// # Shapes
+    ///
+    /// `[batch, sequence, hidden]` to the same.
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let shape @ [batch, sequence, hidden] = x.dims();
+        self.forward_rows(x.reshape([batch * sequence, hidden])).reshape(shape)
     }
 
-    /// `[tokens, hidden]` to `[tokens, hidden]`.
-    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+    /// `[tokens, hidden]` to the same.
+    pub(crate) fn forward_rows(&self, x: Tensor<2>) -> Tensor<2> {
         let gate = self.gate_proj.forward(x.clone());
         self.down_proj.forward(swiglu(gate, self.up_proj.forward(x)))
     }

@@ -1,10 +1,11 @@
-//! A linear layer of the decoder, with or without a low-rank adapter beside it.
+//! A linear layer of the decoder, with or without a low-rank adapter beside it, and how projections are found in a module.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
 use crate::kernels::project;
-use crate::lora::LowRank;
+use crate::lora::low_rank::LowRank;
+use crate::parameter::ProjectionRole;
 use crate::quantization::QuantizedWeight;
 
 /// `x W + bias`, and where it has an adapter, `+ s x A B` beside it.
@@ -18,15 +19,24 @@ pub struct Projection {
     pub lora: Option<LowRank<2>>,
     /// The weight in few bits, where it is.
     pub quantized: Option<QuantizedWeight>,
+    #[module(skip)]
+    pub(crate) role: ProjectionRole,
 }
 
 impl Projection {
+    /// # Shapes
+    ///
     /// `[rows, in]` to `[rows, out]`.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         match &self.lora {
             None => self.base(x),
             Some(lora) => self.base(x.clone()) + lora.forward(x),
         }
+    }
+
+    /// What the projection does.
+    pub fn role(&self) -> ProjectionRole {
+        self.role
     }
 
     /// Without the adapter.
@@ -53,3 +63,129 @@ impl Projection {
         }
     }
 }
+
+/// A weight with what may stand in its place and beside it.
+pub(crate) struct WeightRef<'a, const D: usize> {
+    pub(crate) quantized: &'a Option<QuantizedWeight>,
+    pub(crate) lora: &'a Option<LowRank<D>>,
+}
+
+/// See [`WeightRef`].
+pub(crate) struct WeightMut<'a, const D: usize> {
+    pub(crate) weight: &'a mut Param<Tensor<D>>,
+    pub(crate) quantized: &'a mut Option<QuantizedWeight>,
+    pub(crate) lora: &'a mut Option<LowRank<D>>,
+}
+
+/// A matrix, or a stack of experts'.
+pub(crate) enum ProjectionRef<'a> {
+    Matrix(WeightRef<'a, 2>),
+    Experts(WeightRef<'a, 3>),
+}
+
+/// See [`ProjectionRef`].
+pub(crate) enum ProjectionMut<'a> {
+    Matrix(WeightMut<'a, 2>),
+    Experts(WeightMut<'a, 3>),
+}
+
+/// A projection with its place in the module.
+pub(crate) struct Placed<P> {
+    /// Names of the fields from the decoder layer on.
+    pub(crate) fields: Vec<&'static str>,
+    pub(crate) role: ProjectionRole,
+    pub(crate) projection: P,
+}
+
+/// Finds every projection of a module, in the order of its fields. [`projections_of_fields`] implements it.
+pub(crate) trait Projections {
+    /// Adds the projections to `list`; `path` are the names of the fields that lead here.
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>);
+
+    /// See [`Projections::projections`].
+    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>);
+}
+
+impl Projections for Projection {
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>) {
+        let Self { quantized, lora, role, .. } = self;
+        let projection = ProjectionRef::Matrix(WeightRef { quantized, lora });
+        list.push(Placed { fields: path.clone(), role: *role, projection });
+    }
+
+    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>) {
+        let Self { weight, quantized, lora, role, .. } = self;
+        let projection = ProjectionMut::Matrix(WeightMut { weight, quantized, lora });
+        list.push(Placed { fields: path.clone(), role: *role, projection });
+    }
+}
+
+impl<T: Projections> Projections for Option<T> {
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>) {
+        if let Some(module) = self {
+            module.projections(path, list);
+        }
+    }
+
+    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>) {
+        if let Some(module) = self {
+            module.projections_mut(path, list);
+        }
+    }
+}
+
+/// Implements [`Projections`] for a struct by the fields that are or have projections.
+macro_rules! projections_of_fields {
+    ($module:ident { $($field:ident),+ }) => {
+        impl $crate::projection::Projections for $module {
+            fn projections<'a>(
+                &'a self,
+                path: &mut Vec<&'static str>,
+                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionRef<'a>>>,
+            ) {
+                $(
+                    path.push(stringify!($field));
+                    $crate::projection::Projections::projections(&self.$field, path, list);
+                    path.pop();
+                )+
+            }
+
+            fn projections_mut<'a>(
+                &'a mut self,
+                path: &mut Vec<&'static str>,
+                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionMut<'a>>>,
+            ) {
+                $(
+                    path.push(stringify!($field));
+                    $crate::projection::Projections::projections_mut(&mut self.$field, path, list);
+                    path.pop();
+                )+
+            }
+        }
+    };
+}
+
+/// Implements [`Projections`] for an enum of modules by its variants.
+macro_rules! projections_of_variants {
+    ($module:ident { $($variant:ident),+ }) => {
+        impl $crate::projection::Projections for $module {
+            fn projections<'a>(
+                &'a self,
+                path: &mut Vec<&'static str>,
+                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionRef<'a>>>,
+            ) {
+                match self { $(Self::$variant(module) => module.projections(path, list)),+ }
+            }
+
+            fn projections_mut<'a>(
+                &'a mut self,
+                path: &mut Vec<&'static str>,
+                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionMut<'a>>>,
+            ) {
+                match self { $(Self::$variant(module) => module.projections_mut(path, list)),+ }
+            }
+        }
+    };
+}
+
+pub(crate) use {projections_of_fields, projections_of_variants};

@@ -1,27 +1,38 @@
-//! Every projection of the decoder's layers in turn, whatever kind of layer it stands in.
+//! What is done to every projection of the decoder's layers, whatever kind of layer it is in: quantizing, dequantizing,
+//! merging.
 
 use burn::module::Param;
 use burn::tensor::Tensor;
 
-use crate::attention::Attention;
-use crate::layer::{DecoderLayer, FeedForward};
-use crate::lora::LowRank;
-use crate::mlp::Mlp;
+use crate::layer::DecoderLayer;
 use crate::model::CausalLm;
-use crate::projection::Projection;
+use crate::parameter::ProjectionRole;
+use crate::projection::{Placed, ProjectionMut, ProjectionRef, Projections, WeightMut};
 use crate::quantization::{QuantBits, QuantizedWeight};
 
-/// A weight with what may stand in its place and beside it.
-pub(crate) struct WeightMut<'a, const D: usize> {
-    pub(crate) weight: &'a mut Param<Tensor<D>>,
-    pub(crate) quantized: &'a mut Option<QuantizedWeight>,
-    pub(crate) lora: &'a mut Option<LowRank<D>>,
+/// A projection of a model.
+pub(crate) struct ModelProjection<P> {
+    layer: usize,
+    fields: Vec<&'static str>,
+    pub(crate) role: ProjectionRole,
+    pub(crate) projection: P,
 }
 
-/// A matrix, or a stack of experts'.
-pub(crate) enum ProjectionMut<'a> {
-    Matrix(WeightMut<'a, 2>),
-    Experts(WeightMut<'a, 3>),
+impl<P> ModelProjection<P> {
+    fn new(layer: usize, placed: Placed<P>) -> Self {
+        let Placed { fields, role, projection } = placed;
+        Self { layer, fields, role, projection }
+    }
+
+    /// The path, e.g. `layers.3.self_attn.q_proj`.
+    pub(crate) fn path(&self) -> String {
+        format!("layers.{}.{}", self.layer, self.fields.join("."))
+    }
+
+    /// The last name of the path.
+    pub(crate) fn name(&self) -> &'static str {
+        self.fields.last().copied().unwrap_or_default()
+    }
 }
 
 impl<const D: usize> WeightMut<'_, D> {
@@ -34,7 +45,7 @@ impl<const D: usize> WeightMut<'_, D> {
     }
 
     /// Adds the adapter, where there is one, to the weight.
-    pub(crate) fn merge(self) {
+    fn merge(self) {
         let Self { weight, quantized, lora } = self;
         if lora.is_none() {
             return;
@@ -80,12 +91,12 @@ fn replace<const D: usize>(param: &mut Param<Tensor<D>>, new: impl FnOnce(Tensor
 impl DecoderLayer {
     /// The layer with every projection in few bits and frozen; norms and router stay as they are.
     pub fn quantized(mut self, bits: QuantBits) -> Self {
-        let mut slots = Vec::new();
-        push_layer(&mut slots, "", &mut self);
-        for (_, slot) in slots {
-            match slot {
-                ProjectionMut::Matrix(place) => place.quantize(bits),
-                ProjectionMut::Experts(place) => place.quantize(bits),
+        let mut list = Vec::new();
+        self.projections_mut(&mut Vec::new(), &mut list);
+        for placed in list {
+            match placed.projection {
+                ProjectionMut::Matrix(weight) => weight.quantize(bits),
+                ProjectionMut::Experts(weight) => weight.quantize(bits),
             }
         }
         self
@@ -102,10 +113,22 @@ impl CausalLm {
 
     /// The model with its weights in full again, as far as the bits have kept them.
     pub fn dequantized(mut self) -> Self {
-        for (_, slot) in self.projections_mut() {
-            match slot {
+        for each in self.projections_mut() {
+            match each.projection {
                 ProjectionMut::Matrix(WeightMut { weight, quantized, .. }) => dequantize(weight, quantized),
                 ProjectionMut::Experts(WeightMut { weight, quantized, .. }) => dequantize(weight, quantized),
+            }
+        }
+        self
+    }
+
+    /// The model with its adapters added to its weights; gradients reach the weights as they did before. A weight in few
+    /// bits that has an adapter is dequantized for it.
+    pub fn merge(mut self) -> Self {
+        for each in self.projections_mut() {
+            match each.projection {
+                ProjectionMut::Matrix(weight) => weight.merge(),
+                ProjectionMut::Experts(weight) => weight.merge(),
             }
         }
         self
@@ -118,80 +141,56 @@ impl CausalLm {
 
     /// Bytes of all weights in few bits, with their scales.
     pub fn quantized_bytes(&self) -> usize {
-        let mut model = self.clone();
-        let slots = model.projections_mut();
-        let of = |quantized: &Option<QuantizedWeight>| quantized.as_ref().map_or(0, QuantizedWeight::bytes);
-        slots
-            .iter()
-            .map(|(_, slot)| match slot {
-                ProjectionMut::Matrix(place) => of(place.quantized),
-                ProjectionMut::Experts(place) => of(place.quantized),
-            })
-            .sum()
+        let quantized = self.projections().into_iter().filter_map(|each| match each.projection {
+            ProjectionRef::Matrix(weight) => weight.quantized.as_ref(),
+            ProjectionRef::Experts(weight) => weight.quantized.as_ref(),
+        });
+        quantized.map(QuantizedWeight::bytes).sum()
     }
 
-    /// Every projection of the decoder's layers with its path. Embedding, head, routers and norms are none.
-    pub(crate) fn projections_mut(&mut self) -> Vec<(String, ProjectionMut<'_>)> {
-        let mut slots = Vec::new();
-        for (index, layer) in self.layers.iter_mut().enumerate() {
-            push_layer(&mut slots, &format!("layers.{index}."), layer);
-        }
-        slots
+    /// Every projection of the decoder's layers. Embedding, head, routers and norms are none.
+    pub(crate) fn projections(&self) -> Vec<ModelProjection<ProjectionRef<'_>>> {
+        let of_layer = |(layer, module): (usize, _)| {
+            let mut list = Vec::new();
+            DecoderLayer::projections(module, &mut Vec::new(), &mut list);
+            list.into_iter().map(move |placed| ModelProjection::new(layer, placed))
+        };
+        self.layers.iter().enumerate().flat_map(of_layer).collect()
     }
-}
 
-fn push_layer<'a>(slots: &mut Vec<(String, ProjectionMut<'a>)>, path: &str, layer: &'a mut DecoderLayer) {
-    let mut matrix = |name: &str, projection| push(slots, format!("{path}self_attn.{name}"), projection);
-    match &mut layer.self_attn {
-        Attention::Mla(attention) => {
-            for (name, projection) in [
-                ("q_proj", &mut attention.q_proj),
-                ("q_a_proj", &mut attention.q_a_proj),
-                ("q_b_proj", &mut attention.q_b_proj),
-            ] {
-                if let Some(projection) = projection {
-                    matrix(name, projection);
-                }
-            }
-            matrix("kv_a_proj_with_mqa", &mut attention.kv_a_proj_with_mqa);
-            matrix("kv_b_proj", &mut attention.kv_b_proj);
-            matrix("o_proj", &mut attention.o_proj);
-        }
-        Attention::Gqa(attention) => {
-            matrix("q_proj", &mut attention.q_proj);
-            matrix("k_proj", &mut attention.k_proj);
-            matrix("v_proj", &mut attention.v_proj);
-            matrix("o_proj", &mut attention.o_proj);
-        }
-    }
-    match &mut layer.mlp {
-        FeedForward::Dense(mlp) => push_mlp(slots, &format!("{path}mlp"), mlp),
-        FeedForward::Moe(moe) => {
-            let experts = &mut moe.experts;
-            for (name, weight, quantized, lora) in [
-                ("gate_proj", &mut experts.gate_proj, &mut experts.gate_quantized, &mut experts.gate_lora),
-                ("up_proj", &mut experts.up_proj, &mut experts.up_quantized, &mut experts.up_lora),
-                ("down_proj", &mut experts.down_proj, &mut experts.down_quantized, &mut experts.down_lora),
-            ] {
-                slots.push((
-                    format!("{path}mlp.experts.{name}"),
-                    ProjectionMut::Experts(WeightMut { weight, quantized, lora }),
-                ));
-            }
-            if let Some(shared) = &mut moe.shared_experts {
-                push_mlp(slots, &format!("{path}mlp.shared_experts"), shared);
-            }
-        }
+    /// [`projections`](CausalLm::projections), to change them.
+    pub(crate) fn projections_mut(&mut self) -> Vec<ModelProjection<ProjectionMut<'_>>> {
+        let of_layer = |(layer, module): (usize, _)| {
+            let mut list = Vec::new();
+            DecoderLayer::projections_mut(module, &mut Vec::new(), &mut list);
+            list.into_iter().map(move |placed| ModelProjection::new(layer, placed))
+        };
+        self.layers.iter_mut().enumerate().flat_map(of_layer).collect()
     }
 }
 
-fn push<'a>(slots: &mut Vec<(String, ProjectionMut<'a>)>, path: String, projection: &'a mut Projection) {
-    let Projection { weight, quantized, lora, .. } = projection;
-    slots.push((path, ProjectionMut::Matrix(WeightMut { weight, quantized, lora })));
-}
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
 
-fn push_mlp<'a>(slots: &mut Vec<(String, ProjectionMut<'a>)>, path: &str, mlp: &'a mut Mlp) {
-    push(slots, format!("{path}.gate_proj"), &mut mlp.gate_proj);
-    push(slots, format!("{path}.up_proj"), &mut mlp.up_proj);
-    push(slots, format!("{path}.down_proj"), &mut mlp.down_proj);
+    use crate::config::{ModelConfig, PRESETS, ParameterKind};
+
+    /// A projection that a module forgets to name in `projections_of_fields!` would be neither quantized nor adapted.
+    #[test]
+    fn the_projections_are_those_of_the_list_of_parameters() {
+        for preset in PRESETS {
+            let config = ModelConfig::preset(preset).unwrap();
+            let listed: Vec<_> = config
+                .parameter_shapes()
+                .into_iter()
+                .filter(|parameter| matches!(parameter.kind, ParameterKind::Matrix | ParameterKind::Experts))
+                .map(|parameter| (parameter.path.trim_end_matches(".weight").to_owned(), parameter.role.unwrap()))
+                .collect();
+            let mut model = config.init(&Device::default());
+            let found: Vec<_> = model.projections().iter().map(|each| (each.path(), each.role)).collect();
+            assert_eq!(found, listed, "{preset}");
+            let found: Vec<_> = model.projections_mut().iter().map(|each| (each.path(), each.role)).collect();
+            assert_eq!(found, listed, "{preset}");
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::config::{RopeConfig, YarnConfig, yarn_mscale};
+use crate::config::rope::{RopeConfig, YarnConfig, yarn_mscale};
 use crate::kernels::{RotationSpec, rotate};
 
 /// The frequencies of a model's rotary embedding.

@@ -34,8 +34,9 @@ fn family() -> Vec<(&'static str, ModelConfig)> {
 fn lora(targets: &[&str]) -> LoraConfig {
     LoraConfig {
         rank: 3,
-        settings: LowRankSettings { alpha: 5.0, rslora: false, dropout: 0.0 },
+        alpha: 5.0,
         targets: targets.iter().map(|&target| target.to_owned()).collect(),
+        ..LoraConfig::default()
     }
 }
 

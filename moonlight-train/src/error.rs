@@ -3,8 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
+use moonlight_convert::{CheckpointError, FileError};
 use moonlight_infer::InferError;
 use moonlight_infer::chat::ChatError;
 use moonlight_infer::device::DeviceError;
@@ -14,6 +14,7 @@ use moonlight_optim::distributed::CollectiveError;
 use moonlight_optim::{OptimizerError, RuleError, StateError};
 
 use crate::data::DataError;
+use crate::hints::infer_hint;
 use crate::recipe::RecipeError;
 
 /// Why a program stopped. Every message is one sentence for the person who started it.
@@ -43,22 +44,9 @@ pub enum TrainError {
         /// What is wrong with it.
         source: StateError,
     },
-    /// A file of the run cannot be read.
-    #[error("`{}` cannot be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file of the run cannot be written.
-    #[error("`{}` cannot be written: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// A file of the run cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The run's folder is there already.
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
@@ -77,6 +65,25 @@ pub enum TrainError {
         worker: Option<usize>,
         /// The newest checkpoint.
         last_checkpoint: Option<PathBuf>,
+    },
+    /// A matrix without singular values.
+    #[error("`layers.{layer}.{path}` has no singular values: it is not finite")]
+    NotFiniteMatrix {
+        /// The decoder layer, from 0.
+        layer: usize,
+        /// The matrix, by its path inside the layer.
+        path: String,
+    },
+    /// A plot in a file of no known kind.
+    #[error("`{}` is neither an SVG nor a PNG", .0.display())]
+    PlotFormat(PathBuf),
+    /// A metric that no run has.
+    #[error("none of the runs has the figure `{metric}`")]
+    UnknownMetric {
+        /// The metric that was asked for.
+        metric: String,
+        /// Those that the runs have, with commas between.
+        known: String,
     },
     /// Arguments that do not go together with the model.
     #[error("{problem}")]
@@ -129,9 +136,9 @@ impl TrainError {
             Self::Worker { source, .. } => source.hint(),
             Self::Killed => Some("resume from the newest checkpoint with `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),
-            Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("free some space and resume with `--resume`".into())
-            }
+            Self::File(error) if error.is_full() => Some("free some space and resume with `--resume`".into()),
+            Self::PlotFormat(_) => Some("let the name end in .svg or .png".into()),
+            Self::UnknownMetric { known, .. } => Some(format!("they have: {known}")),
             _ => None,
         }
     }
@@ -148,40 +155,11 @@ impl TrainError {
     }
 
     pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Read { path, source }
+        FileError::read(path)
     }
 
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Write { path, source }
-    }
-}
-
-/// What to do about an error of a checkpoint. The library names no program; this one's users fetch models by the other.
-pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
-    let Some((repo, revision)) = error.not_cached() else { return error.hint() };
-    let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
-    Some(format!("`moonlight-convert download {repo}{revision}` fetches it"))
-}
-
-/// What to do about a model that cannot be opened or run, in the words of this program's command line.
-fn infer_hint(error: &InferError) -> Option<String> {
-    match error {
-        InferError::Checkpoint(error) | InferError::Adapter(AdapterError::Checkpoint(error)) => checkpoint_hint(error),
-        InferError::Adapter(AdapterError::NoBase { .. }) => {
-            Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into())
-        }
-        InferError::AdapterOnAdapter(_) => {
-            Some("`--model` beside `--adapter` is the model that the adapter belongs to".into())
-        }
-        InferError::Chat(ChatError::NoTemplate { .. }) => Some(
-            "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
-             `chat_template.jinja` into the folder"
-                .into(),
-        ),
-        InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
-        error => error.hint(),
+        FileError::write(path)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Pre-training, resuming, generating and scoring with the Moonlight family: the library behind `moonlight`.
+#![doc = include_str!("../README.md")]
 
 pub mod analysis;
 pub mod checkpoint;
@@ -6,6 +6,7 @@ pub mod cli;
 pub mod data;
 pub mod error;
 mod frozen;
+mod hints;
 pub mod metrics;
 pub mod plan;
 pub mod recipe;

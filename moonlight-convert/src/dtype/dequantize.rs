@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
+use moonlight_disjoint::DisjointMut;
+
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{self, Outcome, PlainRows, Weight, WeightDtype, with_weight};
 use crate::dtype::quant::{Fp8, Int4, scales};
-use crate::dtype::transpose::{Shared, transpose};
+use crate::dtype::transpose::{transpose, transpose_into};
 use crate::error::CheckpointError;
 use crate::format::shard::FileRange;
 use crate::mapping::names::HfTensor;
@@ -148,24 +150,27 @@ impl Checkpoint {
     ///
     /// # Safety
     ///
-    /// Nobody else has the places of these rows meanwhile.
+    /// The places of these rows are claimed nowhere else.
     pub(crate) unsafe fn place<T: Weight>(
         &self,
         source: &SourceTensor,
         layout: Layout,
         rows: Range<usize>,
         bytes: &[u8],
-        target: &Shared<'_, T>,
+        target: &DisjointMut<'_, T>,
         at: usize,
     ) -> Outcome {
         let (height, columns) = source.dims(source.stored());
         let first = rows.start;
         with_rows!(self, source, first, bytes, lines => if source.transposed_in(layout) {
-            // SAFETY: the caller's promise.
-            unsafe { target.turn(lines, rows, 0..columns, at + first, height) }
+            assert!(at.is_multiple_of(height), "a source begins with a row");
+            let top = at / height;
+            // SAFETY: the caller's promise: the columns of these rows are their places.
+            let target = unsafe { target.block(height, top..top + columns, rows.clone()) };
+            transpose_into(lines, rows, 0..columns, target)
         } else {
             // SAFETY: the caller's promise.
-            let target = unsafe { target.part(at + first * columns..at + rows.end * columns) };
+            let target = unsafe { target.row(at + first * columns..at + rows.end * columns) };
             conversion::copy(lines, columns, first, target)
         })
     }

@@ -6,8 +6,9 @@
 //! rows of either matrix are often a multiple of 4 KiB apart, and a cache keeps only a few lines that are. The tile takes
 //! two whole cache lines of each row of the source, and hands four to each row of the target, before it goes on.
 
-use std::marker::PhantomData;
 use std::ops::Range;
+
+use moonlight_disjoint::BlockMut;
 
 use crate::dtype::conversion::{Outcome, RowSource, Weight};
 
@@ -22,95 +23,74 @@ const SIDE: usize = 8;
 pub(crate) fn transpose<T: Weight>(source: &impl RowSource<T>, rows: usize, first: usize, target: &mut [T]) -> Outcome {
     assert!(target.len().is_multiple_of(rows.max(1)));
     let columns = first..first + target.len() / rows.max(1);
-    let target = Shared::new(target);
-    // SAFETY: nobody else has the target.
-    unsafe { target.turn(source, 0..rows, columns, 0, rows) }
+    let target = BlockMut::new(target, columns.len(), rows, rows);
+    transpose_into(source, 0..rows, columns, target)
 }
 
-/// Values that several threads write, each to places of its own.
-pub(crate) struct Shared<'a, T> {
-    start: *mut T,
-    length: usize,
-    values: PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: it stands for a `&mut [T]`, and whoever writes through it promises that nobody else writes there.
-unsafe impl<T: Send> Send for Shared<'_, T> {}
-// SAFETY: as above.
-unsafe impl<T: Send> Sync for Shared<'_, T> {}
-
-impl<'a, T: Weight> Shared<'a, T> {
-    pub(crate) fn new(values: &'a mut [T]) -> Self {
-        Self { start: values.as_mut_ptr(), length: values.len(), values: PhantomData }
-    }
-
-    /// Some of the values.
-    ///
-    /// # Safety
-    ///
-    /// Nobody else has any of them meanwhile.
-    #[expect(clippy::mut_from_ref, reason = "what it stands for is exclusive, and the caller divides it")]
-    pub(crate) unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.length);
-        // SAFETY: the range lies inside, and the caller promises that it is theirs.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
-    }
-
-    /// A part of a matrix, transposed: the first column's first value goes to `at`, the one below it after it, the
-    /// one beside it `stride` further.
-    ///
-    /// # Safety
-    ///
-    /// Nobody else reads or writes these places meanwhile.
-    pub(crate) unsafe fn turn(
-        &self,
-        source: &impl RowSource<T>,
-        rows: Range<usize>,
-        columns: Range<usize>,
-        at: usize,
-        stride: usize,
-    ) -> Outcome {
-        if rows.is_empty() || columns.is_empty() {
-            return Outcome::Finite;
-        }
-        assert!(rows.len() <= stride && at + (columns.len() - 1) * stride + rows.len() <= self.length);
-        let tall = if size_of::<T>() > 2 { HEIGHT / 2 } else { HEIGHT };
-        let mut finite = true;
-        let mut tile = [T::default(); WIDTH * HEIGHT];
-        for left in columns.clone().step_by(WIDTH) {
-            let width = WIDTH.min(columns.end - left);
-            for top in rows.clone().step_by(tall) {
-                let height = tall.min(rows.end - top);
-                for (row, line) in tile.chunks_exact_mut(WIDTH).take(height).enumerate() {
-                    finite &= source.read_row(top + row, left, &mut line[..width]);
-                }
-                // SAFETY: the last of the places that the tile goes to lies inside by the assertion above, and the caller
-                // promises that they are theirs.
-                unsafe {
-                    let target = self.start.add(at + (left - columns.start) * stride + (top - rows.start));
-                    turn_tile(&tile, width, height, target, stride);
-                }
-            }
-        }
-        Outcome::of(finite)
-    }
-}
-
-/// # Safety
+/// A part of a matrix, transposed: its columns become the rows of `target`.
 ///
-/// `target` can be written at `column * stride + row` for each of the tile's values.
-unsafe fn turn_tile<T: Weight>(tile: &[T; WIDTH * HEIGHT], width: usize, height: usize, target: *mut T, stride: usize) {
-    assert!(width <= WIDTH && height <= HEIGHT);
+/// # Panics
+///
+/// If `target` has not the shape of the part, transposed.
+pub(crate) fn transpose_into<T: Weight>(
+    source: &impl RowSource<T>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    mut target: BlockMut<'_, T>,
+) -> Outcome {
+    assert!(
+        target.rows() == columns.len() && target.columns() == rows.len(),
+        "the target is [{}, {}], not [{}, {}]",
+        target.rows(),
+        target.columns(),
+        columns.len(),
+        rows.len()
+    );
+    let tall = if size_of::<T>() > 2 { HEIGHT / 2 } else { HEIGHT };
+    let mut finite = true;
+    let mut tile = [T::default(); WIDTH * HEIGHT];
+    for left in columns.clone().step_by(WIDTH) {
+        let width = WIDTH.min(columns.end - left);
+        for top in rows.clone().step_by(tall) {
+            let height = tall.min(rows.end - top);
+            for (row, line) in tile.chunks_exact_mut(WIDTH).take(height).enumerate() {
+                finite &= source.read_row(top + row, left, &mut line[..width]);
+            }
+            transpose_tile(&tile, width, height, &mut target, left - columns.start, top - rows.start);
+        }
+    }
+    Outcome::of(finite)
+}
+
+/// Writes the first `width` columns of the first `height` rows of a tile to rows `first_row..` of `target`, from column
+/// `first_column` on.
+///
+/// # Panics
+///
+/// If there are none, they are not the tile's, or they leave the target.
+fn transpose_tile<T: Weight>(
+    tile: &[T; WIDTH * HEIGHT],
+    width: usize,
+    height: usize,
+    target: &mut BlockMut<'_, T>,
+    first_row: usize,
+    first_column: usize,
+) {
+    assert!((1..=WIDTH).contains(&width) && (1..=HEIGHT).contains(&height), "the columns and rows are the tile's");
+    assert!(first_row + width <= target.rows() && first_column + height <= target.columns(), "the target holds them");
+    let stride = target.row_stride();
+    // SAFETY: the target has this row and this column, by both assertions.
+    let target = unsafe { target.as_mut_ptr().add(first_row * stride + first_column) };
     let (right, bottom) = (width / SIDE * SIDE, height / SIDE * SIDE);
     for column in (0..right).step_by(SIDE) {
         for row in (0..bottom).step_by(SIDE) {
-            // SAFETY: the square lies inside the tile, and what it is turned into where the caller says.
+            // SAFETY: by the two assertions, the square lies inside the tile, and what it is transposed into in the target.
             unsafe { turn_square(tile.as_ptr().add(row * WIDTH + column), target.add(column * stride + row), stride) };
         }
     }
     for column in 0..width {
         for row in if column < right { bottom } else { 0 }..height {
-            // SAFETY: as above.
+            // SAFETY: by the second assertion, the place lies in the target.
             unsafe { target.add(column * stride + row).write(tile[row * WIDTH + column]) };
         }
     }
@@ -200,6 +180,7 @@ mod sse2 {
 #[cfg(test)]
 mod tests {
     use half::{bf16, f16};
+    use moonlight_disjoint::DisjointMut;
 
     use super::*;
     use crate::dtype::conversion::PlainRows;
@@ -225,13 +206,14 @@ mod tests {
             turned(&target);
             // In bands of rows, as loading does.
             target.fill(T::default());
-            let shared = Shared::new(&mut target);
+            let shared = DisjointMut::new(&mut target);
             for first in (0..rows).step_by(50) {
                 let last = rows.min(first + 50);
-                // SAFETY: there is one thread.
-                let outcome = unsafe { shared.turn(&lines, first..last, 0..columns, first, rows) };
-                assert_eq!(outcome, Outcome::Finite);
+                // SAFETY: no two bands share an element.
+                let band = unsafe { shared.block(rows, 0..columns, first..last) };
+                assert_eq!(transpose_into(&lines, first..last, 0..columns, band), Outcome::Finite);
             }
+            shared.finish();
             turned(&target);
         }
     }
@@ -244,12 +226,22 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "self.length")]
+    #[should_panic(expected = "leave a buffer of 11")]
     fn nothing_is_written_behind_the_end() {
         let source = [1.0f32; 12];
         let mut target = [0.0f32; 11];
-        let shared = Shared::new(&mut target);
-        // SAFETY: there is one thread.
-        let _ = unsafe { shared.turn(&PlainRows::<f32>::new(bytemuck::cast_slice(&source), 4), 0..3, 0..4, 0, 3) };
+        let shared = DisjointMut::new(&mut target);
+        // SAFETY: it is the only claim.
+        let target = unsafe { shared.block(3, 0..4, 0..3) };
+        let _ = transpose_into(&PlainRows::<f32>::new(bytemuck::cast_slice(&source), 4), 0..3, 0..4, target);
+    }
+
+    #[test]
+    #[should_panic(expected = "the target is [4, 2], not [4, 3]")]
+    fn a_target_of_another_shape_is_refused() {
+        let source = [1.0f32; 12];
+        let mut target = [0.0f32; 11];
+        let target = BlockMut::new(&mut target, 4, 2, 3);
+        let _ = transpose_into(&PlainRows::<f32>::new(bytemuck::cast_slice(&source), 4), 0..3, 0..4, target);
     }
 }

@@ -1,17 +1,17 @@
-//! Where the assistant speaks in what a template makes of a conversation.
+//! The assistant mask: which parts of a rendered conversation the assistant said, and are learned.
 //!
-//! A template is a program, and says nothing of what came from where. Three ways, the first that serves:
+//! A template is a program, and does not say which of its output came from which message. Three methods are tried in turn:
 //!
 //! 1. `{% generation %}` blocks say it themselves. What they hold is learned, to the letter, as in transformers'
 //!    `apply_chat_template(return_assistant_tokens_mask=True)`.
 //! 2. The conversation before a turn, with the prompt for the assistant, is what the model will be given; where the whole
 //!    text begins with it, what follows is what the model must say. It ends with the last special token of the turn
-//!    (`<|im_end|>`); white space that the template puts behind that is not learned.
+//!    (`<|im_end|>`); white space that the template puts after it is not learned.
 //! 3. A template may rewrite earlier turns when others follow, so that no text begins with another. Then the words of the
 //!    turn are written between two marks of a private plane, and the marks are looked for. A special token that follows
 //!    is the end, where it also follows when the turn is the last one.
 //!
-//! A way that does not serve is found out by comparing texts, never guessed.
+//! Whether a method applies is decided by comparing texts, never guessed.
 
 use std::ops::Range;
 
@@ -69,7 +69,7 @@ impl ChatEncoder {
         Ok((text, begins.into_iter().zip(ends).map(|(begin, end)| begin..end).collect()))
     }
 
-    /// The second way; `None` where the whole text does not begin with that of the conversation up to the turn.
+    /// The second method; `None` where the whole text does not begin with that of the conversation up to the turn.
     fn after_prompt(&self, messages: &[Message], turn: usize, text: &str) -> Result<Option<Range<usize>>, ChatError> {
         // A template may refuse a conversation without a user; that is no fault of the conversation.
         let Ok(prompt) = self.template().render(&messages[..turn], true) else { return Ok(None) };
@@ -92,7 +92,7 @@ impl ChatEncoder {
         Ok(Some(start..start + length))
     }
 
-    /// The third way.
+    /// The third method.
     fn between_marks(&self, messages: &[Message], turn: usize, text: &str) -> Result<Range<usize>, ChatError> {
         let Some(words) = self.marked(messages, turn, text)? else {
             return Err(no_span(turn, "it rewrites the conversation, and does not keep the words together"));

@@ -6,7 +6,7 @@
 //! | ShareGPT's | `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}` |
 //! | Alpaca's | `{"instruction": "...", "input": "...", "output": "..."}` |
 //!
-//! The shape is told by the keys. Keys that are not named here are passed over, as data sets carry ids and sources.
+//! The keys decide the shape. Keys that are not named here are ignored: data sets carry ids and sources.
 
 use serde_json::{Map, Value};
 

@@ -5,8 +5,8 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use super::{ChatError, ChatTemplate, Conversation, Message, Turn};
 use crate::tokenizer::Tokenizer;
 
-/// Characters of a private plane. The `n`th stands for the `n`th special token where somebody's words spell it, so that
-/// a template may cut and trim the words as it likes, and the token is still told from the template's own.
+/// Characters of a private-use plane. The `n`th replaces the `n`th special token where a message spells it, so that the
+/// template may cut and trim the message as it likes, and the text is still distinguished from the template's own tokens.
 const FIRST_STAND_IN: u32 = 0x10_0000;
 const STAND_INS: usize = 0xFFF0;
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 /// Why a conversation has no tokens.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ChatError {
     /// Neither the folder nor the tokenizer knows how to talk.
     #[error("`{}` has no chat template", dir.display())]
@@ -25,7 +26,7 @@ pub enum ChatError {
         /// What it says.
         problem: String,
     },
-    /// A template in whose text the assistant's words cannot be told from the rest.
+    /// A template in whose text the assistant's words cannot be found.
     #[error("the assistant's words cannot be found in what the chat template makes of message {message}: {problem}")]
     NoSpan {
         /// Its number, from 1.
@@ -43,7 +44,8 @@ impl ChatError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NoTemplate { .. } => Some(
-                "a model that was never taught to chat continues a text; else put its `chat_template.jinja` into the folder"
+                "give a base model a text to continue, or put the \
+                 `chat_template.jinja` into the folder"
                     .into(),
             ),
             Self::NoSpan { .. } => Some(
@@ -57,6 +59,7 @@ impl ChatError {
 
 /// Why a record is no conversation, or not one that can be learned from.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ConversationError {
     /// Bytes that are not UTF-8.
     #[error("the record is not UTF-8: its byte {byte} is wrong")]
@@ -102,7 +105,7 @@ pub enum ConversationError {
 }
 
 impl ConversationError {
-    /// How to mend it, where we know.
+    /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Shape { .. } => Some(

@@ -1,8 +1,8 @@
-//! Conversations: messages, the template that a model was taught them in, their tokens, and which of those are learned.
+//! Conversations: messages, the chat template that a model was trained with, their tokens, and which of those are learned.
 //!
 //! * `conversation.rs`: records of JSON to messages.
-//! * `template.rs`: messages to the text that the model was taught them in.
-//! * `assistant_mask.rs`: where in that text the assistant speaks.
+//! * `template.rs`: messages to the text that the model was trained with.
+//! * `assistant_mask.rs`: which parts of that text the assistant says.
 //! * `encoder.rs`: the text to tokens, and a weight for each.
 
 mod assistant_mask;

@@ -36,9 +36,9 @@ fn moonlights_own_template_where_the_folder_has_none() {
         "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|><|im_user|>user<|im_middle|>Q<|im_end|>\
          <|im_assistant|>assistant<|im_middle|>"
     );
-    let told = [Message::new("system", "S"), Message::new("user", " Q\n"), Message::new("assistant", "A")];
+    let messages = [Message::new("system", "S"), Message::new("user", " Q\n"), Message::new("assistant", "A")];
     assert_eq!(
-        template.render(&told, false).unwrap(),
+        template.render(&messages, false).unwrap(),
         "<|im_system|>system<|im_middle|>S<|im_end|><|im_user|>user<|im_middle|> Q\n<|im_end|>\
          <|im_assistant|>assistant<|im_middle|>A<|im_end|>"
     );
@@ -57,7 +57,7 @@ fn moonlights_own_template_where_the_folder_has_none() {
         bytes("A"),
         vec![IM_END],
     ];
-    assert_eq!(ChatEncoder::new(template, tokenizer).tokens(&told, false).unwrap(), expected.concat());
+    assert_eq!(ChatEncoder::new(template, tokenizer).tokens(&messages, false).unwrap(), expected.concat());
 }
 
 #[test]
@@ -184,7 +184,7 @@ fn the_token_to_stop_at() {
 }
 
 #[test]
-fn a_break_behind_the_end_is_not_learned() {
+fn a_line_break_after_the_end_is_not_learned() {
     assert_eq!(learned(&encoder(CHATML), &TALK).unwrap(), "A b<|im_end|>| C <|im_end|>\n<|im_end|>");
 }
 

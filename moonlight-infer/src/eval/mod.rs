@@ -43,7 +43,7 @@ const BATCH: usize = 32;
 pub struct Task {
     /// The file, JSONL.
     pub path: PathBuf,
-    /// What its rows are; told by the keys of the first where it is not given.
+    /// What its rows are; without it the keys of the first row decide.
     pub format: Option<TaskFormat>,
     /// Examples before each question.
     pub shots: usize,
@@ -81,7 +81,7 @@ pub struct Metric {
     pub estimate: Estimate,
 }
 
-/// A model with what it needs to read.
+/// A model with its tokenizer and chat template.
 #[derive(Debug, Clone, Copy)]
 pub struct Reader<'a> {
     /// The model.
@@ -269,7 +269,7 @@ fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcom
     for ((row, scored), weights) in rows.iter().zip(&scores).zip(&weights) {
         let learned: Vec<(&Scored, f32)> = scored.iter().zip(weights.iter().skip(1).copied()).collect();
         let (mut sum, mut count, mut exact) = (0.0, 0.0, Vec::new());
-        // Greedy decoding gives the answer if and only if each of its tokens is the likeliest behind those before it.
+        // Greedy decoding gives the answer if and only if each of its tokens is the likeliest given those before it.
         for answer in learned.chunk_by(|a, b| (a.1 > 0.0) == (b.1 > 0.0)).filter(|part| part[0].1 > 0.0) {
             sum -= answer.iter().map(|(scored, weight)| f64::from(scored.logprob) * f64::from(*weight)).sum::<f64>();
             count += answer.iter().map(|(_, weight)| f64::from(*weight)).sum::<f64>();
@@ -289,7 +289,7 @@ struct Request {
     from: usize,
 }
 
-/// A context and what goes on from it, tokenised as one text (the harness's `_encode_pair`: spaces that end the context
+/// A context and its continuation, tokenized as one text (the harness's `_encode_pair`: spaces that end the context
 /// belong to what follows); a context that is too long loses its beginning.
 fn pair(reader: Reader<'_>, context: &str, continuation: &str) -> Result<Request, InferError> {
     let whole = format!("{context}{continuation}");
@@ -308,7 +308,7 @@ fn pair(reader: Reader<'_>, context: &str, continuation: &str) -> Result<Request
     Ok(Request { tokens, from: from.saturating_sub(dropped).max(1) })
 }
 
-/// The token that stands before a text without a context: the one that begins a text, else the one that ends it.
+/// The token that is put before a text without a context: the one that begins a text, else the one that ends it.
 fn beginning(reader: Reader<'_>) -> Option<u32> {
     reader.tokenizer.bos().or(reader.tokenizer.eos())
 }

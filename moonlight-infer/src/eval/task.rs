@@ -82,7 +82,7 @@ impl TaskFormat {
 pub(super) struct Row {
     /// Its line, from 1; in a parquet file its row.
     pub(super) line: usize,
-    /// As it stands in the file, of a parquet file as JSON.
+    /// As the file has it; of a parquet file as JSON.
     pub(super) text: String,
     pub(super) fields: Map<String, Value>,
 }
@@ -123,11 +123,11 @@ fn read(path: &Path, line: usize, text: String) -> Result<Row, InferError> {
 /// A question with choices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Question {
-    /// What stands before all examples.
+    /// Text before all examples.
     pub(super) description: String,
-    /// What the model is given.
+    /// The prompt.
     pub(super) context: String,
-    /// What it may go on with, a space before each.
+    /// The continuations to choose from, without the space before each.
     pub(super) choices: Vec<String>,
     /// Which of them is right.
     pub(super) gold: usize,

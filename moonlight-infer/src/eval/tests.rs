@@ -110,7 +110,7 @@ fn texts_are_predicted_in_windows() {
     let (mut sum, mut bytes, mut words) = (0.0, 0.0, 0.0);
     for text in texts {
         // The harness's windows of a model with 64 positions: `<|bos|>` and 64 tokens, then 64 more each, the last one
-        // behind as much as fits.
+        // after as much as fits.
         let tokens: Vec<u32> = text.bytes().map(u32::from).collect();
         let mut at = 0;
         while at < tokens.len() {

@@ -1,11 +1,11 @@
-//! Texts from many prompts, several side by side.
+//! Batched generation: many prompts, several at a time.
 
 use moonlight_model::CausalLm;
 
 use super::{Generated, Sampler, Sampling, Stop, cache, check_prompt, rows};
 use crate::error::InferError;
 
-/// A text that is being written.
+/// A sequence that is being generated.
 struct Writing {
     /// Its prompt's place among the prompts.
     place: usize,
@@ -16,10 +16,10 @@ struct Writing {
     unread: Vec<u32>,
 }
 
-/// Goes on from each of `prompts`, up to `batch` of them side by side; where a text ends, the next prompt takes its place.
-/// `each` gets every text as it ends, with the place of its prompt.
+/// Continues each of `prompts`, up to `batch` of them at a time; where a sequence ends, the next prompt takes its row of the
+/// batch. `each` gets every continuation as it ends, with the index of its prompt.
 ///
-/// The text of prompt `i` is that of [`generate`](super::generate) with the seed `sampling.seed + i`, whatever the batch, as
+/// The continuation of prompt `i` is that of [`generate`](super::generate) with the seed `sampling.seed + i`, whatever the batch, as
 /// far as sums in another order allow.
 ///
 /// # Errors

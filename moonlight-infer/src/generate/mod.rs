@@ -18,11 +18,11 @@ pub use sampler::{Sampler, Sampling};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stop {
-    /// The model ended its text.
+    /// The model wrote a token that ends a text.
     Eos,
-    /// The text is as long as was asked for, or as the model can make it.
+    /// `max_new_tokens`, or the end of the model's context, was reached.
     Length,
-    /// The caller had enough.
+    /// The caller stopped it.
     Interrupted,
 }
 
@@ -35,7 +35,7 @@ pub struct Generated {
     pub stop: Stop,
 }
 
-/// A model, and the tokens that it remembers.
+/// A model with a KV cache, and the tokens that are in it.
 #[derive(Debug)]
 pub struct Session<'m> {
     model: &'m CausalLm,
@@ -44,15 +44,15 @@ pub struct Session<'m> {
 }
 
 impl<'m> Session<'m> {
-    /// A session that has read nothing, with room for `capacity` tokens, the model's context at most.
+    /// An empty session, with room for `capacity` tokens, the model's context at most.
     pub fn new(model: &'m CausalLm, capacity: usize) -> Self {
         Self { model, cache: cache(model, 1, capacity), read: Vec::new() }
     }
 
-    /// Goes on from `prompt`, handing each new token to `each` as it comes. What the prompt has in common with what was
-    /// read before is not read again.
+    /// Continues `prompt` and hands each new token to `each` as it comes. The prefix that the prompt shares with what is in
+    /// the cache is not computed again.
     ///
-    /// Ends behind `max_new_tokens`, at a token of `eos`, where there is no more room, or where `each` breaks.
+    /// Stops after `max_new_tokens`, at a token of `eos`, when the cache is full, or when `each` breaks.
     ///
     /// # Errors
     ///
@@ -87,14 +87,14 @@ impl<'m> Session<'m> {
         Ok(Generated { tokens, stop: Stop::Length })
     }
 
-    /// Reads tokens and gives the logits of the one that follows.
+    /// Runs the model over tokens and returns the logits of the next one.
     fn read(&mut self, tokens: &[u32]) -> Vec<f32> {
         self.read.extend(tokens);
         rows(self.model.extend(&[tokens], &mut self.cache)).remove(0)
     }
 }
 
-/// Goes on from `prompt`, handing each new token to `each` as it comes; see [`Session::generate`].
+/// Continues `prompt` and hands each new token to `each` as it comes; see [`Session::generate`].
 ///
 /// # Errors
 ///
@@ -108,7 +108,7 @@ pub fn generate(
     mut each: impl FnMut(u32),
 ) -> Result<Generated, InferError> {
     let context = model.config().max_position_embeddings;
-    // A prompt that is too long is told so by the session, which must not be larger than the context.
+    // The session's cache must not be larger than the context; it refuses a longer prompt.
     let mut session = Session::new(model, prompt.len().saturating_add(max_new_tokens).min(context));
     session.generate(prompt, max_new_tokens, &mut Sampler::new(sampling), eos, |token| {
         each(token);

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 /// A tokenizer that cannot be had.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum TokenizerError {
     /// There is no such file or folder, or nothing in it is a tokenizer.
     #[error("there is no tokenizer at `{}`", .0.display())]
@@ -27,7 +28,7 @@ pub enum TokenizerError {
 }
 
 impl TokenizerError {
-    /// How to mend it, where we know.
+    /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NotFound(_) => Some(

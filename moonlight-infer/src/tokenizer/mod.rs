@@ -1,6 +1,6 @@
 //! Text to tokens and back.
 //!
-//! Three kinds, told apart by what is on disk: the 256 bytes with three specials (`bytes`; `bytes-chat` where five bytes
+//! Three kinds, chosen by what is on disk: the 256 bytes with three specials (`bytes`; `bytes-chat` where five bytes
 //! that no UTF-8 holds are the tokens of a conversation), a Hugging Face `tokenizer.json`, and Moonlight's own
 //! `tiktoken.model`.
 //!
@@ -33,7 +33,7 @@ pub const BYTES_TOKENIZER: &str = "bytes";
 /// The name of the tokenizer of bytes that has the tokens of a conversation.
 pub const BYTES_CHAT_TOKENIZER: &str = "bytes-chat";
 
-/// What may lie beside a tokenizer and belongs to it.
+/// Files that belong to a tokenizer, where they are in its folder.
 const BESIDE: [&str; 4] =
     ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenization_moonshot.py"];
 
@@ -152,7 +152,7 @@ impl Tokenizer {
         for bytes in [Self::bytes(), Self::bytes_chat()] {
             let same = |file: &Companion| file.name == TOKENIZER_JSON && file.contents == contents;
             if bytes.companions.iter().any(same) {
-                // A checkpoint of ours: the same tokens without the detour. What lies beside may be newer than ours.
+                // A checkpoint of ours: the same tokens without the `tokenizers` crate. The files beside it may be newer than ours.
                 let companions = Arc::new(companions(path, TOKENIZER_JSON, &contents));
                 return Ok(Self { companions, name: name(path), ..bytes });
             }
@@ -289,7 +289,7 @@ fn read(path: &Path) -> Result<Vec<u8>, TokenizerError> {
     std::fs::read(path).map_err(|error| TokenizerError::Read { path: path.to_owned(), problem: error.to_string() })
 }
 
-/// The tokenizer's file under its usual name, and what lies beside it.
+/// The tokenizer's file under its usual name, and the files that belong to it.
 fn companions(path: &Path, name: &str, contents: &[u8]) -> Vec<Companion> {
     let main = Companion { name: name.into(), contents: contents.to_owned() };
     let beside = BESIDE.iter().filter_map(|&name| {

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 
-use super::Tokens;
+use crate::forward::ForwardContext;
 
 /// Above this a logit counts as large.
 const LARGE: f64 = 100.0;
@@ -19,7 +19,7 @@ pub(crate) struct LogitStats {
 }
 
 /// Measures `scale * query key^T`; both are `[batch, sequence, heads, width]` and are not differentiated.
-pub(crate) fn measure(query: Tensor<4>, key: Tensor<4>, scale: f64, tokens: &Tokens<'_>) -> LogitStats {
+pub(crate) fn measure(query: Tensor<4>, key: Tensor<4>, scale: f64, context: &ForwardContext) -> LogitStats {
     let device = query.device();
     let query = query.detach().swap_dims(1, 2); // [batch, heads, sequence, width]
     let key = key.detach().swap_dims(1, 2).swap_dims(2, 3);
@@ -27,9 +27,9 @@ pub(crate) fn measure(query: Tensor<4>, key: Tensor<4>, scale: f64, tokens: &Tok
     let mut largest: Option<Tensor<1>> = None;
     let mut large: Option<Tensor<1>> = None;
     let mut visible_pairs = 0u64;
-    for first in (0..tokens.sequence).step_by(BLOCK) {
-        let rows = first..tokens.sequence.min(first + BLOCK);
-        let (hidden, visible) = hidden(tokens, rows.clone(), &device);
+    for first in (0..context.sequence()).step_by(BLOCK) {
+        let rows = first..context.sequence().min(first + BLOCK);
+        let (hidden, visible) = hidden(context, rows.clone(), &device);
         visible_pairs += visible * heads as u64;
         let block = query.clone().slice_dim(2, rows).matmul(key.clone()).cast(burn::tensor::DType::F32) * scale;
         let shape = block.dims();
@@ -46,16 +46,16 @@ pub(crate) fn measure(query: Tensor<4>, key: Tensor<4>, scale: f64, tokens: &Tok
 }
 
 /// True where query `rows[i]` may not see a key, `[batch, 1, rows, sequence]`, and the number of pairs that are seen.
-fn hidden(tokens: &Tokens<'_>, rows: std::ops::Range<usize>, device: &Device) -> (Tensor<4, Bool>, u64) {
-    let mut hidden = Vec::with_capacity(tokens.batch * rows.len() * tokens.sequence);
+fn hidden(context: &ForwardContext, rows: std::ops::Range<usize>, device: &Device) -> (Tensor<4, Bool>, u64) {
+    let mut hidden = Vec::with_capacity(context.batch() * rows.len() * context.sequence());
     let mut visible = 0;
-    for batch in 0..tokens.batch {
+    for batch in 0..context.batch() {
         for row in rows.clone() {
-            let start = tokens.starts.as_ref().map_or(0, |starts| starts[batch * tokens.sequence + row] as usize);
+            let start = context.starts().map_or(0, |starts| starts[batch * context.sequence() + row] as usize);
             visible += (row - start + 1) as u64;
-            hidden.extend((0..tokens.sequence).map(|key| key < start || key > row));
+            hidden.extend((0..context.sequence()).map(|key| key < start || key > row));
         }
     }
-    let shape = [tokens.batch, 1, rows.len(), tokens.sequence];
+    let shape = [context.batch(), 1, rows.len(), context.sequence()];
     (Tensor::from_data(TensorData::new(hidden, shape), device), visible)
 }

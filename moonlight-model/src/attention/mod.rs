@@ -1,54 +1,137 @@
-//! Attention layers: multi-head latent attention and grouped-query attention.
+//! Attention layers. Each kind has a folder with its module and configuration (`mod.rs`) and its part of `config.json`
+//! (`shape.rs`); this file lists the kinds, and `kind.rs` says what one has to do.
 
-mod gqa;
+mod cache;
+pub(crate) mod gqa;
+pub(crate) mod kind;
 mod logit_stats;
-mod mla;
-
-use std::sync::Arc;
+pub(crate) mod mla;
 
 use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
-use crate::cache::LayerCache;
-use crate::config::{AttentionShape, ModelConfig};
+use crate::config::error::ConfigError;
+use crate::config::keys::Keys;
+use crate::config::model_type::ModelType;
+use crate::config::rope::RopeConfig;
+use crate::forward::{DecodeContext, ForwardContext};
 use crate::init::Init;
-use crate::kernels::{AttentionSpec, CacheSpan};
 use crate::module_enum::delegate_module;
-use crate::rope::Rotation;
+use crate::projection::projections_of_variants;
+use gqa::GqaShape;
+use kind::{AttentionKind, AttentionModule};
+use mla::MlaShape;
 
-pub use gqa::GroupedQueryAttention;
+pub(crate) use cache::LayerCache;
+pub use gqa::{GroupedQueryAttention, GroupedQueryAttentionConfig};
+pub(crate) use kind::ModelWidths;
+pub use kind::{AttentionWidths, QkClipProjections};
 pub(crate) use logit_stats::LogitStats;
-pub use mla::MultiHeadLatentAttention;
+pub use mla::{MultiHeadLatentAttention, MultiHeadLatentAttentionConfig};
 
-/// The tokens of a forward pass as the attention sees them.
-pub(crate) struct Tokens<'a> {
-    pub(crate) batch: usize,
-    pub(crate) sequence: usize,
-    pub(crate) rotation: &'a Rotation,
-    /// For each token the start of its document, where sequences are packed.
-    pub(crate) starts: Option<Arc<Vec<u32>>>,
-    pub(crate) probe_logits: bool,
+/// How a model's layers attend, by the keys of `config.json`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AttentionShape {
+    /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+    Mla(MlaShape),
+    /// Grouped-query attention (Llama, Qwen2).
+    Gqa(GqaShape),
 }
 
-/// New tokens of several sequences, one behind the other: `tokens` has them as one sequence, packed.
-pub(crate) struct NewTokens<'a> {
-    pub(crate) tokens: Tokens<'a>,
-    pub(crate) runs: Arc<Vec<CacheSpan>>,
-}
+impl AttentionShape {
+    /// The keys of all kinds.
+    pub(crate) fn keys() -> impl Iterator<Item = &'static str> {
+        [MlaShape::KEYS, GqaShape::KEYS].into_iter().flatten().copied()
+    }
 
-impl NewTokens<'_> {
-    /// Whether they begin their sequences, and are enough for whole attention to be cheaper than attention to a cache.
-    fn are_prompts(&self) -> bool {
-        self.runs.iter().all(|run| run.start == 0) && self.tokens.sequence > self.runs.len()
+    /// Reads the keys of the kind that a class of models has.
+    pub(crate) fn read(
+        keys: &mut Keys,
+        model_type: ModelType,
+        hidden_size: usize,
+        heads: usize,
+    ) -> Result<Self, ConfigError> {
+        match model_type {
+            ModelType::DeepseekV3 | ModelType::DeepseekV2 | ModelType::KimiK2 => MlaShape::read(keys).map(Self::Mla),
+            ModelType::Llama | ModelType::Qwen2 => GqaShape::read(keys, model_type, hidden_size, heads).map(Self::Gqa),
+        }
+    }
+
+    /// The attention of a model's layers.
+    pub(crate) fn config(&self, model: &ModelWidths<'_>) -> AttentionConfig {
+        match self {
+            Self::Mla(shape) => AttentionConfig::Mla(shape.config(model)),
+            Self::Gqa(shape) => AttentionConfig::Gqa(shape.config(model)),
+        }
+    }
+
+    fn kind(&self) -> &dyn AttentionKind {
+        match self {
+            Self::Mla(shape) => shape,
+            Self::Gqa(shape) => shape,
+        }
+    }
+
+    pub(crate) fn write(&self, model_type: ModelType, heads: usize, map: &mut Map<String, Value>) {
+        self.kind().write(model_type, heads, map);
+    }
+
+    pub(crate) fn validate(&self, heads: usize) -> Result<(), ConfigError> {
+        self.kind().validate(heads)
+    }
+
+    pub(crate) fn widths(&self, heads: usize) -> AttentionWidths {
+        self.kind().widths(heads)
+    }
+
+    pub(crate) fn interleaves(&self) -> bool {
+        self.kind().interleaves()
+    }
+
+    pub(crate) fn softmax_scale(&self, rope: &RopeConfig) -> f64 {
+        self.kind().softmax_scale(rope)
     }
 }
 
-impl Tokens<'_> {
-    fn spec(&self, scale: f64) -> AttentionSpec {
-        AttentionSpec { scale: scale as f32, starts: self.starts.clone() }
+/// The configuration of an [`Attention`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum AttentionConfig {
+    /// Multi-head latent attention.
+    Mla(MultiHeadLatentAttentionConfig),
+    /// Grouped-query attention.
+    Gqa(GroupedQueryAttentionConfig),
+}
+
+impl AttentionConfig {
+    /// An attention with fresh parameters, drawn when they are first used.
+    ///
+    /// # Panics
+    ///
+    /// Where the kind's own `init` does.
+    pub fn init(&self, device: &Device) -> Attention {
+        self.build(Init::new(device))
+    }
+
+    /// Width of the hidden states.
+    pub fn hidden_size(&self) -> usize {
+        match self {
+            Self::Mla(config) => config.hidden_size,
+            Self::Gqa(config) => config.hidden_size,
+        }
+    }
+
+    pub(crate) fn build(&self, init: Init<'_>) -> Attention {
+        match self {
+            Self::Mla(config) => Attention::Mla(config.build(init)),
+            Self::Gqa(config) => Attention::Gqa(config.build(init)),
+        }
     }
 }
 
 /// A layer's attention.
+///
+/// Should be created with [`AttentionConfig`].
 #[derive(Debug, Clone)]
 #[expect(clippy::large_enum_variant, reason = "there are a few dozen, one a layer")]
 pub enum Attention {
@@ -59,28 +142,49 @@ pub enum Attention {
 }
 
 delegate_module!(Attention { Mla, Gqa });
+projections_of_variants!(Attention { Mla, Gqa });
 
 impl Attention {
-    pub(crate) fn new(config: &ModelConfig, init: Init, device: &Device) -> Self {
-        match &config.attention {
-            AttentionShape::Mla(mla) => Self::Mla(MultiHeadLatentAttention::new(config, mla, init, device)),
-            AttentionShape::Gqa(gqa) => Self::Gqa(GroupedQueryAttention::new(config, gqa, init, device)),
+    fn module(&self) -> &dyn AttentionModule {
+        match self {
+            Self::Mla(attention) => attention,
+            Self::Gqa(attention) => attention,
         }
     }
 
-    /// `[tokens, hidden]` to `[tokens, hidden]`, over whole sequences.
-    pub(crate) fn forward(&self, x: Tensor<2>, tokens: &Tokens<'_>) -> (Tensor<2>, Option<LogitStats>) {
+    fn module_mut(&mut self) -> &mut dyn AttentionModule {
         match self {
-            Self::Mla(attention) => attention.forward(x, tokens, None),
-            Self::Gqa(attention) => attention.forward(x, tokens, None),
+            Self::Mla(attention) => attention,
+            Self::Gqa(attention) => attention,
         }
     }
 
-    /// Like [`forward`](Self::forward) for tokens that follow those in the cache, to which they are added.
-    pub(crate) fn decode(&self, x: Tensor<2>, new: &NewTokens<'_>, cache: &mut LayerCache) -> Tensor<2> {
+    /// Attends causally over whole sequences.
+    ///
+    /// # Shapes
+    ///
+    /// `[batch, sequence, hidden]` to the same.
+    ///
+    /// # Panics
+    ///
+    /// When the context is of another batch or sequence length, or has no positions.
+    pub fn forward(&self, x: Tensor<3>, context: &ForwardContext) -> Tensor<3> {
         match self {
-            Self::Mla(attention) => attention.decode(x, new, cache),
-            Self::Gqa(attention) => attention.decode(x, new, cache),
+            Self::Mla(attention) => attention.forward(x, context),
+            Self::Gqa(attention) => attention.forward(x, context),
         }
+    }
+
+    /// What QK-clip rewrites.
+    pub fn qk_clip_projections_mut(&mut self) -> QkClipProjections<'_> {
+        self.module_mut().qk_clip_projections_mut()
+    }
+
+    pub(crate) fn forward_rows(&self, x: Tensor<2>, context: &ForwardContext) -> (Tensor<2>, Option<LogitStats>) {
+        self.module().forward_rows(x, context)
+    }
+
+    pub(crate) fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2> {
+        self.module().decode(x, new, cache)
     }
 }

@@ -2,15 +2,11 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{
-    AttentionShape, ConfigError, GqaShape, MlaShape, ModelConfig, ModelType, MoeShape, RopeConfig, Scoring, TopkMethod,
-    YarnConfig,
-};
-
-/// transformers' default of `rope_theta` for every class of the family.
-const DEFAULT_ROPE_THETA: f64 = 10_000.0;
-/// What transformers builds the latent norms with, whatever `rms_norm_eps` says.
-const DEFAULT_LATENT_NORM_EPS: f64 = 1e-6;
+use super::error::ConfigError;
+use super::keys::Keys;
+use super::model_type::ModelType;
+use super::rope::RopeConfig;
+use super::{AttentionShape, ModelConfig, MoeShape};
 
 impl ModelConfig {
     /// Reads a `config.json` and checks it.
@@ -73,71 +69,35 @@ impl ModelConfig {
     }
 }
 
-/// The keys of the file that have not been read yet.
-struct Keys {
-    map: Map<String, Value>,
-}
+/// The keys of `config.json` that belong to no part of the model.
+const KEYS: &[&str] = &[
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "vocab_size",
+];
 
-impl Keys {
-    /// The value of a key, `None` where it is absent or null.
-    fn take(&mut self, field: &'static str) -> Option<Value> {
-        self.map.remove(field).filter(|value| !value.is_null())
-    }
-
-    fn optional<T>(
-        &mut self,
-        field: &'static str,
-        expected: &str,
-        read: impl Fn(&Value) -> Option<T>,
-    ) -> Result<Option<T>, ConfigError> {
-        self.take(field)
-            .map(|value| {
-                read(&value)
-                    .ok_or_else(|| ConfigError::Invalid { field, problem: format!("must be {expected}, not {value}") })
-            })
-            .transpose()
-    }
-
-    fn optional_size(&mut self, field: &'static str) -> Result<Option<usize>, ConfigError> {
-        self.optional(field, "a whole number", |value| value.as_u64().and_then(|n| usize::try_from(n).ok()))
-    }
-
-    fn size(&mut self, field: &'static str) -> Result<usize, ConfigError> {
-        self.optional_size(field)?.ok_or(ConfigError::Missing { field })
-    }
-
-    fn number(&mut self, field: &'static str) -> Result<Option<f64>, ConfigError> {
-        self.optional(field, "a number", Value::as_f64)
-    }
-
-    fn boolean(&mut self, field: &'static str) -> Result<Option<bool>, ConfigError> {
-        self.optional(field, "true or false", Value::as_bool)
-    }
-
-    fn string(&mut self, field: &'static str) -> Result<Option<String>, ConfigError> {
-        self.optional(field, "a string", |value| value.as_str().map(str::to_owned))
-    }
-
-    fn token_ids(&mut self, field: &'static str) -> Result<Vec<u32>, ConfigError> {
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let ids = self.optional(field, "a token id or a list of them", |value| match value {
-            Value::Array(ids) => ids.iter().map(id).collect(),
-            one => id(one).map(|id| vec![id]),
-        })?;
-        Ok(ids.unwrap_or_default())
-    }
+/// Every key of `config.json` that shapes a model of the family, sorted.
+pub fn shape_keys() -> Vec<&'static str> {
+    let mut keys = [KEYS, RopeConfig::KEYS, MoeShape::KEYS].concat();
+    keys.extend(AttentionShape::keys());
+    keys.sort_unstable();
+    keys.dedup();
+    keys
 }
 
 fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
-    let model_type = match keys.string("model_type")?.ok_or(ConfigError::Missing { field: "model_type" })?.as_str() {
-        "deepseek_v3" => ModelType::DeepseekV3,
-        "deepseek_v2" => ModelType::DeepseekV2,
-        "kimi_k2" => ModelType::KimiK2,
-        "llama" => ModelType::Llama,
-        "qwen2" => ModelType::Qwen2,
-        other => return Err(ConfigError::UnknownModelType(other.to_owned())),
-    };
-    let deepseek = matches!(model_type, ModelType::DeepseekV3 | ModelType::DeepseekV2 | ModelType::KimiK2);
+    let name = keys.string("model_type")?.ok_or(ConfigError::Missing { field: "model_type" })?;
+    let model_type = ModelType::from_name(&name).ok_or(ConfigError::UnknownModelType(name))?;
     if let Some(activation) = keys.string("hidden_act")?
         && activation != "silu"
     {
@@ -149,13 +109,9 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     let hidden_size = keys.size("hidden_size")?;
     let num_attention_heads = keys.size("num_attention_heads")?;
     let max_position_embeddings = keys.size("max_position_embeddings")?;
-    let attention = if deepseek {
-        AttentionShape::Mla(read_mla(&mut keys)?)
-    } else {
-        AttentionShape::Gqa(read_gqa(&mut keys, model_type, hidden_size, num_attention_heads)?)
-    };
-    let rope = read_rope(&mut keys, deepseek)?;
-    let moe = if deepseek { read_moe(&mut keys, model_type)? } else { None };
+    let attention = AttentionShape::read(&mut keys, model_type, hidden_size, num_attention_heads)?;
+    let rope = RopeConfig::read(&mut keys, attention.interleaves())?;
+    let moe = if model_type.may_have_experts() { MoeShape::read(&mut keys, model_type)? } else { None };
     let dtype = match keys.string("dtype")? {
         Some(dtype) => {
             keys.take("torch_dtype");
@@ -192,129 +148,6 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     })
 }
 
-fn read_mla(keys: &mut Keys) -> Result<MlaShape, ConfigError> {
-    Ok(MlaShape {
-        q_lora_rank: keys.optional_size("q_lora_rank")?,
-        kv_lora_rank: keys.size("kv_lora_rank")?,
-        qk_nope_head_dim: keys.size("qk_nope_head_dim")?,
-        qk_rope_head_dim: keys.size("qk_rope_head_dim")?,
-        v_head_dim: keys.size("v_head_dim")?,
-        latent_norm_eps: keys.number("kv_norm_eps")?.unwrap_or(DEFAULT_LATENT_NORM_EPS),
-        attention_bias: keys.boolean("attention_bias")?.unwrap_or(false),
-    })
-}
-
-fn read_gqa(
-    keys: &mut Keys,
-    model_type: ModelType,
-    hidden_size: usize,
-    num_attention_heads: usize,
-) -> Result<GqaShape, ConfigError> {
-    let bias = keys.boolean("attention_bias")?.unwrap_or(false);
-    Ok(GqaShape {
-        num_key_value_heads: keys.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads),
-        head_dim: match keys.optional_size("head_dim")? {
-            Some(head_dim) => head_dim,
-            None if num_attention_heads > 0 => hidden_size / num_attention_heads,
-            None => 0,
-        },
-        qkv_bias: model_type == ModelType::Qwen2 || bias,
-        o_bias: model_type == ModelType::Llama && bias,
-    })
-}
-
-/// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (as published).
-fn read_rope(keys: &mut Keys, deepseek: bool) -> Result<RopeConfig, ConfigError> {
-    const FIELD: &str = "rope_parameters";
-    let object = |field: &'static str, value: Value| match value {
-        Value::Object(map) => Ok(Keys { map }),
-        other => Err(ConfigError::Invalid { field, problem: format!("must be an object, not {other}") }),
-    };
-    let interleave = keys.boolean("rope_interleave")?.unwrap_or(deepseek);
-    let theta = keys.number("rope_theta")?;
-    let mut parameters = match (keys.take(FIELD), keys.take("rope_scaling")) {
-        (Some(parameters), _) => object(FIELD, parameters)?,
-        (None, Some(scaling)) => object("rope_scaling", scaling)?,
-        (None, None) => Keys { map: Map::new() },
-    };
-    let theta = parameters.number("rope_theta")?.or(theta).unwrap_or(DEFAULT_ROPE_THETA);
-    let kind = match parameters.string("rope_type")? {
-        Some(kind) => Some(kind),
-        None => parameters.string("type")?,
-    };
-    let yarn = match kind.as_deref() {
-        None | Some("default") => None,
-        Some("yarn") => Some(read_yarn(&mut parameters)?),
-        Some(other) => {
-            return Err(ConfigError::Invalid {
-                field: "rope_scaling",
-                problem: format!("has the type `{other}`; known are `default` and `yarn`"),
-            });
-        }
-    };
-    Ok(RopeConfig { theta, interleave, yarn })
-}
-
-fn read_yarn(keys: &mut Keys) -> Result<YarnConfig, ConfigError> {
-    Ok(YarnConfig {
-        factor: keys.number("factor")?.ok_or(ConfigError::Missing { field: "rope_scaling.factor" })?,
-        original_max_position_embeddings: keys
-            .optional_size("original_max_position_embeddings")?
-            .ok_or(ConfigError::Missing { field: "rope_scaling.original_max_position_embeddings" })?,
-        beta_fast: keys.number("beta_fast")?.unwrap_or(32.0),
-        beta_slow: keys.number("beta_slow")?.unwrap_or(1.0),
-        mscale: keys.number("mscale")?,
-        mscale_all_dim: keys.number("mscale_all_dim")?,
-        attention_factor: keys.number("attention_factor")?,
-        truncate: keys.boolean("truncate")?.unwrap_or(true),
-    })
-}
-
-fn read_moe(keys: &mut Keys, model_type: ModelType) -> Result<Option<MoeShape>, ConfigError> {
-    // DeepSeek-V2's own class reads an absent `n_routed_experts` as "dense"; the family's files always have it.
-    let Some(n_routed_experts) = keys.optional_size("n_routed_experts")? else {
-        return Ok(None);
-    };
-    let v2 = model_type == ModelType::DeepseekV2;
-    let scoring = match keys.string("scoring_func")?.as_deref() {
-        None if v2 => Scoring::Softmax,
-        None | Some("sigmoid") => Scoring::Sigmoid,
-        Some("softmax") => Scoring::Softmax,
-        Some(other) => {
-            return Err(ConfigError::Invalid {
-                field: "scoring_func",
-                problem: format!("is `{other}`; known are `sigmoid` and `softmax`"),
-            });
-        }
-    };
-    let topk_method = match keys.string("topk_method")?.as_deref() {
-        None if v2 => TopkMethod::Greedy,
-        None | Some("noaux_tc") => TopkMethod::NoauxTc,
-        Some("greedy" | "gready") => TopkMethod::Greedy, // the second as V2-Lite's remote code spells it
-        Some("group_limited_greedy") => TopkMethod::GroupLimitedGreedy,
-        Some(other) => {
-            return Err(ConfigError::Invalid {
-                field: "topk_method",
-                problem: format!("is `{other}`; known are `noaux_tc`, `greedy` and `group_limited_greedy`"),
-            });
-        }
-    };
-    Ok(Some(MoeShape {
-        n_routed_experts,
-        num_experts_per_tok: keys.size("num_experts_per_tok")?,
-        moe_intermediate_size: keys.size("moe_intermediate_size")?,
-        n_shared_experts: keys.optional_size("n_shared_experts")?.unwrap_or(0),
-        first_k_dense_replace: keys.optional_size("first_k_dense_replace")?.unwrap_or(0),
-        moe_layer_freq: keys.optional_size("moe_layer_freq")?.unwrap_or(1),
-        n_group: keys.optional_size("n_group")?.unwrap_or(1),
-        topk_group: keys.optional_size("topk_group")?.unwrap_or(1),
-        scoring,
-        topk_method,
-        norm_topk_prob: keys.boolean("norm_topk_prob")?.unwrap_or(!v2),
-        routed_scaling_factor: keys.number("routed_scaling_factor")?.unwrap_or(1.0),
-    }))
-}
-
 fn write(config: &ModelConfig, map: &mut Map<String, Value>) {
     let mut put = |key: &str, value: Value| {
         map.insert(key.to_owned(), value);
@@ -344,114 +177,10 @@ fn write(config: &ModelConfig, map: &mut Map<String, Value>) {
     if let Some(dtype) = &config.dtype {
         put("torch_dtype", json!(dtype));
     }
-    match &config.attention {
-        AttentionShape::Mla(mla) => {
-            put("q_lora_rank", json!(mla.q_lora_rank));
-            put("kv_lora_rank", json!(mla.kv_lora_rank));
-            put("qk_nope_head_dim", json!(mla.qk_nope_head_dim));
-            put("qk_rope_head_dim", json!(mla.qk_rope_head_dim));
-            put("v_head_dim", json!(mla.v_head_dim));
-            put("attention_bias", json!(mla.attention_bias));
-            if mla.latent_norm_eps != DEFAULT_LATENT_NORM_EPS {
-                put("kv_norm_eps", json!(mla.latent_norm_eps));
-            }
-            if !config.extra.contains_key("num_key_value_heads") {
-                put("num_key_value_heads", json!(config.num_attention_heads));
-            }
-        }
-        AttentionShape::Gqa(gqa) => {
-            put("num_key_value_heads", json!(gqa.num_key_value_heads));
-            put("head_dim", json!(gqa.head_dim));
-            if config.model_type == ModelType::Llama {
-                put("attention_bias", json!(gqa.o_bias));
-            }
-        }
-    }
-    put("rope_theta", json!(config.rope.theta));
-    if config.rope.interleave != matches!(config.attention, AttentionShape::Mla(_)) {
-        put("rope_interleave", json!(config.rope.interleave));
-    }
-    if let Some(yarn) = &config.rope.yarn {
-        put("rope_scaling", write_yarn(yarn));
-    }
+    config.attention.write(config.model_type, config.num_attention_heads, map);
+    config.rope.write(map, config.attention.interleaves());
     if let Some(moe) = &config.moe {
-        put("n_routed_experts", json!(moe.n_routed_experts));
-        put("num_experts_per_tok", json!(moe.num_experts_per_tok));
-        put("moe_intermediate_size", json!(moe.moe_intermediate_size));
-        put("n_shared_experts", json!(moe.n_shared_experts));
-        put("first_k_dense_replace", json!(moe.first_k_dense_replace));
-        put("moe_layer_freq", json!(moe.moe_layer_freq));
-        put("n_group", json!(moe.n_group));
-        put("topk_group", json!(moe.topk_group));
-        put("scoring_func", json!(moe.scoring.as_str()));
-        put("topk_method", json!(moe.topk_method.as_str()));
-        put("norm_topk_prob", json!(moe.norm_topk_prob));
-        put("routed_scaling_factor", json!(moe.routed_scaling_factor));
-    }
-}
-
-fn write_yarn(yarn: &YarnConfig) -> Value {
-    // `type` for the remote code and older releases, `rope_type` for newer ones.
-    let mut map = json!({
-        "type": "yarn",
-        "rope_type": "yarn",
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_max_position_embeddings,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-    });
-    for (key, value) in
-        [("mscale", yarn.mscale), ("mscale_all_dim", yarn.mscale_all_dim), ("attention_factor", yarn.attention_factor)]
-    {
-        if let Some(value) = value {
-            map[key] = json!(value);
-        }
-    }
-    if !yarn.truncate {
-        map["truncate"] = json!(false);
-    }
-    map
-}
-
-impl ModelType {
-    /// The spelling in `config.json`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::DeepseekV3 => "deepseek_v3",
-            Self::DeepseekV2 => "deepseek_v2",
-            Self::KimiK2 => "kimi_k2",
-            Self::Llama => "llama",
-            Self::Qwen2 => "qwen2",
-        }
-    }
-
-    /// The class name that transformers and vLLM look up.
-    pub fn architecture(self) -> &'static str {
-        match self {
-            Self::DeepseekV3 | Self::KimiK2 => "DeepseekV3ForCausalLM",
-            Self::DeepseekV2 => "DeepseekV2ForCausalLM",
-            Self::Llama => "LlamaForCausalLM",
-            Self::Qwen2 => "Qwen2ForCausalLM",
-        }
-    }
-}
-
-impl Scoring {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Sigmoid => "sigmoid",
-            Self::Softmax => "softmax",
-        }
-    }
-}
-
-impl TopkMethod {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::NoauxTc => "noaux_tc",
-            Self::Greedy => "greedy",
-            Self::GroupLimitedGreedy => "group_limited_greedy",
-        }
+        moe.write(map);
     }
 }
 
@@ -525,6 +254,32 @@ mod tests {
         assert_eq!(published, ModelConfig::from_value(rewritten).unwrap());
         let expected = 192f64.powf(-0.5) * (0.1 * 0.707 * 40f64.ln() + 1.0).powi(2);
         assert!((published.softmax_scale() - expected).abs() < 1e-12);
+    }
+
+    /// Whatever a shape is written with can be read from a recipe, and the other way round.
+    #[test]
+    fn every_key_that_is_written_is_in_the_list() {
+        let known = shape_keys();
+        // These say which file it was, and nothing of the shape; `num_nextn_predict_layers` is kept as it came.
+        let others = ["architectures", "torch_dtype", "num_nextn_predict_layers"];
+        for preset in super::super::PRESETS {
+            let Value::Object(map) = ModelConfig::preset(preset).unwrap().to_value() else { unreachable!() };
+            for key in map.keys() {
+                assert!(known.contains(&key.as_str()) != others.contains(&key.as_str()), "{key}");
+            }
+        }
+        assert_eq!(known.len(), 38);
+    }
+
+    #[test]
+    fn a_file_that_is_saved_is_loaded_and_one_that_is_not_there_is_named() {
+        let path = std::env::temp_dir().join(format!("moonlight-config-{}.json", std::process::id()));
+        let config = ModelConfig::preset("deepseek-v3").unwrap();
+        config.save(&path).unwrap();
+        assert_eq!(ModelConfig::load(&path).unwrap(), config);
+        std::fs::remove_file(&path).unwrap();
+        let error = ModelConfig::load(&path).unwrap_err().to_string();
+        assert!(error.contains("moonlight-config") && error.contains("cannot be read"), "{error}");
     }
 
     #[test]

@@ -2,17 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::{ConfigError, ModelConfig};
-
-/// The names that [`ModelConfig::preset`] knows.
-pub const PRESETS: &[&str] = &[
-    "moonlight-16b-a3b",
-    "moonlight-16b-a3b-instruct",
-    "deepseek-v3",
-    "deepseek-v2-lite",
-    "muon-report-400m",
-    "bench-small",
-];
+use super::ModelConfig;
+use super::error::ConfigError;
 
 impl ModelConfig {
     /// A published or otherwise named shape.

@@ -1,43 +1,8 @@
 //! Impossible combinations, each refused by the name of its field.
 
-use super::{AttentionShape, ConfigError, ModelConfig, MoeShape, TopkMethod};
-
-/// More layers than any decoder has. Lists by layer are no longer than this, whatever a file says.
-const MOST_LAYERS: usize = 10_000;
-/// More heads, or dimensions of a head, or shared experts, than any decoder has.
-const MOST_HEADS: usize = 1 << 14;
-/// Wider than any matrix is. The products of an expert's two sides, or of heads, their dimensions and a width, and the
-/// number of routed experts fit 64 bits.
-const WIDEST: usize = 1 << 21;
-/// More routed experts than any router has.
-const MOST_EXPERTS: usize = 1 << 16;
-/// Token ids have 32 bits.
-const LARGEST_VOCABULARY: usize = u32::MAX as usize;
-/// Longer than any text.
-const LONGEST: usize = u32::MAX as usize;
-
-/// Fails with [`ConfigError::Invalid`] for `field` where `condition` does not hold.
-fn require(condition: bool, field: &'static str, problem: impl FnOnce() -> String) -> Result<(), ConfigError> {
-    if condition { Ok(()) } else { Err(ConfigError::Invalid { field, problem: problem() }) }
-}
-
-fn positive(value: usize, field: &'static str) -> Result<(), ConfigError> {
-    require(value > 0, field, || "must be at least 1".into())
-}
-
-/// At least 1 and at most `most`.
-fn size(value: usize, field: &'static str, most: usize) -> Result<(), ConfigError> {
-    positive(value, field)?;
-    at_most(value, field, most)
-}
-
-fn at_most(value: usize, field: &'static str, most: usize) -> Result<(), ConfigError> {
-    require(value <= most, field, || format!("is {value}, more than any model of the family has ({most} at most)"))
-}
-
-fn positive_number(value: f64, field: &'static str) -> Result<(), ConfigError> {
-    require(value.is_finite() && value > 0.0, field, || format!("must be a positive number, not {value}"))
-}
+use super::error::ConfigError;
+use super::limits::{LARGEST_VOCABULARY, LONGEST, MOST_HEADS, MOST_LAYERS, WIDEST, positive_number, require, size};
+use super::{ModelConfig, MoeShape};
 
 impl ModelConfig {
     /// Checks that the numbers can be a model.
@@ -62,97 +27,16 @@ impl ModelConfig {
                 format!("is {id}, outside the vocabulary of {}", self.vocab_size)
             })?;
         }
-        self.validate_attention()?;
-        self.validate_rope()?;
-        self.moe.as_ref().map_or(Ok(()), |moe| self.validate_moe(moe))
-    }
-
-    fn validate_attention(&self) -> Result<(), ConfigError> {
-        match &self.attention {
-            AttentionShape::Mla(mla) => {
-                if let Some(rank) = mla.q_lora_rank {
-                    size(rank, "q_lora_rank", WIDEST)?;
-                }
-                size(mla.kv_lora_rank, "kv_lora_rank", WIDEST)?;
-                size(mla.qk_nope_head_dim, "qk_nope_head_dim", MOST_HEADS)?;
-                size(mla.qk_rope_head_dim, "qk_rope_head_dim", MOST_HEADS)?;
-                size(mla.v_head_dim, "v_head_dim", MOST_HEADS)?;
-                positive_number(mla.latent_norm_eps, "kv_norm_eps")?;
-                require(mla.qk_rope_head_dim.is_multiple_of(2), "qk_rope_head_dim", || {
-                    format!("is {}, but the rotary embedding turns pairs: it must be even", mla.qk_rope_head_dim)
-                })
-            }
-            AttentionShape::Gqa(gqa) => {
-                size(gqa.num_key_value_heads, "num_key_value_heads", MOST_HEADS)?;
-                size(gqa.head_dim, "head_dim", MOST_HEADS)?;
-                require(
-                    self.num_attention_heads.is_multiple_of(gqa.num_key_value_heads),
-                    "num_key_value_heads",
-                    || {
-                        format!(
-                            "is {}, which does not divide the {} heads",
-                            gqa.num_key_value_heads, self.num_attention_heads
-                        )
-                    },
-                )?;
-                require(gqa.head_dim.is_multiple_of(2), "head_dim", || {
-                    format!("is {}, but the rotary embedding turns pairs: it must be even", gqa.head_dim)
-                })
-            }
-        }
-    }
-
-    fn validate_rope(&self) -> Result<(), ConfigError> {
-        let Some(yarn) = &self.rope.yarn else { return Ok(()) };
-        size(yarn.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings", LONGEST)?;
-        positive_number(yarn.factor, "rope_scaling.factor")?;
-        positive_number(yarn.beta_fast, "rope_scaling.beta_fast")?;
-        positive_number(yarn.beta_slow, "rope_scaling.beta_slow")?;
-        require(yarn.beta_fast >= yarn.beta_slow, "rope_scaling.beta_fast", || {
-            format!("is {}, below beta_slow ({})", yarn.beta_fast, yarn.beta_slow)
-        })
-    }
-
-    fn validate_moe(&self, moe: &MoeShape) -> Result<(), ConfigError> {
-        size(moe.n_routed_experts, "n_routed_experts", MOST_EXPERTS)?;
-        positive(moe.num_experts_per_tok, "num_experts_per_tok")?;
-        size(moe.moe_intermediate_size, "moe_intermediate_size", WIDEST)?;
-        at_most(moe.n_shared_experts, "n_shared_experts", MOST_HEADS)?;
-        positive(moe.moe_layer_freq, "moe_layer_freq")?;
-        positive(moe.n_group, "n_group")?;
-        positive_number(moe.routed_scaling_factor, "routed_scaling_factor")?;
-        let experts = moe.n_routed_experts;
-        require(moe.num_experts_per_tok <= experts, "num_experts_per_tok", || {
-            format!("is {}, more than the {experts} routed experts", moe.num_experts_per_tok)
-        })?;
-        require(experts.is_multiple_of(moe.n_group), "n_group", || {
-            format!("is {}, which does not divide the {experts} routed experts", moe.n_group)
-        })?;
-        require((1..=moe.n_group).contains(&moe.topk_group), "topk_group", || {
-            format!("is {}, outside 1..={}", moe.topk_group, moe.n_group)
-        })?;
-        let per_group = experts / moe.n_group;
-        require(moe.num_experts_per_tok <= moe.topk_group * per_group, "num_experts_per_tok", || {
-            format!(
-                "is {}, but the {} groups that a token may choose from hold {} experts",
-                moe.num_experts_per_tok,
-                moe.topk_group,
-                moe.topk_group * per_group
-            )
-        })?;
-        // A group's worth is the sum of its two best experts under `noaux_tc`.
-        let needs_two = moe.topk_method == TopkMethod::NoauxTc && moe.n_group > 1;
-        require(!needs_two || per_group >= 2, "n_group", || {
-            format!(
-                "is {}, which leaves {per_group} expert in a group; `noaux_tc` ranks groups by their two best",
-                moe.n_group
-            )
-        })
+        self.attention.validate(self.num_attention_heads)?;
+        self.rope.validate()?;
+        self.moe.as_ref().map_or(Ok(()), MoeShape::validate)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::limits::{MOST_EXPERTS, WIDEST};
+    use super::super::{AttentionShape, MlaShape};
     use super::*;
 
     /// Moonlight with one thing changed, and the field that the error must name.
@@ -190,7 +74,7 @@ mod tests {
 
     #[test]
     fn sizes_that_no_model_has_name_their_field() {
-        let mla = |config: &mut ModelConfig, change: fn(&mut super::super::MlaShape)| match &mut config.attention {
+        let mla = |config: &mut ModelConfig, change: fn(&mut MlaShape)| match &mut config.attention {
             AttentionShape::Mla(mla) => change(mla),
             AttentionShape::Gqa(_) => unreachable!("Moonlight has MLA"),
         };

@@ -253,16 +253,16 @@ pub(super) fn rotate_forward<B: Backend>(
         B::float_reshape(part, Shape::new([batch, sequence, heads, pairs, 1]))
     };
     let (a, b) = (member(0), member(1));
-    let turned_a = B::float_sub(B::float_mul(a.clone(), cos.clone()), B::float_mul(b.clone(), sin.clone()));
-    let turned_b = B::float_add(B::float_mul(b, cos), B::float_mul(a, sin));
-    let turned = if spec.interleave {
-        B::float_cat(vec![turned_a, turned_b], 4)
+    let rotated_a = B::float_sub(B::float_mul(a.clone(), cos.clone()), B::float_mul(b.clone(), sin.clone()));
+    let rotated_b = B::float_add(B::float_mul(b, cos), B::float_mul(a, sin));
+    let rotated = if spec.interleave {
+        B::float_cat(vec![rotated_a, rotated_b], 4)
     } else {
         let half = |t| B::float_reshape(t, Shape::new([batch, sequence, heads, 1, pairs]));
-        B::float_cat(vec![half(turned_a), half(turned_b)], 3)
+        B::float_cat(vec![half(rotated_a), half(rotated_b)], 3)
     };
-    let turned = B::float_reshape(turned, Shape::new([batch, sequence, heads, 2 * pairs]));
-    if spec.start == 0 { turned } else { B::float_cat(vec![slice::<B>(x, 3, 0, spec.start), turned], 3) }
+    let rotated = B::float_reshape(rotated, Shape::new([batch, sequence, heads, 2 * pairs]));
+    if spec.start == 0 { rotated } else { B::float_cat(vec![slice::<B>(x, 3, 0, spec.start), rotated], 3) }
 }
 
 /// See [`super::latent_attention`] and, without a shared key, [`super::grouped_attention`].

@@ -7,34 +7,60 @@
 //! Burn's own `Module::apply_lora` materialises `W + s A B` at every pass: that is a copy of the weight and a gradient of
 //! its whole size, it has no dropout, and it flattens a stack of experts to one matrix with one pair.
 
-mod low_rank;
+pub(crate) mod low_rank;
 mod target;
+
+use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
 
 pub use low_rank::{LowRank, LowRankSettings};
 pub use target::TARGET_GROUPS;
 
-use crate::config::{ModelConfig, ParameterKind};
+use crate::config::ModelConfig;
 use crate::model::CausalLm;
-use crate::projections::ProjectionMut;
+use crate::parameter::{ParameterKind, ProjectionRole};
+use crate::projection::{ProjectionMut, ProjectionRef};
+use crate::projections::ModelProjection;
 use low_rank::{DropoutSeed, mix};
 use target::Target;
 
-/// What adapters a model gets.
-#[derive(Debug, Clone, PartialEq)]
+/// What adapters a model gets. The defaults are those of "LoRA Without Regret" (Schulman, Thinking Machines 2025), on attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
-    /// Columns of `A` and rows of `B`.
+    /// The rank of each adapter: columns of `A` and rows of `B`.
     pub rank: usize,
-    /// Scaling and dropout.
-    pub settings: LowRankSettings,
-    /// Which projections: words of [`TARGET_GROUPS`], or ends of paths as globs (`q_proj`, `shared_experts.*`).
+    /// The change is scaled by `alpha / rank`.
+    pub alpha: f64,
+    /// The share of an adapter's inputs that is dropped in training.
+    pub dropout: f64,
+    /// What is adapted: `attention`, `mlp` (of dense layers), `shared_experts`, `experts`, `all`, or ends of paths as globs
+    /// (`q_proj`, `shared_experts.*`, `layers.[0-9].**`).
     pub targets: Vec<String>,
+    /// Whether the scale is `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
+    pub rslora: bool,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { rank: 16, alpha: 32.0, dropout: 0.0, targets: vec!["attention".into()], rslora: false }
+    }
+}
+
+impl LoraConfig {
+    /// The numbers of each adapter.
+    pub fn settings(&self) -> LowRankSettings {
+        LowRankSettings { alpha: self.alpha, rslora: self.rslora, dropout: self.dropout }
+    }
 }
 
 /// An adapter that does not fit the model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum LoraError {
     /// A target that is a malformed glob.
     #[error("the target `{target}` is malformed: {problem}")]
@@ -107,6 +133,10 @@ pub struct Adapter {
 pub struct AdapterShape {
     /// The path of the projection.
     pub path: String,
+    /// What the projection does.
+    pub role: ProjectionRole,
+    /// Its decoder layer, from 0.
+    pub layer: usize,
     /// `[.., in, rank]`.
     pub a: Vec<usize>,
     /// `[.., rank, out]`.
@@ -118,6 +148,7 @@ impl LoraConfig {
     pub fn adapter_shapes(&self, config: &ModelConfig) -> Vec<AdapterShape> {
         let targets: Vec<Target> = self.targets.iter().filter_map(|text| Target::new(text).ok()).collect();
         let shapes = config.parameter_shapes().into_iter().filter_map(|parameter| {
+            let (role, layer) = (parameter.role?, parameter.layer?);
             let path = match parameter.kind {
                 ParameterKind::Matrix => parameter.path.strip_suffix(".weight")?.to_owned(),
                 ParameterKind::Experts => parameter.path,
@@ -127,7 +158,8 @@ impl LoraConfig {
             let last = a.len() - 1;
             a[last] = self.rank;
             b[last - 1] = self.rank;
-            targets.iter().any(|target| target.matches(&path)).then_some(AdapterShape { path, a, b })
+            let targeted = targets.iter().any(|target| target.matches(&path, role));
+            targeted.then_some(AdapterShape { path, role, layer, a, b })
         });
         shapes.collect()
     }
@@ -153,25 +185,24 @@ impl CausalLm {
             .collect::<Result<Vec<_>, _>>()?;
         let mut model = self.merge().frozen();
         let device = model.embed_tokens.weight.val().device();
-        let mut slots = model.projections_mut();
+        let mut projections = model.projections_mut();
         for (text, target) in &targets {
-            if !slots.iter().any(|(path, _)| target.matches(path)) {
-                let mut known: Vec<String> =
-                    slots.iter().filter_map(|(path, _)| Some(path.rsplit_once('.')?.1.to_owned())).collect();
+            if !projections.iter().any(|each| target.matches(&each.path(), each.role)) {
+                let mut known: Vec<String> = projections.iter().map(|each| each.name().to_owned()).collect();
                 known.sort();
                 known.dedup();
                 return Err(LoraError::NoSuchTarget { target: (*text).clone(), known });
             }
         }
         let shared = DropoutSeed::default();
-        let wanted = slots.iter_mut().filter(|(path, _)| targets.iter().any(|(_, target)| target.matches(path)));
-        for (index, (_, slot)) in wanted.enumerate() {
-            match slot {
-                ProjectionMut::Matrix(slot) => {
-                    *slot.lora = Some(fresh(slot.dims(), config, (seed, index), &shared, &device));
+        projections.retain(|each| targets.iter().any(|(_, target)| target.matches(&each.path(), each.role)));
+        for (index, each) in projections.into_iter().enumerate() {
+            match each.projection {
+                ProjectionMut::Matrix(weight) => {
+                    *weight.lora = Some(fresh(weight.dims(), config, (seed, index), &shared, &device));
                 }
-                ProjectionMut::Experts(slot) => {
-                    *slot.lora = Some(fresh(slot.dims(), config, (seed, index), &shared, &device));
+                ProjectionMut::Experts(weight) => {
+                    *weight.lora = Some(fresh(weight.dims(), config, (seed, index), &shared, &device));
                 }
             }
         }
@@ -187,33 +218,20 @@ impl CausalLm {
         let mut model = self.merge().frozen();
         let device = model.embed_tokens.weight.val().device();
         let shared = DropoutSeed::default();
-        let mut slots = model.projections_mut();
-        for adapter in adapters {
-            let Some(index) = slots.iter().position(|(path, _)| *path == adapter.path) else {
-                return Err(LoraError::NoSuchProjection { path: adapter.path });
-            };
-            match &mut slots[index].1 {
-                ProjectionMut::Matrix(slot) => {
-                    *slot.lora = Some(given(slot.dims(), adapter, index, &shared, &device)?);
+        let mut projections: HashMap<String, ProjectionMut<'_>> =
+            model.projections_mut().into_iter().map(|each| (each.path(), each.projection)).collect();
+        for (index, adapter) in adapters.into_iter().enumerate() {
+            match projections.get_mut(&adapter.path) {
+                None => return Err(LoraError::NoSuchProjection { path: adapter.path }),
+                Some(ProjectionMut::Matrix(weight)) => {
+                    *weight.lora = Some(given(weight.dims(), adapter, index, &shared, &device)?);
                 }
-                ProjectionMut::Experts(slot) => {
-                    *slot.lora = Some(given(slot.dims(), adapter, index, &shared, &device)?);
+                Some(ProjectionMut::Experts(weight)) => {
+                    *weight.lora = Some(given(weight.dims(), adapter, index, &shared, &device)?);
                 }
             }
         }
         Ok(model)
-    }
-
-    /// The model with its adapters added to its weights; gradients reach the weights as they did before. A weight in few
-    /// bits that has an adapter is dequantized for it.
-    pub fn merge(mut self) -> Self {
-        for (_, slot) in self.projections_mut() {
-            match slot {
-                ProjectionMut::Matrix(slot) => slot.merge(),
-                ProjectionMut::Experts(slot) => slot.merge(),
-            }
-        }
-        self
     }
 
     /// Whether any projection has an adapter.
@@ -223,15 +241,11 @@ impl CausalLm {
 
     /// The values of all adapters, in the order of the model.
     pub fn adapters(&self) -> Vec<Adapter> {
-        let mut model = self.clone();
-        let slots = model.projections_mut();
-        slots
-            .into_iter()
-            .filter_map(|(path, slot)| match slot {
-                ProjectionMut::Matrix(slot) => slot.lora.as_ref().map(|lora| taken(path, lora)),
-                ProjectionMut::Experts(slot) => slot.lora.as_ref().map(|lora| taken(path, lora)),
-            })
-            .collect()
+        let of_projection = |each: ModelProjection<ProjectionRef<'_>>| match &each.projection {
+            ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| taken(each.path(), lora)),
+            ProjectionRef::Experts(weight) => weight.lora.as_ref().map(|lora| taken(each.path(), lora)),
+        };
+        self.projections().into_iter().filter_map(of_projection).collect()
     }
 
     /// From now on, in this model and its clones, adapters with a dropout drop a share of their inputs, by masks that
@@ -256,10 +270,9 @@ impl CausalLm {
     }
 
     fn dropout_seed(&self) -> Option<DropoutSeed> {
-        let mut model = self.clone();
-        model.projections_mut().iter().find_map(|(_, slot)| match slot {
-            ProjectionMut::Matrix(slot) => slot.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
-            ProjectionMut::Experts(slot) => slot.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
+        self.projections().into_iter().find_map(|each| match each.projection {
+            ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
+            ProjectionRef::Experts(weight) => weight.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
         })
     }
 }
@@ -282,7 +295,7 @@ fn fresh<const D: usize>(
     let values: Vec<f32> = (0..count).map(|number| ((2.0 * uniform(number) - 1.0) * bound) as f32).collect();
     let a = Tensor::from_data(TensorData::new(values, shape_a), (device, DType::F32));
     let b = Tensor::zeros(shape_b, (device, DType::F32));
-    LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings, index, dropout.clone())
+    LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings(), index, dropout.clone())
 }
 
 fn given<const D: usize>(

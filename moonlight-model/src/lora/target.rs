@@ -1,5 +1,6 @@
 //! Which projections get an adapter.
 
+use crate::parameter::ProjectionRole;
 use crate::pattern::NamePattern;
 
 /// The words that stand for a kind of projection.
@@ -23,40 +24,43 @@ impl Target {
         NamePattern::new(&format!("**.{end}")).map(Self::Path)
     }
 
-    /// Whether `path`, say `layers.3.mlp.shared_experts.up_proj`, is meant.
-    pub(super) fn matches(&self, path: &str) -> bool {
+    /// Whether a projection is meant, at `path`, say `layers.3.mlp.shared_experts.up_proj`.
+    pub(super) fn matches(&self, path: &str, role: ProjectionRole) -> bool {
         match self {
             Self::Group("all") => true,
-            Self::Group(group) => group_of(path) == *group,
+            Self::Group(group) => group_of(role) == *group,
             Self::Path(pattern) => pattern.matches(path),
         }
     }
 }
 
-fn group_of(path: &str) -> &'static str {
-    let inside = |module: &str| path.split('.').any(|name| name == module);
-    match () {
-        () if inside("self_attn") => "attention",
-        () if inside("shared_experts") => "shared_experts",
-        () if inside("experts") => "experts",
-        () => "mlp",
+fn group_of(role: ProjectionRole) -> &'static str {
+    match role {
+        ProjectionRole::Attention(_) => "attention",
+        ProjectionRole::Mlp(_) => "mlp",
+        ProjectionRole::SharedExperts(_) => "shared_experts",
+        ProjectionRole::Experts(_) => "experts",
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::parameter::{AttentionRole, MlpRole};
 
-    fn matches(target: &str, path: &str) -> bool {
-        Target::new(target).unwrap().matches(path)
+    fn matches(target: &str, (path, role): (&str, ProjectionRole)) -> bool {
+        Target::new(target).unwrap().matches(path, role)
     }
 
     #[test]
     fn words_stand_for_kinds_and_names_for_ends_of_paths() {
-        let (query, dense) = ("layers.0.self_attn.q_proj", "layers.0.mlp.gate_proj");
-        let (shared, routed) = ("layers.1.mlp.shared_experts.gate_proj", "layers.1.mlp.experts.gate_proj");
-        let all = [query, dense, shared, routed];
-        let found = |target: &str| all.map(|path| matches(target, path));
+        let all = [
+            ("layers.0.self_attn.q_proj", ProjectionRole::Attention(AttentionRole::Query)),
+            ("layers.0.mlp.gate_proj", ProjectionRole::Mlp(MlpRole::Gate)),
+            ("layers.1.mlp.shared_experts.gate_proj", ProjectionRole::SharedExperts(MlpRole::Gate)),
+            ("layers.1.mlp.experts.gate_proj", ProjectionRole::Experts(MlpRole::Gate)),
+        ];
+        let found = |target: &str| all.map(|projection| matches(target, projection));
         assert_eq!(found("attention"), [true, false, false, false]);
         assert_eq!(found("mlp"), [false, true, false, false]);
         assert_eq!(found("shared_experts"), [false, false, true, false]);

@@ -2,9 +2,9 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::Routing;
 use super::router::{Routed, best_by_score};
-use crate::config::Scoring;
+use super::shape::Scoring;
+use crate::forward::ForwardContext;
 
 /// How many tokens chose each expert; padding does not count.
 pub(super) fn load(choices: &[u32], k: usize, experts: usize, padding: Option<&[bool]>) -> Vec<u64> {
@@ -32,10 +32,10 @@ pub(crate) fn bias_step(load: &[u64], rate: f64) -> Vec<f32> {
 ///
 /// `L = a sum_i f_i P_i` with `f_i = N / (k T) sum_t [i among the k best of s_t]` (by score, without the bias) and
 /// `P_i` the mean over the sequence of `s_i / sum_j s_j`. The gradient flows through `P` alone. Padding takes no part.
-pub(super) fn sequence_loss(routed: &Routed, experts: usize, routing: &Routing<'_>) -> Tensor<1> {
-    let (batch, sequence, k) = (routing.batch, routing.sequence, routed.k);
+pub(super) fn sequence_loss(routed: &Routed, experts: usize, context: &ForwardContext) -> Tensor<1> {
+    let (batch, sequence, k) = (context.batch(), context.sequence(), routed.k);
     let best = best_by_score(&routed.host_scores, experts, k);
-    let counts = |token: usize| !routing.padding.is_some_and(|padding| padding[token]);
+    let counts = |token: usize| !context.padding().is_some_and(|padding| padding[token]);
     // coefficients[t, i] = a f_i / (T sequences): the loss is their product with the normalised scores.
     let mut coefficients = vec![0.0f32; batch * sequence * experts];
     for row in 0..batch {
@@ -45,7 +45,7 @@ pub(super) fn sequence_loss(routed: &Routed, experts: usize, routing: &Routing<'
         for token in tokens.clone().filter(|&token| counts(token)) {
             best[token * k..(token + 1) * k].iter().for_each(|&expert| chosen[expert as usize] += 1);
         }
-        let factor = routing.balance_weight * experts as f64 / (k as f64 * (length as f64).powi(2) * batch as f64);
+        let factor = context.balance_weight() * experts as f64 / (k as f64 * (length as f64).powi(2) * batch as f64);
         for token in tokens.filter(|&token| counts(token)) {
             for (coefficient, &chosen) in coefficients[token * experts..][..experts].iter_mut().zip(&chosen) {
                 *coefficient = (factor * chosen as f64) as f32;

@@ -1,17 +1,86 @@
 //! Which experts a token visits, and with what weights.
 
-use burn::module::{Initializer, Module, Param};
+use burn::config::Config;
+use burn::module::{Module, Param};
 use burn::tensor::activation::{sigmoid, softmax};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
-use crate::config::{MoeShape, Scoring, TopkMethod};
+use super::shape::{Scoring, TopkMethod};
 use crate::init::Init;
 
 /// Tokens that one task chooses for.
 const TOKENS_PER_TASK: usize = 64;
 
-/// The router, in f32 whatever the model's dtype.
+/// The configuration of a [`Router`], by the names of `config.json`.
+#[derive(Config, Debug, PartialEq)]
+pub struct RouterConfig {
+    /// Width of the hidden states.
+    pub hidden_size: usize,
+    /// Number of routed experts, 1024 at most.
+    pub n_routed_experts: usize,
+    /// Routed experts that each token visits.
+    pub num_experts_per_tok: usize,
+    /// Groups that the experts are divided into.
+    #[config(default = 1)]
+    pub n_group: usize,
+    /// Groups that a token may choose from.
+    #[config(default = 1)]
+    pub topk_group: usize,
+    /// How logits become scores.
+    #[config(default = "Scoring::Sigmoid")]
+    pub scoring: Scoring,
+    /// How experts are chosen from the scores.
+    #[config(default = "TopkMethod::NoauxTc")]
+    pub topk_method: TopkMethod,
+    /// Whether the chosen scores are normalised to a sum of one.
+    #[config(default = true)]
+    pub norm_topk_prob: bool,
+    /// Factor on the weights of the chosen experts.
+    #[config(default = 1.0)]
+    pub routed_scaling_factor: f64,
+    /// Standard deviation of fresh weights.
+    #[config(default = 0.02)]
+    pub initializer_range: f64,
+}
+
+impl RouterConfig {
+    /// A router with fresh parameters, drawn when they are first used.
+    ///
+    /// # Panics
+    ///
+    /// When a token would visit no expert, or more than its groups have; when the groups do not divide the experts.
+    pub fn init(&self, device: &Device) -> Router {
+        self.build(Init::new(device))
+    }
+
+    pub(crate) fn build(&self, init: Init<'_>) -> Router {
+        let (experts, k) = (self.n_routed_experts, self.num_experts_per_tok);
+        let groups = self.n_group;
+        assert!(groups > 0 && experts.is_multiple_of(groups), "{groups} groups do not divide {experts} experts");
+        let reachable = self.topk_group.min(groups) * (experts / groups);
+        assert!((1..=reachable).contains(&k), "a token cannot visit {k} of {reachable} experts");
+        let corrected = self.topk_method == TopkMethod::NoauxTc;
+        Router {
+            weight: init.router([self.hidden_size, experts], self.initializer_range),
+            e_score_correction_bias: corrected.then(|| init.correction_bias(experts)),
+            rule: Rule {
+                experts,
+                k,
+                groups,
+                groups_per_token: self.topk_group,
+                scoring: self.scoring,
+                method: self.topk_method,
+                normalise: self.norm_topk_prob,
+                scale: self.routed_scaling_factor,
+            },
+        }
+    }
+}
+
+/// The router, in f32 whatever the model's dtype (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16).
+///
+/// Should be created with [`RouterConfig`].
 #[derive(Module, Debug)]
 pub struct Router {
     /// `[hidden, experts]`.
@@ -37,15 +106,16 @@ pub(crate) struct Rule {
 }
 
 /// The experts of a batch of tokens.
-pub(crate) struct Routed {
+#[derive(Debug)]
+pub struct Routed {
     /// `tokens * k` expert numbers.
-    pub(crate) choices: Vec<u32>,
+    pub choices: Vec<u32>,
     /// Experts per token.
-    pub(crate) k: usize,
+    pub k: usize,
     /// f32 `[tokens, k]`.
-    pub(crate) weights: Tensor<2>,
+    pub weights: Tensor<2>,
     /// f32 `[tokens, experts]`: sigmoid or softmax of the logits.
-    pub(crate) scores: Tensor<2>,
+    pub scores: Tensor<2>,
     /// How the scores were made.
     pub(crate) scoring: Scoring,
     /// The scores on the host.
@@ -53,29 +123,19 @@ pub(crate) struct Routed {
 }
 
 impl Router {
-    pub(super) fn new(hidden: usize, moe: &MoeShape, init: Init, device: &Device) -> Self {
-        let experts = moe.n_routed_experts;
-        let bias = (moe.topk_method == TopkMethod::NoauxTc)
-            .then(|| Initializer::Zeros.init([experts], device).set_require_grad(false));
-        Self {
-            weight: init.parameter([hidden, experts], device),
-            e_score_correction_bias: bias,
-            rule: Rule {
-                experts,
-                k: moe.num_experts_per_tok,
-                groups: moe.n_group,
-                groups_per_token: moe.topk_group,
-                scoring: moe.scoring,
-                method: moe.topk_method,
-                normalise: moe.norm_topk_prob,
-                scale: moe.routed_scaling_factor,
-            },
-        }
-    }
-
     /// Number of routed experts.
     pub fn experts(&self) -> usize {
         self.rule.experts
+    }
+
+    /// Chooses the experts of each token, and their weights.
+    ///
+    /// # Shapes
+    ///
+    /// `[batch, sequence, hidden]`; the tokens of the result are those of all sequences, one after the other.
+    pub fn forward(&self, x: Tensor<3>) -> Routed {
+        let [batch, sequence, hidden] = x.dims();
+        self.route(x.reshape([batch * sequence, hidden]))
     }
 
     /// Chooses the experts of each row of `[tokens, hidden]`.

@@ -3,12 +3,13 @@
 //! Attention, experts and dense layers of any checkpoint that loads: one layer is in memory at a time, whatever the size of
 //! the model. Embeddings and head are in none of the report's groups.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Tensor};
 use faer::Mat;
 use moonlight_convert::Checkpoint;
+use moonlight_model::config::{AttentionRole, ParameterKind, ParameterShape, ProjectionRole};
 use moonlight_optim::diagnostics::Spectrum;
 use rand::SeedableRng;
 use rand::seq::index::sample;
@@ -35,24 +36,18 @@ pub enum MatrixGroup {
 }
 
 impl MatrixGroup {
-    /// The group of a matrix by its path inside a decoder layer; `None` for norms and biases.
-    fn of(path: &str) -> Option<Self> {
-        let rest = match path.strip_prefix("self_attn.") {
-            Some(projection) => {
-                let name = projection.strip_suffix(".weight")?;
-                return match name {
-                    "q_proj" | "q_a_proj" | "q_b_proj" | "o_proj" => Some(Self::AttnQO),
-                    "kv_a_proj_with_mqa" | "kv_b_proj" | "k_proj" | "v_proj" => Some(Self::AttnKV),
-                    _ => None,
-                };
-            }
-            None => path.strip_prefix("mlp.")?,
-        };
-        match rest.split('.').next()? {
-            "experts" => Some(Self::Experts),
-            "shared_experts" => Some(Self::SharedExperts),
-            "router" => (rest == "router.weight").then_some(Self::Router),
-            "gate_proj" | "up_proj" | "down_proj" => Some(Self::Dense),
+    /// The group of a parameter; `None` for norms, biases, embedding and head.
+    fn of(parameter: &ParameterShape) -> Option<Self> {
+        use AttentionRole::{Output, Query, QueryDown, QueryUp};
+        match (parameter.kind, parameter.role) {
+            (ParameterKind::Router, _) => Some(Self::Router),
+            (ParameterKind::Matrix | ParameterKind::Experts, Some(role)) => Some(match role {
+                ProjectionRole::Attention(Query | QueryDown | QueryUp | Output) => Self::AttnQO,
+                ProjectionRole::Attention(_) => Self::AttnKV,
+                ProjectionRole::Experts(_) => Self::Experts,
+                ProjectionRole::SharedExperts(_) => Self::SharedExperts,
+                ProjectionRole::Mlp(_) => Self::Dense,
+            }),
             _ => None,
         }
     }
@@ -103,7 +98,7 @@ pub struct Selection {
 ///
 /// # Errors
 ///
-/// A layer that does not load, and a matrix that holds a number that is none.
+/// A layer that does not load, and [`TrainError::NotFiniteMatrix`].
 pub fn layer_spectra(
     checkpoint: &Checkpoint,
     layer: usize,
@@ -112,17 +107,20 @@ pub fn layer_spectra(
     let device = Device::default();
     let fresh = checkpoint.config().init_layer(layer, &device);
     let (module, _) = checkpoint.load_part(fresh, &format!("layers.{layer}"), &device, None)?;
-    let mut collector = Collector { path: Vec::new(), layer, selection, matrices: Vec::new() };
+    let parameters = checkpoint.config().parameter_shapes().into_iter();
+    let groups = parameters
+        .filter(|parameter| parameter.layer == Some(layer))
+        .filter_map(|parameter| Some((parameter.path_in_layer().to_owned(), MatrixGroup::of(&parameter)?)))
+        .collect();
+    let mut collector = Collector { path: Vec::new(), groups, layer, selection, matrices: Vec::new() };
     module.visit(&mut collector);
     collector
         .matrices
         .into_iter()
         .map(|(path, group, matrix)| {
             let shape = matrix.dims();
-            let spectrum = singular_values(matrix).ok_or_else(|| TrainError::Request {
-                problem: format!("`layers.{layer}.{path}` has no singular values: it is not finite"),
-                hint: None,
-            })?;
+            let spectrum =
+                singular_values(matrix).ok_or_else(|| TrainError::NotFiniteMatrix { layer, path: path.clone() })?;
             Ok(MatrixSpectrum {
                 layer,
                 path,
@@ -177,6 +175,8 @@ fn singular_values(matrix: Tensor<2>) -> Option<Spectrum> {
 /// The matrices of a layer, with their paths.
 struct Collector {
     path: Vec<String>,
+    /// The groups of the layer's matrices, by their paths.
+    groups: HashMap<String, MatrixGroup>,
     layer: usize,
     selection: Selection,
     matrices: Vec<(String, MatrixGroup, Tensor<2>)>,
@@ -193,7 +193,7 @@ impl ModuleVisitor for Collector {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let path = self.path.join(".");
-        let Some(group) = MatrixGroup::of(&path) else { return };
+        let Some(&group) = self.groups.get(&path) else { return };
         let value = param.val().cast(DType::F32);
         match *value.shape().as_slice() {
             [rows, columns] => self.matrices.push((path, group, value.reshape([rows, columns]))),

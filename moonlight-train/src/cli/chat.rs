@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
+use moonlight_convert::{Access, FileError};
 use moonlight_infer::chat::{ChatEncoder, Message};
 use moonlight_infer::generate::{Sampler, Session, Stop};
 use moonlight_infer::tokenizer::Tokenizer;
@@ -115,7 +116,7 @@ impl Conversation<'_> {
                 if let Err(error) = self.answer(line) {
                     self.messages.pop();
                     match error {
-                        TrainError::Write { .. } => return Err(error),
+                        TrainError::File(FileError { access: Access::Write, .. }) => return Err(error),
                         error => error.report(),
                     }
                 }

@@ -4,7 +4,6 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use moonlight_infer::OpenedModel;
 use moonlight_infer::eval::{Reader, Task, TaskFormat, evaluate, table, to_json};
 use moonlight_infer::jsonl::JsonlWriter;
 
@@ -50,12 +49,8 @@ fn format(text: &str) -> Result<Format, String> {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
-    let OpenedModel { dir, model, tokenizer, .. } = arguments.model.open()?;
-    let tokenizer = tokenizer.ok_or_else(|| TrainError::Request {
-        problem: format!("`{}` has no tokenizer", dir.display()),
-        hint: Some("put its tokenizer.json or tiktoken.model into the folder".into()),
-    })?;
-    let reader = Reader { model: &model, tokenizer: &tokenizer, dir: Some(&dir) };
+    let opened = arguments.model.open()?;
+    let reader = Reader { model: &opened.model, tokenizer: opened.tokenizer()?, dir: Some(&opened.dir) };
     let mut output = arguments.output.as_deref().map(|path| JsonlWriter::create(Some(path))).transpose()?;
     let mut evaluations = Vec::new();
     for path in &arguments.tasks {

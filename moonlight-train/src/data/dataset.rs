@@ -5,6 +5,7 @@ use std::sync::Arc;
 use moonlight_infer::chat::{ChatEncoder, ChatError, ChatTemplate};
 use moonlight_infer::tokenizer::{Companion, Tokenizer};
 
+use super::bigram::bigram_loss;
 use super::files::{self, SourceFile};
 use super::hash::Hash;
 use super::report::{Fault, Faults};
@@ -12,7 +13,6 @@ use super::sequences::{Packing, Sequences};
 use super::token_store::{Origin, TokenStore};
 use super::tokenize::TokenizeJob;
 use super::{DataError, HostBatch, TrainStream};
-use crate::analysis::bigram::bigram_loss;
 use crate::recipe::{DataConfig, DataFormat, TooLong};
 
 /// The data of a recipe, tokenized and on disk.

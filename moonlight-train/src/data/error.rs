@@ -6,6 +6,7 @@ use moonlight_infer::parquet::ParquetError;
 
 /// Data that cannot be read, or that does not fit the recipe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum DataError {
     /// A glob that matches no file.
     #[error("`data.{key}` has the glob `{glob}`, which matches no file")]
@@ -47,7 +48,7 @@ pub enum DataError {
         line: usize,
         /// What is wrong.
         problem: String,
-        /// How to mend it.
+        /// What to do about it.
         hint: Option<String>,
     },
     /// Files, but nothing in them to predict.
@@ -66,7 +67,7 @@ pub enum DataError {
     Template {
         /// What is wrong with it.
         problem: String,
-        /// How to mend it.
+        /// What to do about it.
         hint: Option<String>,
     },
     /// A position that belongs to other data.
@@ -80,7 +81,7 @@ impl DataError {
         Self::Io { action, path: path.to_owned(), problem: error.to_string() }
     }
 
-    /// How to mend it, where we know.
+    /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::EmptyGlob { .. } => {

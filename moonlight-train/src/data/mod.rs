@@ -11,9 +11,11 @@
 //! * `stream.rs`: batches without end, from any position, and the share of each worker.
 //! * `prefetch.rs`: the next step's batches, made while a step is computed.
 //! * `dataset.rs`: all of it together: the training and the validation data of a run.
+//! * `bigram.rs`: the loss of a bigram model of the data, to compare with.
 //! * `inspect.rs`: statistics and samples, to look at before a run.
 
 mod batch;
+mod bigram;
 mod cuts;
 mod dataset;
 mod error;
@@ -31,6 +33,7 @@ mod token_store;
 mod tokenize;
 
 pub use batch::HostBatch;
+pub use bigram::bigram_loss;
 pub use dataset::Dataset;
 pub use error::DataError;
 pub use inspect::{Inspection, Sample, SplitStats};

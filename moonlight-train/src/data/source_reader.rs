@@ -19,7 +19,7 @@ pub(super) struct SourceReader {
     pub(super) cut: bool,
 }
 
-/// Opens a file; what is compressed is told by its name's ending. A limit of less than the file is one of its bytes, or of
+/// Opens a file; the ending of its name says how it is compressed. A limit of less than the file is one of its bytes, or of
 /// the unpacked bytes where it is compressed.
 pub(super) fn open(file: &SourceFile) -> Result<SourceReader, DataError> {
     let opened = File::open(&file.path).map_err(|error| DataError::io("read", &file.path, &error))?;

@@ -9,7 +9,7 @@ use super::sequences::Sequences;
 use super::shuffle::Shuffle;
 use super::{DataError, HostBatch};
 
-/// Where a stream of batches stands; kept in checkpoints.
+/// The position of a stream of batches; kept in checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataPosition {
     /// Epochs that are done.
@@ -20,7 +20,7 @@ pub struct DataPosition {
     pub data: u64,
 }
 
-/// The training batches, epoch after epoch. A batch that an epoch does not fill goes on with the next one.
+/// The training batches, epoch after epoch. A batch that one epoch does not fill is completed from the next.
 #[derive(Clone)]
 pub struct TrainStream {
     sequences: Sequences,
@@ -89,7 +89,7 @@ impl TrainStream {
         self.position
     }
 
-    /// Goes on from `position`: the batches that follow are those that followed there.
+    /// Moves to `position`: the batches that follow are those that followed there.
     ///
     /// # Errors
     ///

@@ -293,7 +293,7 @@ fn limits_are_kept() {
 }
 
 #[test]
-fn bytes_that_are_not_text_are_told() {
+fn bytes_that_are_not_text_are_reported() {
     let dir = folder(&[("a.txt", "fine")]);
     std::fs::write(dir.path().join("b.txt"), [b'a', 0xff, b'b']).unwrap();
     for _ in 0..2 {

@@ -185,7 +185,7 @@ impl TokenizeJob<'_> {
         DataError::Record { path, line: block.origin.line as usize, problem, hint }
     }
 
-    /// The tokens of a block, or why it is left out; what no other block could mend is an error.
+    /// The tokens of a block, or why it is left out; what concerns all blocks is an error.
     fn tokenize(&self, block: &Block) -> Result<Result<Tokenized, Refused>, DataError> {
         let tokenized = match self.format {
             DataFormat::Text => {

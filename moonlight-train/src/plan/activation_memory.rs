@@ -3,7 +3,7 @@
 //! A forward pass in the graph keeps the inputs of every product and of every kernel (`moonlight_model::kernels`); the
 //! list below follows the code, in its order. `n` is the number of tokens of a micro-batch.
 
-use moonlight_model::config::{AttentionShape, ModelConfig, MoeShape};
+use moonlight_model::config::{MlpRole, ModelConfig, MoeShape, ProjectionRole};
 use moonlight_model::lora::AdapterShape;
 
 use super::MemorySettings;
@@ -50,36 +50,39 @@ pub(super) fn of_layer(
 /// What adapters add to a layer, their narrow products, and what a frozen product need not keep: its input, where no
 /// adapter wants it either and no kernel has it.
 fn of_adapters(config: &ModelConfig, layer: usize, n: u64, (rank, adapters): (usize, &[AdapterShape])) -> (u64, u64) {
-    let prefix = format!("layers.{layer}.");
-    let adapted: Vec<&str> = adapters.iter().filter_map(|adapter| adapter.path.strip_prefix(&prefix)).collect();
+    let adapted: Vec<ProjectionRole> =
+        adapters.iter().filter(|adapter| adapter.layer == layer).map(|adapter| adapter.role).collect();
     let moe = config.moe_of_layer(layer);
     let rows = moe.map_or(0, |moe| n * moe.num_experts_per_tok as u64);
-    let narrow = adapted.iter().map(|path| if path.starts_with("mlp.experts.") { rows } else { n });
+    let narrow = adapted.iter().map(|role| if matches!(role, ProjectionRole::Experts(_)) { rows } else { n });
     let more = narrow.sum::<u64>() * rank as u64;
-    let any = |names: &[&str]| adapted.iter().any(|path| names.contains(path));
+    let any = |wanted: &dyn Fn(ProjectionRole) -> bool| adapted.iter().any(|&role| wanted(role));
     let hidden = config.hidden_size as u64;
     let mut less = 0;
-    let queries = ["self_attn.q_proj", "self_attn.q_a_proj", "self_attn.k_proj", "self_attn.v_proj"];
-    if !any(&queries) && !any(&["self_attn.kv_a_proj_with_mqa"]) {
+    if !any(&|role| matches!(role, ProjectionRole::Attention(_)) && role.reads_hidden()) {
         less += n * hidden;
     }
-    let (inner, width) = match moe {
-        Some(moe) => ("mlp.shared_experts.", moe.n_shared_experts * moe.moe_intermediate_size),
-        None => ("mlp.", config.intermediate_size),
-    };
     if let Some(moe) = moe {
-        if !any(&["mlp.experts.gate_proj", "mlp.experts.up_proj"]) {
+        if !any(&|role| matches!(role, ProjectionRole::Experts(MlpRole::Gate | MlpRole::Up))) {
             less += rows * hidden;
         }
-        if !any(&["mlp.experts.down_proj"]) {
+        if !any(&|role| role == ProjectionRole::Experts(MlpRole::Down)) {
             less += rows * moe.moe_intermediate_size as u64;
         }
     }
-    let named = |name: &str| any(&[&format!("{inner}{name}")]);
-    if !named("gate_proj") && !named("up_proj") {
+    // Every token visits the one MLP of a dense layer, or the shared experts.
+    let width = match moe {
+        Some(moe) => moe.n_shared_experts * moe.moe_intermediate_size,
+        None => config.intermediate_size,
+    };
+    let of_mlp = |role| match role {
+        ProjectionRole::Mlp(part) | ProjectionRole::SharedExperts(part) => Some(part),
+        ProjectionRole::Attention(_) | ProjectionRole::Experts(_) => None,
+    };
+    if !any(&|role| matches!(of_mlp(role), Some(MlpRole::Gate | MlpRole::Up))) {
         less += n * hidden;
     }
-    if !named("down_proj") {
+    if !any(&|role| of_mlp(role) == Some(MlpRole::Down)) {
         less += n * width as u64;
     }
     (more, less)
@@ -88,25 +91,11 @@ fn of_adapters(config: &ModelConfig, layer: usize, n: u64, (rank, adapters): (us
 fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, plain: bool) -> (u64, u64) {
     let n = (batch * sequence) as u64;
     let heads = config.num_attention_heads as u64;
-    let (query, key_value, output, compressed) = match &config.attention {
-        AttentionShape::Mla(mla) => {
-            let (nope, rope, value) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim);
-            let query = heads * (nope + rope) as u64;
-            let key_value = heads * (nope + value) as u64;
-            // The latent before its norm lies in one tensor with the shared key; then the normed one, and the turned key.
-            let mut compressed = (mla.kv_lora_rank + rope + mla.kv_lora_rank + rope) as u64;
-            if let Some(rank) = mla.q_lora_rank {
-                compressed += 2 * rank as u64;
-            }
-            (query, key_value, heads * value as u64, compressed)
-        }
-        AttentionShape::Gqa(gqa) => {
-            let width = gqa.head_dim as u64;
-            (heads * width, 2 * gqa.num_key_value_heads as u64 * width, heads * width, 0)
-        }
-    };
+    let widths = config.attention_widths();
+    let [query, key_value, output, latent] =
+        [widths.query, widths.key_value, widths.output, widths.latent].map(|width| width as u64);
     // The logarithm of each softmax's denominator stays as well.
-    let kept = n * (query + key_value + output + compressed + heads);
+    let kept = n * (query + key_value + output + latent + heads);
     // Gradients of output, query (turned and not), keys and values.
     let mut transient = n * (output + 2 * query + key_value);
     if plain {

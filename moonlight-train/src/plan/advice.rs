@@ -5,7 +5,7 @@ use super::{MemorySettings, Plan};
 /// A change, with all before it, and what the run needs then.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Advice {
-    /// As it stands in a recipe.
+    /// As a recipe writes it.
     pub change: String,
     /// Bytes with this change and those before it.
     pub peak: u64,
@@ -122,6 +122,7 @@ mod tests {
             accumulates: false,
             muon: true,
             momentum_bytes: 4,
+            second_moment_bytes: 0,
             masters: true,
             cpu: false,
             plain_attention: false,

@@ -1,7 +1,7 @@
 //! Floating-point operations of a token, and of Muon, which takes the same whatever the tokens of a step.
 
 use moonlight_model::ModelConfig;
-use moonlight_model::config::{AttentionShape, ParameterKind, ParameterShape};
+use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_optim::{Coefficients, NewtonSchulz};
 use serde::Serialize;
 
@@ -20,12 +20,8 @@ impl TokenFlops {
         let count = config.parameter_count();
         let embedding = (config.vocab_size * config.hidden_size) as u64;
         let looked_up = if config.tie_word_embeddings { 0 } else { embedding };
-        let heads = config.num_attention_heads as u64;
-        let widths = match &config.attention {
-            AttentionShape::Mla(mla) => mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim,
-            AttentionShape::Gqa(gqa) => 2 * gqa.head_dim,
-        };
-        let attention = config.num_hidden_layers as u64 * heads * widths as u64 * (sequence as u64 + 1);
+        let per_pair = config.attention_widths().products_per_pair() as u64;
+        let attention = config.num_hidden_layers as u64 * per_pair * (sequence as u64 + 1);
         Self { weights: 2 * (count.activated - looked_up), attention }
     }
 

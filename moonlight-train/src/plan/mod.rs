@@ -19,7 +19,7 @@ mod tests;
 use moonlight_infer::device::Target;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterCount;
-use moonlight_optim::{MomentumPrecision, Rounding};
+use moonlight_optim::{Adaptive, MomentumPrecision, Rounding};
 
 use crate::error::TrainError;
 use crate::frozen::frozen_parameters;
@@ -66,6 +66,7 @@ impl MemorySettings {
             accumulates,
             muon: recipe.optimizer.name == OptimizerName::Muon,
             momentum_bytes: if recipe.optimizer.muon.momentum_precision == MomentumPrecision::Bf16 { 2 } else { 4 },
+            second_moment_bytes: if matches!(recipe.optimizer.muon.adaptive, Adaptive::AdaMuon { .. }) { 4 } else { 0 },
             masters: recipe.optimizer.muon.rounding == Rounding::MasterWeights,
             cpu,
             plain_attention: cpu && recipe.model.dtype == ModelDtype::F16,

@@ -64,7 +64,7 @@ impl MultiGpuPlan {
         let (trained, workers, bytes) = (muon + adamw, cluster.workers as f64, settings.bytes as f64);
         let (billion, share) = (trained as f64 / 1e9, (workers - 1.0) / workers);
         let master = if settings.masters && settings.bytes < 4 { 4.0 } else { 0.0 };
-        let momentum = settings.momentum_bytes as f64;
+        let momentum = (settings.momentum_bytes + settings.second_moment_bytes) as f64;
         let largest = plan.largest_phase();
         let part = |part: MemoryPart| largest.of(part) as f64;
 
@@ -95,7 +95,7 @@ impl MultiGpuPlan {
             ),
             item(
                 "buckets",
-                // What leaves and what comes in, of the bucket under way and the one behind it; the largest is a parameter.
+                // Sent and received bytes, of the bucket under way and of the next one; the largest bucket is a parameter.
                 {
                     let parameter = shapes.iter().map(|shape| shape.count()).max().unwrap_or(0).max(1 << 22);
                     4.0 * bytes * parameter as f64
@@ -195,6 +195,7 @@ mod tests {
             accumulates: true,
             muon: true,
             momentum_bytes: 4,
+            second_moment_bytes: 0,
             masters: true,
             probed: false,
             cpu: false,

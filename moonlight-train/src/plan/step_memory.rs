@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::activation_memory::{of_head, of_layer};
 
-/// What memory is taken by.
+/// What memory is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MemoryPart {
@@ -88,7 +88,7 @@ impl StepPhase {
     }
 }
 
-/// Which optimizer takes a parameter.
+/// Which optimizer updates a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UpdatedBy {
     /// Muon.
@@ -120,6 +120,8 @@ pub struct MemorySettings {
     pub muon: bool,
     /// Bytes of a momentum value.
     pub momentum_bytes: u64,
+    /// Bytes of a second moment for each value that Muon updates: AdaMuon's. (NorMuon has one for each output: next to nothing.)
+    pub second_moment_bytes: u64,
     /// Whether parameters that are not f32 have an f32 master.
     pub masters: bool,
     /// Whether weights and checkpoints share their memory: the device is the CPU.
@@ -171,8 +173,13 @@ pub(super) fn phases(config: &ModelConfig, settings: &MemorySettings) -> Vec<Ste
     for adapter in &adapters {
         for shape in [&adapter.a, &adapter.b] {
             // Always f32.
-            let shape =
-                ParameterShape { path: adapter.path.clone(), shape: shape.clone(), kind: ParameterKind::Matrix };
+            let shape = ParameterShape {
+                path: adapter.path.clone(),
+                shape: shape.clone(),
+                kind: ParameterKind::Matrix,
+                role: Some(adapter.role),
+                layer: Some(adapter.layer),
+            };
             parameters.push(Parameter::new(&shape, false, 4, config, settings));
         }
     }
@@ -181,7 +188,7 @@ pub(super) fn phases(config: &ModelConfig, settings: &MemorySettings) -> Vec<Ste
 
 impl Parameter {
     fn new(shape: &ParameterShape, frozen: bool, bytes: u64, config: &ModelConfig, settings: &MemorySettings) -> Self {
-        let stage = match shape.path.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse().ok()) {
+        let stage = match shape.layer {
             Some(layer) => Stage::Layer(layer),
             None if shape.kind == ParameterKind::Embedding && !config.tie_word_embeddings => Stage::Embedding,
             // A tied embedding has a gradient from the head on.
@@ -227,7 +234,7 @@ impl Parameter {
         let master = if settings.masters && self.bytes < 4 { 4 } else { 0 };
         self.values
             * match self.by {
-                UpdatedBy::Muon => settings.momentum_bytes + master,
+                UpdatedBy::Muon => settings.momentum_bytes + settings.second_moment_bytes + master,
                 UpdatedBy::AdamW => 8 + master,
                 UpdatedBy::Nothing => 0,
             }
@@ -390,7 +397,7 @@ impl Step<'_> {
         phases
     }
 
-    /// The update of some parameters, whose gradients go one after the other; `beside` is what lives in the meantime, and
+    /// The update of some parameters, whose gradients are freed one after the other; `beside` is what else is alive in the meantime, and
     /// `copied` what is kept of parameters that were updated, where the update is to be measured.
     fn update(&self, of: impl Fn(&Parameter) -> bool, beside: u64, copied: &mut u64) -> Vec<StepPhase> {
         let mut waiting: Vec<&Parameter> = self.parameters.iter().filter(|parameter| of(parameter)).collect();

@@ -13,7 +13,7 @@ pub fn available_memory() -> Option<u64> {
 fn group_left() -> Option<u64> {
     let number =
         |file: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
-    let limit = number("memory.max")?; // `max` is no number, and no limit
+    let limit = number("memory.max")?; // `max` does not parse, and is no limit
     // Pages of files that the group has read are given back on demand.
     let stat = std::fs::read_to_string("/sys/fs/cgroup/memory.stat").unwrap_or_default();
     let files = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.parse::<u64>().ok()).unwrap_or(0);

@@ -115,3 +115,19 @@ fn what_the_page_works_out_is_what_the_code_computes() {
     let missing: Vec<String> = numbers.into_iter().map(grouped).filter(|number| !page.contains(number)).collect();
     assert!(missing.is_empty(), "docs/memory.md lacks {missing:?}");
 }
+
+#[test]
+fn adamuon_keeps_a_second_moment_of_each_value() {
+    let text = "[model]\npreset = \"bench-small\"\n[data]\ntrain = [\"x\"]\n[optimizer]\nlearning_rate = 1e-3\n[train]\nsteps = 1\n";
+    let state = |variant: &str| {
+        let sets = [format!("optimizer.adaptive={variant}")];
+        let recipe = Recipe::parse(text, std::path::Path::new("recipe.toml"), &sets).unwrap();
+        let config = recipe.model.config(0).unwrap();
+        let setting = MemorySettings::of_recipe(&recipe, &config, false, Threads(1)).unwrap();
+        Plan::new(config, setting).largest_phase().of(MemoryPart::OptimizerState)
+    };
+    let (plain, ada) = (state("off"), state("ada_muon"));
+    assert_eq!(state("nor_muon"), plain);
+    // Twice the state of what Muon has; AdamW's two moments of the rest are as they were.
+    assert!(ada > plain && ada < 2 * plain, "{plain} {ada}");
+}

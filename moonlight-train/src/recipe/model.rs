@@ -5,16 +5,18 @@ use std::path::{Path, PathBuf};
 
 use moonlight_infer::resolve_model;
 use moonlight_infer::tokenizer::Tokenizer;
+use moonlight_model::config::{GqaShape, MlaShape, MoeShape, RopeConfig, shape_keys};
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::RecipeError;
 use super::check::Check;
 use super::reader::flat;
 use super::run::optional_path;
 use super::schema::merged;
+use crate::hints::checkpoint_hint;
 
 /// Where the model comes from: the `path` of weights, or a shape to be initialised from scratch.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -118,14 +120,28 @@ impl JsonSchema for ModelRecipe {
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let shape: Map<String, Value> = shape_keys()
-            .into_iter()
-            .map(|key| (key.to_owned(), serde_json::json!({"description": "As in the published `config.json`."})))
+        let keys = shape_keys();
+        let others: Map<String, Value> = keys
+            .iter()
+            .map(|&key| (key.to_owned(), json!({"description": "As in the published `config.json`."})))
             .collect();
-        let parts = [Keys::json_schema(generator), json_schema!({"properties": shape})];
+        let mut shape = merged(
+            "",
+            [
+                ModelConfig::json_schema(generator),
+                MlaShape::json_schema(generator),
+                GqaShape::json_schema(generator),
+                RopeConfig::json_schema(generator),
+                MoeShape::json_schema(generator),
+                json_schema!({"properties": others}),
+            ],
+        );
+        if let Some(properties) = shape.get_mut("properties").and_then(Value::as_object_mut) {
+            properties.retain(|key, _| keys.contains(&key.as_str()));
+        }
         merged(
             "Where the model comes from: the `path` of weights, a `preset`, or a shape in the words of `config.json`.",
-            parts,
+            [Keys::json_schema(generator), shape],
         )
     }
 }
@@ -163,7 +179,7 @@ impl ModelRecipe {
         if let Some(path) = &mut self.path {
             match resolve_model(&path) {
                 Ok(found) => *path = found,
-                Err(error) => check.invalid("model.path", format!("is wrong: {error}"), error.hint()),
+                Err(error) => check.invalid("model.path", format!("is wrong: {error}"), checkpoint_hint(&error)),
             }
         }
         if let Some(name) = self.preset.take() {
@@ -296,50 +312,4 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     }
     shape.retain(|key, value| keys.contains(&key.as_str()) && !value.is_null());
     Ok(shape)
-}
-
-const SHAPE_KEYS: &[&str] = &[
-    "attention_bias",
-    "bos_token_id",
-    "eos_token_id",
-    "first_k_dense_replace",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "kv_lora_rank",
-    "kv_norm_eps",
-    "max_position_embeddings",
-    "model_type",
-    "moe_intermediate_size",
-    "moe_layer_freq",
-    "n_group",
-    "n_routed_experts",
-    "n_shared_experts",
-    "norm_topk_prob",
-    "num_attention_heads",
-    "num_experts_per_tok",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "q_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "rms_norm_eps",
-    "rope_interleave",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "routed_scaling_factor",
-    "scoring_func",
-    "tie_word_embeddings",
-    "topk_group",
-    "topk_method",
-    "v_head_dim",
-    "vocab_size",
-];
-
-// Until `moonlight_model::config::shape_keys` is merged.
-fn shape_keys() -> Vec<&'static str> {
-    SHAPE_KEYS.to_vec()
 }

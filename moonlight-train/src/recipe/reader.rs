@@ -27,6 +27,8 @@ pub(super) fn read<'de, T: Deserialize<'de>>(root: &'de Node) -> Result<T, Recip
     })
 }
 
+const TWO_TO_53: f64 = 9_007_199_254_740_992.0;
+
 /// The name by which [`flat`] makes itself known to the reader.
 const FLAT: &str = "$flat";
 
@@ -71,8 +73,16 @@ impl Error {
         Self { place: String::new(), path: String::new(), problem }
     }
 
+    /// Another value than `expected`, which is a type in serde's words.
     fn expected(expected: &str) -> Self {
-        Self::new(Problem::Expected(expected.to_owned()))
+        let words = match expected {
+            "u64" | "usize" => "a whole number from 0",
+            "u32" => "a whole number from 0 to 4294967295",
+            "f64" | "f32" => "a number",
+            "a boolean" => "true or false",
+            other => other,
+        };
+        Self::new(Problem::Expected(words.to_owned()))
     }
 
     /// `name` is none of the choices.
@@ -176,53 +186,6 @@ impl<'de> Reader<'de, '_> {
         }
     }
 
-    fn scalar(&self) -> Option<&'de Value> {
-        match &self.node.item {
-            Item::Scalar(value, _) => Some(value),
-            _ => None,
-        }
-    }
-
-    /// A whole number; `1e6` is one.
-    fn whole(&self) -> Option<i64> {
-        match self.scalar()? {
-            Value::Integer(number) => Some(*number),
-            // 2^53: beyond it a float no longer counts by ones.
-            Value::Float(number) if number.fract() == 0.0 && number.abs() < 9_007_199_254_740_992.0 => {
-                Some(*number as i64)
-            }
-            _ => None,
-        }
-    }
-
-    fn number(&self) -> Option<f64> {
-        match self.scalar()? {
-            Value::Integer(number) => Some(*number as f64),
-            Value::Float(number) if number.is_finite() => Some(*number),
-            _ => None,
-        }
-    }
-
-    fn unsigned<V: Visitor<'de>>(self, most: u64, visitor: V) -> Result<V::Value, Error> {
-        let number = self.whole().and_then(|number| u64::try_from(number).ok());
-        let result = match number {
-            Some(number) if number <= most => visitor.visit_u64(number),
-            Some(_) => Err(Error::expected(&format!("a whole number from 0 to {most}"))),
-            None => Err(Error::expected("a whole number from 0")),
-        };
-        self.locate(result)
-    }
-
-    fn signed<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        let result = self.whole().ok_or_else(|| Error::expected("a whole number")).and_then(|it| visitor.visit_i64(it));
-        self.locate(result)
-    }
-
-    fn float<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        let result = self.number().ok_or_else(|| Error::expected("a number")).and_then(|it| visitor.visit_f64(it));
-        self.locate(result)
-    }
-
     /// The entries of a table, in an order of the caller's.
     fn entries<V: Visitor<'de>>(self, entries: Vec<(&'de str, &'de Node)>, visitor: V) -> Result<V::Value, Error> {
         let readers: Vec<_> =
@@ -249,7 +212,12 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
             Item::Scalar(value, _) => {
                 let result = match value {
                     Value::Integer(number) => visitor.visit_i64(*number),
-                    Value::Float(number) => visitor.visit_f64(*number),
+                    // `1e6` is a whole number, too. 2^53: beyond it a float no longer counts by ones.
+                    Value::Float(number) if number.fract() == 0.0 && (0.0..TWO_TO_53).contains(number) => {
+                        visitor.visit_i64(*number as i64)
+                    }
+                    Value::Float(number) if number.is_finite() => visitor.visit_f64(*number),
+                    Value::Float(_) => Err(Error::expected("f64")),
                     Value::Boolean(flag) => visitor.visit_bool(*flag),
                     Value::String(text) => visitor.visit_str(text),
                     date => visitor.visit_string(date.to_string()),
@@ -257,51 +225,6 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
                 self.locate(result)
             }
         }
-    }
-
-    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        let flag = self.scalar().and_then(Value::as_bool).ok_or_else(|| Error::expected("true or false"));
-        self.locate(flag.and_then(|flag| visitor.visit_bool(flag)))
-    }
-
-    fn deserialize_u8<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        self.unsigned(u8::MAX.into(), visitor)
-    }
-
-    fn deserialize_u16<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        self.unsigned(u16::MAX.into(), visitor)
-    }
-
-    fn deserialize_u32<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        self.unsigned(u32::MAX.into(), visitor)
-    }
-
-    fn deserialize_u64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        self.unsigned(u64::MAX, visitor)
-    }
-
-    fn deserialize_i8<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        self.signed(visitor)
-    }
-
-    fn deserialize_i16<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        self.signed(visitor)
-    }
-
-    fn deserialize_i32<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        self.signed(visitor)
-    }
-
-    fn deserialize_i64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        self.signed(visitor)
-    }
-
-    fn deserialize_f32<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        self.float(visitor)
-    }
-
-    fn deserialize_f64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        self.float(visitor)
     }
 
     fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
@@ -402,7 +325,9 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
         visitor.visit_unit()
     }
 
-    forward_to_deserialize_any! { i128 u128 char bytes byte_buf unit unit_struct tuple_struct identifier }
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char bytes byte_buf unit unit_struct tuple_struct identifier
+    }
 }
 
 /// A choice among several, with settings of its own or without.

@@ -94,7 +94,7 @@ fn entry(page: &mut String, key: &str, said: &Value, root: &Value, depth: usize)
         let description = line(choice["description"].as_str().unwrap_or_default());
         let names = choice["enum"].as_array().cloned().unwrap_or_else(|| vec![choice["const"].clone()]);
         for name in names.iter().filter_map(Value::as_str) {
-            write!(page, "{indent}  * `\"{name}\"`: {description}\n").unwrap();
+            writeln!(page, "{indent}  * `\"{name}\"`: {description}").unwrap();
         }
         for (name, said) in properties(choice) {
             writeln!(page, "{indent}  * `{{ {name} = ... }}`: {description}").unwrap();

@@ -232,35 +232,19 @@ struct Backbone {
 
 impl Backbone {
     /// Keeps the whole graph.
-    fn with_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &ForwardContext) -> Self {
-        let mut backbone = Self::at(model.embed(tokens));
-        for index in 0..model.layers.len() {
-            let LayerOutput { hidden, balance_loss, stats } = model.run_layer(index, backbone.last, pass);
-            backbone.last = hidden;
-            if let Some(loss) = balance_loss {
-                backbone.balance_loss = Some(backbone.balance_loss.map_or(loss.clone(), |sum| sum + loss));
-            }
-            backbone.stats.layers.push(stats);
-        }
-        backbone
+    fn with_graph(model: &CausalLm, tokens: Tensor<2, Int>, context: &ForwardContext) -> Self {
+        let output = model.forward_hidden(tokens, context);
+        let balance_loss = output.balance_loss();
+        Self { last: output.hidden, balance_loss, inputs: Vec::new(), stats: output.stats }
     }
 
-    /// Keeps each layer's input. The layers run on the device without gradients, because a graph that is dropped is freed
-    /// by the next backward pass only.
-    fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, pass: &ForwardContext) -> Self {
-        let (model, pass) = (model.valid(), pass.clone().inner());
-        let mut backbone = Self::at(model.embed(tokens.inner()));
-        for index in 0..model.layers.len() {
-            backbone.inputs.push(backbone.last.clone());
-            let LayerOutput { hidden, stats, .. } = model.run_layer(index, backbone.last, &pass);
-            backbone.last = hidden;
-            backbone.stats.layers.push(stats);
-        }
-        backbone
-    }
-
-    fn at(last: Tensor<2>) -> Self {
-        Self { last, balance_loss: None, inputs: Vec::new(), stats: ForwardStats::default() }
+    /// Keeps each layer's input. A graph that is dropped gives its memory back with the next backward pass only, so there
+    /// is none: the layers run on the device without gradients.
+    fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, context: &ForwardContext) -> Self {
+        let (model, context) = (model.valid(), context.clone().inner());
+        let mut inputs = Vec::new();
+        let output = model.forward_hidden_with(tokens.inner(), &context, |_, input| inputs.push(input.clone()));
+        Self { last: output.hidden, balance_loss: None, inputs, stats: output.stats }
     }
 
     fn output(&self) -> Tensor<2> {

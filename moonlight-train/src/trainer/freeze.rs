@@ -3,6 +3,7 @@
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
 use moonlight_model::CausalLm;
+use moonlight_model::config::{ParameterKind, ParameterShape, ProjectionRole};
 
 use crate::error::TrainError;
 use crate::frozen::{frozen_parameters, wrong};
@@ -15,9 +16,10 @@ pub(super) fn freeze(model: CausalLm, patterns: &[String], clips: bool) -> Resul
     }
     let frozen = frozen_parameters(model.config(), patterns)?;
     let shapes = model.config().parameter_shapes();
-    let clipped =
-        |path: &str| ["q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight"].iter().any(|e| path.ends_with(e));
-    if clips && shapes.iter().zip(&frozen).any(|(shape, frozen)| *frozen && clipped(&shape.path)) {
+    let clipped = |shape: &ParameterShape| {
+        shape.kind == ParameterKind::Matrix && shape.role.is_some_and(ProjectionRole::is_clipped)
+    };
+    if clips && shapes.iter().zip(&frozen).any(|(shape, frozen)| *frozen && clipped(shape)) {
         return Err(wrong("queries or keys are frozen, which `optimizer.qk_clip` rewrites".into(), "set it to 0"));
     }
     let mut mapper = Freeze { frozen, at: 0, trained: 0 };

@@ -120,7 +120,7 @@ impl RankTrainer {
         let Recipe { train, moe, optimizer, lora, .. } = &self.recipe;
         let step_seed = self.recipe.run.seed.wrapping_add(index.wrapping_mul(SEED_STRIDE));
         self.device.seed(step_seed);
-        let dropout = lora.as_ref().is_some_and(|lora| lora.dropout > 0.0);
+        let dropout = lora.as_ref().is_some_and(|lora| lora.adapters.dropout > 0.0);
         // Each rank drops other inputs.
         let rank = (self.worker().rank() as u64) << 32;
         StepSettings {

@@ -372,7 +372,7 @@ fn of_step(
 /// The base with the adapters of a folder, and the dropout of the recipe.
 fn adapted(base: CausalLm, dir: &Path, lora: &LoraRecipe) -> Result<CausalLm, TrainError> {
     let mut adapters = read_adapter(base.config(), dir)?;
-    adapters.iter_mut().for_each(|adapter| adapter.settings.dropout = lora.dropout);
+    adapters.iter_mut().for_each(|adapter| adapter.settings.dropout = lora.adapters.dropout);
     base.with_adapters(adapters).map_err(|source| AdapterError::Misfit { dir: dir.to_owned(), source }.into())
 }
 

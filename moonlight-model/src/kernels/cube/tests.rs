@@ -157,13 +157,13 @@ fn a_grouped_product_reads_tensors_as_they_lie() {
     let (cube, flex) = (device(), Default::default());
     let layout = layout(20, 4);
     let (rows, weight) = (numbers([7, 40], 1), numbers([4, 9, 7], 2));
-    // Both factors turned round, so that their lines lie across.
-    let turned = |rows, weight| (Cube::float_transpose(rows), Cube::float_transpose(weight));
-    let (fast_rows, fast_weight) = turned(on::<Cube>(&rows, &cube), on::<Cube>(&weight, &cube));
+    // Both factors transposed, so that their rows are strided.
+    let transposed = |rows, weight| (Cube::float_transpose(rows), Cube::float_transpose(weight));
+    let (fast_rows, fast_weight) = transposed(on::<Cube>(&rows, &cube), on::<Cube>(&weight, &cube));
     let rows = Flex::float_transpose(on::<Flex>(&rows, &flex));
     let weight = Flex::float_transpose(on::<Flex>(&weight, &flex));
     close(
-        "product of turned factors",
+        "product of transposed factors",
         Cube::grouped_matmul_forward(fast_rows, fast_weight, &layout),
         reference::grouped_matmul_forward::<Flex>(rows, weight, &layout),
     );

@@ -2,7 +2,7 @@
 //!
 //! A task is a block of queries of one key head, or, where there are few queries, a segment of the keys: then each key
 //! is read once, by whichever thread is free, and the segments' sums are put together in order (FlashAttention-2,
-//! arXiv 2307.08691, turned about as flash-decoding does). Softmax denominators and sums are carried in f32.
+//! arXiv 2307.08691, split along the keys as flash-decoding does). Softmax denominators and sums are carried in f32.
 
 use std::ops::Range;
 

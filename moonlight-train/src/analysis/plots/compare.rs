@@ -62,14 +62,10 @@ pub struct Comparison {
 ///
 /// A run without metrics, a figure that none of them has, an ending that is neither, a file that cannot be written.
 pub fn compare(comparison: &Comparison, output: &Path) -> Result<(), TrainError> {
-    let request = |problem: String, hint: &str| TrainError::Request { problem, hint: Some(hint.into()) };
     let format = match output.extension().and_then(|ending| ending.to_str()) {
         Some("svg") => Format::Svg,
         Some("png") => Format::Png,
-        _ => {
-            let problem = format!("`{}` is neither an SVG nor a PNG", output.display());
-            return Err(request(problem, "let the name end in .svg or .png"));
-        }
+        _ => return Err(TrainError::PlotFormat(output.to_owned())),
     };
     let Comparison { runs, metric, axis } = comparison;
     let mut curves = Vec::new();
@@ -91,7 +87,7 @@ pub fn compare(comparison: &Comparison, output: &Path) -> Result<(), TrainError>
     }
     if curves.is_empty() {
         let known = known.into_iter().filter(|key| key != "step").collect::<Vec<_>>().join(", ");
-        return Err(request(format!("none of the runs has the figure `{metric}`"), &format!("they have: {known}")));
+        return Err(TrainError::UnknownMetric { metric: metric.clone(), known });
     }
     // In front what is drawn in full, whatever run it is of.
     curves.sort_by_key(|curve| curve.strong);

@@ -1,0 +1,171 @@
+//! Grouped-query attention (arXiv 2305.13245), as Llama and Qwen2 have it.
+
+mod shape;
+
+use burn::config::Config;
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+
+use super::cache::LayerCache;
+use super::kind::{AttentionModule, QkClipProjections};
+use super::logit_stats::{LogitStats, measure};
+use crate::forward::{DecodeContext, ForwardContext};
+use crate::init::Init;
+use crate::kernels::{CachedAttentionSpec, cached_attention, grouped_attention};
+use crate::parameter::{AttentionRole, ProjectionRole};
+use crate::projection::{Projection, projections_of_fields};
+
+pub use shape::GqaShape;
+
+/// The configuration of a [`GroupedQueryAttention`], by the names of `config.json`.
+#[derive(Config, Debug, PartialEq)]
+pub struct GroupedQueryAttentionConfig {
+    /// Width of the hidden states.
+    pub hidden_size: usize,
+    /// Number of query heads.
+    pub num_attention_heads: usize,
+    /// Number of key and value heads; divides the number of query heads.
+    pub num_key_value_heads: usize,
+    /// Width of a head; even.
+    pub head_dim: usize,
+    /// Factor on the scores; by default `head_dim^-1/2`.
+    pub softmax_scale: Option<f64>,
+    /// Biases on query, key and value.
+    #[config(default = false)]
+    pub qkv_bias: bool,
+    /// Bias on the output projection.
+    #[config(default = false)]
+    pub o_bias: bool,
+    /// Standard deviation of fresh weights.
+    #[config(default = 0.02)]
+    pub initializer_range: f64,
+}
+
+impl GroupedQueryAttentionConfig {
+    /// An attention with fresh parameters, drawn when they are first used.
+    ///
+    /// # Panics
+    ///
+    /// When the key heads do not divide the query heads, or `head_dim` is odd: positions turn pairs.
+    pub fn init(&self, device: &Device) -> GroupedQueryAttention {
+        self.build(Init::new(device))
+    }
+
+    pub(crate) fn build(&self, init: Init<'_>) -> GroupedQueryAttention {
+        let (hidden, heads, key_heads, width) =
+            (self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim);
+        assert!(heads.is_multiple_of(key_heads), "{key_heads} key heads do not divide {heads} heads");
+        assert!(width.is_multiple_of(2), "head_dim is {width}: positions turn pairs");
+        let (queries, keys) = (heads * width, key_heads * width);
+        let projection =
+            |role, shape, bias| init.projection(ProjectionRole::Attention(role), shape, bias, self.initializer_range);
+        GroupedQueryAttention {
+            q_proj: projection(AttentionRole::Query, [hidden, queries], self.qkv_bias),
+            k_proj: projection(AttentionRole::Key, [hidden, keys], self.qkv_bias),
+            v_proj: projection(AttentionRole::Value, [hidden, keys], self.qkv_bias),
+            o_proj: projection(AttentionRole::Output, [queries, hidden], self.o_bias),
+            heads,
+            key_heads,
+            width,
+            scale: self.softmax_scale.unwrap_or_else(|| (width as f64).powf(-0.5)),
+        }
+    }
+}
+
+/// Several query heads share each key and value head (arXiv 2305.13245).
+///
+/// Should be created with [`GroupedQueryAttentionConfig`].
+#[derive(Module, Debug)]
+pub struct GroupedQueryAttention {
+    /// `[hidden, heads * width]`.
+    pub q_proj: Projection,
+    /// `[hidden, key heads * width]`.
+    pub k_proj: Projection,
+    /// `[hidden, key heads * width]`.
+    pub v_proj: Projection,
+    /// `[heads * width, hidden]`.
+    pub o_proj: Projection,
+    heads: usize,
+    key_heads: usize,
+    width: usize,
+    scale: f64,
+}
+
+impl GroupedQueryAttention {
+    /// Attends causally over whole sequences.
+    ///
+    /// # Shapes
+    ///
+    /// `[batch, sequence, hidden]` to the same.
+    ///
+    /// # Panics
+    ///
+    /// When the context is of another batch or sequence length, or has no positions.
+    pub fn forward(&self, x: Tensor<3>, context: &ForwardContext) -> Tensor<3> {
+        super::kind::forward(self, x, context)
+    }
+
+    /// Attends over whole sequences; `kept` takes keys and values for the cache, where it is asked for.
+    fn attend(
+        &self,
+        x: Tensor<2>,
+        context: &ForwardContext,
+        kept: Option<&mut Option<Tensor<4>>>,
+    ) -> (Tensor<2>, Option<LogitStats>) {
+        let (batch, sequence) = (context.batch(), context.sequence());
+        let (query, key_value) = self.project(x, context);
+        if let Some(kept) = kept {
+            *kept = Some(key_value.clone());
+        }
+        let statistics = context.probes_logits().then(|| {
+            let group = self.heads / self.key_heads;
+            let key = key_value.clone().slice_dim(3, 0..self.width);
+            let key = key.reshape([batch, sequence, self.key_heads, 1, self.width]);
+            let key = key.expand([batch, sequence, self.key_heads, group, self.width]);
+            measure(query.clone(), key.reshape([batch, sequence, self.heads, self.width]), self.scale, context)
+        });
+        let output = grouped_attention(query, key_value, context.attention_spec(self.scale));
+        (self.o_proj.forward(output.reshape([batch * sequence, self.heads * self.width])), statistics)
+    }
+
+    /// Queries `[batch, sequence, heads, width]` and keys with values `[batch, sequence, key heads, 2 width]`.
+    fn project(&self, x: Tensor<2>, context: &ForwardContext) -> (Tensor<4>, Tensor<4>) {
+        let shape = |heads| [context.batch(), context.sequence(), heads, self.width];
+        let query = self.q_proj.forward(x.clone()).reshape(shape(self.heads));
+        let key = self.k_proj.forward(x.clone()).reshape(shape(self.key_heads));
+        let value = self.v_proj.forward(x).reshape(shape(self.key_heads));
+        let key = context.rotation().apply(key, 0);
+        (context.rotation().apply(query, 0), Tensor::cat(vec![key, value], 3))
+    }
+}
+
+projections_of_fields!(GroupedQueryAttention { q_proj, k_proj, v_proj, o_proj });
+
+impl AttentionModule for GroupedQueryAttention {
+    fn forward_rows(&self, x: Tensor<2>, context: &ForwardContext) -> (Tensor<2>, Option<LogitStats>) {
+        self.attend(x, context, None)
+    }
+
+    fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2> {
+        let (count, width) = (new.tokens.sequence(), self.width);
+        let row = [count, self.key_heads, 2 * width];
+        if new.are_prompts() {
+            let mut kept = None;
+            let (output, _) = self.attend(x, &new.tokens, Some(&mut kept));
+            let kept = kept.expect("the forward pass fills what it is handed");
+            cache.write(kept.reshape(row), &new.runs);
+            return output;
+        }
+        let (query, key_value) = self.project(x, &new.tokens);
+        cache.write(key_value.reshape(row), &new.runs);
+        let scale = self.scale as f32;
+        let spec = CachedAttentionSpec { scale, keys: 0..width, values: width..2 * width, spans: new.runs.clone() };
+        let output = cached_attention(query.reshape([count, self.heads, width]), cache.past(), spec);
+        self.o_proj.forward(output.reshape([count, self.heads * width]))
+    }
+
+    fn qk_clip_projections_mut(&mut self) -> QkClipProjections<'_> {
+        // Whole keys are shared by the heads of a group, so that the query takes all of the factor.
+        QkClipProjections { query: &mut self.q_proj, key_value: None, nope: 0, rope: self.width, value: 0 }
+    }
+}

@@ -1,0 +1,73 @@
+//! The published model classes.
+
+/// Which published model class a configuration belongs to (`model_type` in `config.json`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(rename_all = "snake_case"))]
+pub enum ModelType {
+    /// DeepSeek-V3, Moonlight, Kimi-VL's language model.
+    DeepseekV3,
+    /// DeepSeek-V2 and V2-Lite.
+    DeepseekV2,
+    /// Kimi-K2: DeepSeek-V3 under its own name.
+    KimiK2,
+    /// Llama: grouped-query attention, no biases.
+    Llama,
+    /// Qwen2: grouped-query attention, biases on query, key and value.
+    Qwen2,
+}
+
+/// The names that are read, those of wrappers included.
+pub(super) const KNOWN_MODEL_TYPES: &str = "deepseek_v3, deepseek_v2, kimi_k2, kimi_k25, kimi_vl, llama, qwen2";
+
+/// Each class with its `model_type` and the class name that transformers and vLLM look up.
+const CLASSES: [(ModelType, &str, &str); 5] = [
+    (ModelType::DeepseekV3, "deepseek_v3", "DeepseekV3ForCausalLM"),
+    (ModelType::DeepseekV2, "deepseek_v2", "DeepseekV2ForCausalLM"),
+    (ModelType::KimiK2, "kimi_k2", "DeepseekV3ForCausalLM"),
+    (ModelType::Llama, "llama", "LlamaForCausalLM"),
+    (ModelType::Qwen2, "qwen2", "Qwen2ForCausalLM"),
+];
+
+impl ModelType {
+    /// The class that a `model_type` names; `None` where no class of the family is called so.
+    pub fn from_name(name: &str) -> Option<Self> {
+        CLASSES.iter().find(|(_, known, _)| *known == name).map(|(class, ..)| *class)
+    }
+
+    /// The spelling in `config.json`.
+    pub fn as_str(self) -> &'static str {
+        self.names().0
+    }
+
+    /// The class name that transformers and vLLM look up.
+    pub fn architecture(self) -> &'static str {
+        self.names().1
+    }
+
+    /// Whether models of the class may have experts.
+    pub(crate) fn may_have_experts(self) -> bool {
+        matches!(self, Self::DeepseekV3 | Self::DeepseekV2 | Self::KimiK2)
+    }
+
+    fn names(self) -> (&'static str, &'static str) {
+        let class = CLASSES.iter().find(|(class, ..)| *class == self);
+        let (_, name, architecture) = class.expect("every class is in the table");
+        (name, architecture)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_class_is_read_and_written_by_the_same_name() {
+        for (class, name, architecture) in CLASSES {
+            assert_eq!((class.as_str(), class.architecture()), (name, architecture));
+            assert_eq!(ModelType::from_name(name), Some(class));
+            assert!(KNOWN_MODEL_TYPES.split(", ").any(|known| known == name), "{name}");
+        }
+        assert_eq!(ModelType::from_name("gpt2"), None);
+    }
+}

@@ -1,0 +1,233 @@
+//! The mixture of experts' part of the configuration: its keys in `config.json`.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::{MoeConfig, RouterConfig};
+use crate::config::error::ConfigError;
+use crate::config::keys::Keys;
+use crate::config::limits::{MOST_EXPERTS, MOST_HEADS, WIDEST, at_most, positive, positive_number, require, size};
+use crate::config::model_type::ModelType;
+
+/// Routed and shared experts, by their keys in `config.json`.
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct MoeShape {
+    /// Number of routed experts.
+    pub n_routed_experts: usize,
+    /// Routed experts that each token visits.
+    pub num_experts_per_tok: usize,
+    /// Width of one expert's MLP.
+    pub moe_intermediate_size: usize,
+    /// Number of shared experts, built as one MLP of this many times the width; 0 for none.
+    pub n_shared_experts: usize,
+    /// The first layers that are dense.
+    pub first_k_dense_replace: usize,
+    /// Every how many layers (after the dense ones) experts stand.
+    pub moe_layer_freq: usize,
+    /// Groups that the experts are divided into.
+    pub n_group: usize,
+    /// Groups that a token may choose from.
+    pub topk_group: usize,
+    /// How router logits become scores.
+    #[cfg_attr(feature = "schema", schemars(rename = "scoring_func"))]
+    pub scoring: Scoring,
+    /// How experts are chosen from the scores.
+    pub topk_method: TopkMethod,
+    /// Whether the chosen scores are normalised to a sum of one.
+    pub norm_topk_prob: bool,
+    /// Factor on the weights of the chosen experts.
+    pub routed_scaling_factor: f64,
+}
+
+/// How router logits become scores (`scoring_func`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Scoring {
+    /// Each expert for itself (DeepSeek-V3).
+    Sigmoid,
+    /// Over all experts (DeepSeek-V2).
+    Softmax,
+}
+
+/// How experts are chosen from the scores (`topk_method`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum TopkMethod {
+    /// Auxiliary-loss-free balancing: a correction bias joins in the choice, not in the weight; a group is worth the
+    /// sum of its two best.
+    NoauxTc,
+    /// The best scores.
+    Greedy,
+    /// The best scores within the groups with the best maximum.
+    GroupLimitedGreedy,
+}
+
+impl MoeShape {
+    /// The keys of `config.json` that it is read from.
+    pub(crate) const KEYS: &[&str] = &[
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "n_shared_experts",
+        "first_k_dense_replace",
+        "moe_layer_freq",
+        "n_group",
+        "topk_group",
+        "scoring_func",
+        "topk_method",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+    ];
+
+    /// Reads the keys; `None` for a dense model.
+    pub(crate) fn read(keys: &mut Keys, model_type: ModelType) -> Result<Option<Self>, ConfigError> {
+        // DeepSeek-V2's own class reads an absent `n_routed_experts` as "dense"; the family's files always have it.
+        let Some(n_routed_experts) = keys.optional_size("n_routed_experts")? else {
+            return Ok(None);
+        };
+        let v2 = model_type == ModelType::DeepseekV2;
+        let scoring = match keys.string("scoring_func")?.as_deref() {
+            None if v2 => Scoring::Softmax,
+            None | Some("sigmoid") => Scoring::Sigmoid,
+            Some("softmax") => Scoring::Softmax,
+            Some(other) => {
+                return Err(ConfigError::Invalid {
+                    field: "scoring_func",
+                    problem: format!("is `{other}`; known are `sigmoid` and `softmax`"),
+                });
+            }
+        };
+        let topk_method = match keys.string("topk_method")?.as_deref() {
+            None if v2 => TopkMethod::Greedy,
+            None | Some("noaux_tc") => TopkMethod::NoauxTc,
+            Some("greedy" | "gready") => TopkMethod::Greedy, // the second as V2-Lite's remote code spells it
+            Some("group_limited_greedy") => TopkMethod::GroupLimitedGreedy,
+            Some(other) => {
+                return Err(ConfigError::Invalid {
+                    field: "topk_method",
+                    problem: format!("is `{other}`; known are `noaux_tc`, `greedy` and `group_limited_greedy`"),
+                });
+            }
+        };
+        Ok(Some(Self {
+            n_routed_experts,
+            num_experts_per_tok: keys.size("num_experts_per_tok")?,
+            moe_intermediate_size: keys.size("moe_intermediate_size")?,
+            n_shared_experts: keys.optional_size("n_shared_experts")?.unwrap_or(0),
+            first_k_dense_replace: keys.optional_size("first_k_dense_replace")?.unwrap_or(0),
+            moe_layer_freq: keys.optional_size("moe_layer_freq")?.unwrap_or(1),
+            n_group: keys.optional_size("n_group")?.unwrap_or(1),
+            topk_group: keys.optional_size("topk_group")?.unwrap_or(1),
+            scoring,
+            topk_method,
+            norm_topk_prob: keys.boolean("norm_topk_prob")?.unwrap_or(!v2),
+            routed_scaling_factor: keys.number("routed_scaling_factor")?.unwrap_or(1.0),
+        }))
+    }
+
+    /// Writes the published spelling.
+    pub(crate) fn write(&self, map: &mut Map<String, Value>) {
+        let mut put = |key: &str, value: Value| {
+            map.insert(key.to_owned(), value);
+        };
+        put("n_routed_experts", json!(self.n_routed_experts));
+        put("num_experts_per_tok", json!(self.num_experts_per_tok));
+        put("moe_intermediate_size", json!(self.moe_intermediate_size));
+        put("n_shared_experts", json!(self.n_shared_experts));
+        put("first_k_dense_replace", json!(self.first_k_dense_replace));
+        put("moe_layer_freq", json!(self.moe_layer_freq));
+        put("n_group", json!(self.n_group));
+        put("topk_group", json!(self.topk_group));
+        put("scoring_func", json!(self.scoring.as_str()));
+        put("topk_method", json!(self.topk_method.as_str()));
+        put("norm_topk_prob", json!(self.norm_topk_prob));
+        put("routed_scaling_factor", json!(self.routed_scaling_factor));
+    }
+
+    /// Whether layer `layer` has experts, or is one of the dense ones.
+    pub(crate) fn is_in_layer(&self, layer: usize) -> bool {
+        layer >= self.first_k_dense_replace && layer.is_multiple_of(self.moe_layer_freq)
+    }
+
+    /// The mixture of a model's layers.
+    pub(crate) fn config(&self, hidden_size: usize, initializer_range: f64) -> MoeConfig {
+        let router = RouterConfig {
+            hidden_size,
+            n_routed_experts: self.n_routed_experts,
+            num_experts_per_tok: self.num_experts_per_tok,
+            n_group: self.n_group,
+            topk_group: self.topk_group,
+            scoring: self.scoring,
+            topk_method: self.topk_method,
+            norm_topk_prob: self.norm_topk_prob,
+            routed_scaling_factor: self.routed_scaling_factor,
+            initializer_range,
+        };
+        MoeConfig {
+            router,
+            moe_intermediate_size: self.moe_intermediate_size,
+            n_shared_experts: self.n_shared_experts,
+            initializer_range,
+        }
+    }
+
+    /// Refuses impossible combinations.
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        size(self.n_routed_experts, "n_routed_experts", MOST_EXPERTS)?;
+        positive(self.num_experts_per_tok, "num_experts_per_tok")?;
+        size(self.moe_intermediate_size, "moe_intermediate_size", WIDEST)?;
+        at_most(self.n_shared_experts, "n_shared_experts", MOST_HEADS)?;
+        positive(self.moe_layer_freq, "moe_layer_freq")?;
+        positive(self.n_group, "n_group")?;
+        positive_number(self.routed_scaling_factor, "routed_scaling_factor")?;
+        let experts = self.n_routed_experts;
+        require(self.num_experts_per_tok <= experts, "num_experts_per_tok", || {
+            format!("is {}, more than the {experts} routed experts", self.num_experts_per_tok)
+        })?;
+        require(experts.is_multiple_of(self.n_group), "n_group", || {
+            format!("is {}, which does not divide the {experts} routed experts", self.n_group)
+        })?;
+        require((1..=self.n_group).contains(&self.topk_group), "topk_group", || {
+            format!("is {}, outside 1..={}", self.topk_group, self.n_group)
+        })?;
+        let per_group = experts / self.n_group;
+        require(self.num_experts_per_tok <= self.topk_group * per_group, "num_experts_per_tok", || {
+            format!(
+                "is {}, but the {} groups that a token may choose from hold {} experts",
+                self.num_experts_per_tok,
+                self.topk_group,
+                self.topk_group * per_group
+            )
+        })?;
+        // A group's worth is the sum of its two best experts under `noaux_tc`.
+        let needs_two = self.topk_method == TopkMethod::NoauxTc && self.n_group > 1;
+        require(!needs_two || per_group >= 2, "n_group", || {
+            format!(
+                "is {}, which leaves {per_group} expert in a group; `noaux_tc` ranks groups by their two best",
+                self.n_group
+            )
+        })
+    }
+}
+
+impl Scoring {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Sigmoid => "sigmoid",
+            Self::Softmax => "softmax",
+        }
+    }
+}
+
+impl TopkMethod {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::NoauxTc => "noaux_tc",
+            Self::Greedy => "greedy",
+            Self::GroupLimitedGreedy => "group_limited_greedy",
+        }
+    }
+}

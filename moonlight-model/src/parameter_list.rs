@@ -1,0 +1,153 @@
+//! Every parameter of a model with its shape and what it is for, read from the module itself: a model is made whose
+//! parameters are not drawn, and visited.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor};
+
+use crate::config::ModelConfig;
+use crate::init::{Init, ParameterKinds};
+use crate::parameter::{ParameterCount, ParameterKind, ParameterShape};
+
+impl ModelConfig {
+    /// All tensors of the model in the order in which the module holds them. Nothing is allocated for them.
+    pub fn parameter_shapes(&self) -> Vec<ParameterShape> {
+        let (device, kinds) = (Device::default(), ParameterKinds::default());
+        let model = self.build(Init::noting(&device, &kinds));
+        let mut visitor = Listing { kinds: &kinds, path: Vec::new(), shapes: Vec::new() };
+        model.visit(&mut visitor);
+        visitor.shapes
+    }
+
+    /// Counts the parameters from their shapes; what is more than 64 bits count is the largest number.
+    pub fn parameter_count(&self) -> ParameterCount {
+        let mut count = ParameterCount { total: 0, activated: 0, embeddings: 0 };
+        for parameter in self.parameter_shapes() {
+            let values = parameter.count();
+            count.total = count.total.saturating_add(values);
+            let activated = match (parameter.kind, &self.moe) {
+                (ParameterKind::Experts, Some(moe)) => {
+                    values / moe.n_routed_experts as u64 * moe.num_experts_per_tok as u64
+                }
+                _ => values,
+            };
+            count.activated = count.activated.saturating_add(activated);
+            if matches!(parameter.kind, ParameterKind::Embedding | ParameterKind::Head) {
+                count.embeddings = count.embeddings.saturating_add(values);
+            }
+        }
+        count
+    }
+}
+
+struct Listing<'a> {
+    kinds: &'a ParameterKinds,
+    path: Vec<String>,
+    shapes: Vec<ParameterShape>,
+}
+
+impl ModuleVisitor for Listing<'_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let path = self.path.join(".");
+        let kinds = self.kinds.borrow();
+        let &(kind, role) = kinds.get(&param.id).unwrap_or_else(|| panic!("`{path}` is made by `Init`"));
+        let layer = match self.path.as_slice() {
+            [list, index, ..] if list == "layers" => index.parse().ok(),
+            _ => None,
+        };
+        let shape = param.lazy_shape().as_slice().to_vec();
+        self.shapes.push(ParameterShape { path, shape, kind, role, layer });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PRESETS;
+    use crate::parameter::{AttentionRole, MlpRole, ProjectionRole};
+
+    /// The figures of the published checkpoint and of the report's table of sizes.
+    #[test]
+    fn moonlight_has_the_published_number_of_parameters() {
+        let count = ModelConfig::preset("moonlight-16b-a3b").unwrap().parameter_count();
+        assert_eq!(count.total, 15_960_110_208);
+        assert_eq!(count.embeddings, 2 * 335_544_320);
+        // "15.29B total, 2.24B activated, excluding embeddings".
+        assert_eq!(count.total - count.embeddings, 15_289_021_568);
+        assert_eq!((count.activated - count.embeddings) / 10_000_000, 224);
+    }
+
+    #[test]
+    fn paths_are_unique() {
+        for preset in PRESETS {
+            let shapes = ModelConfig::preset(preset).unwrap().parameter_shapes();
+            let mut paths: Vec<_> = shapes.iter().map(|shape| &shape.path).collect();
+            paths.sort();
+            paths.dedup();
+            assert_eq!(paths.len(), shapes.len(), "{preset}");
+        }
+    }
+
+    /// What is read from the module is what the paper and the published files say, kind by kind.
+    #[test]
+    fn kinds_and_roles_are_those_of_the_modules() {
+        let shapes = ModelConfig::preset("deepseek-v3").unwrap().parameter_shapes();
+        let attention = |role| Some(ProjectionRole::Attention(role));
+        let find = |path: &str| {
+            let found = shapes.iter().find(|parameter| parameter.path == path);
+            let found = found.unwrap_or_else(|| panic!("there is no {path}"));
+            (found.shape.as_slice(), found.kind, found.role, found.layer)
+        };
+        use AttentionRole::{KeyValueDown, KeyValueUp, Output, QueryDown, QueryUp};
+        use ParameterKind::{CorrectionBias, Embedding, Experts, Head, Matrix, Norm, Router};
+        let layer = Some(3);
+        for (path, expected) in [
+            ("embed_tokens.weight", (&[129_280, 7168][..], Embedding, None, None)),
+            ("layers.3.input_layernorm.weight", (&[7168], Norm, None, layer)),
+            ("layers.3.self_attn.q_a_proj.weight", (&[7168, 1536], Matrix, attention(QueryDown), layer)),
+            ("layers.3.self_attn.q_a_layernorm.weight", (&[1536], Norm, None, layer)),
+            ("layers.3.self_attn.q_b_proj.weight", (&[1536, 24_576], Matrix, attention(QueryUp), layer)),
+            ("layers.3.self_attn.kv_a_proj_with_mqa.weight", (&[7168, 576], Matrix, attention(KeyValueDown), layer)),
+            ("layers.3.self_attn.kv_b_proj.weight", (&[512, 32_768], Matrix, attention(KeyValueUp), layer)),
+            ("layers.3.self_attn.o_proj.weight", (&[16_384, 7168], Matrix, attention(Output), layer)),
+            ("layers.3.mlp.router.weight", (&[7168, 256], Router, None, layer)),
+            ("layers.3.mlp.router.e_score_correction_bias", (&[256], CorrectionBias, None, layer)),
+            (
+                "layers.3.mlp.experts.down_proj",
+                (&[256, 2048, 7168], Experts, Some(ProjectionRole::Experts(MlpRole::Down)), layer),
+            ),
+            (
+                "layers.3.mlp.shared_experts.up_proj.weight",
+                (&[7168, 2048], Matrix, Some(ProjectionRole::SharedExperts(MlpRole::Up)), layer),
+            ),
+            (
+                "layers.2.mlp.gate_proj.weight",
+                (&[7168, 18_432], Matrix, Some(ProjectionRole::Mlp(MlpRole::Gate)), Some(2)),
+            ),
+            ("norm.weight", (&[7168], Norm, None, None)),
+            ("lm_head.weight", (&[7168, 129_280], Head, None, None)),
+        ] {
+            assert_eq!(find(path), expected, "{path}");
+        }
+        let first = &shapes[1];
+        assert_eq!(
+            (first.path.as_str(), first.path_in_layer()),
+            ("layers.0.input_layernorm.weight", "input_layernorm.weight")
+        );
+    }
+
+    /// No weight is made for it: 16B parameters are listed in milliseconds.
+    #[test]
+    fn the_list_is_cheap() {
+        let start = std::time::Instant::now();
+        assert_eq!(ModelConfig::preset("moonlight-16b-a3b").unwrap().parameter_shapes().len(), 403);
+        assert!(start.elapsed() < std::time::Duration::from_millis(250), "{:?}", start.elapsed());
+    }
+}
