@@ -216,7 +216,7 @@ mod tests {
         let grads = GradientsParams::from_grads(loss.backward(), &layer);
         let before = layer.clone();
         let lr = 0.01;
-        let after = assignment.optimizer().step(lr, layer, grads);
+        let after = assignment.to_module_optimizer().step(lr, layer, grads);
 
         let figures = update_rms(&before, &after, &assignment, lr);
         assert_eq!(figures.len(), 2);
@@ -250,7 +250,7 @@ mod tests {
                 .rule(crate::Rule::to("muon"))
                 .assign(&layer)
                 .unwrap();
-            let mut optimizer = assignment.optimizer();
+            let mut optimizer = assignment.to_module_optimizer();
             let x = Tensor::<2>::random([200, 12], Distribution::Normal(0.0, 1.0), &device);
             let target = Tensor::<2>::random([200, 20], Distribution::Normal(0.0, 1.0), &device);
             for step in 0..3 {

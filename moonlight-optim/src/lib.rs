@@ -2,15 +2,15 @@
 //!
 //! Muon replaces the update of a weight matrix by the nearest orthogonal one. [`Muon`] is an `impl burn::optim::Optimizer`
 //! that takes matrices and stacks of matrices (`[experts, in, out]`), on any backend. A model needs AdamW beside it, for
-//! embeddings, the output head, norms and biases; [`ParameterRules`] says which parameter goes where, checks that against
-//! the module, and builds Burn's `ModuleOptimizer` from it.
+//! embeddings, the output head, norms and biases; [`ParameterRules`] says which parameter goes where and checks that
+//! against the module, and [`Assignment::build`] makes the optimizer of it, a [`MuonAdamW`].
 //!
 //! ```
 //! use burn::module::Module;
 //! use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 //! use burn::optim::GradientsParams;
 //! use burn::tensor::{Device, Int, Tensor};
-//! use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules, update_rms};
+//! use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules, update_rms};
 //!
 //! // A module of yours.
 //! #[derive(Module, Debug)]
@@ -44,26 +44,29 @@
 //! adamw: 4 tensors, 522 elements"
 //! );
 //!
-//! let mut optimizer = assignment.optimizer();
+//! let mut optimizer = assignment.build(OptimizerOptions::new())?;
 //! for _ in 0..3 {
 //!     let tokens = Tensor::<2, Int>::from_data([[1, 2, 3, 4]], &device);
 //!     let logits = model.output.forward(model.hidden.forward(model.tokens.forward(tokens)));
 //!     let grads = GradientsParams::from_grads(logits.square().mean().backward(), &model);
 //!     let before = model.clone();
-//!     model = optimizer.step(0.02, model, grads);
-//!     // Both groups move at a like pace, so that one learning rate serves both.
+//!     model = optimizer.step(0.02, model, grads)?;
+//!     // Updates of both groups have a similar RMS, so that one learning rate serves both.
 //!     println!("{:?}", update_rms(&before, &model, &assignment, 0.02));
 //! }
 //!
-//! // Stop, and go on in another process, whose module has other `ParamId`s: state is matched by parameter path.
-//! let bytes = optimizer.into_bytes()?; // or `optimizer.save("optimizer.bpk")`
-//! let optimizer = assignment.load_optimizer_bytes(bytes)?; // or `assignment.load_optimizer("optimizer.bpk")`
+//! // Stop, and resume in another process, whose module has other `ParamId`s: state is matched by parameter path.
+//! # let dir = tempfile::tempdir()?;
+//! # let file = dir.path().join("optimizer.bpk");
+//! optimizer.save(&file)?;
+//! let optimizer = assignment.load(&[&file], OptimizerOptions::new())?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! # From AdamW to Muon
 //!
-//! A project that trains with Burn's `AdamWConfig::new().init()` changes five lines:
+//! A project that trains with Burn's `AdamWConfig::new().init()` changes six lines (`examples/own_burn_program.rs` is a whole
+//! program):
 //!
 //! ```
 //! # use burn::nn::{Linear, LinearConfig};
@@ -78,20 +81,23 @@
 //! #     model.output.forward(model.hidden.forward(Tensor::<2>::ones([2, 8], &device))).square().mean()
 //! # };
 //! // Before: use burn::optim::AdamWConfig;
-//! use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
+//! use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules};
 //!
 //! // Before: let mut optimizer = AdamWConfig::new().init();
 //! let rules = ParameterRules::muon_except(["output.*"], MuonConfig::new(), AdamWConfig::new());
 //! let assignment = rules.assign(&model)?;
 //! println!("{assignment}");
-//! let mut optimizer = assignment.optimizer();
+//! let mut optimizer = assignment.build(OptimizerOptions::new())?;
 //!
-//! // As before, at the same learning rate.
 //! let grads = GradientsParams::from_grads(loss(&model).backward(), &model);
-//! model = optimizer.step(3e-4, model, grads);
+//! // Before, at the same learning rate: model = optimizer.step(3e-4, model, grads);
+//! model = optimizer.step(3e-4, model, grads)?;
 //! # let _ = model;
-//! # Ok::<(), moonlight_optim::RuleError>(())
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! burn-train's `Learner`, and whatever else takes Burn's own `ModuleOptimizer`, gets one by
+//! [`Assignment::to_module_optimizer`]; each loads what the other saved.
 //!
 //! # The update
 //!
@@ -101,7 +107,8 @@
 //! W <- W - lr * (0.2 sqrt(max(A, B)) O + weight_decay W)
 //! ```
 //!
-//! with `mu` 0.95, five Newton-Schulz steps and weight decay 0.1. All of it can be chosen, in [`MuonConfig`]:
+//! with `mu` 0.95, five Newton-Schulz steps and weight decay 0.1. All options, with defaults and sources, are in the table of
+//! [`MuonConfig`]; the main ones:
 //!
 //! * the factor on the update: [`Scale`]; the polynomials: [`Coefficients`], their number, the type of the products
 //!   ([`Precision`]) and the form of the iteration ([`Form`]);
@@ -111,14 +118,13 @@
 //!   momentum that warms up or is kept in bf16;
 //! * parameters in half precision, with stochastic rounding or master weights: [`Rounding`].
 //!
-//! [`Assignment::batched_optimizer`] steps all equal matrices of a module together, bit for bit as one by one.
-//! [`QkClip`] holds attention logits down after a step. [`group_figures`], [`diagnostics::orthogonality_error`] and
-//! [`diagnostics::Spectrum`] say what the updates and weights are like. [`distributed`] has several workers train a module,
-//! each with a part of the optimizer.
+//! [`MuonAdamW`] steps all equal matrices of a module together, bit for bit as one by one, on one rank or on several, each
+//! with a part of the state ([`distributed`]). [`QkClip`] limits attention logits after a step. [`group_figures`],
+//! [`diagnostics::orthogonality_error`] and [`diagnostics::Spectrum`] measure updates and weights.
 //!
 //! Burn's own Muon takes matrices only, and its scale for Keller Jordan's rule reads a matrix as PyTorch stores it,
 //! `[out, in]`, while Burn's `Linear` stores `[in, out]`. Scales here that tell the two apart are right for Burn's layers,
-//! and can be told otherwise ([`WeightLayout`]).
+//! or for PyTorch's layout with [`WeightLayout::OutIn`].
 //!
 //! # Gradients of zero, NaN and infinity
 //!
@@ -135,7 +141,6 @@
 //! operations, a stack at a time.
 
 mod adamw;
-mod batched;
 mod block_split;
 pub mod coefficients;
 mod decay;
@@ -144,10 +149,14 @@ pub mod distributed;
 #[cfg(feature = "cpu")]
 mod flex;
 mod load_balance;
+pub mod memory;
 mod mixed_precision;
+mod module_values;
 mod muon;
+mod muon_adamw;
 mod newton_schulz;
 mod qk_clip;
+#[doc(hidden)]
 pub mod reference;
 mod rules;
 mod scale;
@@ -157,17 +166,18 @@ mod state;
 mod variants;
 
 pub use adamw::AdamWConfig;
-pub use batched::{BatchedOptimizer, equal_batches, in_place_of};
 pub use block_split::Blocks;
 pub use coefficients::{Coefficients, Preconditioning};
 pub use decay::{Decay, DecaySchedule, decay_for_width};
 pub use diagnostics::{GroupFigures, group_figures, update_rms};
-pub use mixed_precision::{MixedPrecision, MixedPrecisionState, Rounding, round_stochastically};
+pub use mixed_precision::{MixedPrecision, MixedPrecisionState, Rounding};
+pub use module_values::replace_value;
 pub use muon::{MatrixView, MomentumPrecision, MomentumWarmup, Muon, MuonConfig, MuonState, Precision};
+pub use muon_adamw::{MuonAdamW, OptimizerError, OptimizerOptions};
 pub use newton_schulz::{Form, NewtonSchulz, newton_schulz};
 pub use qk_clip::{HeadLayout, QkClip};
 pub use rules::{
-    AssignedParameter, Assignment, BUFFER, GroupOptimizer, GroupSettings, Parameter, ParameterRules, Rule, RuleError,
+    AssignedParameter, Assignment, GroupOptimizer, GroupSettings, Parameter, ParameterRules, Rule, RuleError,
 };
 pub use scale::{Scale, WeightLayout};
 pub use state::StateError;

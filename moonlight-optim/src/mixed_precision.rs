@@ -127,7 +127,7 @@ impl Rounding {
 }
 
 /// `x` (f32) in `dtype` (bf16 or f16), rounded to either neighbour with the probability that makes the mean exact.
-pub fn round_stochastically<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
+pub(crate) fn round_stochastically<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
     let wide = x.dtype();
     let nearest = x.clone().cast(dtype).cast(wide);
     let error = x.clone().sub(nearest.clone());

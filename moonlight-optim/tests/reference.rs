@@ -73,7 +73,7 @@ fn train_layer(fixture: &Fixture, case: &Case) -> Vec<(Vec<f32>, Vec<f32>)> {
     layer.weight = Param::from_tensor(tensor(&case.weight, [case.inputs, case.outputs]));
     layer.bias = Some(Param::from_tensor(tensor(&case.bias, [case.outputs])));
     let assignment = rules(fixture).assign(&layer).unwrap();
-    let mut optimizer = assignment.optimizer();
+    let mut optimizer = assignment.to_module_optimizer();
     let x = tensor(&case.x, [fixture.batch, case.inputs]);
     let target = tensor(&case.targets[0], [fixture.batch, case.outputs]);
     let mut history = Vec::new();
@@ -106,7 +106,7 @@ fn train_stack(fixture: &Fixture, case: &Case) -> Vec<(Vec<f32>, Vec<f32>)> {
         weight: Param::from_tensor(tensor(&case.weight, [stack, inputs, outputs])),
         bias: Param::from_tensor(tensor(&case.bias, [stack * outputs])),
     };
-    let mut optimizer = rules(fixture).assign(&experts).unwrap().optimizer();
+    let mut optimizer = rules(fixture).assign(&experts).unwrap().to_module_optimizer();
     let x = tensor(&case.x, [1, fixture.batch, inputs]);
     let target = tensor(&case.targets.concat(), [stack, fixture.batch, outputs]);
     let mut history = Vec::new();

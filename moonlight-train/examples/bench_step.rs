@@ -12,7 +12,7 @@ use std::time::Instant;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use moonlight_model::{CausalLm, LmBatch, ModelConfig, Probe};
-use moonlight_optim::{AdamWConfig, BatchedOptimizer, MuonConfig, ParameterRules, Precision};
+use moonlight_optim::{AdamWConfig, MuonAdamW, MuonConfig, OptimizerOptions, ParameterRules, Precision};
 use serde_json::json;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut model = config.init(&device);
     let muon = MuonConfig::new().with_precision(precision);
     let assignment = ParameterRules::moonlight(muon, AdamWConfig::new()).assign(&model)?;
-    let mut optimizer = assignment.batched_optimizer();
+    let mut optimizer = assignment.build(OptimizerOptions::new())?;
     let batches = batches(&config, [micro_batches, batch, sequence], &device);
     let mut times = Vec::new();
     // The first step draws the parameters and has no momentum yet.
@@ -92,7 +92,7 @@ fn batches(config: &ModelConfig, [count, batch, sequence]: [usize; 3], device: &
 
 fn step(
     model: CausalLm,
-    optimizer: &mut BatchedOptimizer,
+    optimizer: &mut MuonAdamW,
     batches: &[LmBatch],
     device: &Device,
 ) -> Result<(CausalLm, Times), Box<dyn std::error::Error>> {
@@ -125,7 +125,7 @@ fn step(
     let gradients: GradientsParams = only.unwrap_or_else(|| sum.grads());
     device.sync()?;
     let passed = start.elapsed().as_secs_f64();
-    let model = optimizer.step(3e-4, model, gradients).update_router_bias(&loads, 1e-3);
+    let model = optimizer.step(3e-4, model, gradients)?.update_router_bias(&loads, 1e-3);
     device.sync()?;
     let whole = start.elapsed().as_secs_f64();
     Ok((model, Times { whole, optimizer: whole - passed }))

@@ -10,8 +10,8 @@ use moonlight_infer::chat::ChatError;
 use moonlight_infer::device::DeviceError;
 use moonlight_infer::tokenizer::TokenizerError;
 use moonlight_model::lora::LoraError;
-use moonlight_optim::distributed::{CollectiveError, DistributedError};
-use moonlight_optim::{RuleError, StateError};
+use moonlight_optim::distributed::CollectiveError;
+use moonlight_optim::{OptimizerError, RuleError, StateError};
 
 use crate::data::DataError;
 use crate::hints::infer_hint;
@@ -99,9 +99,9 @@ pub enum TrainError {
     /// Several workers lost each other.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
-    /// An optimizer that cannot be divided among workers.
+    /// An optimizer that cannot be built for these ranks.
     #[error(transparent)]
-    Distributed(#[from] DistributedError),
+    Optimizer(#[from] OptimizerError),
     /// One of several workers failed.
     #[error("worker {rank}: {source}")]
     Worker {
@@ -132,6 +132,7 @@ impl TrainError {
                 Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
             }
             Self::Collective(error) => error.hint(),
+            Self::Optimizer(error) => error.hint(),
             Self::Worker { source, .. } => source.hint(),
             Self::Killed => Some("resume from the newest checkpoint with `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),

@@ -219,7 +219,7 @@ fn one_step() {
     as_model(&source.join("gradients.safetensors"), &source, &device).visit(&mut by_path);
 
     let assignment = reference.rules().assign(&model).unwrap();
-    let model = assignment.optimizer().step(0.02, model, by_path.gradients.unwrap());
+    let model = assignment.to_module_optimizer().step(0.02, model, by_path.gradients.unwrap());
     let saved = tempfile::tempdir().unwrap();
     let actual = weights(&model, &saved.path().join("stepped"));
 

@@ -41,8 +41,7 @@ impl CollectiveError {
     pub fn hint(&self) -> Option<String> {
         match self {
             CollectiveError::Silent { .. } => Some(
-                "look at that worker's machine and link; a run whose workers are slower than that has a longer \
-                 `distributed.timeout_seconds`"
+                "look at that worker's machine and link; a run whose workers are slower than that needs a longer timeout"
                     .to_string(),
             ),
             CollectiveError::Failed { .. } | CollectiveError::Transport { .. } => None,

@@ -1,9 +1,10 @@
-//! Distributed Muon: several workers train one module, each with a part of the optimizer ("Muon is Scalable for LLM
-//! Training", arXiv 2502.16982, section 2.3 and Algorithm 1).
+//! Process groups and their collectives: several workers (ranks) train one module, each with a part of the optimizer
+//! ("Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.3 and Algorithm 1).
 //!
-//! All workers hold the whole module and see different data. A step sums the gradients over the workers, bucket by bucket
-//! while the backward pass goes on, so that each worker gets the sum of what it owns; each updates what it owns, and the
-//! new parameters go to all. State is kept by the owner alone, as in ZeRO-1.
+//! All workers hold the whole module and see different data. A step reduces the gradients over the workers, bucket by
+//! bucket while the backward pass is running, so that each worker gets the sum of what it owns; each updates what it owns,
+//! and all gather the new parameters. Only the owner keeps state, as in ZeRO-1. The optimizer of each worker is a
+//! [`MuonAdamW`](crate::MuonAdamW).
 //!
 //! ```
 //! use std::time::Duration;
@@ -12,8 +13,8 @@
 //! use burn::nn::{Linear, LinearConfig};
 //! use burn::optim::GradientsParams;
 //! use burn::tensor::{Device, Tensor};
-//! use moonlight_optim::distributed::{DistributedConfig, InProcess, Worker};
-//! use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
+//! use moonlight_optim::distributed::{InProcess, Worker};
+//! use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules};
 //!
 //! # #[derive(Module, Debug)]
 //! # struct Net { hidden: Linear, output: Linear }
@@ -29,7 +30,8 @@
 //!         std::thread::spawn(move || {
 //!             let worker = Worker::new(collective);
 //!             let assignment = rules.assign(&net)?;
-//!             let mut optimizer = assignment.distributed_optimizer(worker.clone(), DistributedConfig::default())?;
+//!             let options = OptimizerOptions::new().with_worker(worker.clone());
+//!             let mut optimizer = assignment.build(options)?;
 //!             for _ in 0..3 {
 //!                 // This worker's data; the loss of a step is the sum of all workers' losses.
 //!                 let x = Tensor::<2>::ones([2, 8], &device).mul_scalar(worker.rank() as f64 + 1.0);
@@ -54,18 +56,14 @@ mod in_process;
 mod mpi;
 mod nccl;
 mod norm;
-mod optimizer;
-mod partition;
-mod sharded_state;
 mod single;
 #[cfg(test)]
 mod tests;
 mod transport;
-mod whole_matrix;
 mod worker;
-mod zero1;
 
 pub use crate::load_balance::{Balance, balance};
+pub use crate::muon_adamw::{DistributedConfig, DistributedForm, GatherPrecision};
 pub use collective::{Collective, even_cuts};
 pub use comm_stats::{Operation, Traffic};
 pub use error::CollectiveError;
@@ -75,8 +73,6 @@ pub use in_process::InProcess;
 pub use mpi::Mpi;
 pub use nccl::{OnDevices, devices_reduce};
 pub use norm::sum_of_squares;
-pub use optimizer::{DistributedConfig, DistributedError, DistributedOptimizer, GatherPrecision};
-pub use partition::DistributedForm;
 pub use single::Solo;
 pub use transport::{ByHost, Payload, Transport};
 pub use worker::{Busy, Pending, Worker};

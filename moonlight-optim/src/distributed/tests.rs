@@ -12,7 +12,8 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 
 use super::*;
 use crate::{
-    AdamWConfig, Adaptive, Blocks, GroupOptimizer, MomentumPrecision, MuonConfig, ParameterRules, Rounding, Rule,
+    AdamWConfig, Adaptive, Blocks, GroupOptimizer, MomentumPrecision, MuonConfig, OptimizerError, OptimizerOptions,
+    ParameterRules, Rounding, Rule,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -217,6 +218,10 @@ fn in_bf16(net: Net) -> Net {
 
 const RATE: f64 = 0.03;
 
+fn options(worker: &Worker, config: DistributedConfig) -> OptimizerOptions {
+    OptimizerOptions::new().with_worker(worker.clone()).with_distributed(config)
+}
+
 /// `steps` steps of a group, of `micro_batches` in all; the parameters at the end.
 fn train(
     start: &Net,
@@ -230,7 +235,7 @@ fn train(
     on_workers(engine, move |worker| {
         let mut net = start.clone().fork(&Device::default().autodiff());
         let assignment = rules.assign(&net).unwrap();
-        let mut optimizer = assignment.load_distributed_optimizer(worker.clone(), config, &load).unwrap();
+        let mut optimizer = assignment.load(&load, options(&worker, config)).unwrap();
         for step in first..first + steps {
             let cuts = even_cuts(micro_batches, worker.size());
             let mut sum: Option<GradientsParams> = None;
@@ -256,7 +261,7 @@ fn train(
 /// One worker, one optimizer, all micro-batches one after the other.
 fn alone(start: &Net, rules: &ParameterRules, (first, steps, micro_batches): (usize, usize, usize)) -> Vec<f32> {
     let mut net = start.clone();
-    let mut optimizer = rules.assign(&net).unwrap().batched_optimizer();
+    let mut optimizer = rules.assign(&net).unwrap().to_module_optimizer();
     for step in first..first + steps {
         let mut sums = burn::optim::GradientsAccumulator::new();
         for micro in 0..micro_batches {
@@ -392,7 +397,7 @@ fn state_is_divided_and_what_is_sent_is_the_formula() {
             let told = on_workers(InProcess::collectives(size, PATIENCE), move |worker| {
                 let config = DistributedConfig { gather: GatherPrecision::Bf16, ..config(form) };
                 let mut net = net.clone().fork(&Device::default().autodiff());
-                let mut optimizer = rules.assign(&net).unwrap().distributed_optimizer(worker.clone(), config).unwrap();
+                let mut optimizer = rules.assign(&net).unwrap().build(options(&worker, config)).unwrap();
                 let formula = optimizer.traffic_by_formula(&net);
                 for step in 0..2 {
                     let taken = gradients(&net, step);
@@ -440,23 +445,20 @@ fn what_any_number_of_workers_saved_any_number_goes_on_with() {
                 (0..count).map(|rank| dir.join(format!("{rank}.bpk"))).collect()
             };
             let assignment = rules.assign(&start).unwrap();
+            // All of a state: written by one rank as one part of each tensor.
             let merged = |files: &[PathBuf]| -> Vec<(String, Vec<u8>)> {
-                let optimizer = assignment.load_batched_optimizer_parts(files).unwrap();
-                let reader = burn_pack::Reader::from_bytes(optimizer.into_bytes().unwrap()).unwrap();
-                let paths = reader.metadata().clone();
+                let whole = tempfile::tempdir().unwrap();
+                let file = whole.path().join("whole.bpk");
+                assignment.load(files, OptimizerOptions::new()).unwrap().save(&file).unwrap();
+                let reader = burn_pack::Reader::from_file(&file).unwrap();
                 let mut scalars: Vec<_> = reader
                     .scalars()
                     .iter()
-                    .map(|(name, value)| {
-                        let (id, field) = name.split_once('.').unwrap();
-                        (format!("{}.{field}", paths[id]), format!("{value:?}").into_bytes())
-                    })
+                    .map(|(name, value)| (name.clone(), format!("{value:?}").into_bytes()))
                     .collect();
-                let tensors = reader.into_tensors().unwrap().into_iter().map(|tensor| {
-                    let (id, field) = tensor.name.split_once('.').unwrap();
-                    (format!("{}.{field}", paths[id]), tensor.to_bytes().unwrap().to_vec())
-                });
-                scalars.extend(tensors);
+                let tensors = reader.into_tensors().unwrap();
+                assert!(tensors.iter().all(|tensor| tensor.name.ends_with(":0")));
+                scalars.extend(tensors.iter().map(|tensor| (tensor.name.clone(), tensor.to_bytes().unwrap().to_vec())));
                 scalars.sort();
                 scalars
             };
@@ -469,18 +471,22 @@ fn what_any_number_of_workers_saved_any_number_goes_on_with() {
                 let (rules, start, loaded) = (rules.clone(), start.clone(), files(dir.path(), 4));
                 on_workers(InProcess::collectives(size, PATIENCE), move |worker| {
                     let assignment = rules.assign(&start).unwrap();
-                    let optimizer = assignment.load_distributed_optimizer(worker.clone(), config(form), &loaded);
+                    let optimizer = assignment.load(&loaded, options(&worker, config(form)));
                     optimizer.unwrap().save(target.join(format!("{}.bpk", worker.rank()))).unwrap();
                 });
                 assert!(merged(&files(again.path(), size)) == expected, "{form:?} {size}");
             }
-            // As one file of a single optimizer, and back.
+            // As the one file of Burn's optimizer, and back.
             let single = dir.path().join("single.bpk");
-            assignment.load_batched_optimizer_parts(&files(dir.path(), 4)).unwrap().save(&single).unwrap();
+            assignment.load_module_optimizer(&files(dir.path(), 4)).unwrap().save(&single).unwrap();
             assert!(merged(&[single]) == expected, "{form:?}");
             // A file is missing.
-            let error = assignment.load_batched_optimizer_parts(&files(dir.path(), 4)[1..]).unwrap_err();
+            let error = assignment.load(&files(dir.path(), 4)[1..], OptimizerOptions::new()).unwrap_err();
             assert!(error.to_string().contains("is missing"), "{error}");
+            // A file is there twice.
+            let twice = [files(dir.path(), 4), files(dir.path(), 1)].concat();
+            let error = assignment.load(&twice, OptimizerOptions::new()).unwrap_err();
+            assert!(error.to_string().contains("is there twice"), "{error}");
         }
     }
 }
@@ -490,11 +496,11 @@ fn a_group_that_cannot_be_divided_is_named() {
     let start = net();
     let sgd = burn::optim::SgdConfig::new().build();
     let rules = ParameterRules::new().group("sgd", GroupOptimizer::new(sgd, 0.0)).rule(Rule::to("sgd").path("**"));
-    let error = rules.assign(&start).unwrap().distributed_optimizer(Worker::alone(), DistributedConfig::default());
+    let error = rules.assign(&start).unwrap().build(OptimizerOptions::new());
     assert!(error.unwrap_err().to_string().contains("the group `sgd`"));
     let mut muon = MuonConfig::new();
     muon.adaptive = Adaptive::nor_muon();
     let assignment = self::rules(muon, AdamWConfig::new()).assign(&start).unwrap();
-    let error = assignment.distributed_optimizer(Worker::alone(), config(DistributedForm::Flat)).unwrap_err();
-    assert!(matches!(error, DistributedError::AdaptiveParts));
+    let error = assignment.build(options(&Worker::alone(), config(DistributedForm::Flat))).unwrap_err();
+    assert!(matches!(error, OptimizerError::AdaptiveParts));
 }

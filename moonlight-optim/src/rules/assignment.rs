@@ -10,7 +10,7 @@ use super::{GroupOptimizer, Parameter, Rule};
 use crate::Blocks;
 
 /// The name under which tensors without gradients are listed.
-pub const BUFFER: &str = "buffer";
+pub(crate) const BUFFER: &str = "buffer";
 
 /// A parameter, and what takes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -19,7 +19,7 @@ pub struct AssignedParameter {
     pub path: String,
     /// The shape as stored.
     pub shape: Vec<usize>,
-    /// The name of its group, or [`BUFFER`].
+    /// The name of its group, or `buffer`.
     pub group: String,
     /// Why it is there.
     pub reason: String,
@@ -105,12 +105,14 @@ impl Assignment {
         by_blocks
     }
 
-    /// The optimizer for the module, without any state: one group of Burn's `ModuleOptimizer` for each of ours, by
-    /// path.
+    /// Burn's own optimizer for the module, without any state: one group of a `ModuleOptimizer` for each of ours, by path.
+    /// For burn-train's `Learner` and other code that takes a `ModuleOptimizer`, and for groups of other optimizers than
+    /// Muon and AdamW. Else [`Assignment::build`] gives the same parameters, bit for bit, and is faster if there are many
+    /// equal matrices (stochastic rounding draws in another order).
     ///
-    /// It goes on working when the module is replaced by another with the same paths. It panics on a step with a
-    /// parameter that was not there when the rules were assigned.
-    pub fn optimizer(&self) -> ModuleOptimizer {
+    /// It works for any module with the same paths. It panics on a step with a parameter that was not there when the rules
+    /// were assigned.
+    pub fn to_module_optimizer(&self) -> ModuleOptimizer {
         let mut optimizer = ModuleOptimizer::from(Unassigned);
         for (name, group) in self.groups() {
             for (blocks, paths) in self.by_blocks(name) {

@@ -39,18 +39,6 @@ pub enum GroupSettings {
     },
 }
 
-impl GroupSettings {
-    /// The tensors in a parameter's state, where known: those that a saved state must hold to be this optimizer's, and
-    /// those that it may.
-    pub(crate) fn state_tensors(&self) -> Option<(&'static [&'static str], &'static [&'static str])> {
-        match self {
-            GroupSettings::Muon(_) => Some((&["momentum"], &["master", "second_moment"])),
-            GroupSettings::AdamW(_) => Some((&["momentum.moment_1", "momentum.moment_2"], &["master"])),
-            GroupSettings::Other { .. } => None,
-        }
-    }
-}
-
 impl GroupOptimizer {
     /// Any Burn optimizer. `weight_decay` is the decoupled decay that it applies, if it does; only
     /// [`update_rms`](crate::update_rms) needs to know it, to tell the update from the decay.

@@ -12,7 +12,8 @@ use std::collections::HashMap;
 
 use burn::module::Module;
 
-pub use assignment::{AssignedParameter, Assignment, BUFFER};
+pub(crate) use assignment::BUFFER;
+pub use assignment::{AssignedParameter, Assignment};
 pub use error::RuleError;
 pub use group::{GroupOptimizer, GroupSettings};
 pub use parameter::Parameter;
@@ -27,7 +28,7 @@ use pattern::PathPattern;
 /// ```
 /// use burn::nn::{Linear, LinearConfig};
 /// use burn::tensor::Device;
-/// use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules, Rule};
+/// use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules, Rule};
 ///
 /// let layer: Linear = LinearConfig::new(8, 16).init(&Device::default().autodiff());
 /// let assignment = ParameterRules::new()
@@ -37,8 +38,8 @@ use pattern::PathPattern;
 ///     .rule(Rule::to("adamw").because("not a matrix"))
 ///     .assign(&layer)?;
 /// println!("{assignment}");
-/// let optimizer = assignment.optimizer();
-/// # Ok::<(), moonlight_optim::RuleError>(())
+/// let optimizer = assignment.build(OptimizerOptions::new())?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct ParameterRules {
@@ -155,7 +156,7 @@ impl ParameterRules {
         let mut first_paths = HashMap::new();
         for parameter in parameters {
             if !parameter.trainable {
-                // What is frozen for once is no misspelt pattern.
+                // A rule that matches only frozen parameters is not an error: its pattern is not misspelt.
                 for (rule, count) in frozen.iter_mut().enumerate() {
                     *count += usize::from(matches(rule, &parameter));
                 }

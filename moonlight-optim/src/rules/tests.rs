@@ -243,7 +243,7 @@ fn a_group_takes_its_share_of_the_learning_rate() {
             .group("adamw", AdamWConfig::new())
             .rule(Rule::to("muon").rank(2..=2))
             .rule(Rule::to("adamw").rank(1..=1));
-        let mut optimizer = rules.assign(&layer).unwrap().optimizer();
+        let mut optimizer = rules.assign(&layer).unwrap().to_module_optimizer();
         let loss = layer.forward(Tensor::<2>::ones([2, 4], device)).powi_scalar(3).sum();
         let grads = GradientsParams::from_grads(loss.backward(), &layer);
         let after = optimizer.step(lr, layer.clone(), grads);

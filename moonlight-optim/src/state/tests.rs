@@ -1,10 +1,18 @@
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
-use burn::optim::GradientsParams;
-use burn::tensor::{DType, Device, Tensor};
+use burn::optim::{GradientsParams, ModuleOptimizer};
+use burn::tensor::{Bytes, DType, Device, Tensor};
 
 use super::*;
-use crate::{AdamWConfig, Adaptive, MomentumPrecision, MuonConfig, ParameterRules, Rounding, Rule};
+use crate::{AdamWConfig, Adaptive, Assignment, MomentumPrecision, MuonConfig, ParameterRules, Rounding, Rule};
+
+/// The optimizer with the state of a file of these bytes.
+fn load(assignment: &Assignment, bytes: Bytes) -> Result<ModuleOptimizer, StateError> {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("optimizer.bpk");
+    std::fs::write(&file, &bytes[..]).unwrap();
+    assignment.load_module_optimizer(&[file])
+}
 
 #[derive(Module, Debug)]
 struct Pair {
@@ -66,7 +74,7 @@ fn a_run_goes_on_bit_for_bit_under_new_identities() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("optimizer.bpk");
     let mut model = pair(4);
-    let mut optimizer = assign(&model, true).optimizer();
+    let mut optimizer = assign(&model, true).to_module_optimizer();
     for _ in 0..3 {
         model = step(&mut optimizer, model, 2);
     }
@@ -74,8 +82,8 @@ fn a_run_goes_on_bit_for_bit_under_new_identities() {
     let mut resumed = reborn(&model);
     assert_ne!(resumed.first.weight.id, model.first.weight.id);
     assert_eq!(bits(&resumed), bits(&model));
-    let mut restored = assign(&resumed, true).load_optimizer(&file).unwrap();
-    let mut from_bytes = assign(&resumed, true).load_optimizer_bytes(optimizer.into_bytes().unwrap()).unwrap();
+    let mut restored = assign(&resumed, true).load_module_optimizer(&[&file]).unwrap();
+    let mut from_bytes = load(&assign(&resumed, true), optimizer.into_bytes().unwrap()).unwrap();
     let mut twin = resumed.clone();
     for _ in 0..3 {
         model = step(&mut optimizer, model, 3);
@@ -111,12 +119,12 @@ fn bf16_weights_resume_bit_for_bit_with_their_f32_state() {
     let bits = |pair: &Pair| -> Vec<f32> { pair.second.weight.val().into_data().iter::<f32>().collect() };
     for muon in [true, false] {
         let mut model = narrow(pair(4));
-        let mut optimizer = assign(&model, muon).optimizer();
+        let mut optimizer = assign(&model, muon).to_module_optimizer();
         for _ in 0..3 {
             model = step(&mut optimizer, model);
         }
         let mut resumed = narrow(reborn(&model));
-        let mut restored = assign(&resumed, muon).load_optimizer_bytes(optimizer.into_bytes().unwrap()).unwrap();
+        let mut restored = load(&assign(&resumed, muon), optimizer.into_bytes().unwrap()).unwrap();
         for _ in 0..3 {
             model = step(&mut optimizer, model);
             resumed = step(&mut restored, resumed);
@@ -129,41 +137,41 @@ fn bf16_weights_resume_bit_for_bit_with_their_f32_state() {
 #[test]
 fn burns_own_load_forgets_the_state_under_new_identities() {
     let mut model = pair(4);
-    let mut optimizer = assign(&model, true).optimizer();
+    let mut optimizer = assign(&model, true).to_module_optimizer();
     model = step(&mut optimizer, model, 2);
     let bytes = optimizer.into_bytes().unwrap();
     let resumed = reborn(&model);
-    let mut restored = assign(&resumed, true).optimizer().from_bytes(bytes).unwrap();
+    let mut restored = assign(&resumed, true).to_module_optimizer().from_bytes(bytes).unwrap();
     assert_ne!(bits(&step(&mut restored, resumed, 3)), bits(&step(&mut optimizer, model, 3)));
 }
 
 #[test]
 fn a_state_that_does_not_fit_is_refused() {
     let mut model = pair(4);
-    let mut optimizer = assign(&model, true).optimizer();
+    let mut optimizer = assign(&model, true).to_module_optimizer();
     model = step(&mut optimizer, model, 2);
     let bytes = || optimizer.into_bytes().unwrap();
     let message = |result: Result<ModuleOptimizer, StateError>| result.err().unwrap().to_string();
 
     assert_eq!(
-        message(assign(&model, false).load_optimizer_bytes(bytes())),
+        message(load(&assign(&model, false), bytes())),
         "the optimizer state of `first.weight` is not that of the group `adamw` which takes the parameter now"
     );
     assert_eq!(
-        message(assign(&pair(6), true).load_optimizer_bytes(bytes())),
+        message(load(&assign(&pair(6), true), bytes())),
         "the optimizer state of `first.weight` has shape [4, 5], the parameter has [6, 5]"
     );
     let rules = ParameterRules::muon_except(Vec::<String>::new(), MuonConfig::new(), AdamWConfig::new());
     let linear = rules.assign(&pair(4).first).unwrap();
     assert_eq!(
-        message(linear.load_optimizer_bytes(bytes())),
+        message(load(&linear, bytes())),
         "the optimizer state holds `first.bias`, which the model does not train"
     );
     let mut broken = bytes().to_vec();
     broken.truncate(broken.len() - 8);
-    let error = message(assign(&model, true).load_optimizer_bytes(Bytes::from_bytes_vec(broken)));
+    let error = message(load(&assign(&model, true), Bytes::from_bytes_vec(broken)));
     assert!(error.starts_with("the optimizer state cannot be read"), "{error}");
-    let missing = assign(&model, true).load_optimizer("/nowhere/optimizer.bpk");
+    let missing = assign(&model, true).load_module_optimizer(&["/nowhere/optimizer.bpk"]);
     assert!(message(missing).contains("/nowhere/optimizer.bpk"));
 }
 
@@ -172,7 +180,7 @@ fn a_state_that_does_not_fit_is_refused() {
 fn a_state_loads_into_other_types_variants_and_groups() {
     let save = |muon: &MuonConfig, model: &Pair| {
         let rules = ParameterRules::muon_except(Vec::<String>::new(), muon.clone(), AdamWConfig::new());
-        let mut optimizer = rules.assign(model).unwrap().optimizer();
+        let mut optimizer = rules.assign(model).unwrap().to_module_optimizer();
         let model = step(&mut optimizer, model.clone(), 2);
         (optimizer, model)
     };
@@ -187,7 +195,7 @@ fn a_state_loads_into_other_types_variants_and_groups() {
             .rule(Rule::to("rest").rank(1..=1))
             .assign(model)
             .unwrap();
-        assignment.load_optimizer_bytes(bytes)
+        load(&assignment, bytes)
     };
     let start = pair(4);
     let plain = MuonConfig::new();
@@ -221,13 +229,13 @@ fn master_weights_are_saved_and_loaded() {
         .rule(Rule::to("muon").path("first.weight"))
         .rule(Rule::to("adamw").path("second.weight"));
     let mut model = narrow(pair(4));
-    let mut optimizer = rules.assign(&model).unwrap().optimizer();
+    let mut optimizer = rules.assign(&model).unwrap().to_module_optimizer();
     for _ in 0..3 {
         model = step(&mut optimizer, model);
     }
     let mut resumed = narrow(reborn(&model));
     let bytes = optimizer.into_bytes().unwrap();
-    let mut restored = rules.assign(&resumed).unwrap().load_optimizer_bytes(bytes).unwrap();
+    let mut restored = load(&rules.assign(&resumed).unwrap(), bytes).unwrap();
     for _ in 0..30 {
         model = step(&mut optimizer, model);
         resumed = step(&mut restored, resumed);

@@ -1,6 +1,6 @@
 //! The metrics of a run: one record for the dashboard, the log line, `metrics.jsonl` and TensorBoard alike.
 //!
-//! A new metric needs a field of [`Metrics`] and its row of [`METRICS`] here, its value where it is measured (for what a
+//! A new metric needs a field of [`Metrics`] and its row of `METRICS` here, its value where it is measured (for what a
 //! step measures, `trainer/step_result.rs`), and, to be in the log line, a column in `console.rs`.
 
 mod console;

@@ -8,7 +8,7 @@ use moonlight_model::QuantBits;
 use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::kernels::QUANT_BLOCK;
 use moonlight_model::lora::{AdapterShape, LoraConfig};
-use moonlight_optim::equal_batches;
+use moonlight_optim::memory::step_batches;
 use serde::Serialize;
 
 use super::activation_memory::{of_head, of_layer};
@@ -411,7 +411,7 @@ impl Step<'_> {
             *copied += if self.settings.probed { weights } else { 0 };
         };
         let elements = |parameter: &&Parameter| parameter.values as usize;
-        for batch in equal_batches(muon, elements, |one, other| one.shape == other.shape) {
+        for batch in step_batches(muon, elements, |one, other| one.shape == other.shape) {
             let weights = batch.iter().map(|parameter| parameter.weight()).sum();
             note("Muon", gradients, self.muon_workspace(&batch), weights);
             gradients -= batch.iter().map(|parameter| parameter.gradient()).sum::<u64>();

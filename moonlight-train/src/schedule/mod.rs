@@ -9,7 +9,7 @@ mod config;
 
 pub use config::{AccumulationChange, ScheduleConfig, ScheduleName, Stage, StageShape};
 
-/// A schedule that cannot be.
+/// Why a schedule is impossible.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{key}` {problem}")]
 pub struct ScheduleError {
@@ -28,7 +28,7 @@ pub struct Schedule {
     accumulation: Vec<AccumulationChange>,
 }
 
-/// Steps over which the rate goes from one value to another.
+/// A stretch of steps over which the rate moves from one value to another.
 #[derive(Debug, Clone, PartialEq)]
 struct Segment {
     /// The first step after it.
@@ -93,7 +93,7 @@ impl Schedule {
         Ok(schedule)
     }
 
-    /// Adds steps that begin where the last ended; none for none.
+    /// Appends a segment that starts at the rate of the last one; nothing for 0 steps.
     fn push(&mut self, steps: u64, to: f64, shape: StageShape) {
         if steps == 0 {
             return;
@@ -103,12 +103,12 @@ impl Schedule {
         self.segments.push(Segment { end, steps, from, to, shape, bias_update_rate: None });
     }
 
-    /// The segment that a step belongs to; the last one goes on for ever.
+    /// The segment of a step; the last one has no end.
     fn segment(&self, step: u64) -> Option<&Segment> {
         self.segments.iter().find(|segment| step < segment.end).or(self.segments.last())
     }
 
-    /// The learning rate of the step about to be taken, counted from 0.
+    /// The learning rate of step `step`, counted from 0.
     pub fn rate(&self, step: u64) -> f64 {
         let Some(segment) = self.segment(step) else { return 0.0 };
         let done = step + 1 - (segment.end - segment.steps).min(step);

@@ -15,7 +15,8 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor};
 use moonlight_model::{CausalLm, ForwardContext, ForwardStats, LayerOutput, LmBatch, Probe};
-use moonlight_optim::distributed::{CollectiveError, DistributedOptimizer, sum_of_squares};
+use moonlight_optim::MuonAdamW;
+use moonlight_optim::distributed::{CollectiveError, sum_of_squares};
 
 use super::model_cell::ModelCell;
 use super::step::{NonFinite, StepError};
@@ -63,7 +64,7 @@ pub(crate) trait GradientSink {
 /// several ranks they are reduced while the backward pass runs on.
 pub(crate) struct ReducingSink<'a> {
     model: &'a CausalLm,
-    optimizer: &'a mut DistributedOptimizer,
+    optimizer: &'a mut MuonAdamW,
     sums: Sums,
 }
 
@@ -75,7 +76,7 @@ enum Sums {
 }
 
 impl<'a> ReducingSink<'a> {
-    pub(crate) fn new(model: &'a CausalLm, optimizer: &'a mut DistributedOptimizer) -> Self {
+    pub(crate) fn new(model: &'a CausalLm, optimizer: &'a mut MuonAdamW) -> Self {
         Self { model, optimizer, sums: Sums::Accumulating(GradientsAccumulator::new()) }
     }
 
@@ -137,13 +138,13 @@ impl ModuleVisitor for Adding<'_> {
 /// Updates each stage's parameters as soon as their gradients exist, and frees these.
 pub(crate) struct UpdatingSink<'a> {
     model: &'a mut ModelCell,
-    optimizer: &'a mut DistributedOptimizer,
+    optimizer: &'a mut MuonAdamW,
     learning_rate: f64,
     squares: f64,
 }
 
 impl<'a> UpdatingSink<'a> {
-    pub(crate) fn new(model: &'a mut ModelCell, optimizer: &'a mut DistributedOptimizer, learning_rate: f64) -> Self {
+    pub(crate) fn new(model: &'a mut ModelCell, optimizer: &'a mut MuonAdamW, learning_rate: f64) -> Self {
         Self { model, optimizer, learning_rate, squares: 0.0 }
     }
 
@@ -345,8 +346,7 @@ impl Head {
 mod tests {
     use burn::tensor::Device;
     use moonlight_model::ModelConfig;
-    use moonlight_optim::distributed::{DistributedConfig, Worker};
-    use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
+    use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules};
 
     use super::*;
     use crate::data::HostBatch;
@@ -414,10 +414,9 @@ mod tests {
     }
 
     /// The optimizer of one rank.
-    fn optimizer(model: &CausalLm) -> DistributedOptimizer {
+    fn optimizer(model: &CausalLm) -> MuonAdamW {
         let rules = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new());
-        let assignment = rules.assign(model).unwrap();
-        assignment.distributed_optimizer(Worker::alone(), DistributedConfig::default()).unwrap()
+        rules.assign(model).unwrap().build(OptimizerOptions::new()).unwrap()
     }
 
     /// Keeps the gradients of one micro-batch.

@@ -1,7 +1,8 @@
 //! What the ranks sent and held, for the end of a run.
 
 use moonlight_model::CausalLm;
-use moonlight_optim::distributed::{DistributedOptimizer, Traffic};
+use moonlight_optim::MuonAdamW;
+use moonlight_optim::distributed::Traffic;
 
 use super::exchange::{all_gather, exchange_fields};
 use crate::error::TrainError;
@@ -22,7 +23,7 @@ exchange_fields!(RankBytes { gradients, momentum, parameters, numbers, state, mo
 
 /// Bytes sent in a step and bytes of optimizer state, beside those that the shapes predict.
 pub(super) fn comm_report(
-    optimizer: &DistributedOptimizer,
+    optimizer: &MuonAdamW,
     model: &CausalLm,
     sent: Traffic,
     steps: u64,

@@ -1,7 +1,15 @@
 //! `moonlight train`: from a recipe to a trained model.
 //!
-//! [`train`] opens the run ([`setup`]), on each of its ranks ([`process_group`]), and runs the training loop
-//! ([`train_loop`]), whose steps are [`step`]. One rank takes the same path as many.
+//! One rank takes the same path as many. In the order of a run:
+//!
+//! * `process_group.rs`: the ranks, from the recipe or a launcher, and what happens when one fails.
+//! * `setup.rs`: data, model, optimizer, and the checkpoint to resume from.
+//! * `train_loop.rs`: the loop: step, report, validate, save.
+//! * `rank_trainer.rs`: what the loop calls, on one rank. `step.rs` is a step, `backward.rs` its passes in stages,
+//!   `step_result.rs` what it measures, `save.rs` a checkpoint.
+//! * `final_report.rs`: plots, evaluation and a sample.
+//!
+//! `exchange.rs` is how ranks tell each other anything but tensors.
 
 mod backward;
 mod comm_report;

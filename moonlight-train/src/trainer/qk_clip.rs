@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 use moonlight_model::attention::QkClipProjections;
 use moonlight_model::{CausalLm, Projection};
-use moonlight_optim::{HeadLayout, QkClip, WeightLayout, in_place_of};
+use moonlight_optim::{HeadLayout, QkClip, WeightLayout, replace_value};
 
 /// The model with each head scaled by its largest logit of the step, `largest[layer][head]`.
 pub(super) fn clip(mut model: CausalLm, largest: &[Vec<f64>], clip: QkClip) -> CausalLm {
@@ -25,11 +25,11 @@ pub(super) fn clip(mut model: CausalLm, largest: &[Vec<f64>], clip: QkClip) -> C
 
 /// Applies `scaled` to a layer's weight `[in, out]`, and to its bias as a weight of one row.
 fn scale(layer: &mut Projection, scaled: impl Fn(Tensor<2>) -> Tensor<2>) {
-    layer.weight = layer.weight.clone().map(|weight| in_place_of(&weight, scaled(weight.clone().inner())));
+    layer.weight = layer.weight.clone().map(|weight| replace_value(&weight, scaled(weight.clone().inner())));
     layer.bias = layer.bias.take().map(|bias| {
         bias.map(|bias| {
             let [outputs] = bias.dims();
-            in_place_of(&bias, scaled(bias.clone().inner().reshape([1, outputs])).reshape([outputs]))
+            replace_value(&bias, scaled(bias.clone().inner().reshape([1, outputs])).reshape([outputs]))
         })
     });
 }

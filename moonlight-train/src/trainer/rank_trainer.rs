@@ -8,8 +8,8 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::Interrupter;
 use moonlight_model::{CausalLm, Probe};
-use moonlight_optim::distributed::{DistributedOptimizer, Worker, even_cuts};
-use moonlight_optim::{Assignment, update_rms};
+use moonlight_optim::distributed::{Worker, even_cuts};
+use moonlight_optim::{Assignment, MuonAdamW, update_rms};
 
 use super::backward::MemoryOptions;
 use super::exchange::{all_gather, any, exchange_fields};
@@ -34,7 +34,7 @@ pub(super) struct RankTrainer {
     pub(super) corpus: Arc<Dataset>,
     pub(super) data: Prefetcher,
     pub(super) model: ModelCell,
-    pub(super) optimizer: DistributedOptimizer,
+    pub(super) optimizer: MuonAdamW,
     pub(super) assignment: Assignment,
     /// The device with gradients.
     pub(super) device: Device,

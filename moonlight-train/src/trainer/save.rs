@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use moonlight_model::CausalLm;
-use moonlight_optim::distributed::DistributedOptimizer;
+use moonlight_optim::MuonAdamW;
 
 use super::exchange::{agree, broadcast_text};
 use crate::checkpoint::{Checkpoints, StateWriter, TrainerState};
@@ -15,7 +15,7 @@ use crate::error::TrainError;
 pub(super) fn save(
     checkpoints: &Checkpoints,
     model: &CausalLm,
-    optimizer: &DistributedOptimizer,
+    optimizer: &MuonAdamW,
     state: &TrainerState,
 ) -> Result<PathBuf, TrainError> {
     let worker = optimizer.worker();
@@ -44,7 +44,7 @@ pub(super) fn save(
 
 /// Rank 0's side: tells the others the new folder, and waits for their parts.
 struct RankZeroWriter<'a> {
-    optimizer: &'a DistributedOptimizer,
+    optimizer: &'a MuonAdamW,
     /// Whether the others know the folder.
     announced: bool,
     /// Whether a rank failed, which all know then.
@@ -67,7 +67,7 @@ impl StateWriter for RankZeroWriter<'_> {
     }
 }
 
-fn write_part(dir: &Path, optimizer: &DistributedOptimizer) -> Result<(), TrainError> {
+fn write_part(dir: &Path, optimizer: &MuonAdamW) -> Result<(), TrainError> {
     let worker = optimizer.worker();
     let path = Checkpoints::part(dir, worker.rank(), worker.size());
     if !dir.exists() {

@@ -12,8 +12,8 @@ use moonlight_infer::device::{self, Target};
 use moonlight_infer::load_base;
 use moonlight_infer::tokenizer::{Companion, Tokenizer};
 use moonlight_model::{CausalLm, ModelConfig};
-use moonlight_optim::Assignment;
-use moonlight_optim::distributed::{DistributedError, DistributedOptimizer, Worker};
+use moonlight_optim::distributed::Worker;
+use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions};
 use serde_json::{Value, json};
 
 use super::final_report::Trained;
@@ -211,12 +211,13 @@ fn optimizer(
     recipe: &Recipe,
     worker: Worker,
     resumed: Option<&Found>,
-) -> Result<DistributedOptimizer, TrainError> {
+) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
-    let Some(found) = resumed else { return Ok(assignment.distributed_optimizer(worker, config)?) };
+    let options = OptimizerOptions::new().with_worker(worker).with_distributed(config);
+    let Some(found) = resumed else { return Ok(assignment.build(options)?) };
     let files = found.optimizer();
-    assignment.load_distributed_optimizer(worker, config, &files).map_err(|error| match error {
-        DistributedError::State(source) => {
+    assignment.load(&files, options).map_err(|error| match error {
+        OptimizerError::State(source) => {
             let path = if let [file] = files.as_slice() { file } else { &found.path };
             TrainError::OptimizerState { path: path.clone(), source }
         }

@@ -2,7 +2,8 @@
 
 use burn::tensor::Device;
 use moonlight_model::Probe;
-use moonlight_optim::distributed::{CollectiveError, DistributedOptimizer};
+use moonlight_optim::MuonAdamW;
+use moonlight_optim::distributed::CollectiveError;
 
 use super::backward::{GradientSink, MemoryOptions, MicroBatch, ReducingSink, UpdatingSink, backward};
 use super::model_cell::ModelCell;
@@ -73,7 +74,7 @@ impl From<NonFinite> for StepError {
 /// and the routers' bias.
 pub(crate) fn step(
     model: &mut ModelCell,
-    optimizer: &mut DistributedOptimizer,
+    optimizer: &mut MuonAdamW,
     batches: &[HostBatch],
     totals: StepTotals,
     settings: &StepSettings,

@@ -1,8 +1,9 @@
 //! Who holds what: every element of every parameter has one owner.
 
+use burn::module::ParamId;
 use serde::{Deserialize, Serialize};
 
-use super::collective::even_cuts;
+use crate::distributed::even_cuts;
 use crate::load_balance::balance;
 use crate::{AdamWConfig, Assignment, Blocks, GroupSettings, MuonConfig};
 
@@ -11,79 +12,81 @@ use crate::{AdamWConfig, Assignment, Blocks, GroupSettings, MuonConfig};
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum DistributedForm {
-    /// Each worker has whole matrices, by the cost of their Newton-Schulz: it alone keeps their momentum and
-    /// orthogonalises them. What travels is what a sharded AdamW sends.
+    /// Each rank owns whole matrices, balanced by the cost of their Newton-Schulz: it alone keeps their momentum and
+    /// orthogonalises them. The traffic is that of a sharded AdamW.
     #[default]
     WholeMatrix,
-    /// The report's Algorithm 1: parameters lie end to end and are cut into as many even parts as there are workers, in the
-    /// manner of ZeRO-1. Who holds a part of a matrix gathers the whole of its momentum, orthogonalises it, and keeps its
-    /// part of the update.
+    /// The report's Algorithm 1 (ZeRO-1): the parameters in a row are cut into as many even parts as there are ranks. A
+    /// rank that holds a part of a matrix gathers the whole of its momentum, orthogonalises it, and keeps its part of the
+    /// update.
     Flat,
 }
 
 /// A parameter that is optimised.
 #[derive(Clone, Debug)]
-pub(super) struct Target {
-    pub(super) path: String,
-    pub(super) group: String,
-    pub(super) shape: Vec<usize>,
-    pub(super) by: By,
+pub(crate) struct Target {
+    pub(crate) path: String,
+    /// Burn's identity of the parameter in the module that the rules were assigned to.
+    pub(crate) id: ParamId,
+    pub(crate) group: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) by: By,
 }
 
-/// By what.
+/// The optimizer of a target.
 #[derive(Clone, Debug)]
-pub(super) enum By {
+pub(crate) enum By {
     /// Muon, as a stack `[matrices, rows, columns]`; its number among the optimizers.
     Muon { optimizer: usize, stack: [usize; 3] },
     /// AdamW; its number among the optimizers.
     AdamW { optimizer: usize },
+    /// Another of Burn's optimizers.
+    Other,
 }
 
 impl Target {
-    pub(super) fn elements(&self) -> usize {
+    pub(crate) fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 
     /// Elements of one of its matrices; of all of it, where it is none of Muon's.
-    pub(super) fn unit(&self) -> usize {
+    pub(crate) fn unit(&self) -> usize {
         match self.by {
             By::Muon { stack: [_, rows, columns], .. } => rows * columns,
-            By::AdamW { .. } => self.elements(),
+            By::AdamW { .. } | By::Other => self.elements(),
         }
     }
 }
 
 /// The optimizers of an assignment, each with the learning rate's factor.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Optimizers {
-    pub(super) muon: Vec<(MuonConfig, f64)>,
-    pub(super) adamw: Vec<(AdamWConfig, f64)>,
+pub(crate) struct Optimizers {
+    pub(crate) muon: Vec<(MuonConfig, f64)>,
+    pub(crate) adamw: Vec<(AdamWConfig, f64)>,
 }
 
-/// The parameters of an assignment, in the module's order; `None` and the group's name where a group is neither Muon nor
-/// AdamW.
-pub(super) fn targets(assignment: &Assignment) -> Result<(Vec<Target>, Optimizers), String> {
+/// The parameters of an assignment, in the module's order.
+pub(crate) fn targets(assignment: &Assignment) -> (Vec<Target>, Optimizers) {
     let mut optimizers = Optimizers::default();
     let mut targets = Vec::new();
     let group_of = |name: &str| assignment.groups().find(|(group, _)| *group == name).map(|(_, group)| group);
     for row in assignment.rows().iter().filter(|row| row.is_optimized()) {
-        let group = group_of(&row.group).ok_or_else(|| row.group.clone())?;
-        let factor = group.learning_rate_factor();
-        let by = match group.settings() {
-            GroupSettings::Muon(config) => {
+        let by = match group_of(&row.group).map(|group| (group.settings(), group.learning_rate_factor())) {
+            Some((GroupSettings::Muon(config), factor)) => {
                 let blocks = if row.blocks == Blocks::Whole { config.blocks.clone() } else { row.blocks.clone() };
                 let config = config.as_ref().clone().with_blocks(blocks);
                 let stack = config.view.stack(&row.shape);
                 By::Muon { optimizer: place(&mut optimizers.muon, (config, factor)), stack }
             }
-            GroupSettings::AdamW(config) => {
+            Some((GroupSettings::AdamW(config), factor)) => {
                 By::AdamW { optimizer: place(&mut optimizers.adamw, (config.clone(), factor)) }
             }
-            GroupSettings::Other { .. } => return Err(row.group.clone()),
+            Some((GroupSettings::Other { .. }, _)) | None => By::Other,
         };
-        targets.push(Target { path: row.path.clone(), group: row.group.clone(), shape: row.shape.clone(), by });
+        let (path, group, shape) = (row.path.clone(), row.group.clone(), row.shape.clone());
+        targets.push(Target { path, id: row.id, group, shape, by });
     }
-    Ok((targets, optimizers))
+    (targets, optimizers)
 }
 
 /// The number of an item in a list, to which it is added if it is not there.
@@ -94,7 +97,7 @@ fn place<T: PartialEq>(list: &mut Vec<T>, item: T) -> usize {
     })
 }
 
-/// Consecutive elements of a parameter that one worker owns.
+/// Consecutive elements of a parameter that one rank owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Segment {
     pub(super) target: usize,
@@ -108,22 +111,22 @@ impl Segment {
     }
 }
 
-/// Parameters whose gradients travel together.
+/// Parameters whose gradients are reduced together.
 #[derive(Clone, Debug)]
 pub(super) struct Bucket {
     pub(super) targets: Vec<usize>,
-    /// The segments of each worker, in the order of parameters and elements.
+    /// The segments of each rank, in the order of parameters and elements.
     pub(super) parts: Vec<Vec<Segment>>,
 }
 
 impl Bucket {
-    /// Elements of each worker.
+    /// Elements of each rank.
     pub(super) fn lengths(&self) -> Vec<usize> {
         self.parts.iter().map(|segments| segments.iter().map(Segment::len).sum()).collect()
     }
 }
 
-/// Buckets in the order in which a backward pass comes to them: from the last parameter to the first.
+/// Buckets in the order in which a backward pass reaches them: from the last parameter to the first.
 pub(super) fn partition(
     targets: &[Target],
     optimizers: &Optimizers,
@@ -153,7 +156,7 @@ pub(super) fn partition(
                 add(&mut parts[owner], Segment { target, start: matrix * unit, end: (matrix + 1) * unit });
             }
         }
-        // What has no owner lies end to end and is cut evenly.
+        // Parameters without an owner are put in a row and cut evenly.
         let flat: Vec<usize> = members.iter().copied().filter(|&target| owners[target].is_none()).collect();
         let elements = flat.iter().map(|&target| targets[target].elements()).sum();
         let cuts = even_cuts(elements, workers);
@@ -174,7 +177,7 @@ pub(super) fn partition(
     groups.into_iter().map(bucket).collect()
 }
 
-/// Adds a segment, to the last one where it goes on.
+/// Adds a segment, joined to the last one if it continues that.
 fn add(segments: &mut Vec<Segment>, segment: Segment) {
     match segments.last_mut().filter(|last| last.target == segment.target && last.end == segment.start) {
         Some(last) => last.end = segment.end,
@@ -188,7 +191,7 @@ fn owners(targets: &[Target], optimizers: &Optimizers, workers: usize) -> Vec<Op
     for target in targets {
         if let By::Muon { optimizer, stack: [matrices, rows, columns] } = target.by {
             let iteration = optimizers.muon[optimizer].0.build();
-            // In full: what every backend does, so that all agree.
+            // The cost without symmetric kernels, which does not depend on the backend, so that all ranks agree.
             let cost = iteration.newton_schulz().flops(rows, columns, false);
             costs.extend(std::iter::repeat_n(cost, matrices));
         }
@@ -196,12 +199,12 @@ fn owners(targets: &[Target], optimizers: &Optimizers, workers: usize) -> Vec<Op
     let mut worker_of = balance(&costs, workers).rank_of.into_iter();
     let owners = targets.iter().map(|target| match target.by {
         By::Muon { stack: [matrices, ..], .. } => Some(worker_of.by_ref().take(matrices).collect()),
-        By::AdamW { .. } => None,
+        By::AdamW { .. } | By::Other => None,
     });
     owners.collect()
 }
 
-/// The parts of a matrix that each worker holds, where it holds one: `(worker, start, end)` in elements of the matrix.
+/// The parts of a matrix that each rank holds, if it holds one: `(rank, start, end)` in elements of the matrix.
 pub(super) fn holders(bucket: &Bucket, target: usize, start: usize, end: usize) -> Vec<(usize, usize, usize)> {
     let mut holders = Vec::new();
     for (worker, segments) in bucket.parts.iter().enumerate() {
@@ -222,12 +225,14 @@ mod tests {
     fn examples() -> (Vec<Target>, Optimizers) {
         let muon = |path: &str, stack: [usize; 3]| Target {
             path: path.into(),
+            id: ParamId::new(),
             group: "muon".into(),
             shape: stack.to_vec(),
             by: By::Muon { optimizer: 0, stack },
         };
         let adamw = |path: &str, shape: &[usize]| Target {
             path: path.into(),
+            id: ParamId::new(),
             group: "adamw".into(),
             shape: shape.to_vec(),
             by: By::AdamW { optimizer: 0 },

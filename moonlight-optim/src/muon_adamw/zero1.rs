@@ -1,45 +1,46 @@
-//! The report's Algorithm 1, for a worker with parts of matrices.
+//! The report's Algorithm 1 (ZeRO-1): each rank has an even part of all elements, and parts of matrices.
 
 use burn::tensor::{DType, Tensor};
 
-use super::CollectiveError;
-use super::optimizer::{DistributedOptimizer, Held, Work};
 use super::partition::{By, Segment, holders};
+use super::sharded::Work;
+use super::{Held, MuonAdamW};
 use crate::MomentumPrecision;
-use crate::batched::equal_batches;
+use crate::distributed::CollectiveError;
+use crate::memory::step_batches;
 use crate::newton_schulz::full_precision;
 
-/// A stretch of a parameter between momentum and update.
+/// A segment of a parameter between momentum and update.
 struct Stretch {
     place: usize,
     bucket: usize,
     segment: Segment,
     optimizer: usize,
     value: Tensor<1>,
-    /// The Nesterov input, as it travels.
+    /// The Nesterov input, in the type of the gather.
     input: Tensor<1>,
     momentum: Tensor<1>,
     master: Option<Tensor<1>>,
     step: usize,
-    /// The updates of its matrices, this worker's part of each, in order.
+    /// The updates of its matrices, this rank's part of each, in order.
     updates: Vec<Tensor<1>>,
 }
 
-/// A matrix of which this worker holds a part, of the stretch `stretch`.
+/// A matrix of which this rank holds a part, that of the stretch `stretch`.
 struct Matrix {
     stretch: usize,
     target: usize,
     optimizer: usize,
     rows: usize,
     columns: usize,
-    /// The holders of its parts, in order: worker, start, end.
+    /// The holders of its parts, in order: rank, start, end.
     holders: Vec<(usize, usize, usize)>,
-    /// Its parts, as they come in.
+    /// Its parts; `None` until received.
     parts: Vec<Option<Tensor<1>>>,
 }
 
-impl DistributedOptimizer {
-    /// Steps this worker's stretches; each work is known by its place.
+impl MuonAdamW {
+    /// Steps this rank's segments; each work is known by its place.
     pub(super) fn step_flat(
         &mut self,
         lr: f64,
@@ -64,7 +65,7 @@ impl DistributedOptimizer {
             }
             _ => (None, None, 0),
         };
-        let config = self.muon[optimizer].config();
+        let config = self.muon[optimizer].optimizer.config();
         let mu = config.momentum_at(step);
         let gradient = work.gradient;
         let momentum = match old {
@@ -85,7 +86,7 @@ impl DistributedOptimizer {
         Some(Stretch { place, bucket, segment, optimizer, value, input, momentum, master, step, updates })
     }
 
-    /// The matrices that the stretches are parts of, in their order, with this worker's parts.
+    /// The matrices that the stretches are parts of, in their order, with this rank's parts.
     fn matrices(&self, stretches: &[Stretch]) -> Vec<Matrix> {
         let rank = self.worker.rank();
         let mut matrices = Vec::new();
@@ -107,7 +108,7 @@ impl DistributedOptimizer {
         matrices
     }
 
-    /// Line 3: the gather. To each worker go, in the order of the matrices, the parts of those that both hold.
+    /// Line 3: the gather. Each rank gets, in the order of the matrices, the parts of those that both hold.
     fn exchange(&self, stretches: &[Stretch], matrices: &mut [Matrix]) -> Result<(), CollectiveError> {
         let (rank, size) = (self.worker.rank(), self.worker.size());
         if size == 1 {
@@ -152,7 +153,7 @@ impl DistributedOptimizer {
         let count = numbered.len();
         let mut updates: Vec<Option<(usize, Tensor<1>)>> = (0..count).map(|_| None).collect();
         let elements = |(_, matrix): &(usize, Matrix)| matrix.rows * matrix.columns;
-        for batch in equal_batches(numbered, elements, |(_, one), (_, other)| equal(one, other)) {
+        for batch in step_batches(numbered, elements, |(_, one), (_, other)| equal(one, other)) {
             let Some((_, Matrix { optimizer, rows, columns, target, .. })) = batch.first() else { continue };
             let (optimizer, rows, columns) = (*optimizer, *rows, *columns);
             debug_assert!(self.targets[*target].unit() == rows * columns);
@@ -160,7 +161,7 @@ impl DistributedOptimizer {
                 let parts: Vec<Tensor<1>> = matrix.parts.iter().flatten().cloned().collect();
                 Tensor::cat(parts, 0).cast(DType::F32).reshape([1, rows, columns])
             });
-            let (update, _) = self.muon[optimizer].direction(Tensor::cat(wholes.collect(), 0), None);
+            let (update, _) = self.muon[optimizer].optimizer.direction(Tensor::cat(wholes.collect(), 0), None);
             for (index, (number, matrix)) in batch.into_iter().enumerate() {
                 let Some(&(_, from, to)) = matrix.holders.iter().find(|(worker, ..)| *worker == rank) else { continue };
                 let whole = update.clone().narrow(0, index, 1).reshape([rows * columns]);
@@ -175,8 +176,8 @@ impl DistributedOptimizer {
     /// Line 6: the local part is updated.
     fn finish(&mut self, lr: f64, stretch: Stretch) -> (usize, Tensor<1>) {
         let Stretch { place, segment, optimizer, value, momentum, master, step, updates, .. } = stretch;
-        let muon = &self.muon[optimizer];
-        let lr = lr * self.optimizers.muon[optimizer].1;
+        let group = &self.muon[optimizer];
+        let (muon, lr) = (&group.optimizer, lr * group.learning_rate_factor);
         let rounding = muon.config().rounding;
         let stored = value.dtype();
         let start = match stored == full_precision(stored) {

@@ -1,0 +1,43 @@
+//! What a step of [`MuonAdamW`](crate::MuonAdamW) holds at a time, for estimates of its memory.
+
+/// The most elements that are stepped together: more gains little, and the workspace of Newton-Schulz is a few times a
+/// batch. One parameter that is larger is a batch of its own.
+const BATCH_ELEMENTS: usize = 1 << 24;
+
+/// The batches in which [`MuonAdamW`](crate::MuonAdamW) steps matrices: each of parameters that are `equal` to its first
+/// (in shape, type and settings), in their order, as many as have 2^24 elements together and at least one. `elements` is
+/// the number of elements of a parameter.
+///
+/// A step holds gradients and momentum of the whole module, and of one batch at a time also the new parameters and the
+/// workspace of Newton-Schulz.
+pub fn step_batches<T>(
+    parameters: Vec<T>,
+    elements: impl Fn(&T) -> usize,
+    equal: impl Fn(&T, &T) -> bool,
+) -> Vec<Vec<T>> {
+    let mut open: Vec<(usize, Vec<T>)> = Vec::new(); // room, members
+    for one in parameters {
+        match open.iter_mut().find(|(room, members)| *room > 0 && equal(&members[0], &one)) {
+            Some((room, members)) => {
+                *room -= 1;
+                members.push(one);
+            }
+            None => open.push(((BATCH_ELEMENTS / elements(&one).max(1)).saturating_sub(1), vec![one])),
+        }
+    }
+    open.into_iter().map(|(_, members)| members).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_parameters_share_batches_of_2_24_elements() {
+        let shapes = vec![(1 << 22, 'a'), (1 << 22, 'b'), (1 << 22, 'a'), (1 << 25, 'c'), (1 << 25, 'c')];
+        let more = shapes.iter().copied().chain([(1 << 22, 'a'); 4]).collect();
+        let batches = step_batches(more, |(elements, _)| *elements, |one, other| one == other);
+        let sizes: Vec<(char, usize)> = batches.iter().map(|batch| (batch[0].1, batch.len())).collect();
+        assert_eq!(sizes, [('a', 4), ('b', 1), ('c', 1), ('c', 1), ('a', 2)]);
+    }
+}
