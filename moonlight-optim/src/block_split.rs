@@ -1,13 +1,13 @@
-//! Matrices that are several in one: heads, fused projections.
+//! Splitting matrices that are several in one: heads, fused projections.
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-/// How a stored matrix is cut before it is orthogonalised: every block is orthogonalised and scaled as if it stood alone.
+/// How a stored matrix is split before it is orthogonalised: every block is orthogonalised and scaled on its own.
 ///
-/// Sizes are repeated until the side is used up, which they must do exactly: `[192]` cuts a query projection into heads of
-/// 192, `[q, k, v]` a fused projection into its three parts. As Burn's `Linear` stores a matrix, `[in, out]`, heads lie
-/// side by side in columns.
+/// Sizes are repeated until they fill the side, which they must do exactly: `[192]` splits a query projection into heads
+/// of 192, `[q, k, v]` a fused projection into its three parts. In Burn's `Linear`, `[in, out]`, heads are blocks of
+/// columns.
 ///
 /// The report orthogonalises whole matrices, and so do the presets. Blocks for each head of `q_proj` and `kv_b_proj` are
 /// what torchtitan's Moonlight recipe takes (its `BlockShard`).
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Blocks {
-    /// The matrix as it is.
+    /// The whole matrix.
     #[default]
     Whole,
     /// Blocks of these many rows.

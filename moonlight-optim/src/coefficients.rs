@@ -78,7 +78,7 @@ pub const DEEPSEEK_V4: [[f64; 3]; 10] = [
     [2.0, -1.5, 0.5],
 ];
 
-/// What is done to a matrix before the first step, so that its largest singular value is at most 1.
+/// The scaling of a matrix before the first step, so that its largest singular value is at most 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -87,8 +87,8 @@ pub enum Preconditioning {
     #[default]
     Frobenius,
     /// `X <- S X` with `S = diag(1 / sqrt(sum_j |X X^T|_ij))`, on the shorter side: the rescaling of "Almost Orthogonal
-    /// Layers". It lies closer to orthogonal than `X / ||X||` does, which saves a step, but it turns the singular vectors
-    /// somewhat: the result is near the orthogonal factor of `S X`, not of `X`.
+    /// Layers". It is closer to orthogonal than `X / ||X||`, which saves a step, but it changes the singular vectors
+    /// a little: the result is near the orthogonal factor of `S X`, not of `X`.
     Aol,
 }
 
@@ -107,7 +107,7 @@ pub enum Coefficients {
     PolarExpress,
     /// [`CANS`]: five steps to within 12 % of 1 from 1e-3 up, the last one repeated if more are asked for.
     Cans,
-    /// [`AOL`] behind [`Preconditioning::Aol`]: four steps to within 6 % of 1, the last one repeated.
+    /// [`AOL`] after [`Preconditioning::Aol`]: four steps to within 6 % of 1, the last one repeated.
     Aol,
     /// [`DEEPSEEK_V4`]: ten steps, the last one repeated.
     DeepseekV4,
@@ -147,7 +147,7 @@ impl Coefficients {
         }
     }
 
-    /// What the polynomials want done to a matrix before the first of them.
+    /// The scaling that the polynomials need before the first of them.
     pub fn preconditioning(&self) -> Preconditioning {
         match self {
             Coefficients::Aol => Preconditioning::Aol,

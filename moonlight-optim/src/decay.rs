@@ -1,4 +1,4 @@
-//! Weight decay: what it is coupled to, how it goes over time, and where it holds back.
+//! Weight decay: coupling to the learning rate, schedule, and cautious decay.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,30 +8,30 @@ use serde::{Deserialize, Serialize};
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct Decay {
-    /// How the rate goes over the steps.
+    /// The rate over the steps. Default: `constant`.
     pub schedule: DecaySchedule,
-    /// `W <- W - rate W` instead of `W <- W - lr rate W`: decay does not follow the learning rate (the "independent"
+    /// `W <- W - rate W` instead of `W <- W - lr rate W`: decay does not depend on the learning rate (the "independent"
     /// decay of NVIDIA's Emerging-Optimizers and of "Small-scale proxies", arXiv 2309.14322). Rates are then about `lr`
-    /// times smaller.
+    /// times smaller. Default: `false`.
     pub independent: bool,
-    /// Only where update and weight agree in sign, so that decay never works against the update: "Cautious Weight
-    /// Decay" (arXiv 2510.12402).
+    /// Only where update and weight agree in sign, so that decay never opposes the update: "Cautious Weight Decay"
+    /// (arXiv 2510.12402). Default: `false`.
     pub cautious: bool,
 }
 
-/// The rate of decay at a step, as a share of the first.
+/// The rate of decay at a step, relative to the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum DecaySchedule {
-    /// 1.
+    /// Always the full rate.
     #[default]
     Constant,
     /// Half a cosine from 1 to `last` over `steps`, `last` from then on.
     Cosine {
-        /// Where the cosine ends.
+        /// Length of the cosine, in steps.
         steps: usize,
-        /// The share that is left there.
+        /// The rate after it, relative to the first.
         last: f64,
     },
     /// 1 for `hold` steps, then `(hold / step)^2`.
@@ -57,7 +57,7 @@ impl DecaySchedule {
 }
 
 impl Decay {
-    /// The share of a weight that a step takes off.
+    /// The fraction of a weight that a step removes.
     pub fn fraction(&self, rate: f64, lr: f64, step: usize) -> f64 {
         rate * self.schedule.share(step) * if self.independent { 1.0 } else { lr }
     }

@@ -34,8 +34,8 @@ mod tests {
 
     #[test]
     fn equal_parameters_share_batches_of_2_24_elements() {
-        let shapes = vec![(1 << 22, 'a'), (1 << 22, 'b'), (1 << 22, 'a'), (1 << 25, 'c'), (1 << 25, 'c')];
-        let more = shapes.iter().copied().chain([(1 << 22, 'a'); 4]).collect();
+        let shapes = [(1 << 22, 'a'), (1 << 22, 'b'), (1 << 22, 'a'), (1 << 25, 'c'), (1 << 25, 'c')];
+        let more = shapes.into_iter().chain([(1 << 22, 'a'); 4]).collect();
         let batches = step_batches(more, |(elements, _)| *elements, |one, other| one == other);
         let sizes: Vec<(char, usize)> = batches.iter().map(|batch| (batch[0].1, batch.len())).collect();
         assert_eq!(sizes, [('a', 4), ('b', 1), ('c', 1), ('c', 1), ('a', 2)]);

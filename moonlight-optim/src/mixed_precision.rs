@@ -1,4 +1,4 @@
-//! Parameters in half precision: how a step reaches them.
+//! Updates of parameters in half precision.
 
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{DType, Device, Distribution, Tensor};
@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::newton_schulz::full_precision;
 
-/// How parameters that are stored in bf16 or f16 take an update. For f32 and f64 parameters all are the same.
+/// How the updates of parameters stored in bf16 or f16 are rounded. No effect on f32 and f64 parameters.
 ///
-/// bf16 has 8 significant bits: a change of less than 1/512 of a weight is lost when the sum is rounded to nearest. At the
-/// learning rates that end a schedule that is most updates.
+/// bf16 has 8 significant bits: a change of less than 1/512 of a weight is lost if the sum is rounded to nearest. At the
+/// learning rates at the end of a schedule most updates are that small.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -17,11 +17,12 @@ pub enum Rounding {
     /// To nearest. Small updates are lost.
     #[default]
     Nearest,
-    /// To one of the two neighbours at random, the nearer one the more probable, so that the mean over steps is exact. No
-    /// extra memory. Draws from the device's generator, so a run that is stopped and resumed is not the same bit for bit.
+    /// To one of the two neighbours at random, the nearer one with the higher probability, so that the mean over steps is
+    /// exact. No extra memory. Draws from the device's random generator: a resumed run is the same bit for bit only if that
+    /// is seeded for each step.
     Stochastic,
-    /// The optimizer keeps the parameter in f32 beside its other state, 4 bytes an element. If something else changes
-    /// the stored parameter between two steps (QK-clip does), that element goes on from there.
+    /// The optimizer keeps an f32 copy of the parameter, 4 bytes an element. Elements that something else changed between
+    /// two steps (QK-clip does) continue from the changed value.
     #[serde(rename = "master", alias = "master_weights")]
     MasterWeights,
 }
@@ -42,7 +43,7 @@ pub struct MixedPrecision<O> {
 /// The state of the optimizer, and the parameter in f32 if it is kept.
 #[derive(Clone, Debug)]
 pub struct MixedPrecisionState<S, const D: usize> {
-    /// The optimizer's own.
+    /// The optimizer's state.
     pub inner: Option<S>,
     /// The parameter in f32.
     pub master: Option<Tensor<D>>,
@@ -100,7 +101,7 @@ impl<O: Optimizer> Optimizer for MixedPrecision<O> {
 }
 
 impl Rounding {
-    /// What an update starts from, in full precision: the parameter, or its master where that rounds to the parameter.
+    /// The start of an update, in full precision: the parameter, or its master where that rounds to the parameter.
     pub(crate) fn start<const D: usize>(self, tensor: Tensor<D>, master: Option<Tensor<D>>) -> Tensor<D> {
         let stored = tensor.dtype();
         let wide = full_precision(stored);
@@ -113,7 +114,7 @@ impl Rounding {
         }
     }
 
-    /// The updated parameter as it is `stored`, and its master where it has one.
+    /// The updated parameter in the type `stored`, and its master if the rounding keeps one.
     pub(crate) fn finish<const D: usize>(self, exact: Tensor<D>, stored: DType) -> (Tensor<D>, Option<Tensor<D>>) {
         if stored == exact.dtype() {
             return (exact, None);
@@ -137,7 +138,7 @@ pub(crate) fn round_stochastically<const D: usize>(x: Tensor<D>, dtype: DType) -
     let nudge = nearest.clone().abs().mul_scalar(1.01 / f64::from(1 << bits)).mul(error.clone().sign());
     let other = nearest.clone().add(nudge).cast(dtype).cast(wide);
     let distance = other.clone().sub(nearest.clone());
-    // Where the value is exact, or 0, or not finite, there is no neighbour: 0 / 0 is NaN, and no number is below that.
+    // An exact, zero or non-finite value has no neighbour: the quotient is NaN, and no draw is below NaN.
     let chance = error.div(distance);
     let draw = Tensor::<D>::random(x.shape(), Distribution::Uniform(0.0, 1.0), &x.device()).cast(wide);
     let moves = draw.lower(chance);
@@ -206,7 +207,7 @@ mod tests {
                 let deviation = f64::from(spacing) / (count as f64).sqrt();
                 assert!((mean - f64::from(value)).abs() < 3.0 * deviation, "{value} in {dtype:?}: {mean}");
             }
-            // What is exact stays, and so does what is no number.
+            // Exact and non-finite values pass through unchanged.
             let x = Tensor::<1>::from_data([0.0_f32, 1.0, -0.5, f32::INFINITY], &device);
             assert_eq!(floats(round_stochastically(x, dtype)), [0.0, 1.0, -0.5, f32::INFINITY]);
             let nan = Tensor::<1>::from_data([f32::NAN], &device);

@@ -1,4 +1,4 @@
-//! QK-clip: attention logits held down through the weights that make them.
+//! QK-clip: limits attention logits by scaling the query and key weights.
 
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
@@ -31,7 +31,7 @@ use crate::WeightLayout;
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct QkClip {
-    /// The largest logit that is let be. 100 in the paper.
+    /// Heads whose largest attention logit is above this are scaled down. Default: 100, as in the paper.
     pub threshold: f64,
 }
 
@@ -44,8 +44,8 @@ impl Default for QkClip {
 impl QkClip {
     /// `gamma` of each head from its largest logit over all sequences of the step: `min(1, threshold / s)`.
     ///
-    /// A logit that is zero, negative or not a number leaves its head alone: nothing has to be held down, and the quotient
-    /// would turn the weights over. An infinite one does too; what made it infinite is past mending by a factor.
+    /// A logit that is zero, negative, NaN or infinite leaves its head unchanged: there is nothing to limit, or no factor
+    /// that would.
     pub fn factors(&self, largest_logits: &[f64]) -> Vec<f64> {
         let factor = |logit: f64| {
             if logit.is_finite() && logit > self.threshold { self.threshold / logit } else { 1.0 }
@@ -64,9 +64,9 @@ pub struct HeadLayout {
     pub heads: usize,
     /// Features of a head's query and key that are not rotated, `q_c` and `k_c`.
     pub nope: usize,
-    /// Features of a head's query that are rotated, `q_r`, behind those that are not.
+    /// Features of a head's query that are rotated, `q_r`, after those that are not.
     pub rope: usize,
-    /// Features of a head's value, behind its key in the joint projection.
+    /// Features of a head's value, after its key in the joint projection.
     pub value: usize,
     /// Which side of the stored matrix is the output, where the heads are.
     pub layout: WeightLayout,

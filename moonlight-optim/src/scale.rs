@@ -1,10 +1,10 @@
-//! How long the orthogonalised update is: the scales of the report and of the other Muons.
+//! The norm of the orthogonalised update: the scales of the report and of other implementations.
 
 use serde::{Deserialize, Serialize};
 
 /// Which dimension of a weight matrix is the input of its layer.
 ///
-/// Only the scales that tell inputs from outputs ([`Scale::KellerJordan`], [`Scale::Spectral`]) read it; the
+/// Used only by [`Scale::KellerJordan`], [`Scale::Spectral`] and [`Adaptive::NorMuon`](crate::Adaptive::NorMuon); the
 /// report's scale is symmetric.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -20,8 +20,8 @@ pub enum WeightLayout {
 /// The factor on the orthogonalised update `O` of an `[A, B]` matrix.
 ///
 /// The update is `W <- W - lr (factor * O + weight_decay * W)`. A full-rank `O` has RMS `1 / sqrt(max(A, B))` (the
-/// report's Lemma 1), so the report's scale makes the RMS of every update the same whatever its shape, and equal to
-/// what AdamW's is in practice: learning rate and decay found for AdamW can be used as they are.
+/// report's Lemma 1), so the report's scale gives every update the same RMS whatever its shape, equal to AdamW's in
+/// practice: learning rate and decay found for AdamW can be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "schema", schemars(rename = "Scale", transform = allow_names))]

@@ -5,21 +5,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::WeightLayout;
 
-/// Whether, and how, the orthogonalised update is divided by the root of its second moment.
+/// Whether and how the orthogonalised update is divided by the root of its second moment.
 ///
-/// Both methods bring the Frobenius norm of the update back afterwards. With [`Scale::UpdateNorm`](crate::Scale::UpdateNorm)
-/// of 0.2 that is the rescaling of both papers, `0.2 sqrt(A B) / ||O||`; with any other scale the update keeps the length
-/// that Muon's has, as in microsoft/dion.
+/// Both methods restore the Frobenius norm of the update afterwards. With [`Scale::UpdateNorm`](crate::Scale::UpdateNorm)
+/// of 0.2 that is the rescaling of both papers, `0.2 sqrt(A B) / ||O||`; with any other scale the update keeps
+/// the norm of Muon's, as in microsoft/dion.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "schema", schemars(rename = "Adaptive", transform = allow_names))]
 #[serde(remote = "Self", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Adaptive {
-    /// Muon as it is.
+    /// Plain Muon.
     #[default]
     Off,
     /// "NorMuon" (arXiv 2510.05491), Algorithm 1: one second moment for each neuron, that is for each output of the layer:
-    /// `v <- beta_2 v + (1 - beta_2) mean_in(O^2)`, `O <- O / (sqrt(v) + epsilon)`. The state grows by one number an output.
+    /// `v <- beta_2 v + (1 - beta_2) mean_in(O^2)`, `O <- O / (sqrt(v) + epsilon)`. The state grows by one value per output.
     NorMuon {
         /// Decay of the second moment. Default: 0.95, the paper's.
         #[serde(default = "beta_2")]
@@ -37,7 +37,7 @@ pub enum Adaptive {
         /// Added to the root of the second moment. Default: 1e-8.
         #[serde(default = "epsilon")]
         epsilon: f64,
-        /// Whether the signs of the momentum are orthogonalised, as in the paper's later versions, or the momentum.
+        /// Whether the signs of the momentum are orthogonalised (the paper's later versions) or the momentum itself.
         /// Default: `true`.
         #[serde(default = "sign")]
         sign: bool,
@@ -74,10 +74,10 @@ impl Adaptive {
         Adaptive::AdaMuon { beta_2: beta_2(), epsilon: epsilon(), sign: sign() }
     }
 
-    /// What is orthogonalised.
+    /// The input of Newton-Schulz.
     pub(crate) fn input(&self, momentum: Tensor<3>) -> Tensor<3> {
         match self {
-            // The second term is 0, or NaN where the momentum is not finite, which a sign would hide.
+            // The second term is 0, or NaN for a non-finite momentum, which a sign would hide.
             Adaptive::AdaMuon { sign: true, .. } => momentum.clone().sign().add(momentum.mul_scalar(0.0)),
             _ => momentum,
         }
@@ -108,7 +108,7 @@ impl Adaptive {
         };
         let adapted = update.clone().div(second.clone().sqrt().add_scalar(epsilon));
         let norm = |x: Tensor<3>| x.square().sum_dims(&[1, 2]).sqrt(); // [batch, 1, 1]
-        let tiny = f64::from(f32::MIN_POSITIVE); // an update of zeros stays one
+        let tiny = f64::from(f32::MIN_POSITIVE); // an update of zeros stays zero
         let length = norm(update).div(norm(adapted.clone()).add_scalar(tiny));
         (adapted.mul(length), Some(second))
     }

@@ -1,4 +1,4 @@
-//! Operations that all workers take part in.
+//! Collective operations.
 
 use std::fmt::Debug;
 
@@ -6,29 +6,29 @@ use burn::tensor::Tensor;
 
 use super::{CollectiveError, Traffic};
 
-/// A worker's side of a group that works together.
+/// A worker's end of a process group.
 ///
-/// Every worker calls the same operations in the same order with tensors of agreeing sizes; ranks count from 0. Tensors
-/// are flat, float tensors on the worker's own device, and results are on it too.
+/// Every worker calls the same operations in the same order with tensors of matching sizes; ranks count from 0. Tensors
+/// are float and one-dimensional, on the worker's own device, and so are the results.
 ///
-/// Sums are taken in f32 and in the order of the ranks, whatever carries the messages (but for [`Nested`](super::Nested),
-/// which sums the devices of a process first, and for what the devices sum by themselves): the same gradients give the
-/// same sum bit for bit on any engine, and the sum that one worker takes over as many micro-batches.
+/// Sums are taken in f32 and in the order of the ranks, on any transport (except for [`Nested`](super::Nested),
+/// which sums within a process first, and for NCCL): the same gradients give the
+/// same sum bit for bit, that of one worker over as many micro-batches.
 pub trait Collective: Debug + Send + Sync {
-    /// This worker's number.
+    /// This worker's rank.
     fn rank(&self) -> usize;
 
-    /// How many workers there are.
+    /// The world size.
     fn size(&self) -> usize;
 
-    /// Gives `outgoing[w]` to worker `w` and returns what each worker gave to this one, which has `incoming[w]` elements.
+    /// Sends `outgoing[w]` to worker `w`; returns what each worker sent to this one, `incoming[w]` elements.
     ///
     /// # Errors
     ///
     /// [`CollectiveError`], as every operation here.
     fn all_to_all(&self, outgoing: Vec<Tensor<1>>, incoming: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError>;
 
-    /// The sum over all workers of what each has at the place of this one in `parts`, in f32.
+    /// The sum over all workers of their `parts[rank]`, with the rank of this one, in f32.
     ///
     /// # Errors
     ///
@@ -42,21 +42,21 @@ pub trait Collective: Debug + Send + Sync {
     /// [`CollectiveError`].
     fn all_gather(&self, part: Tensor<1>, lengths: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError>;
 
-    /// The `tensor` of the worker `root`; the others' are only looked at for their size and type.
+    /// The `tensor` of the worker `root`; of the others' only size and type matter.
     ///
     /// # Errors
     ///
     /// [`CollectiveError`].
     fn broadcast(&self, tensor: Tensor<1>, root: usize) -> Result<Tensor<1>, CollectiveError>;
 
-    /// The numbers of each worker, in the order of the ranks; as many of each.
+    /// The numbers of each worker, in the order of the ranks; all give equally many.
     ///
     /// # Errors
     ///
     /// [`CollectiveError`].
     fn numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError>;
 
-    /// Returns when every worker has come here.
+    /// Returns when every worker has called it.
     ///
     /// # Errors
     ///
@@ -76,17 +76,17 @@ pub trait Collective: Debug + Send + Sync {
         Ok(Tensor::cat(self.all_gather(part, &lengths)?, 0))
     }
 
-    /// Says that this worker is at something long that the others must wait for (`true`), or is through with it. Calls
-    /// nest.
+    /// Suspends this worker's timeout (`true`) during work that the others must wait for, such as saving, or restores it.
+    /// Calls nest.
     fn set_busy(&self, busy: bool);
 
-    /// Called now and then while nothing else is asked for, by the thread that runs the operations.
+    /// Called from time to time by the thread that runs the operations, while there is none: for heartbeats.
     fn idle(&self) {}
 
-    /// Ends the group: the other workers get [`CollectiveError::Failed`], or where workers are processes they are ended.
+    /// Ends the group: the other workers get [`CollectiveError::Failed`]; workers that are processes are aborted.
     fn fail(&self, message: &str);
 
-    /// As [`fail`](Self::fail), but for the workers of this process alone.
+    /// As [`fail`](Self::fail), for the workers of this process only.
     fn fail_inside(&self, message: &str) {
         let _ = message;
     }
@@ -95,7 +95,7 @@ pub trait Collective: Debug + Send + Sync {
     fn traffic(&self) -> Traffic;
 }
 
-/// Where `parts` parts of `elements` elements begin and the last one ends, as even as can be, the larger ones first.
+/// The bounds of `parts` parts of `elements` elements, as even as possible, the larger ones first: `parts + 1` of them.
 pub fn even_cuts(elements: usize, parts: usize) -> Vec<usize> {
     let (each, larger) = (elements / parts, elements % parts);
     (0..=parts).map(|part| part * each + part.min(larger)).collect()
@@ -106,7 +106,7 @@ pub(super) fn split(tensor: &Tensor<1>, cuts: &[usize]) -> Vec<Tensor<1>> {
     cuts.windows(2).map(|cut| stretch(tensor, cut[0], cut[1] - cut[0])).collect()
 }
 
-/// `length` elements of a tensor; Burn's `narrow` wants one at least.
+/// `length` elements of a tensor; `narrow` refuses 0.
 pub(super) fn stretch(tensor: &Tensor<1>, start: usize, length: usize) -> Tensor<1> {
     match length {
         0 => Tensor::empty([0], (&tensor.device(), tensor.dtype())),

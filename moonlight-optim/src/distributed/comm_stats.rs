@@ -1,22 +1,22 @@
-//! Bytes that a worker sends.
+//! Communication statistics: bytes that a worker sends.
 
 use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What a message is part of.
+/// The operation that a message belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Gradients on their way to who needs their sum.
+    /// Sums of gradients, each to its owner.
     ReduceScatter,
-    /// Parts of momentum on their way to who orthogonalises the whole.
+    /// Parts of momentum, to the ranks that orthogonalise the whole.
     AllToAll,
-    /// Updated parameters on their way to everybody.
+    /// Updated parameters, to all.
     AllGather,
-    /// A tensor of one worker's.
+    /// A tensor of one worker, to all.
     Broadcast,
-    /// Losses, norms, loads: 8 bytes each.
+    /// Losses, norms, loads: f64, to all.
     Numbers,
-    /// Nothing but the waiting for each other.
+    /// No data.
     Barrier,
 }
 
@@ -44,8 +44,8 @@ impl Operation {
     }
 }
 
-/// Bytes that a worker gave to other workers, by what they were part of: what is handed to the engine, without its
-/// headers and acknowledgements. An all-reduce is a reduce-scatter and an all-gather.
+/// Bytes that a worker sent to other workers, by operation: payload, without the transport's headers. An all-reduce
+/// counts as a reduce-scatter and an all-gather.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Gradients.
@@ -56,12 +56,12 @@ pub struct Traffic {
     pub all_gather: u64,
     /// Whole tensors from one worker.
     pub broadcast: u64,
-    /// Numbers of the host.
+    /// Numbers.
     pub numbers: u64,
 }
 
 impl Traffic {
-    /// All of it.
+    /// The sum over the operations.
     pub fn total(&self) -> u64 {
         self.reduce_scatter + self.all_to_all + self.all_gather + self.broadcast + self.numbers
     }
@@ -84,7 +84,7 @@ impl Add for Traffic {
 impl Sub for Traffic {
     type Output = Self;
 
-    /// What came since `earlier`.
+    /// What was sent after `earlier`.
     fn sub(self, earlier: Self) -> Self {
         Self {
             reduce_scatter: self.reduce_scatter - earlier.reduce_scatter,

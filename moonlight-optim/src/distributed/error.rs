@@ -1,37 +1,37 @@
-//! What can go wrong between workers.
+//! Errors of collectives.
 
 use thiserror::Error;
 
-/// Why a collective operation did not come to its end. Whoever gets one has lost the others: there is nothing to repeat.
+/// Why a collective operation failed. The group is lost; there is nothing to retry.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum CollectiveError {
-    /// Workers that did not come to an operation in time.
+    /// Workers that did not take part in an operation in time.
     #[error("{} did not answer worker {rank} for {seconds} s in {operation}", workers(missing))]
     Silent {
-        /// Who waited.
+        /// The rank that waited.
         rank: usize,
-        /// For whom.
+        /// The ranks that it waited for.
         missing: Vec<usize>,
-        /// In what.
+        /// The operation.
         operation: &'static str,
-        /// How long, seconds.
+        /// The timeout, seconds.
         seconds: u64,
     },
-    /// A worker that said itself that it failed.
+    /// A worker that reported its failure.
     #[error("worker {rank} failed: {message}")]
     Failed {
-        /// Which.
+        /// Its rank.
         rank: usize,
-        /// What it said.
+        /// The message.
         message: String,
     },
-    /// The engine that carries the messages failed.
+    /// The transport failed.
     #[error("worker {rank}: the transport failed: {message}")]
     Transport {
-        /// Where.
+        /// The rank that saw it.
         rank: usize,
-        /// What it said.
+        /// The message.
         message: String,
     },
 }

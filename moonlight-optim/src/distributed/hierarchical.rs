@@ -1,4 +1,4 @@
-//! Groups within groups: devices in a process, processes on machines.
+//! Hierarchical groups: devices within a process, processes across machines.
 
 use std::sync::Arc;
 use std::thread;
@@ -9,14 +9,14 @@ use burn::tensor::Tensor;
 use super::collective::stretch;
 use super::{Collective, CollectiveError, Traffic};
 
-/// How often the other groups may get a sign of life.
+/// How often heartbeats to the other groups are considered.
 const PULSE: Duration = Duration::from_millis(500);
 
 /// Workers of several equal groups: `inner` joins those of this worker's group, `outer` those that have this worker's
-/// rank in theirs. The worker's number is `outer.rank() * inner.size() + inner.rank()`.
+/// rank in theirs. The worker's rank is `outer.rank() * inner.size() + inner.rank()`.
 ///
-/// What goes between groups goes once for a group: gradients are summed within each group before they leave it, and
-/// parameters come in once and are handed around. `outer` is called from two threads at a time.
+/// Data crosses between groups once per group: gradients are summed within a group first, and parameters arrive once and
+/// are passed on. `outer` is called from two threads at a time.
 #[derive(Debug)]
 pub struct Nested {
     inner: Arc<dyn Collective>,
@@ -26,7 +26,7 @@ pub struct Nested {
 impl Nested {
     /// Joins the two.
     pub fn new(inner: Arc<dyn Collective>, outer: Arc<dyn Collective>) -> Self {
-        // Signs of life to the other groups, also while this worker waits for its own.
+        // Heartbeats to the other groups, also while this worker waits within its own.
         let pulse = Arc::downgrade(&outer);
         thread::spawn(move || {
             while let Some(outer) = pulse.upgrade() {
@@ -38,7 +38,7 @@ impl Nested {
         Self { inner, outer }
     }
 
-    /// An operation inside this worker's group, during which the other groups know that it waits.
+    /// An operation inside this worker's group, during which its timeout in `outer` is suspended.
     fn inside<T>(
         &self,
         operation: impl FnOnce(&dyn Collective) -> Result<T, CollectiveError>,
@@ -49,7 +49,7 @@ impl Nested {
         result
     }
 
-    /// An operation between groups, during which this worker's own group knows that it waits.
+    /// An operation between groups, during which this worker's timeout in its own group is suspended.
     fn outside<T>(
         &self,
         operation: impl FnOnce(&dyn Collective) -> Result<T, CollectiveError>,
@@ -86,11 +86,11 @@ impl Collective for Nested {
         self.inner.size() * self.outer.size()
     }
 
-    /// Each message goes to the worker of the own group that has the receiver's place, and from there to its group.
+    /// Each message goes to the worker of the own group that has the receiver's inner rank, and from there to its group.
     fn all_to_all(&self, outgoing: Vec<Tensor<1>>, incoming: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError> {
         let (insides, groups) = (self.inner.size(), self.outer.size());
         let lengths: Vec<f64> = outgoing.iter().map(|tensor| tensor.dims()[0] as f64).collect();
-        // What each of the own group sends to whom.
+        // The lengths that each of the own group sends to each receiver.
         let lengths = self.inside(|inner| inner.numbers(&lengths))?;
         let by_group = |from: usize| -> Vec<usize> {
             (0..groups).map(|group| lengths[from][self.number(group, self.inner.rank())] as usize).collect()

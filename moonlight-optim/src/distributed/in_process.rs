@@ -9,7 +9,7 @@ use burn::tensor::Bytes;
 use super::transport::{Payload, Transport};
 use super::{ByHost, Collective, CollectiveError, Operation};
 
-/// A thread's side of a group of threads. Messages change hands; nothing is copied but what several workers get.
+/// A thread's end of a group of threads. Messages are moved; only what several workers get is copied.
 ///
 /// A worker that panics ends the group: the others get [`CollectiveError::Failed`] instead of waiting.
 #[derive(Debug)]
@@ -28,20 +28,20 @@ struct Group {
 
 #[derive(Debug)]
 struct State {
-    /// Messages that wait: by operation and receiver, of each sender.
+    /// Messages not yet received: by operation and receiver, of each sender.
     waiting: HashMap<(u64, usize), Vec<Option<Payload>>>,
-    /// How many operations each worker has come to.
+    /// How many operations each worker has entered.
     operations: Vec<u64>,
-    /// How many times over each worker is busy.
+    /// Nesting of each worker's `set_busy`.
     busy: Vec<usize>,
-    /// When a worker last did something.
+    /// When each worker was last active.
     seen: Vec<Instant>,
     failure: Option<(usize, String)>,
 }
 
 impl InProcess {
-    /// The members of a group of `size` workers, each to be given to its thread. A worker that lets the others wait for
-    /// longer than `timeout` without being busy is given up.
+    /// The members of a group of `size` workers, each for its own thread. An operation fails if a worker that is not busy
+    /// does not enter it within `timeout`.
     pub fn group(size: usize, timeout: Duration) -> Vec<Self> {
         let state = State {
             waiting: HashMap::new(),
@@ -54,7 +54,7 @@ impl InProcess {
         (0..size).map(|rank| Self { rank, group: group.clone() }).collect()
     }
 
-    /// [`InProcess::group`] as collectives through the host.
+    /// [`InProcess::group`] as collectives through host memory.
     pub fn collectives(size: usize, timeout: Duration) -> Vec<Arc<dyn Collective>> {
         let member = |member| Arc::new(ByHost::new(member)) as Arc<dyn Collective>;
         Self::group(size, timeout).into_iter().map(member).collect()
@@ -99,7 +99,7 @@ impl Transport for InProcess {
                 let nothing = || Arc::new(Bytes::from_bytes_vec(Vec::new()));
                 return Ok(received.into_iter().map(|payload| payload.unwrap_or_else(nothing)).collect());
             }
-            // A worker is waited for since the later of this one's coming and its own last sign.
+            // The timeout counts from when this worker entered, or the other was last active, whichever is later.
             let late = |&worker: &usize| {
                 state.operations[worker] <= number
                     && state.busy[worker] == 0

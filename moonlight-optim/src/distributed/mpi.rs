@@ -1,9 +1,8 @@
-//! Workers that are processes, on MPI.
+//! Workers that are processes, over MPI.
 //!
 //! Messages go from process to process by `MPI_Isend` and `MPI_Irecv`, and a collective is made of them, as libraries make
-//! their own non-blocking ones. That costs nothing in bytes, and buys three things: sums are taken in the order of the
-//! ranks whatever the library; whoever waits knows for whom, so that an error names a worker; and waiting is polling, which
-//! can be given up.
+//! their own non-blocking ones. That costs no bytes and has three advantages: sums are in the order of the ranks with any
+//! library; an error can name the worker that is missing; and waiting is polling, which can time out.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -22,13 +21,13 @@ use mpi::traits::{AsRaw, Communicator};
 use super::transport::{Payload, Transport};
 use super::{ByHost, Collective, CollectiveError, Operation};
 
-/// Bytes of one MPI message; MPI counts them in an `int`, and each that comes through is a sign of life.
+/// Bytes of one MPI message: MPI counts them in an `int`, and each one received shows that the sender is alive.
 const MESSAGE: usize = 8 << 20;
-/// The tag of signs of life. Those of operations are below.
+/// The tag of heartbeats; tags of operations are below it.
 const ALIVE: i32 = 1 << 14;
-/// How often a busy worker gives a sign.
+/// How often a busy worker sends a heartbeat.
 const BEAT: Duration = Duration::from_secs(1);
-/// How long `MPI_Abort` may take.
+/// How long `MPI_Abort` may take before the process exits without it.
 const LAST_RESORT: Duration = Duration::from_secs(5);
 
 /// This process's place among the processes of an MPI job. MPI ends when it is dropped, which waits for all processes.
@@ -64,23 +63,23 @@ impl Mpi {
         Ok(Self { _universe: universe, world, threading, local_rank })
     }
 
-    /// This process's number.
+    /// This process's rank.
     pub fn rank(&self) -> usize {
         self.world.rank() as usize
     }
 
-    /// How many processes there are.
+    /// The number of processes.
     pub fn size(&self) -> usize {
         self.world.size() as usize
     }
 
-    /// This process's number among those of its machine.
+    /// This process's rank among those of its machine.
     pub fn local_rank(&self) -> usize {
         self.local_rank
     }
 
-    /// One group of all processes for each of `devices` devices that a process has. A process that lets the others wait
-    /// for longer than `timeout` without being busy is given up.
+    /// One group of all processes for each of `devices` devices that a process has. An operation fails if a
+    /// process that is not busy shows no sign of life for `timeout`.
     ///
     /// # Errors
     ///
@@ -122,7 +121,7 @@ unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
 
-/// A process's side of a group of processes.
+/// A process's end of a group of processes.
 struct Processes {
     communicator: Shared,
     rank: usize,
@@ -139,7 +138,7 @@ impl std::fmt::Debug for Processes {
     }
 }
 
-/// A message under way.
+/// A pending send or receive.
 struct Request {
     raw: ffi::MPI_Request,
     peer: usize,
@@ -157,10 +156,15 @@ impl Processes {
         Err(CollectiveError::Transport { rank: self.rank, message: format!("{call} gave the error {code}") })
     }
 
-    /// Starts to send what lies at `start`, which must stay there until the request is done.
+    /// Starts to send the `length` bytes at `start`.
+    ///
+    /// # Safety
+    ///
+    /// They must stay there, unchanged, until the request is done.
     unsafe fn send(&self, start: *const u8, length: usize, to: usize, tag: i32) -> Result<Request, CollectiveError> {
         // SAFETY: a request is a plain handle, which the call overwrites.
         let mut raw = unsafe { ffi::RSMPI_REQUEST_NULL };
+        // SAFETY: a constant of the library.
         let (start, kind) = (start.cast::<c_void>(), unsafe { ffi::RSMPI_UINT8_T });
         // SAFETY: the caller keeps the bytes.
         let code = unsafe { ffi::MPI_Isend(start, length as i32, kind, to as i32, tag, self.raw(), &mut raw) };
@@ -168,10 +172,15 @@ impl Processes {
         Ok(Request { raw, peer: to })
     }
 
-    /// Starts to receive into what lies at `start`, which must stay there untouched until the request is done.
+    /// Starts to receive `length` bytes at `start`.
+    ///
+    /// # Safety
+    ///
+    /// They must be writable and unused by anything else until the request is done.
     unsafe fn receive(&self, start: *mut u8, length: usize, from: usize, tag: i32) -> Result<Request, CollectiveError> {
         // SAFETY: as in `send`.
         let mut raw = unsafe { ffi::RSMPI_REQUEST_NULL };
+        // SAFETY: a constant of the library.
         let (start, kind) = (start.cast::<c_void>(), unsafe { ffi::RSMPI_UINT8_T });
         // SAFETY: the caller keeps the bytes.
         let code = unsafe { ffi::MPI_Irecv(start, length as i32, kind, from as i32, tag, self.raw(), &mut raw) };
@@ -188,7 +197,7 @@ impl Processes {
         Ok(done != 0)
     }
 
-    /// Takes the signs of life that have come.
+    /// Receives pending heartbeats.
     fn signs(&self, seen: &mut [Instant]) -> Result<(), CollectiveError> {
         loop {
             let mut there = 0;
@@ -213,7 +222,7 @@ impl Processes {
         }
     }
 
-    /// Waits for all requests; gives up when a worker has shown nothing for too long.
+    /// Waits for all requests; fails if a worker was silent for the timeout.
     fn wait(&self, mut open: Vec<Request>, operation: Operation) -> Result<(), CollectiveError> {
         let mut seen = vec![Instant::now(); self.size];
         let mut looked = Instant::now();
@@ -235,7 +244,7 @@ impl Processes {
                 idle_since = None;
                 continue;
             }
-            // Turn about with whoever computes, and after a while less often.
+            // Yield to computing threads, and poll less often after a while.
             if idle_since.get_or_insert_with(Instant::now).elapsed() < Duration::from_millis(2) {
                 thread::yield_now();
             } else {
@@ -258,7 +267,7 @@ impl Processes {
     }
 }
 
-/// The stretches of a message: one at least, so that there is one from each to each in every operation.
+/// The chunks of a message: at least one, so that every operation has a message from each to each.
 fn stretches(length: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..length.max(1)).step_by(MESSAGE).map(move |start| (start, MESSAGE.min(length - start)))
 }
@@ -278,17 +287,17 @@ impl Transport for Processes {
         outgoing: Vec<Payload>,
         incoming: &[usize],
     ) -> Result<Vec<Payload>, CollectiveError> {
-        // Operations come in the same order everywhere; tags tell them apart all the same, should one be given up.
+        // The order of operations is the same on all ranks; tags still keep one that timed out from being taken for the next.
         let tag = (self.operations.fetch_add(1, Ordering::Relaxed) % ALIVE as u64) as i32;
         let mut received: Vec<Vec<u8>> = incoming.iter().map(|&length| vec![0; length]).collect();
         let mut start = || {
             let mut open = Vec::new();
-            // Neighbours first, each worker with others of its own.
+            // In a different order on each rank, so that not all send to the same one at first.
             for distance in 1..self.size {
                 let from = (self.rank + self.size - distance) % self.size;
                 let place = received[from].as_mut_ptr();
                 for (start, length) in stretches(incoming[from]) {
-                    // SAFETY: the stretch lies in a buffer that lives until all requests are done, or is leaked.
+                    // SAFETY: the chunk is in a buffer that lives until all requests are done, or is leaked.
                     open.push(unsafe { self.receive(place.add(start), length, from, tag)? });
                 }
             }
@@ -303,7 +312,7 @@ impl Transport for Processes {
             self.wait(open, operation)
         };
         if let Err(error) = start() {
-            // MPI may still write there.
+            // MPI may still write to these buffers.
             std::mem::forget((received, outgoing));
             return Err(error);
         }
@@ -317,7 +326,7 @@ impl Transport for Processes {
         };
     }
 
-    /// A sign of life to everybody, while this worker is busy.
+    /// A heartbeat to all, while this worker is busy.
     fn idle(&self) {
         let mut beaten = self.beaten.lock().unwrap_or_else(PoisonError::into_inner);
         if self.busy.load(Ordering::Relaxed) == 0 || beaten.elapsed() < BEAT {
@@ -325,7 +334,7 @@ impl Transport for Processes {
         }
         *beaten = Instant::now();
         for to in (0..self.size).filter(|&to| to != self.rank) {
-            // SAFETY: there are no bytes to keep. Nobody waits for it: MPI may forget the request when it is done.
+            // SAFETY: there are no bytes to keep alive. The request is freed by MPI when it is done.
             unsafe {
                 if let Ok(mut request) = self.send(ptr::NonNull::dangling().as_ptr(), 0, to, ALIVE) {
                     ffi::MPI_Request_free(&mut request.raw);
@@ -340,7 +349,7 @@ impl Transport for Processes {
             thread::sleep(LAST_RESORT);
             exit_at_once();
         });
-        // What was written to stderr is on its way through the launcher.
+        // Let the launcher forward what was written to stderr.
         thread::sleep(Duration::from_millis(200));
         // SAFETY: MPI runs as long as there is a `Processes`.
         unsafe { ffi::MPI_Abort(self.raw(), 1) };
@@ -350,6 +359,7 @@ impl Transport for Processes {
 
 /// Ends the process without the exit handlers of libraries, which may wait for a network that is gone.
 fn exit_at_once() -> ! {
+    // SAFETY: POSIX's declaration; it takes any code and does not return.
     unsafe extern "C" {
         safe fn _exit(code: i32) -> !;
     }

@@ -1,4 +1,4 @@
-//! Devices of one process that talk to each other directly, by Burn's `distributed::all_reduce`.
+//! Devices of one process that reduce among themselves, by Burn's `distributed::all_reduce`: NCCL, on CUDA.
 
 use std::sync::Arc;
 
@@ -9,19 +9,18 @@ use super::collective::{split, stretch};
 use super::comm_stats::Counter;
 use super::{Collective, CollectiveError, Operation, Traffic};
 
-/// Whether devices of this kind sum tensors among themselves.
+/// Whether devices of this kind can reduce tensors among themselves.
 ///
 /// In Burn 0.22.1 that is CUDA's with NCCL. Every other backend answers `all_reduce` by a panic or an error of its server
-/// (`no_device_transport`), so that asking it is no way to find out.
+/// (`no_device_transport`), so it cannot be probed.
 pub fn devices_reduce(device: &Device) -> bool {
-    // The name is all that is to be had without a backend's own types.
+    // Without the backend's own types, its name is the only way to tell.
     format!("{device:?}").contains("Cuda")
 }
 
-/// A device's side of a group of devices in a process. All that Burn's devices do together is to sum a tensor: a
-/// reduce-scatter is the own part of that sum, and a gather is the sum of tensors that are zero where others have their
-/// parts. `host` carries the rest, and is asked first whether everybody is there, for a device that waits cannot be
-/// called back.
+/// A device's end of a group of devices in a process. Burn offers an all-reduce only: a reduce-scatter is the own part of
+/// the sum, and an all-gather is the sum of tensors that are zero where others have their parts. `host` does the rest, and
+/// a barrier before each operation, since a device that waits in NCCL cannot be interrupted.
 #[derive(Debug)]
 pub struct OnDevices {
     host: Arc<dyn Collective>,
@@ -37,7 +36,7 @@ impl OnDevices {
 
     fn sum(&self, operation: Operation, tensor: Tensor<1>) -> Result<Tensor<1>, CollectiveError> {
         self.host.barrier()?;
-        // What a ring sends for a sum: twice (N - 1) / N of the tensor.
+        // A ring all-reduce sends twice (N - 1) / N of the tensor.
         let bytes = tensor.dims()[0] * tensor.dtype().size();
         self.sent.add(operation, 2 * bytes * (self.size() - 1) / self.size());
         Ok(all_reduce(tensor, ReduceOperation::Sum, self.devices.clone()).resolve())

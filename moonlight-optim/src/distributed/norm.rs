@@ -1,14 +1,14 @@
-//! Norms that do not depend on how a tensor is cut.
+//! Norms that do not depend on how a tensor is divided among ranks.
 
 use burn::tensor::{DType, Tensor};
 
-/// Elements that are widened at a time.
+/// Elements widened to f64 at a time.
 const CHUNK: usize = 1 << 20;
 
 /// The sum of the squares of all elements, in f64 where the device has it, else in f32.
 ///
-/// In f64 the order of the sum is lost behind 12 digits: parts of a tensor that different workers hold have, together, the
-/// sum of the whole, so that all numbers of workers clip by the same f32 factor.
+/// In f64 the order of summation changes about the 12th digit: the parts that different ranks hold sum to the whole, so
+/// that every world size clips by the same f32 factor.
 pub fn sum_of_squares<const D: usize>(tensor: Tensor<D>) -> f64 {
     let elements = tensor.shape().num_elements();
     let wide = if tensor.device().supports_dtype(DType::F64) { DType::F64 } else { DType::F32 };
@@ -40,7 +40,7 @@ mod tests {
         assert!((parts / sum - 1.0).abs() < 1e-12);
         assert_eq!(sum_of_squares(Tensor::<2>::zeros([0, 3], &device)), 0.0);
         assert!(sum_of_squares(Tensor::<1>::full([3], f32::NAN, &device)).is_nan());
-        // Squares that f32 does not have.
+        // Squares that overflow f32.
         assert!(sum_of_squares(Tensor::<1>::full([3], 1e30, &device)).is_finite());
     }
 }

@@ -1,10 +1,10 @@
-//! One worker alone.
+//! A world size of 1.
 
 use burn::tensor::{DType, Tensor};
 
 use super::{Collective, CollectiveError, Traffic};
 
-/// A group of one: every operation gives back what it got.
+/// A group of one worker: every operation returns its input.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Solo;
 

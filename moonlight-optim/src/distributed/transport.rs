@@ -1,4 +1,4 @@
-//! Collectives through the host: tensors leave their device as bytes, and somebody carries these.
+//! Collectives through host memory: tensors are copied off their device and sent as bytes.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -9,19 +9,19 @@ use super::collective::stretch;
 use super::comm_stats::Counter;
 use super::{Collective, CollectiveError, Operation, Traffic};
 
-/// A message; shared where several workers of a process get the same.
+/// A message; shared if several workers of a process get the same.
 pub type Payload = Arc<Bytes>;
 
 /// Carries messages between workers.
 pub trait Transport: Debug + Send + Sync {
-    /// This worker's number.
+    /// This worker's rank.
     fn rank(&self) -> usize;
 
-    /// How many workers there are.
+    /// The world size.
     fn size(&self) -> usize;
 
-    /// Gives `outgoing[w]` to worker `w` and returns what each worker gave, `incoming[w]` bytes; this worker's own place
-    /// is empty in both.
+    /// Sends `outgoing[w]` to worker `w`; returns what each worker sent, `incoming[w]` bytes. This worker's own entry is
+    /// empty in both.
     ///
     /// # Errors
     ///
@@ -50,8 +50,8 @@ pub trait Transport: Debug + Send + Sync {
 
 /// Collectives over a [`Transport`].
 ///
-/// A reduce-scatter gives each worker its parts of all others, and it sums them itself: as many bytes as a ring sends,
-/// `(N - 1) / N` of the tensor, and an order of summation that is that of the ranks.
+/// In a reduce-scatter each worker receives the others' parts and sums them: as many bytes as a ring sends,
+/// `(N - 1) / N` of the tensor, and the sum is in the order of the ranks.
 #[derive(Debug)]
 pub struct ByHost<T> {
     transport: T,
@@ -59,12 +59,12 @@ pub struct ByHost<T> {
 }
 
 impl<T: Transport> ByHost<T> {
-    /// Collectives by this transport.
+    /// Collectives over this transport.
     pub fn new(transport: T) -> Self {
         Self { transport, sent: Counter::default() }
     }
 
-    /// Every worker's own place stays empty: what it gives to itself does not travel.
+    /// Every worker's own entry is empty: nothing is sent to oneself.
     fn exchange(
         &self,
         operation: Operation,
@@ -75,7 +75,7 @@ impl<T: Transport> ByHost<T> {
         self.transport.exchange(operation, outgoing, incoming)
     }
 
-    /// Sends `outgoing` (nothing to itself) and returns tensors, at this worker's place `own`.
+    /// Sends `outgoing` (nothing to itself) and returns the tensors received, with `own` as this worker's entry.
     fn tensors(
         &self,
         operation: Operation,

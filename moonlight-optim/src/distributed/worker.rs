@@ -1,4 +1,4 @@
-//! A worker of a group, whose collectives run while it computes.
+//! A worker of a process group, whose collectives overlap with its computation.
 
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,17 +7,17 @@ use std::time::Duration;
 
 use super::{Collective, CollectiveError, Solo, Traffic};
 
-/// How often a thread without work looks after its transport.
+/// How often the thread calls [`Collective::idle`] while it has no operation.
 const IDLE: Duration = Duration::from_millis(500);
 
 type Job = Box<dyn FnOnce(&dyn Collective) + Send>;
 
-/// A worker. Its operations run one after the other, in the order in which they were asked for, on a thread of their own
-/// (but for a group of one, where there is nothing to wait for); clones are the same worker.
+/// A rank of a process group. Operations run in order on a thread of their own (with a world size of 1, where nothing is
+/// waited for, on the caller's); clones are the same worker.
 #[derive(Clone, Debug)]
 pub struct Worker {
     collective: Arc<dyn Collective>,
-    /// `None` for a group of one.
+    /// `None` with a world size of 1.
     queue: Option<Arc<Mutex<Sender<Job>>>>,
 }
 
@@ -48,7 +48,7 @@ impl<T> Pending<T> {
     }
 }
 
-/// As long as it lives, the others wait for this worker.
+/// While it lives, this worker's timeout is suspended.
 #[derive(Debug)]
 pub struct Busy(Arc<dyn Collective>);
 
@@ -59,7 +59,7 @@ impl Drop for Busy {
 }
 
 impl Worker {
-    /// A worker of a group.
+    /// This worker's end of a group.
     pub fn new(collective: Arc<dyn Collective>) -> Self {
         if collective.size() == 1 {
             return Self { collective, queue: None };
@@ -78,36 +78,36 @@ impl Worker {
         Self { collective, queue: Some(Arc::new(Mutex::new(sender))) }
     }
 
-    /// A group of one.
+    /// A world size of 1.
     pub fn alone() -> Self {
         Self::new(Arc::new(Solo))
     }
 
-    /// This worker's number.
+    /// This worker's rank.
     pub fn rank(&self) -> usize {
         self.collective.rank()
     }
 
-    /// How many workers there are.
+    /// The world size.
     pub fn size(&self) -> usize {
         self.collective.size()
     }
 
-    /// Starts an operation behind those that were started before.
+    /// Queues an operation after those already started.
     pub fn start<T: Send + 'static>(
         &self,
         operation: impl FnOnce(&dyn Collective) -> Result<T, CollectiveError> + Send + 'static,
     ) -> Pending<T> {
         let Some(queue) = &self.queue else { return Pending(State::Ready(operation(&*self.collective))) };
         let (sender, receiver) = mpsc::channel();
-        // Whoever asked may have given up, and then nobody wants the result.
+        // The receiver is gone if the caller dropped its `Pending`.
         let job: Job = Box::new(move |collective| drop(sender.send(operation(collective))));
-        // A thread that has ended drops the job, and with it the result's sender.
+        // If the thread has ended, the job is dropped with its sender, and `wait` reports that.
         let _ = queue.lock().unwrap_or_else(PoisonError::into_inner).send(job);
         Pending(State::Running(self.rank(), receiver))
     }
 
-    /// Runs an operation to its end.
+    /// Runs an operation and waits for it.
     ///
     /// # Errors
     ///
@@ -119,7 +119,7 @@ impl Worker {
         self.start(operation).wait()
     }
 
-    /// The numbers of each worker, in the order of the ranks; as many of each.
+    /// The numbers of each worker, in the order of the ranks; all give equally many.
     ///
     /// # Errors
     ///
@@ -128,7 +128,7 @@ impl Worker {
         self.run(move |collective| collective.numbers(&own))
     }
 
-    /// Tells the others to wait, for as long as what is returned lives.
+    /// Suspends this worker's timeout while the result lives: around work that the others must wait for.
     pub fn busy(&self) -> Busy {
         self.collective.set_busy(true);
         Busy(self.collective.clone())

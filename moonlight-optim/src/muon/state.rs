@@ -9,8 +9,8 @@ use burn_pack::Scalar;
 pub struct MuonState<const D: usize> {
     /// `M`, in f32 (f64 for f64 parameters) or bf16.
     pub momentum: Tensor<D>,
-    /// What [`Adaptive`](crate::Adaptive) keeps: for AdaMuon `[batch, A, B]`, for NorMuon `[batch, 1, out]` or `[batch, out, 1]` (of the
-    /// side that is not out, one for each block).
+    /// The second moment of [`Adaptive`](crate::Adaptive): `[batch, A, B]` for AdaMuon; for NorMuon `[batch, 1, out]` or
+    /// `[batch, out, 1]`, by the layout, with one entry per block along the side that is split.
     pub second_moment: Option<Tensor<3>>,
     /// Steps taken.
     pub step: usize,

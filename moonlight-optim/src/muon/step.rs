@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Tensor};
 
 use super::{MomentumPrecision, MuonConfig, MuonState};
 use crate::newton_schulz::full_precision;
-use crate::{Adaptive, Blocks, NewtonSchulz, Preconditioning, Scale, WeightLayout};
+use crate::{Blocks, NewtonSchulz, Preconditioning, Scale, WeightLayout};
 
 /// The Muon optimizer, for matrices `[A, B]` and for stacks of matrices `[batch, A, B]`.
 ///
@@ -20,7 +20,7 @@ use crate::{Adaptive, Blocks, NewtonSchulz, Preconditioning, Scale, WeightLayout
 ///
 /// A zero gradient with zero momentum gives a zero update. A gradient that holds a NaN or an infinity makes the
 /// parameter's own matrix NaN, visibly, and no other matrix of its stack; as with AdamW the momentum keeps the NaN, so
-/// a loop that wants to go on must look at its gradients before it steps.
+/// check gradients before a step.
 ///
 /// Momentum and update are computed in f32 (f64 for f64 parameters) and the parameter is rounded once, so bf16
 /// parameters keep an f32 momentum.
@@ -105,7 +105,7 @@ impl Muon {
         let layout = self.config.layout_of_view();
         let adaptive = self.config.adaptive;
         let input = adaptive.input(momentum);
-        // Of a square matrix AOL rescales the outputs, as its authors do, where the rows of a matrix are outputs.
+        // AOL rescales the outputs of a square matrix, as its authors do: they store outputs as rows.
         let aol = self.newton_schulz.preconditioning == Preconditioning::Aol;
         let update = if aol && rows == columns && layout == WeightLayout::InOut {
             self.newton_schulz.apply(input.swap_dims(1, 2)).swap_dims(1, 2)
@@ -117,7 +117,7 @@ impl Muon {
             (Some(factor), _) => update.mul_scalar(factor),
             (None, Scale::UpdateNorm { factor }) => {
                 let mean_square = update.clone().square().mean_dims(&[1, 2]); // [batch, 1, 1]
-                // An update of zeros stays one.
+                // An update of zeros stays zero.
                 let rms = mean_square.sqrt().add_scalar(f64::from(f32::MIN_POSITIVE));
                 update.mul(rms.recip().mul_scalar(factor))
             }
@@ -208,7 +208,8 @@ impl Muon {
         results.into_iter().flatten().collect()
     }
 
-    /// A step of members of one age in the CPU backend's kernel, if it has one for these settings; gives them back if not.
+    /// A step of members that have taken equally many steps, in the CPU backend's kernel, if it has one for these settings;
+    /// else returns them.
     #[cfg(feature = "cpu")]
     fn step_plainly(
         &self,
@@ -219,7 +220,7 @@ impl Muon {
         let config = &self.config;
         let Some((first, _, _)) = members.first() else { return Ok(Vec::new()) };
         let shape @ [_, rows, columns] = first.dims();
-        let plain = config.adaptive == Adaptive::Off
+        let plain = config.adaptive == crate::Adaptive::Off
             && config.blocks == Blocks::Whole
             && !config.decay.cautious
             && config.momentum_precision == MomentumPrecision::F32
@@ -260,7 +261,7 @@ impl Muon {
         view.stack(shape)
     }
 
-    /// A step of a stack `[batch, A, B]`, by a kernel where there is one.
+    /// A step of a stack `[batch, A, B]`, by a kernel if there is one.
     fn step_alone(&self, lr: LearningRate, member: Member<3>) -> (Tensor<3>, MuonState<3>) {
         #[cfg(feature = "cpu")]
         let member = {

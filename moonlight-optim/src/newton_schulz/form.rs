@@ -1,25 +1,24 @@
-//! Which form Newton-Schulz takes for a shape, and what each costs.
+//! Direct or Gram form of Newton-Schulz, and the cost of each.
 //!
 //! With `n` the shorter side of a matrix and `m` the longer one, a step of the direct form takes a Gram matrix, its
 //! square, and the product of a polynomial of it with `X`. The Gram form ("Gram Newton-Schulz",
 //! <https://github.com/Dao-AILab/gram-newton-schulz>) iterates on the `n` by `n` Gram matrix alone and multiplies `X` once,
-//! at the end: cheaper for every matrix that is not square, the more so the longer it is. What it pays with is precision:
-//! the Gram matrix has the squares of the singular values, and rounding in it grows with every step. So it restarts from
-//! a fresh Gram matrix before that matters.
+//! at the end: cheaper for every matrix that is not square, the more so the longer it is. The price is precision:
+//! the Gram matrix has the squares of the singular values, and rounding in it grows with every step, so it is recomputed
+//! from `X` before that matters.
 
 use std::ops::Range;
 
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
-/// How the iteration is carried out; the result is the same but for rounding.
+/// How the iteration is computed; the result is the same up to rounding.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Form {
-    /// The Gram form where it costs less, restarted as often as the type of the products demands, else the direct one. In
-    /// half precision that is always the direct form: the Gram form would have to restart after every step, which is the
-    /// direct form.
+    /// The Gram form if it costs less, restarted as often as the type of the products requires, else the direct one. In
+    /// half precision always the direct form, since the Gram form would restart at every step.
     #[default]
     Auto,
     /// Every step multiplies `X`.

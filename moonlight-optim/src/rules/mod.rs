@@ -127,10 +127,10 @@ impl ParameterRules {
     ///
     /// # Errors
     ///
-    /// A rule that matches nothing, or nothing that earlier rules leave it (unless it is optional; one that matches frozen
-    /// parameters alone is none), a trainable parameter that no rule takes, a
-    /// parameter given to Muon that is not a matrix or a stack of matrices, blocks that do not fill their matrix, a rule
-    /// without conditions that sends matrices past Muon, a group that does not exist or exists twice, a malformed pattern, a module without trainable parameters.
+    /// A rule that matches nothing, or nothing that earlier rules left (unless it is optional or matches frozen parameters),
+    /// a trainable parameter that no rule takes, a parameter given to Muon that is not a matrix or a stack of matrices,
+    /// blocks that do not fill their matrix, a rule without conditions that sends matrices past Muon, a group that does not
+    /// exist or exists twice, a scale without its hidden size, a malformed pattern, a module without trainable parameters.
     pub fn assign<M: Module>(&self, module: &M) -> Result<Assignment, RuleError> {
         self.assign_parameters(Parameter::of(module))
     }

@@ -68,7 +68,7 @@ fn merged(rows: &[AssignedParameter]) -> Vec<Merged<'_>> {
     merged
 }
 
-/// The first name of a path that is a number, and what stands before and after it.
+/// The first name of a path that is a number, and what comes before and after it.
 fn around_number(path: &str) -> Option<(&str, usize, &str)> {
     let mut start = 0;
     for name in path.split('.') {
