@@ -281,8 +281,8 @@ class Trial:
         state = f"{writing[0]} being written" if writing else "no checkpoint being written"
         print(
             f"{name}: {'good' if good else 'BAD'}; host {host}, {state}; workers ended after {ended:.1f} s, launcher "
-            f"{'never' if launcher_ended is None else f'{launcher_ended:.1f} s'}; {len(errors)} error lines; went on "
-            f"behind step {before}, {'equal' if equal else 'NOT EQUAL'}; {line}",
+            f"{'never' if launcher_ended is None else f'{launcher_ended:.1f} s'}; {len(errors)} error lines; resumed "
+            f"from step {before}, {'equal' if equal else 'NOT EQUAL'}; {line}",
             flush=True,
         )
         if not good:

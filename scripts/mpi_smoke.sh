@@ -105,5 +105,5 @@ grep -q 'exited on signal 9' "$home/killed.log"
 last="$(ls "$home/runs/killed/checkpoints" | grep '^step-' | tail -1 | tr -dc 0-9 | sed 's/^0*//')"
 more=(--set "train.steps=$((last + 2))" --set train.validate_every=0 --resume)
 train killed "${mpirun[@]}" -n 2
-grep -q "going on behind step $last" "$home/killed.log"
-echo "mpi: a killed worker ended the run within $seconds s, and it went on behind step $last"
+grep -q "resuming from step $last" "$home/killed.log"
+echo "mpi: a killed worker ended the run within $seconds s, and it resumed from step $last"

@@ -71,10 +71,11 @@ run() {
 }
 
 # One build for both: for a test of the program, cargo builds the program with what the other tests are built with.
-tests=(cargo test --workspace --features moonlight-train/wgpu --lib --test packing)
+tests=(cargo test --workspace --features moonlight-train/wgpu --lib --test packing --test hostile_kernels)
 "${tests[@]}" --no-run
 # All but the one that compares times, which a busy machine would fail.
 run "${tests[@]}" -- --ignored cube --skip kernels_of_one_pass_are_faster_than_the_reference | tee "$log.tests"
 # A name that no test has is no error to cargo.
 grep -q '^test kernels::cube::tests::attention \.\.\. ok' "$log.tests"
+grep -q '^test cube_hostile_arguments_are_refused_or_give_what_the_reference_gives \.\.\. ok' "$log.tests"
 run python3 scripts/check_wgpu.py "$CARGO_TARGET_DIR/debug/moonlight"

@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use moonlight_model::{ConfigError, ModelConfig};
 use rayon::prelude::*;
 
-use crate::burnpack::BURNPACK;
-use crate::decode::Part;
 use crate::error::CheckpointError;
+use crate::format::burnpack::BURNPACK;
+use crate::format::index::{Index, SINGLE};
+use crate::format::shard::{FileRange, Shard};
 use crate::hub;
-use crate::index::{Index, SINGLE};
-use crate::inside::Inside;
-use crate::names;
-use crate::problem::Problem;
-use crate::shard::Shard;
-use crate::staging;
+use crate::io::atomic_dir;
+use crate::io::confined_dir::ConfinedDir;
+use crate::io::file_error::FileError;
+use crate::mapping::names;
+use crate::report::validation::Problem;
 
 /// The model's configuration.
 pub(crate) const CONFIG: &str = "config.json";
@@ -90,14 +90,14 @@ impl Checkpoint {
     /// that cannot be read or names a file elsewhere.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         let dir = &hub::resolve(dir)?;
-        staging::recover(dir);
+        atomic_dir::recover(dir);
         if !dir.is_dir() {
-            return Err(CheckpointError::NotADirectory { path: dir.to_path_buf() });
+            return Err(CheckpointError::not_a_directory(dir));
         }
         let snapshot = if dir.join(CONFIG).exists() { None } else { hub::newest_snapshot(dir) };
         let dir = snapshot.unwrap_or_else(|| dir.to_path_buf());
-        let inside = Inside::new(&dir).map_err(CheckpointError::read(&dir))?;
-        let config = read_config(&inside, &dir)?;
+        let confined = ConfinedDir::new(&dir).map_err(CheckpointError::read(&dir))?;
+        let config = read_config(&confined, &dir)?;
         let mut checkpoint = Self {
             dir,
             config,
@@ -107,16 +107,16 @@ impl Checkpoint {
             burnpack: false,
             unread: Some(HashSet::new()),
         };
-        if inside.file(SINGLE)?.is_some() {
-            checkpoint.open_files(&inside, vec![SINGLE.to_owned()]);
+        if confined.file(SINGLE)?.is_some() {
+            checkpoint.open_files(&confined, vec![SINGLE.to_owned()]);
             if !checkpoint.broken.is_empty() {
                 checkpoint.unread = None;
             }
-        } else if let Some(index) = Index::read(&inside, &checkpoint.dir)? {
-            checkpoint.open_indexed(&inside, index);
-        } else if inside.file(BURNPACK)?.is_some() {
+        } else if let Some(index) = Index::read(&confined, &checkpoint.dir)? {
+            checkpoint.open_indexed(&confined, index);
+        } else if confined.file(BURNPACK)?.is_some() {
             checkpoint.burnpack = true;
-            checkpoint.open_files(&inside, vec![BURNPACK.to_owned()]);
+            checkpoint.open_files(&confined, vec![BURNPACK.to_owned()]);
             if !checkpoint.broken.is_empty() {
                 checkpoint.unread = None;
             }
@@ -162,17 +162,17 @@ impl Checkpoint {
     }
 
     /// The bytes of a part of a file's data section.
-    pub(crate) fn part(&self, part: &Part) -> &[u8] {
+    pub(crate) fn part(&self, part: &FileRange) -> &[u8] {
         self.bytes(part.shard, part.range.clone())
     }
 
     /// Asks the operating system to have a part of a file in memory soon.
-    pub(crate) fn prefetch(&self, part: &Part) {
+    pub(crate) fn prefetch(&self, part: &FileRange) {
         self.shard(part.shard).prefetch(&part.range);
     }
 
     /// Gives the memory of a part of a file back.
-    pub(crate) fn release(&self, part: &Part) {
+    pub(crate) fn release(&self, part: &FileRange) {
         self.shard(part.shard).release(&part.range);
     }
 
@@ -185,12 +185,12 @@ impl Checkpoint {
         self.files[shard].shard.as_ref().expect("only tensors of files that were read are asked for")
     }
 
-    fn open_indexed(&mut self, inside: &Inside, index: Index) {
+    fn open_indexed(&mut self, confined: &ConfinedDir, index: Index) {
         let mut wanted: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (tensor, file) in index.weight_map {
             wanted.entry(file).or_default().push(tensor);
         }
-        self.open_files(inside, wanted.keys().cloned().collect());
+        self.open_files(confined, wanted.keys().cloned().collect());
 
         let present: HashSet<(&str, usize)> =
             self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.shard)).collect();
@@ -225,17 +225,19 @@ impl Checkpoint {
         self.unread = Some(unread);
     }
 
-    fn open_files(&mut self, inside: &Inside, names: Vec<String>) {
+    fn open_files(&mut self, confined: &ConfinedDir, names: Vec<String>) {
         let open = if self.burnpack { Shard::open_burnpack } else { Shard::open };
         let opened: Vec<_> = names
             .into_par_iter()
             .map(|name| {
-                let shard = match inside.file(&name) {
+                let shard = match confined.file(&name) {
                     Ok(path) => path.map(|path| open(&path)),
                     Err(CheckpointError::Link { .. }) => {
                         Some(Err("is a symbolic link that leads out of the directory".into()))
                     }
-                    Err(CheckpointError::Read { source, .. }) => Some(Err(format!("cannot be read: {source}"))),
+                    Err(CheckpointError::File(FileError { source, .. })) => {
+                        Some(Err(format!("cannot be read: {source}")))
+                    }
                     Err(error) => Some(Err(format!("cannot be read: {error}"))),
                 };
                 (name, shard)
@@ -270,9 +272,9 @@ impl Checkpoint {
     }
 }
 
-fn read_config(inside: &Inside, dir: &Path) -> Result<ModelConfig, CheckpointError> {
+fn read_config(confined: &ConfinedDir, dir: &Path) -> Result<ModelConfig, CheckpointError> {
     let path = dir.join(CONFIG);
-    let Some(bytes) = inside.read(CONFIG, LONGEST_CONFIG)? else {
+    let Some(bytes) = confined.read(CONFIG, LONGEST_CONFIG)? else {
         return Err(CheckpointError::NoConfig { dir: dir.to_path_buf() });
     };
     let config = match String::from_utf8(bytes) {

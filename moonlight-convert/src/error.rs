@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use moonlight_model::ConfigError;
 
-use crate::elements::WeightDtype;
-use crate::problem::Problems;
+use crate::dtype::conversion::WeightDtype;
+use crate::io::file_error::FileError;
+use crate::report::validation::ProblemList;
 
 /// A checkpoint that cannot be opened, loaded or saved.
 ///
@@ -15,8 +16,14 @@ use crate::problem::Problems;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
-    /// The path does not exist or is not a directory.
-    #[error("`{}` {}", path.display(), if path.exists() { "is not a directory" } else { "does not exist" })]
+    /// The path does not exist.
+    #[error("`{}` does not exist", path.display())]
+    NoSuchDirectory {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// The path is not a directory.
+    #[error("`{}` is not a directory", path.display())]
     NotADirectory {
         /// The path as given.
         path: PathBuf,
@@ -113,7 +120,7 @@ pub enum CheckpointError {
         /// The directory.
         dir: PathBuf,
         /// All that is wrong.
-        problems: Problems,
+        problems: ProblemList,
     },
     /// A weight that is infinite or NaN.
     #[error("the tensor `{tensor}`{} holds infinite or NaN values", In(file))]
@@ -194,47 +201,43 @@ pub enum CheckpointError {
         /// Why not.
         problem: String,
     },
-    /// A file or directory cannot be read.
-    #[error("`{}` cannot be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file or directory cannot be written; what stood there before is untouched.
-    #[error("`{}` cannot be written: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// A file or directory cannot be read or written; what stood there before is untouched.
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 impl CheckpointError {
+    /// For `map_err` of what reads `path`.
     pub(crate) fn read(path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_path_buf();
-        move |source| Self::Read { path, source }
+        FileError::read(path)
     }
 
+    /// For `map_err` of what writes `path`.
     pub(crate) fn write(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        FileError::write(path)
+    }
+
+    /// For a path that should be a directory and is none. Looks at the disk now, so that the message does not.
+    pub(crate) fn not_a_directory(path: &Path) -> Self {
         let path = path.to_path_buf();
-        move |source| Self::Write { path, source }
+        if path.exists() { Self::NotADirectory { path } } else { Self::NoSuchDirectory { path } }
+    }
+
+    /// The repository and, where one was named, the revision of a model that [`NotCached`](Self::NotCached) is about, so
+    /// that a program can name its own way to fetch it.
+    pub fn not_cached(&self) -> Option<(&str, Option<&str>)> {
+        let Self::NotCached { model, .. } = self else { return None };
+        Some(match model.split_once('@') {
+            Some((repo, revision)) => (repo, Some(revision)),
+            None => (model, None),
+        })
     }
 
     /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::NotADirectory { path } if path.is_file() => {
-                Some("give the directory that holds `config.json` and the weights".into())
-            }
-            Self::NotCached { model, .. } => Some(match model.split_once('@') {
-                None => format!("`moonlight-convert download {model}` fetches it"),
-                Some((repo, revision)) => {
-                    format!("`moonlight-convert download {repo} --revision {revision}` fetches it")
-                }
-            }),
+            Self::NotADirectory { .. } => Some("give the directory that holds `config.json` and the weights".into()),
+            Self::NotCached { model, .. } => Some(format!("fetch `{model}` into the cache first")),
             Self::Link { .. } => Some("copy the file into the directory, if you trust what it leads to".into()),
             Self::NoConfig { .. } => Some(
                 "a checkpoint is a directory with `config.json` and safetensors files, as Hugging Face keeps it".into(),
@@ -251,21 +254,16 @@ impl CheckpointError {
             Self::Overflow { .. } => Some("bf16 and f32 have the range; try one of them".into()),
             Self::DeviceDtype { .. } => Some("load the weights as f32".into()),
             Self::Dtype { .. } => Some("the dtypes of weights are f32, bf16 and f16".into()),
-            Self::Exists { .. } => Some("choose another directory, or ask for it to be replaced (`--force`)".into()),
+            Self::Exists { .. } => Some("choose another directory, or ask for it to be replaced".into()),
             Self::Foreign { .. } => Some("save into a new directory".into()),
             Self::Full { .. } | Self::NoRoom { .. } => Some(MAKE_ROOM.into()),
-            Self::Write { source, .. } if is_full(source) => Some(MAKE_ROOM.into()),
+            Self::File(error) if error.is_full() => Some(MAKE_ROOM.into()),
             _ => None,
         }
     }
 }
 
 const MAKE_ROOM: &str = "free some space; what was there before is untouched";
-
-/// Whether a disk or a quota is full.
-pub(crate) fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
-}
 
 /// Text that may come from a file, with its control characters escaped: none forges a line of ours or reaches a terminal
 /// as a command.

@@ -22,57 +22,44 @@
 //! * [`Checkpoint`] is a directory, opened and checked but not read; [`load`] makes a model of it.
 //! * [`save`] writes a directory that transformers, vLLM and SGLang open, in one step that a crash cannot halve.
 //! * [`Checkpoint::convert`] rewrites one without building the model: in another dtype, in other files, as Burn's burnpack
-//!   and back; [`Checkpoint::compare`] says how far two are apart; both in little memory, whatever their size.
+//!   and back, in little memory, whatever its size.
 //! * [`Checkpoint::load_part`] loads one layer, or any other part, without reading the rest.
-//! * [`Checkpoint::summary`] says what is in one, and [`check_digests`] whether its files are what they should be.
+//! * [`report`] has what is said of a checkpoint: [`Checkpoint::summary`], [`Checkpoint::problems`],
+//!   [`Checkpoint::compare`], [`report::check_digests`].
 //! * [`adapter`] reads and writes LoRA adapters as peft lays them out.
-//! * `names.rs` is the only place that spells a name of Hugging Face's, `adapter/names.rs` one of peft's.
 //!
-//! Files are mapped into memory and their headers checked before use; nothing of a file is believed because the file says
-//! so. Weights may be bf16, f16 or f32, FP8 in blocks or INT4 in groups; quantised ones are read as what they stand for.
+//! Files are mapped into memory, and all metadata is validated before use. Weights may be bf16, f16 or f32, FP8 in blocks or
+//! INT4 in groups; quantised ones are dequantised on the way. `mapping/names.rs` is the only file that spells a tensor name
+//! of Hugging Face's, `adapter/names.rs` one of peft's.
+//!
+//! Errors are values ([`CheckpointError`], [`adapter::AdapterError`]): a sentence, and a `hint()` where we know what helps.
 
 pub mod adapter;
-mod burnpack;
-mod check;
 mod checkpoint;
-mod companions;
-mod compare;
-mod decode;
-mod digest;
-mod elements;
+mod dtype;
 mod error;
+mod format;
 pub mod hub;
-mod huge_pages;
-mod index;
-mod inside;
+mod io;
 mod load;
-mod names;
-mod problem;
+mod mapping;
 mod progress;
-mod published;
-mod quantised;
-mod room;
+pub mod report;
 mod save;
-mod shard;
-mod staging;
-mod stream;
-mod summary;
 pub mod tokenizer;
-mod transfer;
-mod transposition;
-mod writer;
 
 pub use checkpoint::{Checkpoint, StoredTensor, WeightFile};
-pub use companions::companions_in;
-pub use compare::{Comparison, Difference, Distance};
-pub use digest::{CheckedFile, check_digests};
-pub use elements::WeightDtype;
+pub use dtype::conversion::WeightDtype;
 pub use error::CheckpointError;
+pub use format::sidecars::sidecars_in;
+pub use io::atomic_dir::replace_directory;
+pub use io::file_error::{Access, FileError};
 pub use load::{LoadReport, Loaded, load};
-pub use names::{HfTensor, SkipReason, hugging_face_tensors};
-pub use problem::{Problem, Problems};
+pub use mapping::names::{HfTensor, SkipReason, hugging_face_tensors};
 pub use progress::Progress;
-pub use published::{PublishedFile, published_files};
 pub use save::{Format, SaveOptions, save, write_into};
-pub use staging::replace_directory;
-pub use summary::{OfDtype, OfFile, Parameters, Skipped, State, Summary, Wrong, unfinished};
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -6,22 +6,23 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use moonlight_disjoint::DisjointMut;
 use moonlight_model::config::ParameterKind;
 use moonlight_model::{CausalLm, QuantBits};
 
-use crate::check::{Plan, Planned, Scope};
 use crate::checkpoint::Checkpoint;
-use crate::decode::{Layout, Piece};
-use crate::elements::{Outcome, Weight, WeightDtype, all_finite, with_weight};
+use crate::dtype::conversion::{Outcome, Weight, WeightDtype, all_finite, with_weight};
+use crate::dtype::dequantize::{Layout, SourceTensor};
+use crate::dtype::transpose::HEIGHT;
 use crate::error::CheckpointError;
-use crate::huge_pages;
-use crate::names::SkipReason;
-use crate::stream::Stream;
-use crate::transfer::{self, Panel, in_order};
-use crate::transposition::{HEIGHT, Shared};
+use crate::io::huge_pages;
+use crate::io::parallel_copy::{self, RowChunk, in_order};
+use crate::io::readahead::ReadAhead;
+use crate::mapping::load_plan::{LoadPlan, PlannedParameter, Scope};
+use crate::mapping::names::SkipReason;
 
 /// Bytes that a thread reads at a time, about.
-const PANEL: usize = 1 << 20;
+const CHUNK: usize = 1 << 20;
 /// Rows of a matrix that is transposed, at least: fewer would write to more cache lines than they fill.
 const FEWEST_ROWS: usize = 64;
 
@@ -39,7 +40,7 @@ pub struct Loaded {
 pub struct LoadReport {
     /// The dtype of the model's weights (the router's own and its correction bias apart).
     pub dtype: WeightDtype,
-    /// Parameters of the model that were filled.
+    /// Parameters of the model that were loaded.
     pub parameters: usize,
     /// Tensors of the files that they were made of.
     pub tensors: usize,
@@ -162,7 +163,7 @@ impl Checkpoint {
         &self,
         module: M,
         path: &str,
-        plan: &Plan,
+        plan: &LoadPlan,
         device: &Device,
         dtype: Option<DType>,
     ) -> Result<(M, LoadReport), CheckpointError> {
@@ -174,22 +175,31 @@ impl Checkpoint {
             }
         }
         let path = path.split('.').filter(|name| !name.is_empty()).map(str::to_owned).collect();
-        let module = Stream::open(self, plan, |stream| {
-            let mut filling =
-                Filling { checkpoint: self, plan, stream, device, dtype, common, path, filled: 0, failure: None };
-            let module = module.map(&mut filling);
-            if let Some(failure) = filling.failure {
+        let module = ReadAhead::open(self, plan, |read_ahead| {
+            let mut loader = WeightLoader {
+                checkpoint: self,
+                plan,
+                read_ahead,
+                device,
+                dtype,
+                common,
+                path,
+                loaded: 0,
+                failure: None,
+            };
+            let module = module.map(&mut loader);
+            if let Some(failure) = loader.failure {
                 return Err(failure);
             }
-            assert_eq!(filling.filled, plan.parameters.len(), "the list of parameters is that of the module");
+            assert_eq!(loader.loaded, plan.parameters.len(), "the list of parameters is that of the module");
             Ok(module)
         })?;
-        let pieces = || plan.parameters.iter().flat_map(|planned| &planned.pieces);
+        let sources = || plan.parameters.iter().flat_map(|planned| &planned.sources);
         let report = LoadReport {
             dtype: common,
             parameters: plan.parameters.len(),
-            tensors: pieces().count(),
-            bytes: pieces().map(Piece::bytes).sum(),
+            tensors: sources().count(),
+            bytes: sources().map(SourceTensor::bytes).sum(),
             skipped: plan.skipped.clone(),
         };
         Ok((module, report))
@@ -197,55 +207,60 @@ impl Checkpoint {
 
     /// The values of a parameter in Burn's layout. All threads take rows as they lie in the files, in order, so that the
     /// disk is read from front to back, and put each where it belongs.
-    fn read<T: Weight>(&self, planned: &Planned, stream: &Stream<'_>) -> Result<Vec<T>, CheckpointError> {
-        let Planned { parameter, pieces } = planned;
+    fn read<T: Weight>(
+        &self,
+        planned: &PlannedParameter,
+        read_ahead: &ReadAhead<'_>,
+    ) -> Result<Vec<T>, CheckpointError> {
+        let PlannedParameter { parameter, sources } = planned;
         let length: usize = parameter.shape.iter().product();
         let mut values = huge_pages::zeros::<T>(length);
-        let target = Shared::new(&mut values);
-        in_order(&panels(pieces), |_, Panel { piece, rows }, buffer| {
-            let at = piece * (length / pieces.len());
-            let piece = &pieces[*piece];
-            let part = piece.stored_rows(rows);
-            let outcome = if piece.verbatim(Layout::Burn, dtype_of::<T>(), rows).is_some() {
-                let (_, columns) = piece.dims(Layout::Burn);
-                // SAFETY: each panel is taken once, and panels have no rows in common.
-                let target = unsafe { target.part(at + rows.start * columns..at + rows.end * columns) };
-                stream.read(&part, bytemuck::cast_slice_mut(target))?;
+        let target = DisjointMut::new(&mut values);
+        in_order(&row_chunks(sources), |_, RowChunk { source, rows }, buffer| {
+            let at = source * (length / sources.len());
+            let source = &sources[*source];
+            let part = source.stored_rows(rows);
+            let outcome = if source.verbatim(Layout::Burn, dtype_of::<T>(), rows).is_some() {
+                let (_, columns) = source.dims(Layout::Burn);
+                // SAFETY: `in_order` takes each chunk once, and `row_chunks` divides the rows of a source.
+                let target = unsafe { target.row(at + rows.start * columns..at + rows.end * columns) };
+                read_ahead.read(&part, bytemuck::cast_slice_mut(target))?;
                 all_finite::<T>(bytemuck::cast_slice(target))
             } else {
-                let bytes = transfer::values::<u8>(buffer, part.range.len());
-                stream.read(&part, bytes)?;
+                let bytes = parallel_copy::values::<u8>(buffer, part.range.len());
+                read_ahead.read(&part, bytes)?;
                 // SAFETY: as above.
-                unsafe { self.place(piece, Layout::Burn, rows.clone(), bytes, &target, at) }
+                unsafe { self.place(source, Layout::Burn, rows.clone(), bytes, &target, at) }
             };
-            if rows.end == piece.dims(piece.stored()).0 {
-                piece.parts().skip(1).for_each(|scale| self.release(scale));
+            if rows.end == source.dims(source.stored()).0 {
+                source.parts().skip(1).for_each(|scale| self.release(scale));
             }
             match outcome {
                 Outcome::Finite => Ok(()),
-                Outcome::NotFinite => Err(self.blame(piece, dtype_of::<T>())),
+                Outcome::NotFinite => Err(self.blame(source, dtype_of::<T>())),
             }
         })?;
+        target.finish();
         Ok(values)
     }
 }
 
-/// Divides pieces into rows as they lie in the files.
-fn panels(pieces: &[Piece]) -> Vec<Panel> {
-    let mut panels = Vec::new();
-    for (number, piece) in pieces.iter().enumerate() {
-        let (rows, _) = piece.dims(piece.stored());
-        let usual = PANEL / (piece.part.range.len() / rows.max(1)).max(1);
+/// Divides sources into rows as they lie in the files.
+fn row_chunks(sources: &[SourceTensor]) -> Vec<RowChunk> {
+    let mut chunks = Vec::new();
+    for (number, source) in sources.iter().enumerate() {
+        let (rows, _) = source.dims(source.stored());
+        let usual = CHUNK / (source.part.range.len() / rows.max(1)).max(1);
         let height = match usual / HEIGHT * HEIGHT {
-            0 if piece.transposed_in(Layout::Burn) => FEWEST_ROWS,
+            0 if source.transposed_in(Layout::Burn) => FEWEST_ROWS,
             0 => usual.max(1),
             height => height,
         };
-        panels.extend(
-            (0..rows).step_by(height).map(|first| Panel { piece: number, rows: first..rows.min(first + height) }),
+        chunks.extend(
+            (0..rows).step_by(height).map(|first| RowChunk { source: number, rows: first..rows.min(first + height) }),
         );
     }
-    panels
+    chunks
 }
 
 fn dtype_of<T: Weight>() -> WeightDtype {
@@ -257,43 +272,31 @@ pub(crate) fn weight_dtype(dtype: DType) -> Result<WeightDtype, CheckpointError>
 }
 
 /// The widest dtype of the weights; routers do not count.
-pub(crate) fn stored_dtype(plan: &Plan) -> WeightDtype {
+pub(crate) fn stored_dtype(plan: &LoadPlan) -> WeightDtype {
     let counts = |kind| !matches!(kind, ParameterKind::Router | ParameterKind::CorrectionBias);
     plan.parameters
         .iter()
         .filter(|planned| counts(planned.parameter.kind))
-        .map(Planned::stored)
+        .map(PlannedParameter::stored)
         .reduce(WeightDtype::widest)
         .unwrap_or(WeightDtype::F32)
 }
 
-/// Replaces the parameters of a fresh model, which have not been drawn yet and never are.
-struct Filling<'a> {
+/// Replaces the parameters of a fresh model. They are lazy: none of them is ever drawn.
+struct WeightLoader<'a> {
     checkpoint: &'a Checkpoint,
-    plan: &'a Plan,
-    stream: &'a Stream<'a>,
+    plan: &'a LoadPlan,
+    read_ahead: &'a ReadAhead<'a>,
     device: &'a Device,
     dtype: Option<WeightDtype>,
     common: WeightDtype,
     path: Vec<String>,
     /// How many have been replaced: the plan has them in the module's order.
-    filled: usize,
+    loaded: usize,
     failure: Option<CheckpointError>,
 }
 
-impl Filling<'_> {
-    fn data(&self, planned: &Planned) -> Result<TensorData, CheckpointError> {
-        let dtype = match (planned.parameter.kind, self.dtype) {
-            (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
-            (ParameterKind::Router, None) => planned.stored(),
-            _ => self.common,
-        };
-        let shape = planned.parameter.shape.clone();
-        with_weight!(dtype, T => Ok(TensorData::new(self.checkpoint.read::<T>(planned, self.stream)?, shape)))
-    }
-}
-
-impl ModuleMapper for Filling<'_> {
+impl ModuleMapper for WeightLoader<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -307,13 +310,21 @@ impl ModuleMapper for Filling<'_> {
             return param;
         }
         let planned =
-            self.plan.parameters.get(self.filled).filter(|planned| planned.parameter.path == self.path.join("."));
+            self.plan.parameters.get(self.loaded).filter(|planned| planned.parameter.path == self.path.join("."));
         let planned = planned.unwrap_or_else(|| panic!("{} is in the list of parameters", self.path.join(".")));
-        self.filled += 1;
-        match self.data(planned) {
+        self.loaded += 1;
+        let dtype = match (planned.parameter.kind, self.dtype) {
+            (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
+            (ParameterKind::Router, None) => planned.stored(),
+            _ => self.common,
+        };
+        let shape = planned.parameter.shape.clone();
+        let data = with_weight!(dtype, T => {
+            self.checkpoint.read::<T>(planned, self.read_ahead).map(|values| TensorData::new(values, shape))
+        });
+        match data {
             Ok(data) => {
-                let dtype = data.dtype();
-                let tensor = Tensor::from_data(data, (self.device, dtype));
+                let tensor = Tensor::from_data(data, (self.device, DType::from(dtype)));
                 let id = param.id;
                 param.transform_for_load(tensor, id)
             }

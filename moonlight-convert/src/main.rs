@@ -32,10 +32,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    run(Arguments::parse().command).unwrap_or_else(|error| fail(&error, error.hint()))
+    run(Arguments::parse().command).unwrap_or_else(|error| fail(&error, cli::hint::checkpoint(&error)))
 }
 
-/// One line for what went wrong, and one for the mend where there is one.
+/// Prints the error in one line, and in another what helps, where there is a hint.
 fn fail(error: &dyn std::error::Error, hint: Option<String>) -> ExitCode {
     eprintln!("error: {error}");
     if let Some(hint) = hint {

@@ -9,20 +9,20 @@ use burn::tensor::{DType, Tensor, TensorData};
 use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::{CausalLm, ModelConfig};
 
-use crate::check::{Plan, Scope};
 use crate::checkpoint::{CONFIG, Checkpoint};
-use crate::companions;
-use crate::decode::Layout;
-use crate::elements::{self, Outcome, Plain, Weight, WeightDtype, with_weight};
+use crate::dtype::conversion::{self, Outcome, PlainRows, Weight, WeightDtype, with_weight};
+use crate::dtype::dequantize::Layout;
+use crate::dtype::transpose::transpose;
 use crate::error::CheckpointError;
+use crate::format::sidecars;
+use crate::io::atomic_dir::replace_directory;
+use crate::io::disk_space;
+use crate::io::parallel_copy::{self, CopyTask, RowChunk, in_order, row_chunks, transfer};
+use crate::io::writer::{OutTensor, Output, Sharding};
 use crate::load::{stored_dtype, weight_dtype};
-use crate::names::{self, HfTensor};
+use crate::mapping::load_plan::{LoadPlan, Scope};
+use crate::mapping::names::{self, HfTensor};
 use crate::progress::Progress;
-use crate::room;
-use crate::staging::replace_directory;
-use crate::transfer::{self, Panel, Task, in_order, panels, transfer};
-use crate::transposition::transpose;
-use crate::writer::{OutTensor, Output, Sharding};
 
 /// The files that weights are saved in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,7 +47,7 @@ pub struct SaveOptions {
     /// One safetensors file a layer, as Moonlight was published, whatever its size.
     pub shard_by_layer: bool,
     /// A directory whose tokenizer, chat template and generation configuration are copied along.
-    pub companions_from: Option<PathBuf>,
+    pub sidecars_from: Option<PathBuf>,
     /// Whether a checkpoint that stands there is replaced (the default) or an error. A directory that holds anything
     /// that is not part of a checkpoint is never replaced.
     pub overwrite: bool,
@@ -63,7 +63,7 @@ impl Default for SaveOptions {
             format: Format::HuggingFace,
             max_shard_size: 5_000_000_000,
             shard_by_layer: false,
-            companions_from: None,
+            sidecars_from: None,
             overwrite: true,
             partial: false,
         }
@@ -71,7 +71,7 @@ impl Default for SaveOptions {
 }
 
 /// Saves a model as a Hugging Face directory: `config.json`, `generation_config.json`, the weights in
-/// `model.safetensors` or in shards with an index, and the companions asked for. With [`Format::Burnpack`] the weights
+/// `model.safetensors` or in shards with an index, and the sidecars asked for. With [`Format::Burnpack`] the weights
 /// are `model.bpk` instead.
 ///
 /// The directory appears whole or not at all, and one that stood there before is replaced in one step: it is written
@@ -111,13 +111,17 @@ fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
         model
     };
     let dtype = options.dtype.map(weight_dtype).transpose()?;
-    let mut survey =
-        Survey { parameters: model.config().parameter_shapes(), path: Vec::new(), dtypes: Vec::new(), failure: None };
-    model.visit(&mut survey);
-    if let Some(failure) = survey.failure {
+    let mut collector = DtypeCollector {
+        parameters: model.config().parameter_shapes(),
+        path: Vec::new(),
+        dtypes: Vec::new(),
+        failure: None,
+    };
+    model.visit(&mut collector);
+    if let Some(failure) = collector.failure {
         return Err(failure);
     }
-    let Survey { parameters, dtypes, .. } = survey;
+    let DtypeCollector { parameters, dtypes, .. } = collector;
     let dtype_of = |index: usize| match (parameters[index].kind, dtype) {
         (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
         (_, Some(dtype)) => dtype,
@@ -142,7 +146,7 @@ fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
     // The embedding comes first, and has the dtype that the model computes in.
     let main = dtype_of(0);
     fill(model.config(), main, &tensors, dir, shown, options, |output| {
-        let mut saving = Saving {
+        let mut saving = WeightSaver {
             parameters: &parameters,
             tensors: &tensors,
             starts: &starts,
@@ -161,7 +165,7 @@ impl Checkpoint {
     /// one where they were stacked, and with plain values where they were quantised. Weights go from file to file; no
     /// model is built, and memory stays small (about 100 MB, and the largest tensor where it has to be transposed).
     ///
-    /// The companions are this checkpoint's own unless `options` name others.
+    /// The sidecar files are this checkpoint's own unless `options` name others.
     ///
     /// # Errors
     ///
@@ -186,7 +190,7 @@ impl Checkpoint {
         let (tensors, tasks) = tasks(&plan, dtype, options.format);
         let main = dtype.unwrap_or_else(|| stored_dtype(&plan));
         let mut options = options.clone();
-        options.companions_from.get_or_insert_with(|| self.dir().to_path_buf());
+        options.sidecars_from.get_or_insert_with(|| self.dir().to_path_buf());
         check_target(dir, options.overwrite)?;
         replace_directory(dir, |new| {
             fill(self.config(), main, &tensors, new, dir, &options, |output| transfer(self, &tasks, output, progress))
@@ -195,7 +199,7 @@ impl Checkpoint {
 }
 
 /// What is written, and where each of its values comes from.
-fn tasks(plan: &Plan, dtype: Option<WeightDtype>, format: Format) -> (Vec<OutTensor>, Vec<Task<'_>>) {
+fn tasks(plan: &LoadPlan, dtype: Option<WeightDtype>, format: Format) -> (Vec<OutTensor>, Vec<CopyTask<'_>>) {
     let (mut tensors, mut tasks) = (Vec::new(), Vec::new());
     for planned in &plan.parameters {
         let parameter = &planned.parameter;
@@ -206,20 +210,20 @@ fn tasks(plan: &Plan, dtype: Option<WeightDtype>, format: Format) -> (Vec<OutTen
         };
         match format {
             Format::HuggingFace => {
-                for piece in &planned.pieces {
-                    let HfTensor { name, shape } = &piece.tensor;
+                for source in &planned.sources {
+                    let HfTensor { name, shape } = &source.tensor;
                     let tensor = tensors.len();
                     tensors.push(OutTensor { name: name.clone(), dtype, shape: shape.clone() });
-                    tasks.push(Task { piece, tensor, at: 0, layout: Layout::HuggingFace, dtype });
+                    tasks.push(CopyTask { source, tensor, at: 0, layout: Layout::HuggingFace, dtype });
                 }
             }
             Format::Burnpack => {
                 let tensor = tensors.len();
                 tensors.push(OutTensor { name: parameter.path.clone(), dtype, shape: parameter.shape.clone() });
                 let mut at = 0;
-                for piece in &planned.pieces {
-                    tasks.push(Task { piece, tensor, at, layout: Layout::Burn, dtype });
-                    at += (piece.count() * dtype.size()) as u64;
+                for source in &planned.sources {
+                    tasks.push(CopyTask { source, tensor, at, layout: Layout::Burn, dtype });
+                    at += (source.count() * dtype.size()) as u64;
                 }
             }
         }
@@ -243,12 +247,12 @@ fn fill(
         Format::Burnpack => Output::burnpack(dir, shown, tensors),
     }?;
     let needed = output.total();
-    if let Some(free) = room::free(dir)
+    if let Some(free) = disk_space::free(dir)
         && free < needed
     {
         return Err(CheckpointError::NoRoom { dir: shown.to_path_buf(), needed, free });
     }
-    companions::write(config, dtype, options.companions_from.as_deref(), dir, shown, needed)?;
+    sidecars::write(config, dtype, options.sidecars_from.as_deref(), dir, shown, needed)?;
     write(&output)?;
     output.finish()
 }
@@ -266,7 +270,7 @@ fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
     if !overwrite {
         return Err(CheckpointError::Exists { dir: dir.to_path_buf() });
     }
-    let foreign = |name: &&String| !companions::belongs_to_checkpoint(name) || dir.join(name).is_dir();
+    let foreign = |name: &&String| !sidecars::belongs_to_checkpoint(name) || dir.join(name).is_dir();
     let foreign = names.iter().find(foreign).or_else(|| names.first().filter(|_| !dir.join(CONFIG).exists()));
     match foreign {
         Some(entry) => Err(CheckpointError::Foreign { dir: dir.to_path_buf(), entry: entry.clone() }),
@@ -275,14 +279,14 @@ fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
 }
 
 /// Collects the dtypes of all parameters, in order.
-struct Survey {
+struct DtypeCollector {
     parameters: Vec<ParameterShape>,
     path: Vec<String>,
     dtypes: Vec<WeightDtype>,
     failure: Option<CheckpointError>,
 }
 
-impl ModuleVisitor for Survey {
+impl ModuleVisitor for DtypeCollector {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -306,7 +310,7 @@ impl ModuleVisitor for Survey {
 }
 
 /// Writes parameter after parameter.
-struct Saving<'a> {
+struct WeightSaver<'a> {
     parameters: &'a [ParameterShape],
     tensors: &'a [OutTensor],
     /// For each parameter, the first of its tensors.
@@ -317,7 +321,7 @@ struct Saving<'a> {
     failure: Option<CheckpointError>,
 }
 
-impl ModuleVisitor for Saving<'_> {
+impl ModuleVisitor for WeightSaver<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if self.failure.is_some() {
             return;
@@ -333,7 +337,7 @@ impl ModuleVisitor for Saving<'_> {
     }
 }
 
-impl Saving<'_> {
+impl WeightSaver<'_> {
     fn write(&mut self, parameter: &ParameterShape, first: usize, data: &TensorData) -> Result<(), CheckpointError> {
         with_weight!(weight_dtype(data.dtype())?, S => {
             let values = data.as_slice::<S>().map_err(|error| CheckpointError::Device {
@@ -384,9 +388,9 @@ fn write_transposed<S: Weight, T: Weight>(
     columns: usize,
     blame: impl FnOnce() -> CheckpointError,
 ) -> Result<(), CheckpointError> {
-    let source = Plain::<S>::new(bytemuck::cast_slice(matrix), columns);
-    let panels = panels(std::iter::once((columns, rows * size_of::<T>())));
-    in_panels(output, tensor, &panels, rows, blame, |first, panel: &mut [T]| transpose(&source, rows, first, panel))
+    let source = PlainRows::<S>::new(bytemuck::cast_slice(matrix), columns);
+    let chunks = row_chunks(std::iter::once((columns, rows * size_of::<T>())));
+    in_chunks(output, tensor, &chunks, rows, blame, |first, chunk: &mut [T]| transpose(&source, rows, first, chunk))
 }
 
 /// Writes values as they lie, some at a time.
@@ -396,30 +400,30 @@ fn write_converted<S: Weight, T: Weight>(
     values: &[S],
     blame: impl FnOnce() -> CheckpointError,
 ) -> Result<(), CheckpointError> {
-    let panels = panels(std::iter::once((values.len(), size_of::<T>())));
-    in_panels(output, tensor, &panels, 1, blame, |first, panel: &mut [T]| {
-        let values = &values[first..first + panel.len()];
-        Outcome::of(elements::convert_bytes::<S, T>(bytemuck::cast_slice(values), panel))
+    let chunks = row_chunks(std::iter::once((values.len(), size_of::<T>())));
+    in_chunks(output, tensor, &chunks, 1, blame, |first, chunk: &mut [T]| {
+        let values = &values[first..first + chunk.len()];
+        Outcome::of(conversion::convert_bytes::<S, T>(bytemuck::cast_slice(values), chunk))
     })
 }
 
-/// Has all threads make panels of rows of `width` values, and writes them.
-fn in_panels<T: Weight>(
+/// Has all threads make chunks of rows of `width` values, and writes them.
+fn in_chunks<T: Weight>(
     output: &Output,
     tensor: usize,
-    panels: &[Panel],
+    chunks: &[RowChunk],
     width: usize,
     blame: impl FnOnce() -> CheckpointError,
     make: impl Fn(usize, &mut [T]) -> Outcome + Sync,
 ) -> Result<(), CheckpointError> {
     let spoilt = AtomicBool::new(false);
-    in_order(panels, |_, panel, buffer| {
-        let target = transfer::values::<T>(buffer, panel.rows.len() * width);
-        if make(panel.rows.start, target) == Outcome::NotFinite {
+    in_order(chunks, |_, chunk, buffer| {
+        let target = parallel_copy::values::<T>(buffer, chunk.rows.len() * width);
+        if make(chunk.rows.start, target) == Outcome::NotFinite {
             spoilt.store(true, Ordering::Relaxed);
             return Ok(());
         }
-        output.write(tensor, (panel.rows.start * width * size_of::<T>()) as u64, bytemuck::cast_slice(target))
+        output.write(tensor, (chunk.rows.start * width * size_of::<T>()) as u64, bytemuck::cast_slice(target))
     })?;
     if spoilt.into_inner() { Err(blame()) } else { Ok(()) }
 }

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, Tolerance};
 use moonlight_convert::adapter::{AdapterError, base_of, is_adapter, load_adapter, write_adapter};
 use moonlight_convert::{SaveOptions, load, save};
 use moonlight_model::CausalLm;
-use moonlight_model::lora::{Adapter, LoraConfig, LowRankSettings};
+use moonlight_model::lora::{Adapter, LoraConfig};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -23,7 +23,9 @@ fn base(name: &str) -> CausalLm {
 fn adapted(name: &str, targets: &[&str], rslora: bool) -> CausalLm {
     let config = LoraConfig {
         rank: 3,
-        settings: LowRankSettings { alpha: 5.0, rslora, dropout: 0.1 },
+        alpha: 5.0,
+        dropout: 0.1,
+        rslora,
         targets: targets.iter().map(|&target| target.to_owned()).collect(),
     };
     let model = base(name).with_lora(&config, 7).unwrap();

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use moonlight_convert::tokenizer::write_tokenizer_json;
-use moonlight_convert::{Checkpoint, Format, SaveOptions, companions_in, hugging_face_tensors};
+use moonlight_convert::{Checkpoint, Format, SaveOptions, hugging_face_tensors, sidecars_in};
 use moonlight_model::ModelConfig;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -350,7 +350,7 @@ fn look_at(dir: &Path, convert: bool) -> Seen {
     };
     let count = checkpoint.config().parameter_count();
     assert!(count.total >= count.activated || count.total == u64::MAX);
-    drop(companions_in(checkpoint.dir()));
+    drop(sidecars_in(checkpoint.dir()));
     match checkpoint.summary() {
         Ok(summary) => drop(serde_json::to_string(&summary)),
         Err(error) => assert_one_line(&error.to_string()),
@@ -580,7 +580,7 @@ fn links_that_lead_out() {
         symlink(home.path().join("outside"), dir.join(name)).unwrap();
         let refused = match Checkpoint::open(&dir) {
             Err(error) => error.to_string(),
-            Ok(checkpoint) => companions_in(checkpoint.dir()).unwrap_err().to_string(),
+            Ok(checkpoint) => sidecars_in(checkpoint.dir()).unwrap_err().to_string(),
         };
         assert!(refused.contains("a symbolic link that leads out of the directory"), "{name}: {refused}");
     }

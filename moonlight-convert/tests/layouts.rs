@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use burn::store::{BurnpackStore, ModuleSnapshot};
 use burn::tensor::{DType, Device, Tensor};
 use common::{FAMILIES, Raw, config_of, fixture, parameters, read_tensors, write_dir, write_sharded};
+use moonlight_convert::report::{Problem, TensorDifference};
 use moonlight_convert::{
-    Checkpoint, CheckpointError, Difference, Format, Problem, Progress, SaveOptions, SkipReason, hugging_face_tensors,
-    load, save,
+    Checkpoint, CheckpointError, Format, Progress, SaveOptions, SkipReason, hugging_face_tensors, load, save,
 };
 use moonlight_model::{ForwardContext, ModelConfig};
 use safetensors::Dtype;
@@ -264,7 +264,7 @@ fn a_part_of_a_checkpoint_converts_when_asked_to() {
     let comparison = whole.compare(&back, 0.0, &()).unwrap();
     assert!(comparison.tensors > 10, "{}", comparison.tensors);
     assert!(!comparison.differences.is_empty());
-    assert!(comparison.differences.iter().all(|difference| matches!(difference, Difference::OnlyInFirst { .. })));
+    assert!(comparison.differences.iter().all(|difference| matches!(difference, TensorDifference::OnlyInFirst { .. })));
     assert_eq!(part.compare(&back, 0.0, &()).unwrap().differences, []);
 }
 
@@ -290,7 +290,9 @@ fn comparing_finds_each_kind_of_difference() {
     let first = f32::from_le_bytes([0, 0, norm_bytes()[0], norm_bytes()[1]]);
     for other in [&original, &wide] {
         let comparison = changed.compare(other, 0.0, &()).unwrap();
-        let [Difference::Values { tensor, distance }] = &comparison.differences[..] else { panic!("{comparison:?}") };
+        let [TensorDifference::Values { tensor, distance }] = &comparison.differences[..] else {
+            panic!("{comparison:?}")
+        };
         assert_eq!(tensor, "model.norm.weight");
         assert_eq!(distance.largest, 2.0 * f64::from(first.abs()));
         assert!(distance.mean < distance.largest && distance.cosine < 1.0);

@@ -8,7 +8,7 @@ use std::fs;
 use burn::module::Module;
 use burn::tensor::{DType, Device};
 use common::{FAMILIES, Raw, Tensors, config_of, fixture, parameters, read_tensors, write_dir};
-use moonlight_convert::{Checkpoint, CheckpointError, Format, SaveOptions, SkipReason, load, save};
+use moonlight_convert::{Access, Checkpoint, CheckpointError, FileError, Format, SaveOptions, SkipReason, load, save};
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterKind;
 use moonlight_model::moe::Router;
@@ -109,7 +109,7 @@ fn a_file_that_is_shortened_meanwhile_is_an_error() {
     let file = fs::File::options().write(true).open(path.join("model.safetensors")).unwrap();
     file.set_len(file.metadata().unwrap().len() / 2).unwrap();
     let error = opened.load(&Device::default(), None).unwrap_err();
-    assert!(matches!(error, CheckpointError::Read { .. }), "{error}");
+    assert!(matches!(error, CheckpointError::File(FileError { access: Access::Read, .. })), "{error}");
 }
 
 #[test]
@@ -311,11 +311,11 @@ fn companions_and_configurations_are_written() {
 
     fs::write(source.join("configuration_deepseek.py"), "").unwrap();
     fs::write(source.join("generation_config.json"), r#"{"max_length": 7}"#).unwrap();
-    save(&model, &saved, &SaveOptions { companions_from: Some(source.clone()), ..SaveOptions::default() }).unwrap();
+    save(&model, &saved, &SaveOptions { sidecars_from: Some(source.clone()), ..SaveOptions::default() }).unwrap();
     assert_eq!(json("config.json")["auto_map"]["AutoConfig"], "configuration_deepseek.DeepseekV3Config");
     assert_eq!(json("config.json")["torch_dtype"], "bfloat16");
     assert_eq!(json("generation_config.json")["max_length"], 7);
-    let names: Vec<String> = moonlight_convert::companions_in(&saved).unwrap();
+    let names: Vec<String> = moonlight_convert::sidecars_in(&saved).unwrap();
     assert_eq!(
         names,
         [

@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use moonlight_model::QuantBits;
 use moonlight_model::kernels::{
-    AttentionSpec, BLOCK, ExpertPlan, PackedSpec, RotationSpec, combine_rows, cross_entropy, dispatch_rows,
-    grouped_attention, grouped_matmul, latent_attention, packed_matmul, project, rms_norm, rotate, swiglu,
+    AttentionSpec, GroupLayout, QUANT_BLOCK, QuantBits, QuantizedSpec, RotationSpec, combine_rows, cross_entropy,
+    dispatch_rows, grouped_attention, grouped_matmul, latent_attention, project, quantized_matmul, rms_norm, rotate,
+    swiglu,
 };
 
 const BATCH: usize = 4;
@@ -78,9 +78,9 @@ fn input<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
 }
 
 /// Every expert has as many tokens.
-fn plan() -> Arc<ExpertPlan> {
+fn plan() -> Arc<GroupLayout> {
     let choices: Vec<u32> = (0..ROWS).map(|slot| ((slot + slot / EXPERTS) % EXPERTS) as u32).collect();
-    Arc::new(ExpertPlan::new(&choices, CHOSEN, EXPERTS))
+    Arc::new(GroupLayout::from_choices(&choices, CHOSEN, EXPERTS))
 }
 
 fn products(criterion: &mut Criterion) {
@@ -95,16 +95,16 @@ fn products(criterion: &mut Criterion) {
         Box::new(move || grouped_matmul(rows.clone(), weight.clone(), &plan))
     });
     for bits in [QuantBits::Eight, QuantBits::Four] {
-        let name = format!("packed_matmul {bits:?}");
+        let name = format!("quantized_matmul {bits:?}");
         // No gradient of the weight: it is frozen.
         bench(criterion, &name, [operations, operations].map(Work::Operations), |device| {
-            let spec = PackedSpec { bits, input: HIDDEN, output: WIDTH };
+            let spec = QuantizedSpec { bits, input: HIDDEN, output: WIDTH };
             let bytes = bits.bytes(HIDDEN * WIDTH);
             let values = TensorData::new(vec![bits.zero() + 1; EXPERTS * bytes], [EXPERTS, bytes]);
             let values = Tensor::<2, Int>::from_data(values, (device, DType::U8));
-            let scales = Tensor::full([EXPERTS, HIDDEN * WIDTH / BLOCK], 0.01, device);
+            let scales = Tensor::full([EXPERTS, HIDDEN * WIDTH / QUANT_BLOCK], 0.01, device);
             let (rows, plan) = (input([ROWS, HIDDEN], device), plan());
-            Box::new(move || packed_matmul(rows.clone(), values.clone(), scales.clone(), spec, &plan))
+            Box::new(move || quantized_matmul(rows.clone(), values.clone(), scales.clone(), spec, &plan))
         });
     }
 }

@@ -6,7 +6,7 @@ use burn::tensor::{DType, Device};
 
 use crate::attention::LayerCache;
 use crate::config::ModelConfig;
-use crate::kernels::Run;
+use crate::kernels::CacheSpan;
 
 /// The cache of a model for a batch of sequences, each of a length of its own, allocated once.
 ///
@@ -70,14 +70,14 @@ impl KvCache {
     /// # Panics
     ///
     /// When there is no room, or `counts` are of another batch.
-    pub(crate) fn take_in(&mut self, counts: &[usize]) -> Arc<Vec<Run>> {
+    pub(crate) fn take_in(&mut self, counts: &[usize]) -> Arc<Vec<CacheSpan>> {
         assert_eq!(counts.len(), self.batch(), "the cache was made for another batch");
         let mut runs = Vec::with_capacity(counts.len());
         for (sequence, (length, &count)) in self.lengths.iter_mut().zip(counts).enumerate() {
             let start = *length;
             assert!(start + count <= self.capacity, "the cache is full: {start} + {count} > {}", self.capacity);
             if count > 0 {
-                runs.push(Run { sequence, start, count });
+                runs.push(CacheSpan { sequence, start, count });
             }
             *length += count;
         }

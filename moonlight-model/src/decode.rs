@@ -6,9 +6,9 @@ use burn::tensor::{Int, Tensor, TensorData};
 
 use crate::cache::KvCache;
 use crate::forward::{DecodeContext, ForwardContext};
-use crate::kernels::Run;
+use crate::kernels::CacheSpan;
 use crate::model::CausalLm;
-use crate::workers::on_worker;
+use crate::rayon_pool::run_in_pool;
 
 /// New tokens that [`CausalLm::extend`] takes at a time, which bounds the memory of a long prompt. The experts of a
 /// Moonlight layer get 48 rows each then, enough for their product to be bound by arithmetic.
@@ -25,7 +25,7 @@ impl CausalLm {
         let [batch, new] = tokens.dims();
         let device = tokens.device();
         let runs = cache.take_in(&vec![new; batch]);
-        on_worker(&device, || {
+        run_in_pool(&device, || {
             let hidden = self.decode_layers(tokens.reshape([1, batch * new]), runs, cache);
             self.head(hidden).reshape([batch, new, self.config().vocab_size])
         })
@@ -43,7 +43,7 @@ impl CausalLm {
     pub fn extend(&self, tokens: &[&[u32]], cache: &mut KvCache) -> Tensor<2> {
         let device = self.embed_tokens.weight.val().device();
         let mut rest = tokens.to_vec();
-        on_worker(&device, || {
+        run_in_pool(&device, || {
             let mut ends = Vec::new();
             while rest.iter().any(|rest| !rest.is_empty()) {
                 let (chunk, counts, last) = next_chunk(&mut rest);
@@ -60,7 +60,7 @@ impl CausalLm {
     }
 
     /// The last layer's output, `[tokens, hidden]`, of `[1, tokens]`, which belong to sequences as `runs` says.
-    fn decode_layers(&self, tokens: Tensor<2, Int>, runs: Arc<Vec<Run>>, cache: &mut KvCache) -> Tensor<2> {
+    fn decode_layers(&self, tokens: Tensor<2, Int>, runs: Arc<Vec<CacheSpan>>, cache: &mut KvCache) -> Tensor<2> {
         let positions: Vec<u32> = runs.iter().flat_map(|run| run.start as u32..run.end() as u32).collect();
         let rotation = self.rotary().at(&positions, &tokens.device());
         let starts = (runs.len() > 1).then(|| first_tokens(&runs));
@@ -87,7 +87,7 @@ fn next_chunk(rest: &mut [&[u32]]) -> (Vec<i32>, Vec<usize>, Vec<i32>) {
 }
 
 /// For each token the place of its run's first.
-fn first_tokens(runs: &[Run]) -> Vec<u32> {
+fn first_tokens(runs: &[CacheSpan]) -> Vec<u32> {
     let mut first = 0;
     runs.iter()
         .flat_map(|run| {
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_token_knows_where_its_run_began() {
-        let run = |sequence, count| Run { sequence, start: 4, count };
+        let run = |sequence, count| CacheSpan { sequence, start: 4, count };
         assert_eq!(first_tokens(&[run(0, 2), run(3, 3)]), [0, 0, 2, 2, 2]);
     }
 }

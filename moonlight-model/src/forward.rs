@@ -6,7 +6,7 @@ use burn::tensor::Device;
 
 use crate::batch::Segments;
 use crate::forward_stats::Probe;
-use crate::kernels::{AttentionSpec, Run};
+use crate::kernels::{AttentionSpec, CacheSpan};
 use crate::rope::{RotaryEmbedding, Rotation};
 
 /// The tokens of a forward pass as layers see them: how many, at which positions, of which documents, and what is to be
@@ -144,7 +144,7 @@ pub(crate) struct DecodeContext {
     /// The tokens as one packed sequence.
     pub(crate) tokens: ForwardContext,
     /// The sequences that they belong to.
-    pub(crate) runs: Arc<Vec<Run>>,
+    pub(crate) runs: Arc<Vec<CacheSpan>>,
 }
 
 impl DecodeContext {

@@ -89,8 +89,8 @@ mod pattern;
 mod projection;
 mod projections;
 mod quantization;
+mod rayon_pool;
 pub mod rope;
-mod workers;
 
 pub use allocator::keep_freed_memory;
 pub use attention::{

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Int, Tensor};
 
-pub use crate::kernels::Bits as QuantBits;
-use crate::kernels::{BLOCK, ExpertPlan, PackedSpec, packed_matmul};
+pub use crate::kernels::QuantBits;
+use crate::kernels::{GroupLayout, QUANT_BLOCK as BLOCK, QuantizedSpec, quantized_matmul};
 
 /// A matrix, or the stack of a layer's experts, in few bits.
 #[derive(Module, Debug)]
@@ -24,14 +24,14 @@ pub struct QuantizedWeight {
     /// f32 `[experts, blocks]`.
     scales: Param<Tensor<2>>,
     #[module(skip)]
-    spec: PackedSpec,
+    spec: QuantizedSpec,
 }
 
 impl QuantizedWeight {
     /// Packs `[experts, in, out]`, an expert at a time.
     pub(crate) fn new(weight: Tensor<3>, bits: QuantBits) -> Self {
         let [experts, input, output] = weight.dims();
-        let spec = PackedSpec { bits, input, output };
+        let spec = QuantizedSpec { bits, input, output };
         // The quantized weight has no gradient.
         let autodiff = weight.is_autodiff();
         let weight = if autodiff { weight.inner() } else { weight };
@@ -50,7 +50,7 @@ impl QuantizedWeight {
 
     /// The matrices in full, f32 `[experts, in, out]`.
     pub(crate) fn dequantized(&self) -> Tensor<3> {
-        let PackedSpec { bits, input, output } = self.spec;
+        let QuantizedSpec { bits, input, output } = self.spec;
         let (values, scales) = (self.values.val(), self.scales.val());
         let [experts, blocks] = scales.dims();
         let matrices = (0..experts).map(|expert| {
@@ -78,12 +78,12 @@ impl QuantizedWeight {
     /// `[rows, in]` to `[rows, out]`, for a single matrix.
     pub(crate) fn product(&self, x: Tensor<2>) -> Tensor<2> {
         let [rows, _] = x.dims();
-        self.grouped_product(x, &Arc::new(ExpertPlan::new(&vec![0; rows], 1, 1)))
+        self.grouped_product(x, &Arc::new(GroupLayout::uniform(1, rows)))
     }
 
     /// Each expert's rows by its own matrix.
-    pub(crate) fn grouped_product(&self, rows: Tensor<2>, plan: &Arc<ExpertPlan>) -> Tensor<2> {
-        packed_matmul(rows, self.values.val(), self.scales.val(), self.spec, plan)
+    pub(crate) fn grouped_product(&self, rows: Tensor<2>, plan: &Arc<GroupLayout>) -> Tensor<2> {
+        quantized_matmul(rows, self.values.val(), self.scales.val(), self.spec, plan)
     }
 
     /// Bytes of values and scales.
@@ -95,7 +95,7 @@ impl QuantizedWeight {
 }
 
 /// One matrix `[1, in, out]` as bytes `[1, bytes]` and scales `[1, blocks]`.
-fn quantize(weight: Tensor<3>, spec: PackedSpec) -> (Tensor<2, Int>, Tensor<2>) {
+fn quantize(weight: Tensor<3>, spec: QuantizedSpec) -> (Tensor<2, Int>, Tensor<2>) {
     let count = spec.input * spec.output;
     let blocks = count.div_ceil(BLOCK);
     let mut flat = weight.reshape([count]);
@@ -175,7 +175,7 @@ mod tests {
     fn the_product_and_its_gradient_are_those_of_the_unpacked_matrix() {
         let device = Device::default().autodiff();
         let choices: Vec<u32> = (0..50).map(|slot| [0, 2, 2, 0, 2][slot % 5]).collect();
-        let plan = Arc::new(ExpertPlan::new(&choices, 1, 3));
+        let plan = Arc::new(GroupLayout::from_choices(&choices, 1, 3));
         for bits in [QuantBits::Eight, QuantBits::Four] {
             let quantized = QuantizedWeight::new(weight(&device), bits);
             let plain = quantized.dequantized();

@@ -34,8 +34,9 @@ fn family() -> Vec<(&'static str, ModelConfig)> {
 fn lora(targets: &[&str]) -> LoraConfig {
     LoraConfig {
         rank: 3,
-        settings: LowRankSettings { alpha: 5.0, rslora: false, dropout: 0.0 },
+        alpha: 5.0,
         targets: targets.iter().map(|&target| target.to_owned()).collect(),
+        ..LoraConfig::default()
     }
 }
 
@@ -256,7 +257,7 @@ fn adapters_that_are_read_back_have_the_same_masks() {
     let base = moonlight(json!({})).init(&device);
     for targets in [&["all"][..], &["experts", "self_attn.o_proj"]] {
         let mut config = lora(targets);
-        config.settings.dropout = 0.5;
+        config.dropout = 0.5;
         let fresh = base.clone().with_lora(&config, 3).unwrap().map(&mut MoveB(false));
         let read = base.clone().with_adapters(fresh.adapters()).unwrap();
         let logits = |model: &CausalLm| {

@@ -4,7 +4,7 @@ mod common;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use common::moonlight;
-use moonlight_model::lora::{LoraConfig, LowRankSettings};
+use moonlight_model::lora::LoraConfig;
 use moonlight_model::{CausalLm, KvCache, LmBatch, ModelConfig, Probe, QuantBits};
 use serde_json::json;
 
@@ -69,11 +69,7 @@ fn the_projections_take_eight_or_four_bits_and_a_scale() {
 #[test]
 fn adapters_have_the_gradients_of_the_unpacked_base() {
     let device = Device::default().autodiff();
-    let lora = LoraConfig {
-        rank: 3,
-        settings: LowRankSettings { alpha: 6.0, rslora: false, dropout: 0.0 },
-        targets: vec!["all".into()],
-    };
+    let lora = LoraConfig { rank: 3, alpha: 6.0, targets: vec!["all".into()], ..LoraConfig::default() };
     let batch = LmBatch {
         tokens: tokens(&device),
         targets: tokens(&device).flip([1]),

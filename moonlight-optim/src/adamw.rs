@@ -1,31 +1,45 @@
 //! AdamW beside Muon: Burn's, with the report's settings, in full precision.
 
+use burn::config::{Config, config_to_json};
 use burn::optim::{AdamW, ModuleOptimizer};
 use serde::{Deserialize, Serialize};
 
 use crate::{MixedPrecision, Rounding};
 
-/// Settings of the AdamW that takes what Muon does not: the report's, which are not Burn's defaults.
+/// Settings of AdamW for what Muon does not take: the report's, which are not Burn's defaults.
 ///
-/// Decay applies to every parameter of the group, gains of norms included: the report found that crucial.
+/// | field | default | source |
+/// |---|---|---|
+/// | `betas` | `[0.9, 0.95]` | the report |
+/// | `epsilon` | 1e-8 | the report |
+/// | `weight_decay` | 0.1, decoupled, on every parameter of the group | the report, which found decay of gains crucial |
+/// | `rounding` | `nearest` | see [`Rounding`] |
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct AdamWConfig {
-    /// Decay of the first moment. 0.9.
-    pub beta_1: f32,
-    /// Decay of the second moment. 0.95.
-    pub beta_2: f32,
-    /// Added to the root of the second moment. 1e-8.
-    pub epsilon: f32,
-    /// Decoupled weight decay. 0.1.
+    /// Decay of the first and of the second moment. Default: `[0.9, 0.95]`.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment. Default: 1e-8.
+    pub epsilon: f64,
+    /// Decoupled weight decay. Default: 0.1.
     pub weight_decay: f64,
-    /// How parameters in half precision are stored. To nearest.
+    /// How parameters in half precision are stored. Default: `nearest`.
     pub rounding: Rounding,
 }
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { beta_1: 0.9, beta_2: 0.95, epsilon: 1e-8, weight_decay: 0.1, rounding: Rounding::default() }
+        Self { betas: [0.9, 0.95], epsilon: 1e-8, weight_decay: 0.1, rounding: Rounding::default() }
+    }
+}
+
+/// [`Config::save`] and [`Config::load`]; unlike a derived config's, a file may leave out any field.
+impl Config for AdamWConfig {}
+
+impl std::fmt::Display for AdamWConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&config_to_json(self))
     }
 }
 
@@ -41,35 +55,23 @@ impl AdamWConfig {
     }
 
     /// Sets both betas.
-    pub fn with_betas(mut self, beta_1: f32, beta_2: f32) -> Self {
-        (self.beta_1, self.beta_2) = (beta_1, beta_2);
+    pub fn with_betas(mut self, beta_1: f64, beta_2: f64) -> Self {
+        self.betas = [beta_1, beta_2];
         self
     }
 
-    /// Sets [`AdamWConfig::epsilon`].
-    pub fn with_epsilon(mut self, epsilon: f32) -> Self {
-        self.epsilon = epsilon;
-        self
-    }
-
-    /// Sets [`AdamWConfig::weight_decay`].
-    pub fn with_weight_decay(mut self, weight_decay: f64) -> Self {
-        self.weight_decay = weight_decay;
-        self
-    }
-
-    /// Sets [`AdamWConfig::rounding`].
-    pub fn with_rounding(mut self, rounding: Rounding) -> Self {
-        self.rounding = rounding;
-        self
+    crate::setters::setters! {
+        with_epsilon(epsilon: f64);
+        with_weight_decay(weight_decay: f64);
+        with_rounding(rounding: Rounding);
     }
 
     /// Burn's AdamW with these settings, its moments kept in full precision.
     pub fn build(&self) -> MixedPrecision<AdamW> {
         let optimizer = burn::optim::AdamWConfig::new()
-            .with_beta_1(self.beta_1)
-            .with_beta_2(self.beta_2)
-            .with_epsilon(self.epsilon)
+            .with_beta_1(self.betas[0] as f32)
+            .with_beta_2(self.betas[1] as f32)
+            .with_epsilon(self.epsilon as f32)
             .with_weight_decay(self.weight_decay as f32)
             .build();
         MixedPrecision { optimizer, rounding: self.rounding }

@@ -80,6 +80,7 @@ pub const DEEPSEEK_V4: [[f64; 3]; 10] = [
 
 /// What is done to a matrix before the first step, so that its largest singular value is at most 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Preconditioning {
     /// `X <- X / ||X||`, the Frobenius norm.
@@ -93,6 +94,7 @@ pub enum Preconditioning {
 
 /// Which odd polynomial `p(x) = a x + b x^3 + c x^5` each Newton-Schulz step applies to the singular values.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Coefficients {
     /// [`REPORT`]: 3.4445, -4.7750, 2.0315 in every step. After five steps the singular values lie between about 0.7

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 /// How decay is applied; the rate is [`MuonConfig::weight_decay`](crate::MuonConfig::weight_decay). The default is the
 /// report's: constant, times the learning rate, on every weight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct Decay {
     /// How the rate goes over the steps.
@@ -20,7 +21,8 @@ pub struct Decay {
 
 /// The rate of decay at a step, as a share of the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum DecaySchedule {
     /// 1.
     #[default]

@@ -135,16 +135,15 @@
 //! operations, a stack at a time.
 
 mod adamw;
-mod adaptive;
 mod batched;
-mod blocks;
+mod block_split;
 pub mod coefficients;
 mod decay;
 pub mod diagnostics;
 pub mod distributed;
 #[cfg(feature = "cpu")]
 mod flex;
-mod form;
+mod load_balance;
 mod mixed_precision;
 mod muon;
 mod newton_schulz;
@@ -152,24 +151,24 @@ mod qk_clip;
 pub mod reference;
 mod rules;
 mod scale;
+mod serde_names;
+mod setters;
 mod state;
-mod workers;
+mod variants;
 
 pub use adamw::AdamWConfig;
-pub use adaptive::Adaptive;
 pub use batched::{BatchedOptimizer, equal_batches, in_place_of};
-pub use blocks::Blocks;
+pub use block_split::Blocks;
 pub use coefficients::{Coefficients, Preconditioning};
 pub use decay::{Decay, DecaySchedule, decay_for_width};
 pub use diagnostics::{GroupFigures, group_figures, update_rms};
-pub use form::Form;
 pub use mixed_precision::{MixedPrecision, MixedPrecisionState, Rounding, round_stochastically};
 pub use muon::{MatrixView, MomentumPrecision, MomentumWarmup, Muon, MuonConfig, MuonState, Precision};
-pub use newton_schulz::{NewtonSchulz, newton_schulz};
+pub use newton_schulz::{Form, NewtonSchulz, newton_schulz};
 pub use qk_clip::{HeadLayout, QkClip};
 pub use rules::{
     AssignedParameter, Assignment, BUFFER, GroupOptimizer, GroupSettings, Parameter, ParameterRules, Rule, RuleError,
 };
 pub use scale::{Scale, WeightLayout};
 pub use state::StateError;
-pub use workers::{Sharing, share_out};
+pub use variants::Adaptive;

@@ -11,6 +11,7 @@ use crate::newton_schulz::full_precision;
 /// bf16 has 8 significant bits: a change of less than 1/512 of a weight is lost when the sum is rounded to nearest. At the
 /// learning rates that end a schedule that is most updates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Rounding {
     /// To nearest. Small updates are lost.
@@ -21,6 +22,7 @@ pub enum Rounding {
     Stochastic,
     /// The optimizer keeps the parameter in f32 beside its other state, 4 bytes an element. If something else changes
     /// the stored parameter between two steps (QK-clip does), that element goes on from there.
+    #[serde(rename = "master", alias = "master_weights")]
     MasterWeights,
 }
 

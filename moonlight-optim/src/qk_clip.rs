@@ -28,6 +28,7 @@ use crate::WeightLayout;
 /// # let _ = (query, key_value);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct QkClip {
     /// The largest logit that is let be. 100 in the paper.

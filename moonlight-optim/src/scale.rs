@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 /// Only the scales that tell inputs from outputs ([`Scale::KellerJordan`], [`Scale::Spectral`]) read it; the
 /// report's scale is symmetric.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum WeightLayout {
     /// `[in, out]`: Burn's `Linear`.
@@ -22,24 +23,31 @@ pub enum WeightLayout {
 /// report's Lemma 1), so the report's scale makes the RMS of every update the same whatever its shape, and equal to
 /// what AdamW's is in practice: learning rate and decay found for AdamW can be used as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(rename = "Scale", transform = allow_names))]
+#[serde(remote = "Self", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Scale {
     /// `factor * sqrt(max(A, B))`: the report's equation 4, "Adjusted LR", with 0.2. PyTorch calls it
     /// `match_rms_adamw`.
     Report {
-        /// The RMS that a full-rank update gets; the report takes 0.2.
+        /// The RMS of a full-rank update. Default: 0.2, the report's.
+        #[serde(default = "update_rms")]
         factor: f64,
     },
     /// `factor / RMS(O)`: the report's equation 6, "Update Norm": the RMS is `factor` whatever the rank.
     UpdateNorm {
-        /// The RMS of the update; the report takes 0.2.
+        /// The RMS of the update. Default: 0.2, the report's.
+        #[serde(default = "update_rms")]
         factor: f64,
     },
     /// `factor * sqrt(hidden)`: the report's equation 5, its "Baseline" in Table 1.
     HiddenSize {
-        /// 0.2 in the report.
+        /// Default: 0.2, the report's.
+        #[serde(default = "update_rms")]
         factor: f64,
-        /// The hidden size of the model.
+        /// The hidden size of the model. Default: 0, to be set by [`Scale::with_hidden_size`]; it is an error to assign
+        /// parameters before that.
+        #[serde(default)]
         hidden: usize,
     },
     /// `sqrt(max(1, out / in))`: Keller Jordan's Muon, with the layer's own inputs and outputs whatever the layout.
@@ -51,13 +59,42 @@ pub enum Scale {
     Unit,
 }
 
+crate::serde_names::name_or_table!(Scale, "a scale");
+
+fn update_rms() -> f64 {
+    0.2
+}
+
+#[cfg(feature = "schema")]
+fn allow_names(schema: &mut schemars::Schema) {
+    crate::serde_names::allow_names(schema, &["report", "update_norm", "hidden_size"]);
+}
+
 impl Default for Scale {
     fn default() -> Self {
-        Scale::Report { factor: 0.2 }
+        Scale::Report { factor: update_rms() }
     }
 }
 
 impl Scale {
+    /// Sets the RMS of updates, `factor`, in the scales that have one; the others stay as they are.
+    pub fn with_update_rms(mut self, rms: f64) -> Self {
+        if let Scale::Report { factor } | Scale::UpdateNorm { factor } | Scale::HiddenSize { factor, .. } = &mut self {
+            *factor = rms;
+        }
+        self
+    }
+
+    /// Fills in the hidden size where the scale is [`Scale::HiddenSize`] and has none yet.
+    pub fn with_hidden_size(mut self, size: usize) -> Self {
+        if let Scale::HiddenSize { hidden, .. } = &mut self
+            && *hidden == 0
+        {
+            *hidden = size;
+        }
+        self
+    }
+
     /// The factor for a matrix of `rows` times `columns` as it is stored, or `None` where it depends on the update
     /// itself ([`Scale::UpdateNorm`]).
     pub fn factor(&self, rows: usize, columns: usize, layout: WeightLayout) -> Option<f64> {

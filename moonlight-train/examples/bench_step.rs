@@ -13,7 +13,6 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use moonlight_model::{CausalLm, LmBatch, ModelConfig, Probe};
 use moonlight_optim::{AdamWConfig, BatchedOptimizer, MuonConfig, ParameterRules, Precision};
-use moonlight_train::trainer::{MicroBatch, Trainee};
 use serde_json::json;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -30,16 +29,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let device = Device::default().autodiff();
     let config = ModelConfig::preset(&preset)?;
-    let mut trainee = Trainee { model: config.init(&device) };
+    let mut model = config.init(&device);
     let muon = MuonConfig::new().with_precision(precision);
-    let assignment = ParameterRules::moonlight(muon, AdamWConfig::new()).assign(&trainee.model)?;
+    let assignment = ParameterRules::moonlight(muon, AdamWConfig::new()).assign(&model)?;
     let mut optimizer = assignment.batched_optimizer();
     let batches = batches(&config, [micro_batches, batch, sequence], &device);
     let mut times = Vec::new();
     // The first step draws the parameters and has no momentum yet.
     for index in 0..=repeats {
         let took;
-        (trainee, took) = step(trainee, &mut optimizer, &batches, &device)?;
+        (model, took) = step(model, &mut optimizer, &batches, &device)?;
         if index > 0 {
             times.push(took);
         }
@@ -92,25 +91,22 @@ fn batches(config: &ModelConfig, [count, batch, sequence]: [usize; 3], device: &
 }
 
 fn step(
-    trainee: Trainee,
+    model: CausalLm,
     optimizer: &mut BatchedOptimizer,
     batches: &[LmBatch],
     device: &Device,
-) -> Result<(Trainee, Times), Box<dyn std::error::Error>> {
+) -> Result<(CausalLm, Times), Box<dyn std::error::Error>> {
     let start = Instant::now();
     let predicted: usize = batches.iter().map(|batch| batch.tokens.dims().iter().product::<usize>()).sum();
     let mut sum = GradientsAccumulator::<CausalLm>::new();
     let mut only = None;
     let mut loads: Vec<Option<Vec<u64>>> = Vec::new();
     for batch in batches {
-        let output = trainee.step(MicroBatch {
-            batch: batch.clone(),
-            loss_scale: 1.0 / predicted as f64,
-            balance_weight: 0.0,
-            balance_scale: 1.0 / batches.len() as f64,
-            probe: Probe::default(),
-        });
-        let more = output.item.report.expert_loads();
+        let output = model.loss(batch, 0.0, Probe::default());
+        let _ = output.loss_sum.clone().into_scalar::<f32>(); // the trainer reads it as well
+        let gradients = (output.loss_sum / predicted as f64).backward();
+        let gradients = GradientsParams::from_grads(gradients, &model);
+        let more = output.stats.expert_loads();
         if loads.is_empty() {
             loads = more;
         } else {
@@ -121,19 +117,18 @@ fn step(
             }
         }
         if batches.len() == 1 {
-            only = Some(output.grads);
+            only = Some(gradients);
         } else {
-            sum.accumulate(&trainee.model, output.grads);
+            sum.accumulate(&model, gradients);
         }
     }
     let gradients: GradientsParams = only.unwrap_or_else(|| sum.grads());
     device.sync()?;
     let passed = start.elapsed().as_secs_f64();
-    let Trainee { model } = trainee;
     let model = optimizer.step(3e-4, model, gradients).update_router_bias(&loads, 1e-3);
     device.sync()?;
     let whole = start.elapsed().as_secs_f64();
-    Ok((Trainee { model }, Times { whole, optimizer: whole - passed }))
+    Ok((model, Times { whole, optimizer: whole - passed }))
 }
 
 /// The most memory that the process ever held, in MiB; `None` where `/proc` does not say.

@@ -1,43 +1,38 @@
 //! What can go wrong in a run.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
+use moonlight_convert::{CheckpointError, FileError};
+use moonlight_infer::InferError;
+use moonlight_infer::chat::ChatError;
+use moonlight_infer::device::DeviceError;
+use moonlight_infer::tokenizer::TokenizerError;
 use moonlight_model::lora::LoraError;
 use moonlight_optim::distributed::{CollectiveError, DistributedError};
 use moonlight_optim::{RuleError, StateError};
 
-use crate::chat::ChatError;
 use crate::data::DataError;
+use crate::hints::infer_hint;
 use crate::recipe::RecipeError;
-use crate::tokenizer::TokenizerError;
 
 /// Why a program stopped. Every message is one sentence for the person who started it.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TrainError {
     /// The recipe.
     #[error(transparent)]
     Recipe(#[from] RecipeError),
-    /// The weights, read or written.
+    /// A model that cannot be opened, run or saved: weights, adapter, tokenizer, chat template or device.
     #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// An adapter, read or written.
-    #[error(transparent)]
-    Adapter(#[from] AdapterError),
+    Infer(#[from] InferError),
     /// Adapters that the model cannot have.
     #[error("`lora.targets`: {0}")]
     Lora(#[from] LoraError),
-    /// The tokenizer.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
     /// The data.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// A conversation, or the template for it.
-    #[error(transparent)]
-    Chat(#[from] ChatError),
     /// The division of the parameters among the optimizers.
     #[error(transparent)]
     Rules(#[from] RuleError),
@@ -49,30 +44,17 @@ pub enum TrainError {
         /// What is wrong with it.
         source: StateError,
     },
-    /// A file of the run cannot be read.
-    #[error("`{}` cannot be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file of the run cannot be written.
-    #[error("`{}` cannot be written: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// A file of the run cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The run's folder is there already.
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
-    /// A loss or gradient that is no number.
+    /// A non-finite loss or gradient.
     #[error("step {step}: the {what} is {value}{}{}", worker.map(|worker| format!(" on worker {worker}"))
         .unwrap_or_default(), last_checkpoint.as_ref()
         .map(|path| format!("; the last good checkpoint is `{}`", path.display())).unwrap_or_default())]
-    NotFinite {
+    NonFinite {
         /// The step, counted from 1.
         step: u64,
         /// The loss or the gradient norm.
@@ -84,13 +66,24 @@ pub enum TrainError {
         /// The newest checkpoint.
         last_checkpoint: Option<PathBuf>,
     },
-    /// A device that does not exist, or that this build has not.
-    #[error("{problem}")]
-    Device {
-        /// The sentence.
-        problem: String,
-        /// What to do.
-        hint: String,
+    /// A matrix without singular values.
+    #[error("`layers.{layer}.{path}` has no singular values: it is not finite")]
+    NotFiniteMatrix {
+        /// The decoder layer, from 0.
+        layer: usize,
+        /// The matrix, by its path inside the layer.
+        path: String,
+    },
+    /// A plot in a file of no known kind.
+    #[error("`{}` is neither an SVG nor a PNG", .0.display())]
+    PlotFormat(PathBuf),
+    /// A metric that no run has.
+    #[error("none of the runs has the figure `{metric}`")]
+    UnknownMetric {
+        /// The metric that was asked for.
+        metric: String,
+        /// Those that the runs have, with commas between.
+        known: String,
     },
     /// Arguments that do not go together with the model.
     #[error("{problem}")]
@@ -119,7 +112,7 @@ pub enum TrainError {
     },
     /// Another worker failed, and says so itself.
     #[error("another worker failed")]
-    Elsewhere,
+    RemoteFailure,
     /// burn-train's machinery failed.
     #[error("training stopped: {0}")]
     Stage(String),
@@ -130,54 +123,53 @@ impl TrainError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Recipe(error) => error.hint(),
-            Self::Checkpoint(error) => error.hint(),
-            Self::Adapter(error) => error.hint(),
+            Self::Infer(error) => infer_hint(error),
             Self::Lora(error) => error.hint(),
-            Self::Tokenizer(error) => error.hint(),
             Self::Data(error) => error.hint(),
-            Self::Chat(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
-            Self::RunExists(_) => Some("go on with it by `--resume`, or choose another `--set run.name=...`".into()),
-            Self::NotFinite { .. } => {
+            Self::RunExists(_) => Some("resume it with `--resume`, or choose another `--set run.name=...`".into()),
+            Self::NonFinite { .. } => {
                 Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
             }
             Self::Collective(error) => error.hint(),
             Self::Worker { source, .. } => source.hint(),
-            Self::Killed => Some("go on from the newest checkpoint by `--resume`".into()),
-            Self::Device { hint, .. } => Some(hint.clone()),
+            Self::Killed => Some("resume from the newest checkpoint with `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),
-            Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("free some space and go on by `--resume`".into())
-            }
+            Self::File(error) if error.is_full() => Some("free some space and resume with `--resume`".into()),
+            Self::PlotFormat(_) => Some("let the name end in .svg or .png".into()),
+            Self::UnknownMetric { known, .. } => Some(format!("they have: {known}")),
             _ => None,
         }
     }
 
-    /// Says it on stderr, in one line and one more for the hint. What another worker says is not said again.
+    /// Logs it in one line, and its hint in another. The failure of another rank is not repeated.
     pub(crate) fn report(&self) {
-        if matches!(self, Self::Elsewhere) {
+        if matches!(self, Self::RemoteFailure) {
             return;
         }
-        // One line each, whatever a nested message holds.
+        // One line each, whatever a nested message contains.
         let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-        eprintln!("error: {}", line(self.to_string()));
-        if let Some(hint) = self.hint() {
-            eprintln!("hint: {}", line(hint));
-        }
+        let hint = self.hint().map(|hint| format!("\nhint: {}", line(hint))).unwrap_or_default();
+        tracing::error!("{}{hint}", line(self.to_string()));
     }
 
     pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Read { path, source }
+        FileError::read(path)
     }
 
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Write { path, source }
-    }
-
-    /// What is wrong with a line of a file that the user gave.
-    pub(crate) fn at_line(path: &Path, line: usize, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
-        Self::Request { problem: format!("{}:{line}: {problem}", path.display()), hint }
+        FileError::write(path)
     }
 }
+
+/// The errors of opening and running a model, by their own types.
+macro_rules! from_infer {
+    ($($error:ty),*) => {
+        $(impl From<$error> for TrainError {
+            fn from(error: $error) -> Self {
+                Self::Infer(error.into())
+            }
+        })*
+    };
+}
+from_infer!(CheckpointError, AdapterError, TokenizerError, ChatError, DeviceError);

@@ -8,6 +8,9 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::error::TrainError;
+use crate::metrics::{Metrics, Reporter};
+
 /// Writes scalars into one event file.
 #[derive(Debug)]
 pub struct EventWriter {
@@ -32,7 +35,7 @@ impl EventWriter {
         Ok(writer)
     }
 
-    /// Adds the value of `tag` behind `step`.
+    /// Adds the value of `tag` after `step`.
     ///
     /// # Errors
     ///
@@ -59,6 +62,15 @@ impl EventWriter {
         record.extend(event);
         record.extend(masked_crc(event).to_le_bytes());
         self.file.write_all(&record)
+    }
+}
+
+impl Reporter for EventWriter {
+    fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
+        for (tag, value) in metrics.scalars() {
+            self.scalar(&tag, metrics.step, value).map_err(TrainError::write("tensorboard"))?;
+        }
+        Ok(())
     }
 }
 

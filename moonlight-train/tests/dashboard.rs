@@ -109,7 +109,7 @@ fn ctrl_c_under_the_dashboard_saves_and_gives_the_terminal_back() {
     assert!(before.contains("data: ") && before.contains("note: data.train: bytes that are not UTF-8"), "{before}");
     std::thread::sleep(Duration::from_millis(500)); // steps under the dashboard
     run.press(b"\x03");
-    let said = run.wait_for(&["stopped behind step"]);
+    let said = run.wait_for(&["stopped after step"]);
     assert!(said.contains("\x1b[?1049l"), "the dashboard left its screen: {said}");
     assert_eq!(run.end(), Some(130));
     assert_eq!(checkpoints(&home.run("interrupted")).len(), 1);

@@ -111,7 +111,7 @@ fn ctrl_c_writes_a_checkpoint_and_the_run_goes_on() {
     let output = child.wait_with_output().unwrap();
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(130), "{stderr}");
-    assert!(stderr.contains("go on by `--resume`"), "{stderr}");
+    assert!(stderr.contains("resume with `--resume`"), "{stderr}");
     assert_eq!(checkpoints(&home.run("stopped")).len(), 1);
     let mut rest = home.train("stopped", OFTEN);
     assert!(rest.arg("--resume").output().unwrap().status.success());

@@ -25,7 +25,9 @@ fn adapters_learn_beside_a_base_that_stays() {
         assert!(valid[1] < train[0] && train[11] < train[0], "{optimizer}: {train:?} {valid:?}");
         assert_eq!(checkpoints(&run), ["step-00000008", "step-00000012"]);
         let last = checkpoint(&run, 12);
-        for file in ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "optimizer.bpk"] {
+        for file in
+            ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "optimizer-00000-of-00001.bpk"]
+        {
             assert!(last.join(file).exists(), "{file}");
         }
         assert!(!last.join("model.safetensors").exists() && !last.join("config.json").exists());

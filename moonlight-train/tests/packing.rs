@@ -7,9 +7,8 @@ use std::collections::BTreeMap;
 use burn::tensor::Device;
 use common::SHAPE;
 use moonlight_model::{ModelConfig, Probe};
-use moonlight_train::data::{Corpus, HostBatch};
+use moonlight_train::data::{Dataset, HostBatch};
 use moonlight_train::recipe::Recipe;
-use moonlight_train::tokenizer::Tokenizer;
 
 const RECIPE: &str = r#"
 [model]
@@ -66,7 +65,7 @@ fn a_packed_conversation_has_the_loss_that_it_has_alone() {
     std::fs::write(dir.path().join("a.jsonl"), lines).unwrap();
     let text = RECIPE.replace("SHAPE", SHAPE).replace("DIR", &dir.path().display().to_string());
     let recipe = Recipe::parse(&text, &dir.path().join("recipe.toml"), &[]).unwrap();
-    let tokenizer = Tokenizer::open(&recipe.data.tokenizer).unwrap();
+    let tokenizer = recipe.data.tokenizer.open().unwrap().unwrap();
     let config: ModelConfig = recipe.model.config_for(Some(&tokenizer)).unwrap();
     let device = Device::flex();
     device.seed(5);
@@ -76,9 +75,9 @@ fn a_packed_conversation_has_the_loss_that_it_has_alone() {
     let losses = |pack: bool| {
         let mut data = recipe.data.clone();
         data.pack = pack;
-        let corpus = Corpus::open(&data, Some(&tokenizer), config.vocab_size, 0).unwrap();
+        let dataset = Dataset::open(&data, Some(&tokenizer), config.vocab_size, 0).unwrap();
         let mut losses = BTreeMap::new();
-        let mut stream = corpus.train_stream(2);
+        let mut stream = dataset.train_stream(2);
         let mut most = 0;
         while stream.position().epoch == 0 {
             let found = documents(&stream.next_batch().unwrap());

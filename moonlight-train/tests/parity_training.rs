@@ -39,8 +39,8 @@ struct Rules {
     warmup_steps: u64,
     weight_decay: f64,
     momentum: f64,
-    betas: [f32; 2],
-    epsilon: f32,
+    betas: [f64; 2],
+    epsilon: f64,
     gradient_clip: f64,
     bias_update_rate: f64,
 }

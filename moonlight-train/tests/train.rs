@@ -32,7 +32,9 @@ fn a_run_leaves_what_the_contract_says() {
     assert!(tokens <= room && tokens > room * 9 / 10, "{tokens} of {room}");
     // Two newest kept; the best is the last here.
     assert_eq!(checkpoints(&run), ["step-00000008", "step-00000012"]);
-    for file in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "optimizer.bpk"] {
+    for file in
+        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "optimizer-00000-of-00001.bpk"]
+    {
         assert!(checkpoint(&run, 12).join(file).exists(), "{file}");
     }
     let plots: Vec<_> = fs::read_dir(run.join("plots")).unwrap().collect();
@@ -123,7 +125,7 @@ fn a_run_that_exists_is_not_overwritten() {
     home.trained("there", &["--set", "train.steps=1"]);
     let output = home.train("there", &[]).output().unwrap();
     assert_fails(&output, "exists");
-    assert!(text(&output.stderr).contains("hint: go on with it by `--resume`"));
+    assert!(text(&output.stderr).contains("hint: resume it with `--resume`"));
 }
 
 #[test]

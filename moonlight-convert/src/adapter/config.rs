@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::error::AdapterError;
 use super::pattern::Key;
 use crate::error::CheckpointError;
-use crate::inside::Inside;
+use crate::io::confined_dir::ConfinedDir;
 
 /// The file.
 pub(super) const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -51,10 +51,10 @@ impl AdapterConfig {
     pub(super) fn read(dir: &Path) -> Result<Self, AdapterError> {
         let path = dir.join(ADAPTER_CONFIG);
         if !dir.is_dir() {
-            return Err(CheckpointError::NotADirectory { path: dir.to_path_buf() }.into());
+            return Err(CheckpointError::not_a_directory(dir).into());
         }
-        let inside = Inside::new(dir).map_err(CheckpointError::read(dir))?;
-        let Some(bytes) = inside.read(ADAPTER_CONFIG, LONGEST)? else {
+        let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
+        let Some(bytes) = confined.read(ADAPTER_CONFIG, LONGEST)? else {
             return Err(AdapterError::NoConfig { dir: dir.to_path_buf() });
         };
         let wrong = |problem: String| AdapterError::Config { path: path.clone(), problem };

@@ -90,7 +90,7 @@ impl AdapterError {
             Self::NoWeights { dir } if dir.join("adapter_model.bin").exists() => {
                 Some("`adapter_model.bin` is there: only safetensors files are read; save it anew with peft".into())
             }
-            Self::NoBase { .. } => Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into()),
+            Self::NoBase { .. } => Some("name the base model beside the adapter".into()),
             Self::Rank { .. } => Some("the two files are not of one adapter".into()),
             Self::Misfit { source, .. } => source.hint(),
             _ => None,

@@ -32,7 +32,7 @@ pub(super) fn parse(tensor: &str) -> Option<(&str, Part)> {
         Some(module) => (module, Part::A),
         None => (name.strip_suffix(".lora_B")?, Part::B),
     };
-    Some((crate::names::key(module), part))
+    Some((crate::mapping::names::key(module), part))
 }
 
 /// The two tensors of a module below the decoder.

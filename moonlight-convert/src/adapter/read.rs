@@ -16,7 +16,7 @@ use super::error::AdapterError;
 use super::names::{self, Part};
 use super::{ADAPTER_WEIGHTS, NOTES, Note};
 use crate::error::CheckpointError;
-use crate::inside::Inside;
+use crate::io::confined_dir::ConfinedDir;
 
 /// A matrix of the file, row by row, in f32.
 #[derive(Debug, Clone)]
@@ -60,8 +60,8 @@ struct Reading {
 /// Those of [`load_adapter`].
 pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, AdapterError> {
     let config = AdapterConfig::read(dir)?;
-    let inside = Inside::new(dir).map_err(CheckpointError::read(dir))?;
-    let Some(path) = inside.file(ADAPTER_WEIGHTS)? else {
+    let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
+    let Some(path) = confined.file(ADAPTER_WEIGHTS)? else {
         return Err(AdapterError::NoWeights { dir: dir.to_path_buf() });
     };
     let wrong = |problem: String| AdapterError::Weights { path: path.clone(), problem };

@@ -13,8 +13,8 @@ use super::config::{ADAPTER_CONFIG, NewConfig};
 use super::error::AdapterError;
 use super::names;
 use super::{ADAPTER_WEIGHTS, NOTES, Note};
-use crate::companions;
 use crate::error::CheckpointError;
+use crate::format::sidecars;
 
 /// One module of the file.
 struct Module {
@@ -55,7 +55,7 @@ fn stack(data: &TensorData) -> (Vec<f32>, usize, usize) {
 }
 
 /// Writes the adapters of a model into a directory that exists, as peft lays them out: `adapter_config.json`,
-/// `adapter_model.safetensors` in f32, and from `companions_from` the tokenizer, the chat template and the generation
+/// `adapter_model.safetensors` in f32, and from `sidecars_from` the tokenizer, the chat template and the generation
 /// configuration. `base` is what the configuration calls the base model.
 ///
 /// # Errors
@@ -69,14 +69,14 @@ pub fn write_adapter(
     model: &CausalLm,
     dir: &Path,
     base: &Path,
-    companions_from: Option<&Path>,
+    sidecars_from: Option<&Path>,
 ) -> Result<(), AdapterError> {
     let adapters = model.adapters();
     assert!(!adapters.is_empty(), "there is an adapter to write");
     let modules = modules(&adapters, model.config().moe.is_some());
     let config = config(&modules, &adapters, model, base);
-    if let Some(from) = companions_from {
-        companions::copy(from, dir)?;
+    if let Some(from) = sidecars_from {
+        sidecars::copy(from, dir)?;
     }
     let write = |name: &str, bytes: &[u8]| {
         let path = dir.join(name);

@@ -87,7 +87,7 @@ pub(crate) fn run(arguments: Convert) -> Result<ExitCode, CheckpointError> {
         },
         max_shard_size,
         shard_by_layer,
-        companions_from: None,
+        sidecars_from: None,
         overwrite: force,
         partial,
     };

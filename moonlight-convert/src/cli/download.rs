@@ -51,7 +51,7 @@ pub(crate) fn run(Arguments { repo, revision, include }: Arguments) -> ExitCode 
         }
         Err(error) => {
             bar.finish_and_clear();
-            crate::fail(&error, error.hint())
+            crate::fail(&error, crate::cli::hint::download(&error))
         }
     }
 }

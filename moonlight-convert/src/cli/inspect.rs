@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use moonlight_convert::{Checkpoint, CheckpointError, State, Summary, unfinished};
+use moonlight_convert::report::{CheckpointState, Summary, unfinished_downloads};
+use moonlight_convert::{Checkpoint, CheckpointError};
 use serde_json::json;
 
 /// What to look at.
@@ -29,14 +30,14 @@ pub(crate) fn run(arguments: &Inspect) -> Result<ExitCode, CheckpointError> {
     } else {
         print(&summary);
     }
-    Ok(if summary.state == State::Complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if summary.state == CheckpointState::Complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// A directory without a configuration or weights may still be on its way.
 fn unopened(dir: &Path, error: CheckpointError, json: bool) -> Result<ExitCode, CheckpointError> {
-    let unfinished = unfinished(dir);
+    let unfinished = unfinished_downloads(dir);
     if json {
-        let state = if unfinished.is_empty() { State::Broken } else { State::Downloading };
+        let state = if unfinished.is_empty() { CheckpointState::Broken } else { CheckpointState::Downloading };
         let problems = json!([{"file": null, "problem": error.to_string()}]);
         let summary = json!({"directory": dir, "state": state, "unfinished": unfinished, "problems": problems});
         println!("{}", serde_json::to_string_pretty(&summary).expect("a summary is plain data"));
@@ -55,9 +56,9 @@ fn print(summary: &Summary) {
     println!(
         "state          {}",
         match summary.state {
-            State::Complete => "complete",
-            State::Downloading => "still downloading",
-            State::Broken => "broken",
+            CheckpointState::Complete => "complete",
+            CheckpointState::Downloading => "still downloading",
+            CheckpointState::Broken => "broken",
         }
     );
     println!("architecture   {} (model_type {})", summary.architecture, summary.model_type);
@@ -84,7 +85,7 @@ fn print(summary: &Summary) {
         }
     }
     println!("tokenizer      {}", summary.tokenizer.as_deref().unwrap_or("none"));
-    for name in &summary.companions {
+    for name in &summary.sidecars {
         println!("beside         {name}");
     }
     for skipped in &summary.skipped {

@@ -1,8 +1,9 @@
-//! The subcommands, one a file.
+//! The subcommands, one a file, and what helps against their errors.
 
 pub(crate) mod convert;
 #[cfg(feature = "download")]
 pub(crate) mod download;
+pub(crate) mod hint;
 pub(crate) mod inspect;
 mod progress;
 pub(crate) mod tokenizer;

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use moonlight_convert::{Checkpoint, CheckpointError, check_digests};
+use moonlight_convert::report::check_digests;
+use moonlight_convert::{Checkpoint, CheckpointError};
 
 use super::progress::Bar;
 

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::error::Bytes;
+use crate::io::file_error::is_full;
 
 /// A download that did not end with every file in the cache. What was fetched stays there, and the same command goes on
 /// from it.
@@ -168,15 +169,13 @@ impl DownloadError {
             }
             Self::Status { status: 429, .. } => Some("the Hub asks to wait; a token in `HF_TOKEN` may do more".into()),
             Self::Status { status: 500.., .. } | Self::Cut { .. } => Some(again.into()),
-            Self::Nothing { .. } => Some("`--include '*'` takes every file".into()),
+            Self::Nothing { .. } => Some("the pattern `*` takes every file".into()),
             Self::Full { .. } => Some("free some space, or put the cache elsewhere by `HF_HOME`".into()),
             Self::Digest { .. } => Some(
                 "the damaged file is removed; if it comes damaged again, something between the Hub and here changes it"
                     .into(),
             ),
-            Self::Cache { source, write: true, .. } if crate::error::is_full(source) => {
-                Some(format!("free some space, and {again}"))
-            }
+            Self::Cache { source, write: true, .. } if is_full(source) => Some(format!("free some space, and {again}")),
             _ => None,
         }
     }

@@ -5,8 +5,8 @@ use serde::Deserialize;
 
 use super::digest::Digest;
 use super::is_commit;
-use crate::companions::belongs_to_checkpoint;
-use crate::index::stays_inside;
+use crate::format::index::stays_inside;
+use crate::format::sidecars::belongs_to_checkpoint;
 
 /// A repository at one commit.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ use super::merges::merges;
 use super::{AddedToken, Ranks, SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON, pattern, special_tokens};
 use crate::error::CheckpointError;
 use crate::hub;
-use crate::inside::Inside;
+use crate::io::confined_dir::ConfinedDir;
 
 /// The longest file of ranks that is read; the published one has 2,795,286 bytes.
 const LONGEST: u64 = 100_000_000;
@@ -26,10 +26,10 @@ const LONGEST: u64 = 100_000_000;
 pub fn write_tokenizer_json(dir: impl AsRef<Path>, overwrite: bool) -> Result<PathBuf, CheckpointError> {
     let dir = hub::resolve(dir)?;
     if !dir.is_dir() {
-        return Err(CheckpointError::NotADirectory { path: dir });
+        return Err(CheckpointError::not_a_directory(&dir));
     }
-    let inside = Inside::new(&dir).map_err(CheckpointError::read(&dir))?;
-    let Some(contents) = inside.read(TIKTOKEN_MODEL, LONGEST)? else { return Err(CheckpointError::NoRanks { dir }) };
+    let confined = ConfinedDir::new(&dir).map_err(CheckpointError::read(&dir))?;
+    let Some(contents) = confined.read(TIKTOKEN_MODEL, LONGEST)? else { return Err(CheckpointError::NoRanks { dir }) };
     let path = dir.join(TOKENIZER_JSON);
     if !overwrite && fs::symlink_metadata(&path).is_ok() {
         return Err(CheckpointError::Exists { dir: path });

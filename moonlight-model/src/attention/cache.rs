@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Tensor};
 
-use crate::kernels::{Run, in_step};
+use crate::kernels::{CacheSpan, uniform_span};
 
 /// `[batch, key heads, capacity, row]`: for MLA one key head, and in a row the latent and the shared key; for grouped-query
 /// attention in a row the key and the value.
@@ -26,16 +26,16 @@ impl LayerCache {
     }
 
     /// Writes `[tokens, key heads, row]` where `runs` says.
-    pub(crate) fn write(&mut self, new: Tensor<3>, runs: &[Run]) {
+    pub(crate) fn write(&mut self, new: Tensor<3>, runs: &[CacheSpan]) {
         // The store is taken out while it is written, so that the backend sees its only owner and writes in place.
         let mut store = self.store.take().expect("the store is always put back");
         let [batch, heads, _, row] = store.dims();
-        if let Some(run) = in_step(runs, batch) {
+        if let Some(run) = uniform_span(runs, batch) {
             let new = new.reshape([batch, run.count, heads, row]).swap_dims(1, 2);
             store = store.slice_assign([0..batch, 0..heads, run.start..run.end(), 0..row], new);
         } else {
             let mut token = 0;
-            for &Run { sequence, start, count } in runs {
+            for &CacheSpan { sequence, start, count } in runs {
                 let new = new.clone().slice_dim(0, token..token + count).unsqueeze::<4>().swap_dims(1, 2);
                 let place = [sequence..sequence + 1, 0..heads, start..start + count, 0..row];
                 store = store.slice_assign(place, new);

@@ -30,6 +30,7 @@ pub use rope::{RopeConfig, YarnConfig};
 /// Field names are those of the published `config.json`, grouped: [`AttentionShape`], [`RopeConfig`],
 /// [`MoeShape`]. Build one with [`ModelConfig::from_json`], [`ModelConfig::preset`] or [`ModelConfig::new`].
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ModelConfig {
     /// The model class.
     pub model_type: ModelType,
@@ -52,18 +53,24 @@ pub struct ModelConfig {
     /// Whether the head is the embedding, transposed.
     pub tie_word_embeddings: bool,
     /// Multi-head latent attention, or grouped-query attention.
+    #[cfg_attr(feature = "schema", schemars(skip))]
     pub attention: AttentionShape,
     /// Rotary position embedding.
+    #[cfg_attr(feature = "schema", schemars(skip))]
     pub rope: RopeConfig,
     /// Experts; `None` for a dense model.
+    #[cfg_attr(feature = "schema", schemars(skip))]
     pub moe: Option<MoeShape>,
     /// First token of a text, where the tokenizer adds one.
     pub bos_token_id: Option<u32>,
     /// Tokens that end a generation.
+    #[cfg_attr(feature = "schema", schemars(with = "serde_json::Value"))]
     pub eos_token_id: Vec<u32>,
     /// The dtype that the weights were published in (`torch_dtype` or `dtype`), as spelled there.
+    #[cfg_attr(feature = "schema", schemars(skip))]
     pub dtype: Option<String>,
     /// Every other key of the file, kept so that saving loses nothing.
+    #[cfg_attr(feature = "schema", schemars(skip))]
     pub extra: serde_json::Map<String, serde_json::Value>,
 }
 

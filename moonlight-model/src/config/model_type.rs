@@ -2,6 +2,8 @@
 
 /// Which published model class a configuration belongs to (`model_type` in `config.json`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(rename_all = "snake_case"))]
 pub enum ModelType {
     /// DeepSeek-V3, Moonlight, Kimi-VL's language model.
     DeepseekV3,

@@ -12,15 +12,22 @@ const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 
 /// Rotary position embedding (arXiv 2104.09864).
 #[derive(Config, Debug, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct RopeConfig {
     /// Base of the frequencies.
     #[config(default = 10_000.0)]
+    #[cfg_attr(feature = "schema", schemars(rename = "rope_theta"))]
     pub theta: f64,
     /// Whether a pair are neighbouring dimensions, `(x0, x1), (x2, x3)`, as in the DeepSeek family, or half a head apart,
     /// `(x0, x_{d/2})`, as in Llama.
     #[config(default = true)]
+    #[cfg_attr(feature = "schema", schemars(rename = "rope_interleave"))]
     pub interleave: bool,
     /// Context extension by YaRN (arXiv 2309.00071).
+    #[cfg_attr(
+        feature = "schema",
+        schemars(rename = "rope_scaling", with = "Option<serde_json::Map<String, serde_json::Value>>")
+    )]
     pub yarn: Option<YarnConfig>,
 }
 

@@ -10,9 +10,8 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, binary, unary};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, Backend};
 
-use super::backend::Kernels;
 use super::reference::AttentionSaved;
-use super::{AttentionSpec, ExpertPlan, ModelOps, PackedSpec, PastSpec, RotationSpec};
+use super::{AttentionSpec, CachedAttentionSpec, GroupLayout, Kernels, ModelOps, QuantizedSpec, RotationSpec};
 
 impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     fn project(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -28,59 +27,67 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         }
     }
 
-    fn grouped_matmul(rows: FloatTensor<Self>, weight: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
+    fn grouped_matmul(
+        rows: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        layout: Arc<GroupLayout>,
+    ) -> FloatTensor<Self> {
         let (rows_tracked, weight_tracked) = (rows.is_tracked(), weight.is_tracked());
         match GroupedMatmul.prepare::<C>([rows.node(), weight.node()]).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
                 let state = (
                     weight_tracked.then(|| prep.checkpoint(&rows)),
                     rows_tracked.then(|| prep.checkpoint(&weight)),
-                    plan.clone(),
+                    layout.clone(),
                 );
-                prep.finish(state, B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &plan))
+                prep.finish(state, B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &layout))
             }
             OpsKind::UnTracked(prep) => {
-                prep.finish(B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &plan))
+                prep.finish(B::grouped_matmul_forward(rows.into_primitive(), weight.into_primitive(), &layout))
             }
         }
     }
 
-    fn packed_matmul(
+    fn quantized_matmul(
         rows: FloatTensor<Self>,
         values: IntTensor<Self>,
         scales: FloatTensor<Self>,
-        spec: PackedSpec,
-        plan: Arc<ExpertPlan>,
+        spec: QuantizedSpec,
+        layout: Arc<GroupLayout>,
     ) -> FloatTensor<Self> {
         let scales = scales.into_primitive();
-        match PackedMatmul.prepare::<C>([rows.node()]).compute_bound().stateful() {
+        match QuantizedMatmul.prepare::<C>([rows.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let state = (values.clone(), scales.clone(), spec, plan.clone());
-                prep.finish(state, B::packed_matmul_forward(rows.into_primitive(), values, scales, spec, &plan))
+                let state = (values.clone(), scales.clone(), spec, layout.clone());
+                prep.finish(state, B::quantized_matmul_forward(rows.into_primitive(), values, scales, spec, &layout))
             }
             OpsKind::UnTracked(prep) => {
-                prep.finish(B::packed_matmul_forward(rows.into_primitive(), values, scales, spec, &plan))
+                prep.finish(B::quantized_matmul_forward(rows.into_primitive(), values, scales, spec, &layout))
             }
         }
     }
 
-    fn dispatch_rows(tokens: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
+    fn dispatch_rows(tokens: FloatTensor<Self>, layout: Arc<GroupLayout>) -> FloatTensor<Self> {
         match DispatchRows.prepare::<C>([tokens.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                prep.finish(plan.clone(), B::dispatch_rows_forward(tokens.into_primitive(), &plan))
+                prep.finish(layout.clone(), B::dispatch_rows_forward(tokens.into_primitive(), &layout))
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::dispatch_rows_forward(tokens.into_primitive(), &plan)),
+            OpsKind::UnTracked(prep) => prep.finish(B::dispatch_rows_forward(tokens.into_primitive(), &layout)),
         }
     }
 
-    fn combine_rows(rows: FloatTensor<Self>, weights: FloatTensor<Self>, plan: Arc<ExpertPlan>) -> FloatTensor<Self> {
+    fn combine_rows(
+        rows: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        layout: Arc<GroupLayout>,
+    ) -> FloatTensor<Self> {
         match CombineRows.prepare::<C>([rows.node(), weights.node()]).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
-                let state = (prep.checkpoint(&rows), prep.checkpoint(&weights), plan.clone());
-                prep.finish(state, B::combine_rows_forward(rows.into_primitive(), weights.into_primitive(), &plan))
+                let state = (prep.checkpoint(&rows), prep.checkpoint(&weights), layout.clone());
+                prep.finish(state, B::combine_rows_forward(rows.into_primitive(), weights.into_primitive(), &layout))
             }
             OpsKind::UnTracked(prep) => {
-                prep.finish(B::combine_rows_forward(rows.into_primitive(), weights.into_primitive(), &plan))
+                prep.finish(B::combine_rows_forward(rows.into_primitive(), weights.into_primitive(), &layout))
             }
         }
     }
@@ -160,8 +167,12 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     }
 
     // Decoding has no gradient.
-    fn attend_past(query: FloatTensor<Self>, past: FloatTensor<Self>, spec: PastSpec) -> FloatTensor<Self> {
-        Self::from_inner(B::attend_past(query.into_primitive(), past.into_primitive(), &spec))
+    fn cached_attention(
+        query: FloatTensor<Self>,
+        cache: FloatTensor<Self>,
+        spec: CachedAttentionSpec,
+    ) -> FloatTensor<Self> {
+        Self::from_inner(B::cached_attention_forward(query.into_primitive(), cache.into_primitive(), &spec))
     }
 
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
@@ -201,18 +212,18 @@ impl<B: Kernels> Backward<B, 2> for Project {
 struct GroupedMatmul;
 
 impl<B: Kernels> Backward<B, 2> for GroupedMatmul {
-    type State = (Option<NodeId>, Option<NodeId>, Arc<ExpertPlan>);
+    type State = (Option<NodeId>, Option<NodeId>, Arc<GroupLayout>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
-        let (rows, weight, plan) = ops.state;
+        let (rows, weight, layout) = ops.state;
         let rows: Option<FloatTensor<B>> = rows.map(|rows| checkpointer.retrieve_node_output(rows));
         let weight: Option<FloatTensor<B>> = weight.map(|weight| checkpointer.retrieve_node_output(weight));
         binary::<B, _, _>(
             ops.parents,
             ops.node,
             grads,
-            |grad| B::grouped_matmul_rows_grad(grad, weight.expect(KEPT), &plan),
-            |grad| B::grouped_matmul_weight_grad(rows.expect(KEPT), grad, &plan),
+            |grad| B::grouped_matmul_rows_grad(grad, weight.expect(KEPT), &layout),
+            |grad| B::grouped_matmul_weight_grad(rows.expect(KEPT), grad, &layout),
         );
     }
 }
@@ -221,11 +232,11 @@ impl<B: Kernels> Backward<B, 2> for GroupedMatmul {
 struct DispatchRows;
 
 impl<B: Kernels> Backward<B, 1> for DispatchRows {
-    type State = Arc<ExpertPlan>;
+    type State = Arc<GroupLayout>;
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
-        let plan = ops.state;
-        unary::<B, _>(ops.parents, ops.node, grads, |grad| B::dispatch_rows_grad(grad, &plan));
+        let layout = ops.state;
+        unary::<B, _>(ops.parents, ops.node, grads, |grad| B::dispatch_rows_grad(grad, &layout));
     }
 }
 
@@ -233,14 +244,14 @@ impl<B: Kernels> Backward<B, 1> for DispatchRows {
 struct CombineRows;
 
 impl<B: Kernels> Backward<B, 2> for CombineRows {
-    type State = (NodeId, NodeId, Arc<ExpertPlan>);
+    type State = (NodeId, NodeId, Arc<GroupLayout>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
-        let (rows, weights, plan) = ops.state;
+        let (rows, weights, layout) = ops.state;
         let rows: FloatTensor<B> = checkpointer.retrieve_node_output(rows);
         let weights: FloatTensor<B> = checkpointer.retrieve_node_output(weights);
         let grad = grads.consume::<B>(&ops.node);
-        let (grad_rows, grad_weights) = B::combine_rows_grad(rows, weights, grad, &plan);
+        let (grad_rows, grad_weights) = B::combine_rows_grad(rows, weights, grad, &layout);
         register::<B, 2>(
             grads,
             ops.parents.map(|parent| parent.map(|node| node.id)),
@@ -282,15 +293,15 @@ impl<B: Kernels> Backward<B, 2> for RmsNorm {
 }
 
 #[derive(Debug)]
-struct PackedMatmul;
+struct QuantizedMatmul;
 
-impl<B: Kernels> Backward<B, 1> for PackedMatmul {
-    type State = (IntTensor<B>, FloatTensor<B>, PackedSpec, Arc<ExpertPlan>);
+impl<B: Kernels> Backward<B, 1> for QuantizedMatmul {
+    type State = (IntTensor<B>, FloatTensor<B>, QuantizedSpec, Arc<GroupLayout>);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
-        let (values, scales, spec, plan) = ops.state;
+        let (values, scales, spec, layout) = ops.state;
         unary::<B, _>(ops.parents, ops.node, grads, |grad| {
-            B::packed_matmul_rows_grad(grad, values, scales, spec, &plan)
+            B::quantized_matmul_rows_grad(grad, values, scales, spec, &layout)
         });
     }
 }

@@ -3,12 +3,16 @@
 //! This is the definition that the fast kernels are held against, and what every backend without kernels of its own
 //! runs. It may be slow; it may not be wrong.
 
+use std::ops::Range;
+
 use burn::backend::tensor::{Device, FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
-use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
+use burn::tensor::{DType, FloatDType, IntDType, Shape, Slice, TensorData};
 
-use super::past::in_step;
-use super::{AttentionSpec, BLOCK, Bits, ExpertPlan, PackedSpec, PastSpec, RotationSpec, Run};
+use super::{
+    AttentionSpec, CacheSpan, CachedAttentionSpec, GroupLayout, QUANT_BLOCK, QuantBits, QuantizedSpec, RotationSpec,
+    uniform_span,
+};
 
 /// See [`super::project`].
 pub(super) fn project_forward<B: Backend>(rows: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
@@ -29,31 +33,31 @@ pub(super) fn project_weight_grad<B: Backend>(rows: FloatTensor<B>, grad: FloatT
 pub(super) fn grouped_matmul_forward<B: Backend>(
     rows: FloatTensor<B>,
     weight: FloatTensor<B>,
-    plan: &ExpertPlan,
+    layout: &GroupLayout,
 ) -> FloatTensor<B> {
-    per_expert::<B>(rows, weight, plan, false)
+    product_by_group::<B>(rows, weight, layout, false)
 }
 
 /// Gradient of [`super::grouped_matmul`] for the rows: `grad x weight^T`.
 pub(super) fn grouped_matmul_rows_grad<B: Backend>(
     grad: FloatTensor<B>,
     weight: FloatTensor<B>,
-    plan: &ExpertPlan,
+    layout: &GroupLayout,
 ) -> FloatTensor<B> {
-    per_expert::<B>(grad, weight, plan, true)
+    product_by_group::<B>(grad, weight, layout, true)
 }
 
-/// Gradient of [`super::grouped_matmul`] for the weight: `rows^T x grad` of each expert, zero where it has none.
+/// Gradient of [`super::grouped_matmul`] for the weight: `rows^T x grad` of each group, zero where it has none.
 pub(super) fn grouped_matmul_weight_grad<B: Backend>(
     rows: FloatTensor<B>,
     grad: FloatTensor<B>,
-    plan: &ExpertPlan,
+    layout: &GroupLayout,
 ) -> FloatTensor<B> {
     let (input, output) = (rows.shape()[1], grad.shape()[1]);
     let (device, dtype) = (rows.device(), FloatDType::from(rows.dtype()));
-    let parts = (0..plan.experts())
-        .map(|expert| {
-            let (start, end) = (plan.offsets[expert], plan.offsets[expert + 1]);
+    let parts = (0..layout.groups())
+        .map(|group| {
+            let Range { start, end } = layout.group(group);
             let product = if start == end {
                 B::float_zeros(Shape::new([input, output]), &device, dtype)
             } else {
@@ -66,69 +70,70 @@ pub(super) fn grouped_matmul_weight_grad<B: Backend>(
     B::float_cat(parts, 0)
 }
 
-/// See [`super::packed_matmul`].
-pub(super) fn packed_matmul_forward<B: Backend>(
+/// See [`super::quantized_matmul`].
+pub(super) fn quantized_matmul_forward<B: Backend>(
     rows: FloatTensor<B>,
     values: IntTensor<B>,
     scales: FloatTensor<B>,
-    spec: PackedSpec,
-    plan: &ExpertPlan,
+    spec: QuantizedSpec,
+    layout: &GroupLayout,
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(rows.dtype());
-    by_expert::<B>(rows, plan, |expert| unpacked::<B>(values.clone(), scales.clone(), spec, expert, dtype))
+    by_group::<B>(rows, layout, |group| dequantized::<B>(values.clone(), scales.clone(), spec, group, dtype))
 }
 
-/// Gradient of [`super::packed_matmul`] for the rows: `grad x weight^T`.
-pub(super) fn packed_matmul_rows_grad<B: Backend>(
+/// Gradient of [`super::quantized_matmul`] for the rows: `grad x weight^T`.
+pub(super) fn quantized_matmul_rows_grad<B: Backend>(
     grad: FloatTensor<B>,
     values: IntTensor<B>,
     scales: FloatTensor<B>,
-    spec: PackedSpec,
-    plan: &ExpertPlan,
+    spec: QuantizedSpec,
+    layout: &GroupLayout,
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(grad.dtype());
-    by_expert::<B>(grad, plan, |expert| {
-        B::float_transpose(unpacked::<B>(values.clone(), scales.clone(), spec, expert, dtype))
+    by_group::<B>(grad, layout, |group| {
+        B::float_transpose(dequantized::<B>(values.clone(), scales.clone(), spec, group, dtype))
     })
 }
 
-/// One expert's matrix, `[in, out]`.
-fn unpacked<B: Backend>(
+/// One group's matrix, `[in, out]`.
+fn dequantized<B: Backend>(
     values: IntTensor<B>,
     scales: FloatTensor<B>,
-    spec: PackedSpec,
-    expert: usize,
+    spec: QuantizedSpec,
+    group: usize,
     dtype: FloatDType,
 ) -> FloatTensor<B> {
-    let PackedSpec { bits, input, output } = spec;
+    let QuantizedSpec { bits, input, output } = spec;
     let (bytes, blocks) = (values.shape()[1], scales.shape()[1]);
-    let values = B::int_slice(values, &[(expert..expert + 1).into(), (0..bytes).into()]);
-    let bytes = B::float_reshape(B::int_into_float(values, FloatDType::F32), Shape::new([blocks, bits.bytes(BLOCK)]));
+    let values = B::int_slice(values, &[(group..group + 1).into(), (0..bytes).into()]);
+    let bytes =
+        B::float_reshape(B::int_into_float(values, FloatDType::F32), Shape::new([blocks, bits.bytes(QUANT_BLOCK)]));
     let numbers = match bits {
-        Bits::Eight => bytes,
-        Bits::Four => {
+        QuantBits::Eight => bytes,
+        QuantBits::Four => {
             let high = B::float_floor(B::float_div_scalar(bytes.clone(), 16_f32.into()));
             let low = B::float_sub(bytes, B::float_mul_scalar(high.clone(), 16_f32.into()));
             B::float_cat(vec![low, high], 1)
         }
     };
     let numbers = B::float_sub_scalar(numbers, f32::from(bits.zero()).into());
-    let scales = B::float_reshape(slice::<B>(scales, 0, expert, expert + 1), Shape::new([blocks, 1]));
-    let weight = B::float_reshape(B::float_mul(numbers, scales), Shape::new([blocks * BLOCK]));
+    let scales = B::float_reshape(slice::<B>(scales, 0, group, group + 1), Shape::new([blocks, 1]));
+    let weight = B::float_reshape(B::float_mul(numbers, scales), Shape::new([blocks * QUANT_BLOCK]));
     let weight = B::float_reshape(slice::<B>(weight, 0, 0, input * output), Shape::new([input, output]));
     B::float_cast(weight, dtype)
 }
 
 /// See [`super::dispatch_rows`].
-pub(super) fn dispatch_rows_forward<B: Backend>(tokens: FloatTensor<B>, plan: &ExpertPlan) -> FloatTensor<B> {
+pub(super) fn dispatch_rows_forward<B: Backend>(tokens: FloatTensor<B>, layout: &GroupLayout) -> FloatTensor<B> {
     let device = tokens.device();
-    B::float_select(tokens, 0, indices::<B>(&plan.token_of_row, &device))
+    B::float_select(tokens, 0, indices::<B>(layout.token_of_row(), &device))
 }
 
 /// Gradient of [`super::dispatch_rows`]: the sum of each token's rows.
-pub(super) fn dispatch_rows_grad<B: Backend>(grad: FloatTensor<B>, plan: &ExpertPlan) -> FloatTensor<B> {
+pub(super) fn dispatch_rows_grad<B: Backend>(grad: FloatTensor<B>, layout: &GroupLayout) -> FloatTensor<B> {
     let dtype = FloatDType::from(grad.dtype());
-    let slots = by_slot::<B>(grad, plan);
+    let slots = by_slot::<B>(grad, layout);
     let [tokens, _, width] = slots.shape().dims();
     B::float_cast(B::float_reshape(B::float_sum_dim(slots, 1), Shape::new([tokens, width])), dtype)
 }
@@ -137,10 +142,10 @@ pub(super) fn dispatch_rows_grad<B: Backend>(grad: FloatTensor<B>, plan: &Expert
 pub(super) fn combine_rows_forward<B: Backend>(
     rows: FloatTensor<B>,
     weights: FloatTensor<B>,
-    plan: &ExpertPlan,
+    layout: &GroupLayout,
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(rows.dtype());
-    let slots = by_slot::<B>(rows, plan);
+    let slots = by_slot::<B>(rows, layout);
     let [tokens, k, width] = slots.shape().dims();
     let weights = B::float_reshape(weights, Shape::new([tokens, k, 1]));
     let sum = B::float_sum_dim(B::float_mul(slots, weights), 1);
@@ -152,15 +157,15 @@ pub(super) fn combine_rows_grad<B: Backend>(
     rows: FloatTensor<B>,
     weights: FloatTensor<B>,
     grad: FloatTensor<B>,
-    plan: &ExpertPlan,
+    layout: &GroupLayout,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (device, dtype) = (rows.device(), FloatDType::from(rows.dtype()));
-    let (count, k) = (plan.rows(), plan.k);
-    let grad_of_row = B::float_select(f32_of::<B>(grad), 0, indices::<B>(&plan.token_of_row, &device));
+    let (count, k) = (layout.rows(), layout.k());
+    let grad_of_row = B::float_select(f32_of::<B>(grad), 0, indices::<B>(layout.token_of_row(), &device));
     let dots = B::float_sum_dim(B::float_mul(f32_of::<B>(rows), grad_of_row.clone()), 1);
-    let grad_weights = B::float_select(dots, 0, indices::<B>(&plan.row_of_slot, &device));
+    let grad_weights = B::float_select(dots, 0, indices::<B>(layout.row_of_slot(), &device));
     let mut slot_of_row = vec![0; count];
-    for (slot, &row) in plan.row_of_slot.iter().enumerate() {
+    for (slot, &row) in layout.row_of_slot().iter().enumerate() {
         slot_of_row[row as usize] = slot as u32;
     }
     let weights = B::float_reshape(weights, Shape::new([count, 1]));
@@ -248,16 +253,16 @@ pub(super) fn rotate_forward<B: Backend>(
         B::float_reshape(part, Shape::new([batch, sequence, heads, pairs, 1]))
     };
     let (a, b) = (member(0), member(1));
-    let turned_a = B::float_sub(B::float_mul(a.clone(), cos.clone()), B::float_mul(b.clone(), sin.clone()));
-    let turned_b = B::float_add(B::float_mul(b, cos), B::float_mul(a, sin));
-    let turned = if spec.interleave {
-        B::float_cat(vec![turned_a, turned_b], 4)
+    let rotated_a = B::float_sub(B::float_mul(a.clone(), cos.clone()), B::float_mul(b.clone(), sin.clone()));
+    let rotated_b = B::float_add(B::float_mul(b, cos), B::float_mul(a, sin));
+    let rotated = if spec.interleave {
+        B::float_cat(vec![rotated_a, rotated_b], 4)
     } else {
         let half = |t| B::float_reshape(t, Shape::new([batch, sequence, heads, 1, pairs]));
-        B::float_cat(vec![half(turned_a), half(turned_b)], 3)
+        B::float_cat(vec![half(rotated_a), half(rotated_b)], 3)
     };
-    let turned = B::float_reshape(turned, Shape::new([batch, sequence, heads, 2 * pairs]));
-    if spec.start == 0 { turned } else { B::float_cat(vec![slice::<B>(x, 3, 0, spec.start), turned], 3) }
+    let rotated = B::float_reshape(rotated, Shape::new([batch, sequence, heads, 2 * pairs]));
+    if spec.start == 0 { rotated } else { B::float_cat(vec![slice::<B>(x, 3, 0, spec.start), rotated], 3) }
 }
 
 /// See [`super::latent_attention`] and, without a shared key, [`super::grouped_attention`].
@@ -323,31 +328,40 @@ pub(super) fn attention_grad<B: Backend>(
     (B::float_swap_dims(grad_query, 1, 2), B::float_swap_dims(grad_key_value, 1, 2), grad_shared)
 }
 
-/// See [`super::attend_past`].
-pub(super) fn attend_past<B: Backend>(query: FloatTensor<B>, past: FloatTensor<B>, spec: &PastSpec) -> FloatTensor<B> {
-    let batch = past.shape()[0];
-    if let Some(run) = in_step(&spec.runs, batch) {
-        return attend_run::<B>(query, past, run, spec);
+/// See [`super::cached_attention`].
+pub(super) fn cached_attention_forward<B: Backend>(
+    query: FloatTensor<B>,
+    cache: FloatTensor<B>,
+    spec: &CachedAttentionSpec,
+) -> FloatTensor<B> {
+    let batch = cache.shape()[0];
+    if let Some(span) = uniform_span(&spec.spans, batch) {
+        return attend_span::<B>(query, cache, span, spec);
     }
     let mut token = 0;
-    let parts = spec.runs.iter().map(|run| {
-        let query = slice::<B>(query.clone(), 0, token, token + run.count);
-        token += run.count;
-        attend_run::<B>(query, slice::<B>(past.clone(), 0, run.sequence, run.sequence + 1), *run, spec)
+    let parts = spec.spans.iter().map(|span| {
+        let query = slice::<B>(query.clone(), 0, token, token + span.count);
+        token += span.count;
+        attend_span::<B>(query, slice::<B>(cache.clone(), 0, span.sequence, span.sequence + 1), *span, spec)
     });
     let parts = parts.collect();
     B::float_cat(parts, 0)
 }
 
-/// The same where every sequence of `past` has the new tokens of `run`.
-fn attend_run<B: Backend>(query: FloatTensor<B>, past: FloatTensor<B>, run: Run, spec: &PastSpec) -> FloatTensor<B> {
+/// The same where every sequence of `cache` has the new tokens of `span`.
+fn attend_span<B: Backend>(
+    query: FloatTensor<B>,
+    cache: FloatTensor<B>,
+    span: CacheSpan,
+    spec: &CachedAttentionSpec,
+) -> FloatTensor<B> {
     let dtype = FloatDType::from(query.dtype());
     let [tokens, heads, width] = query.shape().dims();
-    let [batch, key_heads, _, _] = past.shape().dims();
-    let (count, group) = (run.count, heads / key_heads);
-    let past = slice::<B>(past, 2, 0, run.end());
-    let key = slice::<B>(past.clone(), 3, spec.keys.start, spec.keys.end);
-    let value = slice::<B>(past, 3, spec.values.start, spec.values.end);
+    let [batch, key_heads, _, _] = cache.shape().dims();
+    let (count, group) = (span.count, heads / key_heads);
+    let cache = slice::<B>(cache, 2, 0, span.end());
+    let key = slice::<B>(cache.clone(), 3, spec.keys.start, spec.keys.end);
+    let value = slice::<B>(cache, 3, spec.values.start, spec.values.end);
     // [batch, tokens, key heads, group, width] to [batch, key heads, tokens * group, width]
     let query = B::float_reshape(query, Shape::new([batch, count, key_heads, group * width]));
     let query = B::float_reshape(B::float_swap_dims(query, 1, 2), Shape::new([batch, key_heads, count * group, width]));
@@ -356,11 +370,11 @@ fn attend_run<B: Backend>(query: FloatTensor<B>, past: FloatTensor<B>, run: Run,
     if count > 1 {
         let hidden: Vec<f32> = (0..count * group)
             .flat_map(|row| {
-                let last = run.start + row / group;
-                (0..run.end()).map(move |key| if key > last { f32::NEG_INFINITY } else { 0.0 })
+                let last = span.start + row / group;
+                (0..span.end()).map(move |key| if key > last { f32::NEG_INFINITY } else { 0.0 })
             })
             .collect();
-        let hidden = TensorData::new(hidden, [1, 1, count * group, run.end()]);
+        let hidden = TensorData::new(hidden, [1, 1, count * group, span.end()]);
         let hidden = B::float_from_data(hidden, &scores.device());
         let shape = scores.shape();
         scores = B::float_add(scores, B::float_expand(hidden, shape));
@@ -373,11 +387,11 @@ fn attend_run<B: Backend>(query: FloatTensor<B>, past: FloatTensor<B>, run: Run,
 
 /// See [`super::cross_entropy`].
 pub(super) fn cross_entropy_forward<B: Backend>(logits: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
-    let rows = logits.shape()[0];
+    let [rows, vocab] = logits.shape().dims();
     let log_probabilities = B::log_softmax(f32_of::<B>(logits), 1);
-    let targets = B::int_reshape(targets, Shape::new([rows, 1]));
-    let picked = B::float_gather(1, log_probabilities, targets);
-    B::float_neg(B::float_reshape(picked, Shape::new([rows])))
+    let (targets, penalty) = bounded::<B>(targets, vocab);
+    let picked = B::float_gather(1, log_probabilities, B::int_reshape(targets, Shape::new([rows, 1])));
+    B::float_sub(penalty, B::float_reshape(picked, Shape::new([rows])))
 }
 
 /// Gradient of [`super::cross_entropy`] for the logits: `g (softmax(logits) - onehot(target))`.
@@ -387,12 +401,27 @@ pub(super) fn cross_entropy_grad<B: Backend>(
     grad: FloatTensor<B>,
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(logits.dtype());
-    let rows = logits.shape()[0];
-    let grad = B::float_reshape(f32_of::<B>(grad), Shape::new([rows, 1]));
+    let [rows, vocab] = logits.shape().dims();
+    let (targets, penalty) = bounded::<B>(targets, vocab);
+    let grad = B::float_reshape(B::float_add(f32_of::<B>(grad), penalty), Shape::new([rows, 1]));
     let probabilities = B::float_mul(B::softmax(f32_of::<B>(logits), 1), grad.clone());
     let targets = B::int_reshape(targets, Shape::new([rows, 1]));
     let update = burn::tensor::IndexingUpdateOp::Add;
     B::float_cast(B::float_scatter(1, probabilities, targets, B::float_neg(grad), update), dtype)
+}
+
+/// Targets moved into `0..vocab`, which a gather must not leave, and f32 `[rows]`: 0 where that moved nothing, NaN where it
+/// did.
+///
+/// The NaN is the root of a negative number: a constant one is not allowed in every shading language, and truth values are
+/// stored differently from backend to backend.
+fn bounded<B: Backend>(targets: IntTensor<B>, vocab: usize) -> (IntTensor<B>, FloatTensor<B>) {
+    let wide = matches!(targets.dtype(), DType::I32 | DType::I64 | DType::U32 | DType::U64);
+    let targets = if wide { targets } else { B::int_cast(targets, IntDType::I32) };
+    let last = i32::try_from(vocab - 1).unwrap_or(i32::MAX);
+    let inside = B::int_clamp(targets.clone(), 0.into(), last.into());
+    let distance = B::int_into_float(B::int_sub(targets, inside.clone()), FloatDType::F32);
+    (inside, B::float_sqrt(B::float_neg(B::float_abs(distance))))
 }
 
 /// What an attention keeps of its forward for its gradient.
@@ -466,41 +495,41 @@ fn mask<B: Backend>(batch: usize, sequence: usize, spec: &AttentionSpec, device:
     B::float_from_data(TensorData::new(mask, [batch, 1, sequence, sequence]), device)
 }
 
-fn per_expert<B: Backend>(
+fn product_by_group<B: Backend>(
     rows: FloatTensor<B>,
     weight: FloatTensor<B>,
-    plan: &ExpertPlan,
+    layout: &GroupLayout,
     transpose: bool,
 ) -> FloatTensor<B> {
     let [_, input, output] = weight.shape().dims();
-    by_expert::<B>(rows, plan, |expert| {
-        let weight = slice::<B>(weight.clone(), 0, expert, expert + 1);
+    by_group::<B>(rows, layout, |group| {
+        let weight = slice::<B>(weight.clone(), 0, group, group + 1);
         let weight = B::float_reshape(weight, Shape::new([input, output]));
         if transpose { B::float_transpose(weight) } else { weight }
     })
 }
 
-/// Each expert's rows by the matrix that `weight` gives for it; it is asked for those that have rows.
-fn by_expert<B: Backend>(
+/// Each group's rows by the matrix that `weight` gives for it; it is asked for those that have rows.
+fn by_group<B: Backend>(
     rows: FloatTensor<B>,
-    plan: &ExpertPlan,
+    layout: &GroupLayout,
     weight: impl Fn(usize) -> FloatTensor<B>,
 ) -> FloatTensor<B> {
-    let parts = (0..plan.experts())
-        .filter(|&expert| plan.offsets[expert] < plan.offsets[expert + 1])
-        .map(|expert| {
-            let rows = slice::<B>(rows.clone(), 0, plan.offsets[expert], plan.offsets[expert + 1]);
-            B::float_matmul(rows, weight(expert))
+    let parts = (0..layout.groups())
+        .filter(|&group| !layout.group(group).is_empty())
+        .map(|group| {
+            let Range { start, end } = layout.group(group);
+            B::float_matmul(slice::<B>(rows.clone(), 0, start, end), weight(group))
         })
         .collect();
     B::float_cat(parts, 0)
 }
 
 /// Rows in the order of slots, in f32: `[tokens, k, width]`.
-fn by_slot<B: Backend>(rows: FloatTensor<B>, plan: &ExpertPlan) -> FloatTensor<B> {
+fn by_slot<B: Backend>(rows: FloatTensor<B>, layout: &GroupLayout) -> FloatTensor<B> {
     let (device, width) = (rows.device(), rows.shape()[1]);
-    let slots = B::float_select(rows, 0, indices::<B>(&plan.row_of_slot, &device));
-    B::float_reshape(f32_of::<B>(slots), Shape::new([plan.tokens(), plan.k, width]))
+    let slots = B::float_select(rows, 0, indices::<B>(layout.row_of_slot(), &device));
+    B::float_reshape(f32_of::<B>(slots), Shape::new([layout.tokens(), layout.k(), width]))
 }
 
 fn inverse_rms<B: Backend>(x: FloatTensor<B>, epsilon: f32) -> FloatTensor<B> {

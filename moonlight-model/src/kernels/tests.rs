@@ -5,18 +5,18 @@ use std::sync::Arc;
 use burn::tensor::{Bool, DType, Device, Distribution, Int, Tensor, TensorData, Tolerance};
 
 use super::{
-    AttentionSpec, ExpertPlan, RotationSpec, combine_rows, cross_entropy, dispatch_rows, grouped_attention,
+    AttentionSpec, GroupLayout, RotationSpec, combine_rows, cross_entropy, dispatch_rows, grouped_attention,
     grouped_matmul, latent_attention, project, rms_norm, rotate, swiglu,
 };
 
-/// A plan of `tokens` tokens with `k` different experts each; the last expert gets none, expert 0 more than its share.
-fn plan(tokens: usize, k: usize, experts: usize) -> Arc<ExpertPlan> {
+/// A layout of `tokens` tokens with `k` different experts each; the last expert gets none, expert 0 more than its share.
+fn layout(tokens: usize, k: usize, experts: usize) -> Arc<GroupLayout> {
     let others = experts - 2;
     let choices: Vec<u32> = (0..tokens)
         .flat_map(|token| (0..k).map(move |choice| if choice == 0 { 0 } else { 1 + (token * 7 + choice) % others }))
         .map(|expert| expert as u32)
         .collect();
-    Arc::new(ExpertPlan::new(&choices, k, experts))
+    Arc::new(GroupLayout::from_choices(&choices, k, experts))
 }
 
 fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
@@ -103,14 +103,14 @@ fn products_in_bf16_are_those_in_f32_rounded_once() {
     let device = device();
     let rounded = |tensor: Tensor<2>| tensor.cast(DType::BF16).cast(DType::F32);
     for (tokens, k, experts, input, output) in [(1, 2, 5, 40, 1030), (170, 2, 5, 17, 260)] {
-        let plan = plan(tokens, k, experts);
-        let rows = rounded(random([plan.rows(), input], &device));
+        let layout = layout(tokens, k, experts);
+        let rows = rounded(random([layout.rows(), input], &device));
         let weight = rounded(random([experts * input, output], &device)).reshape([experts, input, output]);
-        let scale = rounded(random([plan.rows(), output], &device));
+        let scale = rounded(random([layout.rows(), output], &device));
         let run = |dtype: DType| {
             let rows = rows.clone().detach().cast(dtype).require_grad();
             let weight = weight.clone().detach().cast(dtype).require_grad();
-            let product = grouped_matmul(rows.clone(), weight.clone(), &plan);
+            let product = grouped_matmul(rows.clone(), weight.clone(), &layout);
             let grads = (product.clone() * scale.clone().cast(dtype)).sum().backward();
             let wide = |data: TensorData| data.convert::<f32>();
             (
@@ -135,14 +135,14 @@ fn grouped_matmul_multiplies_each_row_by_its_experts_matrix() {
     for (tokens, k, experts, input, output) in
         [(301, 2, 5, 17, 33), (3, 2, 9, 5, 4), (1, 1, 3, 1, 1), (40, 3, 6, 64, 31)]
     {
-        let plan = plan(tokens, k, experts);
-        let rows = random([plan.rows(), input], &device);
+        let layout = layout(tokens, k, experts);
+        let rows = random([layout.rows(), input], &device);
         let weight = random([experts, input, output], &device);
-        agree!(1e-4, [rows, weight], grouped_matmul(rows.clone(), weight.clone(), &plan), {
+        agree!(1e-4, [rows, weight], grouped_matmul(rows.clone(), weight.clone(), &layout), {
             let parts = (0..experts)
-                .filter(|&expert| plan.offsets[expert] < plan.offsets[expert + 1])
+                .filter(|&expert| !layout.group(expert).is_empty())
                 .map(|expert| {
-                    let rows = rows.clone().slice_dim(0, plan.offsets[expert]..plan.offsets[expert + 1]);
+                    let rows = rows.clone().slice_dim(0, layout.group(expert));
                     rows.matmul(weight.clone().slice_dim(0, expert..expert + 1).squeeze_dim(0))
                 })
                 .collect();
@@ -155,18 +155,18 @@ fn grouped_matmul_multiplies_each_row_by_its_experts_matrix() {
 fn rows_travel_to_their_experts_and_back() {
     let device = device();
     for (tokens, k, experts, hidden) in [(130, 3, 7, 19), (1, 2, 4, 3), (67, 1, 3, 8)] {
-        let plan = plan(tokens, k, experts);
+        let layout = layout(tokens, k, experts);
         let index = |values: &[u32]| {
             let values: Vec<i32> = values.iter().map(|&value| value as i32).collect();
-            Tensor::<1, Int>::from_data(TensorData::new(values, [plan.rows()]), &device)
+            Tensor::<1, Int>::from_data(TensorData::new(values, [layout.rows()]), &device)
         };
         let x = random([tokens, hidden], &device);
-        agree!(1e-5, [x], dispatch_rows(x.clone(), &plan), x.clone().select(0, index(&plan.token_of_row)));
+        agree!(1e-5, [x], dispatch_rows(x.clone(), &layout), x.clone().select(0, index(layout.token_of_row())));
 
-        let rows = random([plan.rows(), hidden], &device);
+        let rows = random([layout.rows(), hidden], &device);
         let weights = random([tokens, k], &device);
-        agree!(1e-5, [rows, weights], combine_rows(rows.clone(), weights.clone(), &plan), {
-            let slots = rows.clone().select(0, index(&plan.row_of_slot)).reshape([tokens, k, hidden]);
+        agree!(1e-5, [rows, weights], combine_rows(rows.clone(), weights.clone(), &layout), {
+            let slots = rows.clone().select(0, index(layout.row_of_slot())).reshape([tokens, k, hidden]);
             (slots * weights.clone().reshape([tokens, k, 1])).sum_dim(1).reshape([tokens, hidden])
         });
     }
@@ -295,10 +295,9 @@ mod flex_against_reference {
     use burn::backend::ops::{FloatTensorOps, IntTensorOps};
     use burn::tensor::{DType, FloatDType, Shape, TensorData, Tolerance};
 
-    use super::super::backend::Kernels;
     use super::super::reference::{self, AttentionSaved};
-    use super::{AttentionSpec, RotationSpec, plan, specs};
-    use crate::kernels::{BLOCK, Bits, PackedSpec, PastSpec, Run};
+    use super::{AttentionSpec, RotationSpec, layout, specs};
+    use crate::kernels::*;
 
     /// Numbers that differ from place to place and from tensor to tensor.
     fn numbers<const D: usize>(shape: [usize; D], seed: usize) -> FlexTensor {
@@ -322,31 +321,31 @@ mod flex_against_reference {
 
     #[test]
     fn attention_to_a_cache() {
-        let run = |sequence, start, count| Run { sequence, start, count };
+        let span = |sequence, start, count| CacheSpan { sequence, start, count };
         let cases = [
             // One sequence: a token, then few and many queries, and more keys than are scored at a time.
-            (1, vec![run(0, 0, 1)]),
-            (1, vec![run(0, 600, 1)]),
-            (1, vec![run(0, 300, 40)]),
+            (1, vec![span(0, 0, 1)]),
+            (1, vec![span(0, 600, 1)]),
+            (1, vec![span(0, 300, 40)]),
             // In step, which the reference takes at once; and each at a place of its own, one resting.
-            (3, vec![run(0, 9, 2), run(1, 9, 2), run(2, 9, 2)]),
-            (4, vec![run(0, 9, 1), run(1, 0, 5), run(3, 290, 30)]),
+            (3, vec![span(0, 9, 2), span(1, 9, 2), span(2, 9, 2)]),
+            (4, vec![span(0, 9, 1), span(1, 0, 5), span(3, 290, 30)]),
         ];
-        for (batch, runs) in cases {
-            let tokens = runs.iter().map(|run| run.count).sum();
+        for (batch, spans) in cases {
+            let tokens = spans.iter().map(|span| span.count).sum();
             // MLA, whose value is a part of the only head's key, and grouped queries.
             for (heads, key_heads, keys, values) in [(4, 1, 0..19, 0..15), (6, 2, 0..7, 7..14)] {
                 let query = numbers([tokens, heads, keys.len()], 1);
-                let past = numbers([batch, key_heads, 640, keys.end.max(values.end)], 2);
-                let spec = PastSpec { scale: 0.7, keys, values, runs: Arc::new(runs.clone()) };
+                let cache = numbers([batch, key_heads, 640, keys.end.max(values.end)], 2);
+                let spec = CachedAttentionSpec { scale: 0.7, keys, values, spans: Arc::new(spans.clone()) };
                 close(
-                    Flex::attend_past(query.clone(), past.clone(), &spec),
-                    reference::attend_past::<Flex>(query.clone(), past.clone(), &spec),
+                    Flex::cached_attention_forward(query.clone(), cache.clone(), &spec),
+                    reference::cached_attention_forward::<Flex>(query.clone(), cache.clone(), &spec),
                 );
                 let half = |tensor: &FlexTensor| Flex::float_cast(tensor.clone(), burn::tensor::FloatDType::BF16);
                 let wide = |tensor: &FlexTensor| Flex::float_cast(half(tensor), burn::tensor::FloatDType::F32);
-                let rounded = Flex::attend_past(half(&query), half(&past), &spec);
-                let exact = reference::attend_past::<Flex>(wide(&query), wide(&past), &spec);
+                let rounded = Flex::cached_attention_forward(half(&query), half(&cache), &spec);
+                let exact = reference::cached_attention_forward::<Flex>(wide(&query), wide(&cache), &spec);
                 let tolerance = Tolerance::<f32>::rel_abs(1.0 / 256.0, 1e-5);
                 rounded.into_data().convert::<f32>().assert_approx_eq(&exact.into_data(), tolerance);
             }
@@ -354,66 +353,72 @@ mod flex_against_reference {
     }
 
     #[test]
-    fn packed_products() {
-        let plan = plan(300, 2, 6);
+    fn quantized_products() {
+        let layout = layout(300, 2, 6);
         let (rows, grad) = (numbers([600, 19], 1), numbers([600, 23], 3));
         // 19 x 23 values are 6.8 blocks.
         let blocks = 7;
         let scales = numbers([6, blocks], 2);
-        for bits in [Bits::Eight, Bits::Four] {
-            let spec = PackedSpec { bits, input: 19, output: 23 };
-            let bytes = bits.bytes(BLOCK) * blocks;
+        for bits in [QuantBits::Eight, QuantBits::Four] {
+            let spec = QuantizedSpec { bits, input: 19, output: 23 };
+            let bytes = bits.bytes(QUANT_BLOCK) * blocks;
             let values: Vec<u8> = (0..6 * bytes).map(|at| (at * 37 + at / 5) as u8).collect();
             let values = FlexTensor::from_data(TensorData::new(values, [6, bytes]));
             close(
-                Flex::packed_matmul_forward(rows.clone(), values.clone(), scales.clone(), spec, &plan),
-                reference::packed_matmul_forward::<Flex>(rows.clone(), values.clone(), scales.clone(), spec, &plan),
+                Flex::quantized_matmul_forward(rows.clone(), values.clone(), scales.clone(), spec, &layout),
+                reference::quantized_matmul_forward::<Flex>(
+                    rows.clone(),
+                    values.clone(),
+                    scales.clone(),
+                    spec,
+                    &layout,
+                ),
             );
             close(
-                Flex::packed_matmul_rows_grad(grad.clone(), values.clone(), scales.clone(), spec, &plan),
-                reference::packed_matmul_rows_grad::<Flex>(grad.clone(), values, scales.clone(), spec, &plan),
+                Flex::quantized_matmul_rows_grad(grad.clone(), values.clone(), scales.clone(), spec, &layout),
+                reference::quantized_matmul_rows_grad::<Flex>(grad.clone(), values, scales.clone(), spec, &layout),
             );
         }
     }
 
     #[test]
     fn grouped_products() {
-        let plan = plan(300, 2, 6);
+        let layout = layout(300, 2, 6);
         let (rows, weight, grad) = (numbers([600, 19], 1), numbers([6, 19, 23], 2), numbers([600, 23], 3));
         close(
-            Flex::grouped_matmul_forward(rows.clone(), weight.clone(), &plan),
-            reference::grouped_matmul_forward::<Flex>(rows.clone(), weight.clone(), &plan),
+            Flex::grouped_matmul_forward(rows.clone(), weight.clone(), &layout),
+            reference::grouped_matmul_forward::<Flex>(rows.clone(), weight.clone(), &layout),
         );
         close(
-            Flex::grouped_matmul_rows_grad(grad.clone(), weight.clone(), &plan),
-            reference::grouped_matmul_rows_grad::<Flex>(grad.clone(), weight, &plan),
+            Flex::grouped_matmul_rows_grad(grad.clone(), weight.clone(), &layout),
+            reference::grouped_matmul_rows_grad::<Flex>(grad.clone(), weight, &layout),
         );
         close(
-            Flex::grouped_matmul_weight_grad(rows.clone(), grad.clone(), &plan),
-            reference::grouped_matmul_weight_grad::<Flex>(rows, grad, &plan),
+            Flex::grouped_matmul_weight_grad(rows.clone(), grad.clone(), &layout),
+            reference::grouped_matmul_weight_grad::<Flex>(rows, grad, &layout),
         );
     }
 
     #[test]
     fn rows() {
-        let plan = plan(70, 3, 6);
+        let layout = layout(70, 3, 6);
         let (tokens, rows) = (numbers([70, 9], 1), numbers([210, 9], 2));
         let (weights, grad) = (numbers([70, 3], 3), numbers([70, 9], 4));
         close(
-            Flex::dispatch_rows_forward(tokens.clone(), &plan),
-            reference::dispatch_rows_forward::<Flex>(tokens, &plan),
+            Flex::dispatch_rows_forward(tokens.clone(), &layout),
+            reference::dispatch_rows_forward::<Flex>(tokens, &layout),
         );
         close(
-            Flex::dispatch_rows_grad(rows.clone(), &plan),
-            reference::dispatch_rows_grad::<Flex>(rows.clone(), &plan),
+            Flex::dispatch_rows_grad(rows.clone(), &layout),
+            reference::dispatch_rows_grad::<Flex>(rows.clone(), &layout),
         );
         close(
-            Flex::combine_rows_forward(rows.clone(), weights.clone(), &plan),
-            reference::combine_rows_forward::<Flex>(rows.clone(), weights.clone(), &plan),
+            Flex::combine_rows_forward(rows.clone(), weights.clone(), &layout),
+            reference::combine_rows_forward::<Flex>(rows.clone(), weights.clone(), &layout),
         );
         close_pair(
-            Flex::combine_rows_grad(rows.clone(), weights.clone(), grad.clone(), &plan),
-            reference::combine_rows_grad::<Flex>(rows, weights, grad, &plan),
+            Flex::combine_rows_grad(rows.clone(), weights.clone(), grad.clone(), &layout),
+            reference::combine_rows_grad::<Flex>(rows, weights, grad, &layout),
         );
     }
 
@@ -518,7 +523,7 @@ mod flex_against_reference {
 
     #[test]
     fn bf16_is_widened_and_rounded_once() {
-        let plan = plan(70, 3, 6);
+        let layout = layout(70, 3, 6);
         let numbers = |shape: &[usize], seed| {
             half(&Flex::float_reshape(numbers([shape.iter().product()], seed), Shape::from(shape)))
         };
@@ -528,27 +533,27 @@ mod flex_against_reference {
         let full = |tensor: &FlexTensor| wide(tensor.clone());
         rounded_once(
             [
-                Flex::dispatch_rows_forward(tokens.clone(), &plan),
-                Flex::dispatch_rows_grad(rows.clone(), &plan),
-                Flex::combine_rows_forward(rows.clone(), weights.clone(), &plan),
-                Flex::combine_rows_grad(rows.clone(), weights.clone(), grad.clone(), &plan).0,
+                Flex::dispatch_rows_forward(tokens.clone(), &layout),
+                Flex::dispatch_rows_grad(rows.clone(), &layout),
+                Flex::combine_rows_forward(rows.clone(), weights.clone(), &layout),
+                Flex::combine_rows_grad(rows.clone(), weights.clone(), grad.clone(), &layout).0,
                 Flex::swiglu_forward(gate.clone(), up.clone()),
                 Flex::swiglu_grad(gate.clone(), up.clone(), grad.clone()).0,
                 Flex::swiglu_grad(gate.clone(), up.clone(), grad.clone()).1,
             ],
             [
-                Flex::dispatch_rows_forward(full(&tokens), &plan),
-                Flex::dispatch_rows_grad(full(&rows), &plan),
-                Flex::combine_rows_forward(full(&rows), weights.clone(), &plan),
-                Flex::combine_rows_grad(full(&rows), weights.clone(), full(&grad), &plan).0,
+                Flex::dispatch_rows_forward(full(&tokens), &layout),
+                Flex::dispatch_rows_grad(full(&rows), &layout),
+                Flex::combine_rows_forward(full(&rows), weights.clone(), &layout),
+                Flex::combine_rows_grad(full(&rows), weights.clone(), full(&grad), &layout).0,
                 Flex::swiglu_forward(full(&gate), full(&up)),
                 Flex::swiglu_grad(full(&gate), full(&up), full(&grad)).0,
                 Flex::swiglu_grad(full(&gate), full(&up), full(&grad)).1,
             ],
         );
         close(
-            Flex::combine_rows_grad(rows.clone(), weights.clone(), grad.clone(), &plan).1,
-            Flex::combine_rows_grad(full(&rows), weights, full(&grad), &plan).1,
+            Flex::combine_rows_grad(rows.clone(), weights.clone(), grad.clone(), &layout).1,
+            Flex::combine_rows_grad(full(&rows), weights, full(&grad), &layout).1,
         );
 
         let gain = numbers(&[33], 7);

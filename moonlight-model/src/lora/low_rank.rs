@@ -7,7 +7,7 @@ use burn::config::Config;
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Distribution, Tensor};
 
-use crate::kernels::{ExpertPlan, grouped_matmul};
+use crate::kernels::{GroupLayout, grouped_matmul};
 
 /// A low-rank change of a frozen weight: `s A B` (LoRA, arXiv 2106.09685).
 ///
@@ -136,7 +136,7 @@ impl LowRank<2> {
 
 impl LowRank<3> {
     /// The same for rows that are sorted by expert as `plan` says, each by its expert's matrices.
-    pub(crate) fn forward(&self, rows: Tensor<2>, plan: &Arc<ExpertPlan>) -> Tensor<2> {
+    pub(crate) fn forward(&self, rows: Tensor<2>, plan: &Arc<GroupLayout>) -> Tensor<2> {
         let dtype = rows.dtype();
         let rows = self.dropout.apply(rows, self.settings.dropout);
         let narrow = grouped_matmul(rows, self.a.val().cast(dtype), plan).mul_scalar(self.scale());

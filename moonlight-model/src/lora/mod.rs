@@ -15,6 +15,7 @@ use std::collections::{HashMap, HashSet};
 use burn::config::Config;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
 
 pub use low_rank::{LowRank, LowRankSettings};
 pub use target::TARGET_GROUPS;
@@ -27,29 +28,82 @@ use crate::projections::ModelProjection;
 use low_rank::{DropoutSeed, mix};
 use target::Target;
 
-/// What adapters a model gets.
+/// What adapters a model gets. The defaults are those of "LoRA Without Regret" (Schulman, Thinking Machines 2025), on attention.
+///
+/// It is read from a file with every key optional; unknown keys are errors.
 ///
 /// ```
 /// use burn::tensor::Device;
 /// use moonlight_model::ModelConfig;
-/// use moonlight_model::lora::{LoraConfig, LowRankSettings};
+/// use moonlight_model::lora::LoraConfig;
 ///
 /// let mut config = ModelConfig::preset("bench-small")?;
 /// (config.vocab_size, config.hidden_size, config.num_hidden_layers) = (64, 32, 2);
-/// let lora = LoraConfig::new(4, LowRankSettings::new(8.0)).with_targets(vec!["attention".into()]);
+/// let lora = LoraConfig::new().with_rank(4).with_alpha(8.0);
 /// let model = config.init(&Device::default()).with_lora(&lora, 1)?;
 /// assert_eq!(model.adapters().len(), 2 * 4); // q, kv_a, kv_b and o of two layers
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Config, Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
-    /// Columns of `A` and rows of `B`.
+    /// The rank of each adapter: columns of `A` and rows of `B`.
     pub rank: usize,
-    /// Scaling and dropout.
-    pub settings: LowRankSettings,
-    /// Which projections: words of [`TARGET_GROUPS`], or ends of paths as globs (`q_proj`, `shared_experts.*`).
-    #[config(default = "vec![String::from(\"all\")]")]
+    /// The change is scaled by `alpha / rank`.
+    pub alpha: f64,
+    /// The share of an adapter's inputs that is dropped in training.
+    pub dropout: f64,
+    /// What is adapted: `attention`, `mlp` (of dense layers), `shared_experts`, `experts`, `all`, or ends of paths as globs
+    /// (`q_proj`, `shared_experts.*`, `layers.[0-9].**`).
     pub targets: Vec<String>,
+    /// Whether the scale is `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
+    pub rslora: bool,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { rank: 16, alpha: 32.0, dropout: 0.0, targets: vec!["attention".into()], rslora: false }
+    }
+}
+
+impl Config for LoraConfig {}
+
+impl LoraConfig {
+    /// Rank 16 and alpha 32 on attention, without dropout.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets [`rank`](LoraConfig::rank).
+    pub fn with_rank(self, rank: usize) -> Self {
+        Self { rank, ..self }
+    }
+
+    /// Sets [`alpha`](LoraConfig::alpha).
+    pub fn with_alpha(self, alpha: f64) -> Self {
+        Self { alpha, ..self }
+    }
+
+    /// Sets [`dropout`](LoraConfig::dropout).
+    pub fn with_dropout(self, dropout: f64) -> Self {
+        Self { dropout, ..self }
+    }
+
+    /// Sets [`targets`](LoraConfig::targets).
+    pub fn with_targets(self, targets: Vec<String>) -> Self {
+        Self { targets, ..self }
+    }
+
+    /// Sets [`rslora`](LoraConfig::rslora).
+    pub fn with_rslora(self, rslora: bool) -> Self {
+        Self { rslora, ..self }
+    }
+
+    /// The numbers of each adapter.
+    pub fn settings(&self) -> LowRankSettings {
+        LowRankSettings { alpha: self.alpha, rslora: self.rslora, dropout: self.dropout }
+    }
 }
 
 /// An adapter that does not fit the model.
@@ -299,7 +353,7 @@ fn fresh<const D: usize>(
     let values: Vec<f32> = (0..count).map(|number| ((2.0 * uniform(number) - 1.0) * bound) as f32).collect();
     let a = Tensor::from_data(TensorData::new(values, shape_a), (device, DType::F32));
     let b = Tensor::zeros(shape_b, (device, DType::F32));
-    LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings, index, dropout.clone())
+    LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings(), index, dropout.clone())
 }
 
 fn given<const D: usize>(

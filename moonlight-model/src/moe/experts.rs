@@ -7,7 +7,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
 use crate::init::Init;
-use crate::kernels::{ExpertPlan, grouped_matmul, swiglu};
+use crate::kernels::{GroupLayout, grouped_matmul, swiglu};
 use crate::lora::low_rank::LowRank;
 use crate::parameter::{MlpRole, ProjectionRole};
 use crate::projection::{Placed, ProjectionMut, ProjectionRef, Projections, WeightMut, WeightRef};
@@ -79,7 +79,7 @@ impl Experts {
     /// # Shapes
     ///
     /// `[rows, hidden]`, sorted by expert as `plan` says, to the same.
-    pub fn forward(&self, rows: Tensor<2>, plan: &Arc<ExpertPlan>) -> Tensor<2> {
+    pub fn forward(&self, rows: Tensor<2>, plan: &Arc<GroupLayout>) -> Tensor<2> {
         let gate = (&self.gate_proj, self.gate_quantized.as_ref(), self.gate_lora.as_ref());
         let up = (&self.up_proj, self.up_quantized.as_ref(), self.up_lora.as_ref());
         let down = (&self.down_proj, self.down_quantized.as_ref(), self.down_lora.as_ref());
@@ -119,7 +119,7 @@ fn placed<P>(path: &[&'static str], name: &'static str, role: MlpRole, projectio
 fn project(
     rows: Tensor<2>,
     (weight, quantized, lora): (&Param<Tensor<3>>, Option<&QuantizedWeight>, Option<&LowRank<3>>),
-    plan: &Arc<ExpertPlan>,
+    plan: &Arc<GroupLayout>,
 ) -> Tensor<2> {
     let base = |rows| match quantized {
         None => grouped_matmul(rows, weight.val(), plan),

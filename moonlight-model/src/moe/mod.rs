@@ -13,7 +13,7 @@ use burn::tensor::{Device, Tensor};
 
 use crate::forward::ForwardContext;
 use crate::init::Init;
-use crate::kernels::{ExpertPlan, combine_rows, dispatch_rows};
+use crate::kernels::{GroupLayout, combine_rows, dispatch_rows};
 use crate::mlp::{Mlp, MlpConfig};
 use crate::parameter::ProjectionRole;
 use crate::projection::projections_of_fields;
@@ -130,7 +130,7 @@ impl Moe {
     pub(crate) fn forward_rows(&self, x: Tensor<2>, context: &ForwardContext) -> MoeOutput<2> {
         let routed = self.router.route(x.clone());
         let experts = self.router.experts();
-        let plan = Arc::new(ExpertPlan::new(&routed.choices, routed.k, experts));
+        let plan = Arc::new(GroupLayout::from_choices(&routed.choices, routed.k, experts));
         let rows = self.experts.forward(dispatch_rows(x.clone(), &plan), &plan);
         let mut hidden = combine_rows(rows, routed.weights.clone(), &plan);
         if let Some(shared) = &self.shared_experts {

@@ -11,6 +11,7 @@ use crate::config::model_type::ModelType;
 
 /// Routed and shared experts, by their keys in `config.json`.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct MoeShape {
     /// Number of routed experts.
     pub n_routed_experts: usize,
@@ -29,6 +30,7 @@ pub struct MoeShape {
     /// Groups that a token may choose from.
     pub topk_group: usize,
     /// How router logits become scores.
+    #[cfg_attr(feature = "schema", schemars(rename = "scoring_func"))]
     pub scoring: Scoring,
     /// How experts are chosen from the scores.
     pub topk_method: TopkMethod,
@@ -40,6 +42,7 @@ pub struct MoeShape {
 
 /// How router logits become scores (`scoring_func`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Scoring {
     /// Each expert for itself (DeepSeek-V3).
@@ -50,6 +53,7 @@ pub enum Scoring {
 
 /// How experts are chosen from the scores (`topk_method`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum TopkMethod {
     /// Auxiliary-loss-free balancing: a correction bias joins in the choice, not in the weight; a group is worth the

@@ -46,36 +46,37 @@
 //! ```
 
 mod collective;
+mod comm_stats;
 mod error;
-mod flat;
+mod hierarchical;
 mod in_process;
 #[cfg(feature = "mpi")]
 mod mpi;
-mod nested;
-mod on_devices;
+mod nccl;
+mod norm;
 mod optimizer;
 mod partition;
-mod saved;
-mod solo;
-mod squares;
+mod sharded_state;
+mod single;
 #[cfg(test)]
 mod tests;
-mod traffic;
 mod transport;
-mod whole;
+mod whole_matrix;
 mod worker;
+mod zero1;
 
+pub use crate::load_balance::{Balance, balance};
 pub use collective::{Collective, even_cuts};
+pub use comm_stats::{Operation, Traffic};
 pub use error::CollectiveError;
+pub use hierarchical::Nested;
 pub use in_process::InProcess;
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
-pub use nested::Nested;
-pub use on_devices::{OnDevices, devices_reduce};
+pub use nccl::{OnDevices, devices_reduce};
+pub use norm::sum_of_squares;
 pub use optimizer::{DistributedConfig, DistributedError, DistributedOptimizer, GatherPrecision};
 pub use partition::DistributedForm;
-pub use solo::Solo;
-pub use squares::sum_of_squares;
-pub use traffic::{Operation, Traffic};
+pub use single::Solo;
 pub use transport::{ByHost, Payload, Transport};
 pub use worker::{Busy, Pending, Worker};

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use burn::config::Config;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::{AdamW, AdamWState, AdaptiveMomentumState, GradientsParams, Optimizer};
 use burn::tensor::{DType, Device, Shape, Tensor, TensorData};
@@ -11,13 +12,14 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::partition::{Bucket, By, Optimizers, Segment, Target, holders, partition, targets};
-use super::saved::{PartToSave, Piece, collect, write_parts};
+use super::sharded_state::{PartToSave, Piece, collect, write_parts};
 use super::{CollectiveError, DistributedForm, Pending, Worker, sum_of_squares};
 use crate::batched::in_place_of;
 use crate::{Adaptive, Assignment, MixedPrecision, MixedPrecisionState, Muon, StateError};
 
 /// The type in which momentum is gathered for [`DistributedForm::Flat`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum GatherPrecision {
     /// The report's. Every matrix is rounded, on however many workers it lies, so that their number changes nothing.
@@ -27,20 +29,39 @@ pub enum GatherPrecision {
     F32,
 }
 
-/// How an optimizer is distributed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How an optimizer is distributed over the ranks of a process group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
 pub struct DistributedConfig {
-    /// Who has what. Whole matrices.
+    /// How Muon's work and state are divided: `whole-matrix` or `flat`. Default: `whole-matrix`.
     pub form: DistributedForm,
-    /// The type of gathered momentum. bf16.
+    /// The type of the momentum that `flat` gathers: `bf16` or `f32`. Default: `bf16`.
+    #[serde(rename = "gather_dtype")]
     pub gather: GatherPrecision,
-    /// Gradients travel as soon as there are those of this many elements. 2^22.
+    /// Elements of a gradient bucket: it is reduced as soon as all of its gradients exist. Default: 2^22.
     pub bucket_elements: usize,
 }
 
 impl Default for DistributedConfig {
     fn default() -> Self {
         Self { form: DistributedForm::default(), gather: GatherPrecision::default(), bucket_elements: 1 << 22 }
+    }
+}
+
+/// [`Config::save`] and [`Config::load`]; unlike a derived config's, a file may leave out any field.
+impl Config for DistributedConfig {}
+
+impl DistributedConfig {
+    /// Whole matrices.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    crate::setters::setters! {
+        with_form(form: DistributedForm);
+        with_gather(gather: GatherPrecision);
+        with_bucket_elements(bucket_elements: usize);
     }
 }
 

@@ -3,10 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::collective::even_cuts;
-use crate::{AdamWConfig, Assignment, Blocks, GroupSettings, MuonConfig, share_out};
+use crate::load_balance::balance;
+use crate::{AdamWConfig, Assignment, Blocks, GroupSettings, MuonConfig};
 
 /// How Muon's work and state are divided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum DistributedForm {
     /// Each worker has whole matrices, by the cost of their Newton-Schulz: it alone keeps their momentum and
@@ -191,7 +193,7 @@ fn owners(targets: &[Target], optimizers: &Optimizers, workers: usize) -> Vec<Op
             costs.extend(std::iter::repeat_n(cost, matrices));
         }
     }
-    let mut worker_of = share_out(&costs, workers).worker_of.into_iter();
+    let mut worker_of = balance(&costs, workers).rank_of.into_iter();
     let owners = targets.iter().map(|target| match target.by {
         By::Muon { stack: [matrices, ..], .. } => Some(worker_of.by_ref().take(matrices).collect()),
         By::AdamW { .. } => None,

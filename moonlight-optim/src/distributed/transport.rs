@@ -6,7 +6,7 @@ use std::sync::Arc;
 use burn::tensor::{Bytes, DType, Tensor, TensorData};
 
 use super::collective::stretch;
-use super::traffic::Counter;
+use super::comm_stats::Counter;
 use super::{Collective, CollectiveError, Operation, Traffic};
 
 /// A message; shared where several workers of a process get the same.

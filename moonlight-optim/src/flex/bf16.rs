@@ -82,7 +82,7 @@ impl Packed {
         let task = |(index, panel): (usize, &mut [u32])| {
             let first = index * width;
             let count = width.min(outer - first);
-            // SAFETY: the processor has AVX512, as was just checked.
+            // SAFETY: the processor has AVX512, as the first assertion found; slices are checked where they are read.
             unsafe {
                 match inner {
                     Inner::Columns => pack_rows(panel, width, &matrix[first * columns..][..count * columns], columns),
@@ -183,7 +183,7 @@ pub(super) fn multiply(
                     continue;
                 }
                 let mut sums = [0.0; ROWS * COLUMNS];
-                // SAFETY: the processor has the instructions, as was just checked.
+                // SAFETY: the processor has the instructions, as the first assertion found.
                 unsafe { tile(&mut sums, left.panel(row / ROWS), right.panel(panel)) };
                 let width = COLUMNS.min(columns - column);
                 for (out, sums) in out.chunks_mut(columns).zip(sums.chunks(COLUMNS)) {
@@ -211,13 +211,13 @@ unsafe fn tile(sums: &mut [f32; ROWS * COLUMNS], left: &[u32], right: &[u32]) {
     assert_eq!(left.len() / ROWS, right.len() / COLUMNS);
     let mut registers = [[_mm512_setzero_ps(); 3]; ROWS];
     for (left, right) in left.chunks_exact(ROWS).zip(right.chunks_exact(COLUMNS)) {
-        // SAFETY: a chunk holds three registers, and 512 bits are 512 bits.
+        // SAFETY: `chunks_exact` gives `COLUMNS` values, three registers; both types are 512 bits of any pattern.
         let columns: [__m512bh; 3] = unsafe {
             let base = right.as_ptr();
             [0, 16, 32].map(|start| std::mem::transmute(_mm512_loadu_si512(base.add(start).cast())))
         };
         for row in 0..ROWS {
-            // SAFETY: as above.
+            // SAFETY: both types are 512 bits of any pattern.
             let value: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(left[row].cast_signed())) };
             for (sum, column) in registers[row].iter_mut().zip(columns) {
                 *sum = _mm512_dpbf16_ps(*sum, value, column);
@@ -227,7 +227,7 @@ unsafe fn tile(sums: &mut [f32; ROWS * COLUMNS], left: &[u32], right: &[u32]) {
     for (sums, registers) in sums.chunks_exact_mut(COLUMNS).zip(&registers) {
         for (sums, register) in sums.chunks_exact_mut(16).zip(registers) {
             let register: __m512 = *register;
-            // SAFETY: a chunk holds one register.
+            // SAFETY: `chunks_exact` gives 16 values, one register.
             unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), register) };
         }
     }

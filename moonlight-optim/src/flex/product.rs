@@ -69,8 +69,9 @@ fn multiply(out: &mut [f32], stride: usize, lhs: View<'_>, rhs: View<'_>, keep: 
     assert!(lhs.rows > 0 && lhs.columns > 0 && rhs.columns > 0, "nothing is empty");
     assert!(reach(lhs) < lhs.values.len() && reach(rhs) < rhs.values.len(), "operands lie within their slices");
     assert!(rhs.columns <= stride && (lhs.rows - 1) * stride + rhs.columns <= out.len(), "so does the result");
-    // SAFETY: all elements that the three matrices reach lie within their slices, as was just checked, and `out` is
-    // borrowed for writing, so it overlaps neither operand.
+    // SAFETY: the first assertion makes the shapes fit, and by the third and fourth the last element that each of the three
+    // matrices reaches lies in its slice (none is empty, by the second). `out` is borrowed for writing, so it overlaps neither
+    // operand.
     unsafe {
         gemm::gemm(
             lhs.rows,

@@ -75,7 +75,9 @@ pub(super) fn symmetric(
     assert!(size.is_multiple_of(LANES) && left.len() == right.len() && left.len().is_multiple_of(size), "whole tiles");
     assert!(out.len() == size * size && start.is_none_or(|(start, _)| start.len() == out.len()), "a square result");
     let task = |(index, out): (usize, &mut [f32])| {
-        // SAFETY: the processor has the instructions, and the matrices their elements, as was just checked.
+        // SAFETY: the three assertions above: the processor has AVX512, `size` is whole registers, the operands are whole rows
+        // of one length, and result and start are squares. A chunk of the result is whole tiles, for `CHUNK` and `size` are
+        // multiples of `ROWS`, and begins at row `index * CHUNK`.
         unsafe { symmetric_tiles(out, index * CHUNK, left, right, size, start, factor) };
     };
     if parallel {
@@ -83,7 +85,7 @@ pub(super) fn symmetric(
     } else {
         task((0, out));
     }
-    // SAFETY: as above.
+    // SAFETY: the first and the third assertion above.
     unsafe { mirror(out, size) };
 }
 
@@ -93,7 +95,8 @@ pub(super) fn product(out: &mut [f32], x: &[f32], polynomial: &[f32], size: usiz
     assert!(size.is_multiple_of(LANES) && x.len().is_multiple_of(ROWS * size), "whole tiles");
     assert!(out.len() == x.len() && polynomial.len() == size * size, "operands fit");
     let task = |(out, x): (&mut [f32], &[f32])| {
-        // SAFETY: the processor has the instructions, and the matrices their elements, as was just checked.
+        // SAFETY: the three assertions above: the processor has AVX512, `size` is whole registers, result and left operand are
+        // whole tiles of rows of one length (so are their chunks, of `CHUNK` rows or what is left), and the right is a square.
         unsafe { product_tiles(out, x, polynomial, size) };
     };
     if parallel {
@@ -109,7 +112,8 @@ fn transpose(out: &mut [f32], out_stride: usize, matrix: &[f32], stride: usize, 
     assert!(rows > 0 && columns > 0 && columns <= stride && rows <= out_stride, "rows lie apart");
     assert!((rows - 1) * stride + columns <= matrix.len(), "the operand lies within its slice");
     assert!((columns - 1) * out_stride + rows <= out.len(), "so does the result");
-    // SAFETY: the processor has the instructions, and the matrices their elements, as was just checked.
+    // SAFETY: the four assertions above: the processor has AVX512, and the last element that is read or written lies in its
+    // slice.
     unsafe { transpose_blocks(out, out_stride, matrix, stride, rows, columns) };
 }
 
@@ -132,13 +136,14 @@ unsafe fn transpose_blocks(
             let width = LANES.min(columns - column);
             let mut block = [_mm512_setzero_ps(); LANES];
             for (index, register) in block.iter_mut().enumerate().take(height) {
-                // SAFETY: the lanes of the mask lie within the matrix.
+                // SAFETY: the mask leaves the lanes below `columns` of a row below `rows`, which exist, as the caller asserted;
+                // others are not read.
                 *register =
                     unsafe { _mm512_maskz_loadu_ps(mask(width), matrix.as_ptr().add((row + index) * stride + column)) };
             }
             let block = transposed(block);
             for (index, register) in block.into_iter().enumerate().take(width) {
-                // SAFETY: the lanes of the mask lie within the result.
+                // SAFETY: likewise: the lanes below `rows` of a row of the result below `columns`.
                 unsafe {
                     let place = out.as_mut_ptr().add((column + index) * out_stride + row);
                     _mm512_mask_storeu_ps(place, mask(height), register);
@@ -169,7 +174,9 @@ unsafe fn symmetric_tiles(
     let end = first + out.len() / size;
     let mut copied = Vec::new();
     for column in (0..end).step_by(2 * LANES) {
-        // SAFETY: rows and columns of the tiles lie within the matrices.
+        // SAFETY: `column` and `row` are below `end`, which is at most `size`, in steps of whole registers and tiles, and the
+        // second register is left out where it would begin at `size`; so tiles lie within operands of `depth` rows and a
+        // result of `end - first`, as the caller has them.
         unsafe {
             let (right, stride) = panel(&mut copied, right, column, size);
             for row in (column.max(first)..end).step_by(ROWS) {
@@ -197,7 +204,7 @@ unsafe fn mirror(out: &mut [f32], size: usize) {
     for row in (0..size).step_by(LANES) {
         for column in (0..=row).step_by(LANES) {
             let mut block = [_mm512_setzero_ps(); LANES];
-            // SAFETY: blocks lie within the matrix.
+            // SAFETY: `row` and `column` are multiples of a register below `size`, which is one, so blocks lie within the matrix.
             unsafe {
                 for (index, register) in block.iter_mut().enumerate() {
                     *register = _mm512_loadu_ps(out.as_ptr().add((row + index) * size + column));
@@ -221,7 +228,8 @@ unsafe fn mirror(out: &mut [f32], size: usize) {
 unsafe fn product_tiles(out: &mut [f32], x: &[f32], polynomial: &[f32], size: usize) {
     let mut copied = Vec::new();
     for column in (0..size).step_by(2 * LANES) {
-        // SAFETY: rows and columns of the tiles lie within the matrices.
+        // SAFETY: columns are in steps of whole registers below `size`, the second left out where it would begin at `size`, and
+        // rows in whole tiles of a whole number of them; so tiles lie within matrices of the caller's shapes.
         unsafe {
             let (right, stride) = panel(&mut copied, polynomial, column, size);
             for row in (0..x.len() / size).step_by(ROWS) {
@@ -270,7 +278,7 @@ unsafe fn tile<const REGISTERS: usize>(
     let mut sums = [[_mm512_setzero_ps(); REGISTERS]; ROWS];
     let (mut left, mut right) = (left, right);
     for _ in 0..depth {
-        // SAFETY: as the caller says; the pointers end one step past what is read.
+        // SAFETY: the caller's promise that all elements below `depth` exist; the pointers end one step past them, unread.
         unsafe {
             let mut columns = [_mm512_setzero_ps(); REGISTERS];
             for (index, column) in columns.iter_mut().enumerate() {
@@ -305,7 +313,7 @@ unsafe fn store<const REGISTERS: usize>(
     for (row, sums) in sums.into_iter().enumerate() {
         for (index, sum) in sums.into_iter().enumerate() {
             let place = place + row * size + index * LANES;
-            // SAFETY: as the caller says.
+            // SAFETY: the caller's promise that the tile, from its first `place` on, lies within result and start.
             unsafe {
                 let value = match start {
                     None if factor == 1.0 => sum,

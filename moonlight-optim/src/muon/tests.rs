@@ -1,9 +1,10 @@
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig, LinearLayout};
-use burn::optim::GradientsParams;
-use burn::tensor::{Distribution, TensorData};
+use burn::optim::{GradientsParams, Optimizer};
+use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
 
 use super::*;
+use crate::{Adaptive, Blocks, Coefficients, Decay, Scale, WeightLayout};
 
 fn device() -> Device {
     Device::default().autodiff()
@@ -370,4 +371,28 @@ fn half_precisions_stay_near_f32() {
         let error = rms(step(precision).sub(exact.clone())) / rms(exact.clone());
         assert!((low..high).contains(&error), "{precision:?}: {error}");
     }
+}
+
+#[test]
+fn a_config_is_read_by_its_serde_names_and_by_the_older_ones() {
+    let new = r#"{"momentum_dtype": "bf16", "newton_schulz_steps": 7, "newton_schulz_epsilon": 0.0,
+        "newton_schulz_dtype": "f16", "rounding": "master", "scale": "update_norm"}"#;
+    let old = r#"{"momentum_precision": "bf16", "steps": 7, "epsilon": 0.0, "precision": "f16",
+        "rounding": "master_weights", "scale": {"update_norm": {"factor": 0.2}}}"#;
+    let expected = MuonConfig::new()
+        .with_momentum_precision(MomentumPrecision::Bf16)
+        .with_steps(7)
+        .with_epsilon(0.0)
+        .with_precision(Precision::F16)
+        .with_rounding(crate::Rounding::MasterWeights)
+        .with_scale(Scale::UpdateNorm { factor: 0.2 });
+    for text in [new, old] {
+        assert_eq!(serde_json::from_str::<MuonConfig>(text).unwrap(), expected);
+    }
+    // By Burn's trait, to a file and back.
+    use burn::config::Config;
+    let dir = tempfile::tempdir().unwrap();
+    expected.save(dir.path().join("muon.json")).unwrap();
+    assert_eq!(MuonConfig::load(dir.path().join("muon.json")).unwrap(), expected);
+    assert!(expected.to_string().contains(r#""momentum_dtype": "bf16""#));
 }

@@ -80,6 +80,12 @@ pub enum RuleError {
         /// Path and shape of each.
         parameters: Vec<(String, Vec<usize>)>,
     },
+    /// A group's scale is that of the hidden size, and no hidden size is set.
+    #[error("the scale of the group `{group}` is that of the model's hidden size, which is not set")]
+    NoHiddenSize {
+        /// The name.
+        group: String,
+    },
     /// The module has no parameter to optimise.
     #[error("the module has no trainable parameter")]
     NoParameters,
@@ -106,6 +112,7 @@ impl RuleError {
             RuleError::MatrixPastMuon { .. } => {
                 Some("name them in a rule, or mark the rule `.matrices_too()`".to_string())
             }
+            RuleError::NoHiddenSize { .. } => Some("set `hidden` of the scale `hidden_size`".to_string()),
             RuleError::NoParameters => {
                 Some("parameters with `require_grad` off count as buffers, and so do integer tensors".to_string())
             }

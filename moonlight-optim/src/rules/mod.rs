@@ -18,7 +18,7 @@ pub use group::{GroupOptimizer, GroupSettings};
 pub use parameter::Parameter;
 pub use rule::Rule;
 
-use crate::{AdamWConfig, Blocks, MuonConfig};
+use crate::{AdamWConfig, Blocks, MuonConfig, Scale};
 use pattern::PathPattern;
 
 /// Groups of parameters, each with an optimizer, and the rules that fill them. The first rule that matches a
@@ -211,6 +211,11 @@ impl ParameterRules {
         for (index, (name, _)) in self.groups.iter().enumerate() {
             if name == BUFFER || self.groups[..index].iter().any(|(earlier, _)| earlier == name) {
                 return Err(RuleError::TakenGroupName { group: name.clone() });
+            }
+        }
+        for (name, group) in &self.groups {
+            if let Some(Scale::HiddenSize { hidden: 0, .. }) = group.muon().map(|muon| muon.scale) {
+                return Err(RuleError::NoHiddenSize { group: name.clone() });
             }
         }
         for rule in &self.rules {

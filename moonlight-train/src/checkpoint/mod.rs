@@ -3,42 +3,42 @@
 //! ```text
 //! checkpoints/step-00000100/
 //!     config.json, generation_config.json, model.safetensors, tokenizer files    what transformers opens
-//!     optimizer.bpk                                                              Burn's record of the optimizer
-//!     trainer.json                                                               step, tokens, place in the data
+//!     optimizer-00000-of-00001.bpk                                               the optimizer's state, one part a rank
+//!     trainer.json                                                               step, tokens, position in the data
 //! ```
 //!
-//! Several workers write the optimizer's state in parts, `optimizer-00000-of-00004.bpk` and so on, each what it holds; any
-//! number of workers goes on from them.
+//! Each rank writes the part of the optimizer's state that it holds, `optimizer-00000-of-00004.bpk` and so on; a run resumes
+//! from them with any number of ranks. Checkpoints of earlier versions have the whole state in one `optimizer.bpk`, if one
+//! rank wrote them; a run resumes from these as well.
 //!
 //! The checkpoint of a run of adapters has `adapter_config.json` and `adapter_model.safetensors`, as peft lays them out, in
 //! the place of the model's configuration and weights.
 //!
-//! A checkpoint is written under a hidden name, flushed, and renamed in one step, so whatever bears a step's name is
-//! whole as far as this program is concerned; one that was damaged later is found out when it is opened, and the one
-//! before it is taken.
+//! A checkpoint is written under a hidden name, flushed, and renamed in one step, so that a folder with a step's name is
+//! complete. One that was damaged later is noticed when it is opened, and the one before it is used.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use moonlight_convert::adapter::write_adapter;
-use moonlight_convert::{SaveOptions, replace_directory, write_into};
+use moonlight_convert::{FileError, SaveOptions, replace_directory, write_into};
+use moonlight_infer::tokenizer::Companion;
 use moonlight_model::CausalLm;
-use moonlight_optim::BatchedOptimizer;
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataPosition;
 use crate::error::TrainError;
-use crate::tokenizer::Companion;
 
 const STATE: &str = "trainer.json";
-const OPTIMIZER: &str = "optimizer.bpk";
-/// The beginning of the name of a worker's part of it.
+/// The whole state of the optimizer, as earlier versions wrote it with one rank; only read.
+const SINGLE_OPTIMIZER: &str = "optimizer.bpk";
+/// The start of the name of a rank's part of it.
 const OPTIMIZER_PART: &str = "optimizer-";
 const PREFIX: &str = "step-";
-/// Raised when an older program could not go on from what a newer one wrote.
+/// Raised when an older program could not resume from what a newer one wrote.
 const VERSION: u32 = 1;
 
-/// Where a run stands, beside its weights and its optimizer.
+/// The progress of a run: everything to resume from but its weights and its optimizer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
     version: u32,
@@ -46,7 +46,7 @@ pub struct TrainerState {
     pub step: u64,
     /// Tokens read.
     pub tokens: u64,
-    /// Place in the data.
+    /// Position in the data.
     pub data: DataPosition,
     /// The lowest validation loss so far.
     pub best: Option<Best>,
@@ -55,7 +55,7 @@ pub struct TrainerState {
 /// The lowest validation loss so far.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Best {
-    /// The step that it was measured behind.
+    /// The step after which it was measured.
     pub step: u64,
     /// The loss, nats.
     pub loss: f64,
@@ -76,22 +76,22 @@ pub struct Checkpoints {
     keep_best: bool,
     companions: Vec<Companion>,
     companions_from: Option<PathBuf>,
-    /// Whether adapters are saved, and not the model that they stand beside.
+    /// Whether the adapters alone are saved, without their base model.
     adapters: bool,
 }
 
-/// A checkpoint that can be gone on from.
+/// A checkpoint to resume from.
 #[derive(Debug)]
 pub struct Found {
     /// Its folder.
     pub path: PathBuf,
-    /// What it says of the run.
+    /// The run at its step.
     pub state: TrainerState,
 }
 
 impl Checkpoints {
-    /// The checkpoints in `dir`, of which the `keep` newest stay (0 for all), and the best where it is asked for. Each
-    /// carries `companions`, and what belongs to a model from the folder `companions_from`.
+    /// The checkpoints in `dir`. The `keep` newest are kept (0 for all), and with `keep_best` that with the lowest
+    /// validation loss. Each contains `companions`, and the files beside the weights in the folder `companions_from`.
     pub fn new(
         dir: PathBuf,
         keep: usize,
@@ -102,20 +102,20 @@ impl Checkpoints {
         Self { dir, keep, keep_best, companions, companions_from, adapters: false }
     }
 
-    /// Checkpoints of the adapters alone; the model that they stand beside is at `companions_from`.
+    /// Checkpoints of the adapters alone; their base model is in `companions_from`.
     pub fn of_adapters(self) -> Self {
         Self { adapters: true, ..self }
     }
 
-    /// Writes the checkpoint of a step and removes those that need not stay.
+    /// Writes the checkpoint of a step and removes those that are not to be kept.
     ///
     /// # Errors
     ///
-    /// A file that cannot be written; the checkpoints of earlier steps are whole then.
+    /// A file that cannot be written; the checkpoints of earlier steps stay complete.
     pub fn save(
         &self,
         model: &CausalLm,
-        optimizer: &mut dyn Keeping,
+        optimizer: &mut dyn StateWriter,
         state: &TrainerState,
     ) -> Result<PathBuf, TrainError> {
         fs::create_dir_all(&self.dir).map_err(TrainError::write(&self.dir))?;
@@ -125,14 +125,11 @@ impl Checkpoints {
             let written = optimizer.begin(new);
             let written =
                 written.and_then(|()| self.write_model(model, new)).and_then(|()| self.write_state(new, state));
-            // What is no checkpoint error goes around the converter's error type.
+            // `replace_directory` knows the converter's errors only; ours is kept beside them.
             failure = optimizer.end(new, written).err();
             match &failure {
                 None => Ok(()),
-                Some(error) => Err(moonlight_convert::CheckpointError::Write {
-                    path: new.to_owned(),
-                    source: std::io::Error::other(error.to_string()),
-                }),
+                Some(error) => Err(FileError::write(new)(std::io::Error::other(error.to_string()))),
             }
         });
         if let Some(error) = failure {
@@ -151,7 +148,7 @@ impl Checkpoints {
             let base = std::path::absolute(base).map_err(TrainError::read(base))?;
             return Ok(write_adapter(model, dir, &base, from.as_deref())?);
         }
-        let options = SaveOptions { companions_from: from.clone(), ..SaveOptions::default() };
+        let options = SaveOptions { sidecars_from: from.clone(), ..SaveOptions::default() };
         Ok(write_into(model, dir, &options)?)
     }
 
@@ -210,9 +207,9 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// The file of a worker's part of the optimizer's state, in the folder of a checkpoint.
-    pub fn part(dir: &Path, worker: usize, workers: usize) -> PathBuf {
-        dir.join(format!("{OPTIMIZER_PART}{worker:05}-of-{workers:05}.bpk"))
+    /// The file of a rank's part of the optimizer's state, in the folder of a checkpoint.
+    pub fn part(dir: &Path, rank: usize, world_size: usize) -> PathBuf {
+        dir.join(format!("{OPTIMIZER_PART}{rank:05}-of-{world_size:05}.bpk"))
     }
 
     /// The folder of a step's checkpoint.
@@ -221,8 +218,8 @@ impl Checkpoints {
     }
 }
 
-/// Writes the optimizer's state of a checkpoint.
-pub trait Keeping {
+/// Writes the optimizer's state into a new checkpoint.
+pub trait StateWriter {
     /// Called with the new folder, before anything else is written.
     ///
     /// # Errors
@@ -230,46 +227,34 @@ pub trait Keeping {
     /// A file that cannot be written.
     fn begin(&mut self, dir: &Path) -> Result<(), TrainError>;
 
-    /// Called with how the writing of everything else went; the checkpoint gets its name if this says so.
+    /// Called with the result of writing everything else; the checkpoint is renamed if this succeeds.
     ///
     /// # Errors
     ///
-    /// What it was given, a file that cannot be written, or what went wrong elsewhere.
+    /// That result's error, a file that cannot be written, or the failure of another rank.
     fn end(&mut self, dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError>;
 }
 
-impl Keeping for &BatchedOptimizer {
-    fn begin(&mut self, _dir: &Path) -> Result<(), TrainError> {
-        Ok(())
-    }
-
-    fn end(&mut self, dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError> {
-        written?;
-        let path = dir.join(OPTIMIZER);
-        self.save(&path).map_err(|source| TrainError::OptimizerState { path, source })
-    }
-}
-
 impl Found {
-    /// The files of the optimizer's state: one, or a part of each worker that wrote it. A part that is missing is among
-    /// them, so that it is missed.
+    /// The files of the optimizer's state: a part of each rank that wrote it, or the single file of earlier versions. A
+    /// part that is missing is listed as well, so that opening it fails.
     pub fn optimizer(&self) -> Vec<PathBuf> {
-        let single = self.path.join(OPTIMIZER);
+        let single = self.path.join(SINGLE_OPTIMIZER);
         let names = fs::read_dir(&self.path).into_iter().flatten().flatten().map(|entry| entry.file_name());
-        let workers = names.into_iter().find_map(|name| {
+        let world_size = names.into_iter().find_map(|name| {
             let name = name.to_string_lossy().into_owned();
             name.strip_prefix(OPTIMIZER_PART)?.strip_suffix(".bpk")?.split_once("-of-")?.1.parse::<usize>().ok()
         });
-        match workers {
-            Some(workers) if !single.exists() => {
-                (0..workers).map(|worker| Checkpoints::part(&self.path, worker, workers)).collect()
+        match world_size {
+            Some(world_size) if !single.exists() => {
+                (0..world_size).map(|rank| Checkpoints::part(&self.path, rank, world_size)).collect()
             }
             _ => vec![single],
         }
     }
 }
 
-/// Removes a checkpoint. It loses its name first: one that is half removed must not look whole.
+/// Removes a checkpoint. It is renamed first: one that is half removed must not look complete.
 fn remove(path: &Path) -> Result<(), TrainError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let hidden = path.with_file_name(format!(".{name}.removed"));

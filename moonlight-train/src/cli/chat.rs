@@ -7,15 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
+use moonlight_convert::{Access, FileError};
+use moonlight_infer::chat::{ChatEncoder, Message};
+use moonlight_infer::generate::{Sampler, Session, Stop};
+use moonlight_infer::tokenizer::Tokenizer;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use super::generate::SamplingArguments;
-use super::model::{ModelArguments, Opened};
-use crate::chat::{ChatEncoder, ChatTemplate, Message};
+use super::model::ModelArguments;
 use crate::error::TrainError;
-use crate::generate::{Sampler, Session, Stop};
-use crate::tokenizer::Tokenizer;
 
 const HELP: &str = "/system TEXT  begin anew with another system message\n/reset        begin anew\n\
      /save FILE    write the conversation as a line of JSON\n/help         this\n/exit         leave (or Ctrl-D)\n\
@@ -50,28 +51,26 @@ struct Conversation<'a> {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
-    let Opened { dir, model, tokenizer, mut eos } = arguments.model.open()?;
-    let tokenizer = tokenizer.ok_or_else(|| TrainError::Request {
-        problem: format!("`{}` has no tokenizer", dir.display()),
+    let opened = arguments.model.open()?;
+    let tokenizer = opened.tokenizer.as_ref().ok_or_else(|| TrainError::Request {
+        problem: format!("`{}` has no tokenizer", opened.dir.display()),
         hint: Some("`moonlight generate --prompt-tokens 1,2,3` needs none".into()),
     })?;
-    let template = ChatTemplate::of_model(&dir, &tokenizer)?;
-    // A base model's files do not name the token that ends a turn.
-    eos.extend(tokenizer.special("<|im_end|>"));
+    let encoder = opened.chat_encoder()?;
     let interrupted = Arc::new(AtomicBool::new(false));
     let handle = interrupted.clone();
     ctrlc::set_handler(move || handle.store(true, Ordering::Relaxed))
         .map_err(|error| TrainError::Stage(format!("signals cannot be handled: {error}")))?;
     let talking = std::io::stdin().is_terminal();
     if talking {
-        eprintln!("chat template: {}; /help for commands", template.source());
+        eprintln!("chat template: {}; /help for commands", encoder.template().source());
     }
     let mut conversation = Conversation {
-        session: Session::new(&model, model.config().max_position_embeddings),
-        encoder: ChatEncoder::new(template, tokenizer.clone()),
-        tokenizer: &tokenizer,
+        session: Session::new(&opened.model, opened.model.config().max_position_embeddings),
+        encoder,
+        tokenizer,
         sampler: Sampler::new(arguments.sampling.sampling()),
-        eos,
+        eos: opened.end_of_turn(),
         max_new_tokens: arguments.max_new_tokens,
         messages: system(arguments.system.as_deref()),
         interrupted,
@@ -117,7 +116,7 @@ impl Conversation<'_> {
                 if let Err(error) = self.answer(line) {
                     self.messages.pop();
                     match error {
-                        TrainError::Write { .. } => return Err(error),
+                        TrainError::File(FileError { access: Access::Write, .. }) => return Err(error),
                         error => error.report(),
                     }
                 }

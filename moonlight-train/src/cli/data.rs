@@ -4,12 +4,12 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use moonlight_infer::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
-use crate::data::{Corpus, Figures, Inspection, Sample};
+use crate::data::{Dataset, Inspection, Sample, SplitStats};
 use crate::error::TrainError;
-use crate::recipe::{NO_TOKENIZER, Recipe};
-use crate::tokenizer::Tokenizer;
+use crate::recipe::Recipe;
 
 /// The widest bar of the histogram, in characters.
 const BAR: u64 = 40;
@@ -17,7 +17,7 @@ const BAR: u64 = 40;
 /// What to do with the data.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Figures of the data, and samples in which what is not learned is dim (on a terminal) or within `[...]`.
+    /// SplitStats of the data, and samples in which what is not learned is dim (on a terminal) or within `[...]`.
     Inspect(Arguments),
 }
 
@@ -43,18 +43,15 @@ pub(super) struct Arguments {
 pub(super) fn run(command: &Command) -> Result<(), TrainError> {
     let Command::Inspect(arguments) = command;
     let recipe = Recipe::load(&arguments.recipe, &arguments.sets)?;
-    let tokenizer = match recipe.data.tokenizer.as_str() {
-        NO_TOKENIZER => None,
-        name => Some(Tokenizer::open(name)?),
-    };
+    let tokenizer = recipe.data.tokenizer.open()?;
     let config = recipe.model.config_for(tokenizer.as_ref())?;
-    let corpus = Corpus::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
-    let inspection = corpus.inspect(arguments.samples);
+    let dataset = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
+    let inspection = dataset.inspect(arguments.samples);
     if arguments.json {
-        return print(&(as_json(&inspection, corpus.notes()).to_string() + "\n"));
+        return print(&(as_json(&inspection, dataset.notes()).to_string() + "\n"));
     }
     let mut text = String::new();
-    for note in corpus.notes() {
+    for note in dataset.notes() {
         text.push_str(&format!("{note}\n"));
     }
     for (key, figures) in
@@ -83,7 +80,7 @@ fn print(text: &str) -> Result<(), TrainError> {
 }
 
 fn as_json(inspection: &Inspection, notes: &[String]) -> Value {
-    let figures = |figures: &Figures| {
+    let figures = |figures: &SplitStats| {
         json!({
             "documents": figures.documents, "tokens": figures.tokens, "learned": figures.learned,
             "sequences": figures.sequences, "fill": figures.fill, "histogram": figures.histogram,
@@ -102,8 +99,8 @@ fn as_json(inspection: &Inspection, notes: &[String]) -> Value {
 }
 
 /// The figures of the training or the validation data, in lines.
-fn describe(key: &str, figures: &Figures) -> String {
-    let Figures { documents, tokens, learned, sequences, fill, lengths: [shortest, median, longest], histogram } =
+fn describe(key: &str, figures: &SplitStats) -> String {
+    let SplitStats { documents, tokens, learned, sequences, fill, lengths: [shortest, median, longest], histogram } =
         figures;
     let share = |part: u64, whole: u64| 100.0 * part as f64 / whole.max(1) as f64;
     let mut text = format!(

@@ -4,11 +4,11 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
+use moonlight_infer::eval::{Reader, Task, TaskFormat, evaluate, table, to_json};
+use moonlight_infer::jsonl::JsonlWriter;
 
-use super::lines::Output;
-use super::model::{ModelArguments, Opened};
+use super::model::ModelArguments;
 use crate::error::TrainError;
-use crate::eval::{Reader, Task, TaskFormat, evaluate, table, to_json};
 
 /// Multiple choice, perplexity and exact answers, from local files, as lm-evaluation-harness counts them.
 #[derive(Debug, Args)]
@@ -49,13 +49,9 @@ fn format(text: &str) -> Result<Format, String> {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
-    let Opened { dir, model, tokenizer, .. } = arguments.model.open()?;
-    let tokenizer = tokenizer.ok_or_else(|| TrainError::Request {
-        problem: format!("`{}` has no tokenizer", dir.display()),
-        hint: Some("put its tokenizer.json or tiktoken.model into the folder".into()),
-    })?;
-    let reader = Reader { model: &model, tokenizer: &tokenizer, dir: Some(&dir) };
-    let mut output = arguments.output.as_deref().map(|path| Output::create(Some(path))).transpose()?;
+    let opened = arguments.model.open()?;
+    let reader = Reader { model: &opened.model, tokenizer: opened.tokenizer()?, dir: Some(&opened.dir) };
+    let mut output = arguments.output.as_deref().map(|path| JsonlWriter::create(Some(path))).transpose()?;
     let mut evaluations = Vec::new();
     for path in &arguments.tasks {
         let task = Task {

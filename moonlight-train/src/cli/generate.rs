@@ -5,13 +5,14 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
+use moonlight_infer::OpenedModel;
+use moonlight_infer::generate::{Generated, Sampling, check_prompt, generate, generate_many};
+use moonlight_infer::jsonl::{JsonlReader, JsonlWriter};
+use moonlight_infer::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
-use super::lines::{Input, Output};
-use super::model::{ModelArguments, Opened};
+use super::model::ModelArguments;
 use crate::error::TrainError;
-use crate::generate::{Generated, Sampling, check_prompt, generate, generate_many};
-use crate::tokenizer::Tokenizer;
 
 /// Go on from a prompt, or from many.
 #[derive(Debug, Args)]
@@ -84,9 +85,9 @@ fn number(text: &str) -> Result<f64, String> {
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     if let Some(prompts) = &arguments.prompts {
-        return run_many(Input::open(prompts)?, arguments);
+        return run_many(JsonlReader::open(prompts)?, arguments);
     }
-    let Opened { model, tokenizer, eos, .. } = arguments.model.open()?;
+    let OpenedModel { model, tokenizer, eos, .. } = arguments.model.open()?;
     let prompt = match (&arguments.prompt_tokens, &arguments.prompt, &tokenizer) {
         (Some(tokens), ..) => tokens.clone(),
         (None, Some(text), Some(tokenizer)) => tokenizer.encode(text),
@@ -130,8 +131,8 @@ fn object(prompt: &[u32], generated: &Generated, tokenizer: Option<&Tokenizer>) 
 }
 
 /// Goes on from the prompts of a file. A text is printed when it and all before it are there.
-fn run_many(file: Input, arguments: &Arguments) -> Result<(), TrainError> {
-    let Opened { model, tokenizer, eos, .. } = arguments.model.open()?;
+fn run_many(file: JsonlReader, arguments: &Arguments) -> Result<(), TrainError> {
+    let OpenedModel { model, tokenizer, eos, .. } = arguments.model.open()?;
     let config = model.config();
     let mut prompts = Vec::new();
     file.for_each(tokenizer.as_ref(), |prompt| {
@@ -139,7 +140,7 @@ fn run_many(file: Input, arguments: &Arguments) -> Result<(), TrainError> {
         prompts.push(prompt);
         Ok(())
     })?;
-    let mut output = Output::create(arguments.output.as_deref())?;
+    let mut output = JsonlWriter::create(arguments.output.as_deref())?;
     let mut texts: Vec<Option<Generated>> = vec![None; prompts.len()];
     let mut printed = 0;
     let (batch, sampling) = (arguments.batch.get(), arguments.sampling.sampling());
@@ -151,5 +152,5 @@ fn run_many(file: Input, arguments: &Arguments) -> Result<(), TrainError> {
         }
         Ok(())
     })?;
-    output.finish()
+    Ok(output.finish()?)
 }

@@ -5,12 +5,11 @@ use std::path::PathBuf;
 use burn::tensor::DType;
 use clap::Args;
 use moonlight_convert::adapter::base_of;
-use moonlight_convert::{SaveOptions, hub, save};
+use moonlight_convert::{SaveOptions, save};
+use moonlight_infer::device::{self, Target};
+use moonlight_infer::{LoadedModel, load_model, resolve_model, weights_in};
 
-use super::model::resolve;
-use crate::device::{self, Target};
 use crate::error::TrainError;
-use crate::weights::Weights;
 
 /// Add an adapter to the weights of its model.
 #[derive(Debug, Args)]
@@ -32,15 +31,15 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let target = Target::open("cpu").or_else(|_| Target::open("auto"))?;
     let dtype = arguments.dtype.as_deref().map(|dtype| device::dtype(dtype, &target)).transpose()?.flatten();
-    let adapter = resolve(&arguments.adapter);
+    let adapter = weights_in(&arguments.adapter);
     let base = match &arguments.model {
-        Some(model) => resolve(&hub::resolve(model)?),
+        Some(model) => resolve_model(model)?,
         None => base_of(&adapter)?,
     };
     // As stored, unless that is narrower than what is written: the sum is taken in f32 and rounded once.
     let loaded = dtype.filter(|&dtype| dtype == DType::F32);
-    let Weights { model, base } = Weights::open(&base, Some(&adapter), &target.device, loaded, None)?;
-    let options = SaveOptions { dtype, companions_from: Some(base), overwrite: false, ..SaveOptions::default() };
+    let LoadedModel { model, dir: base } = load_model(&base, Some(&adapter), &target.device, loaded, None)?;
+    let options = SaveOptions { dtype, sidecars_from: Some(base), overwrite: false, ..SaveOptions::default() };
     let count = model.adapters().len();
     save(&model.merge(), &arguments.output, &options)?;
     eprintln!("{count} adapters merged into `{}`", arguments.output.display());

@@ -4,7 +4,7 @@ mod chat;
 mod data;
 mod eval;
 mod generate;
-mod lines;
+mod logging;
 mod merge;
 mod model;
 mod plan;
@@ -55,6 +55,7 @@ enum Command {
 
 /// Runs the program: 0 for done, 1 for a failure, 2 for wrong usage, 130 for a training that was interrupted.
 pub fn main() -> ExitCode {
+    logging::install();
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),

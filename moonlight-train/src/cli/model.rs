@@ -1,18 +1,12 @@
 //! `--model`, `--device` and `--dtype`: a model to run.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use moonlight_convert::adapter::is_adapter;
-use moonlight_convert::hub;
-use moonlight_model::{CausalLm, QuantBits};
-use serde_json::Value;
+use moonlight_infer::{OpenOptions, OpenedModel};
+use moonlight_model::QuantBits;
 
-use crate::checkpoint::Checkpoints;
-use crate::device::{self, Target};
 use crate::error::TrainError;
-use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
 
 /// Which model to run, and on what.
 #[derive(Debug, Args)]
@@ -52,49 +46,16 @@ impl Quantise {
     }
 }
 
-/// A model that is ready to run.
-pub(super) struct Opened {
-    /// The folder that it came from; an adapter's base.
-    pub(super) dir: PathBuf,
-    pub(super) model: CausalLm,
-    pub(super) tokenizer: Option<Tokenizer>,
-    /// Tokens that end a text.
-    pub(super) eos: Vec<u32>,
-}
-
 impl ModelArguments {
-    pub(super) fn open(&self) -> Result<Opened, TrainError> {
-        let target = Target::open(&self.device)?;
-        let dtype = device::dtype(&self.dtype, &target)?;
-        let dir = resolve(&hub::resolve(&self.model)?);
-        let adapter = self.adapter.as_deref().map(resolve);
-        let Weights { model, base: dir } =
-            Weights::open(&dir, adapter.as_deref(), &target.device, dtype, self.quantise.map(Quantise::bits))?;
-        let tokenizer = Tokenizer::from_model_dir(&dir)?;
-        let eos = generation_eos(&dir).unwrap_or_else(|| model.config().eos_token_id.clone());
-        Ok(Opened { dir, model, tokenizer, eos })
-    }
-}
-
-/// The folder with the weights: the folder itself, the newest checkpoint of a run, or a snapshot of the Hub cache.
-pub(super) fn resolve(dir: &Path) -> PathBuf {
-    if dir.join("config.json").exists() || is_adapter(dir) {
-        return dir.to_owned();
-    }
-    let run = Checkpoints::new(dir.join("checkpoints"), 0, false, Vec::new(), None);
-    if let Some(newest) = run.newest() {
-        return newest;
-    }
-    hub::newest_snapshot(dir).unwrap_or_else(|| dir.to_owned())
-}
-
-/// `eos_token_id` of `generation_config.json`, one or a list.
-fn generation_eos(dir: &Path) -> Option<Vec<u32>> {
-    let text = std::fs::read_to_string(dir.join("generation_config.json")).ok()?;
-    let value: Value = serde_json::from_str(&text).ok()?;
-    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    match value.get("eos_token_id")? {
-        Value::Array(ids) => ids.iter().map(id).collect(),
-        one => id(one).map(|id| vec![id]),
+    /// Opens the model.
+    pub(super) fn open(&self) -> Result<OpenedModel, TrainError> {
+        let mut options = OpenOptions::new().with_device(&self.device).with_dtype(&self.dtype);
+        if let Some(adapter) = &self.adapter {
+            options = options.with_adapter(adapter);
+        }
+        if let Some(quantise) = self.quantise {
+            options = options.with_bits(quantise.bits());
+        }
+        Ok(options.open(&self.model)?)
     }
 }

@@ -1,17 +1,20 @@
 //! `moonlight plan`.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use moonlight_convert::{Checkpoint, hub};
+use moonlight_convert::Checkpoint;
+use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
-use serde_json::json;
+use moonlight_optim::distributed::{DistributedForm, GatherPrecision};
+use serde_json::{Map, Value, json};
 
-use super::model::resolve;
 use crate::error::TrainError;
-use crate::plan::{Machines, Operations, Part, Plan, Scale, Threads, available_memory, tokens_until};
-use crate::recipe::{FormName, HalfOrFull, Recipe};
+use crate::plan::{
+    Advice, Cluster, MemoryPart, MultiGpuPlan, Plan, StepPhase, Threads, TokenFlops, available_memory, tokens_until,
+};
+use crate::recipe::Recipe;
 
 /// The memory of GPUs that are sold, GB.
 const SIZES: [u64; 4] = [24, 48, 80, 141];
@@ -20,7 +23,7 @@ const RESERVE: u64 = 1;
 
 /// Parameters, operations and memory of a run or a model, before it is started.
 ///
-/// The memory of a run is foretold from its shapes, moment by moment of a step, for tensors alone: on the CPU within a
+/// The memory of a run is predicted from its shapes, phase by phase of a step, for tensors alone: on the CPU within a
 /// tenth of what is allocated; of a GPU it is arithmetic that was not measured.
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -52,7 +55,10 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let text = match (&arguments.recipe, &arguments.model) {
-        (Some(recipe), _) => of_recipe(recipe, arguments)?,
+        (Some(recipe), _) => {
+            let plan = RunPlan::new(recipe, arguments)?;
+            if arguments.json { format!("{}\n", plan.json()) } else { plan.text() }
+        }
         (None, Some(model)) => of_model(model, arguments.json)?,
         (None, None) => unreachable!("clap wants one of the two"),
     };
@@ -63,106 +69,130 @@ fn gigabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e9
 }
 
-fn of_recipe(path: &std::path::Path, arguments: &Arguments) -> Result<String, TrainError> {
-    let recipe = Recipe::load(path, &arguments.sets)?;
-    let plan = Plan::of_recipe(&recipe, Threads::here())?;
-    let setting = &plan.setting;
-    let budget = match arguments.budget {
-        Some(budget) => Some((budget * 1e9) as u64),
-        None => available_memory().filter(|_| setting.cpu),
-    };
-    let advice = budget.map(|budget| plan.advice(budget)).unwrap_or_default();
-    let count = plan.parameters();
-    let operations = plan.operations();
-    let scale = arguments.workers.map(|workers| {
-        let distributed = recipe.distributed.clone().unwrap_or_default();
-        let sequences = recipe.train.batch_size * recipe.train.gradient_accumulation;
-        let machines = Machines {
-            workers,
-            link: arguments.link * 1e9,
-            matmul: arguments.matmul * 1e12,
-            tokens: (sequences * setting.sequence) as u64,
-            flat: distributed.form == FormName::Flat,
-            gather_bytes: if distributed.gather_dtype == HalfOrFull::Bf16 { 2 } else { 4 },
+/// The plan of a recipe, and what the arguments ask beside it.
+struct RunPlan {
+    plan: Plan,
+    /// Micro-batches of a step.
+    accumulation: usize,
+    /// Bytes that the run has to fit into.
+    budget: Option<u64>,
+    advice: Vec<Advice>,
+    /// Floating-point operations of a step's Newton-Schulz, and from how many tokens a step on they are at most a tenth of all.
+    newton_schulz: Option<(f64, u64)>,
+    multi_gpu: Option<MultiGpuPlan>,
+}
+
+impl RunPlan {
+    fn new(path: &Path, arguments: &Arguments) -> Result<Self, TrainError> {
+        let recipe = Recipe::load(path, &arguments.sets)?;
+        let plan = Plan::of_recipe(&recipe, Threads::here())?;
+        let settings = &plan.settings;
+        let budget = match arguments.budget {
+            Some(budget) => Some((budget * 1e9) as u64),
+            None => available_memory().filter(|_| settings.cpu),
         };
-        Scale::new(&plan, machines)
-    });
-    // From how many tokens a step on Newton-Schulz takes no more than a tenth of the operations.
-    let newton_schulz = plan
-        .newton_schulz(recipe.optimizer.newton_schulz_steps)
-        .map(|optimizer| (optimizer, tokens_until(0.1, optimizer, operations.training(setting.recompute) as f64)));
-    let holds = |size: &&u64| gigabytes(plan.peak()) <= (**size - RESERVE) as f64;
-    if arguments.json {
-        let parts = |moment: &crate::plan::Moment| {
-            Part::ALL
-                .iter()
-                .map(|&part| (part.name().to_owned(), json!(moment.of(part))))
-                .collect::<serde_json::Map<_, _>>()
+        let advice = budget.map(|budget| plan.advice(budget)).unwrap_or_default();
+        let accumulation = recipe.train.gradient_accumulation;
+        let multi_gpu = arguments.workers.map(|workers| {
+            let distributed = recipe.distributed.clone().unwrap_or_default().optimizer;
+            let cluster = Cluster {
+                workers,
+                link: arguments.link * 1e9,
+                matmul: arguments.matmul * 1e12,
+                tokens: (recipe.train.batch_size * accumulation * settings.sequence) as u64,
+                flat: distributed.form == DistributedForm::Flat,
+                gather_bytes: if distributed.gather == GatherPrecision::Bf16 { 2 } else { 4 },
+            };
+            MultiGpuPlan::new(&plan, cluster)
+        });
+        let token = plan.token_flops().training(settings.recompute) as f64;
+        let newton_schulz = plan.newton_schulz_flops(recipe.optimizer.newton_schulz_steps());
+        let newton_schulz = newton_schulz.map(|step| (step, tokens_until(0.1, step, token)));
+        Ok(Self { plan, accumulation, budget, advice, newton_schulz, multi_gpu })
+    }
+
+    fn json(&self) -> Value {
+        let plan = &self.plan;
+        let parts = |phase: &StepPhase| {
+            let part = |&part: &MemoryPart| (part.name().to_owned(), json!(phase.of(part)));
+            MemoryPart::ALL.iter().map(part).collect::<Map<_, _>>()
         };
-        let moments: Vec<_> =
-            plan.moments().iter().map(|moment| json!({"moment": moment.what, "bytes": parts(moment)})).collect();
+        let phases: Vec<_> =
+            plan.phases().iter().map(|phase| json!({"moment": phase.what, "bytes": parts(phase)})).collect();
         let advice: Vec<_> =
-            advice.iter().map(|advice| json!({"change": advice.change, "peak_bytes": advice.peak})).collect();
+            self.advice.iter().map(|advice| json!({"change": advice.change, "peak_bytes": advice.peak})).collect();
+        let count = plan.parameters();
         let mut value = json!({
             "parameters": {"total": count.total, "activated": count.activated, "embeddings": count.embeddings},
-            "operations_per_token": operations.training(setting.recompute),
+            "operations_per_token": plan.token_flops().training(plan.settings.recompute),
             "peak_bytes": plan.peak(),
-            "largest_moment": plan.largest().what,
-            "moments": moments,
-            "budget_bytes": budget,
+            "largest_moment": plan.largest_phase().what,
+            "moments": phases,
+            "budget_bytes": self.budget,
             "advice": advice,
         });
-        if let Some((optimizer, tokens)) = newton_schulz {
-            value["newton_schulz_operations"] = json!(optimizer);
+        if let Some((step, tokens)) = self.newton_schulz {
+            value["newton_schulz_operations"] = json!(step);
             value["tokens_until_newton_schulz_is_a_tenth"] = json!(tokens);
         }
-        if let Some(scale) = &scale {
-            value["scale"] = json!(scale);
+        if let Some(multi_gpu) = &self.multi_gpu {
+            value["scale"] = json!(multi_gpu);
         }
-        return Ok(format!("{value}\n"));
+        value
     }
-    let mut text = heading(&plan.config, operations);
-    let tokens = (setting.batch * setting.sequence * recipe.train.gradient_accumulation) as f64;
-    let step = operations.training(setting.recompute) as f64 * tokens;
-    text += &format!("a step:      {tokens:.0} tokens, {step:.3e} floating-point operations\n");
-    if let Some((optimizer, enough)) = newton_schulz {
-        let share = optimizer / (optimizer + step);
-        text += &format!(
-            "its Muon:    {optimizer:.3e} more in Newton-Schulz, {:.1} % of both; under 10 % from {enough} tokens a step on\n",
-            100.0 * share
-        );
-    }
-    text += &format!("\nmemory at the largest moment of a step ({})\n", plan.largest().what);
-    for part in Part::ALL {
-        let bytes = plan.largest().of(part);
-        if bytes > 0 {
-            text += &format!("  {:<16} {:>10.3} GB\n", part.name(), gigabytes(bytes));
+
+    fn text(&self) -> String {
+        let (plan, settings) = (&self.plan, &self.plan.settings);
+        let flops = plan.token_flops();
+        let mut text = heading(&plan.config, flops);
+        let tokens = (settings.batch * settings.sequence * self.accumulation) as f64;
+        let step = flops.training(settings.recompute) as f64 * tokens;
+        text += &format!("a step:      {tokens:.0} tokens, {step:.3e} floating-point operations\n");
+        if let Some((optimizer, enough)) = self.newton_schulz {
+            let share = optimizer / (optimizer + step);
+            text += &format!(
+                "its Muon:    {optimizer:.3e} more in Newton-Schulz, {:.1} % of both; under 10 % from {enough} tokens a step on\n",
+                100.0 * share
+            );
         }
+        text += &self.memory();
+        if let Some(multi_gpu) = &self.multi_gpu {
+            text += &multi_gpu.table();
+        }
+        text
     }
-    text += &format!("  {:<16} {:>10.3} GB\n\n", "together", gigabytes(plan.peak()));
-    let sizes: Vec<String> = SIZES.iter().filter(holds).map(|size| format!("{size} GB")).collect();
-    text += &match sizes.as_slice() {
-        [] => format!("no GPU of up to {} GB holds it\n", SIZES[SIZES.len() - 1]),
-        [first, ..] => format!("the smallest GPU that holds it, with {RESERVE} GB to spare: {first}\n"),
-    };
-    if let Some(budget) = budget {
+
+    /// The phase that needs the most memory, part by part; what holds it, and what would make it smaller.
+    fn memory(&self) -> String {
+        let plan = &self.plan;
+        let mut text = format!("\nmemory at the largest moment of a step ({})\n", plan.largest_phase().what);
+        for part in MemoryPart::ALL {
+            let bytes = plan.largest_phase().of(part);
+            if bytes > 0 {
+                text += &format!("  {:<16} {:>10.3} GB\n", part.name(), gigabytes(bytes));
+            }
+        }
+        text += &format!("  {:<16} {:>10.3} GB\n\n", "together", gigabytes(plan.peak()));
+        let holds = |size: &&u64| gigabytes(plan.peak()) <= (**size - RESERVE) as f64;
+        text += &match SIZES.iter().find(holds) {
+            None => format!("no GPU of up to {} GB holds it\n", SIZES[SIZES.len() - 1]),
+            Some(size) => format!("the smallest GPU that holds it, with {RESERVE} GB to spare: {size} GB\n"),
+        };
+        let Some(budget) = self.budget else { return text };
         let verdict = if plan.peak() <= budget { "it fits into" } else { "it does not fit into" };
         text += &format!("{verdict} {:.2} GB\n", gigabytes(budget));
-        for advice in &advice {
+        for advice in &self.advice {
             text += &format!("  with `{}`: {:.3} GB\n", advice.change, gigabytes(advice.peak));
         }
-        if plan.peak() > budget && advice.last().is_none_or(|last| last.peak > budget) {
+        if plan.peak() > budget && self.advice.last().is_none_or(|last| last.peak > budget) {
             text += "  nothing else in a recipe makes it smaller but a shorter `data.sequence_length` or LoRA\n";
         }
+        text
     }
-    if let Some(scale) = scale {
-        text += &scale.table();
-    }
-    Ok(text)
 }
 
 /// Parameters and operations.
-fn heading(config: &ModelConfig, operations: Operations) -> String {
+fn heading(config: &ModelConfig, flops: TokenFlops) -> String {
     let count = config.parameter_count();
     let million = |count: u64| count as f64 / 1e6;
     format!(
@@ -171,30 +201,30 @@ fn heading(config: &ModelConfig, operations: Operations) -> String {
         million(count.total),
         million(count.activated),
         million(count.embeddings),
-        operations.forward() as f64,
-        operations.attention as f64,
+        flops.forward() as f64,
+        flops.attention as f64,
     )
 }
 
-fn of_model(path: &std::path::Path, as_json: bool) -> Result<String, TrainError> {
-    let checkpoint = Checkpoint::open(resolve(&hub::resolve(path)?))?;
+fn of_model(path: &Path, as_json: bool) -> Result<String, TrainError> {
+    let checkpoint = Checkpoint::open(resolve_model(path)?)?;
     let config = checkpoint.config();
     let weights = config.parameter_count().total;
     let per_token = (config.num_hidden_layers * config.cache_values_per_token()) as u64;
     let context = config.max_position_embeddings as u64;
-    let operations = Operations::of(config, config.max_position_embeddings);
+    let flops = TokenFlops::of(config, config.max_position_embeddings);
     if as_json {
         let count = config.parameter_count();
         let value = json!({
             "parameters": {"total": count.total, "activated": count.activated, "embeddings": count.embeddings},
-            "operations_per_token": operations.forward(),
+            "operations_per_token": flops.forward(),
             "weights_bytes": {"f32": 4 * weights, "bf16": 2 * weights},
             "cache_bytes_per_token": {"f32": 4 * per_token, "bf16": 2 * per_token},
             "context": context,
         });
         return Ok(format!("{value}\n"));
     }
-    let mut text = heading(config, operations);
+    let mut text = heading(config, flops);
     text += &format!("\n{:<24} {:>12} {:>12}\n", "memory to run it", "bf16", "f32");
     let mut line = |name: &str, values: u64| {
         let (half, full) = (gigabytes(2 * values), gigabytes(4 * values));

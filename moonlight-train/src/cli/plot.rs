@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::analysis::plots::{Axis, Comparison, compare};
 use crate::error::TrainError;
-use crate::plots::{Axis, Comparison, compare};
 
 /// Curves of several runs over each other.
 #[derive(Debug, Args)]

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use moonlight_infer::jsonl::{JsonlReader, JsonlWriter};
+use moonlight_infer::score::score;
 use serde_json::json;
 
-use super::lines::{Input, Output};
-use super::model::{ModelArguments, Opened};
+use super::model::ModelArguments;
 use crate::error::TrainError;
-use crate::score::score;
 
 /// Log-probabilities of given texts or tokens.
 #[derive(Debug, Args)]
@@ -24,12 +24,12 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
-    let data = Input::open(&arguments.data)?;
-    let Opened { model, tokenizer, .. } = arguments.model.open()?;
-    let mut output = Output::create(arguments.output.as_deref())?;
-    data.for_each(tokenizer.as_ref(), |tokens| {
-        let logprobs = score(&model, &tokens)?;
+    let data = JsonlReader::open(&arguments.data)?;
+    let opened = arguments.model.open()?;
+    let mut output = JsonlWriter::create(arguments.output.as_deref())?;
+    data.for_each(opened.tokenizer.as_ref(), |tokens| {
+        let logprobs = score(&opened.model, &tokens)?;
         output.line(&json!({"tokens": tokens, "logprobs": logprobs}))
     })?;
-    output.finish()
+    Ok(output.finish()?)
 }

@@ -4,12 +4,12 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use moonlight_convert::{Checkpoint, hub};
+use moonlight_convert::Checkpoint;
+use moonlight_infer::resolve_model;
 use serde_json::json;
 
-use super::model::resolve;
+use crate::analysis::spectrum::{Selection, by_group, layer_spectra};
 use crate::error::TrainError;
-use crate::spectrum::{Selection, by_group, layer_spectra};
 
 /// SVD entropy and stable rank of the weights, by the report's six groups.
 ///
@@ -32,7 +32,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
-    let checkpoint = Checkpoint::open(resolve(&hub::resolve(&arguments.model)?))?;
+    let checkpoint = Checkpoint::open(resolve_model(&arguments.model)?)?;
     let selection = Selection { experts: arguments.experts, seed: arguments.seed };
     let layers = checkpoint.config().num_hidden_layers;
     let mut matrices = Vec::new();

@@ -5,22 +5,22 @@ use std::process::ExitCode;
 
 use burn::train::Interrupter;
 use clap::Args;
+use moonlight_infer::device::Target;
 
 use super::INTERRUPTED;
-use crate::device::Target;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
-use crate::trainer::{self, Finished};
+use crate::trainer::{self, Outcome};
 
 /// Train as a recipe says.
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     /// The recipe, a TOML file.
     recipe: PathBuf,
-    /// Lay a value over the recipe's, e.g. `--set train.steps=200`; may be given several times.
+    /// Override a value of the recipe, e.g. `--set train.steps=200`; may be given several times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
-    /// Go on from the newest checkpoint of the run, or start where there is none.
+    /// Resume from the newest checkpoint of the run, or start if there is none.
     #[arg(long)]
     resume: bool,
     /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has; over `run.device`.
@@ -39,20 +39,19 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     let recipe = Recipe::load(&arguments.recipe, &sets)?;
     let target = Target::open(&recipe.run.device)?;
     let interrupter = stop_on_signals()?;
-    let finished = trainer::train(&recipe, &target, arguments.resume, interrupter)?;
-    if !finished.leads {
-        return Ok(if finished.interrupted { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS });
+    let outcome = trainer::train(&recipe, &target, arguments.resume, &interrupter)?;
+    if !outcome.interrupted {
+        trainer::final_report(&recipe, outcome)?;
+        return Ok(ExitCode::SUCCESS);
     }
-    if finished.interrupted {
-        let Finished { step, checkpoint, .. } = finished;
-        eprintln!("stopped behind step {step}; checkpoint `{}`; go on by `--resume`", checkpoint.display());
-        return Ok(ExitCode::from(INTERRUPTED));
+    if outcome.trained.is_some() {
+        let Outcome { step, checkpoint, .. } = outcome;
+        tracing::info!("stopped after step {step}; checkpoint `{}`; resume with `--resume`", checkpoint.display());
     }
-    trainer::conclude(&recipe, &target, &finished)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(ExitCode::from(INTERRUPTED))
 }
 
-/// The first Ctrl-C, or request to end, stops the run behind its step; the second ends the program at once.
+/// The first Ctrl-C or termination request stops the run after the current step; the second exits at once.
 fn stop_on_signals() -> Result<Interrupter, TrainError> {
     let interrupter = Interrupter::new();
     let handle = interrupter.clone();

@@ -2,8 +2,11 @@
 
 use std::path::PathBuf;
 
+use moonlight_infer::parquet::ParquetError;
+
 /// Data that cannot be read, or that does not fit the recipe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum DataError {
     /// A glob that matches no file.
     #[error("`data.{key}` has the glob `{glob}`, which matches no file")]
@@ -34,15 +37,8 @@ pub enum DataError {
         problem: String,
     },
     /// A parquet file that cannot be read.
-    #[error("cannot read `{}`: {problem}", path.display())]
-    Parquet {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-        /// How to mend it.
-        hint: Option<String>,
-    },
+    #[error(transparent)]
+    Parquet(#[from] ParquetError),
     /// A record that is wrong.
     #[error("{}:{line}: {problem}", path.display())]
     Record {
@@ -52,7 +48,7 @@ pub enum DataError {
         line: usize,
         /// What is wrong.
         problem: String,
-        /// How to mend it.
+        /// What to do about it.
         hint: Option<String>,
     },
     /// Files, but nothing in them to predict.
@@ -71,7 +67,7 @@ pub enum DataError {
     Template {
         /// What is wrong with it.
         problem: String,
-        /// How to mend it.
+        /// What to do about it.
         hint: Option<String>,
     },
     /// A position that belongs to other data.
@@ -85,13 +81,14 @@ impl DataError {
         Self::Io { action, path: path.to_owned(), problem: error.to_string() }
     }
 
-    /// How to mend it, where we know.
+    /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::EmptyGlob { .. } => {
                 Some("globs are relative to the working directory; `**` matches any depth".into())
             }
-            Self::Record { hint, .. } | Self::Template { hint, .. } | Self::Parquet { hint, .. } => hint.clone(),
+            Self::Record { hint, .. } | Self::Template { hint, .. } => hint.clone(),
+            Self::Parquet(error) => error.hint(),
             Self::NoTokenizer => Some("write data.tokenizer = \"bytes\", or the path of one".into()),
             Self::Changed => Some("put the files back as they were, or start a new run".into()),
             _ => None,

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use moonlight_infer::expand;
+
 use super::DataError;
 use super::hash::Hash;
-use crate::recipe::expand;
 
 /// A file to read, and how much of it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,24 +1,24 @@
-//! Figures and samples of the data, to look at before a run.
+//! SplitStats and samples of the data, to look at before a run.
 
 use std::path::PathBuf;
 
-use super::Corpus;
-use super::sequences::{Part, Sequences};
+use super::Dataset;
+use super::sequences::{DocumentSpan, Sequences};
 
 /// What the data are.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Inspection {
     /// The training data.
-    pub train: Figures,
+    pub train: SplitStats,
     /// The validation data.
-    pub valid: Option<Figures>,
+    pub valid: Option<SplitStats>,
     /// Documents of the training data, spread evenly over it.
     pub samples: Vec<Sample>,
 }
 
-/// Figures of a part of the data.
+/// SplitStats of a part of the data.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Figures {
+pub struct SplitStats {
     /// Number of documents or conversations.
     pub documents: usize,
     /// Their tokens.
@@ -46,8 +46,8 @@ pub struct Sample {
     pub tokens: Vec<(u32, f32)>,
 }
 
-impl Corpus {
-    /// Figures of the data, and up to `samples` documents.
+impl Dataset {
+    /// SplitStats of the data, and up to `samples` documents.
     pub fn inspect(&self, samples: usize) -> Inspection {
         let parts = self.train.parts();
         let count = samples.min(parts.len());
@@ -59,7 +59,7 @@ impl Corpus {
         }
     }
 
-    fn sample(&self, part: Part) -> Sample {
+    fn sample(&self, part: DocumentSpan) -> Sample {
         let store = self.train.store();
         let origin = store.origin_at(part.start);
         let path = self.files.get(origin.file as usize).map(|file| file.path.clone()).unwrap_or_default();
@@ -68,8 +68,8 @@ impl Corpus {
     }
 }
 
-fn figures(sequences: &Sequences) -> Figures {
-    let mut lengths: Vec<u64> = sequences.parts().iter().map(Part::len).collect();
+fn figures(sequences: &Sequences) -> SplitStats {
+    let mut lengths: Vec<u64> = sequences.parts().iter().map(DocumentSpan::len).collect();
     lengths.sort_unstable();
     let at = |index: usize| lengths.get(index).copied().unwrap_or(0);
     let mut histogram: Vec<(u64, u64)> = Vec::new();
@@ -83,7 +83,7 @@ fn figures(sequences: &Sequences) -> Figures {
             *count += 1;
         }
     }
-    Figures {
+    SplitStats {
         documents: lengths.len(),
         tokens: sequences.tokens(),
         learned: sequences.predicted(),

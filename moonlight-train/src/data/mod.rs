@@ -1,40 +1,43 @@
 //! What the model reads: files to tokens, tokens to sequences, sequences to batches.
 //!
 //! * `files.rs`: globs to files.
-//! * `compressed.rs`: what is in a file, unpacked where it is compressed.
-//! * `parquet.rs`: rows of parquet files as lines of JSON.
-//! * `tokenise.rs`: files to documents of tokens, in parallel; conversations with a weight for each token.
-//! * `report.rs`: what was found on the way.
-//! * `store.rs`: the documents on disk, mapped into memory, kept for the next run.
+//! * `source_reader.rs`: the bytes of a file, decompressed where it is compressed.
+//! * `tokenize.rs`: files to documents of tokens, in parallel; conversations with a weight for each token.
+//! * `report.rs`: what was found while reading.
+//! * `token_store.rs`: the documents on disk, mapped into memory, kept for the next run.
 //! * `packing.rs`: which documents share a sequence, where none may be cut.
 //! * `sequences.rs`: documents to sequences, packed or one by one.
-//! * `order.rs`: the order of an epoch.
-//! * `stream.rs`: batches without end, from any position.
-//! * `ahead.rs`: the next step's batches, made while a step is computed.
-//! * `inspect.rs`: figures and samples, to look at before a run.
+//! * `shuffle.rs`: the order of an epoch.
+//! * `stream.rs`: batches without end, from any position, and the share of each worker.
+//! * `prefetch.rs`: the next step's batches, made while a step is computed.
+//! * `dataset.rs`: all of it together: the training and the validation data of a run.
+//! * `bigram.rs`: the loss of a bigram model of the data, to compare with.
+//! * `inspect.rs`: statistics and samples, to look at before a run.
 
-mod ahead;
 mod batch;
-mod compressed;
-mod corpus;
+mod bigram;
+mod cuts;
+mod dataset;
 mod error;
 mod files;
 mod hash;
 mod inspect;
-mod order;
 mod packing;
-pub(crate) mod parquet;
+mod prefetch;
 mod report;
 mod sequences;
-mod store;
+mod shuffle;
+mod source_reader;
 mod stream;
-mod tokenise;
+mod token_store;
+mod tokenize;
 
-pub use ahead::{Ahead, Want};
 pub use batch::HostBatch;
-pub use corpus::Corpus;
+pub use bigram::bigram_loss;
+pub use dataset::Dataset;
 pub use error::DataError;
-pub use inspect::{Figures, Inspection, Sample};
+pub use inspect::{Inspection, Sample, SplitStats};
+pub use prefetch::{BatchRequest, Prefetcher};
 pub use stream::{DataPosition, TrainStream};
 
 #[cfg(test)]

@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn the_best_fit_is_taken() {
-        // Longest first: 6 and 5 begin sequences, 4 fits behind 6, 3 behind 5, and 2 with them.
+        // Longest first: 6 and 5 begin sequences, 4 fits after 6, 3 after 5, and 2 with them.
         let bins = Bins::best_fit(&[2, 4, 5, 3, 6], 10);
         assert_eq!(bins.count(), 2);
         assert_eq!((bins.documents(0), bins.documents(1)), (&[0, 2, 3][..], &[1, 4][..]));

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use moonlight_infer::chat::Shape;
 use serde::{Deserialize, Serialize};
 
 use super::files::SourceFile;
-use crate::chat::Shape;
 
 /// So many records are named; the rest are counted.
 const NAMED: usize = 5;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::HostBatch;
 use super::packing::Bins;
-use super::store::Store;
+use super::token_store::TokenStore;
 
 /// Rows that are not packed are padded to a multiple of this many tokens (or to the sequence length), so that a few
 /// shapes serve all batches.
@@ -28,15 +28,15 @@ pub(super) enum Packing {
 /// The sequences of a choice of documents.
 #[derive(Clone)]
 pub(super) struct Sequences {
-    store: Arc<Store>,
-    documents: Arc<Vec<Part>>,
+    store: Arc<TokenStore>,
+    documents: Arc<Vec<DocumentSpan>>,
     tokens: u64,
     length: usize,
-    rows: RowPlan,
+    rows: RowLayout,
 }
 
 #[derive(Clone)]
-enum RowPlan {
+enum RowLayout {
     EndToEnd,
     Whole(Arc<Bins>),
     OneByOne,
@@ -44,7 +44,7 @@ enum RowPlan {
 
 /// A document, or a part of one, among those chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct DocumentSpan {
     /// Its tokens' positions in the store.
     pub(super) start: u64,
     pub(super) end: u64,
@@ -52,7 +52,7 @@ pub(super) struct Part {
     pub(super) before: u64,
 }
 
-impl Part {
+impl DocumentSpan {
     pub(super) fn len(&self) -> u64 {
         self.end - self.start
     }
@@ -62,7 +62,7 @@ impl Sequences {
     /// The sequences of `length` tokens over the spans of tokens `parts`, which must not be longer than that where they
     /// are packed whole.
     pub(super) fn new(
-        store: Arc<Store>,
+        store: Arc<TokenStore>,
         parts: impl IntoIterator<Item = (u64, u64)>,
         length: usize,
         packing: Packing,
@@ -70,15 +70,15 @@ impl Sequences {
         let mut tokens = 0;
         let mut documents = Vec::new();
         for (start, end) in parts {
-            documents.push(Part { start, end, before: tokens });
+            documents.push(DocumentSpan { start, end, before: tokens });
             tokens += end - start;
         }
         let rows = match packing {
-            Packing::EndToEnd => RowPlan::EndToEnd,
-            Packing::OneByOne => RowPlan::OneByOne,
+            Packing::EndToEnd => RowLayout::EndToEnd,
+            Packing::OneByOne => RowLayout::OneByOne,
             Packing::Whole => {
-                let lengths: Vec<u64> = documents.iter().map(Part::len).collect();
-                RowPlan::Whole(Arc::new(Bins::best_fit(&lengths, length as u64)))
+                let lengths: Vec<u64> = documents.iter().map(DocumentSpan::len).collect();
+                RowLayout::Whole(Arc::new(Bins::best_fit(&lengths, length as u64)))
             }
         };
         Self { store, documents: Arc::new(documents), tokens, length, rows }
@@ -87,9 +87,9 @@ impl Sequences {
     /// How many there are.
     pub(super) fn count(&self) -> u64 {
         match &self.rows {
-            RowPlan::EndToEnd => self.tokens.div_ceil(self.length as u64),
-            RowPlan::Whole(bins) => bins.count(),
-            RowPlan::OneByOne => self.documents.len() as u64,
+            RowLayout::EndToEnd => self.tokens.div_ceil(self.length as u64),
+            RowLayout::Whole(bins) => bins.count(),
+            RowLayout::OneByOne => self.documents.len() as u64,
         }
     }
 
@@ -103,30 +103,31 @@ impl Sequences {
         if !self.store.is_weighted() {
             return self.documents.iter().map(|part| part.len().saturating_sub(1)).sum();
         }
-        let learned =
-            |part: &Part| self.store.weights(part.start..part.end).skip(1).filter(|&weight| weight > 0.0).count();
+        let learned = |part: &DocumentSpan| {
+            self.store.weights(part.start..part.end).skip(1).filter(|&weight| weight > 0.0).count()
+        };
         self.documents.iter().map(|part| learned(part) as u64).sum()
     }
 
     /// The share of the rows that tokens fill; `None` where rows are padded to the longest of their batch.
     pub(super) fn fill(&self) -> Option<f64> {
         let room = self.count() * self.length as u64;
-        (!matches!(self.rows, RowPlan::OneByOne) && room > 0).then(|| self.tokens as f64 / room as f64)
+        (!matches!(self.rows, RowLayout::OneByOne) && room > 0).then(|| self.tokens as f64 / room as f64)
     }
 
     /// The documents, or the parts of them that were chosen.
-    pub(super) fn parts(&self) -> &[Part] {
+    pub(super) fn parts(&self) -> &[DocumentSpan] {
         &self.documents
     }
 
     /// Where the tokens are.
-    pub(super) fn store(&self) -> &Store {
+    pub(super) fn store(&self) -> &TokenStore {
         &self.store
     }
 
     /// The tokens of each document, with their weights.
     pub(super) fn documents(&self) -> impl Iterator<Item = impl ExactSizeIterator<Item = (u32, f32)> + '_> + '_ {
-        let tokens = |part: &Part| {
+        let tokens = |part: &DocumentSpan| {
             let span = part.start..part.end;
             self.store.tokens(span.clone()).zip(self.store.weights(span))
         };
@@ -135,17 +136,17 @@ impl Sequences {
 
     /// The batch of these sequences.
     pub(super) fn batch(&self, indices: &[u64]) -> HostBatch {
-        let sequence = if matches!(self.rows, RowPlan::OneByOne) { self.padded(indices) } else { self.length };
+        let sequence = if matches!(self.rows, RowLayout::OneByOne) { self.padded(indices) } else { self.length };
         let mut rows = Rows { sequence, alone: true, ..Rows::default() };
         for &index in indices {
             match &self.rows {
-                RowPlan::EndToEnd => self.pack_row(index, &mut rows),
-                RowPlan::Whole(bins) => {
+                RowLayout::EndToEnd => self.pack_row(index, &mut rows),
+                RowLayout::Whole(bins) => {
                     for &document in bins.documents(index) {
                         rows.add(&self.store, self.documents[document as usize], 0, sequence);
                     }
                 }
-                RowPlan::OneByOne => rows.add(&self.store, self.documents[index as usize], 0, sequence),
+                RowLayout::OneByOne => rows.add(&self.store, self.documents[index as usize], 0, sequence),
             }
             rows.end();
         }
@@ -195,7 +196,7 @@ struct Rows {
 
 impl Rows {
     /// Adds up to `most` tokens of a document from its token `from` on.
-    fn add(&mut self, store: &Store, part: Part, from: u64, most: usize) {
+    fn add(&mut self, store: &TokenStore, part: DocumentSpan, from: u64, most: usize) {
         let start = part.start + from;
         let end = part.end.min(start + most as u64);
         // One token more, where the document has it, is the last one's target.

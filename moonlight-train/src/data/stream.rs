@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use moonlight_optim::distributed::even_cuts;
 use serde::{Deserialize, Serialize};
 
-use super::order::Order;
+use super::cuts::even_cuts;
 use super::sequences::Sequences;
+use super::shuffle::Shuffle;
 use super::{DataError, HostBatch};
 
-/// Where a stream of batches stands; kept in checkpoints.
+/// The position of a stream of batches; kept in checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataPosition {
     /// Epochs that are done.
@@ -20,7 +20,7 @@ pub struct DataPosition {
     pub data: u64,
 }
 
-/// The training batches, epoch after epoch. A batch that an epoch does not fill goes on with the next one.
+/// The training batches, epoch after epoch. A batch that one epoch does not fill is completed from the next.
 #[derive(Clone)]
 pub struct TrainStream {
     sequences: Sequences,
@@ -39,7 +39,7 @@ impl TrainStream {
     ///
     /// # Errors
     ///
-    /// None today: the tokens are checked when the corpus is opened, and mapped. Kept for data that come from elsewhere.
+    /// None today: the tokens are checked when the dataset is opened, and mapped. Kept for data that come from elsewhere.
     pub fn next_batch(&mut self) -> Result<HostBatch, DataError> {
         let indices = self.next_indices(self.batch_size);
         Ok(self.sequences.batch(&indices))
@@ -80,8 +80,8 @@ impl TrainStream {
         indices
     }
 
-    fn order(&self) -> Option<Order> {
-        self.seed.map(|seed| Order::new(self.sequences.count(), seed, self.position.epoch))
+    fn order(&self) -> Option<Shuffle> {
+        self.seed.map(|seed| Shuffle::new(self.sequences.count(), seed, self.position.epoch))
     }
 
     /// Where the next batch begins.
@@ -89,7 +89,7 @@ impl TrainStream {
         self.position
     }
 
-    /// Goes on from `position`: the batches that follow are those that followed there.
+    /// Moves to `position`: the batches that follow are those that followed there.
     ///
     /// # Errors
     ///

@@ -1,10 +1,11 @@
 use std::path::Path;
 
-use super::*;
-use crate::recipe::{Broken, DataConfig, DataFormat, TooLong};
-use crate::tokenizer::Tokenizer;
+use moonlight_infer::tokenizer::Tokenizer;
 
-const EOS: i32 = crate::tokenizer::EOS as i32;
+use super::*;
+use crate::recipe::{Broken, DataConfig, DataFormat, TokenizerName, TooLong};
+
+const EOS: i32 = moonlight_infer::tokenizer::EOS as i32;
 
 fn config(dir: &Path, glob: &str) -> DataConfig {
     DataConfig {
@@ -13,7 +14,7 @@ fn config(dir: &Path, glob: &str) -> DataConfig {
         valid_fraction: 0.0,
         format: DataFormat::Text,
         chat_template: Default::default(),
-        tokenizer: "bytes".into(),
+        tokenizer: TokenizerName::Bytes,
         sequence_length: 8,
         pack: true,
         shuffle: false,
@@ -26,8 +27,8 @@ fn config(dir: &Path, glob: &str) -> DataConfig {
     }
 }
 
-fn open(config: &DataConfig) -> Result<Corpus, DataError> {
-    Corpus::open(config, Some(&Tokenizer::open("bytes").unwrap()), 259, 3)
+fn open(config: &DataConfig) -> Result<Dataset, DataError> {
+    Dataset::open(config, Some(&Tokenizer::open("bytes").unwrap()), 259, 3)
 }
 
 fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
@@ -47,9 +48,9 @@ fn records(count: u32) -> String {
 #[test]
 fn packed_documents_lie_end_to_end_and_attend_to_themselves() {
     let dir = folder(&[("a.txt", "abc"), ("b.txt", "defgh"), ("c.txt", "ijklmno"), ("empty.txt", "")]);
-    let corpus = open(&config(dir.path(), "*.txt")).unwrap();
-    assert_eq!((corpus.train_tokens(), corpus.train_sequences()), (18, 3));
-    let batch = corpus.train_stream(3).next_batch().unwrap();
+    let dataset = open(&config(dir.path(), "*.txt")).unwrap();
+    assert_eq!((dataset.train_tokens(), dataset.train_sequences()), (18, 3));
+    let batch = dataset.train_stream(3).next_batch().unwrap();
     let text =
         |text: &str| text.bytes().map(|byte| if byte == b'$' { EOS } else { i32::from(byte) }).collect::<Vec<_>>();
     assert_eq!(batch.tokens, [text("abc$defg"), text("h$ijklmn"), text("o$"), vec![0; 6]].concat());
@@ -71,8 +72,8 @@ fn packed_documents_lie_end_to_end_and_attend_to_themselves() {
 #[test]
 fn one_long_document_needs_no_document_numbers() {
     let dir = folder(&[("a.txt", "abcdefghijklmnopqrstuvw")]);
-    let corpus = open(&config(dir.path(), "*.txt")).unwrap();
-    let batch = corpus.train_stream(3).next_batch().unwrap();
+    let dataset = open(&config(dir.path(), "*.txt")).unwrap();
+    let batch = dataset.train_stream(3).next_batch().unwrap();
     assert_eq!(batch.documents, None);
     assert_eq!(batch.predicted(), 23.0);
     assert_eq!(batch.targets[..23], batch.tokens[1..]);
@@ -84,8 +85,8 @@ fn records_come_one_by_one_in_file_order_padded_on_the_right() {
     let mut config = config(dir.path(), "*.jsonl");
     config.format = DataFormat::Tokens;
     config.pack = false;
-    let corpus = Corpus::open(&config, None, 10, 0).unwrap();
-    let mut stream = corpus.train_stream(2);
+    let dataset = Dataset::open(&config, None, 10, 0).unwrap();
+    let mut stream = dataset.train_stream(2);
     let first = stream.next_batch().unwrap();
     assert_eq!((first.batch, first.sequence), (2, 8));
     assert_eq!(first.tokens, [[1, 2, 3, 0, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0, 0, 0]].concat());
@@ -103,7 +104,7 @@ fn wide_rows_are_padded_to_the_longest_of_the_batch() {
     let dir = folder(&[("a.jsonl", &[record(3), record(60), record(65), record(130)].concat())]);
     let mut config = config(dir.path(), "*.jsonl");
     (config.format, config.pack, config.sequence_length) = (DataFormat::Tokens, false, 150);
-    let mut stream = Corpus::open(&config, None, 10, 0).unwrap().train_stream(1);
+    let mut stream = Dataset::open(&config, None, 10, 0).unwrap().train_stream(1);
     let widths: Vec<usize> = (0..4).map(|_| stream.next_batch().unwrap().sequence).collect();
     assert_eq!(widths, [64, 64, 128, 150]);
 }
@@ -114,7 +115,7 @@ fn wrong_records_are_named_by_file_and_line() {
         let dir = folder(&[("a.jsonl", text)]);
         let mut config = config(dir.path(), "*.jsonl");
         (config.format, config.pack) = (DataFormat::Tokens, false);
-        let error = Corpus::open(&config, None, 10, 0).err().unwrap();
+        let error = Dataset::open(&config, None, 10, 0).err().unwrap();
         let message = error.to_string();
         message.strip_prefix(&format!("{}/a.jsonl:", dir.path().display())).unwrap_or(&message).to_owned()
     };
@@ -136,7 +137,7 @@ fn long_records_can_be_cut() {
     let dir = folder(&[("a.jsonl", "{\"tokens\": [1,2,3,4,5,6,7,8,9]}")]);
     let mut config = config(dir.path(), "*.jsonl");
     (config.format, config.pack, config.too_long) = (DataFormat::Tokens, false, TooLong::Truncate);
-    let batch = Corpus::open(&config, None, 10, 0).unwrap().train_stream(1).next_batch().unwrap();
+    let batch = Dataset::open(&config, None, 10, 0).unwrap().train_stream(1).next_batch().unwrap();
     assert_eq!(batch.tokens, [1, 2, 3, 4, 5, 6, 7, 8]);
     assert_eq!(batch.predicted(), 7.0);
 }
@@ -147,15 +148,15 @@ fn a_stream_that_seeks_equals_one_that_never_stopped() {
     for (pack, shuffle) in [(true, true), (true, false), (false, true), (false, false)] {
         let mut config = config(dir.path(), "*.jsonl");
         (config.format, config.pack, config.shuffle) = (DataFormat::Tokens, pack, shuffle);
-        let corpus = Corpus::open(&config, None, 100, 9).unwrap();
-        let mut whole = corpus.train_stream(4);
+        let dataset = Dataset::open(&config, None, 100, 9).unwrap();
+        let mut whole = dataset.train_stream(4);
         let mut seen = Vec::new();
         for _ in 0..40 {
             seen.push((whole.position(), whole.next_batch().unwrap()));
         }
         assert!(whole.position().epoch > 1);
-        // A new process opens the corpus anew, here from the cache, and reads the position from JSON.
-        let again = Corpus::open(&config, None, 100, 9).unwrap();
+        // A new process opens the dataset anew, here from the cache, and reads the position from JSON.
+        let again = Dataset::open(&config, None, 100, 9).unwrap();
         for at in [0, 1, 7, 23, 39] {
             let mut stream = again.train_stream(4);
             let position = serde_json::to_string(&seen[at].0).unwrap();
@@ -173,9 +174,9 @@ fn a_position_in_other_data_is_refused() {
     let dir = folder(&[("a.jsonl", &records(50))]);
     let mut config = config(dir.path(), "*.jsonl");
     (config.format, config.shuffle) = (DataFormat::Tokens, true);
-    let position = Corpus::open(&config, None, 100, 9).unwrap().train_stream(4).position();
+    let position = Dataset::open(&config, None, 100, 9).unwrap().train_stream(4).position();
     let refused = |config: &DataConfig, seed| {
-        let mut stream = Corpus::open(config, None, 100, seed).unwrap().train_stream(4);
+        let mut stream = Dataset::open(config, None, 100, seed).unwrap().train_stream(4);
         stream.seek(position) == Err(DataError::Changed)
     };
     assert!(!refused(&config, 9));
@@ -193,7 +194,7 @@ fn an_epoch_shows_every_sequence_once_in_an_order_of_its_own() {
     let dir = folder(&[("a.jsonl", &records(60))]);
     let mut config = config(dir.path(), "*.jsonl");
     (config.format, config.pack, config.shuffle) = (DataFormat::Tokens, false, true);
-    let mut stream = Corpus::open(&config, None, 100, 1).unwrap().train_stream(1);
+    let mut stream = Dataset::open(&config, None, 100, 1).unwrap().train_stream(1);
     let mut epoch = || (0..60).map(|_| stream.next_batch().unwrap().tokens[0]).collect::<Vec<_>>();
     let (first, second) = (epoch(), epoch());
     assert_ne!(first, second);
@@ -244,18 +245,18 @@ fn validation_takes_its_files_or_its_share() {
     let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
     let dir = folder(&files);
     let mut config = config(dir.path(), "*.txt");
-    let corpus = open(&config).unwrap();
-    assert!(!corpus.has_valid() && corpus.valid_batches(4).next().is_none() && corpus.bigram().is_none());
+    let dataset = open(&config).unwrap();
+    assert!(!dataset.has_valid() && dataset.valid_batches(4).next().is_none() && dataset.bigram().is_none());
     config.valid = vec![dir.path().join("0*.txt").to_string_lossy().into_owned()];
-    let corpus = open(&config).unwrap();
-    assert_eq!((corpus.train_tokens(), corpus.valid_tokens()), (100, 100));
-    let batches: Vec<HostBatch> = corpus.valid_batches(4).map(|batch| batch.unwrap()).collect();
+    let dataset = open(&config).unwrap();
+    assert_eq!((dataset.train_tokens(), dataset.valid_tokens()), (100, 100));
+    let batches: Vec<HostBatch> = dataset.valid_batches(4).map(|batch| batch.unwrap()).collect();
     assert_eq!(batches.iter().map(|batch| batch.batch).collect::<Vec<_>>(), [4, 4, 4, 1]);
     assert_eq!(batches.iter().map(HostBatch::predicted).sum::<f64>(), 90.0);
-    assert!(corpus.bigram().unwrap() < 0.5);
+    assert!(dataset.bigram().unwrap() < 0.5);
     (config.valid, config.valid_fraction) = (Vec::new(), 0.12);
-    let corpus = open(&config).unwrap();
-    assert_eq!((corpus.train_tokens(), corpus.valid_tokens()), (170, 30));
+    let dataset = open(&config).unwrap();
+    assert_eq!((dataset.train_tokens(), dataset.valid_tokens()), (170, 30));
 }
 
 #[test]
@@ -263,9 +264,9 @@ fn a_single_text_gives_its_end_to_validation() {
     let dir = folder(&[("a.txt", "abcdefghijklmnopqrs")]);
     let mut config = config(dir.path(), "*.txt");
     config.valid_fraction = 0.25;
-    let corpus = open(&config).unwrap();
-    assert_eq!((corpus.train_tokens(), corpus.valid_tokens()), (15, 5));
-    let batch = corpus.valid_batches(1).next().unwrap().unwrap();
+    let dataset = open(&config).unwrap();
+    assert_eq!((dataset.train_tokens(), dataset.valid_tokens()), (15, 5));
+    let batch = dataset.valid_batches(1).next().unwrap().unwrap();
     assert_eq!(batch.tokens[..5], [112, 113, 114, 115, EOS]);
     let two = open(&DataConfig { valid_fraction: 0.99, ..config });
     assert!(matches!(two, Err(DataError::Nothing { key: "train", .. })));
@@ -288,17 +289,17 @@ fn limits_are_kept() {
     let lines = folder(&[("a.jsonl", "{\"tokens\":[1,2]}\n{\"tokens\":[3,4]}\n")]);
     let mut some = config(lines.path(), "*.jsonl");
     (some.format, some.max_bytes) = (DataFormat::Tokens, 20);
-    assert_eq!(Corpus::open(&some, None, 10, 0).unwrap().train_tokens(), 2);
+    assert_eq!(Dataset::open(&some, None, 10, 0).unwrap().train_tokens(), 2);
 }
 
 #[test]
-fn bytes_that_are_not_text_are_told() {
+fn bytes_that_are_not_text_are_reported() {
     let dir = folder(&[("a.txt", "fine")]);
     std::fs::write(dir.path().join("b.txt"), [b'a', 0xff, b'b']).unwrap();
     for _ in 0..2 {
-        let corpus = open(&config(dir.path(), "*.txt")).unwrap();
+        let dataset = open(&config(dir.path(), "*.txt")).unwrap();
         assert_eq!(
-            corpus.notes(),
+            dataset.notes(),
             ["data.train: bytes that are not UTF-8 were read as U+FFFD; files that have such: 1"]
         );
     }
@@ -312,9 +313,9 @@ fn large_files_are_read_in_blocks() {
     let dir = folder(&[("a.txt", &text), ("b.txt", "b")]);
     let mut config = config(dir.path(), "*.txt");
     config.sequence_length = text.len() + 1;
-    let corpus = open(&config).unwrap();
-    assert_eq!(corpus.train_tokens(), text.len() as u64 + 3);
-    let batch = corpus.train_stream(1).next_batch().unwrap();
+    let dataset = open(&config).unwrap();
+    assert_eq!(dataset.train_tokens(), text.len() as u64 + 3);
+    let batch = dataset.train_stream(1).next_batch().unwrap();
     assert!(batch.tokens[..text.len()].iter().copied().eq(text.bytes().map(i32::from)));
     assert_eq!((batch.tokens[text.len()], &batch.documents), (EOS, &None));
 }
@@ -322,7 +323,7 @@ fn large_files_are_read_in_blocks() {
 #[test]
 fn text_needs_a_tokenizer() {
     let dir = folder(&[("a.txt", "abc")]);
-    let error = Corpus::open(&config(dir.path(), "*.txt"), None, 259, 0).err().unwrap();
+    let error = Dataset::open(&config(dir.path(), "*.txt"), None, 259, 0).err().unwrap();
     assert_eq!(error, DataError::NoTokenizer);
 }
 
@@ -336,15 +337,15 @@ fn chat_config(dir: &Path, glob: &str) -> DataConfig {
     .unwrap();
     DataConfig {
         format: DataFormat::Chat,
-        tokenizer: "bytes-chat".into(),
+        tokenizer: TokenizerName::BytesChat,
         chat_template: dir.join("template.jinja"),
         sequence_length: 16,
         ..config(dir, glob)
     }
 }
 
-fn open_chat(config: &DataConfig) -> Result<Corpus, DataError> {
-    Corpus::open(config, Some(&Tokenizer::bytes_chat()), 259, 3)
+fn open_chat(config: &DataConfig) -> Result<Dataset, DataError> {
+    Dataset::open(config, Some(&Tokenizer::bytes_chat()), 259, 3)
 }
 
 fn talk(question: &str, answer: &str) -> String {
@@ -374,8 +375,8 @@ fn the_assistants_words_are_learned_by_their_weight() {
     config.pack = false;
     for _ in 0..2 {
         // Made, then from the cache.
-        let corpus = open_chat(&config).unwrap();
-        let batch = corpus.train_stream(2).next_batch().unwrap();
+        let dataset = open_chat(&config).unwrap();
+        let batch = dataset.train_stream(2).next_batch().unwrap();
         assert_eq!(batch.tokens, [chat_text("_a._b._c._de."), vec![0; 3], chat_text("_f._g."), vec![0; 10]].concat());
         let mut mask = vec![0.0; 32];
         mask[9..12].fill(0.5); // d, e and the end
@@ -383,14 +384,14 @@ fn the_assistants_words_are_learned_by_their_weight() {
         assert_eq!(batch.loss_mask, mask);
         assert_eq!(batch.predicted(), 3.5);
         assert_eq!(
-            corpus.notes()[1..],
+            dataset.notes()[1..],
             [
                 "data.train: conversations: 1 with `conversations` (ShareGPT), 1 with `instruction` (Alpaca)"
                     .to_owned(),
                 "data.train: 5 of 19 tokens are learned (26.3 %)".into(),
             ]
         );
-        assert_eq!(corpus.template().unwrap().name, "chat_template.jinja");
+        assert_eq!(dataset.template().unwrap().name, "chat_template.jinja");
     }
 }
 
@@ -401,12 +402,12 @@ fn conversations_are_packed_whole() {
     let dir = folder(&[("a.jsonl", &lines.concat())]);
     let mut config = chat_config(dir.path(), "*.jsonl");
     config.shuffle = true;
-    let corpus = open_chat(&config).unwrap();
-    let mut stream = corpus.train_stream(1);
+    let dataset = open_chat(&config).unwrap();
+    let mut stream = dataset.train_stream(1);
     let mut epoch = || {
         let mut documents = Vec::new();
         let mut rows = Vec::new();
-        for _ in 0..corpus.train_sequences() {
+        for _ in 0..dataset.train_sequences() {
             let batch = stream.next_batch().unwrap();
             let numbers = batch.documents.clone().unwrap_or(vec![0; 16]);
             for document in 0..=*numbers.iter().max().unwrap() {
@@ -426,12 +427,12 @@ fn conversations_are_packed_whole() {
     whole.sort();
     assert!(first == whole && second == whole, "each conversation comes once and whole in each epoch");
     assert_ne!(rows, other_rows, "in an order of its own");
-    assert!(corpus.notes().iter().any(|note| note.contains("% full")), "{:?}", corpus.notes());
+    assert!(dataset.notes().iter().any(|note| note.contains("% full")), "{:?}", dataset.notes());
     // From any position, as all data.
-    let mut whole = corpus.train_stream(3);
+    let mut whole = dataset.train_stream(3);
     for _ in 0..50 {
         let position = whole.position();
-        let mut other = corpus.train_stream(3);
+        let mut other = dataset.train_stream(3);
         other.seek(position).unwrap();
         assert_eq!(other.next_batch().unwrap(), whole.next_batch().unwrap());
     }
@@ -442,9 +443,9 @@ fn reading_ahead_changes_nothing() {
     let dir = folder(&[("a.txt", &(0..90).map(|n| format!("text number {n}\n\n")).collect::<String>())]);
     let mut config = config(dir.path(), "*.txt");
     config.shuffle = true;
-    let corpus = open(&config).unwrap();
-    let want = |batches| Want { sequences: 3 * batches, share: 0..3 * batches, batches };
-    let (mut plain, mut ahead) = (corpus.train_stream(3), Ahead::new(corpus.train_stream(3)));
+    let dataset = open(&config).unwrap();
+    let want = |batches| BatchRequest { sequences: 3 * batches, share: 0..3 * batches, batches };
+    let (mut plain, mut ahead) = (dataset.train_stream(3), Prefetcher::new(dataset.train_stream(3)));
     // As many passes as was announced, and twice another number; over several epochs.
     for (passes, announced) in
         [(1, Some(1)), (1, Some(2)), (1, Some(2)), (2, None), (2, Some(1)), (2, Some(30)), (30, None)]
@@ -482,15 +483,15 @@ fn broken_conversations_are_named_or_left_out() {
     let mut config = chat_config(dir.path(), "*.jsonl");
     config.broken = Broken::Skip;
     for _ in 0..2 {
-        let corpus = open_chat(&config).unwrap();
-        assert_eq!(corpus.train_tokens(), 12);
-        let note = &corpus.notes()[2];
+        let dataset = open_chat(&config).unwrap();
+        assert_eq!(dataset.train_tokens(), 12);
+        let note = &dataset.notes()[2];
         assert!(note.starts_with("data.train: 8 records were broken and left out: "), "{note}");
         assert!(note.contains("a.jsonl:2 (the conversation has no assistant message), "), "{note}");
         assert!(note.ends_with("a.jsonl:6 (`messages[0]` has no content), and 3 more"), "{note}");
     }
     // A token that the model does not have is no fault of the record's.
-    let error = Corpus::open(&config, Some(&Tokenizer::bytes_chat()), 100, 0).err().unwrap().to_string();
+    let error = Dataset::open(&config, Some(&Tokenizer::bytes_chat()), 100, 0).err().unwrap().to_string();
     assert!(error.contains("token 246 is outside the model's vocabulary of 100"), "{error}");
 }
 
@@ -503,9 +504,9 @@ fn conversations_that_are_too_long() {
     let error = with(TooLong::Error).err().unwrap();
     assert!(error.to_string().ends_with("a.jsonl:2: the record has 25 tokens; data.sequence_length is 16"), "{error}");
     assert!(error.hint().unwrap().contains("data.too_long"));
-    let note = |corpus: &Corpus, what: &str| {
-        let note = corpus.notes().iter().find(|note| note.contains(what));
-        note.unwrap_or_else(|| panic!("{:?}", corpus.notes())).replace(&format!("{}/", dir.path().display()), "")
+    let note = |dataset: &Dataset, what: &str| {
+        let note = dataset.notes().iter().find(|note| note.contains(what));
+        note.unwrap_or_else(|| panic!("{:?}", dataset.notes())).replace(&format!("{}/", dir.path().display()), "")
     };
     let skipped = with(TooLong::Skip).unwrap();
     assert_eq!(
@@ -528,8 +529,8 @@ fn conversations_need_a_template() {
     assert_eq!(error.to_string(), "`bytes` has no chat template");
     assert!(error.hint().unwrap().contains("bytes-chat"));
     config.sequence_length = 200;
-    let corpus = open_chat(&config).unwrap();
-    assert!(corpus.template().is_none(), "it comes with the tokenizer");
+    let dataset = open_chat(&config).unwrap();
+    assert!(dataset.template().is_none(), "it comes with the tokenizer");
     config.chat_template = dir.path().join("nowhere.jinja");
     let error = open_chat(&config).err().unwrap().to_string();
     assert!(error.contains("nowhere.jinja"), "{error}");
@@ -574,7 +575,7 @@ fn what_the_data_are() {
     let mut config = chat_config(dir.path(), "*.jsonl");
     config.valid_fraction = 0.2;
     let inspection = open_chat(&config).unwrap().inspect(3);
-    let Figures { documents, tokens, learned, lengths, histogram, fill, .. } = inspection.train.clone();
+    let SplitStats { documents, tokens, learned, lengths, histogram, fill, .. } = inspection.train.clone();
     assert_eq!(documents + inspection.valid.unwrap().documents, 40);
     assert_eq!(lengths, [6, 10, 14]);
     assert_eq!(histogram.iter().map(|(_, count)| *count as usize).sum::<usize>(), documents);

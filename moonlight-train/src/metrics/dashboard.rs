@@ -1,115 +1,347 @@
-//! The figures as burn-train's metrics, which its dashboard plots.
+//! burn-train's terminal dashboard, driven through its renderer interface.
+//!
+//! burn-train counts epochs. Here an epoch is the steps between two validations, so that the dashboard shows how far the
+//! next one is; everything else (schedule, validation, checkpoints, resuming) goes by the step.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{JoinHandle, spawn};
 
-use burn::tensor::TensorReadError;
+use burn::train::Interrupter;
 use burn::train::metric::state::{FormatOptions, NumericMetricState};
 use burn::train::metric::{
-    Adaptor, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes, NumericEntry,
-    SerializedEntry,
+    MetricDefinition, MetricEntry, MetricId, MetricName, NumericAttributes, NumericEntry, SerializedEntry,
 };
-use burn::train::{LearnerModel, SupervisedTraining};
+use burn::train::renderer::{MetricState, MetricsRenderer, default_renderer};
 
-use super::{FIGURES, Figure, Figures};
-use crate::trainer::Trainee;
+use super::{METRICS, Metric, Metrics, Reporter, Split};
+use crate::error::TrainError;
+use crate::trainer::terminal;
 
-/// Registers every figure: all for training, the loss and the perplexity for validation too.
-pub(crate) fn register(training: SupervisedTraining<Trainee>) -> SupervisedTraining<Trainee>
-where
-    Trainee: LearnerModel,
-{
-    FIGURES.iter().fold(training, |training, figure| {
-        let training = training.metric_train_numeric(FigureMetric::new(figure));
-        if matches!(figure.key, "loss" | "perplexity") {
-            training.metric_valid_numeric(FigureMetric::new(figure))
-        } else {
-            training
-        }
-    })
+/// The steps of a run, as the dashboard's progress bars show them.
+#[derive(Debug, Clone)]
+pub(crate) struct Progress {
+    /// The run's name.
+    pub(crate) label: String,
+    /// Steps taken before the run started or resumed.
+    pub(crate) first: u64,
+    /// Steps of the whole run.
+    pub(crate) steps: u64,
+    /// Steps between two validations; 0 for one at the end only.
+    pub(crate) validate_every: u64,
 }
 
-#[derive(Clone)]
-struct FigureMetric {
+impl Progress {
+    fn epoch_steps(&self) -> u64 {
+        let steps = self.steps.max(1);
+        if self.validate_every == 0 { steps } else { self.validate_every.min(steps) }
+    }
+}
+
+/// The dashboard of a run; dropping it gives the terminal back.
+///
+/// The renderer has a thread of its own, because its `k` (kill the run) panics in whoever calls it next and it offers no
+/// other sign of it. So the panic ends that thread, and the training loop sees a closed channel.
+pub(crate) struct Dashboard {
+    /// `None` once closed.
+    metrics: Option<Sender<Metrics>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Dashboard {
+    /// Takes over the terminal. Its `s` stops the run through `interrupter`.
+    pub(crate) fn open(progress: Progress, interrupter: Interrupter) -> Self {
+        terminal::remember();
+        let renderer = default_renderer(interrupter, None);
+        let (metrics, received) = channel();
+        let thread = spawn(move || show(renderer, &progress, &received));
+        Self { metrics: Some(metrics), thread: Some(thread) }
+    }
+
+    /// Waits until the terminal is given back.
+    fn close(&mut self) -> Result<(), TrainError> {
+        self.metrics = None;
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        // The renderer's methods panic for a kill and for nothing else.
+        thread.join().map_err(|_| {
+            // `keep_interrupt_key` may have changed the mode while the renderer restored it.
+            terminal::restore_mode();
+            TrainError::Killed
+        })
+    }
+}
+
+impl Reporter for Dashboard {
+    fn begin_step(&mut self) {
+        terminal::keep_interrupt_key();
+    }
+
+    fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
+        let sent = self.metrics.as_ref().is_some_and(|sender| sender.send(metrics.clone()).is_ok());
+        if sent {
+            return Ok(());
+        }
+        self.close()?;
+        Err(TrainError::Killed)
+    }
+
+    fn finish(&mut self) -> Result<(), TrainError> {
+        self.close()
+    }
+}
+
+impl Drop for Dashboard {
+    fn drop(&mut self) {
+        let _ = self.close();
+    }
+}
+
+/// Shows metrics until the sender is gone.
+fn show(mut renderer: Box<dyn MetricsRenderer>, progress: &Progress, received: &Receiver<Metrics>) {
+    let epoch_steps = progress.epoch_steps();
+    let mut tracked: Vec<Tracked> = METRICS.iter().map(Tracked::new).collect();
+    tracked.iter().for_each(|tracked| renderer.register_metric(tracked.definition()));
+    let (epochs, first) = (progress.steps.div_ceil(epoch_steps), progress.first / epoch_steps + 1);
+    renderer.start(epochs as usize, first as usize, None, Some(&progress.label));
+    let mut started = None;
+    for metrics in received {
+        let step = metrics.step.max(1);
+        let epoch = (step - 1) / epoch_steps + 1;
+        let done = (step - 1) % epoch_steps + 1;
+        if metrics.split == Split::Valid {
+            renderer.start_split("valid", 1);
+            let mut validated: Vec<Tracked> = METRICS.iter().filter(|m| m.validated).map(Tracked::new).collect();
+            for tracked in &mut validated {
+                renderer.update_valid(tracked.update(&metrics));
+            }
+            renderer.update_split(1);
+            renderer.log_event_training("Iteration".into());
+            validated.iter_mut().for_each(|tracked| renderer.update_valid(tracked.finish()));
+            renderer.end_split();
+            continue;
+        }
+        if started != Some(epoch) {
+            if started.is_some() {
+                renderer.update_epoch(epoch as usize - 1);
+            }
+            let left = progress.steps.saturating_sub((epoch - 1) * epoch_steps);
+            renderer.start_split("train", epoch_steps.min(left) as usize);
+            started = Some(epoch);
+        }
+        tracked.iter_mut().for_each(|tracked| renderer.update_train(tracked.update(&metrics)));
+        renderer.update_split(done as usize);
+        // The dashboard counts events of one name to show how many there are in a second.
+        renderer.log_event_training("Iteration".into());
+        if done == epoch_steps || step == progress.steps {
+            tracked.iter_mut().for_each(|tracked| renderer.update_train(tracked.finish()));
+            renderer.end_split();
+        }
+    }
+    renderer.end();
+    let _ = renderer.on_train_end(None);
+}
+
+/// One metric over the steps of an epoch, with its mean.
+struct Tracked {
+    metric: &'static Metric,
     name: MetricName,
-    unit: Option<&'static str>,
-    of: fn(&Figures) -> Option<f64>,
+    id: MetricId,
     state: NumericMetricState,
-    /// Whether the figure was ever there; some are measured every so many steps.
+    /// Whether there was a value in this epoch; some metrics are measured every so many steps.
     seen: bool,
 }
 
-impl FigureMetric {
-    fn new(figure: &Figure) -> Self {
-        Self {
-            name: Arc::new(figure.title.to_owned()),
-            unit: figure.unit,
-            of: figure.of,
-            state: NumericMetricState::new(),
-            seen: false,
+impl Tracked {
+    fn new(metric: &'static Metric) -> Self {
+        let name: MetricName = Arc::new(metric.title.to_owned());
+        let id = MetricId::new(name.clone());
+        Self { metric, name, id, state: NumericMetricState::new(), seen: false }
+    }
+
+    fn definition(&self) -> MetricDefinition {
+        let unit = self.metric.unit.map(str::to_owned);
+        let attributes = NumericAttributes { unit, higher_is_better: self.metric.higher_is_better };
+        MetricDefinition {
+            metric_id: self.id.clone(),
+            name: self.name.clone(),
+            description: None,
+            attributes: attributes.into(),
         }
+    }
+
+    /// The state after one more step.
+    fn update(&mut self, metrics: &Metrics) -> MetricState {
+        if let Some(value) = (self.metric.value)(metrics) {
+            self.state.update(value, 1);
+            self.seen = true;
+        }
+        self.rendered(self.state.compute_update(self.format()), self.state.current_value())
+    }
+
+    /// The epoch's mean; the next epoch starts from nothing.
+    fn finish(&mut self) -> MetricState {
+        let state = self.rendered(self.state.compute_final(self.format()), self.state.final_value());
+        self.state.reset();
+        self.seen = false;
+        state
+    }
+
+    fn rendered(&self, entry: SerializedEntry, value: NumericEntry) -> MetricState {
+        let unit = self.metric.unit;
+        let entry = if self.seen { entry } else { SerializedEntry::not_available(unit) };
+        MetricState::Numeric(MetricEntry::new(self.id.clone(), entry), self.seen.then_some(value))
     }
 
     fn format(&self) -> FormatOptions {
         let format = FormatOptions::new(self.name.clone()).precision(4);
-        match self.unit {
+        match self.metric.unit {
             Some(unit) => format.unit(unit),
             None => format,
         }
     }
 }
 
-impl Metric for FigureMetric {
-    type Input = Figures;
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
 
-    fn name(&self) -> MetricName {
-        self.name.clone()
-    }
+    use burn::train::logger::{EvaluationProgressLogger, TrainingProgressLogger};
+    use burn::train::renderer::{EvaluationName, MetricsRendererEvaluation, MetricsRendererTraining};
 
-    fn attributes(&self) -> MetricAttributes {
-        let higher_is_better = self.unit == Some("tokens/s");
-        NumericAttributes { unit: self.unit.map(str::to_owned), higher_is_better }.into()
-    }
+    use super::*;
 
-    fn update(&mut self, figures: &Figures, _metadata: &MetricMetadata) -> Result<SerializedEntry, TensorReadError> {
-        if let Some(value) = (self.of)(figures) {
-            self.state.update(value, 1);
-            self.seen = true;
+    /// Writes down what it is told.
+    #[derive(Clone, Default)]
+    struct Recorder(Arc<Mutex<Vec<String>>>);
+
+    impl Recorder {
+        fn note(&self, line: String) {
+            self.0.lock().unwrap().push(line);
         }
-        if !self.seen {
-            return Ok(SerializedEntry::not_available(self.unit));
+
+        fn state(&self, split: &str, state: &MetricState) {
+            if let MetricState::Numeric(entry, Some(value)) = state
+                && entry.metric_id == MetricId::new(Arc::new("Loss".into()))
+            {
+                self.note(format!("{split} loss {}", value.serialize()));
+            }
         }
-        Ok(self.state.compute_update(self.format()))
     }
 
-    fn compute(&mut self) -> Result<SerializedEntry, TensorReadError> {
-        if !self.seen {
-            return Ok(SerializedEntry::not_available(self.unit));
+    impl MetricsRendererTraining for Recorder {
+        fn update_train(&mut self, state: MetricState) {
+            self.state("train", &state);
         }
-        Ok(self.state.compute_final(self.format()))
+        fn update_valid(&mut self, state: MetricState) {
+            self.state("valid", &state);
+        }
     }
 
-    fn clear(&mut self) {
-        self.state.reset();
-        self.seen = false;
-    }
-}
-
-impl Numeric for FigureMetric {
-    fn value(&self) -> Option<NumericEntry> {
-        self.seen.then(|| self.state.current_value())
+    impl MetricsRendererEvaluation for Recorder {
+        fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
     }
 
-    fn running_value(&self) -> Option<NumericEntry> {
-        self.seen.then(|| self.state.running_value())
+    impl TrainingProgressLogger for Recorder {
+        fn start(&mut self, epochs: usize, first: usize, _items: Option<usize>, label: Option<&str>) {
+            self.note(format!("start {first} of {epochs}: {}", label.unwrap_or_default()));
+        }
+        fn update_epoch(&mut self, epoch: usize) {
+            self.note(format!("epoch {epoch} is over"));
+        }
+        fn start_split(&mut self, split: &str, items: usize) {
+            self.note(format!("{split} of {items}"));
+        }
+        fn update_split(&mut self, items: usize) {
+            self.note(format!("at {items}"));
+        }
+        fn end_split(&mut self) {
+            self.note("split is over".into());
+        }
+        fn end(&mut self) {
+            self.note("end".into());
+        }
+        fn log_event_training(&mut self, _event: String) {}
     }
 
-    fn final_value(&self) -> NumericEntry {
-        self.state.final_value()
+    impl EvaluationProgressLogger for Recorder {
+        fn start_global_progress(&mut self, _tests: usize) {}
+        fn start_test(&mut self, _name: &str, _items: usize) {}
+        fn update_test_progress(&mut self, _items: usize) {}
+        fn end_test(&mut self) {}
+        fn end_global_progress(&mut self) {}
+        fn log_event_evaluation(&mut self, _event: String) {}
     }
-}
 
-impl Adaptor<Figures> for Figures {
-    fn adapt(&self) -> Figures {
-        self.clone()
+    impl MetricsRenderer for Recorder {
+        fn manual_close(&mut self) {}
+        fn register_metric(&mut self, definition: MetricDefinition) {
+            if definition.name.as_str() == "Loss" {
+                self.note("registered".into());
+            }
+        }
+    }
+
+    #[test]
+    fn an_epoch_is_the_steps_between_two_validations() {
+        let recorder = Recorder::default();
+        let progress = Progress { label: "run".into(), first: 2, steps: 5, validate_every: 2 };
+        let (sender, received) = channel();
+        let metrics = |split, step, loss| Metrics { split, step, loss: Some(loss), ..Metrics::default() };
+        for (split, step, loss) in [
+            (Split::Train, 3, 3.0),
+            (Split::Train, 4, 1.0),
+            (Split::Valid, 4, 2.5),
+            (Split::Train, 5, 0.5),
+            (Split::Valid, 5, 0.25),
+        ] {
+            sender.send(metrics(split, step, loss)).unwrap();
+        }
+        drop(sender);
+        show(Box::new(recorder.clone()), &progress, &received);
+        let expected = [
+            "registered",
+            "start 2 of 3: run",
+            "train of 2",
+            "train loss 3,1",
+            "at 1",
+            "train loss 1,1",
+            "at 2",
+            "train loss 2,final",
+            "split is over",
+            "valid of 1",
+            "valid loss 2.5,1",
+            "at 1",
+            "valid loss 2.5,final",
+            "split is over",
+            "epoch 2 is over",
+            "train of 1",
+            "train loss 0.5,1",
+            "at 1",
+            "train loss 0.5,final",
+            "split is over",
+            "valid of 1",
+            "valid loss 0.25,1",
+            "at 1",
+            "valid loss 0.25,final",
+            "split is over",
+            "end",
+        ];
+        assert_eq!(*recorder.0.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn a_renderer_that_ends_by_itself_is_a_kill() {
+        let (metrics, received) = channel::<Metrics>();
+        let thread = spawn(move || {
+            let _received = received;
+            std::panic::resume_unwind(Box::new("killed")); // without the panic's message
+        });
+        let mut dashboard = Dashboard { metrics: Some(metrics), thread: Some(thread) };
+        let error = loop {
+            if let Err(error) = dashboard.report(&Metrics::default()) {
+                break error;
+            }
+        };
+        assert!(matches!(error, TrainError::Killed));
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::Figures;
+use super::{Metrics, Reporter};
 use crate::error::TrainError;
 
 /// The open file.
@@ -17,7 +17,7 @@ pub(crate) struct MetricsFile {
 }
 
 impl MetricsFile {
-    /// Opens the file for a run that goes on behind `step`: lines of later steps, left by the run that was stopped, are
+    /// Opens the file for a run that resumes from `step`: lines of later steps, left by the run that was stopped, are
     /// dropped, and so is a last line that was cut short.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
         let kept = match File::open(path) {
@@ -31,10 +31,11 @@ impl MetricsFile {
         let file = OpenOptions::new().append(true).open(path).map_err(TrainError::write(path))?;
         Ok(Self { path: path.to_owned(), file })
     }
+}
 
-    /// Appends a line.
-    pub(crate) fn write(&mut self, figures: &Figures) -> Result<(), TrainError> {
-        let mut line = serde_json::to_string(figures).expect("numbers and names are always JSON");
+impl Reporter for MetricsFile {
+    fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
+        let mut line = serde_json::to_string(metrics).expect("numbers and names are always JSON");
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(TrainError::write(&self.path))
     }
@@ -58,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_behind_the_checkpoint_are_dropped() {
+    fn lines_after_the_checkpoint_are_dropped() {
         let text = "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"st";
         assert_eq!(lines_until(text.as_bytes(), 2).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
     }

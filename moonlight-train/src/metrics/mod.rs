@@ -1,16 +1,21 @@
-//! The figures of a run: one record for the dashboard, the log line, `metrics.jsonl` and TensorBoard alike.
+//! The metrics of a run: one record for the dashboard, the log line, `metrics.jsonl` and TensorBoard alike.
+//!
+//! A new metric needs a field of [`Metrics`] and its row of [`METRICS`] here, its value where it is measured (for what a
+//! step measures, `trainer/step_result.rs`), and, to be in the log line, a column in `console.rs`.
 
+mod console;
 mod dashboard;
 mod file;
-mod line;
 mod memory;
+mod reporter;
 
-use burn::train::ItemLazy;
 use serde::Serialize;
 
-pub(crate) use dashboard::register;
+pub(crate) use console::ConsoleLines;
+pub(crate) use dashboard::{Dashboard, Progress};
 pub(crate) use file::MetricsFile;
 pub use memory::{peak_memory_mib, resident_memory_mib};
+pub(crate) use reporter::{LogEvery, Reporter};
 
 /// Which data a record is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -23,9 +28,9 @@ pub enum Split {
     Valid,
 }
 
-/// The figures of one step or one validation; what was not measured is absent.
+/// The metrics of one step or one validation; what was not measured is absent.
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Figures {
+pub struct Metrics {
     /// Training or validation.
     pub split: Split,
     /// Steps taken so far, this one included.
@@ -70,37 +75,78 @@ pub struct Figures {
     pub update_rms_adamw: Option<f64>,
 }
 
-/// One figure: its name in files, its name on the dashboard, and how to get it.
-pub(crate) struct Figure {
+/// How one metric is shown.
+pub(crate) struct Metric {
+    /// Its name in files and on TensorBoard.
     pub(crate) key: &'static str,
+    /// Its name on the dashboard.
     pub(crate) title: &'static str,
     pub(crate) unit: Option<&'static str>,
-    pub(crate) of: fn(&Figures) -> Option<f64>,
+    pub(crate) higher_is_better: bool,
+    /// Whether validations have it too.
+    pub(crate) validated: bool,
+    pub(crate) value: fn(&Metrics) -> Option<f64>,
+    /// The plot at the end of a run; `None` for none.
+    pub(crate) plot: Option<Plot>,
 }
 
-/// Every figure, in the order in which it is shown.
-pub(crate) const FIGURES: &[Figure] = &[
-    Figure { key: "loss", title: "Loss", unit: None, of: |f| f.loss },
-    Figure { key: "perplexity", title: "Perplexity", unit: None, of: |f| f.perplexity },
-    Figure { key: "lr", title: "Learning rate", unit: None, of: |f| f.lr },
-    Figure { key: "grad_norm", title: "Gradient norm", unit: None, of: |f| f.grad_norm },
-    Figure { key: "tokens_per_second", title: "Speed", unit: Some("tokens/s"), of: |f| f.tokens_per_second },
-    Figure { key: "memory_mib", title: "Memory", unit: Some("MiB"), of: |f| f.memory_mib },
-    Figure { key: "expert_imbalance", title: "Expert imbalance", unit: None, of: |f| f.expert_imbalance },
-    Figure { key: "dead_experts", title: "Dead experts", unit: None, of: |f| f.dead_experts },
-    Figure { key: "max_attention_logit", title: "Largest attention logit", unit: None, of: |f| f.max_attention_logit },
-    Figure { key: "update_rms_muon", title: "Update RMS, Muon", unit: None, of: |f| f.update_rms_muon },
-    Figure { key: "update_rms_adamw", title: "Update RMS, AdamW", unit: None, of: |f| f.update_rms_adamw },
+/// A plot of a metric over the steps.
+pub(crate) struct Plot {
+    /// The file's name without its extension.
+    pub(crate) file: &'static str,
+    pub(crate) title: &'static str,
+    /// The legend of the training steps' curve; that of a validated metric has a second curve, "validation".
+    pub(crate) legend: &'static str,
+}
+
+impl Metric {
+    const fn new(key: &'static str, title: &'static str, value: fn(&Metrics) -> Option<f64>) -> Self {
+        Self { key, title, unit: None, higher_is_better: false, validated: false, value, plot: None }
+    }
+
+    const fn unit(self, unit: &'static str) -> Self {
+        Self { unit: Some(unit), ..self }
+    }
+
+    const fn plot(self, file: &'static str, title: &'static str, legend: &'static str) -> Self {
+        Self { plot: Some(Plot { file, title, legend }), ..self }
+    }
+
+    const fn validated(self) -> Self {
+        Self { validated: true, ..self }
+    }
+}
+
+/// Every metric, in the order in which the dashboard shows them.
+pub(crate) const METRICS: &[Metric] = &[
+    Metric::new("loss", "Loss", |m| m.loss).validated().plot("loss", "Loss (nats per token)", "training"),
+    Metric::new("perplexity", "Perplexity", |m| m.perplexity).validated(),
+    Metric::new("lr", "Learning rate", |m| m.lr).plot("lr", "Learning rate", "learning rate"),
+    Metric::new("grad_norm", "Gradient norm", |m| m.grad_norm).plot("grad_norm", "Gradient norm", "before clipping"),
+    Metric {
+        higher_is_better: true,
+        ..Metric::new("tokens_per_second", "Speed", |m| m.tokens_per_second).unit("tokens/s")
+    },
+    Metric::new("memory_mib", "Memory", |m| m.memory_mib).unit("MiB"),
+    Metric::new("expert_imbalance", "Expert imbalance", |m| m.expert_imbalance).plot(
+        "expert_load",
+        "Expert load, busiest over mean (worst layer)",
+        "imbalance",
+    ),
+    Metric::new("dead_experts", "Dead experts", |m| m.dead_experts),
+    Metric::new("max_attention_logit", "Largest attention logit", |m| m.max_attention_logit),
+    Metric::new("update_rms_muon", "Update RMS, Muon", |m| m.update_rms_muon),
+    Metric::new("update_rms_adamw", "Update RMS, AdamW", |m| m.update_rms_adamw),
 ];
 
-impl Figures {
-    /// Every figure that was measured, under its name on TensorBoard: `train/loss`.
+impl Metrics {
+    /// Every metric that was measured, under its name on TensorBoard: `train/loss`.
     pub(crate) fn scalars(&self) -> impl Iterator<Item = (String, f64)> + '_ {
         let split = match self.split {
             Split::Train => "train",
             Split::Valid => "valid",
         };
-        FIGURES.iter().filter_map(move |figure| Some((format!("{split}/{}", figure.key), (figure.of)(self)?)))
+        METRICS.iter().filter_map(move |metric| Some((format!("{split}/{}", metric.key), (metric.value)(self)?)))
     }
 
     /// The balance of the experts' load: the worst layer's maximum over mean, and the number of experts without a
@@ -118,12 +164,6 @@ impl Figures {
     }
 }
 
-impl ItemLazy for Figures {
-    fn sync(self) -> Result<Self, burn::tensor::ExecutionError> {
-        Ok(self) // numbers on the host already
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,14 +171,14 @@ mod tests {
     #[test]
     fn balance_is_of_the_worst_layer_and_dead_experts_are_counted() {
         let loads = [None, Some(vec![4, 4, 4, 4]), Some(vec![0, 8, 8, 0])];
-        assert_eq!(Figures::balance(&loads), Some((2.0, 2.0)));
-        assert_eq!(Figures::balance(&[None]), None);
+        assert_eq!(Metrics::balance(&loads), Some((2.0, 2.0)));
+        assert_eq!(Metrics::balance(&[None]), None);
     }
 
     #[test]
     fn a_record_holds_what_was_measured() {
-        let figures = Figures { step: 3, tokens: 96, loss: Some(1.5), ..Figures::default() };
-        let json = serde_json::to_string(&figures).unwrap();
+        let metrics = Metrics { step: 3, tokens: 96, loss: Some(1.5), ..Metrics::default() };
+        let json = serde_json::to_string(&metrics).unwrap();
         assert_eq!(json, r#"{"split":"train","step":3,"tokens":96,"loss":1.5}"#);
     }
 }

@@ -1,64 +1,67 @@
 //! What to change in a run so that it fits.
 
-use super::{Plan, Setting};
+use super::{MemorySettings, Plan};
 
 /// A change, with all before it, and what the run needs then.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Advice {
-    /// As it stands in a recipe.
+    /// As a recipe writes it.
     pub change: String,
     /// Bytes with this change and those before it.
     pub peak: u64,
 }
 
-/// A way to need less: its words in a recipe, and the setting with it; `None` where it is taken already or has no place.
-type Change = fn(&Setting) -> Option<(String, Setting)>;
+/// A way to need less: its words in a recipe, and the settings with it; `None` where it is taken already or has no place.
+type Change = fn(&MemorySettings) -> Option<(String, MemorySettings)>;
 
 /// From what costs nothing to what costs the most: time first, then what the result is worth.
 const LADDER: &[Change] = &[
-    |setting| setting.probed.then(|| ("train.probe_every = 0".into(), Setting { probed: false, ..setting.clone() })),
-    |setting| {
+    |settings| {
+        settings.probed.then(|| ("train.probe_every = 0".into(), MemorySettings { probed: false, ..settings.clone() }))
+    },
+    |settings| {
         let chunk = 1024;
-        let tokens = setting.batch * setting.sequence;
-        let all = setting.loss_chunk_tokens == 0 || setting.loss_chunk_tokens > chunk;
-        (all && tokens > chunk)
-            .then(|| ("train.loss_chunk_tokens = 1024".into(), Setting { loss_chunk_tokens: chunk, ..setting.clone() }))
+        let tokens = settings.batch * settings.sequence;
+        let all = settings.loss_chunk_tokens == 0 || settings.loss_chunk_tokens > chunk;
+        (all && tokens > chunk).then(|| {
+            ("train.loss_chunk_tokens = 1024".into(), MemorySettings { loss_chunk_tokens: chunk, ..settings.clone() })
+        })
     },
-    |setting| {
-        (!setting.recompute).then(|| {
+    |settings| {
+        (!settings.recompute).then(|| {
             let words = "train.activation_checkpointing = \"block\"".into();
-            (words, Setting { recompute: true, ..setting.clone() })
+            (words, MemorySettings { recompute: true, ..settings.clone() })
         })
     },
-    |setting| {
-        (setting.batch > 1 && !setting.fused).then(|| {
+    |settings| {
+        (settings.batch > 1 && !settings.fused).then(|| {
             let words =
-                format!("train.batch_size = 1, train.gradient_accumulation = {} times what it is", setting.batch);
-            (words, Setting { batch: 1, accumulates: true, ..setting.clone() })
+                format!("train.batch_size = 1, train.gradient_accumulation = {} times what it is", settings.batch);
+            (words, MemorySettings { batch: 1, accumulates: true, ..settings.clone() })
         })
     },
-    |setting| {
-        (setting.muon && setting.momentum_bytes == 4).then(|| {
+    |settings| {
+        (settings.muon && settings.momentum_bytes == 4).then(|| {
             let words = "optimizer.momentum_dtype = \"bf16\"".into();
-            (words, Setting { momentum_bytes: 2, ..setting.clone() })
+            (words, MemorySettings { momentum_bytes: 2, ..settings.clone() })
         })
     },
-    |setting| {
-        (setting.bytes == 4).then(|| {
+    |settings| {
+        (settings.bytes == 4).then(|| {
             let words = "model.dtype = \"bf16\"".into();
-            (words, Setting { bytes: 2, ..setting.clone() })
+            (words, MemorySettings { bytes: 2, ..settings.clone() })
         })
     },
-    |setting| {
-        (setting.bytes < 4 && setting.masters).then(|| {
+    |settings| {
+        (settings.bytes < 4 && settings.masters).then(|| {
             let words = "optimizer.rounding = \"stochastic\"".into();
-            (words, Setting { masters: false, ..setting.clone() })
+            (words, MemorySettings { masters: false, ..settings.clone() })
         })
     },
-    |setting| {
-        (!setting.fused).then(|| {
+    |settings| {
+        (!settings.fused).then(|| {
             let words = "train.fuse_update = true, train.gradient_clip = 0, train.gradient_accumulation = 1".into();
-            (words, Setting { fused: true, accumulates: false, ..setting.clone() })
+            (words, MemorySettings { fused: true, accumulates: false, ..settings.clone() })
         })
     },
 ];
@@ -89,12 +92,12 @@ impl Plan {
 
     /// What each change comes to, those before it included; a change that has no place is left out.
     fn with(&self, changes: &[Change]) -> Vec<Advice> {
-        let mut setting = self.setting.clone();
+        let mut settings = self.settings.clone();
         let mut taken = Vec::new();
         for change in changes {
-            let Some((change, changed)) = change(&setting) else { continue };
+            let Some((change, changed)) = change(&settings) else { continue };
             let peak = Plan::new(self.config.clone(), changed.clone()).peak();
-            setting = changed;
+            settings = changed;
             taken.push(Advice { change, peak });
         }
         taken
@@ -109,7 +112,7 @@ mod tests {
 
     /// Moonlight-16B in bf16 with f32 masters, one sequence of 4096 tokens a micro-batch, on a GPU.
     fn sixteen() -> Plan {
-        let setting = Setting {
+        let settings = MemorySettings {
             batch: 1,
             sequence: 4096,
             bytes: 2,
@@ -119,6 +122,7 @@ mod tests {
             accumulates: false,
             muon: true,
             momentum_bytes: 4,
+            second_moment_bytes: 0,
             masters: true,
             cpu: false,
             plain_attention: false,
@@ -128,7 +132,7 @@ mod tests {
             packed: None,
             probed: false,
         };
-        Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), setting)
+        Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), settings)
     }
 
     #[test]

@@ -1,35 +1,35 @@
 //! What a model or a run needs before it is started: parameters, floating-point operations, memory by part.
 //!
-//! * `activations.rs`: what a layer keeps for its gradient.
-//! * `memory.rs`: a step followed from moment to moment.
-//! * `operations.rs`: the work of a token.
+//! * `activation_memory.rs`: what a layer keeps for its gradient.
+//! * `step_memory.rs`: a training step followed phase by phase.
+//! * `flops.rs`: the floating-point operations of a token and of an optimizer step.
 //! * `advice.rs`: what to change so that a run fits.
-//! * `available.rs`: what this machine has left.
-//! * `scale.rs`: the same on several GPUs, and what goes between them.
+//! * `system_memory.rs`: the memory that this machine has left.
+//! * `multi_gpu.rs`: the same on several GPUs, and what they send each other.
 
-mod activations;
+mod activation_memory;
 mod advice;
-mod available;
-mod memory;
-mod operations;
-mod scale;
+mod flops;
+mod multi_gpu;
+mod step_memory;
+mod system_memory;
 #[cfg(test)]
 mod tests;
 
+use moonlight_infer::device::Target;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterCount;
+use moonlight_optim::{Adaptive, MomentumPrecision, Rounding};
 
-use crate::device::Target;
 use crate::error::TrainError;
 use crate::frozen::frozen_parameters;
-use crate::recipe::{Checkpointing, HalfOrFull, LoraRecipe, NO_TOKENIZER, OptimizerName, Recipe, RoundingName};
-use crate::tokenizer::Tokenizer;
+use crate::recipe::{Checkpointing, LoraRecipe, ModelDtype, OptimizerName, Recipe};
 
 pub use advice::Advice;
-pub use available::available_memory;
-pub use memory::{Moment, Part, Setting, TakenBy};
-pub use operations::{Operations, newton_schulz, tokens_until};
-pub use scale::{Item, Machines, Scale};
+pub use flops::{TokenFlops, newton_schulz_flops, tokens_until};
+pub use multi_gpu::{Cluster, MultiGpuPlan, Quantity};
+pub use step_memory::{MemoryPart, MemorySettings, StepPhase, UpdatedBy};
+pub use system_memory::available_memory;
 
 /// Threads of the CPU that a plan counts with.
 #[derive(Debug, Clone, Copy)]
@@ -42,16 +42,16 @@ impl Threads {
     }
 }
 
-impl Setting {
+impl MemorySettings {
     /// How a recipe trains a model of this shape, on the CPU or elsewhere.
     ///
     /// # Errors
     ///
     /// A pattern of `train.freeze` that does not fit the model.
     pub fn of_recipe(recipe: &Recipe, config: &ModelConfig, cpu: bool, threads: Threads) -> Result<Self, TrainError> {
-        let half = match recipe.model.dtype.as_str() {
-            "bf16" | "f16" => true,
-            "auto" if !cpu => config.dtype.as_deref().is_some_and(|dtype| dtype != "float32"),
+        let half = match recipe.model.dtype {
+            ModelDtype::Bf16 | ModelDtype::F16 => true,
+            ModelDtype::Auto if !cpu => config.dtype.as_deref().is_some_and(|dtype| dtype != "float32"),
             _ => false,
         };
         let accumulates = recipe.train.gradient_accumulation > 1
@@ -65,10 +65,11 @@ impl Setting {
             fused: recipe.train.fuse_update,
             accumulates,
             muon: recipe.optimizer.name == OptimizerName::Muon,
-            momentum_bytes: if recipe.optimizer.momentum_dtype == HalfOrFull::Bf16 { 2 } else { 4 },
-            masters: recipe.optimizer.rounding == RoundingName::Master,
+            momentum_bytes: if recipe.optimizer.muon.momentum_precision == MomentumPrecision::Bf16 { 2 } else { 4 },
+            second_moment_bytes: if matches!(recipe.optimizer.muon.adaptive, Adaptive::AdaMuon { .. }) { 4 } else { 0 },
+            masters: recipe.optimizer.muon.rounding == Rounding::MasterWeights,
             cpu,
-            plain_attention: cpu && recipe.model.dtype == "f16",
+            plain_attention: cpu && recipe.model.dtype == ModelDtype::F16,
             threads: threads.0,
             frozen: frozen_parameters(config, &recipe.train.freeze)?,
             lora: recipe.lora.as_ref().map(LoraRecipe::config),
@@ -87,15 +88,15 @@ pub struct Plan {
     /// The model's shape.
     pub config: ModelConfig,
     /// How it trains.
-    pub setting: Setting,
-    moments: Vec<Moment>,
+    pub settings: MemorySettings,
+    phases: Vec<StepPhase>,
 }
 
 impl Plan {
-    /// The plan of a shape under a setting.
-    pub fn new(config: ModelConfig, setting: Setting) -> Self {
-        let moments = memory::moments(&config, &setting);
-        Self { config, setting, moments }
+    /// The plan of a shape under a settings.
+    pub fn new(config: ModelConfig, settings: MemorySettings) -> Self {
+        let phases = step_memory::phases(&config, &settings);
+        Self { config, settings, phases }
     }
 
     /// The plan of a recipe, for the device that it names.
@@ -104,41 +105,38 @@ impl Plan {
     ///
     /// A tokenizer, a model or a device that does not open.
     pub fn of_recipe(recipe: &Recipe, threads: Threads) -> Result<Self, TrainError> {
-        let tokenizer = match recipe.data.tokenizer.as_str() {
-            NO_TOKENIZER => None,
-            name => Some(Tokenizer::open(name)?),
-        };
+        let tokenizer = recipe.data.tokenizer.open()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
         let cpu = Target::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
-        let setting = Setting::of_recipe(recipe, &config, cpu, threads)?;
-        Ok(Self::new(config, setting))
+        let settings = MemorySettings::of_recipe(recipe, &config, cpu, threads)?;
+        Ok(Self::new(config, settings))
     }
 
-    /// The moment that needs the most memory.
-    pub fn largest(&self) -> &Moment {
-        self.moments.iter().max_by_key(|moment| moment.total()).expect("a step has moments")
+    /// The phase that needs the most memory.
+    pub fn largest_phase(&self) -> &StepPhase {
+        self.phases.iter().max_by_key(|phase| phase.total()).expect("a step has phases")
     }
 
     /// The most memory that a step needs, bytes.
     pub fn peak(&self) -> u64 {
-        self.largest().total()
+        self.largest_phase().total()
     }
 
-    /// Operations of a token.
-    pub fn operations(&self) -> Operations {
-        Operations::of(&self.config, self.setting.sequence)
+    /// TokenFlops of a token.
+    pub fn token_flops(&self) -> TokenFlops {
+        TokenFlops::of(&self.config, self.settings.sequence)
     }
 
-    /// Operations of a step's Newton-Schulz with so many steps of it; `None` where Muon does not train the whole model.
-    pub fn newton_schulz(&self, steps: usize) -> Option<f64> {
-        let Setting { muon, cpu, frozen, lora, .. } = &self.setting;
+    /// TokenFlops of a step's Newton-Schulz with so many steps of it; `None` where Muon does not train the whole model.
+    pub fn newton_schulz_flops(&self, steps: usize) -> Option<f64> {
+        let MemorySettings { muon, cpu, frozen, lora, .. } = &self.settings;
         let whole = *muon && lora.is_none() && !frozen.contains(&true);
-        whole.then(|| newton_schulz(&self.config, steps, *cpu))
+        whole.then(|| newton_schulz_flops(&self.config, steps, *cpu))
     }
 
-    /// All moments of a step, in their order.
-    pub fn moments(&self) -> &[Moment] {
-        &self.moments
+    /// All phases of a step, in their order.
+    pub fn phases(&self) -> &[StepPhase] {
+        &self.phases
     }
 
     /// Parameters.

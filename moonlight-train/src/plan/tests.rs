@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::activations::{of_head, of_layer};
+use super::activation_memory::{of_head, of_layer};
 use super::*;
 
 const MODEL: &str = "path = \"moonshotai/Moonlight-16B-A3B\"";
@@ -41,8 +41,8 @@ fn plan((_, file, sets): Way, sequence: usize) -> Plan {
     let mut sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     sets.push(format!("data.sequence_length={sequence}"));
     let recipe = Recipe::parse(&text, &path, &sets).unwrap();
-    let setting = Setting::of_recipe(&recipe, &config, false, Threads(1)).unwrap();
-    Plan::new(config, setting)
+    let settings = MemorySettings::of_recipe(&recipe, &config, false, Threads(1)).unwrap();
+    Plan::new(config, settings)
 }
 
 fn gigabytes(bytes: u64) -> String {
@@ -71,8 +71,8 @@ fn the_page_ends_in_what_the_code_computes() {
         let mut both = Vec::new();
         for sequence in LENGTHS {
             let plan = plan(way, sequence);
-            let moment = plan.largest();
-            let parts: Vec<String> = Part::ALL.iter().map(|&part| gigabytes(moment.of(part))).collect();
+            let moment = plan.largest_phase();
+            let parts: Vec<String> = MemoryPart::ALL.iter().map(|&part| gigabytes(moment.of(part))).collect();
             let (name, tokens, total) = (way.0, grouped(sequence as u64), gigabytes(moment.total()));
             let row = format!("| {name} | {tokens} | {} | {} | **{total}** |", moment.what, parts.join(" | "));
             if !page.contains(&row) {
@@ -97,14 +97,14 @@ fn what_the_page_works_out_is_what_the_code_computes() {
     let mut values = |number: u64| numbers.push(number);
     for sequence in LENGTHS {
         let all = plan(WAYS[0], sequence);
-        let moe = of_layer(&all.config, 1, &all.setting, &[]);
-        let dense = of_layer(&all.config, 0, &all.setting, &[]);
+        let moe = of_layer(&all.config, 1, &all.settings, &[]);
+        let dense = of_layer(&all.config, 0, &all.settings, &[]);
         [moe.kept, moe.transient, dense.kept, dense.transient].into_iter().for_each(&mut values);
         values(sequence as u64 * all.config.hidden_size as u64);
         for way in [WAYS[2], WAYS[4], WAYS[5]] {
             let lora = plan(way, sequence);
-            let adapters = lora.setting.lora.as_ref().unwrap().adapter_shapes(&lora.config);
-            values(of_layer(&lora.config, 1, &lora.setting, &adapters).kept);
+            let adapters = lora.settings.lora.as_ref().unwrap().adapter_shapes(&lora.config);
+            values(of_layer(&lora.config, 1, &lora.settings, &adapters).kept);
             let count = |shape: &[usize]| shape.iter().product::<usize>() as u64;
             values(adapters.iter().map(|adapter| count(&adapter.a) + count(&adapter.b)).sum());
         }
@@ -114,4 +114,20 @@ fn what_the_page_works_out_is_what_the_code_computes() {
     [config.parameter_count().total, kept, logits].into_iter().for_each(&mut values);
     let missing: Vec<String> = numbers.into_iter().map(grouped).filter(|number| !page.contains(number)).collect();
     assert!(missing.is_empty(), "docs/memory.md lacks {missing:?}");
+}
+
+#[test]
+fn adamuon_keeps_a_second_moment_of_each_value() {
+    let text = "[model]\npreset = \"bench-small\"\n[data]\ntrain = [\"x\"]\n[optimizer]\nlearning_rate = 1e-3\n[train]\nsteps = 1\n";
+    let state = |variant: &str| {
+        let sets = [format!("optimizer.adaptive={variant}")];
+        let recipe = Recipe::parse(text, std::path::Path::new("recipe.toml"), &sets).unwrap();
+        let config = recipe.model.config(0).unwrap();
+        let setting = MemorySettings::of_recipe(&recipe, &config, false, Threads(1)).unwrap();
+        Plan::new(config, setting).largest_phase().of(MemoryPart::OptimizerState)
+    };
+    let (plain, ada) = (state("off"), state("ada_muon"));
+    assert_eq!(state("nor_muon"), plain);
+    // Twice the state of what Muon has; AdamW's two moments of the rest are as they were.
+    assert!(ada > plain && ada < 2 * plain, "{plain} {ada}");
 }

@@ -2,34 +2,32 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
-use super::expand::expand;
-use super::section::Section;
-use crate::eval::Task;
+use super::check::Check;
+use moonlight_infer::eval::Task;
+use moonlight_infer::expand;
 
-/// `[eval]`: what the model is asked before the first step and after the last.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+/// What the model is asked before the first step and after the last.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct EvalConfig {
-    /// `tasks`: files of rows, as `moonlight eval --task` reads them. Default: none.
+    /// Files of rows, as `moonlight eval --task` reads them.
     pub tasks: Vec<String>,
-    /// `shots`: examples before each multiple-choice question. Default: 0.
+    /// Examples before each multiple-choice question.
     pub shots: usize,
-    /// `limit`: rows of each file; 0 for all. Default: 0.
+    /// Rows of each file; 0 for all.
     pub limit: usize,
 }
 
 impl EvalConfig {
-    pub(super) fn read(section: &mut Section<'_>) -> Self {
-        let tasks = section.strings("tasks").unwrap_or_default();
-        for text in &tasks {
+    pub(super) fn check(&self, check: &mut Check<'_>) {
+        for text in &self.tasks {
             if let Err(name) = expand(text) {
-                section.invalid("tasks", format!("has `{text}`, but the environment has no `{name}`"), None);
+                check.invalid("eval.tasks", format!("has `{text}`, but the environment has no `{name}`"), None);
             }
         }
-        let shots = section.whole("shots").unwrap_or(0) as usize;
-        let limit = section.whole("limit").unwrap_or(0) as usize;
-        Self { tasks, shots, limit }
     }
 
     /// The tasks; examples go before questions only.

@@ -1,78 +1,152 @@
 //! Recipes: one strict TOML file says everything about a run.
 //!
-//! [`Recipe::load`] reads a file, lays `--set section.key=value` over it, fills in the defaults and checks every
-//! value; an unknown key, a wrong type or an impossible value is an error that names the key and the line.
-//! [`Recipe::to_toml`] writes the resolved recipe with every default spelled out; reading that gives the same recipe.
+//! A section is a struct with serde's derives; its field names are the keys, its `Default` has the defaults, its docs are what
+//! editors and `docs/recipe.md` show, and its `check` has what a type cannot say. Reading has two parts:
+//!
+//! 1. [`Draft::parse`] reads text, lays `--set section.key=value` over it, and checks every key by itself and beside the others. It
+//!    touches no disk. An unknown key, a wrong type or an impossible value is an error that names the key and the line.
+//! 2. [`Draft::resolve`] finds the model that the recipe names, and what follows from it: the folder of the weights, or the whole
+//!    shape; the longest sequence; the tokenizer.
+//!
+//! [`Recipe::load`] does both. [`Recipe::to_toml`] writes the resolved recipe with every default spelled out; reading that gives the
+//! same recipe.
 //!
 //! Paths and globs are relative to the working directory, except a `[model] preset` that is a file, which is
 //! relative to the recipe that names it. Zero means "no limit" or "never" where the key says so.
 
+mod check;
 mod data;
 mod distributed;
+mod document;
 mod error;
 mod eval;
-mod expand;
 mod lora;
 mod model;
 mod optimizer;
+mod reader;
 mod run;
 mod schedule;
-mod section;
+mod schema;
 mod train;
-mod tree;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
-pub use data::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Broken, DataConfig, DataFormat, NO_TOKENIZER, TooLong};
-pub use distributed::{DistributedRecipe, FormName};
+pub use data::{Broken, DataConfig, DataFormat, NO_TOKENIZER, TokenizerName, TooLong};
+pub use distributed::DistributedRecipe;
 pub use error::RecipeError;
 pub use eval::EvalConfig;
-pub use expand::expand;
 pub use lora::LoraRecipe;
-pub use model::{ModelRecipe, ModelSource, Quantise};
-pub use optimizer::{HalfOrFull, OptimizerName, OptimizerRecipe, RoundingName, ScaleName};
-pub use run::{RunConfig, SampleConfig};
-pub use schedule::{AccumulationChange, ScheduleConfig, ScheduleName, Stage, StageShape};
+pub use model::{ModelDtype, ModelRecipe, Quantise};
+pub use optimizer::{OptimizerName, OptimizerRecipe};
+pub use run::{DeviceName, RunConfig, SampleConfig};
+pub use schema::schema;
 pub use train::{Checkpointing, MoeRecipe, TrainConfig};
 
-use section::Reader;
-use tree::Tree;
+use check::Check;
+use document::Node;
 
-use crate::schedule::Schedule;
+use crate::schedule::{AccumulationChange, ScheduleConfig};
 
 /// A resolved recipe: what `moonlight train` was asked to do.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// `[run]`: the run's name, folder, seed and device.
+    /// The run's name, folder, seed and device.
+    #[serde(default)]
     pub run: RunConfig,
-    /// `[model]`: where the model comes from.
+    /// Where the model comes from.
+    #[serde(default)]
     pub model: ModelRecipe,
-    /// `[data]`: what it reads.
+    /// What the model reads.
+    #[serde(default)]
     pub data: DataConfig,
-    /// `[optimizer]`: Muon or AdamW, and its constants.
+    /// Muon or AdamW, and their settings.
+    #[serde(default)]
     pub optimizer: OptimizerRecipe,
-    /// `[schedule]`: the learning rate over the steps.
+    /// The learning rate over the steps.
+    #[serde(default)]
     pub schedule: ScheduleConfig,
-    /// `[train]`: steps, batches, validation, checkpoints.
+    /// Steps, batches, validation, checkpoints.
+    #[serde(default)]
     pub train: TrainConfig,
-    /// `[moe]`: the balance of the experts.
+    /// The balance of the experts.
+    #[serde(default)]
     pub moe: MoeRecipe,
-    /// `[lora]`: adapters beside a frozen model; absent where the model itself is trained.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Adapters beside a frozen model; absent where the model itself is trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraRecipe>,
-    /// `[distributed]`: several workers; absent where there is one.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Several workers; absent where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distributed: Option<DistributedRecipe>,
-    /// `[sample]`: what the trained model writes at the end.
+    /// What the trained model writes at the end.
+    #[serde(default)]
     pub sample: SampleConfig,
-    /// `[eval]`: what it is asked before and after.
+    /// What the model is asked before and after.
+    #[serde(default)]
     pub eval: EvalConfig,
 }
 
+/// A recipe as it was written, checked as far as that can be done without looking for its model.
+#[derive(Debug)]
+pub struct Draft {
+    recipe: Recipe,
+    document: Node,
+    /// The folder that it was read from.
+    folder: Option<PathBuf>,
+}
+
+impl Draft {
+    /// Reads the text of a recipe from `path`, lays each `section.key=value` of `sets` over it, fills in defaults and checks it.
+    ///
+    /// # Errors
+    ///
+    /// [`RecipeError`], which names the key and the place.
+    pub fn parse(text: &str, path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
+        let mut document = Node::parse(text, &path.display().to_string())?;
+        for set in sets {
+            document.set(set)?;
+        }
+        // A misspelt key is often a required one: it is reported before the absence of the latter.
+        if let Some(unknown) = schema::unknown_key(&document) {
+            return Err(unknown);
+        }
+        let mut recipe: Recipe = reader::read(&document)?;
+        let mut check = Check::new(&document);
+        recipe.fill(path, &check);
+        recipe.check(&mut check);
+        check.finish()?;
+        Ok(Self { recipe, document, folder: path.parent().map(Path::to_owned) })
+    }
+
+    /// The recipe with its model found and with the defaults that follow from it: looks at the disk and in the Hub's cache, and
+    /// fetches nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`RecipeError`] for a model that cannot be found or is none, and for what does not go with it.
+    pub fn resolve(self) -> Result<Recipe, RecipeError> {
+        let Self { mut recipe, document, folder } = self;
+        let mut check = Check::new(&document);
+        if let Some(config) = recipe.model.resolve(folder.as_deref(), &mut check) {
+            let longest = config.max_position_embeddings;
+            if !check.has("data.sequence_length") {
+                recipe.data.sequence_length = recipe.data.sequence_length.min(longest);
+            }
+            recipe.data.check_length(longest, &mut check);
+        }
+        if !check.has("data.tokenizer") {
+            recipe.data.tokenizer = TokenizerName::default_for(recipe.data.format, recipe.model.path.as_deref());
+        }
+        check.finish()?;
+        Ok(recipe)
+    }
+}
+
 impl Recipe {
-    /// Reads a recipe, lays each `section.key=value` of `sets` over it, fills in defaults and checks it.
+    /// Reads a recipe, lays each `section.key=value` of `sets` over it, fills in defaults, checks it and finds its model.
     ///
     /// # Errors
     ///
@@ -89,61 +163,53 @@ impl Recipe {
     ///
     /// [`RecipeError`], which names the key and the place.
     pub fn parse(text: &str, path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
-        let file = path.display().to_string();
-        let mut tree = Tree::parse(text, &file)?;
-        for set in sets {
-            tree.set(set)?;
+        Draft::parse(text, path, sets)?.resolve()
+    }
+
+    /// Fills in the defaults that follow from other keys.
+    fn fill(&mut self, path: &Path, written: &Check<'_>) {
+        if !written.has("run.name") {
+            self.run.name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
         }
-        let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-        let mut reader = Reader::new(tree, &file);
-        let run = reader.section("run", |section| RunConfig::read(section, &stem));
-        let model = reader.section("model", |section| ModelRecipe::read(section, path.parent()));
-        let limit = model.max_position_embeddings();
-        let data = reader.section("data", |section| DataConfig::read(section, &run, &model, limit));
-        let optimizer = reader.section("optimizer", OptimizerRecipe::read);
-        let schedule = reader.section("schedule", ScheduleConfig::read);
-        let train = reader.section("train", |section| TrainConfig::read(section, &schedule));
-        let moe = reader.section("moe", |section| MoeRecipe::read(section, &model));
-        let lora = reader.section("lora", LoraRecipe::read);
-        if lora.is_some()
-            && let Some(conflict) = LoraRecipe::conflict(&file, &model, &optimizer, &schedule, &train, &moe)
-        {
-            reader.problem(conflict);
+        if !written.has("data.cache_dir") {
+            self.data.cache_dir = self.run.dir.join("token-cache");
         }
-        if lora.is_none() && model.quantise != Quantise::None {
-            reader.problem(RecipeError::Invalid {
-                place: file.clone(),
-                key: "model.quantise".into(),
-                problem: "is for weights that stand still, and without `[lora]` they are what is trained".into(),
-                hint: Some("add a `[lora]` section, or train in `dtype = \"bf16\"`".into()),
+        if !written.has("data.tokenizer") {
+            self.data.tokenizer = TokenizerName::default_for(self.data.format, None);
+        }
+        if !written.has("train.steps") && self.train.epochs == 0.0 {
+            self.train.steps = self.schedule.stages.iter().map(|stage| stage.steps).sum();
+        }
+        if !written.has("moe.bias_update_rate") && self.model.path.is_some() {
+            // The report's last stage and DeepSeek-V3's freeze the bias; fine-tuning starts from there.
+            self.moe.bias_update_rate = 0.0;
+        }
+    }
+
+    /// Everything that can be wrong but for the model.
+    fn check(&self, check: &mut Check<'_>) {
+        self.run.check(check);
+        self.model.check(self.lora.is_some(), check);
+        self.data.check(check);
+        self.optimizer.check(check);
+        schedule::check(&self.schedule, check);
+        self.train.check(&self.schedule, check);
+        self.moe.check(check);
+        if let Some(lora) = &self.lora {
+            lora.check(self, check);
+        }
+        if let Some(distributed) = &self.distributed {
+            distributed.check(check);
+            check.require("train.fuse_update", !self.train.fuse_update, || {
+                "updates each layer by the gradients of one worker; with `[distributed]` they are summed first".into()
             });
         }
-        let distributed = reader.section("distributed", DistributedRecipe::read);
-        if distributed.is_some() && train.fuse_update {
-            reader.problem(RecipeError::Invalid {
-                place: file.clone(),
-                key: "train.fuse_update".into(),
-                problem:
-                    "updates each layer by the gradients of one worker; with `[distributed]` they are summed first"
-                        .into(),
-                hint: None,
-            });
-        }
-        let sample = reader.section("sample", SampleConfig::read);
-        let eval = reader.section("eval", EvalConfig::read);
+        self.sample.check(check);
+        self.eval.check(check);
         // How long the schedule of a run of epochs is depends on its data.
-        if (train.steps > 0 || train.epochs == 0.0)
-            && let Err(error) = Schedule::new(&schedule, optimizer.learning_rate, train.steps)
-        {
-            reader.problem(RecipeError::Invalid {
-                place: file,
-                key: error.key.into(),
-                problem: error.problem,
-                hint: None,
-            });
+        if self.train.steps > 0 || self.train.epochs == 0.0 {
+            schedule::check_length(&self.schedule, self.optimizer.learning_rate, self.train.steps, check);
         }
-        reader.finish()?;
-        Ok(Self { run, model, data, optimizer, schedule, train, moe, lora, distributed, sample, eval })
     }
 
     /// The recipe with the steps that its epochs of `sequences` sequences are; as it is where it has no `epochs`. The last
@@ -201,5 +267,7 @@ fn steps_of(batches: f64, mut passes: usize, changes: &[AccumulationChange]) -> 
     steps + (left / passes as f64).ceil()
 }
 
+#[cfg(test)]
+mod reference;
 #[cfg(test)]
 mod tests;

@@ -1,89 +1,103 @@
 //! `[model]`.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
-use moonlight_convert::hub;
+use moonlight_infer::resolve_model;
+use moonlight_infer::tokenizer::Tokenizer;
+use moonlight_model::config::{GqaShape, MlaShape, MoeShape, RopeConfig, shape_keys};
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
-use serde::Serialize;
-use serde_json::{Map, Value};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value, json};
 
 use super::RecipeError;
-use super::run::path;
-use super::section::Section;
-use crate::checkpoint::Checkpoints;
-use crate::tokenizer::Tokenizer;
+use super::check::Check;
+use super::reader::flat;
+use super::run::optional_path;
+use super::schema::merged;
+use crate::hints::checkpoint_hint;
 
-/// The keys of `config.json` that shape a model of the family.
-const SHAPE_KEYS: &[&str] = &[
-    "attention_bias",
-    "bos_token_id",
-    "eos_token_id",
-    "first_k_dense_replace",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "kv_lora_rank",
-    "kv_norm_eps",
-    "max_position_embeddings",
-    "model_type",
-    "moe_intermediate_size",
-    "moe_layer_freq",
-    "n_group",
-    "n_routed_experts",
-    "n_shared_experts",
-    "norm_topk_prob",
-    "num_attention_heads",
-    "num_experts_per_tok",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "q_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "rms_norm_eps",
-    "rope_interleave",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "routed_scaling_factor",
-    "scoring_func",
-    "tie_word_embeddings",
-    "topk_group",
-    "topk_method",
-    "v_head_dim",
-    "vocab_size",
-];
+/// Where the model comes from: the `path` of weights, or a shape to be initialised from scratch.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct ModelRecipe {
+    /// The dtype of the weights.
+    pub dtype: ModelDtype,
+    /// The bits of frozen weights.
+    pub quantise: Quantise,
+    /// The folder of weights to start from, with their `config.json`; `None` for a shape.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// A shape by name; `None` once it is spelled out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preset: Option<String>,
+    /// Keys of `config.json`: the shape, or what differs from the preset.
+    #[serde(flatten)]
+    pub shape: Map<String, Value>,
+    /// Where the recipe says so.
+    #[serde(skip)]
+    place: String,
+}
 
-/// The dtypes that weights can have while they are trained.
-const DTYPES: &[&str] = &["auto", "f32", "bf16", "f16"];
+/// The keys of `[model]` that are not those of `config.json`.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(default)]
+struct Keys {
+    /// The dtype of the weights while they are trained.
+    dtype: ModelDtype,
+    /// The bits of the frozen projections beside which `[lora]` trains; embedding, head, norms and routers stay in `dtype`.
+    quantise: Quantise,
+    /// Weights to start from: a folder with their `config.json`, the folder of a run (its newest checkpoint), or `org/name` in the Hub's
+    /// cache (its snapshot).
+    #[serde(deserialize_with = "optional_path")]
+    path: Option<PathBuf>,
+    /// A shape by name, or a TOML or JSON file of `config.json`'s keys, relative to the recipe. Any key of `config.json` may be laid
+    /// over it; those keys alone are a shape, too.
+    preset: Option<String>,
+}
 
-/// Where the model comes from.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+/// The dtype of weights while they are trained.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum ModelSource {
-    /// `path`: weights and their `config.json`, in a folder; a run's folder is resolved to its newest checkpoint, `org/name` of the Hub's cache is resolved to its snapshot.
-    Path(PathBuf),
-    /// A shape, to be initialised from scratch; a `preset` is resolved to its shape when the recipe is read.
-    #[serde(untagged)]
-    Shape(Map<String, Value>),
+pub enum ModelDtype {
+    /// f32 on the CPU, elsewhere as stored.
+    #[default]
+    Auto,
+    /// 32 bits.
+    F32,
+    /// 16 bits, of which 8 are significant.
+    Bf16,
+    /// 16 bits, of which 11 are significant.
+    F16,
+}
+
+impl ModelDtype {
+    /// The name, as `--dtype` takes it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
 }
 
 /// The bits of frozen weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantise {
     /// As many as the dtype has.
+    #[default]
     None,
-    /// 8.
+    /// 8 bits, with a scale for each block.
     Int8,
-    /// 4.
+    /// 4 bits, with a scale for each block.
     Int4,
 }
 
 impl Quantise {
-    /// What the model is told; `None` for weights in full.
+    /// The model's own form of this setting; `None` for weights in full.
     pub fn bits(self) -> Option<QuantBits> {
         match self {
             Self::None => None,
@@ -93,84 +107,106 @@ impl Quantise {
     }
 }
 
-impl FromStr for Quantise {
-    type Err = ();
-
-    fn from_str(name: &str) -> Result<Self, ()> {
-        match name {
-            "none" => Ok(Self::None),
-            "int8" => Ok(Self::Int8),
-            "int4" => Ok(Self::Int4),
-            _ => Err(()),
-        }
+impl<'de> Deserialize<'de> for ModelRecipe {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (Keys { dtype, quantise, path, preset }, shape) = flat(deserializer)?;
+        Ok(Self { dtype, quantise, path, preset, shape, place: String::new() })
     }
 }
 
-/// `[model]`: where the model comes from.
-#[derive(Debug, Clone, Serialize)]
-pub struct ModelRecipe {
-    /// `dtype`: `auto` (f32 on the CPU, elsewhere as stored), `f32`, `bf16` or `f16`. Default: `auto`.
-    pub dtype: String,
-    /// `quantise`: `none`, `int8` or `int4`, the bits of the frozen projections beside which `[lora]` trains; embedding, head,
-    /// norms and routers stay in `dtype`. Default: `none`.
-    pub quantise: Quantise,
-    /// `path`, or `preset` with any key of `config.json` laid over it, or those keys alone.
-    #[serde(flatten)]
-    pub source: ModelSource,
-    /// Where the recipe says so.
-    #[serde(skip)]
-    place: String,
+impl JsonSchema for ModelRecipe {
+    fn schema_name() -> Cow<'static, str> {
+        "ModelRecipe".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let keys = shape_keys();
+        let others: Map<String, Value> = keys
+            .iter()
+            .map(|&key| (key.to_owned(), json!({"description": "As in the published `config.json`."})))
+            .collect();
+        let mut shape = merged(
+            "",
+            [
+                ModelConfig::json_schema(generator),
+                MlaShape::json_schema(generator),
+                GqaShape::json_schema(generator),
+                RopeConfig::json_schema(generator),
+                MoeShape::json_schema(generator),
+                json_schema!({"properties": others}),
+            ],
+        );
+        if let Some(properties) = shape.get_mut("properties").and_then(Value::as_object_mut) {
+            properties.retain(|key, _| keys.contains(&key.as_str()));
+        }
+        merged(
+            "Where the model comes from: the `path` of weights, a `preset`, or a shape in the words of `config.json`.",
+            [Keys::json_schema(generator), shape],
+        )
+    }
 }
 
 impl PartialEq for ModelRecipe {
     /// Where it was written makes no difference.
     fn eq(&self, other: &Self) -> bool {
-        self.dtype == other.dtype && self.quantise == other.quantise && self.source == other.source
+        let parts = |it: &Self| (it.dtype, it.quantise, it.path.clone(), it.preset.clone(), it.shape.clone());
+        parts(self) == parts(other)
     }
 }
 
 impl ModelRecipe {
-    pub(super) fn read(section: &mut Section<'_>, folder: Option<&Path>) -> Self {
-        let dtype = section.string("dtype").unwrap_or_else(|| "auto".into());
-        section.require("dtype", DTYPES.contains(&dtype.as_str()), || {
-            format!("is `{dtype}`; it must be one of: {}", DTYPES.join(", "))
-        });
-        let quantise = section.choice("quantise", &["none", "int8", "int4"]).unwrap_or(Quantise::None);
-        let has_path = section.has("path");
-        let weights = weights(section);
-        let preset = section.string("preset");
-        let written = section.rest(SHAPE_KEYS);
-        let place = section.place(if has_path { "path" } else { "" });
-        if has_path {
-            if let Some(key) = written.keys().next() {
-                section.invalid(key, "cannot change the shape of the weights at `model.path`", None);
+    pub(super) fn check(&self, frozen: bool, check: &mut Check<'_>) {
+        if self.path.is_some() {
+            if let Some(key) = self.shape.keys().next() {
+                let problem = "cannot change the shape of the weights at `model.path`";
+                check.invalid(&format!("model.{key}"), problem, None);
             }
-            section.require("preset", preset.is_none(), || "and `model.path` exclude each other".into());
-            let recipe = Self { dtype, quantise, source: ModelSource::Path(weights), place };
-            if let Err(error) = recipe.config(0) {
-                section.problem(error);
+            check.require("model.preset", self.preset.is_none(), || "and `model.path` exclude each other".into());
+        } else if self.preset.is_none() && self.shape.is_empty() {
+            check.missing("model.path", "`path` of weights to start from, `preset`, or the keys of a config.json");
+        }
+        if !frozen && self.quantise != Quantise::None {
+            let problem = "is for weights that stand still, and without `[lora]` they are what is trained";
+            let hint = "add a `[lora]` section, or train in `dtype = \"bf16\"`";
+            check.invalid("model.quantise", problem, Some(hint.into()));
+        }
+    }
+
+    /// Finds the weights at `path`, or spells out the shape with every default of `config.json`; a preset that is a file is looked for in
+    /// `folder` first. The model's configuration, of any vocabulary where neither shape nor weights say one.
+    pub(super) fn resolve(&mut self, folder: Option<&Path>, check: &mut Check<'_>) -> Option<ModelConfig> {
+        self.place = check.place(if self.path.is_some() { "model.path" } else { "model" });
+        if let Some(path) = &mut self.path {
+            match resolve_model(&path) {
+                Ok(found) => *path = found,
+                Err(error) => check.invalid("model.path", format!("is wrong: {error}"), checkpoint_hint(&error)),
             }
-            return recipe;
         }
-        let mut shape = match &preset {
-            None => Map::new(),
-            Some(name) => preset_shape(name, folder).unwrap_or_else(|problem| {
-                section.invalid("preset", problem, None);
-                Map::new()
-            }),
-        };
-        if preset.is_none() && written.is_empty() {
-            section.missing("path", "`path` of weights to start from, `preset`, or the keys of a config.json");
-            return Self { dtype, quantise, source: ModelSource::Shape(shape), place };
+        if let Some(name) = self.preset.take() {
+            match preset_shape(&name, folder) {
+                Ok(preset) => {
+                    let over = std::mem::replace(&mut self.shape, preset);
+                    self.shape.extend(over);
+                }
+                Err(problem) => {
+                    check.invalid("model.preset", problem, None);
+                    return None;
+                }
+            }
         }
-        shape.extend(written.into_iter().map(|(key, value)| (key, to_json(value))));
-        shape.entry("model_type").or_insert_with(|| "deepseek_v3".into());
-        let mut recipe = Self { dtype, quantise, source: ModelSource::Shape(shape), place };
-        match recipe.config(0) {
-            Ok(config) => recipe.spell_out(&config),
-            Err(error) => section.problem(error),
+        if self.path.is_none() {
+            self.shape.entry("model_type").or_insert_with(|| "deepseek_v3".into());
         }
-        recipe
+        match self.config(0) {
+            Ok(config) => {
+                self.spell_out(&config);
+                Some(config)
+            }
+            Err(error) => {
+                check.problem(error);
+                None
+            }
+        }
     }
 
     /// The model's configuration: the shape's own `vocab_size`, or else the tokenizer's, `vocab_size` (0 for unknown).
@@ -181,8 +217,8 @@ impl ModelRecipe {
     /// vocabulary is smaller than the tokenizer's.
     pub fn config(&self, vocab_size: usize) -> Result<ModelConfig, RecipeError> {
         let model = |source: ConfigError| RecipeError::Model { place: self.place.clone(), source };
-        let config = match &self.source {
-            ModelSource::Path(folder) => {
+        let config = match &self.path {
+            Some(folder) => {
                 let file = folder.join("config.json");
                 let text = std::fs::read_to_string(&file).map_err(|error| RecipeError::Invalid {
                     place: self.place.clone(),
@@ -192,8 +228,8 @@ impl ModelRecipe {
                 })?;
                 ModelConfig::from_json(&text).map_err(model)?
             }
-            ModelSource::Shape(shape) => {
-                let mut shape = shape.clone();
+            None => {
+                let mut shape = self.shape.clone();
                 // Any vocabulary will do to look at the rest of the shape.
                 let unknown = if vocab_size == 0 { u32::MAX as usize } else { vocab_size };
                 shape.entry("vocab_size").or_insert_with(|| unknown.into());
@@ -217,57 +253,40 @@ impl ModelRecipe {
     /// As [`config`](ModelRecipe::config); and a shape without `vocab_size` where there is no tokenizer.
     pub fn config_for(&self, tokenizer: Option<&Tokenizer>) -> Result<ModelConfig, RecipeError> {
         let vocab_size = tokenizer.map_or(0, Tokenizer::vocab_size);
-        if let ModelSource::Shape(shape) = &self.source {
-            if vocab_size == 0 && !shape.contains_key("vocab_size") {
-                let source = ConfigError::Missing { field: "vocab_size" };
-                return Err(RecipeError::Model { place: self.place.clone(), source });
-            }
-            let mut config = self.config(vocab_size)?;
-            if let Some(tokenizer) = tokenizer {
-                config.bos_token_id = config.bos_token_id.or(tokenizer.bos());
-                if config.eos_token_id.is_empty() {
-                    config.eos_token_id.extend(tokenizer.eos());
-                }
-            }
-            return Ok(config);
+        if self.path.is_some() {
+            return self.config(vocab_size);
         }
-        self.config(vocab_size)
-    }
-
-    /// The longest sequence that the model was made for, where the shape can be read.
-    pub(super) fn max_position_embeddings(&self) -> Option<usize> {
-        self.config(0).ok().map(|config| config.max_position_embeddings)
+        if vocab_size == 0 && !self.shape.contains_key("vocab_size") {
+            let source = ConfigError::Missing { field: "vocab_size" };
+            return Err(RecipeError::Model { place: self.place.clone(), source });
+        }
+        let mut config = self.config(vocab_size)?;
+        if let Some(tokenizer) = tokenizer {
+            config.bos_token_id = config.bos_token_id.or(tokenizer.bos());
+            if config.eos_token_id.is_empty() {
+                config.eos_token_id.extend(tokenizer.eos());
+            }
+        }
+        Ok(config)
     }
 
     /// Replaces the shape by what it means, every default of `config.json` spelled out.
     fn spell_out(&mut self, config: &ModelConfig) {
-        let ModelSource::Shape(shape) = &mut self.source else { return };
-        let vocab_size = shape.get("vocab_size").cloned();
-        let Value::Object(meaning) = config.to_value() else { return };
-        *shape = meaning
-            .into_iter()
-            .filter(|(key, value)| SHAPE_KEYS.contains(&key.as_str()) && !value.is_null() && key != "vocab_size")
-            .collect();
-        if let Some(vocab_size) = vocab_size {
-            shape.insert("vocab_size".into(), vocab_size);
+        if self.path.is_some() {
+            return;
         }
+        let vocab_size = self.shape.remove("vocab_size");
+        self.shape = shape_of(config, &["vocab_size"]);
+        self.shape.extend(vocab_size.map(|size| ("vocab_size".to_owned(), size)));
     }
 }
 
-/// `path`: a folder, the folder of a run, whose newest checkpoint is taken, or a model in the Hub's cache, whose snapshot
-/// is what the run is made from and names.
-fn weights(section: &mut Section<'_>) -> PathBuf {
-    let written = path(section, "path", "");
-    if !written.as_os_str().is_empty() && !written.join("config.json").exists() {
-        let run = Checkpoints::new(written.join("checkpoints"), 0, false, Vec::new(), None);
-        if let Some(newest) = run.newest() {
-            return newest;
-        }
-    }
-    hub::resolve(&written).unwrap_or_else(|error| {
-        section.invalid("path", format!("is wrong: {error}"), error.hint().as_deref());
-        written
-    })
+/// The keys of `config.json` that shape a model, but for some.
+fn shape_of(config: &ModelConfig, without: &[&str]) -> Map<String, Value> {
+    let Value::Object(mut shape) = config.to_value() else { return Map::new() };
+    let keys = shape_keys();
+    shape.retain(|key, value| keys.contains(&key.as_str()) && !without.contains(&key.as_str()) && !value.is_null());
+    shape
 }
 
 /// The shape that a preset names: one of the model crate's, or a TOML or JSON file of `config.json`'s keys.
@@ -275,40 +294,22 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     let is_toml = name.ends_with(".toml");
     if !is_toml && !name.ends_with(".json") {
         let config = ModelConfig::preset(name).map_err(|error| format!("is unknown: {error}"))?;
-        let Value::Object(mut shape) = config.to_value() else { return Ok(Map::new()) };
         // Which tokens begin and end a text is the tokenizer's to say.
-        let ids = ["bos_token_id", "eos_token_id"];
-        shape.retain(|key, value| {
-            SHAPE_KEYS.contains(&key.as_str()) && !ids.contains(&key.as_str()) && !value.is_null()
-        });
-        return Ok(shape);
+        return Ok(shape_of(&config, &["bos_token_id", "eos_token_id"]));
     }
     let beside = folder.map(|folder| folder.join(name)).filter(|path| path.exists());
     let file = beside.unwrap_or_else(|| PathBuf::from(name));
     let text =
         std::fs::read_to_string(&file).map_err(|error| format!("`{}` cannot be read: {error}", file.display()))?;
-    let value = if is_toml {
-        to_json(toml::Value::Table(toml::from_str(&text).map_err(|error| format!("`{name}`: {}", error.message()))?))
+    let mut shape: Map<String, Value> = if is_toml {
+        toml::from_str(&text).map_err(|error| format!("`{name}`: {}", error.message()))?
     } else {
         serde_json::from_str(&text).map_err(|error| format!("`{name}`: {error}"))?
     };
-    let Value::Object(mut shape) = value else { return Err(format!("`{name}` does not hold a table")) };
-    if let Some(key) = shape.keys().find(|key| is_toml && !SHAPE_KEYS.contains(&key.as_str())) {
+    let keys = shape_keys();
+    if let Some(key) = shape.keys().find(|key| is_toml && !keys.contains(&key.as_str())) {
         return Err(format!("`{name}` has the unknown key `{key}`"));
     }
-    shape.retain(|key, value| SHAPE_KEYS.contains(&key.as_str()) && !value.is_null());
+    shape.retain(|key, value| keys.contains(&key.as_str()) && !value.is_null());
     Ok(shape)
-}
-
-/// TOML as JSON; TOML's dates, which no shape has, become strings.
-fn to_json(value: toml::Value) -> Value {
-    match value {
-        toml::Value::String(text) => text.into(),
-        toml::Value::Integer(number) => number.into(),
-        toml::Value::Float(number) => number.into(),
-        toml::Value::Boolean(flag) => flag.into(),
-        toml::Value::Datetime(date) => date.to_string().into(),
-        toml::Value::Array(items) => items.into_iter().map(to_json).collect(),
-        toml::Value::Table(table) => table.into_iter().map(|(key, value)| (key, to_json(value))).collect(),
-    }
 }

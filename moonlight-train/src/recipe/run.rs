@@ -1,34 +1,39 @@
 //! `[run]` and `[sample]`.
 
+use std::ops::Deref;
 use std::path::PathBuf;
 
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize, de};
 
-use super::expand::expand;
-use super::section::Section;
+use super::check::Check;
+use moonlight_infer::expand;
 
-/// `[run]`: the run's name, folder, seed and device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+/// The run's name, folder, seed and device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// `name`: the run's folder is `{dir}/{name}`. Default: the recipe's file name without its ending.
+    /// The run's folder is `{dir}/{name}`. Default: the recipe's file name without its ending.
     pub name: String,
-    /// `dir`: the folder of all runs. Default: `runs`.
+    /// The folder of all runs.
+    #[serde(deserialize_with = "path")]
     pub dir: PathBuf,
-    /// `seed`: of the initial weights and of the order of the data. Default: 0.
+    /// Seeds the initial weights and the order of the data.
     pub seed: u64,
-    /// `device`: as `--device`, or `auto` for the first that the build has. Default: `auto`.
-    pub device: String,
+    /// `cpu`, `cuda[:N]`, `wgpu[:N]`, `vulkan[:N]` or `metal`, or `auto` for the first that the build has.
+    pub device: DeviceName,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self { name: String::new(), dir: "runs".into(), seed: 0, device: DeviceName("auto".into()) }
+    }
 }
 
 impl RunConfig {
-    pub(super) fn read(section: &mut Section<'_>, stem: &str) -> Self {
-        let name = section.string("name").unwrap_or_else(|| stem.to_owned());
-        section.require("name", is_folder_name(&name), || format!("is `{name}`, which cannot name a folder"));
-        let dir = path(section, "dir", "runs");
-        let seed = section.whole("seed").unwrap_or(0);
-        let device = section.string("device").unwrap_or_else(|| "auto".into());
-        section.require("device", !device.is_empty(), || "is empty; write `auto` for the default device".into());
-        Self { name, dir, seed, device }
+    pub(super) fn check(&self, check: &mut Check<'_>) {
+        let Self { name, .. } = self;
+        check.require("run.name", is_folder_name(name), || format!("is `{name}`, which cannot name a folder"));
     }
 
     /// The folder of this run: `{dir}/{name}`.
@@ -37,50 +42,78 @@ impl RunConfig {
     }
 }
 
-/// A path with `~` and variables expanded.
-pub(super) fn path(section: &mut Section<'_>, key: &str, default: &str) -> PathBuf {
-    let text = section.string(key).unwrap_or_else(|| default.to_owned());
-    match expand(&text) {
-        Ok(path) => PathBuf::from(path),
-        Err(name) => {
-            section.invalid(key, format!("is `{text}`, but the environment has no `{name}`"), None);
-            PathBuf::from(text)
-        }
+/// The name of a device, as `--device` takes it. Whether there is such a device is known when it is opened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String")]
+pub struct DeviceName(String);
+
+impl TryFrom<String> for DeviceName {
+    type Error = &'static str;
+
+    fn try_from(name: String) -> Result<Self, &'static str> {
+        if name.is_empty() { Err("is empty; write `auto` for the default device") } else { Ok(Self(name)) }
     }
+}
+
+impl Deref for DeviceName {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Reads a path with `~` and variables expanded.
+pub(super) fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    expand(&text).map(PathBuf::from).map_err(|name| de::Error::custom(unset(&text, &name)))
+}
+
+/// The same, of a path that need not be there.
+pub(super) fn optional_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    path(deserializer).map(Some)
+}
+
+/// What is wrong with a path in which an environment variable is named that is not set.
+fn unset(text: &str, name: &str) -> String {
+    format!("is `{text}`, but the environment has no `{name}`")
 }
 
 fn is_folder_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }
 
-/// `[sample]`: what the trained model writes at the end of the run.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+/// What the trained model writes at the end of the run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct SampleConfig {
-    /// `prompt`: what it goes on from; empty for no sample. Default: empty.
+    /// The beginning of the text; empty for no sample.
     pub prompt: String,
-    /// `max_new_tokens`: the longest continuation. Default: 200.
+    /// The most tokens that are added to it.
     pub max_new_tokens: usize,
-    /// `temperature`: 0 always takes the likeliest token. Default: 0.8.
+    /// Divides the logits; 0 always takes the likeliest token.
     pub temperature: f64,
-    /// `top_p`: choose among the likeliest tokens that hold this much probability. Default: 0.95.
+    /// Draw from the likeliest tokens that hold this much probability.
     pub top_p: f64,
-    /// `top_k`: choose among so many of the likeliest tokens; 0 for all. Default: 0.
+    /// Draw from this many of the likeliest tokens; 0 for all.
     pub top_k: usize,
-    /// `seed`: of the draws. Default: 0.
+    /// Seeds the draws.
     pub seed: u64,
 }
 
+impl Default for SampleConfig {
+    fn default() -> Self {
+        Self { prompt: String::new(), max_new_tokens: 200, temperature: 0.8, top_p: 0.95, top_k: 0, seed: 0 }
+    }
+}
+
 impl SampleConfig {
-    pub(super) fn read(section: &mut Section<'_>) -> Self {
-        let prompt = section.string("prompt").unwrap_or_default();
-        let max_new_tokens = section.whole("max_new_tokens").unwrap_or(200) as usize;
-        let temperature = section.number("temperature").unwrap_or(0.8);
-        section.require("temperature", temperature >= 0.0, || format!("is {temperature}; it must not be negative"));
-        let top_p = section.number("top_p").unwrap_or(0.95);
-        section
-            .require("top_p", top_p > 0.0 && top_p <= 1.0, || format!("is {top_p}; it must be above 0 and at most 1"));
-        let top_k = section.whole("top_k").unwrap_or(0) as usize;
-        let seed = section.whole("seed").unwrap_or(0);
-        Self { prompt, max_new_tokens, temperature, top_p, top_k, seed }
+    pub(super) fn check(&self, check: &mut Check<'_>) {
+        let Self { temperature, top_p, .. } = *self;
+        check
+            .require("sample.temperature", temperature >= 0.0, || format!("is {temperature}; it must not be negative"));
+        check.require("sample.top_p", top_p > 0.0 && top_p <= 1.0, || {
+            format!("is {top_p}; it must be above 0 and at most 1")
+        });
     }
 }

@@ -1,7 +1,8 @@
+use moonlight_infer::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::tokenizer::Tokenizer;
+use crate::schedule::Schedule;
 
 const SMALL: &str = r#"
 [model]
@@ -33,7 +34,7 @@ fn defaults_are_filled_in() {
     assert_eq!(recipe.run.folder(), PathBuf::from("runs/small"));
     assert_eq!((recipe.data.format, recipe.data.tokenizer.as_str()), (DataFormat::Text, "bytes"));
     assert_eq!((recipe.data.pack, recipe.data.shuffle, recipe.data.sequence_length), (true, true, 1024));
-    assert_eq!((recipe.optimizer.name, recipe.optimizer.betas), (OptimizerName::Muon, [0.9, 0.95]));
+    assert_eq!((recipe.optimizer.name, recipe.optimizer.adamw.betas), (OptimizerName::Muon, [0.9, 0.95]));
     assert_eq!((recipe.moe.bias_update_rate, recipe.moe.sequence_balance_weight), (1e-3, 1e-4));
     assert_eq!(recipe.data.cache_dir, PathBuf::from("runs/token-cache"));
 }
@@ -232,7 +233,7 @@ fn a_preset_may_be_a_file_beside_the_recipe() {
 }
 
 /// Every `.toml` of a folder of the repository.
-fn toml_files(folder: &str) -> Vec<PathBuf> {
+pub(super) fn toml_files(folder: &str) -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder);
     let files = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
     let mut files: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|end| end == "toml")).collect();
@@ -257,6 +258,153 @@ fn every_recipe_of_the_repository_is_one() {
         let again = Recipe::parse(&recipe.to_toml(), &file, &[]).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(again, recipe);
         recipe.model.config(0).unwrap();
+        // Whatever is laid over it.
+        for option in OPTIONS {
+            let sets = [&sets[..], &[option.to_owned()]].concat();
+            let recipe = match Recipe::load(&file, &sets) {
+                Ok(recipe) => recipe,
+                // A layer's own update and several workers exclude each other.
+                Err(error) => {
+                    assert!(error.to_string().contains("`train.fuse_update`"), "{option}: {error}");
+                    continue;
+                }
+            };
+            let again = Recipe::parse(&recipe.to_toml(), &file, &[]);
+            assert_eq!(again.as_ref(), Ok(&recipe), "{option}");
+        }
+    }
+}
+
+/// A value for each option of Muon, AdamW and of several workers that a recipe could not set before.
+const OPTIONS: [&str; 24] = [
+    "optimizer.momentum_warmup={ start = 0.85, steps = 300 }",
+    "optimizer.momentum_dtype=bf16",
+    "optimizer.nesterov=false",
+    "optimizer.decay={ independent = true, cautious = true, schedule = { cosine = { steps = 10, last = 0.1 } } }",
+    "optimizer.decay.schedule={ inverse_square = { hold = 7 } }",
+    "optimizer.scale=update_norm",
+    "optimizer.scale={ hidden_size = { factor = 0.3, hidden = 512 } }",
+    "optimizer.scale.report.factor=0.5",
+    "optimizer.layout=out_in",
+    "optimizer.view=kernel",
+    "optimizer.blocks={ rows = [128, 64] }",
+    "optimizer.adaptive=nor_muon",
+    "optimizer.adaptive.ada_muon={ beta_2 = 0.9, sign = false }",
+    "optimizer.rounding=stochastic",
+    "optimizer.coefficients=polar_express",
+    "optimizer.coefficients={ custom = [[3.4445, -4.775, 2.0315], [1.5, -0.5, 0.0]] }",
+    "optimizer.newton_schulz_steps=7",
+    "optimizer.newton_schulz_epsilon=1e-10",
+    "optimizer.newton_schulz_dtype=f16",
+    "optimizer.form={ gram = { restarts = [2] } }",
+    "optimizer.epsilon=1e-12",
+    "distributed.bucket_elements=1000",
+    "distributed.form=flat",
+    "distributed.gather_dtype=f32",
+];
+
+#[test]
+fn every_option_of_muon_is_a_key_and_is_written_back() {
+    let plain = parse(SMALL, &[]).unwrap();
+    for set in OPTIONS {
+        let recipe = parse(SMALL, &[set]).unwrap_or_else(|error| panic!("{set}: {error}"));
+        assert_ne!(recipe, plain, "{set} changes nothing");
+        let again = Recipe::parse(&recipe.to_toml(), Path::new("recipe.toml"), &[]);
+        assert_eq!(again.as_ref(), Ok(&recipe), "{set}:\n{}", recipe.to_toml());
+    }
+    let recipe = parse(SMALL, &["optimizer.adaptive=nor_muon", "optimizer.coefficients=polar_express"]).unwrap();
+    assert_eq!(recipe.optimizer.muon.adaptive, moonlight_optim::Adaptive::NorMuon { beta_2: 0.95, epsilon: 1e-8 });
+    assert_eq!(recipe.optimizer.muon.coefficients, moonlight_optim::Coefficients::PolarExpress);
+    // Nothing of `MuonConfig` is out of a recipe's reach: what is shared is AdamW's as well.
+    let written = recipe.to_toml();
+    let optimizer: toml::Table =
+        toml::from_str::<toml::Table>(&written).unwrap()["optimizer"].as_table().unwrap().clone();
+    let muon = serde_json::to_value(&recipe.optimizer.muon).unwrap();
+    for (key, value) in muon.as_object().unwrap() {
+        assert_eq!(optimizer.contains_key(key), !value.is_null(), "{key}:\n{written}");
+    }
+    // Those that one table holds for both are each other's equal, and `epsilon` is AdamW's.
+    let recipe = parse(SMALL, &["optimizer.weight_decay=0.3", "optimizer.rounding=nearest", "optimizer.epsilon=1e-5"]);
+    let OptimizerRecipe { muon, adamw, .. } = recipe.unwrap().optimizer;
+    assert_eq!((muon.weight_decay, adamw.weight_decay, adamw.epsilon, muon.epsilon), (0.3, 0.3, 1e-5, 1e-7));
+    assert_eq!(muon.rounding, adamw.rounding);
+}
+
+#[test]
+fn options_of_choices_are_checked() {
+    for (set, expected) in [
+        ("optimizer.scale=repport", "`optimizer.scale` is `repport`; it must be one of: report, update_norm"),
+        (
+            "optimizer.adaptive.nor_muon.beta_3=1",
+            "unknown key `optimizer.adaptive.nor_muon.beta_3` (the nearest known key is `beta_2`)",
+        ),
+        (
+            "optimizer.coefficients={ custom = [[1.0, 2.0]] }",
+            "`optimizer.coefficients.custom[0]` must be a list of three numbers, not [1.0, 2.0]",
+        ),
+        (
+            "optimizer.decay.schedule={ cosine = { steps = 10 } }",
+            "the recipe lacks `optimizer.decay.schedule.cosine.last`",
+        ),
+        (
+            "optimizer.form.gram.restarts=[-1]",
+            "`optimizer.form.gram.restarts[0]` must be a whole number from 0, not -1",
+        ),
+        ("optimizer.update_rms=0", "`optimizer.update_rms` is 0; it must be above 0"),
+        ("optimizer.newton_schulz_steps=0", "`optimizer.newton_schulz_steps` is 0; it must be from 1 to 100"),
+        ("schedule.stages=[{ to = 1.0 }]", "the recipe lacks `schedule.stages[0].steps`"),
+        ("data.train=[1]", "`data.train[0]` must be a string, not 1"),
+        ("train.plots=yes", "`train.plots` must be true or false, not yes"),
+        ("run.dir=$NO_SUCH_THING/x", "`run.dir` is `$NO_SUCH_THING/x`, but the environment has no `NO_SUCH_THING`"),
+        ("run.device=", "`run.device` is empty; write `auto` for the default device"),
+        ("run=3", "the key needs its section"),
+    ] {
+        let message = message(SMALL, &[set]);
+        assert!(message.contains(expected), "{set}: {message}");
+    }
+    assert!(
+        message(&format!("{SMALL}[sample]\n\ntop_k = -1\n"), &[]).starts_with("runs/small.toml:15: `sample.top_k`")
+    );
+    let error = parse(SMALL, &["optimizer.name=moun"]).unwrap_err();
+    assert_eq!(error.hint().as_deref(), Some("the nearest is `muon`"));
+}
+
+/// A recipe is read without a look at the disk; what it names is looked for when it is resolved.
+#[test]
+fn parsing_looks_at_no_disk() {
+    for model in ["path = \"/no/such/folder\"", "path = \"no/such-model\"", "preset = \"no-such-file.toml\""] {
+        let text = SMALL.replace("preset = \"bench-small\"", model);
+        let draft = Draft::parse(&text, Path::new("runs/small.toml"), &[]).unwrap();
+        let error = draft.resolve().unwrap_err().to_string();
+        assert!(error.starts_with("runs/small.toml:3: `model.p"), "{error}");
+    }
+}
+
+/// Recipes of runs that were written before the keys were read by serde.
+#[test]
+fn recipes_of_older_runs_mean_the_same() {
+    for file in toml_files("moonlight-train/tests/old_recipes") {
+        let text = std::fs::read_to_string(&file).unwrap();
+        let old: toml::Table = toml::from_str(&text).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let shape = moonlight_model::ModelConfig::preset("moonlight-16b-a3b").unwrap().to_json();
+        std::fs::write(folder.path().join("config.json"), shape).unwrap();
+        let tunes = old["model"].get("path").is_some();
+        let set = format!("model.path={}", folder.path().display());
+        let sets = if tunes { vec![set] } else { Vec::new() };
+        let recipe = Recipe::load(&file, &sets).unwrap_or_else(|error| panic!("{error}"));
+        // What the older program wrote is written again, to the digit.
+        let new: toml::Table = toml::from_str(&recipe.to_toml()).unwrap();
+        for (section, keys) in &old {
+            for (key, value) in keys.as_table().unwrap() {
+                if (section.as_str(), key.as_str()) != ("model", "path") {
+                    assert_eq!(new[section].get(key), Some(value), "{}: {section}.{key}", file.display());
+                }
+            }
+        }
+        // And the optimizer is the same.
+        let rules = format!("{:#?}\n", recipe.optimizer.rules(64));
+        assert_eq!(rules, std::fs::read_to_string(file.with_extension("rules")).unwrap(), "{}", file.display());
     }
 }
 

@@ -5,7 +5,9 @@
 //! at step `s`, the point `(s + 1 - a) / (n - a)` of its line or cosine, so that the last step has the final rate.
 //! This is the convention of stages as well: the last step of a stage has the stage's rate.
 
-use crate::recipe::{AccumulationChange, ScheduleConfig, ScheduleName, StageShape};
+mod config;
+
+pub use config::{AccumulationChange, ScheduleConfig, ScheduleName, Stage, StageShape};
 
 /// A schedule that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -1,5 +1,4 @@
 use super::*;
-use crate::recipe::Stage;
 
 fn config(name: ScheduleName) -> ScheduleConfig {
     ScheduleConfig {

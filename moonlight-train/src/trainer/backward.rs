@@ -1,160 +1,240 @@
 //! Forward and backward of one micro-batch in stages: the head in chunks of tokens, then the layers from the last to the
-//! first, then the embedding. Whoever takes the gradients gets them a stage at a time.
+//! first, then the embedding. A [`GradientSink`] receives the gradients of each stage as soon as they exist.
 //!
-//! Three stretches of memory are at stake (`b` sequences of `t` tokens, `h` wide, `v` in the vocabulary):
+//! Three kinds of memory are at stake (`b` sequences of `t` tokens, `h` wide, `v` in the vocabulary):
 //!
-//! * Activations. Kept by the graph of all layers at once, or, with `recompute`, of one layer: between the layers stay
-//!   their inputs alone, `b t h` each, and each layer runs a second time when its turn comes.
-//! * Logits and their gradient, `2 b t v`: with `loss_chunk_tokens`, `2 c v`.
-//! * Gradients. A taker that updates a layer and forgets its gradient holds one layer's at a time.
+//! * Activations. The graph keeps those of all layers at once or, with `recompute`, of one layer: only each layer's input is
+//!   kept, `b t h` elements, and the layer runs a second time before its backward pass.
+//! * Logits and their gradient, `2 b t v`: with `loss_chunk_tokens = c`, `2 c v`.
+//! * Gradients. A sink that updates a layer and frees its gradient holds one layer's at a time.
 //!
-//! The gradient is the same in all of them: what differs is the order in which a weight's gradient is summed over the
-//! chunks of the head, and nothing else.
+//! The gradient is the same in all of them, except for the order in which a weight's gradient is summed over the chunks of
+//! the head.
 
-use burn::module::Module;
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor};
-use moonlight_model::{CausalLm, ForwardContext, ForwardStats, LayerOutput};
-use moonlight_optim::BatchedOptimizer;
+use moonlight_model::{CausalLm, ForwardContext, ForwardStats, LayerOutput, LmBatch, Probe};
+use moonlight_optim::distributed::{CollectiveError, DistributedOptimizer, sum_of_squares};
 
-use super::step::{NotFinite, global_norm};
-use super::trainee::{MicroBatch, MicroOutcome, Trainee};
+use super::model_cell::ModelCell;
+use super::step::{NonFinite, StepError};
 
-/// How memory is spared.
+/// How memory is traded for time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Sparing {
+pub struct MemoryOptions {
     /// Whether each layer runs again for its gradient.
     pub recompute: bool,
-    /// Tokens that the head takes at a time; 0 for all.
+    /// Tokens that the head processes at a time; 0 for all.
     pub loss_chunk_tokens: usize,
 }
 
-/// Takes the gradients of a micro-batch, stage by stage.
-pub(crate) trait Taker {
-    /// The model as it is now: stages that are still to come must see their own parameters unchanged.
+/// One forward and backward pass of a step.
+#[derive(Debug)]
+pub(crate) struct MicroBatch {
+    pub(crate) batch: LmBatch,
+    /// Factor on the sum of losses: one over the predicted tokens of the whole step.
+    pub(crate) loss_scale: f64,
+    /// Weight of the balance loss.
+    pub(crate) balance_weight: f64,
+    /// Factor on the balance loss: this batch's share of the step's sequences.
+    pub(crate) balance_scale: f64,
+    pub(crate) probe: Probe,
+}
+
+/// Receives the gradients of a micro-batch, stage by stage.
+pub(crate) trait GradientSink {
+    /// The model as it is now. The parameters of stages that are still to come are those of the forward pass.
     fn model(&self) -> &CausalLm;
 
     /// The gradients of one stage, of parameters that no later stage has.
-    fn take(&mut self, gradients: GradientsParams);
+    fn add(&mut self, gradients: GradientsParams) -> Result<(), CollectiveError>;
 
-    /// What is taken from here on is of the step's last micro-batch.
+    /// The next micro-batch is the last one of the step.
     fn last_pass(&mut self) {}
 
-    /// Whether others count on every stage, so that a loss that is no number does not end the pass.
+    /// Whether other ranks wait for the gradients of every stage, so that a non-finite loss must not end the pass early.
     fn must_finish(&self) -> bool {
         false
     }
 }
 
-/// Sums the gradients of all micro-batches of a step.
-pub(crate) struct Summing<'a> {
+/// Sums the gradients of this rank's micro-batches. Those of the last one's stages go to the optimizer one by one: with
+/// several ranks they are reduced while the backward pass runs on.
+pub(crate) struct ReducingSink<'a> {
     model: &'a CausalLm,
-    sums: GradientsAccumulator<CausalLm>,
+    optimizer: &'a mut DistributedOptimizer,
+    sums: Sums,
 }
 
-impl<'a> Summing<'a> {
-    pub(crate) fn new(model: &'a CausalLm) -> Self {
-        Self { model, sums: GradientsAccumulator::new() }
+enum Sums {
+    /// More micro-batches follow.
+    Accumulating(GradientsAccumulator<CausalLm>),
+    /// The sums over all micro-batches but the last.
+    Earlier(GradientsParams),
+}
+
+impl<'a> ReducingSink<'a> {
+    pub(crate) fn new(model: &'a CausalLm, optimizer: &'a mut DistributedOptimizer) -> Self {
+        Self { model, optimizer, sums: Sums::Accumulating(GradientsAccumulator::new()) }
     }
 
-    pub(crate) fn finish(mut self) -> GradientsParams {
-        self.sums.grads()
+    /// Passes on the sums of parameters that have no gradient in the last micro-batch.
+    pub(crate) fn finish(self) {
+        if let Sums::Earlier(rest) = self.sums {
+            self.optimizer.offer(self.model, rest);
+        }
     }
 }
 
-impl Taker for Summing<'_> {
+impl GradientSink for ReducingSink<'_> {
     fn model(&self) -> &CausalLm {
         self.model
     }
 
-    fn take(&mut self, gradients: GradientsParams) {
-        self.sums.accumulate(self.model, gradients);
+    fn add(&mut self, gradients: GradientsParams) -> Result<(), CollectiveError> {
+        match &mut self.sums {
+            Sums::Accumulating(sums) => sums.accumulate(self.model, gradients),
+            Sums::Earlier(earlier) => {
+                let mut adding = Adding { earlier, new: gradients, sums: GradientsParams::new() };
+                self.model.visit(&mut adding);
+                let sums = adding.sums;
+                self.optimizer.offer(self.model, sums);
+            }
+        }
+        Ok(())
+    }
+
+    fn last_pass(&mut self) {
+        if let Sums::Accumulating(sums) = &mut self.sums {
+            self.sums = Sums::Earlier(sums.grads());
+        }
+    }
+
+    fn must_finish(&self) -> bool {
+        self.optimizer.worker().size() > 1
     }
 }
 
-/// Updates each stage's parameters as soon as their gradients are there, and forgets these.
-pub(crate) struct Updating<'a> {
-    trainee: &'a mut Trainee,
-    optimizer: &'a mut BatchedOptimizer,
+/// Adds the gradients of one stage to the earlier micro-batches', in the order of Burn's `GradientsAccumulator`.
+struct Adding<'a> {
+    earlier: &'a mut GradientsParams,
+    new: GradientsParams,
+    sums: GradientsParams,
+}
+
+impl ModuleVisitor for Adding<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(new) = self.new.remove::<D>(param.id) else { return };
+        let sum = match self.earlier.remove::<D>(param.id) {
+            Some(earlier) => earlier.add(new),
+            None => new,
+        };
+        self.sums.register(param.id, sum);
+    }
+}
+
+/// Updates each stage's parameters as soon as their gradients exist, and frees these.
+pub(crate) struct UpdatingSink<'a> {
+    model: &'a mut ModelCell,
+    optimizer: &'a mut DistributedOptimizer,
     learning_rate: f64,
-    /// Sum of the squares of all gradients so far.
     squares: f64,
 }
 
-impl<'a> Updating<'a> {
-    pub(crate) fn new(trainee: &'a mut Trainee, optimizer: &'a mut BatchedOptimizer, learning_rate: f64) -> Self {
-        Self { trainee, optimizer, learning_rate, squares: 0.0 }
+impl<'a> UpdatingSink<'a> {
+    pub(crate) fn new(model: &'a mut ModelCell, optimizer: &'a mut DistributedOptimizer, learning_rate: f64) -> Self {
+        Self { model, optimizer, learning_rate, squares: 0.0 }
     }
 
-    /// The global norm of the gradient.
-    pub(crate) fn norm(&self) -> f64 {
-        self.squares.sqrt()
+    /// The square of the gradient's global norm.
+    pub(crate) fn squares(&self) -> f64 {
+        self.squares
     }
 }
 
-impl Taker for Updating<'_> {
+impl GradientSink for UpdatingSink<'_> {
     fn model(&self) -> &CausalLm {
-        &self.trainee.model
+        self.model
     }
 
-    fn take(&mut self, gradients: GradientsParams) {
-        self.squares += global_norm(&self.trainee.model, &gradients).powi(2);
-        let model = self.trainee.take_model();
-        self.trainee.model = self.optimizer.step(self.learning_rate, model, gradients);
+    fn add(&mut self, gradients: GradientsParams) -> Result<(), CollectiveError> {
+        self.squares += squares(&**self.model, &gradients);
+        self.model.update(|model| self.optimizer.step(self.learning_rate, model, gradients))
     }
 }
 
-/// Forward and backward; nothing is taken from a batch whose loss is no number.
-pub(crate) fn backward(taker: &mut impl Taker, input: MicroBatch, sparing: Sparing) -> Result<MicroOutcome, NotFinite> {
+/// The sum of the squares of all gradients.
+fn squares<M: Module>(module: &M, gradients: &GradientsParams) -> f64 {
+    struct Squares<'a>(&'a GradientsParams, f64);
+    impl ModuleVisitor for Squares<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if let Some(gradient) = self.0.get::<D>(param.id) {
+                self.1 += sum_of_squares(gradient);
+            }
+        }
+    }
+    let mut squares = Squares(gradients, 0.0);
+    module.visit(&mut squares);
+    squares.1
+}
+
+/// Forward and backward: the sum of the losses of all predicted tokens, nats, and the statistics of the forward pass. Nothing
+/// is added to the sink for a non-finite loss, unless it must finish.
+pub(crate) fn backward(
+    sink: &mut impl GradientSink,
+    input: MicroBatch,
+    memory: MemoryOptions,
+) -> Result<(f64, ForwardStats), StepError> {
     let MicroBatch { batch, loss_scale, balance_weight, balance_scale, probe } = input;
     let [rows, sequence] = batch.tokens.dims();
-    let pass = taker.model().forward_context(&batch, balance_weight, probe);
-    let trunk = if sparing.recompute {
-        Trunk::without_graph(taker.model(), batch.tokens.clone(), &pass)
+    let pass = sink.model().forward_context(&batch, balance_weight, probe);
+    let backbone = if memory.recompute {
+        Backbone::without_graph(sink.model(), batch.tokens.clone(), &pass)
     } else {
-        Trunk::with_graph(taker.model(), batch.tokens.clone(), &pass)
+        Backbone::with_graph(sink.model(), batch.tokens.clone(), &pass)
     };
     let tokens = rows * sequence;
     let head = Head {
         targets: batch.targets.reshape([tokens]),
         mask: batch.loss_mask.reshape([tokens]),
         scale: loss_scale,
-        chunk: if sparing.loss_chunk_tokens == 0 { tokens } else { sparing.loss_chunk_tokens.min(tokens) },
+        chunk: if memory.loss_chunk_tokens == 0 { tokens } else { memory.loss_chunk_tokens.min(tokens) },
     };
-    let (loss_sum, gradient, mut gradients) = head.backward(taker.model(), trunk.output());
-    if !loss_sum.is_finite() && !taker.must_finish() {
-        return Err(NotFinite { what: "loss", value: loss_sum * loss_scale, worker: None });
+    let (loss_sum, gradient, mut gradients) = head.backward(sink.model(), backbone.output());
+    if !loss_sum.is_finite() && !sink.must_finish() {
+        return Err(NonFinite { what: "loss", value: loss_sum * loss_scale, rank: None }.into());
     }
-    // Where the embedding is the head as well, its gradient is whole only at the end.
-    let tied = taker.model().lm_head.is_none().then(|| {
+    // Where the embedding is also the head, its gradient is complete only at the end.
+    let tied = sink.model().lm_head.is_none().then(|| {
         let mut tied = GradientsParams::new();
-        let id = taker.model().embed_tokens.weight.id;
-        if let Some(own) = gradients.remove::<2>(id) {
-            tied.register(id, own);
+        let id = sink.model().embed_tokens.weight.id;
+        if let Some(gradient) = gradients.remove::<2>(id) {
+            tied.register(id, gradient);
         }
         tied
     });
-    taker.take(gradients);
-    let report = trunk.backward(taker, batch.tokens, &pass, gradient, balance_scale, tied);
-    Ok(MicroOutcome { loss_sum, report })
+    sink.add(gradients)?;
+    let stats = backbone.backward(sink, batch.tokens, &pass, gradient, balance_scale, tied)?;
+    Ok((loss_sum, stats))
 }
 
-/// Embedding and layers, as far as they are kept.
-struct Trunk {
-    /// The last layer's output: the end of the graph, or of nothing where layers run again.
+/// The result of embedding and layers, with what their backward pass needs.
+struct Backbone {
+    /// The last layer's output `[tokens, hidden]`, with the graph of all layers unless they run again.
     last: Tensor<2>,
     balance_loss: Option<Tensor<1>>,
-    /// Each layer's input, without a graph; empty where the graph holds everything.
+    /// Each layer's input, without a graph, where layers run again; else empty.
     inputs: Vec<Tensor<2>>,
-    report: ForwardStats,
+    stats: ForwardStats,
 }
 
-impl Trunk {
+impl Backbone {
     /// Keeps the whole graph.
     fn with_graph(model: &CausalLm, tokens: Tensor<2, Int>, context: &ForwardContext) -> Self {
         let output = model.forward_hidden(tokens, context);
         let balance_loss = output.balance_loss();
-        Self { last: output.hidden, balance_loss, inputs: Vec::new(), report: output.stats }
+        Self { last: output.hidden, balance_loss, inputs: Vec::new(), stats: output.stats }
     }
 
     /// Keeps each layer's input. A graph that is dropped gives its memory back with the next backward pass only, so there
@@ -163,7 +243,7 @@ impl Trunk {
         let (model, context) = (model.valid(), context.clone().inner());
         let mut inputs = Vec::new();
         let output = model.forward_hidden_with(tokens.inner(), &context, |_, input| inputs.push(input.clone()));
-        Self { last: output.hidden, balance_loss: None, inputs, report: output.stats }
+        Self { last: output.hidden, balance_loss: None, inputs, stats: output.stats }
     }
 
     fn output(&self) -> Tensor<2> {
@@ -174,45 +254,45 @@ impl Trunk {
     /// From the gradient of the last layer's output, `[tokens, hidden]`, to those of all parameters.
     fn backward(
         self,
-        taker: &mut impl Taker,
+        sink: &mut impl GradientSink,
         tokens: Tensor<2, Int>,
         pass: &ForwardContext,
         mut gradient: Tensor<2>,
         balance_scale: f64,
         tied: Option<GradientsParams>,
-    ) -> ForwardStats {
-        let Self { last, balance_loss, inputs, report } = self;
+    ) -> Result<ForwardStats, CollectiveError> {
+        let Self { last, balance_loss, inputs, stats } = self;
         if inputs.is_empty() {
-            // What is frozen up to here has no graph to go back through.
+            // Without a trained parameter up to here there is no graph.
             let gradients = if last.is_tracked() {
                 let gradients = objective(last, gradient, balance_loss, balance_scale).backward();
-                GradientsParams::from_grads(gradients, taker.model())
+                GradientsParams::from_grads(gradients, sink.model())
             } else {
                 GradientsParams::new()
             };
-            taker.take(joined(taker.model(), gradients, tied));
-            return report;
+            sink.add(joined(sink.model(), gradients, tied))?;
+            return Ok(stats);
         }
         drop(last);
         for (index, input) in inputs.into_iter().enumerate().rev() {
             let input = Tensor::from_inner(input).require_grad();
-            let LayerOutput { hidden, balance_loss, .. } = taker.model().run_layer(index, input.clone(), pass);
+            let LayerOutput { hidden, balance_loss, .. } = sink.model().run_layer(index, input.clone(), pass);
             let mut gradients = objective(hidden, gradient, balance_loss, balance_scale).backward();
             gradient = input.grad_remove(&mut gradients).expect("a layer's output depends on its input");
-            let gradients = GradientsParams::from_grads(gradients, taker.model());
-            taker.take(gradients);
+            let gradients = GradientsParams::from_grads(gradients, sink.model());
+            sink.add(gradients)?;
         }
-        let embedded = taker.model().embed(tokens);
+        let embedded = sink.model().embed(tokens);
         if embedded.is_tracked() {
             let gradients = objective(embedded, gradient, None, 0.0).backward();
-            let gradients = GradientsParams::from_grads(gradients, taker.model());
-            taker.take(joined(taker.model(), gradients, tied));
+            let gradients = GradientsParams::from_grads(gradients, sink.model());
+            sink.add(joined(sink.model(), gradients, tied))?;
         }
-        report
+        Ok(stats)
     }
 }
 
-/// A number whose gradient with respect to `output` is `gradient`.
+/// A scalar whose gradient with respect to `output` is `gradient`.
 fn objective(output: Tensor<2>, gradient: Tensor<2>, balance_loss: Option<Tensor<1>>, balance_scale: f64) -> Tensor<1> {
     let product = (output * Tensor::from_inner(gradient)).sum();
     match balance_loss {
@@ -263,30 +343,31 @@ impl Head {
 
 #[cfg(test)]
 mod tests {
-    use burn::module::{ModuleVisitor, Param};
     use burn::tensor::Device;
-    use moonlight_model::{ModelConfig, Probe};
+    use moonlight_model::ModelConfig;
+    use moonlight_optim::distributed::{DistributedConfig, Worker};
     use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
 
     use super::*;
     use crate::data::HostBatch;
-    use crate::trainer::step::{StepOutcome, StepSettings, step};
+    use crate::trainer::step::{StepSettings, UpdateMode, step};
+    use crate::trainer::step_result::{StepResult, StepTotals};
 
-    const PLAIN: Sparing = Sparing { recompute: false, loss_chunk_tokens: 0 };
-    const WAYS: [Sparing; 4] = [
+    const PLAIN: MemoryOptions = MemoryOptions { recompute: false, loss_chunk_tokens: 0 };
+    const WAYS: [MemoryOptions; 4] = [
         PLAIN,
-        Sparing { recompute: true, loss_chunk_tokens: 0 },
-        Sparing { recompute: false, loss_chunk_tokens: 7 },
-        Sparing { recompute: true, loss_chunk_tokens: 5 },
+        MemoryOptions { recompute: true, loss_chunk_tokens: 0 },
+        MemoryOptions { recompute: false, loss_chunk_tokens: 7 },
+        MemoryOptions { recompute: true, loss_chunk_tokens: 5 },
     ];
 
-    fn trainee(tied: bool) -> Trainee {
+    fn model(tied: bool) -> CausalLm {
         let mut config = ModelConfig::preset("bench-small").unwrap();
         (config.vocab_size, config.num_hidden_layers, config.hidden_size) = (50, 3, 32);
         config.tie_word_embeddings = tied;
         let device = Device::default().autodiff();
         device.seed(3);
-        Trainee { model: config.init(&device).materialize() }
+        config.init(&device).materialize()
     }
 
     /// Two packed sequences of two documents each, with padding.
@@ -332,27 +413,59 @@ mod tests {
         collect.1
     }
 
+    /// The optimizer of one rank.
+    fn optimizer(model: &CausalLm) -> DistributedOptimizer {
+        let rules = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new());
+        let assignment = rules.assign(model).unwrap();
+        assignment.distributed_optimizer(Worker::alone(), DistributedConfig::default()).unwrap()
+    }
+
+    /// Keeps the gradients of one micro-batch.
+    struct Keeping<'a>(&'a CausalLm, GradientsAccumulator<CausalLm>);
+
+    impl GradientSink for Keeping<'_> {
+        fn model(&self) -> &CausalLm {
+            self.0
+        }
+
+        fn add(&mut self, gradients: GradientsParams) -> Result<(), CollectiveError> {
+            self.1.accumulate(self.0, gradients);
+            Ok(())
+        }
+    }
+
+    /// Loss, statistics and gradients of the model's own pass with one graph.
+    fn plain(model: &CausalLm, input: MicroBatch) -> (f64, ForwardStats, GradientsParams) {
+        let output = model.loss(&input.batch, input.balance_weight, input.probe);
+        let loss_sum = f64::from(output.loss_sum.clone().into_scalar::<f32>());
+        let mut objective = output.loss_sum * input.loss_scale;
+        if let Some(balance) = output.balance_loss {
+            objective = objective + balance * input.balance_scale;
+        }
+        (loss_sum, output.stats, GradientsParams::from_grads(objective.backward(), model))
+    }
+
     #[test]
     fn every_way_gives_the_gradients_of_the_plain_graph() {
         for tied in [false, true] {
-            let trainee = trainee(tied);
+            let model = model(tied);
             let device = Device::default().autodiff();
-            let plain = Trainee::step(&trainee, input(&device));
-            let expected = values(&trainee.model, Some(&plain.grads));
-            for sparing in WAYS {
-                let mut taker = Summing::new(&trainee.model);
-                let outcome = backward(&mut taker, input(&device), sparing).unwrap();
-                assert!((outcome.loss_sum / plain.item.loss_sum - 1.0).abs() < 1e-6);
-                assert_eq!(outcome.report.expert_loads(), plain.item.report.expert_loads());
-                let gradients = values(&trainee.model, Some(&taker.finish()));
-                assert_eq!(gradients.len(), expected.len(), "tied {tied}, {sparing:?}");
+            let (expected_loss, expected_stats, expected) = plain(&model, input(&device));
+            let expected = values(&model, Some(&expected));
+            for memory in WAYS {
+                let mut sink = Keeping(&model, GradientsAccumulator::new());
+                let (loss_sum, stats) = backward(&mut sink, input(&device), memory).unwrap();
+                assert!((loss_sum / expected_loss - 1.0).abs() < 1e-6);
+                assert_eq!(stats.expert_loads(), expected_stats.expert_loads());
+                let gradients = values(&model, Some(&sink.1.grads()));
+                assert_eq!(gradients.len(), expected.len(), "tied {tied}, {memory:?}");
                 for (ours, expected) in gradients.iter().zip(&expected) {
                     let largest = expected.iter().fold(0_f32, |largest, value| largest.max(value.abs()));
                     let distance = ours.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                    assert!(distance <= 1e-5 * largest, "tied {tied}, {sparing:?}: {distance} of {largest}");
+                    assert!(distance <= 1e-5 * largest, "tied {tied}, {memory:?}: {distance} of {largest}");
                 }
                 // A layer that runs again sums the parts of its input's gradient in another order.
-                assert!(sparing != PLAIN || gradients == expected, "tied {tied}: not a bit may differ");
+                assert!(memory != PLAIN || gradients == expected, "tied {tied}: not a bit may differ");
             }
         }
     }
@@ -360,35 +473,36 @@ mod tests {
     #[test]
     fn a_fused_step_is_the_step() {
         for tied in [false, true] {
-            let start = trainee(tied);
-            let rules = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new());
-            let assignment = rules.assign(&start.model).unwrap();
+            let start = model(tied);
             let device = Device::default().autodiff();
-            let run = |recompute: bool, fused: bool| {
-                let mut trainee = start.clone();
-                let mut optimizer = assignment.batched_optimizer();
+            let run = |recompute: bool, update: UpdateMode| {
+                let mut model = ModelCell::new(start.clone());
+                let mut optimizer = optimizer(&start);
                 let settings = StepSettings {
                     learning_rate: 0.01,
                     gradient_clip: 0.0,
                     balance_weight: 0.01,
                     bias_update_rate: 0.001,
                     probe: Probe::default(),
-                    sparing: Sparing { recompute, loss_chunk_tokens: 0 },
-                    fused,
+                    memory: MemoryOptions { recompute, loss_chunk_tokens: 0 },
+                    update,
                     dropout_seed: None,
                 };
-                let told: Vec<_> = (0..3)
+                let batches = [batch()];
+                let totals = StepTotals::local(&batches);
+                let results: Vec<_> = (0..3)
                     .map(|_| {
-                        let told = step(&mut trainee, &mut optimizer, &[batch()], &settings, &device).unwrap();
-                        (told.loss, told.expert_loads, (told.gradient_norm * 1e6).round())
+                        let result = step(&mut model, &mut optimizer, &batches, totals, &settings, &device).unwrap();
+                        let norm = (result.gradient_norm() * 1e6).round();
+                        (result.loss, result.expert_loads, norm)
                     })
                     .collect();
-                (told, values(&trainee.model, None))
+                (results, values(&model, None))
             };
             for recompute in [false, true] {
-                let plain = run(recompute, false);
-                assert!(plain.1 != values(&start.model, None));
-                assert!(run(recompute, true) == plain, "tied {tied}, recompute {recompute}");
+                let plain = run(recompute, UpdateMode::AfterBackward);
+                assert!(plain.1 != values(&start, None));
+                assert!(run(recompute, UpdateMode::DuringBackward) == plain, "tied {tied}, recompute {recompute}");
             }
         }
     }
@@ -400,77 +514,93 @@ mod tests {
         batch
     }
 
-    /// Loss and parameters after a step over each of the lists of micro-batches.
-    fn stepped(start: &Trainee, fused: bool, steps: &[&[HostBatch]]) -> (Vec<StepOutcome>, Vec<Vec<f32>>) {
-        let rules = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new());
-        let (mut trainee, device) = (start.clone(), Device::default().autodiff());
-        let mut optimizer = rules.assign(&start.model).unwrap().batched_optimizer();
+    const MODES: [UpdateMode; 2] = [UpdateMode::AfterBackward, UpdateMode::DuringBackward];
+
+    /// Results and parameters after a step over each of the lists of micro-batches.
+    fn stepped(start: &CausalLm, update: UpdateMode, steps: &[&[HostBatch]]) -> (Vec<StepResult>, Vec<Vec<f32>>) {
+        let (mut model, device) = (ModelCell::new(start.clone()), Device::default().autodiff());
+        let mut optimizer = optimizer(start);
         let settings = StepSettings {
             learning_rate: 0.01,
             gradient_clip: 0.0,
             balance_weight: 0.0,
             bias_update_rate: 0.001,
             probe: Probe::default(),
-            sparing: PLAIN,
-            fused,
+            memory: PLAIN,
+            update,
             dropout_seed: None,
         };
-        let told = steps.iter().map(|batches| step(&mut trainee, &mut optimizer, batches, &settings, &device).unwrap());
-        let told = told.collect();
-        (told, values(&trainee.model, None))
+        let results = steps.iter().map(|batches| {
+            step(&mut model, &mut optimizer, batches, StepTotals::local(batches), &settings, &device).unwrap()
+        });
+        let results = results.collect();
+        (results, values(&model, None))
     }
 
     #[test]
     fn a_step_is_the_mean_over_the_weights_whatever_their_sum() {
-        let start = trainee(false);
+        let start = model(false);
         let ones = weighted(1.0);
         // A power of two, so that a mean of the same numbers is the same number.
         let small = weighted(1.0 / 64.0);
         assert!(ones.predicted() > 1.0 && small.predicted() < 1.0);
-        for fused in [false, true] {
-            let (expected, parameters) = stepped(&start, fused, &[std::slice::from_ref(&ones)]);
-            let (told, of_small) = stepped(&start, fused, &[std::slice::from_ref(&small)]);
-            assert_eq!((told[0].loss, told[0].gradient_norm), (expected[0].loss, expected[0].gradient_norm));
-            assert!(of_small == parameters, "fused {fused}");
+        for update in MODES {
+            let (expected, parameters) = stepped(&start, update, &[std::slice::from_ref(&ones)]);
+            let (results, of_small) = stepped(&start, update, &[std::slice::from_ref(&small)]);
+            assert_eq!(
+                (results[0].loss, results[0].gradient_squares),
+                (expected[0].loss, expected[0].gradient_squares)
+            );
+            assert!(of_small == parameters, "{update:?}");
         }
-        let (expected, parameters) = stepped(&start, false, &[&[ones.clone(), ones]]);
-        let (told, of_small) = stepped(&start, false, &[&[small.clone(), small]]);
-        assert_eq!(told[0].loss, expected[0].loss);
+        let (expected, parameters) = stepped(&start, UpdateMode::AfterBackward, &[&[ones.clone(), ones]]);
+        let (results, of_small) = stepped(&start, UpdateMode::AfterBackward, &[&[small.clone(), small]]);
+        assert_eq!(results[0].loss, expected[0].loss);
         assert!(of_small == parameters);
     }
 
     #[test]
     fn a_step_without_a_weight_leaves_everything_as_it_was() {
-        let start = trainee(false);
+        let start = model(false);
         let (some, none) = (weighted(1.0), weighted(0.0));
         let some = std::slice::from_ref(&some);
         let none = std::slice::from_ref(&none);
-        for fused in [false, true] {
-            let (_, expected) = stepped(&start, fused, &[some, some]);
+        for update in MODES {
+            let (_, expected) = stepped(&start, update, &[some, some]);
             // Momentum, decay and the routers' bias wait as well.
-            let (told, parameters) = stepped(&start, fused, &[none, some, none, some, none]);
-            assert!(parameters == expected, "fused {fused}");
-            for empty in [&told[0], &told[2], &told[4]] {
-                assert_eq!((empty.loss, empty.gradient_norm), (0.0, 0.0));
+            let (results, parameters) = stepped(&start, update, &[none, some, none, some, none]);
+            assert!(parameters == expected, "{update:?}");
+            for empty in [&results[0], &results[2], &results[4]] {
+                assert_eq!((empty.loss, empty.gradient_squares), (0.0, 0.0));
                 assert!(empty.expert_loads.is_empty());
             }
         }
     }
 
     #[test]
-    fn a_loss_that_is_no_number_updates_nothing() {
-        let mut trainee = trainee(false);
-        trainee.model.norm.weight =
-            trainee.model.norm.weight.map(|gain| gain.mul_scalar(f32::NAN).detach().require_grad());
-        let rules = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new());
-        let mut optimizer = rules.assign(&trainee.model).unwrap().batched_optimizer();
-        let before = values(&trainee.model, None);
-        let mut taker = Updating::new(&mut trainee, &mut optimizer, 0.1);
-        let sparing = Sparing { recompute: true, loss_chunk_tokens: 0 };
-        let broken = backward(&mut taker, input(&Device::default().autodiff()), sparing).unwrap_err();
-        assert!(broken.what == "loss" && broken.value.is_nan());
-        let after = values(&trainee.model, None);
-        // NaN is no equal of itself.
-        assert!(format!("{before:?}") == format!("{after:?}"));
+    fn a_non_finite_loss_updates_nothing() {
+        let mut broken = model(false);
+        broken.norm.weight = broken.norm.weight.map(|gain| gain.mul_scalar(f32::NAN).detach().require_grad());
+        let before = values(&broken, None);
+        let device = Device::default().autodiff();
+        for update in MODES {
+            let (mut model, mut optimizer) = (ModelCell::new(broken.clone()), optimizer(&broken));
+            let settings = StepSettings {
+                learning_rate: 0.1,
+                gradient_clip: 0.0,
+                balance_weight: 0.01,
+                bias_update_rate: 0.001,
+                probe: Probe::default(),
+                memory: MemoryOptions { recompute: true, loss_chunk_tokens: 0 },
+                update,
+                dropout_seed: None,
+            };
+            let batches = [batch()];
+            let result = step(&mut model, &mut optimizer, &batches, StepTotals::local(&batches), &settings, &device);
+            let Err(StepError::NonFinite(found)) = result else { panic!("it is an error") };
+            assert!(found.what == "loss" && found.value.is_nan() && found.rank.is_none());
+            // NaN is not equal to itself.
+            assert!(format!("{before:?}") == format!("{:?}", values(&model, None)), "{update:?}");
+        }
     }
 }

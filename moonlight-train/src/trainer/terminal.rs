@@ -1,4 +1,4 @@
-//! The terminal under the dashboard: its interrupt key, and its state as it was before.
+//! The terminal under the dashboard: its interrupt key, and its mode before.
 
 use std::io::Write;
 use std::sync::OnceLock;
@@ -9,15 +9,15 @@ use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr
 static BEFORE: OnceLock<Termios> = OnceLock::new();
 
 /// Remembers the terminal as it is now, for [`restore`].
-pub(super) fn remember() {
+pub(crate) fn remember() {
     if let Ok(state) = tcgetattr(stdin()) {
         BEFORE.get_or_init(|| state);
     }
 }
 
-/// Lets Ctrl-C be a signal again. The dashboard reads keys in raw mode, where Ctrl-C is a key as any other, and passes
-/// over it.
-pub(super) fn keep_interrupt_key() {
+/// Makes Ctrl-C a signal again. The dashboard reads keys in raw mode, where Ctrl-C is a key like any other, and ignores
+/// it.
+pub(crate) fn keep_interrupt_key() {
     if let Ok(mut state) = tcgetattr(stdin())
         && !state.local_modes.contains(LocalModes::ISIG)
     {
@@ -26,11 +26,17 @@ pub(super) fn keep_interrupt_key() {
     }
 }
 
-/// Gives the terminal back as it was before the dashboard, for a program that ends at once. Does nothing where there
-/// was no dashboard.
-pub fn restore() {
+/// Restores the terminal's mode, if there was a dashboard.
+pub(crate) fn restore_mode() {
     if let Some(state) = BEFORE.get() {
         let _ = tcsetattr(stdin(), OptionalActions::Now, state);
+    }
+}
+
+/// Restores the terminal's mode and screen, for a program that exits at once. Does nothing if there was no dashboard.
+pub fn restore() {
+    if BEFORE.get().is_some() {
+        restore_mode();
         // Mouse reports off, the main screen, the cursor: what the dashboard switched.
         let _ =
             std::io::stdout().write_all(b"\x1b[?1006l\x1b[?1015l\x1b[?1003l\x1b[?1002l\x1b[?1000l\x1b[?1049l\x1b[?25h");

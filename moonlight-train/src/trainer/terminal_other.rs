@@ -1,8 +1,10 @@
-//! The terminal under the dashboard, where it is not a Unix one: stop a run by `q`.
+//! The terminal under the dashboard on other systems than Unix, where `q` stops a run.
 
-pub(super) fn remember() {}
+pub(crate) fn remember() {}
 
-pub(super) fn keep_interrupt_key() {}
+pub(crate) fn keep_interrupt_key() {}
+
+pub(crate) fn restore_mode() {}
 
 /// Does nothing here.
 pub fn restore() {}

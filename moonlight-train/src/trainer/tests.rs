@@ -9,10 +9,12 @@ use moonlight_convert::{SaveOptions, save};
 use moonlight_model::{CausalLm, ModelConfig, QuantBits};
 use serde_json::json;
 
-use super::start::{self, Prepared};
-use crate::device::Target;
+use moonlight_infer::device::Target;
+use moonlight_infer::load_base;
+use moonlight_optim::distributed::Worker;
+
+use super::setup::{ResumePoint, Setup};
 use crate::recipe::Recipe;
-use crate::weights::load_base;
 
 const RECIPE: &str = r#"
 [run]
@@ -61,11 +63,13 @@ fn trained(home: &Path, name: &str, sets: &[&str]) -> CausalLm {
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let recipe = Recipe::parse(&text, &home.join("recipe.toml"), &sets).unwrap();
     let target = Target::open("cpu").unwrap();
-    let Prepared { mut trainee, mut run } = start::prepare(&recipe, &target, false, false).unwrap();
+    let setup = Setup::open(&recipe, &target, ResumePoint::Start).unwrap();
+    setup.begin(false).unwrap();
+    let (mut trainers, _) = setup.into_trainers(&[(Worker::alone(), target)], false).unwrap();
     for _ in 0..5 {
-        run.step(&mut trainee, false).unwrap();
+        trainers[0].step().unwrap();
     }
-    trainee.model
+    trainers.remove(0).model.into_inner()
 }
 
 /// The bits of each tensor of a model by its path, adapters left out.

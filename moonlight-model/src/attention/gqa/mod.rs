@@ -11,7 +11,7 @@ use super::kind::{AttentionModule, QkClipProjections};
 use super::logit_stats::{LogitStats, measure};
 use crate::forward::{DecodeContext, ForwardContext};
 use crate::init::Init;
-use crate::kernels::{PastSpec, attend_past, grouped_attention};
+use crate::kernels::{CachedAttentionSpec, cached_attention, grouped_attention};
 use crate::parameter::{AttentionRole, ProjectionRole};
 use crate::projection::{Projection, projections_of_fields};
 
@@ -159,8 +159,8 @@ impl AttentionModule for GroupedQueryAttention {
         let (query, key_value) = self.project(x, &new.tokens);
         cache.write(key_value.reshape(row), &new.runs);
         let scale = self.scale as f32;
-        let spec = PastSpec { scale, keys: 0..width, values: width..2 * width, runs: new.runs.clone() };
-        let output = attend_past(query.reshape([count, self.heads, width]), cache.past(), spec);
+        let spec = CachedAttentionSpec { scale, keys: 0..width, values: width..2 * width, spans: new.runs.clone() };
+        let output = cached_attention(query.reshape([count, self.heads, width]), cache.past(), spec);
         self.o_proj.forward(output.reshape([count, self.heads * width]))
     }
 

@@ -13,6 +13,7 @@ use crate::config::rope::RopeConfig;
 
 /// Grouped-query attention, by its keys in `config.json`.
 #[derive(Config, Debug, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct GqaShape {
     /// Number of key and value heads; divides the number of query heads.
     pub num_key_value_heads: usize,
@@ -20,9 +21,11 @@ pub struct GqaShape {
     pub head_dim: usize,
     /// Biases on query, key and value.
     #[config(default = false)]
+    #[cfg_attr(feature = "schema", schemars(skip))]
     pub qkv_bias: bool,
     /// Bias on the output projection.
     #[config(default = false)]
+    #[cfg_attr(feature = "schema", schemars(skip))]
     pub o_bias: bool,
 }
 

@@ -13,7 +13,7 @@ use super::kind::{AttentionModule, QkClipProjections};
 use super::logit_stats::{LogitStats, measure};
 use crate::forward::{DecodeContext, ForwardContext};
 use crate::init::Init;
-use crate::kernels::{ExpertPlan, PastSpec, attend_past, grouped_matmul, latent_attention};
+use crate::kernels::{CachedAttentionSpec, GroupLayout, cached_attention, grouped_matmul, latent_attention};
 use crate::norm::RmsNorm;
 use crate::parameter::{AttentionRole, ProjectionRole};
 use crate::projection::{Projection, projections_of_fields};
@@ -226,14 +226,18 @@ impl AttentionModule for MultiHeadLatentAttention {
         let shared_key = shared_key.reshape([count, rope]);
         cache.write(Tensor::cat(vec![new_latent, shared_key], 1).reshape([count, 1, latent + rope]), &new.runs);
         let [absorbed_key, absorbed_value] = self.absorbed(cache);
-        let by_head = Arc::new(ExpertPlan::even(heads, count));
+        let by_head = Arc::new(GroupLayout::uniform(heads, count));
 
         let own = query.clone().slice_dim(2, 0..self.nope).swap_dims(0, 1).reshape([heads * count, self.nope]);
         let own = grouped_matmul(own, absorbed_key, &by_head).reshape([heads, count, latent]).swap_dims(0, 1);
         let query = Tensor::cat(vec![own, query.slice_dim(2, self.nope..self.nope + rope)], 2);
-        let spec =
-            PastSpec { scale: self.scale as f32, keys: 0..latent + rope, values: 0..latent, runs: new.runs.clone() };
-        let mixed = attend_past(query, cache.past(), spec); // [count, heads, latent]
+        let spec = CachedAttentionSpec {
+            scale: self.scale as f32,
+            keys: 0..latent + rope,
+            values: 0..latent,
+            spans: new.runs.clone(),
+        };
+        let mixed = cached_attention(query, cache.past(), spec); // [count, heads, latent]
         let mixed = mixed.swap_dims(0, 1).reshape([heads * count, latent]);
         let output = grouped_matmul(mixed, absorbed_value, &by_head).reshape([heads, count, self.value]);
         self.o_proj.forward(output.swap_dims(0, 1).reshape([count, heads * self.value]))

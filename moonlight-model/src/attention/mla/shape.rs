@@ -16,6 +16,7 @@ const DEFAULT_LATENT_NORM_EPS: f64 = 1e-6;
 
 /// Multi-head latent attention, by its keys in `config.json`.
 #[derive(Config, Debug, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct MlaShape {
     /// Width of the query latent; `None` projects queries directly (Moonlight).
     pub q_lora_rank: Option<usize>,
@@ -31,6 +32,7 @@ pub struct MlaShape {
     /// `rms_norm_eps` says; vLLM and SGLang use `rms_norm_eps`. The default follows transformers; the JSON key
     /// is `kv_norm_eps`, ours alone.
     #[config(default = "DEFAULT_LATENT_NORM_EPS")]
+    #[cfg_attr(feature = "schema", schemars(rename = "kv_norm_eps"))]
     pub latent_norm_eps: f64,
     /// Biases on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj`.
     #[config(default = false)]

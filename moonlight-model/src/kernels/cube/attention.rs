@@ -12,14 +12,73 @@
 //! Everything is a product of blocks of 32 x 32 numbers in shared memory: three of them take 12.7 KB, of the 16 KB that
 //! WebGPU promises. Sums are in f32 whatever the tensors are.
 
-use burn::tensor::DType;
+use burn::backend::Cube;
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::super::AttentionSpec;
 use super::launch::launch;
-use super::tensor::{elem, empty, upload};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, in_f32, upload, wrapped};
+use crate::kernels::reference::{self, AttentionSaved};
+use crate::kernels::{AttentionKernel, AttentionSpec};
+
+impl AttentionKernel for Cube {
+    fn attention_forward(
+        query: FloatTensor<Self>,
+        key_value: FloatTensor<Self>,
+        shared_key: Option<FloatTensor<Self>>,
+        spec: &AttentionSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let shared = shared_key.as_ref().unwrap_or(&query);
+        let Some([query, key_value, shared]) = buffers([&query, &key_value, shared]) else {
+            return reference::attention_forward::<Self>(query, key_value, shared_key, spec);
+        };
+        if key_value.dtype != query.dtype || shared.dtype != query.dtype {
+            return reference::attention_forward::<Self>(
+                wrapped(query),
+                wrapped(key_value),
+                shared_key.map(|_| wrapped(shared)),
+                spec,
+            );
+        }
+        let (output, log_sum) = forward(query, key_value, shared_key.map(|_| shared), spec);
+        (wrapped(output), wrapped(log_sum))
+    }
+
+    fn attention_grad(
+        saved: AttentionSaved<Self>,
+        output_grad: FloatTensor<Self>,
+        spec: &AttentionSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, Option<FloatTensor<Self>>) {
+        let AttentionSaved { query, key_value, shared_key, output, log_sum } = &saved;
+        let delta = Self::float_sum_dim(Self::float_mul(in_f32(output_grad.clone()), in_f32(output.clone())), 3);
+        let shared = shared_key.as_ref().unwrap_or(query);
+        let Some([query, key_value, shared_key, log_sum, output_grad, delta]) =
+            buffers([query, key_value, shared, log_sum, &output_grad, &delta])
+        else {
+            return reference::attention_grad::<Self>(saved, output_grad, spec);
+        };
+        let dtype = query.dtype;
+        if [&key_value, &shared_key, &output_grad].iter().any(|tensor| tensor.dtype != dtype)
+            || log_sum.dtype != DType::F32
+        {
+            return reference::attention_grad::<Self>(saved, wrapped(output_grad), spec);
+        }
+        let shared_key = saved.shared_key.as_ref().map(|_| shared_key);
+        let saved = Saved { query, key_value, shared_key, log_sum, grad: output_grad, delta };
+        let (query, key_value, shared) = grad(saved, spec);
+        // All heads add up to the gradient of the key that they share.
+        let shared = shared.map(|parts| {
+            let [batch, _, sequence, width] = parts.meta.shape().dims();
+            let sum = Self::float_sum_dim(wrapped(parts), 1);
+            Self::float_cast(Self::float_reshape(sum, Shape::new([batch, sequence, width])), FloatDType::from(dtype))
+        });
+        (wrapped(query), wrapped(key_value), shared)
+    }
+}
 
 /// Queries, keys and columns of a block.
 const BLOCK: usize = 32;
@@ -52,10 +111,24 @@ struct Heads {
 }
 
 impl Heads {
+    /// # Panics
+    ///
+    /// When the shapes or dtypes of an attention do not fit each other.
     fn new(query: &CubeTensor, key_value: &CubeTensor, shared_key: Option<&CubeTensor>, spec: &AttentionSpec) -> Self {
-        let (heads, width) = (query.meta.shape()[2], query.meta.shape()[3]);
+        let [batch, sequence, heads, width] = query.meta.shape().dims();
         let (key_heads, pair) = (key_value.meta.shape()[2], key_value.meta.shape()[3]);
         let shared = shared_key.map_or(0, |shared| shared.meta.shape()[2]);
+        assert!(shared < width && width - shared < pair, "a head has a key of its own and a value");
+        assert_shape(query, [batch, sequence, heads, width]);
+        assert_shape(key_value, [batch, sequence, key_heads, pair]);
+        assert_dtype(key_value, query.dtype);
+        if let Some(shared_key) = shared_key {
+            assert_shape(shared_key, [batch, sequence, shared]);
+            assert_dtype(shared_key, query.dtype);
+        }
+        assert!(heads.is_multiple_of(key_heads), "key heads divide heads");
+        let starts = spec.starts.as_ref().map_or(batch * sequence, |starts| starts.len());
+        assert!(starts == batch * sequence, "there is a document start for each query");
         let own = width - shared;
         Self { heads, key_heads, own, shared, value: pair - own, documents: spec.starts.is_some() }
     }
@@ -91,7 +164,7 @@ fn each_block(sequence: usize, heads: usize, batch: usize) -> (CubeCount, CubeDi
 
 /// The output `[batch, sequence, heads, value]` and the logarithms of the softmax denominators
 /// `[batch, heads, sequence]`, see `reference::attention_forward`.
-pub(super) fn forward(
+fn forward(
     query: CubeTensor,
     key_value: CubeTensor,
     shared_key: Option<CubeTensor>,
@@ -106,7 +179,10 @@ pub(super) fn forward(
     let log_sum = empty(&query, [batch, heads.heads, sequence], DType::F32);
     let over = each_block(sequence, heads.heads, batch);
     let (starts, dtype) = (starts(&query, spec), elem(&query));
-    // SAFETY: the kernel keeps within its tensors.
+    // SAFETY: `load_head`, `load_keys` and `load_values` read a position only below `sequence` and a column only below the
+    // head's width, `start_of` reads the starts of a position moved below `sequence`, and results are written under the same
+    // bounds. `Heads::new` asserted that the tensors have these shapes and one dtype; they are contiguous. Starts bound loops
+    // and are not indexed by.
     unsafe {
         launch!(
             forward_kernel,
@@ -124,18 +200,18 @@ pub(super) fn forward(
 
 /// What the gradients are made of: the forward's inputs and `log_sum`, the gradient of its output, and `delta`, f32
 /// `[batch, sequence, heads]`, the product of that gradient and the output, summed over a head.
-pub(super) struct Saved {
-    pub(super) query: CubeTensor,
-    pub(super) key_value: CubeTensor,
-    pub(super) shared_key: Option<CubeTensor>,
-    pub(super) log_sum: CubeTensor,
-    pub(super) grad: CubeTensor,
-    pub(super) delta: CubeTensor,
+struct Saved {
+    query: CubeTensor,
+    key_value: CubeTensor,
+    shared_key: Option<CubeTensor>,
+    log_sum: CubeTensor,
+    grad: CubeTensor,
+    delta: CubeTensor,
 }
 
 /// Gradients for the query, for keys and values, and of each key head for the shared key, f32
 /// `[batch, key_heads, sequence, shared]`.
-pub(super) fn grad(saved: Saved, spec: &AttentionSpec) -> (CubeTensor, CubeTensor, Option<CubeTensor>) {
+fn grad(saved: Saved, spec: &AttentionSpec) -> (CubeTensor, CubeTensor, Option<CubeTensor>) {
     let heads = Heads::new(&saved.query, &saved.key_value, saved.shared_key.as_ref(), spec);
     let (batch, sequence) = (saved.query.meta.shape()[0], saved.query.meta.shape()[1]);
     let (query, key_value) = (into_contiguous(saved.query), into_contiguous(saved.key_value));
@@ -143,12 +219,20 @@ pub(super) fn grad(saved: Saved, spec: &AttentionSpec) -> (CubeTensor, CubeTenso
     let shared_key = saved.shared_key.map_or_else(|| query.clone(), into_contiguous);
     let (log_sum, grad) = (into_contiguous(saved.log_sum), into_contiguous(saved.grad));
     let delta = into_contiguous(saved.delta);
+    assert_shape(&log_sum, [batch, heads.heads, sequence]);
+    assert_dtype(&log_sum, DType::F32);
+    assert_shape(&grad, [batch, sequence, heads.heads, heads.value]);
+    assert_dtype(&grad, query.dtype);
+    // Summed over a head, of which one number is left.
+    assert_shape(&delta, [batch, sequence, heads.heads, 1]);
+    assert_dtype(&delta, DType::F32);
     let grad_query = empty(&query, [batch, sequence, heads.heads, heads.width()], query.dtype);
     let grad_key_value = empty(&query, [batch, sequence, heads.key_heads, heads.own + heads.value], query.dtype);
     // WebGPU has no empty buffer.
     let grad_shared = empty(&query, [batch, heads.key_heads, sequence, heads.shared.max(1)], DType::F32);
     let dtype = elem(&query);
-    // SAFETY: the kernels keep within their tensors.
+    // SAFETY: as in `forward`; sums and products of a query are read at a position moved below `sequence`, and the shapes and
+    // dtypes of these and of the gradient were asserted above.
     unsafe {
         launch!(
             query_grad_kernel,

@@ -1,5 +1,10 @@
 //! The loss of each row of logits and its gradient: a cube for each row, which keeps no probabilities.
+//!
+//! Targets lie on the device and are not read back to be checked. One outside the vocabulary gives NaN, which the kernels are
+//! handed: not every shading language has one.
 
+use burn::backend::Cube;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::DType;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
@@ -7,26 +12,58 @@ use cubecl::prelude::*;
 
 use super::launch::launch;
 use super::reduce::{UNITS, each_row, largest_of_units, row_of, sum_of_units};
-use super::tensor::{elem, empty};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, integers, same_device, wrapped};
+use crate::kernels::{CrossEntropyKernel, reference};
 
-pub(super) fn forward(logits: CubeTensor, targets: CubeTensor) -> CubeTensor {
+impl CrossEntropyKernel for Cube {
+    fn cross_entropy_forward(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        match (buffers([&logits]), integers(&targets)) {
+            (Some([logits]), Some(targets)) => wrapped(forward(logits, targets)),
+            _ => reference::cross_entropy_forward::<Self>(logits, targets),
+        }
+    }
+
+    fn cross_entropy_grad(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        loss_grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        match (buffers([&logits, &loss_grad]), integers(&targets)) {
+            (Some([logits, loss_grad]), Some(targets)) if loss_grad.dtype == DType::F32 => {
+                wrapped(grad(logits, targets, loss_grad))
+            }
+            _ => reference::cross_entropy_grad::<Self>(logits, targets, loss_grad),
+        }
+    }
+}
+
+fn forward(logits: CubeTensor, targets: CubeTensor) -> CubeTensor {
     let (logits, targets) = (into_contiguous(logits), into_contiguous(targets));
     let [rows, vocab] = logits.meta.shape().dims();
+    assert_shape(&logits, [rows, vocab]);
+    assert_shape(&targets, [rows]);
+    same_device(&targets, &logits);
     let out = empty(&logits, [rows], DType::F32);
     let dtypes = [elem(&logits), elem(&targets)];
-    // SAFETY: the kernel keeps within its tensors.
-    unsafe { launch!(forward_kernel, each_row(rows), [logits, targets, out], rows, vocab, dtypes) };
+    // SAFETY: `row_of` keeps a cube's row below `rows`, the loops keep columns below `vocab`, and so does the kernel a target
+    // before it indexes by it. The contiguous tensors have these shapes, as was asserted, and are read as their dtypes.
+    unsafe { launch!(forward_kernel, each_row(rows), [logits, targets, out], rows, vocab, f32::NAN, dtypes) };
     out
 }
 
 /// `g (softmax(logits) - onehot(target))`; `grad` is f32.
-pub(super) fn grad(logits: CubeTensor, targets: CubeTensor, grad: CubeTensor) -> CubeTensor {
+fn grad(logits: CubeTensor, targets: CubeTensor, grad: CubeTensor) -> CubeTensor {
     let (logits, targets, grad) = (into_contiguous(logits), into_contiguous(targets), into_contiguous(grad));
     let [rows, vocab] = logits.meta.shape().dims();
+    assert_shape(&logits, [rows, vocab]);
+    assert_shape(&targets, [rows]);
+    assert_shape(&grad, [rows]);
+    assert_dtype(&grad, DType::F32);
+    same_device(&targets, &logits);
     let out = empty(&logits, [rows, vocab], logits.dtype);
     let dtypes = [elem(&logits), elem(&targets)];
-    // SAFETY: the kernel keeps within its tensors.
-    unsafe { launch!(grad_kernel, each_row(rows), [logits, targets, grad, out], rows, vocab, dtypes) };
+    // SAFETY: as in `forward`; this kernel compares columns with the target and does not index by it.
+    unsafe { launch!(grad_kernel, each_row(rows), [logits, targets, grad, out], rows, vocab, f32::NAN, dtypes) };
     out
 }
 
@@ -57,13 +94,16 @@ fn forward_kernel<F: Float, I: Int>(
     out: &mut [f32],
     rows: usize,
     vocab: usize,
+    nan: f32,
     #[define(F, I)] _dtypes: [ElemType; 2],
 ) {
     let row = row_of(rows);
     let (largest, sum) = softmax_of::<F>(logits, row * vocab, vocab);
     if UNIT_POS == 0 {
         let target = usize::cast_from(targets[row]);
-        out[row] = sum.ln() + largest - f32::cast_from(logits[row * vocab + target]);
+        let inside = target < vocab && targets[row] >= I::from_int(0) && targets[row] < I::cast_from(vocab);
+        let logit = f32::cast_from(logits[row * vocab + select(inside, target, 0usize)]);
+        out[row] = select(inside, sum.ln() + largest - logit, nan);
     }
 }
 
@@ -75,13 +115,15 @@ fn grad_kernel<F: Float, I: Int>(
     out: &mut [F],
     rows: usize,
     vocab: usize,
+    nan: f32,
     #[define(F, I)] _dtypes: [ElemType; 2],
 ) {
     let row = row_of(rows);
     let line = row * vocab;
     let (largest, sum) = softmax_of::<F>(logits, line, vocab);
     let target = usize::cast_from(targets[row]);
-    let grad = grad[row];
+    let inside = target < vocab && targets[row] >= I::from_int(0) && targets[row] < I::cast_from(vocab);
+    let grad = select(inside, grad[row], nan);
     let mut at = UNIT_POS as usize;
     while at < vocab {
         let mut slope = (f32::cast_from(logits[line + at]) - largest).exp() / sum;

@@ -5,8 +5,8 @@ use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::*;
 
 /// `launch!(kernel, over, [tensors], others)`: launches a kernel over `over`, its count of cubes and their size, on
-/// tensors, of which it gets the buffers, and whatever else it takes behind them. As unsafe as the kernel's own
-/// `launch_unchecked`: it must keep within its tensors.
+/// tensors, of which it gets the buffers, and whatever else it takes after them. As unsafe as the kernel's own
+/// `launch_unchecked`: every index that it computes must lie in its buffer, and the buffers must hold the types it reads.
 macro_rules! launch {
     ($kernel:ident, $over:expr, [$first:ident $(, $tensor:ident)*] $(, $other:expr)+) => {{
         let (count, dim) = $over;

@@ -1,31 +1,68 @@
 //! RMSNorm and its gradients: a cube for each row.
 
-use burn::tensor::DType;
+use burn::backend::Cube;
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::launch::launch;
 use super::reduce::{UNITS, each_row, row_of, sum_of_units};
-use super::tensor::{elem, empty};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, wrapped};
+use crate::kernels::{RmsNormKernel, reference};
+
+impl RmsNormKernel for Cube {
+    fn rms_norm_forward(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> {
+        match buffers([&x, &gain]) {
+            Some([x, gain]) => wrapped(forward(x, gain, epsilon)),
+            None => reference::rms_norm_forward::<Self>(x, gain, epsilon),
+        }
+    }
+
+    fn rms_norm_grad(
+        x: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        output_grad: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        match buffers([&x, &gain, &output_grad]) {
+            Some([x, gain, output_grad]) if output_grad.dtype == x.dtype => {
+                let (width, dtype) = (gain.meta.shape()[0], FloatDType::from(gain.dtype));
+                let (x, parts) = grad(x, gain, output_grad, epsilon);
+                let gain = Self::float_reshape(Self::float_sum_dim(wrapped(parts), 0), Shape::new([width]));
+                (wrapped(x), Self::float_cast(gain, dtype))
+            }
+            _ => reference::rms_norm_grad::<Self>(x, gain, output_grad, epsilon),
+        }
+    }
+}
 
 /// Rows whose parts of the gain's gradient one unit adds up.
 const CHUNK: usize = 64;
 
-pub(super) fn forward(x: CubeTensor, gain: CubeTensor, epsilon: f32) -> CubeTensor {
+fn forward(x: CubeTensor, gain: CubeTensor, epsilon: f32) -> CubeTensor {
     let (x, gain) = (into_contiguous(x), into_contiguous(gain));
     let [rows, width] = x.meta.shape().dims();
+    assert_shape(&x, [rows, width]);
+    assert_shape(&gain, [width]);
     let out = empty(&x, [rows, width], x.dtype);
     let dtypes = [elem(&x), elem(&gain)];
-    // SAFETY: the kernel keeps within its tensors.
+    // SAFETY: `row_of` keeps a cube's row below `rows`, and the loops their columns below `width`; the contiguous tensors have
+    // these shapes, as was asserted, and are read as the dtypes that they have.
     unsafe { launch!(forward_kernel, each_row(rows), [x, gain, out], rows, width, epsilon, dtypes) };
     out
 }
 
 /// The gradient for `x`, and parts of that for the gain, f32 `[parts, width]`, whose sum it is.
-pub(super) fn grad(x: CubeTensor, gain: CubeTensor, grad: CubeTensor, epsilon: f32) -> (CubeTensor, CubeTensor) {
+fn grad(x: CubeTensor, gain: CubeTensor, grad: CubeTensor, epsilon: f32) -> (CubeTensor, CubeTensor) {
     let (x, gain, grad) = (into_contiguous(x), into_contiguous(gain), into_contiguous(grad));
     let [rows, width] = x.meta.shape().dims();
+    assert_shape(&x, [rows, width]);
+    assert_shape(&gain, [width]);
+    assert_shape(&grad, [rows, width]);
+    assert_dtype(&grad, x.dtype);
     let parts = rows.div_ceil(CHUNK);
     let grad_x = empty(&x, [rows, width], x.dtype);
     let inverse = empty(&x, [rows], DType::F32);
@@ -33,7 +70,8 @@ pub(super) fn grad(x: CubeTensor, gain: CubeTensor, grad: CubeTensor, epsilon: f
     let dtypes = [elem(&x), elem(&gain)];
     let columns = CubeCount::Static(width.div_ceil(UNITS) as u32, parts as u32, 1);
     let over = (columns, CubeDim::new_1d(UNITS as u32));
-    // SAFETY: the kernels keep within their tensors.
+    // SAFETY: as in `forward`; and the second kernel keeps a unit's column below `width`, and its rows, from its part's first
+    // on, below `rows`.
     unsafe {
         launch!(grad_kernel, each_row(rows), [x, gain, grad, grad_x, inverse], rows, width, epsilon, dtypes);
         launch!(gain_grad_kernel, over, [x, grad, inverse, grad_gain], rows, width, dtypes[0]);

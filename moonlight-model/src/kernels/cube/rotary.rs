@@ -1,16 +1,32 @@
 //! Rotary positions, in one pass.
 
+use burn::backend::Cube;
+use burn::backend::tensor::FloatTensor;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::super::RotationSpec;
 use super::launch::{each_number, launch};
-use super::tensor::{elem, empty};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, wrapped};
+use crate::kernels::{RotaryKernel, RotationSpec, reference};
 
-/// How a head turns.
+impl RotaryKernel for Cube {
+    fn rotate_forward(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        spec: &RotationSpec,
+    ) -> FloatTensor<Self> {
+        match buffers([&x, &cos, &sin]) {
+            Some([x, cos, sin]) if cos.dtype == sin.dtype => wrapped(forward(x, cos, sin, spec)),
+            _ => reference::rotate_forward::<Self>(x, cos, sin, spec),
+        }
+    }
+}
+
+/// How a head is rotated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Turn {
+struct Rotation {
     heads: usize,
     width: usize,
     start: usize,
@@ -18,15 +34,24 @@ struct Turn {
 }
 
 /// See `reference::rotate_forward`.
-pub(super) fn forward(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, spec: &RotationSpec) -> CubeTensor {
+fn forward(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, spec: &RotationSpec) -> CubeTensor {
     let (x, cos, sin) = (into_contiguous(x), into_contiguous(cos), into_contiguous(sin));
     let shape: [usize; 4] = x.meta.shape().dims();
-    let turn = Turn { heads: shape[2], width: shape[3], start: spec.start, interleave: spec.interleave };
+    let rotation = Rotation { heads: shape[2], width: shape[3], start: spec.start, interleave: spec.interleave };
+    let [batch, sequence, _, width] = shape;
+    assert!(spec.start < width && (width - spec.start).is_multiple_of(2), "the rotated part of a head is pairs");
+    assert_shape(&x, shape);
+    for angles in [&cos, &sin] {
+        assert_shape(angles, [batch * sequence, (width - spec.start) / 2]);
+        assert_dtype(angles, cos.dtype);
+    }
     let out = empty(&x, shape, x.dtype);
     let count = shape.iter().product();
     let dtypes = [elem(&x), elem(&cos)];
-    // SAFETY: the kernel keeps within its tensors.
-    unsafe { launch!(forward_kernel, each_number(&x, count), [x, cos, sin, out], count, turn, dtypes) };
+    // SAFETY: a unit whose number is below `count` indexes `x` and the result by it, and by that of the other number of its
+    // pair, which lies in the same head; the angles by token and pair. The contiguous tensors have these shapes, as was
+    // asserted.
+    unsafe { launch!(forward_kernel, each_number(&x, count), [x, cos, sin, out], count, rotation, dtypes) };
     out
 }
 
@@ -37,20 +62,23 @@ fn forward_kernel<F: Float, G: Float>(
     sin: &[G],
     out: &mut [F],
     count: usize,
-    #[comptime] turn: Turn,
+    #[comptime] rotation: Rotation,
     #[define(F, G)] _dtypes: [ElemType; 2],
 ) {
-    let pairs = comptime!((turn.width - turn.start) / 2);
+    let pairs = comptime!((rotation.width - rotation.start) / 2);
     if ABSOLUTE_POS < count {
-        let place = ABSOLUTE_POS % turn.width;
-        if place < turn.start {
+        let place = ABSOLUTE_POS % rotation.width;
+        if place < rotation.start {
             out[ABSOLUTE_POS] = x[ABSOLUTE_POS];
         } else {
-            let member = place - turn.start;
-            let (pair, second) =
-                if comptime!(turn.interleave) { (member / 2, member % 2) } else { (member % pairs, member / pairs) };
-            let apart = comptime!(if turn.interleave { 1 } else { pairs });
-            let angle = ABSOLUTE_POS / comptime!(turn.width * turn.heads) * pairs + pair;
+            let member = place - rotation.start;
+            let (pair, second) = if comptime!(rotation.interleave) {
+                (member / 2, member % 2)
+            } else {
+                (member % pairs, member / pairs)
+            };
+            let apart = comptime!(if rotation.interleave { 1 } else { pairs });
+            let angle = ABSOLUTE_POS / comptime!(rotation.width * rotation.heads) * pairs + pair;
             // The angles are rounded to the dtype of x before the products, as the published code does.
             let (cos, sin) = (F::cast_from(cos[angle]), F::cast_from(sin[angle]));
             let own = x[ABSOLUTE_POS] * cos;

@@ -1,29 +1,63 @@
 //! `silu(gate) * up` and its gradients, each in one pass.
 
+use burn::backend::Cube;
+use burn::backend::tensor::FloatTensor;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::launch::{each_number, launch};
-use super::tensor::{elem, empty};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, wrapped};
+use crate::kernels::{SwigluKernel, reference};
 
-pub(super) fn forward(gate: CubeTensor, up: CubeTensor) -> CubeTensor {
+impl SwigluKernel for Cube {
+    fn swiglu_forward(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        match buffers([&gate, &up]) {
+            Some([gate, up]) if gate.dtype == up.dtype => wrapped(forward(gate, up)),
+            _ => reference::swiglu_forward::<Self>(gate, up),
+        }
+    }
+
+    fn swiglu_grad(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        output_grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        match buffers([&gate, &up, &output_grad]) {
+            Some([gate, up, output_grad]) if gate.dtype == up.dtype && output_grad.dtype == up.dtype => {
+                let (gate, up) = grad(gate, up, output_grad);
+                (wrapped(gate), wrapped(up))
+            }
+            _ => reference::swiglu_grad::<Self>(gate, up, output_grad),
+        }
+    }
+}
+
+fn forward(gate: CubeTensor, up: CubeTensor) -> CubeTensor {
     let (gate, up) = (into_contiguous(gate), into_contiguous(up));
     let [rows, width] = gate.meta.shape().dims();
+    assert_shape(&gate, [rows, width]);
+    assert_shape(&up, [rows, width]);
+    assert_dtype(&up, gate.dtype);
     let out = empty(&gate, [rows, width], gate.dtype);
     let count = rows * width;
-    // SAFETY: the kernel keeps within its tensors.
+    // SAFETY: a unit whose number is below `count` indexes by it contiguous tensors of `count` numbers of one dtype, as was
+    // asserted; the others do nothing.
     unsafe { launch!(forward_kernel, each_number(&gate, count), [gate, up, out], count, elem(&gate)) };
     out
 }
 
 /// Gradients for gate and up, see `reference::swiglu_grad`.
-pub(super) fn grad(gate: CubeTensor, up: CubeTensor, grad: CubeTensor) -> (CubeTensor, CubeTensor) {
+fn grad(gate: CubeTensor, up: CubeTensor, grad: CubeTensor) -> (CubeTensor, CubeTensor) {
     let (gate, up, grad) = (into_contiguous(gate), into_contiguous(up), into_contiguous(grad));
     let [rows, width] = gate.meta.shape().dims();
+    for tensor in [&gate, &up, &grad] {
+        assert_shape(tensor, [rows, width]);
+        assert_dtype(tensor, gate.dtype);
+    }
     let [grad_gate, grad_up] = [(); 2].map(|()| empty(&gate, [rows, width], gate.dtype));
     let count = rows * width;
-    // SAFETY: the kernel keeps within its tensors.
+    // SAFETY: as in `forward`.
     unsafe {
         launch!(grad_kernel, each_number(&gate, count), [gate, up, grad, grad_gate, grad_up], count, elem(&gate));
     }

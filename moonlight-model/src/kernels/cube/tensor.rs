@@ -1,29 +1,77 @@
-//! From Burn's tensors to the buffers that a kernel reads, and back.
+//! From Burn's tensors to the buffers that a kernel reads, and back; and what makes a launch safe.
 
 use std::any::Any;
 
 use burn::backend::Cube;
+use burn::backend::TensorMetadata;
 use burn::backend::cubecl::dtype_to_storage_type;
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
+use crate::kernels::{CachedAttentionKernel, Kernels, ProjectKernel, QuantizedMatmulKernel};
+
+impl Kernels for Cube {}
+// The reference is Burn's own product, which is the right one here.
+impl ProjectKernel for Cube {}
+// These have no kernels here yet, and run the reference.
+impl QuantizedMatmulKernel for Cube {}
+impl CachedAttentionKernel for Cube {}
+
 /// The buffers behind tensors that the kernels can read: f32, or a half type that the runtime stores.
 ///
 /// `None` where one is of another type, and where a program turns on Burn's fusion: its tensors are promises of a
 /// result whose buffer does not exist yet.
+///
+/// # Panics
+///
+/// When the tensors lie on different devices.
 pub(super) fn buffers<const N: usize>(tensors: [&FloatTensor<Cube>; N]) -> Option<[CubeTensor; N]> {
     let buffers = tensors.map(|tensor| (tensor as &dyn Any).downcast_ref::<CubeTensor>());
     if buffers.iter().any(|buffer| buffer.is_none_or(|buffer| !readable(buffer))) {
         return None;
     }
-    Some(buffers.map(|buffer| buffer.expect("each was looked at").clone()))
+    let buffers = buffers.map(|buffer| buffer.expect("each was looked at").clone());
+    for buffer in &buffers {
+        same_device(buffer, &buffers[0]);
+    }
+    Some(buffers)
 }
 
-/// The buffer behind whole numbers that the kernels can read.
+/// # Panics
+///
+/// When the buffers lie on different devices.
+pub(super) fn same_device(buffer: &CubeTensor, other: &CubeTensor) {
+    assert!(buffer.device == other.device, "the tensors of an operation lie on different devices");
+}
+
+/// # Panics
+///
+/// When a tensor that a kernel is about to index by `shape` has another, or an empty dimension. The kernels compute their
+/// indices from these shapes alone, so this is what every launch relies on.
+#[track_caller]
+pub(super) fn assert_shape<const D: usize>(tensor: &CubeTensor, shape: [usize; D]) {
+    assert!(tensor.meta.shape()[..] == shape[..], "a kernel's tensor is {:?}, not {shape:?}", tensor.meta.shape());
+    assert!(!shape.contains(&0), "a kernel's tensor has an empty dimension: {shape:?}");
+}
+
+/// # Panics
+///
+/// When a tensor has another dtype than the one that a kernel reads it as.
+#[track_caller]
+pub(super) fn assert_dtype(tensor: &CubeTensor, dtype: DType) {
+    assert!(tensor.dtype == dtype, "a kernel's tensor is {:?}, not {dtype:?}", tensor.dtype);
+}
+
+pub(super) fn in_f32(tensor: FloatTensor<Cube>) -> FloatTensor<Cube> {
+    if tensor.dtype() == DType::F32 { tensor } else { Cube::float_cast(tensor, FloatDType::F32) }
+}
+
+/// The buffer behind integers that the kernels can read.
 pub(super) fn integers(tensor: &IntTensor<Cube>) -> Option<CubeTensor> {
     let buffer = (tensor as &dyn Any).downcast_ref::<CubeTensor>().cloned()?;
     let readable = matches!(buffer.dtype, DType::I32 | DType::I64 | DType::U32);

@@ -11,9 +11,8 @@ use std::time::Instant;
 
 use burn::tensor::{DType, FloatDType, TensorData};
 
-use super::super::backend::Kernels;
 use super::super::reference::{self, AttentionSaved};
-use super::super::{AttentionSpec, ExpertPlan, RotationSpec};
+use super::super::*;
 use super::tensor::{buffers, integers};
 
 /// What the largest value of a result allows its values to be off.
@@ -75,9 +74,9 @@ fn close(name: &str, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>) {
 }
 
 /// Expert 0 has half of all rows, the last none, and of the others each some.
-fn plan(tokens: usize, experts: usize) -> ExpertPlan {
+fn layout(tokens: usize, experts: usize) -> GroupLayout {
     let choices: Vec<u32> = (0..tokens).flat_map(|token| [0, 1 + (token * 7 % (experts - 2)) as u32]).collect();
-    ExpertPlan::new(&choices, 2, experts)
+    GroupLayout::from_choices(&choices, 2, experts)
 }
 
 #[test]
@@ -88,24 +87,24 @@ fn grouped_products() {
     for (tokens, experts, input, output) in
         [(1, 3, 1, 1), (3, 9, 5, 4), (75, 5, 33, 70), (64, 4, 64, 128), (300, 6, 130, 65)]
     {
-        let plan = plan(tokens, experts);
+        let layout = layout(tokens, experts);
         let rows = numbers([2 * tokens, input], 1);
         let weight = numbers([experts, input, output], 2);
         let grad = numbers([2 * tokens, output], 3);
         close(
             "product",
-            Cube::grouped_matmul_forward(on::<Cube>(&rows, &cube), on::<Cube>(&weight, &cube), &plan),
-            reference::grouped_matmul_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weight, &flex), &plan),
+            Cube::grouped_matmul_forward(on::<Cube>(&rows, &cube), on::<Cube>(&weight, &cube), &layout),
+            reference::grouped_matmul_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weight, &flex), &layout),
         );
         close(
             "product's gradient for rows",
-            Cube::grouped_matmul_rows_grad(on::<Cube>(&grad, &cube), on::<Cube>(&weight, &cube), &plan),
-            reference::grouped_matmul_rows_grad::<Flex>(on::<Flex>(&grad, &flex), on::<Flex>(&weight, &flex), &plan),
+            Cube::grouped_matmul_rows_grad(on::<Cube>(&grad, &cube), on::<Cube>(&weight, &cube), &layout),
+            reference::grouped_matmul_rows_grad::<Flex>(on::<Flex>(&grad, &flex), on::<Flex>(&weight, &flex), &layout),
         );
         close(
             "product's gradient for weights",
-            Cube::grouped_matmul_weight_grad(on::<Cube>(&rows, &cube), on::<Cube>(&grad, &cube), &plan),
-            reference::grouped_matmul_weight_grad::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&grad, &flex), &plan),
+            Cube::grouped_matmul_weight_grad(on::<Cube>(&rows, &cube), on::<Cube>(&grad, &cube), &layout),
+            reference::grouped_matmul_weight_grad::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&grad, &flex), &layout),
         );
     }
 }
@@ -114,7 +113,7 @@ fn grouped_products() {
 #[ignore = "needs a CubeCL device that stores f16"]
 fn half_types_are_summed_in_f32_and_rounded_once() {
     let (cube, flex) = (device(), Default::default());
-    let plan = plan(75, 5);
+    let layout = layout(75, 5);
     // Numbers that f16 holds, so that only the results are rounded.
     let exact = |shape: &[usize], seed| {
         let wide = numbers([shape.iter().product()], seed);
@@ -135,8 +134,8 @@ fn half_types_are_summed_in_f32_and_rounded_once() {
     assert!(buffers([&half(&rows)]).is_some(), "this device does not store f16");
     check(
         "product",
-        Cube::grouped_matmul_forward(half(&rows), half(&weight), &plan),
-        reference::grouped_matmul_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weight, &flex), &plan),
+        Cube::grouped_matmul_forward(half(&rows), half(&weight), &layout),
+        reference::grouped_matmul_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weight, &flex), &layout),
     );
     let spec = AttentionSpec { scale: 0.3, starts: None };
     let (query, keys) = (exact(&[1, 40, 2, 8], 3), exact(&[1, 40, 2, 14], 4));
@@ -156,17 +155,17 @@ fn half_types_are_summed_in_f32_and_rounded_once() {
 #[ignore = "needs a CubeCL device"]
 fn a_grouped_product_reads_tensors_as_they_lie() {
     let (cube, flex) = (device(), Default::default());
-    let plan = plan(20, 4);
+    let layout = layout(20, 4);
     let (rows, weight) = (numbers([7, 40], 1), numbers([4, 9, 7], 2));
-    // Both factors turned round, so that their lines lie across.
-    let turned = |rows, weight| (Cube::float_transpose(rows), Cube::float_transpose(weight));
-    let (fast_rows, fast_weight) = turned(on::<Cube>(&rows, &cube), on::<Cube>(&weight, &cube));
+    // Both factors transposed, so that their rows are strided.
+    let transposed = |rows, weight| (Cube::float_transpose(rows), Cube::float_transpose(weight));
+    let (fast_rows, fast_weight) = transposed(on::<Cube>(&rows, &cube), on::<Cube>(&weight, &cube));
     let rows = Flex::float_transpose(on::<Flex>(&rows, &flex));
     let weight = Flex::float_transpose(on::<Flex>(&weight, &flex));
     close(
-        "product of turned factors",
-        Cube::grouped_matmul_forward(fast_rows, fast_weight, &plan),
-        reference::grouped_matmul_forward::<Flex>(rows, weight, &plan),
+        "product of transposed factors",
+        Cube::grouped_matmul_forward(fast_rows, fast_weight, &layout),
+        reference::grouped_matmul_forward::<Flex>(rows, weight, &layout),
     );
 }
 
@@ -243,35 +242,35 @@ fn attention_with_moonlights_heads() {
 fn rows() {
     let (cube, flex) = (device(), Default::default());
     for (tokens, width) in [(1, 1), (70, 9), (33, 300)] {
-        let plan = plan(tokens, 6);
+        let layout = layout(tokens, 6);
         let (x, rows) = (numbers([tokens, width], 1), numbers([2 * tokens, width], 2));
         let (weights, grad) = (numbers([tokens, 2], 3), numbers([tokens, width], 4));
         close(
             "rows of tokens",
-            Cube::dispatch_rows_forward(on::<Cube>(&x, &cube), &plan),
-            reference::dispatch_rows_forward::<Flex>(on::<Flex>(&x, &flex), &plan),
+            Cube::dispatch_rows_forward(on::<Cube>(&x, &cube), &layout),
+            reference::dispatch_rows_forward::<Flex>(on::<Flex>(&x, &flex), &layout),
         );
         close(
             "rows' gradient for tokens",
-            Cube::dispatch_rows_grad(on::<Cube>(&rows, &cube), &plan),
-            reference::dispatch_rows_grad::<Flex>(on::<Flex>(&rows, &flex), &plan),
+            Cube::dispatch_rows_grad(on::<Cube>(&rows, &cube), &layout),
+            reference::dispatch_rows_grad::<Flex>(on::<Flex>(&rows, &flex), &layout),
         );
         close(
             "sum of rows",
-            Cube::combine_rows_forward(on::<Cube>(&rows, &cube), on::<Cube>(&weights, &cube), &plan),
-            reference::combine_rows_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weights, &flex), &plan),
+            Cube::combine_rows_forward(on::<Cube>(&rows, &cube), on::<Cube>(&weights, &cube), &layout),
+            reference::combine_rows_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weights, &flex), &layout),
         );
         let fast = Cube::combine_rows_grad(
             on::<Cube>(&rows, &cube),
             on::<Cube>(&weights, &cube),
             on::<Cube>(&grad, &cube),
-            &plan,
+            &layout,
         );
         let slow = reference::combine_rows_grad::<Flex>(
             on::<Flex>(&rows, &flex),
             on::<Flex>(&weights, &flex),
             on::<Flex>(&grad, &flex),
-            &plan,
+            &layout,
         );
         close("sum's gradient for rows", fast.0, slow.0);
         close("sum's gradient for weights", fast.1, slow.1);
@@ -387,7 +386,7 @@ fn kernels_of_one_pass_are_faster_than_the_reference() {
     // A layer of the small benchmark model, 512 tokens.
     let (tokens, hidden, width, experts, vocab) = (512, 512, 352, 32, 8192);
     let choices: Vec<u32> = (0..4 * tokens).map(|slot| ((slot / 4 * 7 + slot % 4 * 8) % experts) as u32).collect();
-    let plan = &ExpertPlan::new(&choices, 4, experts);
+    let layout = &GroupLayout::from_choices(&choices, 4, experts);
     let of = |shape: &[usize], seed| {
         let data = numbers([shape.iter().product()], seed);
         on::<Cube>(&TensorData::from_bytes(data.into_bytes(), shape.to_vec(), DType::F32), &device)
@@ -429,13 +428,13 @@ fn kernels_of_one_pass_are_faster_than_the_reference() {
         }
     };
     let results = [
-        both!("grouped product": grouped_matmul_forward(rows, weight, &plan)),
+        both!("grouped product": grouped_matmul_forward(rows, weight, &layout)),
         both!("its gradients":
-            grouped_matmul_rows_grad(wide, weight, &plan), grouped_matmul_weight_grad(rows, wide, &plan)),
+            grouped_matmul_rows_grad(wide, weight, &layout), grouped_matmul_weight_grad(rows, wide, &layout)),
         ("attention", seconds(&device, || attention(false, true)), seconds(&device, || attention(false, false))),
         ("with gradients", seconds(&device, || attention(true, true)), seconds(&device, || attention(true, false))),
-        both!("rows": dispatch_rows_forward(x, &plan), dispatch_rows_grad(rows, &plan),
-            combine_rows_forward(rows, weights, &plan), combine_rows_grad(rows, weights, x, &plan)),
+        both!("rows": dispatch_rows_forward(x, &layout), dispatch_rows_grad(rows, &layout),
+            combine_rows_forward(rows, weights, &layout), combine_rows_grad(rows, weights, x, &layout)),
         both!("SwiGLU": swiglu_forward(wide, wide), swiglu_grad(wide, wide, wide)),
         both!("RMSNorm": rms_norm_forward(x, gain, 1e-5_f32), rms_norm_grad(x, gain, x, 1e-5_f32)),
         both!("rotation": rotate_forward(query, cos, sin, &turn)),

@@ -8,12 +8,47 @@ use std::ops::Range;
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{DType, bf16};
+use moonlight_disjoint::DisjointVec;
 use rayon::prelude::*;
 
-use super::element::{Element, round};
+use super::dtype::{Element, round_into};
 use super::math::{dot, exp_in_place, largest};
-use super::matrix::{Matrix, MatrixMut, SharedSlice, Write, multiply};
-use super::{AttentionSaved, AttentionSpec, dims, tensor, tensor_of, values, values_of, zeros};
+use super::matrix::{Matrix, MatrixMut, Write, multiply};
+use super::tensor::{by_dtype, dims, shared_dtype, tensor, tensor_of, values, values_of};
+use crate::kernels::reference::{self, AttentionSaved};
+use crate::kernels::{AttentionKernel, AttentionSpec};
+
+impl AttentionKernel for Flex {
+    fn attention_forward(
+        query: FloatTensor<Self>,
+        key_value: FloatTensor<Self>,
+        shared_key: Option<FloatTensor<Self>>,
+        spec: &AttentionSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        by_dtype!(
+            [query, key_value],
+            E => {
+                let shared_key = shared_key.map(|shared| shared.to_contiguous());
+                forward::<E>(&query, &key_value, shared_key.as_ref(), spec)
+            },
+            reference::attention_forward::<Self>(query, key_value, shared_key, spec)
+        )
+    }
+
+    fn attention_grad(
+        saved: AttentionSaved<Self>,
+        output_grad: FloatTensor<Self>,
+        spec: &AttentionSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, Option<FloatTensor<Self>>) {
+        match shared_dtype(&[saved.query.dtype(), saved.key_value.dtype(), output_grad.dtype()]) {
+            Some(DType::F32) => grad::<f32>(saved, &output_grad.to_contiguous(), spec),
+            Some(DType::BF16) => grad::<bf16>(saved, &output_grad.to_contiguous(), spec),
+            _ => reference::attention_grad::<Self>(saved, output_grad, spec),
+        }
+    }
+}
 
 /// Queries of one block.
 const BLOCK: usize = 64;
@@ -67,6 +102,11 @@ impl<'a, E: Element> Problem<'a, E> {
 
     fn pair(&self) -> usize {
         self.own + self.value
+    }
+
+    /// Where positions of a sequence lie among those of all sequences.
+    fn rows(&self, batch: usize, positions: &Range<usize>) -> Range<usize> {
+        batch * self.sequence + positions.start..batch * self.sequence + positions.end
     }
 
     /// The first key that a query of the sequence may see.
@@ -150,7 +190,7 @@ fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     out
 }
 
-pub(super) fn forward<E: Element>(
+fn forward<E: Element>(
     query: &FlexTensor,
     key_value: &FlexTensor,
     shared_key: Option<&FlexTensor>,
@@ -158,9 +198,8 @@ pub(super) fn forward<E: Element>(
 ) -> (FlexTensor, FlexTensor) {
     let problem = Problem::<E>::new(query, key_value, shared_key, spec);
     let Problem { batch, sequence, heads, width, value, .. } = problem;
-    let mut output = zeros::<E>(batch * sequence * heads * value);
+    let output = DisjointVec::<E>::new(batch * sequence * heads * value);
     let mut log_sums = vec![0.0; batch * heads * sequence];
-    let shared_output = SharedSlice::new(&mut output);
     log_sums.par_chunks_mut(sequence).enumerate().for_each(|(task, log_sums)| {
         let (batch, head) = (task / heads, task % heads);
         let key_head = head / (heads / problem.key_heads);
@@ -169,23 +208,27 @@ pub(super) fn forward<E: Element>(
         let (mut wide_queries, mut wide_output) = (Vec::new(), Vec::new());
         for (rows, keys) in problem.blocks(batch) {
             let scores = &mut scratch[..rows.len() * keys.len()];
-            let out = MatrixMut::strided(scores, rows.len(), keys.len(), keys.len());
+            let mut out = MatrixMut::strided(scores, rows.len(), keys.len(), keys.len());
             let queries = problem.head(problem.query, (batch, head), width, &rows, &mut wide_queries);
-            multiply(out, queries, keyed.transposed_keys(&keys), spec.scale, Write::Set);
+            multiply(&mut out, queries, keyed.transposed_keys(&keys), spec.scale, Write::Set);
             for (row, scores) in rows.clone().zip(scores.chunks_exact_mut(keys.len())) {
                 log_sums[row] = softmax(scores, problem.start(batch, row) - keys.start, row - keys.start);
             }
-            let first = ((batch * sequence + rows.start) * heads + head) * value;
-            // SAFETY: the rows of this head of this sequence are this task's alone.
-            unsafe {
-                E::write(shared_output.at(first), rows.len(), value, heads * value, &mut wide_output, |out| {
-                    let scores = Matrix::new(scores, rows.len(), keys.len());
-                    multiply(out, scores, keyed.values(&keys), 1.0, Write::Set);
-                });
-            }
+            // SAFETY: a task has the columns of one head in the rows of one sequence, and `blocks` has each of these once.
+            let target = unsafe { output.block(heads * value, problem.rows(batch, &rows), columns(head, value)) };
+            E::write(target, &mut wide_output, |out| {
+                multiply(out, Matrix::new(scores, rows.len(), keys.len()), keyed.values(&keys), 1.0, Write::Set);
+            });
         }
     });
+    // SAFETY: `E::write` wrote all of each block.
+    let output = unsafe { output.finish() };
     (tensor_of(output, [batch, sequence, heads, value]), tensor(log_sums, [batch, heads, sequence]))
+}
+
+/// The columns of a head where heads of a width lie side by side.
+fn columns(head: usize, width: usize) -> Range<usize> {
+    head * width..(head + 1) * width
 }
 
 /// Turns the scores `first..=last` of one query into probabilities, all others into zero, and gives the logarithm of
@@ -203,7 +246,7 @@ fn softmax(scores: &mut [f32], first: usize, last: usize) -> f32 {
     offset + sum.ln()
 }
 
-pub(super) fn grad<E: Element>(
+fn grad<E: Element>(
     saved: AttentionSaved<Flex>,
     grad: &FlexTensor,
     spec: &AttentionSpec,
@@ -216,13 +259,10 @@ pub(super) fn grad<E: Element>(
     let output = saved.output.to_contiguous();
     let (output, log_sums, grad) = (values_of::<E>(&output), values(&saved.log_sum), values_of::<E>(grad));
 
-    let mut grad_query = zeros::<E>(query.layout().num_elements());
-    let mut grad_key_value = zeros::<E>(key_value.layout().num_elements());
+    let grad_query = DisjointVec::<E>::new(batch * sequence * heads * width);
+    let grad_key_value = DisjointVec::<E>::new(batch * sequence * key_heads * (own + value));
     // Every key head adds to the shared key's gradient: each into its own part, summed below in a fixed order.
-    let mut grad_shared = vec![0.0; batch * key_heads * sequence * shared];
-    let shared_query = SharedSlice::new(&mut grad_query);
-    let shared_key_value = SharedSlice::new(&mut grad_key_value);
-    let shared_parts = SharedSlice::new(&mut grad_shared);
+    let grad_shared = DisjointVec::<f32>::new(batch * key_heads * sequence * shared);
     let pair = own + value;
     (0..batch * key_heads).into_par_iter().for_each(|task| {
         let (batch, key_head) = (task / key_heads, task % key_heads);
@@ -240,12 +280,12 @@ pub(super) fn grad<E: Element>(
                 let probabilities = &mut probabilities[..height * count];
                 let slopes = &mut slopes[..height * count];
                 let queries = problem.head(problem.query, (batch, head), width, &rows, &mut wide_queries);
-                let out = MatrixMut::strided(probabilities, height, count, count);
-                multiply(out, queries, keyed.transposed_keys(&keys), spec.scale, Write::Set);
+                let mut out = MatrixMut::strided(probabilities, height, count, count);
+                multiply(&mut out, queries, keyed.transposed_keys(&keys), spec.scale, Write::Set);
                 let grad_matrix = problem.head(grad, (batch, head), value, &rows, &mut wide_grad);
-                let out = MatrixMut::strided(slopes, height, count, count);
+                let mut out = MatrixMut::strided(slopes, height, count, count);
                 let seen = Matrix::strided(&transposed_values[keys.start..], value, count, sequence);
-                multiply(out, grad_matrix, seen, 1.0, Write::Set);
+                multiply(&mut out, grad_matrix, seen, 1.0, Write::Set);
                 for (index, row) in rows.clone().enumerate() {
                     let (first, last) = (problem.start(batch, row) - keys.start, row - keys.start);
                     let token = ((batch * sequence + row) * heads + head) * value;
@@ -261,32 +301,36 @@ pub(super) fn grad<E: Element>(
                 }
                 let probabilities = Matrix::new(probabilities, height, count);
                 let slopes = Matrix::new(slopes, height, count);
-                let first_query = ((batch * sequence + rows.start) * heads + head) * width;
-                // SAFETY: this task alone writes the gradients of its head's queries.
-                unsafe {
-                    E::write(shared_query.at(first_query), height, width, heads * width, &mut wide_out, |out| {
-                        multiply(out, slopes, keyed.keys(&keys), 1.0, Write::Set);
-                    });
-                }
-                let out = MatrixMut::strided(&mut grad_keys[keys.start * width..], count, width, width);
-                multiply(out, slopes.transposed(), queries, 1.0, Write::Add);
-                let out = MatrixMut::strided(&mut grad_values[keys.start * value..], count, value, value);
-                multiply(out, probabilities.transposed(), grad_matrix, 1.0, Write::Add);
+                let rows = problem.rows(batch, &rows);
+                // SAFETY: a task has the columns of its own heads in the rows of its sequence, and `blocks` has each of these
+                // once for a head.
+                let target = unsafe { grad_query.block(heads * width, rows, columns(head, width)) };
+                E::write(target, &mut wide_out, |out| multiply(out, slopes, keyed.keys(&keys), 1.0, Write::Set));
+                let mut out = MatrixMut::strided(&mut grad_keys[keys.start * width..], count, width, width);
+                multiply(&mut out, slopes.transposed(), queries, 1.0, Write::Add);
+                let mut out = MatrixMut::strided(&mut grad_values[keys.start * value..], count, value, value);
+                multiply(&mut out, probabilities.transposed(), grad_matrix, 1.0, Write::Add);
             }
         }
+        // SAFETY: a task has the columns of its key head in the rows of its sequence, and a part of the shared key's gradient.
+        let (mut pairs, parts) = unsafe {
+            let rows = problem.rows(batch, &(0..sequence));
+            let part = columns(batch * key_heads + key_head, sequence * shared);
+            (grad_key_value.block(key_heads * pair, rows, columns(key_head, pair)), grad_shared.row(part))
+        };
         for position in 0..sequence {
             let (key, value_grad) =
                 (&grad_keys[position * width..][..width], &grad_values[position * value..][..value]);
-            let first = ((batch * sequence + position) * key_heads + key_head) * pair;
-            // SAFETY: this task alone writes the gradients of its key head, and its part of the shared key's.
-            unsafe {
-                round(&key[..own], shared_key_value.row(first, own));
-                round(value_grad, shared_key_value.row(first + own, value));
-                let part = ((batch * key_heads + key_head) * sequence + position) * shared;
-                shared_parts.row(part, shared).copy_from_slice(&key[own..]);
-            }
+            let (key_place, value_place) = pairs.row(position).split_at_mut(own);
+            round_into(&key[..own], key_place);
+            round_into(value_grad, value_place);
+            parts[position * shared..][..shared].write_copy_of_slice(&key[own..]);
         }
     });
+    // SAFETY: `E::write` wrote all of each block of the queries' gradient. The loop over positions wrote each row of its
+    // block, key and value, and each of its part, by functions that assert that both sides are of one length.
+    let (grad_query, grad_key_value, grad_shared) =
+        unsafe { (grad_query.finish(), grad_key_value.finish(), grad_shared.finish()) };
     let grad_shared = (shared > 0)
         .then(|| tensor_of(E::rounded(sum_heads(&grad_shared, batch, key_heads)), [batch, sequence, shared]));
     (

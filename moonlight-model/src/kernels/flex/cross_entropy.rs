@@ -1,13 +1,53 @@
 //! Cross-entropy of rows of logits.
 
+use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use rayon::prelude::*;
 
-use super::element::{Element, round, widen};
+use super::dtype::{Element, round, widen};
 use super::math::{exp_in_place, largest};
-use super::{dims, tensor, tensor_of, values, values_of, zeros};
+use super::tensor::{by_dtype, dims, tensor, tensor_of, values, values_of, zeros};
+use crate::kernels::{CrossEntropyKernel, reference};
 
-pub(super) fn forward<E: Element>(logits: &FlexTensor, targets: &[usize]) -> FlexTensor {
+impl CrossEntropyKernel for Flex {
+    fn cross_entropy_forward(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        let indices = indices(&targets, dims::<2>(&logits)[1]);
+        by_dtype!(
+            [logits],
+            E => forward::<E>(&logits, &indices),
+            reference::cross_entropy_forward::<Self>(logits, targets)
+        )
+    }
+
+    fn cross_entropy_grad(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        loss_grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let indices = indices(&targets, dims::<2>(&logits)[1]);
+        by_dtype!(
+            [logits] f32: [loss_grad],
+            E => grad::<E>(&logits, &indices, &loss_grad),
+            reference::cross_entropy_grad::<Self>(logits, targets, loss_grad)
+        )
+    }
+}
+
+/// Targets of any integer type as indices into the vocabulary.
+///
+/// # Panics
+///
+/// When one is none.
+fn indices(targets: &FlexTensor, vocab: usize) -> Vec<usize> {
+    let index = |target: i64| match usize::try_from(target) {
+        Ok(index) if index < vocab => index,
+        _ => panic!("cross_entropy: the target {target} is not in a vocabulary of {vocab}"),
+    };
+    targets.clone().into_data().iter::<i64>().map(index).collect()
+}
+
+fn forward<E: Element>(logits: &FlexTensor, targets: &[usize]) -> FlexTensor {
     let [rows, vocab] = dims(logits);
     let losses: Vec<f32> = values_of::<E>(logits)
         .par_chunks(vocab)
@@ -26,7 +66,7 @@ pub(super) fn forward<E: Element>(logits: &FlexTensor, targets: &[usize]) -> Fle
     tensor(losses, [rows])
 }
 
-pub(super) fn grad<E: Element>(logits: &FlexTensor, targets: &[usize], grad: &FlexTensor) -> FlexTensor {
+fn grad<E: Element>(logits: &FlexTensor, targets: &[usize], grad: &FlexTensor) -> FlexTensor {
     let [rows, vocab] = dims(logits);
     let logits = values_of::<E>(logits);
     let mut out = zeros::<E>(rows * vocab);

@@ -2,7 +2,7 @@
 
 use multiversion::multiversion;
 
-use super::element::Element;
+use super::dtype::Element;
 
 /// `e^x` in f32, by range reduction and a polynomial of degree six; within 2 units in the last place of the exact
 /// value over the normal range, 0 below it and infinity above it. NaN stays NaN. Branchless, so loops over it vectorise.

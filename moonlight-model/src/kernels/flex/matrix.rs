@@ -1,6 +1,9 @@
 //! Strided views of f32 matrices and their product.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+
+use moonlight_disjoint::BlockMut;
 
 /// A matrix that is read: element `(i, j)` lies at `i * row_stride + j * column_stride`.
 #[derive(Clone, Copy)]
@@ -46,79 +49,45 @@ pub(super) struct MatrixMut<'a> {
     rows: usize,
     columns: usize,
     row_stride: usize,
+    /// Whether there are values yet, which may be added to.
+    written: bool,
     life: PhantomData<&'a mut [f32]>,
 }
 
 impl<'a> MatrixMut<'a> {
     /// See [`Matrix::strided`].
     pub(super) fn strided(values: &'a mut [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
-        assert!(rows == 0 || (rows - 1) * row_stride + columns <= values.len(), "the view leaves its slice");
-        Self { values: values.as_mut_ptr(), rows, columns, row_stride, life: PhantomData }
+        let mut block = BlockMut::new(values, rows, columns, row_stride);
+        let values = block.as_mut_ptr();
+        Self { values, rows, columns, row_stride, written: true, life: PhantomData }
+    }
+
+    /// A view of memory that holds no values yet.
+    pub(super) fn unwritten(mut block: BlockMut<'a, MaybeUninit<f32>>) -> Self {
+        Self {
+            values: block.as_mut_ptr().cast(),
+            rows: block.rows(),
+            columns: block.columns(),
+            row_stride: block.row_stride(),
+            written: false,
+            life: PhantomData,
+        }
+    }
+
+    /// Whether every element holds a value.
+    pub(super) fn is_written(&self) -> bool {
+        self.written
     }
 
     /// Sets every element to zero.
     pub(super) fn clear(&mut self) {
         for row in 0..self.rows {
-            // SAFETY: the row is the view's own, and zero is a valid f32.
+            // SAFETY: both constructors take a view whose rows were asserted to lie in its memory, which is borrowed for
+            // writing; zero bits are a valid f32.
             unsafe { self.values.add(row * self.row_stride).write_bytes(0, self.columns) };
         }
+        self.written = true;
     }
-
-    /// The same view, for one product of several.
-    pub(super) fn reborrow(&mut self) -> MatrixMut<'_> {
-        MatrixMut { life: PhantomData, ..*self }
-    }
-
-    /// A view of memory that several tasks write at once.
-    ///
-    /// # Safety
-    ///
-    /// The elements of the view are inside one allocation, and nobody else touches them while the view lives.
-    pub(super) unsafe fn from_raw(values: *mut f32, rows: usize, columns: usize, row_stride: usize) -> Self {
-        Self { values, rows, columns, row_stride, life: PhantomData }
-    }
-}
-
-/// Memory that several tasks write, each its own part.
-pub(super) struct SharedSlice<T>(*mut T);
-
-// SAFETY: the pointer is only used through `at` and `row`, whose callers promise that no two tasks write one element.
-unsafe impl<T: Send> Sync for SharedSlice<T> {}
-
-impl<T> SharedSlice<T> {
-    pub(super) fn new(values: &mut [T]) -> Self {
-        Self(values.as_mut_ptr())
-    }
-
-    /// # Safety
-    ///
-    /// The element lies inside the allocation, and so does what the caller reaches from it; no other task touches that.
-    pub(super) unsafe fn at(&self, first: usize) -> *mut T {
-        // SAFETY: passed on to the caller.
-        unsafe { self.0.add(first) }
-    }
-
-    /// # Safety
-    ///
-    /// The row lies inside the allocation and holds values; no other task touches it.
-    #[expect(clippy::mut_from_ref, reason = "the caller promises that no two tasks write one element")]
-    pub(super) unsafe fn row(&self, first: usize, columns: usize) -> &mut [T] {
-        // SAFETY: passed on to the caller.
-        unsafe { std::slice::from_raw_parts_mut(self.at(first), columns) }
-    }
-}
-
-/// `count` values that `fill` writes, without clearing their memory first.
-///
-/// # Safety
-///
-/// `fill` writes every value.
-pub(super) unsafe fn written<T>(count: usize, fill: impl FnOnce(&SharedSlice<T>)) -> Vec<T> {
-    let mut values = Vec::with_capacity(count);
-    fill(&SharedSlice(values.as_mut_ptr()));
-    // SAFETY: the memory is there, and the caller promises that it was written.
-    unsafe { values.set_len(count) };
-    values
 }
 
 /// What a product does with the values that are there.
@@ -131,9 +100,16 @@ pub(super) enum Write {
 }
 
 /// `out = scale * lhs * rhs`, or `out += …`, on the calling thread.
-pub(super) fn multiply(out: MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>, scale: f32, write: Write) {
+///
+/// # Panics
+///
+/// When the shapes do not fit, or values are to be added to that are not there yet.
+pub(super) fn multiply(out: &mut MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>, scale: f32, write: Write) {
     assert!(lhs.columns == rhs.rows && out.rows == lhs.rows && out.columns == rhs.columns, "shapes must fit");
-    // SAFETY: the views were checked against their slices when they were made, and the shapes fit each other.
+    assert!(write == Write::Set || out.written, "there is nothing to add to");
+    // SAFETY: the constructors of all three views asserted that they lie in their memory, `out`'s is borrowed for writing,
+    // and the shapes fit each other by the first assertion. `gemm` reads `out` only where it is to be added to, which the
+    // second asserts that it can, and writes all of it, also where there is nothing to sum.
     unsafe {
         gemm::gemm(
             out.rows,
@@ -156,5 +132,53 @@ pub(super) fn multiply(out: MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>, sca
             false,
             gemm::Parallelism::None,
         );
+    }
+    out.written = true;
+}
+
+#[cfg(test)]
+mod tests {
+    use moonlight_disjoint::DisjointVec;
+
+    use super::*;
+
+    #[test]
+    fn products_are_set_and_added_to() {
+        let memory = DisjointVec::<f32>::new(4);
+        // SAFETY: it is the only claim.
+        let mut out = MatrixMut::unwritten(unsafe { memory.block(2, 0..2, 0..2) });
+        let (a, b) = ([1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 1.0, 1.0]);
+        let (a, b) = (Matrix::new(&a, 2, 2), Matrix::new(&b, 2, 2));
+        assert!(!out.is_written());
+        multiply(&mut out, a, b, 1.0, Write::Set);
+        assert!(out.is_written());
+        multiply(&mut out, a, b.transposed(), 2.0, Write::Add);
+        // SAFETY: the product wrote all of the block.
+        assert_eq!(unsafe { memory.finish() }, [3.0 + 2.0, 2.0 + 6.0, 7.0 + 6.0, 4.0 + 14.0]);
+    }
+
+    #[test]
+    fn a_product_over_nothing_is_zero() {
+        let memory = DisjointVec::<f32>::new(6);
+        // SAFETY: it is the only claim.
+        let mut out = MatrixMut::unwritten(unsafe { memory.block(3, 0..2, 0..3) });
+        multiply(&mut out, Matrix::new(&[], 2, 0), Matrix::new(&[], 0, 3), 1.0, Write::Set);
+        // SAFETY: the product wrote all of the block.
+        assert_eq!(unsafe { memory.finish() }, [0.0; 6]);
+    }
+
+    #[test]
+    #[should_panic(expected = "nothing to add to")]
+    fn nothing_is_added_to_what_is_not_there() {
+        let memory = DisjointVec::<f32>::new(1);
+        // SAFETY: it is the only claim.
+        let mut out = MatrixMut::unwritten(unsafe { memory.block(1, 0..1, 0..1) });
+        multiply(&mut out, Matrix::new(&[1.0], 1, 1), Matrix::new(&[1.0], 1, 1), 1.0, Write::Add);
+    }
+
+    #[test]
+    #[should_panic(expected = "leaves its slice")]
+    fn a_view_beyond_its_slice_is_refused() {
+        Matrix::strided(&[0.0; 10], 3, 3, 4);
     }
 }

@@ -1,17 +1,43 @@
 //! RMS normalisation of rows.
 
+use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::element::Element;
+use super::dtype::Element;
 use super::math::dot;
-use super::{dims, tensor_of, values_of, zeros};
+use super::tensor::{by_dtype, dims, tensor_of, values_of, zeros};
+use crate::kernels::{RmsNormKernel, reference};
+
+impl RmsNormKernel for Flex {
+    fn rms_norm_forward(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> {
+        by_dtype!(
+            [x, gain],
+            E => forward::<E>(&x, &gain, epsilon),
+            reference::rms_norm_forward::<Self>(x, gain, epsilon)
+        )
+    }
+
+    fn rms_norm_grad(
+        x: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        output_grad: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        by_dtype!(
+            [x, gain, output_grad],
+            E => grad::<E>(&x, &gain, &output_grad, epsilon),
+            reference::rms_norm_grad::<Self>(x, gain, output_grad, epsilon)
+        )
+    }
+}
 
 /// Rows of one task; also of one partial sum of the gain's gradient, so it does not depend on the threads.
 const ROWS: usize = 64;
 
-pub(super) fn forward<E: Element>(x: &FlexTensor, gain: &FlexTensor, epsilon: f32) -> FlexTensor {
+fn forward<E: Element>(x: &FlexTensor, gain: &FlexTensor, epsilon: f32) -> FlexTensor {
     let [rows, width] = dims(x);
     let (x, gain) = (values_of::<E>(x), values_of::<E>(gain));
     let mut out = zeros::<E>(rows * width);
@@ -32,12 +58,7 @@ fn scale<E: Element>(out: &mut [E], x: &[E], inverse: f32, gain: &[E]) {
     }
 }
 
-pub(super) fn grad<E: Element>(
-    x: &FlexTensor,
-    gain: &FlexTensor,
-    grad: &FlexTensor,
-    epsilon: f32,
-) -> (FlexTensor, FlexTensor) {
+fn grad<E: Element>(x: &FlexTensor, gain: &FlexTensor, grad: &FlexTensor, epsilon: f32) -> (FlexTensor, FlexTensor) {
     let [rows, width] = dims(x);
     let (x, gain, grad) = (values_of::<E>(x), values_of::<E>(gain), values_of::<E>(grad));
     let mut grad_x = zeros::<E>(rows * width);

@@ -1,17 +1,30 @@
 //! The rotary embedding, in place in each head.
 
+use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
 use rayon::prelude::*;
 
-use super::element::Element;
-use super::{RotationSpec, dims, tensor_of, values, values_of, zeros};
+use super::dtype::Element;
+use super::tensor::{by_dtype, dims, tensor_of, values, values_of, zeros};
+use crate::kernels::{RotaryKernel, RotationSpec, reference};
 
-pub(super) fn forward<E: Element>(
-    x: &FlexTensor,
-    cos: &FlexTensor,
-    sin: &FlexTensor,
-    spec: &RotationSpec,
-) -> FlexTensor {
+impl RotaryKernel for Flex {
+    fn rotate_forward(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        spec: &RotationSpec,
+    ) -> FloatTensor<Self> {
+        by_dtype!(
+            [x] f32: [cos, sin],
+            E => forward::<E>(&x, &cos, &sin, spec),
+            reference::rotate_forward::<Self>(x, cos, sin, spec)
+        )
+    }
+}
+
+fn forward<E: Element>(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, spec: &RotationSpec) -> FlexTensor {
     let [batch, sequence, heads, width] = dims(x);
     let (x, cos, sin) = (values_of::<E>(x), values(cos), values(sin));
     let pairs = (width - spec.start) / 2;

@@ -1,17 +1,38 @@
 //! `silu(gate) * up` in one pass.
 
+use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::element::Element;
+use super::dtype::Element;
 use super::math::sigmoid;
-use super::{dims, tensor_of, values_of, zeros};
+use super::tensor::{by_dtype, dims, tensor_of, values_of, zeros};
+use crate::kernels::{SwigluKernel, reference};
+
+impl SwigluKernel for Flex {
+    fn swiglu_forward(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        by_dtype!([gate, up], E => forward::<E>(&gate, &up), reference::swiglu_forward::<Self>(gate, up))
+    }
+
+    fn swiglu_grad(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        output_grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        by_dtype!(
+            [gate, up, output_grad],
+            E => grad::<E>(&gate, &up, &output_grad),
+            reference::swiglu_grad::<Self>(gate, up, output_grad)
+        )
+    }
+}
 
 /// Values of one task.
 const VALUES: usize = 16 * 1024;
 
-pub(super) fn forward<E: Element>(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
+fn forward<E: Element>(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
     let shape: [usize; 2] = dims(gate);
     let (gate, up) = (values_of::<E>(gate), values_of::<E>(up));
     let mut out = zeros::<E>(gate.len());
@@ -21,7 +42,7 @@ pub(super) fn forward<E: Element>(gate: &FlexTensor, up: &FlexTensor) -> FlexTen
     tensor_of(out, shape)
 }
 
-pub(super) fn grad<E: Element>(gate: &FlexTensor, up: &FlexTensor, grad: &FlexTensor) -> (FlexTensor, FlexTensor) {
+fn grad<E: Element>(gate: &FlexTensor, up: &FlexTensor, grad: &FlexTensor) -> (FlexTensor, FlexTensor) {
     let shape: [usize; 2] = dims(gate);
     let (gate, up, grad) = (values_of::<E>(gate), values_of::<E>(up), values_of::<E>(grad));
     let mut grad_gate = zeros::<E>(gate.len());

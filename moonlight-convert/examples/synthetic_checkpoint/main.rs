@@ -1,0 +1,149 @@
+//! A checkpoint with the names, shapes, dtypes and file sizes of Moonlight-16B-A3B-Instruct, and random weights.
+//!
+//! ```text
+//! cargo run --release -p moonlight-convert --example synthetic_checkpoint -- DIR
+//!     [--shards A..B]   only these of the 27 files, both ends included (the index names them all)
+//!     [--layers N]      a model of the first N layers, in N files
+//!     [--scale K]       every width divided by K
+//!     [--seed S]
+//! ```
+//!
+//! The whole is 32 GB. Weights are bf16 of magnitudes 2^-11 to 2^-7 with random signs, norms 1/2 to 1; equal seeds give
+//! equal files.
+
+mod published;
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use clap::Parser;
+use moonlight_model::ModelConfig;
+use moonlight_model::config::AttentionShape;
+use published::{PublishedFile, published_files};
+use serde_json::json;
+
+/// Bytes that are made at a time; each begins a random sequence of its own.
+const CHUNK: usize = 4 << 20;
+
+/// Makes a checkpoint of Moonlight's shape with random weights.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// The directory to make.
+    dir: PathBuf,
+    /// Only these files, `A..B`, both ends included.
+    #[arg(long, value_parser = range)]
+    shards: Option<(usize, usize)>,
+    /// Only the first layers.
+    #[arg(long)]
+    layers: Option<usize>,
+    /// Divide every width by this.
+    #[arg(long, default_value_t = 1)]
+    scale: usize,
+    /// Where the random numbers begin.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+fn range(text: &str) -> Result<(usize, usize), String> {
+    let ends = text.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    ends.filter(|(a, b)| 0 < *a && a <= b).ok_or_else(|| "it is not A..B".to_owned())
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments = Arguments::parse();
+    let config = config(&arguments)?;
+    let files = published_files(&config)?;
+    fs::create_dir_all(&arguments.dir)?;
+    fs::write(arguments.dir.join("config.json"), config.to_json())?;
+    fs::write(
+        arguments.dir.join("generation_config.json"),
+        format!("{:#}\n", json!({"max_length": config.max_position_embeddings, "eos_token_id": config.eos_token_id})),
+    )?;
+    fs::write(arguments.dir.join("model.safetensors.index.json"), index(&files))?;
+    let (first, last) = arguments.shards.unwrap_or((1, files.len()));
+    let wanted: Vec<(usize, &PublishedFile)> = files.iter().enumerate().take(last).skip(first - 1).collect();
+    let next = AtomicUsize::new(0);
+    let write = || -> Result<(), std::io::Error> {
+        let mut chunk = vec![0u8; CHUNK];
+        while let Some((number, file)) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let mut out = File::create(arguments.dir.join(&file.name))?;
+            out.write_all(&file.header)?;
+            for (place, tensor) in file.tensors.iter().enumerate() {
+                let base = if tensor.name.ends_with("norm.weight") { NORM } else { WEIGHT };
+                let mut left = 2 * tensor.shape.iter().product::<usize>();
+                let mut seed = arguments.seed << 48 ^ (*number as u64) << 32 ^ (place as u64) << 16;
+                while left > 0 {
+                    let part = &mut chunk[..left.min(CHUNK)];
+                    fill(part, seed, base);
+                    out.write_all(part)?;
+                    left -= part.len();
+                    seed += 1;
+                }
+            }
+        }
+        Ok(())
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(write)).collect();
+        workers.into_iter().try_for_each(|worker| worker.join().expect("a worker does not panic"))
+    })?;
+    let bytes: u64 = wanted.iter().map(|(_, file)| file.bytes()).sum();
+    println!("{}: {bytes} bytes in {} files", arguments.dir.display(), wanted.len());
+    Ok(())
+}
+
+fn config(arguments: &Arguments) -> Result<ModelConfig, Box<dyn Error>> {
+    let mut config = ModelConfig::preset("moonlight-16b-a3b")?;
+    config.eos_token_id = vec![163_586];
+    config.dtype = Some("bfloat16".into());
+    if let Some(layers) = arguments.layers {
+        config.num_hidden_layers = layers;
+    }
+    let scale = |width: &mut usize| *width = (*width / arguments.scale.max(1)).max(2);
+    scale(&mut config.hidden_size);
+    scale(&mut config.intermediate_size);
+    if let Some(moe) = &mut config.moe {
+        scale(&mut moe.moe_intermediate_size);
+    }
+    if let AttentionShape::Mla(mla) = &mut config.attention {
+        for width in [&mut mla.kv_lora_rank, &mut mla.qk_nope_head_dim, &mut mla.qk_rope_head_dim, &mut mla.v_head_dim]
+        {
+            scale(width);
+        }
+    }
+    if arguments.scale > 1 {
+        config.vocab_size /= arguments.scale;
+        config.bos_token_id = Some(0);
+        config.eos_token_id = vec![1];
+    }
+    Ok(config)
+}
+
+fn index(files: &[PublishedFile]) -> String {
+    let map: serde_json::Map<String, serde_json::Value> = files
+        .iter()
+        .flat_map(|file| file.tensors.iter().map(|tensor| (tensor.name.clone(), json!(file.name))))
+        .collect();
+    let bytes: u64 = files.iter().map(|file| file.bytes() - file.header.len() as u64).sum();
+    format!("{:#}\n", json!({"metadata": {"total_size": bytes}, "weight_map": map}))
+}
+
+/// Four bf16 exponents: that of 2^-11, to which two random bits are added; that of 1/2, to which none are.
+const WEIGHT: (u64, u64) = (0x3a00_3a00_3a00_3a00, 0x81ff_81ff_81ff_81ff);
+const NORM: (u64, u64) = (0x3f00_3f00_3f00_3f00, 0x007f_007f_007f_007f);
+
+/// xorshift64* (Vigna 2014): four values a step.
+fn fill(bytes: &mut [u8], seed: u64, (base, random): (u64, u64)) {
+    let mut state = (seed ^ 0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1;
+    for bytes in bytes.chunks_mut(8) {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        let values = (state.wrapping_mul(0x2545_f491_4f6c_dd1d) & random | base).to_le_bytes();
+        bytes.copy_from_slice(&values[..bytes.len()]);
+    }
+}

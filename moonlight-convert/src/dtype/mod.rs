@@ -1,0 +1,6 @@
+//! Values: their dtypes, quantised forms and orientation.
+
+pub(crate) mod conversion;
+pub(crate) mod dequantize;
+pub(crate) mod quant;
+pub(crate) mod transpose;

@@ -1,0 +1,222 @@
+//! Quantised matrices: FP8 in blocks (DeepSeek-V3, Kimi-K2), INT4 in groups (Kimi-K2-Thinking, Kimi-K2.5).
+//!
+//! Both are a small number times a scale. The product is taken in f32 and rounded once, to the dtype asked for, which is
+//! what torch computes: `(fp8.float() * scale).to(bfloat16)`, and compressed-tensors' bf16 times bf16.
+
+use half::{bf16, f16};
+use moonlight_model::ModelConfig;
+use serde_json::Value;
+
+use crate::dtype::conversion::{RowSource, Weight, WeightDtype};
+
+/// DeepSeek-V3's block, where the configuration names none.
+const DEFAULT_BLOCK: [usize; 2] = [128, 128];
+/// What a nibble holds more than its value: compressed-tensors stores 0 to 15 for -8 to 7.
+const NIBBLE_OFFSET: i32 = 8;
+/// Nibbles of one 32-bit word.
+pub(crate) const NIBBLES_PER_WORD: usize = 8;
+
+/// What `quantization_config` says of the weights.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct QuantScheme {
+    /// Its `quant_method`.
+    pub(crate) method: Option<String>,
+    /// Rows and columns that one FP8 scale is for.
+    block: Option<[usize; 2]>,
+    /// Why packed weights of this checkpoint cannot be read, as the rest of a sentence.
+    pub(crate) unreadable_packing: Option<String>,
+}
+
+impl QuantScheme {
+    pub(crate) fn of(config: &ModelConfig) -> Self {
+        let Some(quantisation) = config.extra.get("quantization_config") else { return Self::default() };
+        let method = quantisation.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+        let groups = quantisation.get("config_groups").and_then(Value::as_object);
+        let weights: Vec<&Value> =
+            groups.map(|groups| groups.values().filter_map(|group| group.get("weights")).collect()).unwrap_or_default();
+        let own = quantisation.get("weight_block_size").and_then(block);
+        Self {
+            method: Some(method.to_owned()),
+            block: own.or_else(|| weights.iter().find_map(|weights| block(weights.get("block_structure")?))),
+            unreadable_packing: weights.iter().find_map(|weights| unreadable(weights)),
+        }
+    }
+
+    pub(crate) fn block(&self) -> [usize; 2] {
+        self.block.unwrap_or(DEFAULT_BLOCK)
+    }
+}
+
+/// `[128, 128]`, neither of them zero.
+fn block(value: &Value) -> Option<[usize; 2]> {
+    let sides: Vec<usize> = value.as_array()?.iter().filter_map(|side| usize::try_from(side.as_u64()?).ok()).collect();
+    <[usize; 2]>::try_from(sides).ok().filter(|sides| !sides.contains(&0))
+}
+
+fn unreadable(weights: &Value) -> Option<String> {
+    match weights.get("num_bits").and_then(Value::as_u64) {
+        None | Some(4 | 8) => {}
+        Some(bits) => return Some(format!("has weights of {bits} bits")),
+    }
+    if weights.get("symmetric") == Some(&Value::Bool(false)) {
+        return Some("has weights with zero points".into());
+    }
+    None
+}
+
+/// The scales of a matrix in f32.
+pub(crate) fn scales(bytes: &[u8], dtype: WeightDtype) -> Vec<f32> {
+    match dtype {
+        WeightDtype::F32 => bytemuck::pod_collect_to_vec(bytes),
+        WeightDtype::Bf16 => {
+            bytes.chunks_exact(2).map(|pair| bf16::from_le_bytes([pair[0], pair[1]]).widen()).collect()
+        }
+        WeightDtype::F16 => bytes.chunks_exact(2).map(|pair| f16::from_le_bytes([pair[0], pair[1]]).widen()).collect(),
+    }
+}
+
+/// E4M3 (finite only: no infinity, one NaN either sign), by its bits.
+const fn e4m3(bits: u8) -> f32 {
+    let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
+    let (exponent, mantissa) = ((bits >> 3) & 0xf, (bits & 7) as f32);
+    let magnitude = match (exponent, bits & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa / 512.0,
+        // 2^(exponent - 7), put together from its bits.
+        _ => (1.0 + mantissa / 8.0) * f32::from_bits((exponent as u32 + 120) << 23),
+    };
+    sign * magnitude
+}
+
+const E4M3: [f32; 256] = {
+    let mut table = [0.0; 256];
+    let mut bits = 0;
+    while bits < 256 {
+        table[bits] = e4m3(bits as u8);
+        bits += 1;
+    }
+    table
+};
+
+/// A matrix of E4M3 values with one scale for each block; the blocks at the edges may be partial.
+pub(crate) struct Fp8<'a> {
+    pub(crate) bytes: &'a [u8],
+    /// Which of the matrix's rows the bytes begin with.
+    pub(crate) first: usize,
+    pub(crate) columns: usize,
+    pub(crate) block: [usize; 2],
+    /// `[ceil(rows / block), ceil(columns / block)]`.
+    pub(crate) scales: Vec<f32>,
+}
+
+impl<T: Weight> RowSource<T> for Fp8<'_> {
+    fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool {
+        let [height, width] = self.block;
+        let scales = &self.scales[row / height * self.columns.div_ceil(width)..];
+        let bytes = &self.bytes[(row - self.first) * self.columns + first..][..target.len()];
+        let mut finite = true;
+        for (at, (target, &bits)) in target.iter_mut().zip(bytes).enumerate() {
+            *target = T::narrow(E4M3[usize::from(bits)] * scales[(first + at) / width]);
+            finite &= target.finite();
+        }
+        finite
+    }
+}
+
+/// A matrix of 4-bit values, eight to a 32-bit word, the lowest first, with one scale for each group of a row.
+pub(crate) struct Int4<'a> {
+    pub(crate) bytes: &'a [u8],
+    /// Which of the matrix's rows the bytes begin with.
+    pub(crate) first: usize,
+    pub(crate) columns: usize,
+    /// Values of a row that share a scale.
+    pub(crate) group: usize,
+    /// `[rows, columns / group]`.
+    pub(crate) scales: Vec<f32>,
+}
+
+impl<T: Weight> RowSource<T> for Int4<'_> {
+    fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool {
+        let scales = &self.scales[row * (self.columns / self.group)..];
+        let bytes = &self.bytes[(row - self.first) * self.columns.div_ceil(NIBBLES_PER_WORD) * 4..];
+        let mut finite = true;
+        for (at, target) in (first..).zip(target) {
+            let value = i32::from(bytes[at / 2] >> (at % 2 * 4) & 0xf) - NIBBLE_OFFSET;
+            *target = T::narrow(value as f32 * scales[at / self.group]);
+            finite &= target.finite();
+        }
+        finite
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// The table against the format's definition (arXiv 2209.05433): bias 7, subnormals in steps of 2^-9, 448 the largest.
+    #[test]
+    fn e4m3_is_as_defined() {
+        for (bits, value) in [(0x00, 0.0), (0x01, 0.001_953_125), (0x08, 0.015_625), (0x38, 1.0), (0x7e, 448.0)] {
+            assert_eq!(E4M3[bits], value, "{bits:#x}");
+            assert_eq!(E4M3[bits | 0x80], -value, "{bits:#x}");
+        }
+        let numbers: Vec<f32> = E4M3[..0x7f].to_vec();
+        assert!(numbers.windows(2).all(|pair| pair[0] < pair[1]), "they grow with their bits");
+        assert!(E4M3[0x7f].is_nan() && E4M3[0xff].is_nan());
+    }
+
+    #[test]
+    fn scales_belong_to_blocks_also_to_the_partial_ones() {
+        // 3 x 5 in blocks of 2 x 2: 2 x 3 scales.
+        let bytes = vec![0x38u8; 15];
+        let matrix =
+            Fp8 { bytes: &bytes, first: 0, columns: 5, block: [2, 2], scales: vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0] };
+        let mut line = [0.0f32; 5];
+        assert!(matrix.read_row(1, 0, &mut line));
+        assert_eq!(line, [1.0, 1.0, 2.0, 2.0, 3.0]);
+        assert!(matrix.read_row(2, 1, &mut line[..3]));
+        assert_eq!(line[..3], [4.0, 5.0, 5.0]);
+        let mut target = [bf16::ZERO];
+        assert!(!Fp8 { bytes: &[0x7f], first: 0, columns: 1, block: [2, 2], scales: vec![1.0] }.read_row(
+            0,
+            0,
+            &mut target
+        ));
+    }
+
+    #[test]
+    fn the_low_nibble_comes_first() {
+        // Two rows of ten values: two words a row, the second with two values in it.
+        let mut bytes = vec![0u8; 16];
+        (bytes[0], bytes[4]) = (0xf7, 0x98);
+        (bytes[8], bytes[12]) = (0x80, 0x0a);
+        let matrix = Int4 { bytes: &bytes, first: 0, columns: 10, group: 5, scales: vec![1.0, 2.0, 4.0, 8.0] };
+        let mut line = [0.0f32; 10];
+        assert!(matrix.read_row(0, 0, &mut line));
+        assert_eq!(line, [-1.0, 7.0, -8.0, -8.0, -8.0, -16.0, -16.0, -16.0, 0.0, 2.0]);
+        assert!(matrix.read_row(1, 0, &mut line));
+        assert_eq!(line[..2], [-32.0, 0.0]);
+        assert_eq!(line[8..], [16.0, -64.0]);
+    }
+
+    #[test]
+    fn the_configuration_says_how() {
+        let mut config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
+        assert_eq!(QuantScheme::of(&config), QuantScheme::default());
+        assert_eq!(QuantScheme::of(&config).block(), [128, 128]);
+        let mut scheme = |value: Value| {
+            config.extra.insert("quantization_config".into(), value);
+            QuantScheme::of(&config)
+        };
+        let fp8 = scheme(json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 32]}));
+        assert_eq!((fp8.method.as_deref(), fp8.block()), (Some("fp8"), [64, 32]));
+        assert_eq!(scheme(json!({"quant_method": "fp8", "weight_block_size": [0, 32]})).block(), [128, 128]);
+        let packed = |weights: Value| json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}});
+        assert_eq!(scheme(packed(json!({"num_bits": 4, "symmetric": true}))).unreadable_packing, None);
+        assert!(scheme(packed(json!({"num_bits": 4, "symmetric": false}))).unreadable_packing.is_some());
+        assert!(scheme(packed(json!({"num_bits": 3}))).unreadable_packing.is_some());
+        assert_eq!(scheme(packed(json!({"num_bits": 8, "block_structure": [128, 64]}))).block(), [128, 64]);
+    }
+}

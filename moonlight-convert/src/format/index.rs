@@ -1,0 +1,147 @@
+//! `model.safetensors.index.json`: which tensor lies in which shard.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fmt;
+use std::path::{Component, Path, PathBuf};
+
+use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::error::CheckpointError;
+use crate::io::confined_dir::ConfinedDir;
+
+/// The index's file name.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+/// The file name of weights that need no index.
+pub(crate) const SINGLE: &str = "model.safetensors";
+
+/// The longest index that is read; that of Kimi-K2's 139,644 tensors has some 15 MB.
+const LONGEST: u64 = 100_000_000;
+
+/// The index, as transformers writes it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Index {
+    /// Not kept of an index that is read.
+    pub(crate) metadata: serde_json::Map<String, serde_json::Value>,
+    /// Tensor name to file name.
+    pub(crate) weight_map: BTreeMap<String, String>,
+}
+
+/// What is read of an index.
+#[derive(Deserialize)]
+struct Read {
+    #[serde(rename = "metadata", default)]
+    _metadata: IgnoredAny,
+    #[serde(deserialize_with = "once_each")]
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Index {
+    /// Reads the index and checks that every entry is a file below the index's directory; `None` where there is no index.
+    pub(crate) fn read(confined: &ConfinedDir, dir: &Path) -> Result<Option<Self>, CheckpointError> {
+        let Some(text) = confined.read(INDEX, LONGEST)? else { return Ok(None) };
+        Self::parse(&text, dir.join(INDEX)).map(Some)
+    }
+
+    fn parse(text: &[u8], path: PathBuf) -> Result<Self, CheckpointError> {
+        let problem = match serde_json::from_slice::<Read>(text) {
+            Err(error) => format!("is not an index of safetensors files: {error}"),
+            Ok(Read { weight_map, .. }) if weight_map.is_empty() => "lists no tensor".into(),
+            Ok(Read { weight_map, .. }) => {
+                return match weight_map.iter().find(|(_, file)| !stays_inside(file)) {
+                    None => Ok(Self { metadata: serde_json::Map::new(), weight_map }),
+                    Some((tensor, entry)) => {
+                        Err(CheckpointError::Escape { path, tensor: tensor.clone(), entry: entry.clone() })
+                    }
+                };
+            }
+        };
+        Err(CheckpointError::Index { path, problem })
+    }
+
+    pub(crate) fn to_json(&self) -> String {
+        let mut text = serde_json::to_string_pretty(self).expect("an index is maps of strings and numbers");
+        text.push('\n');
+        text
+    }
+}
+
+/// A map of names, of which none may be there twice: whoever reads the last one sees another model than who reads the
+/// first.
+fn once_each<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
+    struct OnceEach;
+    impl<'de> Visitor<'de> for OnceEach {
+        type Value = BTreeMap<String, String>;
+
+        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+            formatter.write_str("a map of tensors to files")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Self::Value, A::Error> {
+            let mut map = BTreeMap::new();
+            while let Some((tensor, file)) = access.next_entry::<String, String>()? {
+                if let Some(problem) = unprintable(&tensor) {
+                    return Err(A::Error::custom(problem));
+                }
+                match map.entry(tensor) {
+                    Entry::Vacant(entry) => entry.insert(file),
+                    Entry::Occupied(entry) => {
+                        return Err(A::Error::custom(format!("`{}` is there twice", entry.key())));
+                    }
+                };
+            }
+            Ok(map)
+        }
+    }
+    deserializer.deserialize_map(OnceEach)
+}
+
+/// What is wrong with a name that holds what would move a terminal's cursor or forge a line of a report.
+pub(crate) fn unprintable(name: &str) -> Option<String> {
+    let character = name.chars().find(|character| character.is_control())?;
+    Some(format!("the name `{}` holds the control character U+{:04X}", name.escape_debug(), u32::from(character)))
+}
+
+/// Whether a relative path names something below where it starts from. Where links lead is looked at when the file is
+/// opened.
+pub(crate) fn stays_inside(file: &str) -> bool {
+    let mut components = Path::new(file).components().peekable();
+    components.peek().is_some()
+        && components.all(|component| matches!(component, Component::Normal(_)))
+        && !file.contains(['\\', ':'])
+        && unprintable(file).is_none()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_stay_inside() {
+        for file in ["model-1-of-27.safetensors", "shards/a.safetensors", "..model"] {
+            assert!(stays_inside(file), "{file}");
+        }
+        for file in
+            ["../../etc/passwd", "a/../../b", "/etc/passwd", "..", "", "C:\\weights", "..\\weights", "a\0b", "a\x1b[2J"]
+        {
+            assert!(!stays_inside(file), "{file}");
+        }
+    }
+
+    #[test]
+    fn indexes_that_lie_are_refused() {
+        let error = |text: &str| Index::parse(text.as_bytes(), "index".into()).unwrap_err().to_string();
+        let map = |entries: &str| format!(r#"{{"metadata": {{"total_size": 1e9}}, "weight_map": {{{entries}}}}}"#);
+        assert_eq!(Index::parse(map(r#""a": "b""#).as_bytes(), "index".into()).unwrap().weight_map["a"], "b");
+        assert!(error(&map(r#""a": "b", "a": "c""#)).contains("`a` is there twice"));
+        assert!(error(&map("")).contains("lists no tensor"));
+        assert!(error(&map(r#""a": "/etc/passwd""#)).contains("puts the tensor `a` into `/etc/passwd`"));
+        assert!(error(&map(r#""a\u001b[2J": "b""#)).contains("control character U+001B"));
+        assert!(error(&map(r#""a": 1"#)).contains("invalid type"));
+        assert!(error(r#"{"weight_map": {}, "weight_map": {}}"#).contains("duplicate field"));
+        assert!(error("{").contains("EOF"));
+        assert!(error(&"[".repeat(100_000)).contains("is not an index"));
+        assert!(Index::parse(b"\xFF", "index".into()).is_err());
+    }
+}

@@ -1,0 +1,148 @@
+//! The files of a checkpoint beside its weights.
+
+use std::fs;
+use std::path::Path;
+
+use moonlight_model::ModelConfig;
+use moonlight_model::config::ModelType;
+use serde_json::{Map, Value, json};
+
+use crate::checkpoint::CONFIG;
+use crate::dtype::conversion::WeightDtype;
+use crate::error::CheckpointError;
+use crate::format::burnpack::BURNPACK;
+use crate::format::index::INDEX;
+use crate::io::confined_dir::ConfinedDir;
+use crate::io::writer::{write_failure, write_file};
+use crate::mapping::names::PREDICTION_LAYERS;
+
+/// How generation ends, for transformers.
+pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
+
+/// Files that are carried from one checkpoint to the next as they are.
+const SIDECARS: [&str; 12] = [
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+];
+
+/// Python files that `auto_map` points to: the tokenizer's, the configuration's and the model's remote code.
+const REMOTE_CODE: [&str; 3] = ["tokenization_", "configuration_", "modeling_"];
+
+/// Whether a file is carried along.
+pub(crate) fn is_sidecar(name: &str) -> bool {
+    SIDECARS.contains(&name) || (name.ends_with(".py") && REMOTE_CODE.iter().any(|prefix| name.starts_with(prefix)))
+}
+
+/// Whether a checkpoint is made of such files, so that replacing it loses nothing else.
+pub(crate) fn belongs_to_checkpoint(name: &str) -> bool {
+    name == CONFIG || name == INDEX || name == BURNPACK || name.ends_with(".safetensors") || is_sidecar(name)
+}
+
+/// The names of the files in a directory that are carried along, sorted.
+///
+/// # Errors
+///
+/// [`CheckpointError`] where the directory cannot be read, or such a file is a link out of it.
+pub fn sidecars_in(dir: &Path) -> Result<Vec<String>, CheckpointError> {
+    if !dir.is_dir() {
+        return Err(CheckpointError::not_a_directory(dir));
+    }
+    let entries = fs::read_dir(dir).map_err(CheckpointError::read(dir))?;
+    let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
+    let mut names = Vec::new();
+    for entry in entries.flatten() {
+        if let Some(name) = entry.file_name().into_string().ok().filter(|name| is_sidecar(name))
+            && dir.join(&name).is_file()
+            && confined.file(&name)?.is_some()
+        {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Copies the sidecars from one directory to another.
+pub(crate) fn copy(from: &Path, dir: &Path) -> Result<(), CheckpointError> {
+    for name in sidecars_in(from)? {
+        let target = dir.join(&name);
+        fs::copy(from.join(&name), &target).map_err(CheckpointError::write(&target))?;
+    }
+    Ok(())
+}
+
+/// Copies the sidecars and writes the two configurations.
+pub(crate) fn write(
+    config: &ModelConfig,
+    dtype: WeightDtype,
+    from: Option<&Path>,
+    dir: &Path,
+    shown: &Path,
+    needed: u64,
+) -> Result<(), CheckpointError> {
+    let sidecars = from.map(sidecars_in).transpose()?.unwrap_or_default();
+    if let Some(from) = from {
+        for name in &sidecars {
+            let (source, target) = (from.join(name), dir.join(name));
+            // Copied, not linked: a Hub cache is made of links into folders that may be cleaned up.
+            fs::copy(&source, &target).map_err(|error| write_failure(shown, name, needed, error))?;
+        }
+    }
+    write_file(dir, CONFIG, saved_config(config, dtype, &sidecars).to_json().as_bytes(), shown, needed)?;
+    if !sidecars.iter().any(|name| name == GENERATION_CONFIG) {
+        write_file(dir, GENERATION_CONFIG, generation_config(config).as_bytes(), shown, needed)?;
+    }
+    Ok(())
+}
+
+/// The configuration of what is written: its dtype, and nothing that the files do not hold.
+fn saved_config(config: &ModelConfig, dtype: WeightDtype, sidecars: &[String]) -> ModelConfig {
+    let mut config = config.clone();
+    config.dtype = Some(dtype.torch_name().to_owned());
+    config.extra.remove("quantization_config");
+    for key in PREDICTION_LAYERS {
+        if let Some(layers) = config.extra.get_mut(key) {
+            *layers = json!(0);
+        }
+    }
+    let there = |class: &str| {
+        let module = class.split('.').next().unwrap_or(class);
+        class.contains("--") || sidecars.iter().any(|name| name.strip_suffix(".py") == Some(module))
+    };
+    if let Some(Value::Object(classes)) = config.extra.get("auto_map")
+        && !classes.values().all(|class| class.as_str().is_some_and(there))
+    {
+        config.extra.remove("auto_map");
+    }
+    if config.model_type == ModelType::KimiK2 && !config.extra.contains_key("auto_map") {
+        // Kimi-K2 is DeepSeek-V3 under a type of its own, which transformers knows from its remote code alone. Without
+        // that, the class's own type is the one that opens.
+        config.model_type = ModelType::DeepseekV3;
+    }
+    config
+}
+
+/// What transformers would derive from `config.json`.
+fn generation_config(config: &ModelConfig) -> String {
+    let mut map = Map::new();
+    map.insert("_from_model_config".into(), json!(true));
+    if let Some(bos) = config.bos_token_id {
+        map.insert("bos_token_id".into(), json!(bos));
+    }
+    if !config.eos_token_id.is_empty() {
+        map.insert("eos_token_id".into(), json!(config.eos_token_id));
+    }
+    let mut text = serde_json::to_string_pretty(&map).expect("a map of numbers is JSON");
+    text.push('\n');
+    text
+}

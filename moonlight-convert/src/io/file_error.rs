@@ -1,0 +1,78 @@
+//! A file that cannot be read or written.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+/// A file or directory that could not be read or written, with its path: [`io::Error`] alone does not name it.
+#[derive(Debug, thiserror::Error)]
+#[error("`{}` cannot be {access}: {source}", path.display())]
+#[non_exhaustive]
+pub struct FileError {
+    /// The file or directory.
+    pub path: PathBuf,
+    /// What was tried.
+    pub access: Access,
+    /// Why it failed.
+    pub source: io::Error,
+}
+
+/// What was tried with a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading it.
+    Read,
+    /// Writing, making, renaming or removing it.
+    Write,
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "written",
+        })
+    }
+}
+
+impl FileError {
+    /// For `map_err` of what reads `path`.
+    pub fn read<E: From<Self>>(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> E {
+        Self::from_io(path.into(), Access::Read)
+    }
+
+    /// For `map_err` of what writes `path`.
+    pub fn write<E: From<Self>>(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> E {
+        Self::from_io(path.into(), Access::Write)
+    }
+
+    fn from_io<E: From<Self>>(path: PathBuf, access: Access) -> impl FnOnce(io::Error) -> E {
+        move |source| Self { path, access, source }.into()
+    }
+
+    /// Whether it could not be written because a disk or a quota is full.
+    pub fn is_full(&self) -> bool {
+        self.access == Access::Write && is_full(&self.source)
+    }
+}
+
+/// Whether a disk or a quota is full.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_names_the_file_and_what_was_tried() {
+        let error: FileError = FileError::read("a/b")(io::ErrorKind::PermissionDenied.into());
+        assert_eq!(error.to_string(), "`a/b` cannot be read: permission denied");
+        let full: FileError = FileError::write("c")(io::ErrorKind::StorageFull.into());
+        assert_eq!(full.to_string(), "`c` cannot be written: no storage space");
+        assert!(full.is_full() && !error.is_full());
+        let unreadable: FileError = FileError::read("c")(io::ErrorKind::StorageFull.into());
+        assert!(!unreadable.is_full());
+    }
+}

@@ -1,0 +1,10 @@
+//! Prefetcher ahead, copying by all threads, writing, and putting directories in place.
+
+pub(crate) mod atomic_dir;
+pub(crate) mod confined_dir;
+pub(crate) mod disk_space;
+pub(crate) mod file_error;
+pub(crate) mod huge_pages;
+pub(crate) mod parallel_copy;
+pub(crate) mod readahead;
+pub(crate) mod writer;

@@ -1,0 +1,307 @@
+//! Writing the files of weights, in any order, from many threads, in bounded memory.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::tensor::DType;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::json;
+
+use crate::dtype::conversion::WeightDtype;
+use crate::error::CheckpointError;
+use crate::format::burnpack::{self, BURNPACK, Entry};
+use crate::format::index::{INDEX, Index, SINGLE};
+use crate::io::file_error::is_full;
+use crate::mapping::names;
+
+/// Headers are padded so that the data after them is aligned for every dtype.
+const ALIGNMENT: usize = 8;
+
+/// A tensor that is going to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct OutTensor {
+    pub(crate) name: String,
+    pub(crate) dtype: WeightDtype,
+    pub(crate) shape: Vec<usize>,
+}
+
+impl OutTensor {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.shape.iter().map(|&dim| dim as u64).product::<u64>() * self.dtype.size() as u64
+    }
+}
+
+/// How tensors are divided among safetensors files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sharding {
+    /// Files of at most this many bytes of data; a tensor larger than that gets a file of its own.
+    Size(u64),
+    /// One file a layer, what is before the first layer with the first, what comes after the last with the last.
+    Layer,
+}
+
+/// A file that is being written.
+#[derive(Debug)]
+struct OutFile {
+    name: String,
+    /// Everything in front of the data; written when the file is first opened.
+    header: Vec<u8>,
+    /// Length of the whole file.
+    length: u64,
+    open: Mutex<Option<Arc<File>>>,
+    /// Bytes of tensors that have not been written yet.
+    remaining: AtomicU64,
+}
+
+/// The files that tensors are written to, laid out before the first byte.
+#[derive(Debug)]
+pub(crate) struct Output {
+    dir: PathBuf,
+    /// The directory's name in messages.
+    shown: PathBuf,
+    files: Vec<OutFile>,
+    /// For each tensor its file, and where in that file it begins and ends.
+    places: Vec<(usize, u64, u64)>,
+    index: Option<Index>,
+    total: u64,
+}
+
+impl Output {
+    /// One safetensors file, or several with an index.
+    pub(crate) fn safetensors(
+        dir: &Path,
+        shown: &Path,
+        tensors: &[OutTensor],
+        sharding: Sharding,
+    ) -> Result<Self, CheckpointError> {
+        let groups = divide(tensors, sharding);
+        let mut output = Self::empty(dir, shown, tensors);
+        let mut index = Index { metadata: serde_json::Map::new(), weight_map: BTreeMap::new() };
+        let count = groups.len();
+        for (number, group) in groups.into_iter().enumerate() {
+            let file = match count {
+                1 => SINGLE.to_owned(),
+                _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+            };
+            output.lay_out(number, file, group, tensors, &mut index)?;
+        }
+        index.metadata.insert("total_size".into(), json!(output.total));
+        output.index = (count > 1).then_some(index);
+        Ok(output)
+    }
+
+    /// One burnpack file.
+    pub(crate) fn burnpack(dir: &Path, shown: &Path, tensors: &[OutTensor]) -> Result<Self, CheckpointError> {
+        let mut output = Self::empty(dir, shown, tensors);
+        let entry = |tensor: &OutTensor| Entry {
+            name: tensor.name.clone(),
+            dtype: DType::from(tensor.dtype),
+            shape: tensor.shape.clone(),
+            bytes: tensor.bytes(),
+        };
+        let entries: Vec<Entry> = tensors.iter().map(entry).collect();
+        let arrangement = burnpack::arrange(&entries).map_err(|problem| invalid(shown, BURNPACK, problem))?;
+        for ((place, start), tensor) in output.places.iter_mut().zip(&arrangement.starts).zip(tensors) {
+            *place = (0, *start, start + tensor.bytes());
+        }
+        let total = output.total;
+        output.add(BURNPACK.to_owned(), arrangement.header, arrangement.length, total);
+        Ok(output)
+    }
+
+    fn empty(dir: &Path, shown: &Path, tensors: &[OutTensor]) -> Self {
+        Self {
+            dir: dir.to_path_buf(),
+            shown: shown.to_path_buf(),
+            files: Vec::new(),
+            places: vec![(0, 0, 0); tensors.len()],
+            index: None,
+            total: tensors.iter().map(OutTensor::bytes).sum(),
+        }
+    }
+
+    fn add(&mut self, name: String, header: Vec<u8>, length: u64, remaining: u64) {
+        let remaining = AtomicU64::new(remaining);
+        self.files.push(OutFile { name, header, length, open: Mutex::new(None), remaining });
+    }
+
+    /// Bytes of all tensors.
+    pub(crate) fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// The order inside a file is that of the safetensors library: the widest dtype first, so that each is aligned, then
+    /// by name.
+    fn lay_out(
+        &mut self,
+        number: usize,
+        file: String,
+        mut group: Vec<usize>,
+        tensors: &[OutTensor],
+        index: &mut Index,
+    ) -> Result<(), CheckpointError> {
+        group.sort_by(|&a, &b| {
+            let (a, b) = (&tensors[a], &tensors[b]);
+            (b.dtype.size(), &a.name).cmp(&(a.dtype.size(), &b.name))
+        });
+        let mut infos = Vec::with_capacity(group.len());
+        let mut offset = 0;
+        for &tensor in &group {
+            let OutTensor { name, dtype, shape } = &tensors[tensor];
+            let end = offset + tensors[tensor].bytes();
+            let data_offsets = (offset as usize, end as usize);
+            infos
+                .push((name.clone(), TensorInfo { dtype: dtype.to_safetensors(), shape: shape.clone(), data_offsets }));
+            self.places[tensor] = (number, offset, end);
+            index.weight_map.insert(name.clone(), file.clone());
+            offset = end;
+        }
+        let invalid = |problem: String| invalid(&self.shown, &file, problem);
+        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let metadata = Metadata::new(Some(format), infos).map_err(|error| invalid(error.to_string()))?;
+        let mut json = serde_json::to_vec(&metadata).map_err(|error| invalid(error.to_string()))?;
+        json.resize(json.len().next_multiple_of(ALIGNMENT), b' ');
+        let mut header = (json.len() as u64).to_le_bytes().to_vec();
+        header.extend_from_slice(&json);
+        for &tensor in &group {
+            self.places[tensor].1 += header.len() as u64;
+            self.places[tensor].2 += header.len() as u64;
+        }
+        let length = header.len() as u64 + offset;
+        self.add(file, header, length, offset);
+        Ok(())
+    }
+
+    /// Writes a part of a tensor, `at` bytes after its beginning. Every byte is written once.
+    pub(crate) fn write(&self, tensor: usize, at: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let (number, start, end) = self.places[tensor];
+        assert!(start + at + bytes.len() as u64 <= end, "no tensor is longer than announced");
+        let file = &self.files[number];
+        let failure = |error| write_failure(&self.shown, &file.name, self.total, error);
+        let open = self.open(file).map_err(failure)?;
+        write_all_at(&open, bytes, start + at).map_err(failure)?;
+        let written = bytes.len() as u64;
+        if file.remaining.fetch_sub(written, Ordering::AcqRel) == written {
+            // The last of it: to the disk now, while other files are written, and no longer one of the open ones.
+            *file.open.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            open.sync_all().map_err(failure)?;
+        }
+        Ok(())
+    }
+
+    fn open(&self, file: &OutFile) -> io::Result<Arc<File>> {
+        let mut open = file.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = &*open {
+            return Ok(open.clone());
+        }
+        let path = self.dir.join(&file.name);
+        let created = File::options().create(true).truncate(false).write(true).open(&path)?;
+        created.set_len(file.length)?;
+        write_all_at(&created, &file.header, 0)?;
+        Ok(open.insert(Arc::new(created)).clone())
+    }
+
+    /// Writes the index, where there is one.
+    pub(crate) fn finish(self) -> Result<(), CheckpointError> {
+        for file in self.files.iter().filter(|file| file.header.len() as u64 == file.length) {
+            // Nobody writes to a file without values.
+            self.open(file).map_err(|error| write_failure(&self.shown, &file.name, self.total, error))?;
+        }
+        match &self.index {
+            Some(index) => write_file(&self.dir, INDEX, index.to_json().as_bytes(), &self.shown, self.total),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The tensors of each file.
+fn divide(tensors: &[OutTensor], sharding: Sharding) -> Vec<Vec<usize>> {
+    let mut groups: Vec<Vec<usize>> = vec![Vec::new()];
+    let mut filled = 0;
+    let mut layer = None;
+    for (index, tensor) in tensors.iter().enumerate() {
+        let bytes = tensor.bytes();
+        let group = groups.last_mut().expect("there is always one group");
+        let own = names::layer_of_tensor(&tensor.name);
+        let full = match sharding {
+            Sharding::Size(most) => !group.is_empty() && filled + bytes > most,
+            Sharding::Layer => layer.is_some() && own.is_some() && own != layer,
+        };
+        layer = own.or(layer);
+        if full {
+            groups.push(vec![index]);
+            filled = bytes;
+        } else {
+            group.push(index);
+            filled += bytes;
+        }
+    }
+    groups
+}
+
+#[cfg(unix)]
+fn write_all_at(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, at)
+}
+
+#[cfg(windows)]
+fn write_all_at(file: &File, mut bytes: &[u8], mut at: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_write(file, bytes, at)? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            written => {
+                bytes = &bytes[written..];
+                at += written as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn invalid(shown: &Path, file: &str, problem: String) -> CheckpointError {
+    CheckpointError::write(&shown.join(file))(io::Error::new(io::ErrorKind::InvalidInput, problem))
+}
+
+/// Writes one small file of the checkpoint.
+pub(crate) fn write_file(
+    dir: &Path,
+    name: &str,
+    bytes: &[u8],
+    shown: &Path,
+    needed: u64,
+) -> Result<(), CheckpointError> {
+    std::fs::write(dir.join(name), bytes).map_err(|error| write_failure(shown, name, needed, error))
+}
+
+/// A failure to write `name`, which people know as a file of `shown`.
+pub(crate) fn write_failure(shown: &Path, name: &str, needed: u64, error: io::Error) -> CheckpointError {
+    if is_full(&error) {
+        CheckpointError::Full { dir: shown.to_path_buf(), needed }
+    } else {
+        CheckpointError::write(&shown.join(name))(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_a_layer() {
+        let names = [
+            "model.embed_tokens.weight",
+            "model.layers.0.a",
+            "model.layers.0.b",
+            "model.layers.1.a",
+            "model.norm.weight",
+        ];
+        let tensors = names.map(|name| OutTensor { name: name.into(), dtype: WeightDtype::Bf16, shape: vec![4] });
+        assert_eq!(divide(&tensors, Sharding::Layer), [vec![0, 1, 2], vec![3, 4]]);
+        assert_eq!(divide(&tensors, Sharding::Size(16)), [vec![0, 1], vec![2, 3], vec![4]]);
+        assert_eq!(divide(&tensors, Sharding::Size(1)).len(), 5);
+    }
+}

@@ -1,0 +1,452 @@
+//! Every tensor of a checkpoint against every parameter of its model, before a byte is copied.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
+
+use moonlight_model::ModelConfig;
+use moonlight_model::config::{ParameterKind, ParameterShape};
+use safetensors::Dtype;
+
+use crate::checkpoint::{Checkpoint, StoredTensor};
+use crate::dtype::conversion::WeightDtype;
+use crate::dtype::dequantize::{Encoding, Layout, SourceTensor};
+use crate::dtype::quant::{NIBBLES_PER_WORD, QuantScheme};
+use crate::error::CheckpointError;
+use crate::format::shard::FileRange;
+use crate::mapping::names::{self, HfTensor, SkipReason, Stacked};
+use crate::report::validation::{Problem, ProblemList};
+
+/// More experts than any router of the family is made for.
+const MOST_EXPERTS: usize = 1 << 16;
+/// More routed experts in all layers together than any model of the family has (Kimi-K2: 23,040), beside those that have
+/// tensors of their own.
+const MOST_STACKED: usize = 1 << 15;
+/// The same where a file cannot be read and may hold any tensor.
+const MOST_UNREAD: usize = 1 << 17;
+/// Values of a row that share a scale in Kimi-K2-Thinking and Kimi-K2.5.
+const USUAL_GROUP: usize = 32;
+/// Wider than any matrix of the family; products of three such numbers fit 64 bits.
+const WIDEST: usize = 1 << 21;
+
+/// Where each parameter's values are.
+#[derive(Debug)]
+pub(crate) struct LoadPlan {
+    pub(crate) parameters: Vec<PlannedParameter>,
+    pub(crate) skipped: BTreeMap<SkipReason, Vec<String>>,
+}
+
+/// Where one parameter's values are.
+#[derive(Debug)]
+pub(crate) struct PlannedParameter {
+    pub(crate) parameter: ParameterShape,
+    /// One, or one for each expert.
+    pub(crate) sources: Vec<SourceTensor>,
+}
+
+impl PlannedParameter {
+    /// The narrowest dtype that loses nothing.
+    pub(crate) fn stored(&self) -> WeightDtype {
+        self.sources.iter().map(|source| source.dtype).reduce(WeightDtype::widest).unwrap_or(WeightDtype::F32)
+    }
+}
+
+/// Which parameters are planned for, and what may be missing.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Scope<'a> {
+    /// All of them.
+    Whole,
+    /// Those that the files hold whole: files and tensors may be missing, but nothing may be wrong.
+    Present,
+    /// Those at or below a path of the module. Files that none of them lies in may be missing or broken.
+    Below(&'a str),
+}
+
+impl Checkpoint {
+    /// Everything that keeps this checkpoint from being loaded; empty where nothing does.
+    pub fn problems(&self) -> Vec<Problem> {
+        match self.plan(Scope::Whole) {
+            Ok(_) => Vec::new(),
+            Err(problems) => problems.list,
+        }
+    }
+
+    /// The names of tensors that loading passes over. Empty where the checkpoint has
+    /// [`problems`](Checkpoint::problems).
+    pub fn skipped(&self) -> BTreeMap<SkipReason, Vec<String>> {
+        self.plan(Scope::Whole).map(|plan| plan.skipped).unwrap_or_default()
+    }
+
+    /// The `quant_method` of the configuration, where the weights are quantised.
+    pub(crate) fn quantisation(&self) -> Option<String> {
+        QuantScheme::of(self.config()).method
+    }
+
+    pub(crate) fn checked_plan(&self, scope: Scope<'_>) -> Result<LoadPlan, CheckpointError> {
+        self.plan(scope).map_err(|problems| CheckpointError::Misfit { dir: self.dir().to_path_buf(), problems })
+    }
+
+    pub(crate) fn plan(&self, scope: Scope<'_>) -> Result<LoadPlan, ProblemList> {
+        let scheme = QuantScheme::of(self.config());
+        let quantised = scheme.method.clone();
+        if let Some(problem) =
+            implausible(self.config(), self.tensor_list().len(), self.unread.as_ref().map(|set| set.len()))
+        {
+            let mut list = self.broken.clone();
+            list.push(Problem::Implausible { problem });
+            return Err(ProblemList { list, quantised });
+        }
+        let wanted: Vec<ParameterShape> = self
+            .config()
+            .parameter_shapes()
+            .into_iter()
+            .filter(|parameter| match scope {
+                Scope::Whole | Scope::Present => true,
+                Scope::Below(prefix) => {
+                    let rest = parameter.path.strip_prefix(prefix);
+                    prefix.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+                }
+            })
+            .collect();
+        let mut matching = TensorMatcher::new(self, scheme);
+        let mut parameters: Vec<PlannedParameter> =
+            wanted.into_iter().map(|parameter| matching.plan(parameter)).collect();
+        let skipped = if matches!(scope, Scope::Below(_)) { BTreeMap::new() } else { matching.rest() };
+        let TensorMatcher { problems: found, unreadable_wanted, .. } = matching;
+        let mut list = match scope {
+            Scope::Below(_) if !unreadable_wanted => Vec::new(),
+            _ => self.broken.clone(),
+        };
+        list.extend(found);
+        if matches!(scope, Scope::Present) {
+            list.retain(|problem| !problem.is_absence());
+            parameters.retain(|planned| planned.sources.len() == sources_of(&planned.parameter));
+        }
+        if list.is_empty() { Ok(LoadPlan { parameters, skipped }) } else { Err(ProblemList { list, quantised }) }
+    }
+}
+
+/// How many sources a parameter is made of.
+fn sources_of(parameter: &ParameterShape) -> usize {
+    if parameter.kind == ParameterKind::Experts { parameter.shape[0] } else { 1 }
+}
+
+/// What the configuration asks for that no such files can hold; checked first, so that the list of parameters is not
+/// longer than memory.
+fn implausible(config: &ModelConfig, tensors: usize, unread: Option<usize>) -> Option<String> {
+    let layers = config.num_hidden_layers;
+    if let Some(unread) = unread
+        && layers > tensors + unread
+    {
+        return Some(format!("`num_hidden_layers` is {layers}, and the files hold {tensors} tensors"));
+    }
+    let experts = config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts);
+    if experts > MOST_EXPERTS {
+        return Some(format!("`n_routed_experts` is {experts}"));
+    }
+    // Experts without end in layers without end would be a list without end of what is missing.
+    let all = layers.saturating_mul(experts);
+    if all > unread.map_or(MOST_UNREAD, |unread| MOST_STACKED + tensors + unread) {
+        return Some(format!("{layers} layers have {experts} experts each, and the files hold {tensors} tensors"));
+    }
+    let moe = config.moe.as_ref().map_or([0; 2], |moe| [moe.moe_intermediate_size, moe.n_shared_experts]);
+    let widths = [config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads];
+    let heads = [config.qk_head_dim(), config.cache_values_per_token()];
+    let widest = widths.into_iter().chain(moe).chain(heads).max().unwrap_or(0);
+    if layers > WIDEST || widest > WIDEST {
+        return Some(format!("a size of {} is larger than any model's of the family", layers.max(widest)));
+    }
+    None
+}
+
+struct TensorMatcher<'a> {
+    checkpoint: &'a Checkpoint,
+    scheme: QuantScheme,
+    problems: Vec<Problem>,
+    by_key: HashMap<&'a str, usize>,
+    used: Vec<bool>,
+    /// Tensors whose dtype has been complained of: gate_up_proj is asked for twice.
+    of_wrong_dtype: HashSet<&'a str>,
+    /// Whether a tensor that was asked for may well lie in a file that could not be read.
+    unreadable_wanted: bool,
+}
+
+impl<'a> TensorMatcher<'a> {
+    fn new(checkpoint: &'a Checkpoint, scheme: QuantScheme) -> Self {
+        let tensors = checkpoint.tensor_list();
+        let mut by_key = HashMap::with_capacity(tensors.len());
+        let mut problems = Vec::new();
+        for (index, tensor) in tensors.iter().enumerate() {
+            let key = if checkpoint.is_burnpack() { tensor.name.as_str() } else { names::key(&tensor.name) };
+            if let Some(other) = by_key.insert(key, index) {
+                problems.push(Problem::Twice { tensor: tensors[other].name.clone(), other: tensor.name.clone() });
+            }
+        }
+        let used = vec![false; tensors.len()];
+        Self { checkpoint, scheme, problems, by_key, used, of_wrong_dtype: HashSet::new(), unreadable_wanted: false }
+    }
+
+    fn plan(&mut self, parameter: ParameterShape) -> PlannedParameter {
+        let wanted = names::hugging_face_tensors(&parameter);
+        if self.checkpoint.is_burnpack() {
+            return self.plan_in_burnpack(parameter, wanted);
+        }
+        let transposed = names::transposed(parameter.kind);
+        let one_by_one = wanted.iter().any(|tensor| {
+            let packed = names::packed(&tensor.name).values;
+            self.by_key.contains_key(names::key(&tensor.name)) || self.by_key.contains_key(names::key(&packed))
+        });
+        let stacked = names::stacked(&parameter)
+            .filter(|_| !one_by_one)
+            .filter(|stacked| self.knows(names::key(&stacked.tensor.name)));
+        let sources = match stacked {
+            Some(stacked) => self.take_stacked(wanted, stacked, transposed),
+            None => wanted.into_iter().filter_map(|tensor| self.take_whole(tensor, transposed)).collect(),
+        };
+        PlannedParameter { parameter, sources }
+    }
+
+    /// A burnpack file holds each parameter under its own path and in its own shape, a stack of experts in one.
+    fn plan_in_burnpack(&mut self, parameter: ParameterShape, wanted: Vec<HfTensor>) -> PlannedParameter {
+        let tensor = HfTensor { name: parameter.path.clone(), shape: parameter.shape.clone() };
+        let Some((stored_index, part)) = self.find(&tensor) else {
+            return PlannedParameter { parameter, sources: Vec::new() };
+        };
+        let Some(dtype) = self.plain_dtype(stored_index) else {
+            return PlannedParameter { parameter, sources: Vec::new() };
+        };
+        let transposed = names::transposed(parameter.kind);
+        let length = part.range.len() / wanted.len().max(1);
+        let sources = wanted.into_iter().enumerate().map(|(at, tensor)| {
+            let start = part.range.start + at * length;
+            let part = FileRange { shard: part.shard, range: start..start + length };
+            SourceTensor { tensor, stored_index, dtype, part, encoding: Encoding::Plain(Layout::Burn), transposed }
+        });
+        PlannedParameter { sources: sources.collect(), parameter }
+    }
+
+    fn knows(&self, key: &str) -> bool {
+        self.by_key.contains_key(key) || self.unreadable(key)
+    }
+
+    /// Whether the tensor may well lie in a file that could not be read.
+    fn unreadable(&self, key: &str) -> bool {
+        self.checkpoint.unread.as_ref().is_none_or(|unread| unread.contains(key))
+    }
+
+    fn stored(&self, stored_index: usize) -> &'a StoredTensor {
+        &self.checkpoint.tensor_list()[stored_index]
+    }
+
+    /// Finds a tensor and checks its shape; what is wrong joins the problems.
+    fn find(&mut self, tensor: &HfTensor) -> Option<(usize, FileRange)> {
+        let key = if self.checkpoint.is_burnpack() { tensor.name.as_str() } else { names::key(&tensor.name) };
+        let Some(&stored_index) = self.by_key.get(key) else {
+            self.missing(key, &tensor.name);
+            return None;
+        };
+        // gate_up_proj is asked for twice, and complained of once.
+        let first_use = !std::mem::replace(&mut self.used[stored_index], true);
+        let found = self.stored(stored_index);
+        let fits = found.shape == tensor.shape;
+        if first_use && !fits {
+            self.misshapen(found, found.shape.clone(), tensor.shape.clone());
+        }
+        fits.then(|| (stored_index, FileRange { shard: found.shard, range: found.range.clone() }))
+    }
+
+    fn missing(&mut self, key: &str, name: &str) {
+        if self.unreadable(key) {
+            self.unreadable_wanted = true;
+        } else {
+            self.problems.push(Problem::Missing { tensor: name.to_owned() });
+        }
+    }
+
+    fn misshapen(&mut self, tensor: &StoredTensor, found: Vec<usize>, expected: Vec<usize>) {
+        let (tensor, file) = (tensor.name.clone(), tensor.file.clone());
+        self.problems.push(Problem::Misshapen { tensor, file, found, expected });
+    }
+
+    fn wrong_dtype(&mut self, tensor: &'a StoredTensor) {
+        if self.of_wrong_dtype.insert(&tensor.name) {
+            self.problems.push(Problem::WrongDtype {
+                tensor: tensor.name.clone(),
+                file: tensor.file.clone(),
+                dtype: tensor.dtype.to_string(),
+            });
+        }
+    }
+
+    /// The dtype of a tensor of plain values; another one joins the problems.
+    fn plain_dtype(&mut self, stored_index: usize) -> Option<WeightDtype> {
+        let found = self.stored(stored_index);
+        let dtype = WeightDtype::from_safetensors(found.dtype);
+        if dtype.is_none() {
+            self.wrong_dtype(found);
+        }
+        dtype
+    }
+
+    fn take_whole(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
+        let packed = names::packed(&tensor.name);
+        let key = names::key(&tensor.name);
+        if !self.by_key.contains_key(key) && self.knows(names::key(&packed.values)) {
+            return self.take_packed(tensor, packed, transposed);
+        }
+        let (stored_index, part) = self.find(&tensor)?;
+        if self.stored(stored_index).dtype == Dtype::F8_E4M3 {
+            return self.take_fp8(tensor, stored_index, part, transposed);
+        }
+        let dtype = self.plain_dtype(stored_index)?;
+        Some(SourceTensor {
+            tensor,
+            stored_index,
+            dtype,
+            part,
+            encoding: Encoding::Plain(Layout::HuggingFace),
+            transposed,
+        })
+    }
+
+    /// An FP8 matrix and the scales of its blocks.
+    fn take_fp8(
+        &mut self,
+        tensor: HfTensor,
+        stored_index: usize,
+        part: FileRange,
+        transposed: bool,
+    ) -> Option<SourceTensor> {
+        let &[rows, columns] = tensor.shape.as_slice() else {
+            self.wrong_dtype(self.stored(stored_index));
+            return None;
+        };
+        let block = self.scheme.block();
+        let [deepseek, compressed] = names::fp8_scales(&tensor.name);
+        let other = self.by_key.contains_key(names::key(&compressed));
+        let name = if other { compressed } else { deepseek };
+        let shape = vec![rows.div_ceil(block[0]), columns.div_ceil(block[1])];
+        let scale = self.take_scale(HfTensor { name, shape })?;
+        Some(SourceTensor {
+            tensor,
+            stored_index,
+            dtype: WeightDtype::Bf16,
+            part,
+            encoding: Encoding::Fp8 { scale, block },
+            transposed,
+        })
+    }
+
+    fn take_scale(&mut self, scale: HfTensor) -> Option<(FileRange, WeightDtype)> {
+        let (stored_index, part) = self.find(&scale)?;
+        Some((part, self.plain_dtype(stored_index)?))
+    }
+
+    /// A matrix of 4-bit values, the scales of its groups, and its shape.
+    fn take_packed(&mut self, tensor: HfTensor, packed: names::PackedNames, transposed: bool) -> Option<SourceTensor> {
+        let &[rows, columns] = tensor.shape.as_slice() else {
+            self.missing(names::key(&tensor.name), &tensor.name);
+            return None;
+        };
+        let words = columns.div_ceil(NIBBLES_PER_WORD);
+        let values = self.find(&HfTensor { name: packed.values, shape: vec![rows, words] });
+        let scale = self.take_groups(packed.scale, rows, columns);
+        self.check_packed_shape(&packed.shape, &tensor.shape);
+        let (stored_index, part) = values?;
+        let found = self.stored(stored_index);
+        if found.dtype != Dtype::I32 {
+            self.wrong_dtype(found);
+            return None;
+        }
+        if let Some(problem) = self.scheme.unreadable_packing.clone() {
+            self.problems.push(Problem::Packing { tensor: found.name.clone(), file: found.file.clone(), problem });
+            return None;
+        }
+        let (scale, group) = scale?;
+        Some(SourceTensor {
+            tensor,
+            stored_index,
+            dtype: scale.1,
+            part,
+            encoding: Encoding::Int4 { scale, group },
+            transposed,
+        })
+    }
+
+    /// The scales `[rows, columns / group]`, and the group that their shape tells.
+    fn take_groups(&mut self, name: String, rows: usize, columns: usize) -> Option<((FileRange, WeightDtype), usize)> {
+        let key = names::key(&name);
+        let groups = match self.by_key.get(key).map(|&stored_index| self.stored(stored_index).shape.as_slice()) {
+            Some(&[_, groups]) if groups > 0 && columns.is_multiple_of(groups) => groups,
+            // Not the shape of such scales, whatever the group: named with the group that Kimi's have.
+            _ => columns.div_ceil(USUAL_GROUP),
+        };
+        let scale = self.take_scale(HfTensor { name, shape: vec![rows, groups] })?;
+        columns.is_multiple_of(groups).then(|| (scale, columns / groups))
+    }
+
+    /// `weight_shape` says the shape before packing, in two integers.
+    fn check_packed_shape(&mut self, name: &str, expected: &[usize]) {
+        let key = names::key(name);
+        let Some(&stored_index) = self.by_key.get(key) else { return self.missing(key, name) };
+        self.used[stored_index] = true;
+        let found = self.stored(stored_index);
+        let bytes = self.checkpoint.part(&FileRange { shard: found.shard, range: found.range.clone() });
+        let size = match found.dtype {
+            Dtype::I32 => 4,
+            Dtype::I64 => 8,
+            _ => return self.wrong_dtype(found),
+        };
+        if found.shape != [2] {
+            return self.misshapen(found, found.shape.clone(), vec![2]);
+        }
+        let says: Vec<u64> = bytes
+            .chunks_exact(size)
+            .map(|bytes| bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
+            .collect();
+        if !says.iter().copied().eq(expected.iter().map(|&size| size as u64)) {
+            let says = says.into_iter().map(|size| usize::try_from(size).unwrap_or(usize::MAX)).collect();
+            self.misshapen(found, says, expected.to_vec());
+        }
+    }
+
+    /// Each expert's rows of a stack: they lie beside one another, so that a source is a plain part of the file.
+    fn take_stacked(&mut self, wanted: Vec<HfTensor>, stacked: Stacked, transposed: bool) -> Vec<SourceTensor> {
+        let Some((stored_index, FileRange { shard, range })) = self.find(&stacked.tensor) else { return Vec::new() };
+        let Some(dtype) = self.plain_dtype(stored_index) else { return Vec::new() };
+        let (height, row) = (stacked.tensor.shape[1], stacked.tensor.shape[2] * dtype.size());
+        let part = |expert: usize| -> Range<usize> {
+            let first = range.start + (expert * height + stacked.rows.start) * row;
+            first..first + stacked.rows.len() * row
+        };
+        wanted
+            .into_iter()
+            .enumerate()
+            .map(|(expert, tensor)| SourceTensor {
+                tensor,
+                stored_index,
+                dtype,
+                part: FileRange { shard, range: part(expert) },
+                encoding: Encoding::Plain(Layout::HuggingFace),
+                transposed,
+            })
+            .collect()
+    }
+
+    /// Sorts what no parameter took into skipped and unexpected.
+    fn rest(&mut self) -> BTreeMap<SkipReason, Vec<String>> {
+        let mut skipped: BTreeMap<SkipReason, Vec<String>> = BTreeMap::new();
+        for (tensor, _) in self.checkpoint.tensor_list().iter().zip(&self.used).filter(|(_, used)| !**used) {
+            let reason = match self.checkpoint.is_burnpack() {
+                true => None,
+                false => names::skip_reason(&tensor.name, self.checkpoint.config()),
+            };
+            match reason {
+                Some(reason) => skipped.entry(reason).or_default().push(tensor.name.clone()),
+                None => {
+                    self.problems.push(Problem::Unexpected { tensor: tensor.name.clone(), file: tensor.file.clone() })
+                }
+            }
+        }
+        skipped
+    }
+}

@@ -1,0 +1,289 @@
+//! Names of Hugging Face's tensors, both ways. No other file spells one.
+//!
+//! | module path | file |
+//! |---|---|
+//! | `embed_tokens.weight`, `norm.weight`, `layers.L.…` | the same after `model.` |
+//! | `lm_head.weight` | `lm_head.weight` |
+//! | `layers.L.mlp.router.…` | `model.layers.L.mlp.gate.…` |
+//! | `layers.L.mlp.experts.gate_proj`, `[experts, in, out]` | `model.layers.L.mlp.experts.E.gate_proj.weight`, each `[out, in]` |
+//! | the same | or transformers 5's `….experts.gate_up_proj`, `[experts, 2 out, in]`: rows of gate, then rows of up |
+//! | the same, `down_proj` | or `….experts.down_proj`, `[experts, out, in]` |
+//! | a projection in FP8 | `….weight` in F8_E4M3 beside `….weight_scale_inv` (compressed-tensors: `….weight_scale`) |
+//! | a projection in INT4 | `….weight_packed`, `….weight_scale`, `….weight_shape` in place of `….weight` |
+//!
+//! A burnpack file names tensors by the module path.
+//!
+//! A prefix `language_model.` (Kimi-VL, Kimi-K2.5) is dropped, with or without the `model.` after it, and a lone
+//! `model.` may be absent.
+
+use std::ops::Range;
+
+use moonlight_model::ModelConfig;
+use moonlight_model::config::{ParameterKind, ParameterShape};
+
+/// What stands before every tensor of the decoder.
+const MODEL: &str = "model.";
+const LANGUAGE_MODEL: [&str; 2] = ["language_model.", "model.language_model."];
+pub(crate) const HEAD: &str = "lm_head.weight";
+const VISION: [&str; 3] = ["vision_tower.", "multi_modal_projector.", "mm_projector."];
+const INV_FREQ: &str = ".rotary_emb.inv_freq";
+
+/// The suffixes that differ: of the module path, of the file.
+const RENAMED: [(&str, &str); 2] = [
+    (".mlp.router.weight", ".mlp.gate.weight"),
+    (".mlp.router.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+];
+
+/// Why a tensor of the file has no place in the model, and need not have one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SkipReason {
+    /// `*.rotary_emb.inv_freq`: a buffer of older model code; the model computes its frequencies.
+    InverseFrequencies,
+    /// A layer after the last one, for multi-token prediction.
+    MultiTokenPrediction,
+    /// A vision tower or its projector.
+    Vision,
+    /// An `lm_head.weight` beside a configuration that ties it to the embedding.
+    TiedHead,
+}
+
+impl SkipReason {
+    /// What such tensors are, for a report.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::InverseFrequencies => "stale rotary frequencies (computed instead)",
+            Self::MultiTokenPrediction => "multi-token-prediction layers",
+            Self::Vision => "vision tower and projector",
+            Self::TiedHead => "output head (tied to the embedding)",
+        }
+    }
+}
+
+/// One tensor of a file, as the model wants it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HfTensor {
+    /// Its name.
+    pub name: String,
+    /// Its shape in the file, `[out, in]` for a projection.
+    pub shape: Vec<usize>,
+}
+
+/// Where transformers 5 keeps a stack of experts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Stacked {
+    pub(crate) tensor: HfTensor,
+    /// Rows of each expert's matrix that are the parameter's.
+    pub(crate) rows: Range<usize>,
+}
+
+/// The names under which the scales of an FP8 matrix may stand beside it: DeepSeek's (a factor, for all its name), and
+/// compressed-tensors'.
+pub(crate) fn fp8_scales(weight: &str) -> [String; 2] {
+    [format!("{weight}_scale_inv"), format!("{weight}_scale")]
+}
+
+/// The three tensors that stand for a matrix packed by compressed-tensors.
+pub(crate) struct PackedNames {
+    pub(crate) values: String,
+    pub(crate) scale: String,
+    pub(crate) shape: String,
+}
+
+/// See [`PackedNames`].
+pub(crate) fn packed(weight: &str) -> PackedNames {
+    PackedNames {
+        values: format!("{weight}_packed"),
+        scale: format!("{weight}_scale"),
+        shape: format!("{weight}_shape"),
+    }
+}
+
+/// The layer that a tensor belongs to, `None` for those of no layer.
+pub(crate) fn layer_of_tensor(name: &str) -> Option<usize> {
+    layer_of(key(name))
+}
+
+/// Whether the file holds the transpose of the parameter (of each expert's matrix in a stack).
+pub(crate) fn transposed(kind: ParameterKind) -> bool {
+    match kind {
+        ParameterKind::Head | ParameterKind::Matrix | ParameterKind::Experts | ParameterKind::Router => true,
+        ParameterKind::Embedding | ParameterKind::Norm | ParameterKind::Bias | ParameterKind::CorrectionBias => false,
+    }
+}
+
+/// The tensors that a parameter is saved as: one, or for a stack of experts one for each.
+pub fn hugging_face_tensors(parameter: &ParameterShape) -> Vec<HfTensor> {
+    match (parameter.kind, parameter.shape.as_slice()) {
+        (ParameterKind::Experts, &[experts, input, output]) => {
+            let (stack, projection) = experts_of(&parameter.path);
+            (0..experts)
+                .map(|expert| HfTensor {
+                    name: format!("{MODEL}{stack}.{expert}.{projection}.weight"),
+                    shape: vec![output, input],
+                })
+                .collect()
+        }
+        (ParameterKind::Head, &[input, output]) => vec![HfTensor { name: HEAD.into(), shape: vec![output, input] }],
+        (kind, shape) => {
+            let mut shape = shape.to_vec();
+            if transposed(kind) {
+                shape.reverse();
+            }
+            let renamed = RENAMED.iter().find_map(|(ours, theirs)| {
+                parameter.path.strip_suffix(ours).map(|stem| format!("{MODEL}{stem}{theirs}"))
+            });
+            vec![HfTensor { name: renamed.unwrap_or_else(|| format!("{MODEL}{}", parameter.path)), shape }]
+        }
+    }
+}
+
+/// The single tensor in which transformers 5 may keep a stack of experts.
+pub(crate) fn stacked(parameter: &ParameterShape) -> Option<Stacked> {
+    let (ParameterKind::Experts, &[experts, input, output]) = (parameter.kind, parameter.shape.as_slice()) else {
+        return None;
+    };
+    let (stack, projection) = experts_of(&parameter.path);
+    let (name, height, rows) = match projection {
+        "gate_proj" => ("gate_up_proj", 2 * output, 0..output),
+        "up_proj" => ("gate_up_proj", 2 * output, output..2 * output),
+        other => (other, output, 0..output),
+    };
+    let tensor = HfTensor { name: format!("{MODEL}{stack}.{name}"), shape: vec![experts, height, input] };
+    Some(Stacked { tensor, rows })
+}
+
+/// `layers.3.mlp.experts.gate_proj` as `layers.3.mlp.experts` and `gate_proj`.
+fn experts_of(path: &str) -> (&str, &str) {
+    path.rsplit_once('.').expect("a stack of experts lies below its layer")
+}
+
+/// The name without the prefixes that differ between files, by which tensors are matched.
+pub(crate) fn key(name: &str) -> &str {
+    let name = LANGUAGE_MODEL.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(name);
+    name.strip_prefix(MODEL).unwrap_or(name)
+}
+
+/// Why a tensor that the model does not want may be skipped; `None` where it may not.
+pub(crate) fn skip_reason(name: &str, config: &ModelConfig) -> Option<SkipReason> {
+    let key = key(name);
+    if VISION.iter().any(|prefix| key.starts_with(prefix)) {
+        return Some(SkipReason::Vision);
+    }
+    if let Some(layer) = layer_of(key) {
+        let layers = config.num_hidden_layers;
+        let predicting = prediction_layers(config);
+        if (layers..layers.saturating_add(predicting)).contains(&layer) {
+            return Some(SkipReason::MultiTokenPrediction);
+        }
+        if layer < layers && key.ends_with(INV_FREQ) {
+            return Some(SkipReason::InverseFrequencies);
+        }
+    }
+    (config.tie_word_embeddings && key == HEAD).then_some(SkipReason::TiedHead)
+}
+
+/// The number of layers after the last one that are for multi-token prediction.
+pub(crate) fn prediction_layers(config: &ModelConfig) -> usize {
+    PREDICTION_LAYERS
+        .iter()
+        .find_map(|key| config.extra.get(*key)?.as_u64())
+        .and_then(|layers| usize::try_from(layers).ok())
+        .unwrap_or(0)
+}
+
+/// The configuration's keys for [`prediction_layers`]: as published, as transformers 5 names it.
+pub(crate) const PREDICTION_LAYERS: [&str; 2] = ["num_nextn_predict_layers", "num_mtp_layers"];
+
+fn layer_of(key: &str) -> Option<usize> {
+    key.strip_prefix("layers.")?.split_once('.')?.0.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// FNV-1a, 64 bit: enough to pin a list of names without copying it.
+    fn fnv1a(text: &str) -> u64 {
+        text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    }
+
+    /// The published index of Moonlight-16B-A3B: 5,344 tensors, 31,920,223,872 bytes in bf16, 27 of them the stale
+    /// frequencies. The digest is that of all its lines `name<tab>[shape]`, sorted.
+    #[test]
+    fn moonlight_has_the_published_names_and_shapes() {
+        let config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
+        let mut tensors: Vec<HfTensor> = config.parameter_shapes().iter().flat_map(hugging_face_tensors).collect();
+        assert_eq!(tensors.len(), 5_344 - 27);
+        for layer in 0..27 {
+            let name = format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq");
+            assert_eq!(skip_reason(&name, &config), Some(SkipReason::InverseFrequencies));
+            tensors.push(HfTensor { name, shape: vec![64] });
+        }
+        let bytes: usize = tensors.iter().map(|tensor| 2 * tensor.shape.iter().product::<usize>()).sum();
+        assert_eq!(bytes, 31_920_223_872);
+        let mut lines: Vec<String> = tensors
+            .iter()
+            .map(|HfTensor { name, shape }| {
+                let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
+                format!("{name}\t[{}]", shape.join(","))
+            })
+            .collect();
+        lines.sort();
+        for line in [
+            "model.embed_tokens.weight\t[163840,2048]",
+            "model.layers.0.self_attn.kv_a_proj_with_mqa.weight\t[576,2048]",
+            "model.layers.26.mlp.experts.63.down_proj.weight\t[2048,1408]",
+            "model.layers.1.mlp.gate.e_score_correction_bias\t[64]",
+        ] {
+            assert!(lines.binary_search(&line.to_owned()).is_ok(), "{line}");
+        }
+        assert_eq!(fnv1a(&lines.join("\n")), DIGEST_OF_MOONLIGHT);
+    }
+
+    const DIGEST_OF_MOONLIGHT: u64 = 0xa4ee_9c75_e5ec_259f;
+
+    #[test]
+    fn prefixes_differ_and_keys_do_not() {
+        for name in [
+            "model.layers.0.input_layernorm.weight",
+            "layers.0.input_layernorm.weight",
+            "language_model.model.layers.0.input_layernorm.weight",
+            "language_model.layers.0.input_layernorm.weight",
+            "model.language_model.layers.0.input_layernorm.weight",
+        ] {
+            assert_eq!(key(name), "layers.0.input_layernorm.weight");
+        }
+        assert_eq!(key("language_model.lm_head.weight"), "lm_head.weight");
+    }
+
+    #[test]
+    fn only_what_the_configuration_explains_is_skipped() {
+        let mut config = ModelConfig::preset("deepseek-v3").unwrap();
+        let layer_61 = "model.layers.61.eh_proj.weight";
+        assert_eq!(skip_reason(layer_61, &config), None, "the preset has no prediction layer");
+        config.extra.insert("num_nextn_predict_layers".into(), 1.into());
+        assert_eq!(skip_reason(layer_61, &config), Some(SkipReason::MultiTokenPrediction));
+        assert_eq!(skip_reason("model.layers.62.eh_proj.weight", &config), None);
+        assert_eq!(skip_reason("model.layers.60.eh_proj.weight", &config), None);
+        assert_eq!(skip_reason("lm_head.weight", &config), None);
+        config.tie_word_embeddings = true;
+        assert_eq!(skip_reason("lm_head.weight", &config), Some(SkipReason::TiedHead));
+        for name in ["vision_tower.patch_embed.proj.weight", "multi_modal_projector.linear_1.weight", "mm_projector.x"]
+        {
+            assert_eq!(skip_reason(name, &config), Some(SkipReason::Vision));
+        }
+    }
+
+    #[test]
+    fn transformers_5_stacks_gate_over_up() {
+        let config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
+        let shapes = config.parameter_shapes();
+        let find = |path: &str| stacked(shapes.iter().find(|parameter| parameter.path == path).unwrap());
+        let up = find("layers.1.mlp.experts.up_proj").unwrap();
+        assert_eq!(up.tensor.name, "model.layers.1.mlp.experts.gate_up_proj");
+        assert_eq!((up.tensor.shape, up.rows), (vec![64, 2816, 2048], 1408..2816));
+        let down = find("layers.1.mlp.experts.down_proj").unwrap();
+        assert_eq!((down.tensor.shape, down.rows), (vec![64, 2048, 1408], 0..2048));
+        assert_eq!(find("norm.weight"), None);
+    }
+}

@@ -1,0 +1,298 @@
+//! Two checkpoints, tensor by tensor, without loading either.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::ControlFlow;
+use std::sync::{Mutex, PoisonError};
+
+use crate::checkpoint::Checkpoint;
+use crate::dtype::conversion::{Weight, with_weight};
+use crate::dtype::dequantize::{Layout, SourceTensor};
+use crate::error::CheckpointError;
+use crate::io::parallel_copy::{Prefetcher, RowChunk, in_order, row_chunks};
+use crate::mapping::load_plan::{LoadPlan, Scope};
+use crate::progress::Progress;
+
+/// What a comparison found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Comparison {
+    /// Tensors that both hold, under the names that a Hugging Face directory has.
+    pub tensors: usize,
+    /// How many of them the two keep in different dtypes.
+    pub dtypes_differ: usize,
+    /// Bytes that were read of both together.
+    pub bytes: u64,
+    /// Every difference, in the order of the tensors' names.
+    pub differences: Vec<TensorDifference>,
+}
+
+/// How two checkpoints differ in one tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TensorDifference {
+    /// The second does not have it.
+    OnlyInFirst {
+        /// Its name.
+        tensor: String,
+    },
+    /// The first does not have it.
+    OnlyInSecond {
+        /// Its name.
+        tensor: String,
+    },
+    /// Its shapes differ.
+    Shape {
+        /// Its name.
+        tensor: String,
+        /// The two shapes.
+        shapes: [Vec<usize>; 2],
+    },
+    /// Its values differ: in any bit where the dtypes agree, in value where they do not.
+    Values {
+        /// Its name.
+        tensor: String,
+        /// How far apart they are.
+        distance: ValueDistance,
+    },
+}
+
+/// How far two tensors are apart.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ValueDistance {
+    /// The largest difference of two values; infinite where one of them is no number.
+    pub largest: f64,
+    /// The mean of the differences' magnitudes.
+    pub mean: f64,
+    /// The cosine of the angle between the two; 1 where both are zero.
+    pub cosine: f64,
+}
+
+impl fmt::Display for TensorDifference {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OnlyInFirst { tensor } => write!(formatter, "{tensor}: only in the first"),
+            Self::OnlyInSecond { tensor } => write!(formatter, "{tensor}: only in the second"),
+            Self::Shape { tensor, shapes: [a, b] } => write!(formatter, "{tensor}: {a:?} and {b:?}"),
+            Self::Values { tensor, distance: ValueDistance { largest, mean, cosine } } => {
+                write!(formatter, "{tensor}: largest difference {largest:.3e}, mean {mean:.3e}, cosine {cosine:.9}")
+            }
+        }
+    }
+}
+
+/// Sums over some of a tensor's values.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sums {
+    bits_differ: bool,
+    largest: f64,
+    differences: f64,
+    product: f64,
+    squares: [f64; 2],
+}
+
+impl Sums {
+    fn add(&mut self, other: &Self) {
+        self.bits_differ |= other.bits_differ;
+        self.largest = self.largest.max(other.largest);
+        self.differences += other.differences;
+        self.product += other.product;
+        self.squares[0] += other.squares[0];
+        self.squares[1] += other.squares[1];
+    }
+
+    fn of<S: Weight, T: Weight>(a: &[S], b: &[T]) -> Self {
+        let mut sums = Self { bits_differ: true, ..Self::default() };
+        for (a, b) in a.iter().zip(b) {
+            let (a, b) = (f64::from(a.widen()), f64::from(b.widen()));
+            let difference = (a - b).abs();
+            // A value that is no number is as far away as can be.
+            sums.largest = if difference.is_nan() { f64::INFINITY } else { sums.largest.max(difference) };
+            sums.differences += difference;
+            sums.product += a * b;
+            sums.squares[0] += a * a;
+            sums.squares[1] += b * b;
+        }
+        sums
+    }
+
+    fn distance(&self, count: usize) -> ValueDistance {
+        let norms = (self.squares[0] * self.squares[1]).sqrt();
+        let cosine = match (norms, self.squares) {
+            (_, [0.0, 0.0]) => 1.0,
+            (0.0, _) => 0.0,
+            (norms, _) => self.product / norms,
+        };
+        ValueDistance { largest: self.largest, mean: self.differences / count.max(1) as f64, cosine }
+    }
+}
+
+impl Checkpoint {
+    /// Compares with another checkpoint, whatever files, names and layouts either has: a burnpack file with shards, stacks
+    /// of experts with experts one by one, quantised weights with what they stand for. Tensors that both keep in the same
+    /// dtype are equal when they are so bit by bit; others, and all where `tolerance` is above 0, when no value is further
+    /// away than `tolerance`.
+    ///
+    /// What loading skips is left out, and so is what both lack; [`problems`](Checkpoint::problems) names the latter.
+    /// Memory stays small, and all threads take part.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError`] where one of them holds something that does not fit its model, or where `progress` ends the
+    /// work.
+    pub fn compare(
+        &self,
+        other: &Self,
+        tolerance: f64,
+        progress: &dyn Progress,
+    ) -> Result<Comparison, CheckpointError> {
+        let plans = [self.checked_plan(Scope::Present)?, other.checked_plan(Scope::Present)?];
+        let [left, right] = [by_name(&plans[0]), by_name(&plans[1])];
+        let mut differences: BTreeMap<&str, TensorDifference> = BTreeMap::new();
+        let mut pairs: Vec<(&SourceTensor, &SourceTensor)> = Vec::new();
+        // In the order of the first one's files.
+        for source in plans[0].parameters.iter().flat_map(|planned| &planned.sources) {
+            let tensor = source.tensor.name.clone();
+            match right.get(tensor.as_str()) {
+                None => drop(differences.insert(&source.tensor.name, TensorDifference::OnlyInFirst { tensor })),
+                Some(theirs) if theirs.tensor.shape != source.tensor.shape => {
+                    let shapes = [source.tensor.shape.clone(), theirs.tensor.shape.clone()];
+                    differences.insert(&source.tensor.name, TensorDifference::Shape { tensor, shapes });
+                }
+                Some(theirs) => pairs.push((source, theirs)),
+            }
+        }
+        for name in right.keys().filter(|name| !left.contains_key(*name)) {
+            differences.insert(name, TensorDifference::OnlyInSecond { tensor: (*name).to_owned() });
+        }
+        let bytes = pairs.iter().map(|(a, b)| a.bytes() + b.bytes()).sum();
+        let sums = self.sums(other, &pairs, bytes, progress)?;
+        for ((a, b), sums) in pairs.iter().zip(&sums) {
+            let distance = sums.distance(a.count());
+            let bitwise = a.dtype == b.dtype && tolerance <= 0.0;
+            let equal = if bitwise { !sums.bits_differ } else { distance.largest <= tolerance.max(0.0) };
+            if !equal {
+                let tensor = a.tensor.name.clone();
+                differences.insert(&a.tensor.name, TensorDifference::Values { tensor, distance });
+            }
+        }
+        Ok(Comparison {
+            tensors: pairs.len(),
+            dtypes_differ: pairs.iter().filter(|(a, b)| a.dtype != b.dtype).count(),
+            bytes,
+            differences: differences.into_values().collect(),
+        })
+    }
+
+    fn sums(
+        &self,
+        other: &Self,
+        pairs: &[(&SourceTensor, &SourceTensor)],
+        bytes: u64,
+        progress: &dyn Progress,
+    ) -> Result<Vec<Sums>, CheckpointError> {
+        progress.begin(bytes);
+        let chunks = row_chunks(pairs.iter().map(|(a, b)| {
+            let (rows, columns) = a.dims(common(a, b));
+            // Both are in memory at once.
+            (rows, columns * (a.dtype.size() + b.dtype.size()))
+        }));
+        let reading = Prefetcher::new(self, pairs.iter().map(|pair| pair.0).collect(), &chunks);
+        let theirs = Prefetcher::new(other, pairs.iter().map(|pair| pair.1).collect(), &chunks);
+        let sums = Mutex::new(vec![Sums::default(); pairs.len()]);
+        in_order(&chunks, |at, chunk, buffer| {
+            reading.begin(&chunks, at);
+            theirs.begin(&chunks, at);
+            let (a, b) = pairs[chunk.source];
+            let layout = common(a, b);
+            let of_panel = with_weight!(a.dtype, S => with_weight!(b.dtype, T => {
+                let count = chunk.rows.len() * a.dims(layout).1;
+                let mut own = std::mem::take(buffer);
+                let mut second = Vec::new();
+                let ours = self.rows::<S>(a, layout, chunk, &mut own, count);
+                let theirs = other.rows::<T>(b, layout, chunk, &mut second, count);
+                let equal = a.dtype == b.dtype && ours == theirs;
+                let of_panel = if equal { None } else { Some(sums_of::<S, T>(ours, theirs)) };
+                *buffer = own;
+                of_panel
+            }));
+            if let Some(of_panel) = of_panel {
+                sums.lock().unwrap_or_else(PoisonError::into_inner)[chunk.source].add(&of_panel);
+            }
+            let of = |source: &SourceTensor| source.verbatim(layout, source.dtype, &chunk.rows);
+            reading.end(chunk, of(a).as_ref());
+            theirs.end(chunk, of(b).as_ref());
+            let share = (a.bytes() + b.bytes()) as f64 * chunk.rows.len() as f64 / a.dims(layout).0.max(1) as f64;
+            match progress.advance(share as u64) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(CheckpointError::Interrupted),
+            }
+        })?;
+        Ok(sums.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Some rows of a source in its own dtype, as bytes: of the file where it holds them so, else decoded into `buffer`.
+    fn rows<'a, T: Weight>(
+        &'a self,
+        source: &SourceTensor,
+        layout: Layout,
+        chunk: &RowChunk,
+        buffer: &'a mut Vec<u64>,
+        count: usize,
+    ) -> &'a [u8] {
+        match source.verbatim(layout, source.dtype, &chunk.rows) {
+            Some(part) => self.part(&part),
+            None => {
+                let target = crate::io::parallel_copy::values::<T>(buffer, count);
+                // What is not finite is compared like everything else.
+                self.decode(source, layout, chunk.rows.start, target);
+                bytemuck::cast_slice(target)
+            }
+        }
+    }
+}
+
+fn sums_of<S: Weight, T: Weight>(a: &[u8], b: &[u8]) -> Sums {
+    const VALUES: usize = 4096;
+    let (mut left, mut right) = (vec![S::default(); VALUES], vec![T::default(); VALUES]);
+    let mut sums = Sums::default();
+    for (a, b) in a.chunks(VALUES * size_of::<S>()).zip(b.chunks(VALUES * size_of::<T>())) {
+        let count = a.len() / size_of::<S>();
+        // Copied, since a file may keep its values at any address.
+        bytemuck::cast_slice_mut(&mut left[..count]).copy_from_slice(a);
+        bytemuck::cast_slice_mut(&mut right[..count]).copy_from_slice(b);
+        sums.add(&Sums::of(&left[..count], &right[..count]));
+    }
+    sums
+}
+
+/// The layout in which the files need not be transposed, where there is one.
+fn common(a: &SourceTensor, b: &SourceTensor) -> Layout {
+    if [a, b].iter().all(|source| !source.transposed_in(Layout::Burn)) { Layout::Burn } else { Layout::HuggingFace }
+}
+
+fn by_name(plan: &LoadPlan) -> BTreeMap<&str, &SourceTensor> {
+    plan.parameters
+        .iter()
+        .flat_map(|planned| &planned.sources)
+        .map(|source| (source.tensor.name.as_str(), source))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    #[test]
+    fn distances_are_between_values_whatever_their_dtypes() {
+        let wide: Vec<u8> = [1.0f32, -2.0, 0.5].iter().flat_map(|value| value.to_le_bytes()).collect();
+        let narrow: Vec<u8> =
+            [1.0f32, -2.0, 1.5].iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect();
+        let found = sums_of::<f32, bf16>(&wide, &narrow).distance(3);
+        assert_eq!((found.largest, found.mean), (1.0, 1.0 / 3.0));
+        assert!((found.cosine - 5.75 / (5.25f64 * 7.25).sqrt()).abs() < 1e-12);
+        assert_eq!(Sums::of::<f32, f32>(&[0.0], &[0.0]).distance(1).cosine, 1.0);
+        assert_eq!(Sums::of::<f32, f32>(&[0.0], &[1.0]).distance(1).cosine, 0.0);
+        assert_eq!(Sums::of::<f32, f32>(&[f32::NAN], &[1.0]).distance(1).largest, f64::INFINITY);
+    }
+}

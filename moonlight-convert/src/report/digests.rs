@@ -1,0 +1,193 @@
+//! Files against a list of their digests.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use crate::error::CheckpointError;
+use crate::format::index::stays_inside;
+use crate::progress::Progress;
+
+/// Bytes that are read at a time.
+const CHUNK: usize = 1 << 20;
+
+/// What became of one line of the list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckedFile {
+    /// The file's name.
+    pub name: String,
+    /// What is wrong with it, as the rest of a sentence; `None` where it is as listed.
+    pub problem: Option<String>,
+}
+
+/// A line of the list.
+#[derive(Debug, PartialEq, Eq)]
+struct Listed {
+    file: Name,
+    bytes: Option<u64>,
+    digest: String,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Name {
+    Of(String),
+    /// The shard of this number, whatever its digits.
+    Shard(u64),
+}
+
+/// Checks the files of a directory against a list of SHA-256 digests. A line is `DIGEST  NAME`, as `sha256sum` writes it,
+/// or `NUMBER BYTES DIGEST` for `model-NUMBER-of-N.safetensors`. Empty lines and lines that begin with `#` say nothing.
+///
+/// # Errors
+///
+/// [`CheckpointError::Digests`] where the list is not such a list or names a file elsewhere, and what keeps a file from
+/// being read; [`CheckpointError::Interrupted`] where `progress` ends the work. A file that is absent or differs is no
+/// error.
+pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result<Vec<CheckedFile>, CheckpointError> {
+    if !dir.is_dir() {
+        return Err(CheckpointError::not_a_directory(dir));
+    }
+    let text = fs::read_to_string(list).map_err(CheckpointError::read(list))?;
+    let broken = |problem: String| CheckpointError::Digests { path: list.to_path_buf(), problem };
+    let listed = parse(&text).map_err(broken)?;
+    let shards = shards(dir)?;
+    let resolved: Vec<(String, &Listed)> = listed
+        .iter()
+        .map(|line| match &line.file {
+            Name::Of(name) => (name.clone(), line),
+            Name::Shard(number) => {
+                let found = shards.iter().find(|(shard, _)| shard == number);
+                (
+                    found.map_or_else(
+                        || format!("model-{number}-of-{}.safetensors", listed.len()),
+                        |(_, name)| name.clone(),
+                    ),
+                    line,
+                )
+            }
+        })
+        .collect();
+    let length = |name: &str| fs::metadata(dir.join(name)).ok().filter(fs::Metadata::is_file).map(|file| file.len());
+    progress.begin(resolved.iter().filter_map(|(name, _)| length(name)).sum());
+    resolved
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|(name, line)| {
+            let problem = match (length(&name), line.bytes) {
+                (None, _) => Some("does not exist".to_owned()),
+                (Some(length), Some(bytes)) if length != bytes => {
+                    Some(format!("has {length} bytes; the list says {bytes}"))
+                }
+                _ => {
+                    let digest = sha256(&dir.join(&name), progress)?;
+                    (digest != line.digest).then(|| format!("has the digest {digest}; the list says {}", line.digest))
+                }
+            };
+            Ok(CheckedFile { name, problem })
+        })
+        .collect()
+}
+
+fn sha256(path: &Path, progress: &dyn Progress) -> Result<String, CheckpointError> {
+    let mut file = File::open(path).map_err(CheckpointError::read(path))?;
+    let (mut hasher, mut buffer) = (Sha256::new(), vec![0u8; CHUNK]);
+    loop {
+        match file.read(&mut buffer).map_err(CheckpointError::read(path))? {
+            0 => return Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
+            count => {
+                hasher.update(&buffer[..count]);
+                if progress.advance(count as u64) == ControlFlow::Break(()) {
+                    return Err(CheckpointError::Interrupted);
+                }
+            }
+        }
+    }
+}
+
+fn parse(text: &str) -> Result<Vec<Listed>, String> {
+    let mut listed = Vec::new();
+    for (number, line) in (1..).zip(text.lines()) {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        listed.push(parse_line(line).ok_or_else(|| {
+            format!(
+                "has neither `DIGEST  NAME` nor `NUMBER BYTES DIGEST` in line {number}, or a name outside the directory"
+            )
+        })?);
+    }
+    if listed.is_empty() { Err("lists no file".into()) } else { Ok(listed) }
+}
+
+fn parse_line(line: &str) -> Option<Listed> {
+    let (first, rest) = line.split_once(char::is_whitespace)?;
+    if let Some(digest) = digest(first) {
+        // `*` marks a file that was read as binary.
+        let name = rest.trim_start();
+        let name = name.strip_prefix('*').unwrap_or(name);
+        let name = name.strip_prefix("./").unwrap_or(name);
+        return stays_inside(name).then(|| Listed { file: Name::Of(name.to_owned()), bytes: None, digest });
+    }
+    let (bytes, last) = rest.trim_start().split_once(char::is_whitespace)?;
+    let (number, bytes) = (first.parse().ok()?, bytes.parse().ok()?);
+    Some(Listed { file: Name::Shard(number), bytes: Some(bytes), digest: digest(last.trim())? })
+}
+
+fn digest(text: &str) -> Option<String> {
+    (text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| text.to_ascii_lowercase())
+}
+
+/// The numbered shards of a directory.
+fn shards(dir: &Path) -> Result<Vec<(u64, String)>, CheckpointError> {
+    let entries = fs::read_dir(dir).map_err(CheckpointError::read(dir))?;
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    Ok(names
+        .filter_map(|name| {
+            let number = name.strip_prefix("model-")?.strip_suffix(".safetensors")?.split_once("-of-")?.0;
+            Some((number.parse().ok()?, name))
+        })
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SHA-256 of "abc" (FIPS 180-4).
+    const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+
+    #[test]
+    fn both_kinds_of_list() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path();
+        fs::write(dir.join("model-00002-of-00003.safetensors"), "abc").unwrap();
+        fs::write(dir.join("config.json"), "abc").unwrap();
+        let check = |text: &str| {
+            let list = dir.join("list");
+            fs::write(&list, text).unwrap();
+            check_digests(dir, &list, &())
+        };
+        let other = ABC.replace('b', "c");
+        let files = check(&format!(
+            "# digests\n{ABC}  config.json\n{}  *config.json\n2 3 {ABC}\n2 4 {ABC}\n3 3 {ABC}\n",
+            other.to_uppercase()
+        ))
+        .unwrap();
+        let problems: Vec<Option<&str>> = files.iter().map(|file| file.problem.as_deref()).collect();
+        assert_eq!(problems[0], None);
+        assert_eq!(problems[1], Some(format!("has the digest {ABC}; the list says {other}").as_str()));
+        assert_eq!((problems[2], files[2].name.as_str()), (None, "model-00002-of-00003.safetensors"));
+        assert_eq!(problems[3], Some("has 3 bytes; the list says 4"));
+        assert_eq!(problems[4], Some("does not exist"));
+        for wrong in
+            ["", "abc  config.json", &format!("{ABC}  ../config.json"), &format!("{ABC}  /etc/passwd"), "1 2 3"]
+        {
+            assert!(matches!(check(wrong), Err(CheckpointError::Digests { .. })), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What can be wrong with a conversation or its template.
+
+use std::path::PathBuf;
+
+/// Why a conversation has no tokens.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChatError {
+    /// Neither the folder nor the tokenizer knows how to talk.
+    #[error("`{}` has no chat template", dir.display())]
+    NoTemplate {
+        /// The model's folder.
+        dir: PathBuf,
+    },
+    /// A template that cannot be read or is none.
+    #[error("the chat template of `{}` is broken: {problem}", path.display())]
+    Broken {
+        /// The file that holds it.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A template that refuses a conversation, or fails at it.
+    #[error("the chat template does not take this conversation: {problem}")]
+    Refused {
+        /// What it says.
+        problem: String,
+    },
+    /// A template in whose text the assistant's words cannot be found.
+    #[error("the assistant's words cannot be found in what the chat template makes of message {message}: {problem}")]
+    NoSpan {
+        /// Its number, from 1.
+        message: usize,
+        /// What was tried.
+        problem: String,
+    },
+    /// A record that is no conversation.
+    #[error(transparent)]
+    Conversation(#[from] ConversationError),
+}
+
+impl ChatError {
+    /// What to do about it, where we know.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::NoTemplate { .. } => Some(
+                "give a base model a text to continue, or put the \
+                 `chat_template.jinja` into the folder"
+                    .into(),
+            ),
+            Self::NoSpan { .. } => Some(
+                "put `{% generation %}` and `{% endgeneration %}` around the assistant's words in the template".into(),
+            ),
+            Self::Conversation(error) => error.hint(),
+            Self::Broken { .. } | Self::Refused { .. } => None,
+        }
+    }
+}
+
+/// Why a record is no conversation, or not one that can be learned from.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConversationError {
+    /// Bytes that are not UTF-8.
+    #[error("the record is not UTF-8: its byte {byte} is wrong")]
+    NotUtf8 {
+        /// The first that is wrong, from 1.
+        byte: usize,
+    },
+    /// Text that is not JSON.
+    #[error("the record is not JSON: {problem}")]
+    NotJson {
+        /// What the parser said.
+        problem: String,
+    },
+    /// None of the shapes.
+    #[error("{}", if keys.is_empty() { "the record is not a JSON object".to_owned() } else {
+        format!("the record is no conversation: it has {}", list(keys)) })]
+    Shape {
+        /// The keys that it has.
+        keys: Vec<String>,
+    },
+    /// Someone whom neither we nor the template know.
+    #[error("`{place}` has the unknown role `{role}`")]
+    Role {
+        /// The message.
+        place: String,
+        /// Its role.
+        role: String,
+    },
+    /// A message that is not one.
+    #[error("`{place}` {problem}")]
+    Message {
+        /// The message.
+        place: String,
+        /// What is wrong, as the rest of a sentence.
+        problem: String,
+    },
+    /// Nobody to learn from.
+    #[error("the conversation has no assistant message")]
+    NoAssistant,
+    /// Nothing to learn.
+    #[error("every assistant message has the weight 0: there is nothing to learn")]
+    NothingLearned,
+}
+
+impl ConversationError {
+    /// What to do about it, where we know.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Shape { .. } => Some(
+                "a record has `messages` (OpenAI), `conversations` (ShareGPT), or `instruction` and `output` (Alpaca)"
+                    .into(),
+            ),
+            Self::Role { .. } => Some(
+                "roles are system, user (human) and assistant (gpt), and others that the chat template names".into(),
+            ),
+            _ => None,
+        }
+    }
+}
+
+fn list(keys: &[String]) -> String {
+    keys.iter().take(6).map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
+}

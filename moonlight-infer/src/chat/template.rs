@@ -1,0 +1,266 @@
+//! The chat template of a model: a Jinja program that turns messages into text.
+//!
+//! transformers knows a tag of its own, `{% generation %} ... {% endgeneration %}`, around what the assistant says. Here
+//! it becomes a condition that is always true, with a variable at either end: empty, or a mark where the assistant's
+//! words are looked for.
+
+use std::path::{Path, PathBuf};
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, ErrorKind};
+use serde_json::{Value, json};
+
+use super::{ChatError, Message};
+use crate::moonlight_template::{MOONLIGHT_TEMPLATE, MOONLIGHT_TOKENS};
+use crate::tokenizer::Tokenizer;
+
+/// The one template of the environment.
+const NAME: &str = "chat";
+
+/// The variables at the ends of a `{% generation %}` block.
+const GENERATION: [&str; 2] = ["moonlight_generation_begin", "moonlight_generation_end"];
+
+const JINJA: &str = "chat_template.jinja";
+const CONFIG: &str = "tokenizer_config.json";
+
+/// Where a template came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TemplateSource {
+    /// A file: `chat_template.jinja`, or `tokenizer_config.json` with a `chat_template` in it.
+    File(PathBuf),
+    /// [`MOONLIGHT_TEMPLATE`], for a tokenizer with its special tokens.
+    Moonlight,
+}
+
+impl std::fmt::Display for TemplateSource {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::File(path) => write!(formatter, "{}", path.display()),
+            Self::Moonlight => formatter.write_str("Moonlight's own"),
+        }
+    }
+}
+
+/// A chat template, ready to render.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: TemplateSource,
+    /// As it was written.
+    text: String,
+    /// `bos_token`, `eos_token` and the like, which templates may write.
+    names: Vec<(&'static str, String)>,
+}
+
+impl ChatTemplate {
+    /// The template of a model's folder: `chat_template.jinja`, else that of `tokenizer_config.json`, else Moonlight's
+    /// where the tokenizer has its special tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`ChatError::NoTemplate`] where there is none of them, [`ChatError::Broken`] for one that is no template.
+    pub fn of_model(dir: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
+        let file = dir.join(JINJA);
+        let broken = |problem: std::io::Error| ChatError::Broken { path: file.clone(), problem: problem.to_string() };
+        let jinja = if file.is_file() { Some(std::fs::read(&file).map_err(broken)?) } else { None };
+        let config = std::fs::read(dir.join(CONFIG)).ok();
+        Self::from_parts(dir, jinja.as_deref(), config.as_deref(), tokenizer)
+    }
+
+    /// The template that belongs to a tokenizer: of the files beside it, in the order of
+    /// [`of_model`](ChatTemplate::of_model).
+    ///
+    /// # Errors
+    ///
+    /// As [`of_model`](ChatTemplate::of_model).
+    pub fn of_tokenizer(tokenizer: &Tokenizer) -> Result<Self, ChatError> {
+        let files = tokenizer.companions();
+        let file = |name| files.iter().find(|file| file.name == name).map(|file| file.contents.as_slice());
+        Self::from_parts(Path::new(tokenizer.name()), file(JINJA), file(CONFIG), tokenizer)
+    }
+
+    /// The template of a file, which is not the tokenizer's own.
+    ///
+    /// # Errors
+    ///
+    /// [`ChatError::Broken`] for a file that cannot be read or is no template.
+    pub fn of_file(path: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
+        let broken = |problem: std::io::Error| ChatError::Broken { path: path.into(), problem: problem.to_string() };
+        let text = std::fs::read_to_string(path).map_err(broken)?;
+        let files = tokenizer.companions();
+        let config = files.iter().find(|file| file.name == CONFIG).map(|file| file.contents.as_slice());
+        Self::new(text, TemplateSource::File(path.into()), names(&read(config)))
+    }
+
+    fn from_parts(
+        dir: &Path,
+        jinja: Option<&[u8]>,
+        config: Option<&[u8]>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self, ChatError> {
+        let config = read(config);
+        let (text, source) = if let Some(jinja) = jinja {
+            let path = dir.join(JINJA);
+            let text = String::from_utf8(jinja.to_owned());
+            let text = text.map_err(|error| ChatError::Broken { path: path.clone(), problem: error.to_string() })?;
+            (text, TemplateSource::File(path))
+        } else if let Some(text) = default_template(&config["chat_template"]) {
+            (text.to_owned(), TemplateSource::File(dir.join(CONFIG)))
+        } else if MOONLIGHT_TOKENS.iter().all(|token| tokenizer.special(token).is_some()) {
+            (MOONLIGHT_TEMPLATE.to_owned(), TemplateSource::Moonlight)
+        } else {
+            return Err(ChatError::NoTemplate { dir: dir.to_owned() });
+        };
+        Self::new(text, source, names(&config))
+    }
+
+    fn new(text: String, source: TemplateSource, names: Vec<(&'static str, String)>) -> Result<Self, ChatError> {
+        // The environment that transformers gives templates: `apply_chat_template` of its `chat_template_utils.py`.
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        let mut environment = Environment::new();
+        environment.set_syntax(syntax.expect("the delimiters are the usual ones"));
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_template_owned(NAME, with_marks(&text)).map_err(|error| ChatError::Broken {
+            path: match &source {
+                TemplateSource::File(path) => path.clone(),
+                TemplateSource::Moonlight => NAME.into(),
+            },
+            problem: sentence(&error),
+        })?;
+        Ok(Self { environment, source, text, names })
+    }
+
+    /// Where the template came from.
+    pub fn source(&self) -> &TemplateSource {
+        &self.source
+    }
+
+    /// The template as it was written.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Whether it came from a file, and not from this program.
+    pub fn is_in_a_file(&self) -> bool {
+        matches!(self.source, TemplateSource::File(_))
+    }
+
+    /// Whether the template names a role, in quotes as templates do.
+    pub fn knows_role(&self, role: &str) -> bool {
+        !role.contains(['\'', '"'])
+            && ['\'', '"'].iter().any(|quote| self.text.contains(&format!("{quote}{role}{quote}")))
+    }
+
+    /// Whether the template heeds `add_generation_prompt`.
+    pub(super) fn prompts(&self) -> bool {
+        self.text.contains("add_generation_prompt")
+    }
+
+    /// Whether the template says itself where the assistant speaks.
+    pub(super) fn has_generation_blocks(&self) -> bool {
+        tags(&self.text).next().is_some()
+    }
+
+    /// The text of a conversation; with `add_generation_prompt` it ends where the assistant begins to speak.
+    ///
+    /// # Errors
+    ///
+    /// [`ChatError::Refused`] where the template fails, on purpose or not.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
+        self.render_marked(messages, add_generation_prompt, ["", ""])
+    }
+
+    /// Like [`render`](ChatTemplate::render), with `marks` around what `{% generation %}` blocks make.
+    pub(super) fn render_marked(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        marks: [&str; 2],
+    ) -> Result<String, ChatError> {
+        let refused = |error: minijinja::Error| ChatError::Refused { problem: sentence(&error) };
+        let template = self.environment.get_template(NAME).map_err(refused)?;
+        let mut context = serde_json::Map::new();
+        context.insert("messages".into(), json!(messages));
+        context.insert("add_generation_prompt".into(), add_generation_prompt.into());
+        context.extend(self.names.iter().map(|(key, name)| ((*key).to_owned(), name.as_str().into())));
+        context.extend(GENERATION.iter().zip(marks).map(|(key, mark)| ((*key).to_owned(), mark.into())));
+        template.render(Serde(context)).map_err(refused)
+    }
+}
+
+fn read(config: Option<&[u8]>) -> Value {
+    config.and_then(|config| serde_json::from_slice(config).ok()).unwrap_or(Value::Null)
+}
+
+/// The special tokens that templates may write by name.
+fn names(config: &Value) -> Vec<(&'static str, String)> {
+    let names = ["bos_token", "eos_token", "pad_token", "unk_token"].into_iter().filter_map(|key| {
+        let value = &config[key];
+        let text = value.as_str().or_else(|| value["content"].as_str())?;
+        Some((key, text.to_owned()))
+    });
+    names.collect()
+}
+
+/// A `{% generation %}` or `{% endgeneration %}`.
+struct Tag {
+    place: std::ops::Range<usize>,
+    ends: bool,
+    /// The sign of white-space control at either end, or nothing.
+    signs: [String; 2],
+}
+
+/// Every tag of a `{% generation %}` block.
+fn tags(text: &str) -> impl Iterator<Item = Tag> + '_ {
+    text.match_indices("{%").filter_map(move |(start, _)| {
+        let length = text[start..].find("%}")? + 2;
+        let inner = &text[start + 2..start + length - 2];
+        let word = inner.trim_start_matches(['-', '+']);
+        let left = inner[..inner.len() - word.len()].to_owned();
+        let bare = word.trim_end_matches(['-', '+']);
+        let right = word[bare.len()..].to_owned();
+        let ends = match bare.trim() {
+            "generation" => false,
+            "endgeneration" => true,
+            _ => return None,
+        };
+        Some(Tag { place: start..start + length, ends, signs: [left, right] })
+    })
+}
+
+/// The template with conditions and marks in the place of `{% generation %}` blocks.
+fn with_marks(text: &str) -> String {
+    let mut marked = String::with_capacity(text.len());
+    let mut end = 0;
+    for Tag { place, ends, signs: [left, right] } in tags(text) {
+        let [begin_mark, end_mark] = GENERATION;
+        marked.push_str(&text[end..place.start]);
+        // Two conditions, so that both of the tag's ends keep their control of the white space around it.
+        marked.push_str(&match ends {
+            false => format!("{{%{left} if true %}}{{{{ {begin_mark} }}}}{{% if true {right}%}}"),
+            true => format!("{{%{left} endif %}}{{{{ {end_mark} }}}}{{% endif {right}%}}"),
+        });
+        end = place.end;
+    }
+    marked.push_str(&text[end..]);
+    marked
+}
+
+/// `chat_template` is a text, or a list of named ones of which `default` is meant.
+fn default_template(value: &Value) -> Option<&str> {
+    let named = |entry: &&Value| entry["name"] == "default";
+    value.as_str().or_else(|| value.as_array()?.iter().find(named)?["template"].as_str())
+}
+
+/// An error of the engine as part of a sentence.
+fn sentence(error: &minijinja::Error) -> String {
+    let text = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    match error.line() {
+        Some(line) => format!("{text} (line {line})"),
+        None => text,
+    }
+}

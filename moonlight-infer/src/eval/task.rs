@@ -1,0 +1,322 @@
+//! Rows of a task file in the layouts that the data sets have on the Hub, and the prompts that lm-evaluation-harness
+//! makes of them (its tasks `mmlu`, `arc_easy`/`arc_challenge` and `hellaswag`, version 0.4).
+
+use std::path::Path;
+use std::str::FromStr;
+
+use serde_json::{Map, Value};
+
+use crate::error::InferError;
+use crate::parquet;
+
+/// What the rows of a task file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TaskFormat {
+    /// `question`, `choices` (a list of four), `answer` (0 to 3, or A to D), perhaps `subject`.
+    Mmlu,
+    /// `question`, `choices` of `text` and `label`, `answerKey`.
+    Arc,
+    /// `ctx` (or `ctx_a` and `ctx_b`), `endings`, `label`, perhaps `activity_label`.
+    HellaSwag,
+    /// `text` (or `page`): how well it is predicted.
+    Perplexity,
+    /// A conversation in any shape that `data.format = "chat"` reads.
+    Chat,
+}
+
+impl FromStr for TaskFormat {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "mmlu" => Ok(Self::Mmlu),
+            "arc" => Ok(Self::Arc),
+            "hellaswag" => Ok(Self::HellaSwag),
+            "perplexity" => Ok(Self::Perplexity),
+            "chat" => Ok(Self::Chat),
+            _ => Err(()),
+        }
+    }
+}
+
+impl std::fmt::Display for TaskFormat {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Mmlu => "mmlu",
+            Self::Arc => "arc",
+            Self::HellaSwag => "hellaswag",
+            Self::Perplexity => "perplexity",
+            Self::Chat => "chat",
+        })
+    }
+}
+
+impl TaskFormat {
+    /// The format of a row, by its keys.
+    pub(super) fn of(row: &Map<String, Value>) -> Option<Self> {
+        let has = |key: &str| row.contains_key(key);
+        if has("endings") {
+            Some(Self::HellaSwag)
+        } else if has("answerKey") {
+            Some(Self::Arc)
+        } else if has("question") && has("choices") {
+            Some(Self::Mmlu)
+        } else if has("messages") || has("conversations") || has("instruction") {
+            Some(Self::Chat)
+        } else if has("text") || has("page") {
+            Some(Self::Perplexity)
+        } else {
+            None
+        }
+    }
+
+    /// Whether rows have choices of which one is right.
+    pub(super) fn has_choices(self) -> bool {
+        matches!(self, Self::Mmlu | Self::Arc | Self::HellaSwag)
+    }
+}
+
+/// A row of a file.
+#[derive(Debug, Clone)]
+pub(super) struct Row {
+    /// Its line, from 1; in a parquet file its row.
+    pub(super) line: usize,
+    /// As the file has it; of a parquet file as JSON.
+    pub(super) text: String,
+    pub(super) fields: Map<String, Value>,
+}
+
+/// The rows of a file, empty lines left out, at most `limit` (0 for all).
+pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, InferError> {
+    let limit = if limit == 0 { usize::MAX } else { limit };
+    let rows = if parquet::is_parquet(path) {
+        let rows = (1..).zip(parquet::rows(path, &[])?).take(limit);
+        rows.map(|(row, text)| read(path, row, text?)).collect::<Result<Vec<_>, _>>()?
+    } else {
+        let bytes = std::fs::read(path).map_err(InferError::read(path))?;
+        let lines = (1..).zip(bytes.split(|&byte| byte == b'\n')).filter(|(_, line)| !line.trim_ascii().is_empty());
+        let rows = lines.take(limit).map(|(number, line)| {
+            let text =
+                std::str::from_utf8(line).map_err(|_| InferError::line(path, number, "the row is not UTF-8", None))?;
+            read(path, number, text.to_owned())
+        });
+        rows.collect::<Result<Vec<_>, _>>()?
+    };
+    if rows.is_empty() {
+        return Err(InferError::NoRows(path.to_owned()));
+    }
+    Ok(rows)
+}
+
+fn read(path: &Path, line: usize, text: String) -> Result<Row, InferError> {
+    let here = |problem: String| InferError::line(path, line, problem, None);
+    let value: Value = serde_json::from_str(&text).map_err(|error| {
+        here(format!("the row is not JSON: {}", error.to_string().split(" at line ").next().unwrap_or_default()))
+    })?;
+    match value {
+        Value::Object(fields) => Ok(Row { line, text, fields }),
+        _ => Err(here("the row is not a JSON object".into())),
+    }
+}
+
+/// A question with choices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Question {
+    /// Text before all examples.
+    pub(super) description: String,
+    /// The prompt.
+    pub(super) context: String,
+    /// The continuations to choose from, without the space before each.
+    pub(super) choices: Vec<String>,
+    /// Which of them is right.
+    pub(super) gold: usize,
+    /// Examples are of the same subject.
+    pub(super) subject: Option<String>,
+}
+
+impl Question {
+    /// Reads a row; the error is the rest of a sentence about it.
+    pub(super) fn read(format: TaskFormat, row: &Map<String, Value>) -> Result<Self, String> {
+        let text =
+            |key: &str| row.get(key).and_then(Value::as_str).ok_or_else(|| format!("the row has no text `{key}`"));
+        let question = match format {
+            TaskFormat::Mmlu => {
+                let choices = strings(row.get("choices")).ok_or("`choices` is not a list of texts")?;
+                let letters: Vec<String> = (b'A'..=b'Z').map(|letter| char::from(letter).to_string()).collect();
+                if choices.len() > letters.len() {
+                    return Err(format!("the row has {} choices", choices.len()));
+                }
+                let lines: Vec<String> =
+                    letters.iter().zip(&choices).map(|(letter, choice)| format!("{letter}. {choice}\n")).collect();
+                let subject = row.get("subject").and_then(Value::as_str).map(str::to_owned);
+                let about = subject.as_ref().map(|subject| subject.replace('_', " "));
+                Self {
+                    description: about.map_or(String::new(), |subject| {
+                        format!("The following are multiple choice questions (with answers) about {subject}.\n\n")
+                    }),
+                    context: format!("{}\n{}Answer:", text("question")?.trim(), lines.concat()),
+                    gold: gold(row.get("answer"), &letters[..choices.len()])
+                        .ok_or("`answer` is none of the choices")?,
+                    choices: letters.into_iter().take(choices.len()).collect(),
+                    subject,
+                }
+            }
+            TaskFormat::Arc => {
+                let choices = row.get("choices").ok_or("the row has no `choices`")?;
+                let labels = strings(choices.get("label")).ok_or("`choices.label` is not a list of texts")?;
+                let texts = strings(choices.get("text")).ok_or("`choices.text` is not a list of texts")?;
+                if labels.len() != texts.len() {
+                    return Err(format!("{} labels for {} choices", labels.len(), texts.len()));
+                }
+                let key = text("answerKey")?;
+                Self {
+                    description: String::new(),
+                    context: format!("Question: {}\nAnswer:", text("question")?),
+                    gold: labels.iter().position(|label| label == key).ok_or("`answerKey` is none of the labels")?,
+                    choices: texts,
+                    subject: None,
+                }
+            }
+            TaskFormat::HellaSwag => {
+                let endings = strings(row.get("endings")).ok_or("`endings` is not a list of texts")?;
+                let context = match (row.get("ctx_a").and_then(Value::as_str), row.get("ctx_b").and_then(Value::as_str))
+                {
+                    (Some(a), Some(b)) => format!("{a} {}", capitalised(b)),
+                    _ => text("ctx")?.to_owned(),
+                };
+                let context = match row.get("activity_label").and_then(Value::as_str) {
+                    Some(activity) => format!("{activity}: {context}"),
+                    None => context,
+                };
+                let places: Vec<String> = (0..endings.len()).map(|index| index.to_string()).collect();
+                Self {
+                    description: String::new(),
+                    context: without_artifacts(&context),
+                    gold: gold(row.get("label"), &places).ok_or("`label` is none of the endings")?,
+                    choices: endings.iter().map(|ending| without_artifacts(ending)).collect(),
+                    subject: None,
+                }
+            }
+            TaskFormat::Perplexity | TaskFormat::Chat => return Err("the row has no choices".into()),
+        };
+        if question.choices.len() < 2 {
+            return Err("the row has fewer than two choices".into());
+        }
+        Ok(question)
+    }
+
+    /// The question with its answer, as an example before another.
+    pub(super) fn answered(&self) -> String {
+        format!("{} {}", self.context, self.choices[self.gold])
+    }
+}
+
+fn strings(value: Option<&Value>) -> Option<Vec<String>> {
+    value?.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
+}
+
+/// A number from 0, as a number or in digits, or one of the labels.
+fn gold(value: Option<&Value>, labels: &[String]) -> Option<usize> {
+    let index = match value? {
+        Value::String(text) => {
+            labels.iter().position(|label| label == text.trim()).or_else(|| text.trim().parse().ok())?
+        }
+        number => usize::try_from(number.as_u64()?).ok()?,
+    };
+    (index < labels.len()).then_some(index)
+}
+
+/// Python's `str.capitalize`: the first character large, the others small.
+fn capitalised(text: &str) -> String {
+    let mut characters = text.chars();
+    let first = characters.next().map(|character| character.to_uppercase().to_string());
+    first.unwrap_or_default() + &characters.as_str().to_lowercase()
+}
+
+/// HellaSwag's texts from WikiHow without the marks of their origin, as the harness cleans them.
+fn without_artifacts(text: &str) -> String {
+    let text = text.trim().replace(" [title]", ". ");
+    let mut clean = String::with_capacity(text.len());
+    let mut rest = text.as_str();
+    while let Some(open) = rest.find('[') {
+        let (before, inside) = rest.split_at(open);
+        clean.push_str(before);
+        // Python's `.` does not match a line break.
+        match inside.find([']', '\n']).filter(|&end| inside.as_bytes()[end] == b']') {
+            Some(end) => rest = &inside[end + 1..],
+            None => {
+                clean.push('[');
+                rest = &inside[1..];
+            }
+        }
+    }
+    clean.push_str(rest);
+    clean.replace("  ", " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(row: Value) -> Result<(TaskFormat, Question), String> {
+        let Value::Object(row) = row else { panic!("not an object") };
+        let format = TaskFormat::of(&row).unwrap();
+        Question::read(format, &row).map(|question| (format, question))
+    }
+
+    #[test]
+    fn mmlu_asks_for_a_letter() {
+        let row = serde_json::json!({"question": " 1 + 1? ", "subject": "abstract_algebra", "choices": ["1", "2", "3", "4"],
+            "answer": 1});
+        let (format, question) = read(row).unwrap();
+        assert_eq!(format, TaskFormat::Mmlu);
+        assert_eq!(question.context, "1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:");
+        assert_eq!((question.choices.concat(), question.gold), ("ABCD".into(), 1));
+        assert_eq!(question.answered(), format!("{} B", question.context));
+        assert_eq!(
+            question.description,
+            "The following are multiple choice questions (with answers) about abstract algebra.\n\n"
+        );
+        let row = serde_json::json!({"question": "?", "choices": ["1", "2", "3", "4"], "answer": "D"});
+        assert_eq!(read(row).unwrap().1.gold, 3);
+    }
+
+    #[test]
+    fn arc_asks_for_the_text() {
+        let row = serde_json::json!({"id": "x", "question": "Why?", "choices": {"text": ["so", "no"], "label": ["1", "2"]},
+            "answerKey": "2"});
+        let (format, question) = read(row).unwrap();
+        assert_eq!((format, question.gold), (TaskFormat::Arc, 1));
+        assert_eq!(question.answered(), "Question: Why?\nAnswer: no");
+    }
+
+    #[test]
+    fn hellaswag_is_cleaned() {
+        let row = serde_json::json!({"ind": 4, "activity_label": "Roof", "ctx_a": "A man is [header] up.", "ctx_b": "he Sits",
+            "ctx": "unused", "endings": [" down. [title] More [step] here", "up"], "label": "1"});
+        let (format, question) = read(row).unwrap();
+        assert_eq!((format, question.gold), (TaskFormat::HellaSwag, 1));
+        assert_eq!(question.context, "Roof: A man is up. He sits");
+        assert_eq!(question.choices, ["down.. More here", "up"]);
+        let row = serde_json::json!({"ctx": "A [b", "endings": ["x", "y"], "label": 0});
+        assert_eq!(read(row).unwrap().1.context, "A [b");
+    }
+
+    #[test]
+    fn rows_that_are_wrong() {
+        for (row, expected) in [
+            (serde_json::json!({"question": "?", "choices": ["1"], "answer": 0}), "fewer than two choices"),
+            (
+                serde_json::json!({"question": "?", "choices": ["1", "2"], "answer": 2}),
+                "`answer` is none of the choices",
+            ),
+            (serde_json::json!({"choices": ["1", "2"], "question": 3, "answer": 0}), "the row has no text `question`"),
+            (serde_json::json!({"question": "?", "choices": {}, "answerKey": "A"}), "`choices.label` is not a list"),
+            (serde_json::json!({"endings": ["a", "b"], "ctx": "x"}), "`label` is none of the endings"),
+        ] {
+            let error = read(row).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Batched generation: many prompts, several at a time.
+
+use moonlight_model::CausalLm;
+
+use super::{Generated, Sampler, Sampling, Stop, cache, check_prompt, rows};
+use crate::error::InferError;
+
+/// A sequence that is being generated.
+struct Writing {
+    /// Its prompt's place among the prompts.
+    place: usize,
+    sampler: Sampler,
+    /// What was written.
+    tokens: Vec<u32>,
+    /// What the model has not read yet: the prompt, then the last token.
+    unread: Vec<u32>,
+}
+
+/// Continues each of `prompts`, up to `batch` of them at a time; where a sequence ends, the next prompt takes its row of the
+/// batch. `each` gets every continuation as it ends, with the index of its prompt.
+///
+/// The continuation of prompt `i` is that of [`generate`](super::generate) with the seed `sampling.seed + i`, whatever the batch, as
+/// far as sums in another order allow.
+///
+/// # Errors
+///
+/// Those of [`generate`](super::generate), for the first prompt that has one and before anything is written; and those of
+/// `each`.
+pub fn generate_many(
+    model: &CausalLm,
+    prompts: &[Vec<u32>],
+    batch: usize,
+    max_new_tokens: usize,
+    sampling: Sampling,
+    eos: &[u32],
+    mut each: impl FnMut(usize, Generated) -> Result<(), InferError>,
+) -> Result<(), InferError> {
+    let config = model.config();
+    for prompt in prompts {
+        check_prompt(prompt, config.vocab_size, config.max_position_embeddings)?;
+    }
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let mut seats: Vec<Option<Writing>> = (0..batch.clamp(1, prompts.len().max(1))).map(|_| None).collect();
+    let mut cache = cache(model, seats.len(), longest.saturating_add(max_new_tokens));
+    let mut waiting = prompts.iter().enumerate();
+    loop {
+        for (sequence, seat) in seats.iter_mut().enumerate().filter(|(_, seat)| seat.is_none()) {
+            *seat = waiting.next().map(|(place, prompt)| {
+                cache.truncate(sequence, 0);
+                let sampling = Sampling { seed: sampling.seed.wrapping_add(place as u64), ..sampling };
+                Writing { place, sampler: Sampler::new(sampling), tokens: Vec::new(), unread: prompt.clone() }
+            });
+        }
+        for (sequence, seat) in seats.iter_mut().enumerate() {
+            let full = |writing: &Writing| {
+                writing.tokens.len() == max_new_tokens
+                    || cache.lengths()[sequence] + writing.unread.len() > cache.capacity()
+            };
+            if let Some(ended) = seat.take_if(|writing| full(writing)) {
+                each(ended.place, Generated { tokens: ended.tokens, stop: Stop::Length })?;
+            }
+        }
+        let unread: Vec<&[u32]> = seats.iter().map(|seat| seat.as_ref().map_or(&[][..], |seat| &seat.unread)).collect();
+        if unread.iter().all(|unread| unread.is_empty()) {
+            if waiting.len() == 0 {
+                return Ok(());
+            }
+            continue;
+        }
+        let mut logits = rows(model.extend(&unread, &mut cache)).into_iter();
+        for seat in &mut seats {
+            let Some(writing) = seat else { continue };
+            let next = writing.sampler.choose(&logits.next().expect("each text that is read has logits"));
+            if eos.contains(&next) {
+                if let Some(ended) = seat.take() {
+                    each(ended.place, Generated { tokens: ended.tokens, stop: Stop::Eos })?;
+                }
+            } else {
+                writing.tokens.push(next);
+                writing.unread = vec![next];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+    use moonlight_model::ModelConfig;
+    use serde_json::json;
+
+    use super::super::generate;
+    use super::*;
+
+    fn model() -> CausalLm {
+        let shape = json!({
+            "model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 24, "rms_norm_eps": 1e-5, "initializer_range": 0.3,
+        });
+        let device = Device::flex();
+        device.seed(7);
+        ModelConfig::from_value(shape).unwrap().init(&device)
+    }
+
+    #[test]
+    fn texts_side_by_side_are_those_that_are_written_alone() {
+        let model = model();
+        // One of them ends at the context, and more of them than seats.
+        let prompts: Vec<Vec<u32>> =
+            [3, 1, 20, 7, 5].iter().map(|&length| (0..length).map(|index| index * 5 % 32).collect()).collect();
+        for temperature in [0.0, 1.0] {
+            let sampling = |seed| Sampling { temperature, seed, ..Default::default() };
+            let alone = |eos: &[u32]| -> Vec<Generated> {
+                let texts = prompts.iter().zip(11..);
+                texts.map(|(prompt, seed)| generate(&model, prompt, 9, sampling(seed), eos, |_| {}).unwrap()).collect()
+            };
+            // A token that some text has ends it there.
+            let eos = [alone(&[])[0].tokens[4]];
+            for batch in [1, 3, 99] {
+                let mut texts = vec![None; prompts.len()];
+                generate_many(&model, &prompts, batch, 9, sampling(11), &eos, |place, text| {
+                    assert!(texts[place].replace(text).is_none(), "each text ends once");
+                    Ok(())
+                })
+                .unwrap();
+                let texts: Vec<Generated> = texts.into_iter().map(Option::unwrap).collect();
+                assert_eq!(texts, alone(&eos), "{batch} side by side, temperature {temperature}");
+            }
+        }
+        assert!(generate_many(&model, &[vec![1], vec![]], 2, 3, Sampling::default(), &[], |_, _| Ok(())).is_err());
+    }
+
+    #[test]
+    fn nothing_to_write_is_written_at_once() {
+        let model = model();
+        let mut ended = Vec::new();
+        let prompts = [vec![1], vec![2, 3], vec![4]];
+        generate_many(&model, &prompts, 2, 0, Sampling::default(), &[], |place, text| {
+            ended.push((place, text.tokens.len(), text.stop));
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(ended, [(0, 0, Stop::Length), (1, 0, Stop::Length), (2, 0, Stop::Length)]);
+    }
+}

@@ -1,0 +1,42 @@
+//! What can be wrong with a tokenizer.
+
+use std::path::PathBuf;
+
+/// A tokenizer that cannot be had.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TokenizerError {
+    /// There is no such file or folder, or nothing in it is a tokenizer.
+    #[error("there is no tokenizer at `{}`", .0.display())]
+    NotFound(PathBuf),
+    /// The file is not what its name says.
+    #[error("the tokenizer `{}` cannot be read: {problem}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A file cannot be written.
+    #[error("the tokenizer file `{}` cannot be written: {problem}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        problem: String,
+    },
+}
+
+impl TokenizerError {
+    /// What to do about it, where we know.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::NotFound(_) => Some(
+                "a tokenizer is `bytes`, `bytes-chat`, a tokenizer.json, a tiktoken.model, or a folder with one of \
+                     them"
+                    .into(),
+            ),
+            Self::Read { .. } | Self::Write { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! Text to tokens and back.
+//!
+//! Three kinds, chosen by what is on disk: the 256 bytes with three specials (`bytes`; `bytes-chat` where five bytes
+//! that no UTF-8 holds are the tokens of a conversation), a Hugging Face `tokenizer.json`, and Moonlight's own
+//! `tiktoken.model`.
+//!
+//! Text that happens to spell a special token (`<|im_end|>`) is not special: [`Tokenizer::encode`] gives its
+//! characters, as one wants for text that others wrote. [`Tokenizer::special`] gives the id of a special token.
+
+mod bytes;
+mod error;
+mod hugging_face;
+mod stream;
+mod tiktoken;
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use hugging_face::HuggingFace;
+use moonlight_convert::hub;
+use moonlight_convert::tokenizer::{SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON};
+use tiktoken::Tiktoken;
+
+use crate::expand::expand;
+use bytes::Bytes;
+pub use bytes::{BOS, EOS, PAD};
+pub use error::TokenizerError;
+pub use stream::TokenStream;
+
+/// The name of the tokenizer of bytes.
+pub const BYTES_TOKENIZER: &str = "bytes";
+/// The name of the tokenizer of bytes that has the tokens of a conversation.
+pub const BYTES_CHAT_TOKENIZER: &str = "bytes-chat";
+
+/// Files that belong to a tokenizer, where they are in its folder.
+const BESIDE: [&str; 4] =
+    ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenization_moonshot.py"];
+
+/// Text to tokens and back. Clones share everything.
+#[derive(Clone)]
+pub struct Tokenizer {
+    kind: Kind,
+    vocab_size: usize,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    companions: Arc<Vec<Companion>>,
+    fingerprint: String,
+    name: Arc<str>,
+}
+
+#[derive(Clone)]
+enum Kind {
+    Bytes(Bytes),
+    HuggingFace(Arc<HuggingFace>),
+    Tiktoken(Arc<Tiktoken>),
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("fingerprint", &self.fingerprint)
+            .field("vocab_size", &self.vocab_size)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A file that a checkpoint carries so that its tokens can be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Companion {
+    /// Its name in the checkpoint's folder.
+    pub name: String,
+    /// Its bytes.
+    pub contents: Vec<u8>,
+}
+
+impl Tokenizer {
+    /// The 256 bytes, and [`BOS`], [`EOS`] and [`PAD`].
+    pub fn bytes() -> Self {
+        Self::of_bytes(Bytes::Plain)
+    }
+
+    /// [`bytes`](Tokenizer::bytes) with Moonlight's tokens of a conversation and its chat template: `<|im_end|>`,
+    /// `<|im_user|>`, `<|im_assistant|>`, `<|im_system|>` and `<|im_middle|>` stand for 0xF5 to 0xF9, which no UTF-8 holds.
+    pub fn bytes_chat() -> Self {
+        Self::of_bytes(Bytes::Chat)
+    }
+
+    fn of_bytes(kind: Bytes) -> Self {
+        let (fingerprint, name) = match kind {
+            Bytes::Plain => ("bytes-1", BYTES_TOKENIZER),
+            Bytes::Chat => ("bytes-chat-1", BYTES_CHAT_TOKENIZER),
+        };
+        Self {
+            vocab_size: bytes::VOCAB_SIZE,
+            bos: Some(BOS),
+            eos: Some(EOS),
+            companions: Arc::new(kind.companions()),
+            fingerprint: fingerprint.into(),
+            name: name.into(),
+            kind: Kind::Bytes(kind),
+        }
+    }
+
+    /// Opens `bytes` or `bytes-chat`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one, or that of a model
+    /// in the Hub's cache (`org/name`). `~` and `$NAME` are expanded.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizerError`] for a path where there is none, and for a file that is not one.
+    pub fn open(spec: &str) -> Result<Self, TokenizerError> {
+        if spec == BYTES_TOKENIZER {
+            return Ok(Self::bytes());
+        }
+        if spec == BYTES_CHAT_TOKENIZER {
+            return Ok(Self::bytes_chat());
+        }
+        let path = PathBuf::from(expand(spec).unwrap_or_else(|_| spec.to_owned()));
+        let path = hub::resolve(&path).unwrap_or(path);
+        if path.is_dir() {
+            return Self::from_model_dir(&path)?.ok_or(TokenizerError::NotFound(path));
+        }
+        if !path.is_file() {
+            return Err(TokenizerError::NotFound(path));
+        }
+        if path.extension().is_some_and(|ending| ending == "json") {
+            Self::from_tokenizer_json(&path)
+        } else {
+            Self::from_tiktoken_model(&path)
+        }
+    }
+
+    /// The tokenizer of a model's folder, `tokenizer.json` before `tiktoken.model`; `None` where it has neither.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizerError::Read`] for a file that is not a tokenizer.
+    pub fn from_model_dir(dir: &Path) -> Result<Option<Self>, TokenizerError> {
+        let file = dir.join(TOKENIZER_JSON);
+        if file.is_file() {
+            return Self::from_tokenizer_json(&file).map(Some);
+        }
+        let file = dir.join(TIKTOKEN_MODEL);
+        if file.is_file() {
+            return Self::from_tiktoken_model(&file).map(Some);
+        }
+        Ok(None)
+    }
+
+    fn from_tokenizer_json(path: &Path) -> Result<Self, TokenizerError> {
+        let contents = read(path)?;
+        for bytes in [Self::bytes(), Self::bytes_chat()] {
+            let same = |file: &Companion| file.name == TOKENIZER_JSON && file.contents == contents;
+            if bytes.companions.iter().any(same) {
+                // A checkpoint of ours: the same tokens without the `tokenizers` crate. The files beside it may be newer than ours.
+                let companions = Arc::new(companions(path, TOKENIZER_JSON, &contents));
+                return Ok(Self { companions, name: name(path), ..bytes });
+            }
+        }
+        let kind =
+            HuggingFace::parse(&contents).map_err(|problem| TokenizerError::Read { path: path.to_owned(), problem })?;
+        let names = SpecialNames::beside(path);
+        let id = |name: Option<&String>, fallback: Option<u32>| name.and_then(|name| kind.id(name)).or(fallback);
+        Ok(Self {
+            vocab_size: kind.vocab_size(),
+            bos: id(names.bos.as_ref(), names.bos_id),
+            eos: id(names.eos.as_ref(), names.eos_id),
+            companions: Arc::new(companions(path, TOKENIZER_JSON, &contents)),
+            fingerprint: fingerprint("tokenizer.json", &contents),
+            name: name(path),
+            kind: Kind::HuggingFace(Arc::new(kind)),
+        })
+    }
+
+    fn from_tiktoken_model(path: &Path) -> Result<Self, TokenizerError> {
+        let contents = read(path)?;
+        let names = SpecialNames::beside(path);
+        let kind = Tiktoken::parse(&contents, &names.added)
+            .map_err(|problem| TokenizerError::Read { path: path.to_owned(), problem })?;
+        Ok(Self {
+            vocab_size: kind.vocab_size(),
+            bos: kind.special(names.bos.as_deref().unwrap_or("[BOS]")),
+            eos: kind.special(names.eos.as_deref().unwrap_or("[EOS]")),
+            companions: Arc::new(companions(path, TIKTOKEN_MODEL, &contents)),
+            fingerprint: fingerprint("tiktoken.model", &contents),
+            name: name(path),
+            kind: Kind::Tiktoken(Arc::new(kind)),
+        })
+    }
+
+    /// The tokens of a text, none added at its ends; what spells a special token is not special.
+    pub fn encode(&self, text: &str) -> Vec<u32> {
+        match &self.kind {
+            Kind::Bytes(_) => text.bytes().map(u32::from).collect(),
+            Kind::HuggingFace(kind) => kind.encode(text),
+            Kind::Tiktoken(kind) => kind.encode(text),
+        }
+    }
+
+    /// The text of tokens. Special tokens and ids that there are not have none; bytes that are not UTF-8 become U+FFFD.
+    pub fn decode(&self, tokens: &[u32]) -> String {
+        match &self.kind {
+            Kind::HuggingFace(kind) => kind.decode(tokens),
+            _ => String::from_utf8_lossy(&self.token_bytes(tokens).unwrap_or_default()).into_owned(),
+        }
+    }
+
+    /// The bytes of tokens, where tokens are bytes; a `tokenizer.json` may give a token another text beside others.
+    fn token_bytes(&self, tokens: &[u32]) -> Option<Vec<u8>> {
+        match &self.kind {
+            Kind::Bytes(kind) => Some(kind.bytes(tokens)),
+            Kind::HuggingFace(_) => None,
+            Kind::Tiktoken(kind) => Some(kind.bytes(tokens)),
+        }
+    }
+
+    /// One more than the largest token.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The token that ends a document.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// The token that begins a text, for models that have one; [`encode`](Tokenizer::encode) does not add it.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The id of a special token by its text, such as `<|im_end|>`.
+    pub fn special(&self, text: &str) -> Option<u32> {
+        match &self.kind {
+            Kind::Bytes(kind) => kind.special(text),
+            Kind::HuggingFace(kind) => kind.special(text),
+            Kind::Tiktoken(kind) => kind.special(text),
+        }
+    }
+
+    /// Every special token with its id.
+    pub fn specials(&self) -> Vec<(String, u32)> {
+        match &self.kind {
+            Kind::Bytes(kind) => kind.specials(),
+            Kind::HuggingFace(kind) => kind.specials(),
+            Kind::Tiktoken(kind) => kind.specials(),
+        }
+    }
+
+    /// The files to keep in a checkpoint's folder so that this tokenizer, or transformers' `AutoTokenizer`, opens it.
+    pub fn companions(&self) -> Vec<Companion> {
+        self.companions.to_vec()
+    }
+
+    /// Writes the [`companions`](Tokenizer::companions) into a folder, which is made if need be.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizerError::Write`], which names the file.
+    pub fn save(&self, dir: &Path) -> Result<(), TokenizerError> {
+        let write = |path: &Path, result: std::io::Result<()>| {
+            result.map_err(|error| TokenizerError::Write { path: path.to_owned(), problem: error.to_string() })
+        };
+        write(dir, std::fs::create_dir_all(dir))?;
+        for companion in self.companions.iter() {
+            let path = dir.join(&companion.name);
+            write(&path, std::fs::write(&path, &companion.contents))?;
+        }
+        Ok(())
+    }
+
+    /// `bytes`, `bytes-chat`, or the folder that it was opened from.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A name that changes whenever the tokens of a text could.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Decodes tokens as they come.
+    pub fn stream(&self) -> TokenStream<'_> {
+        TokenStream::new(self)
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, TokenizerError> {
+    std::fs::read(path).map_err(|error| TokenizerError::Read { path: path.to_owned(), problem: error.to_string() })
+}
+
+/// The tokenizer's file under its usual name, and the files that belong to it.
+fn companions(path: &Path, name: &str, contents: &[u8]) -> Vec<Companion> {
+    let main = Companion { name: name.into(), contents: contents.to_owned() };
+    let beside = BESIDE.iter().filter_map(|&name| {
+        let contents = std::fs::read(path.with_file_name(name)).ok()?;
+        Some(Companion { name: name.into(), contents })
+    });
+    std::iter::once(main).chain(beside).collect()
+}
+
+/// The folder of a tokenizer's file.
+fn name(path: &Path) -> Arc<str> {
+    path.parent().unwrap_or(path).display().to_string().into()
+}
+
+fn fingerprint(kind: &str, contents: &[u8]) -> String {
+    let mut hasher = DefaultHasher::new();
+    contents.hash(&mut hasher);
+    format!("{kind}-{:016x}", hasher.finish())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,205 @@
+//! Dispatch of tokens to their experts' rows, and combination of these: a cube for each row that is written, which reads the
+//! rows that make it.
+
+use burn::backend::Cube;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::DType;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::*;
+
+use super::launch::launch;
+use super::reduce::{UNITS, each_row, row_of, sum_of_units};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, upload, wrapped};
+use crate::kernels::{DispatchKernel, GroupLayout, reference};
+
+impl DispatchKernel for Cube {
+    fn dispatch_rows_forward(tokens: FloatTensor<Self>, layout: &GroupLayout) -> FloatTensor<Self> {
+        match buffers([&tokens]) {
+            Some([tokens]) => wrapped(dispatch(tokens, layout)),
+            None => reference::dispatch_rows_forward::<Self>(tokens, layout),
+        }
+    }
+
+    fn dispatch_rows_grad(grad: FloatTensor<Self>, layout: &GroupLayout) -> FloatTensor<Self> {
+        match buffers([&grad]) {
+            Some([grad]) => wrapped(combine(grad, None, layout)),
+            None => reference::dispatch_rows_grad::<Self>(grad, layout),
+        }
+    }
+
+    fn combine_rows_forward(
+        rows: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> FloatTensor<Self> {
+        match buffers([&rows, &weights]) {
+            Some([rows, weights]) if weights.dtype == DType::F32 => wrapped(combine(rows, Some(weights), layout)),
+            _ => reference::combine_rows_forward::<Self>(rows, weights, layout),
+        }
+    }
+
+    fn combine_rows_grad(
+        rows: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        match buffers([&rows, &weights, &grad]) {
+            Some([rows, weights, grad]) if weights.dtype == DType::F32 && grad.dtype == rows.dtype => {
+                let (rows, weights) = combine_grad(rows, weights, grad, layout);
+                (wrapped(rows), wrapped(weights))
+            }
+            _ => reference::combine_rows_grad::<Self>(rows, weights, grad, layout),
+        }
+    }
+}
+
+/// `out[r] = tokens[token of r]`.
+fn dispatch(tokens: CubeTensor, layout: &GroupLayout) -> CubeTensor {
+    let tokens = into_contiguous(tokens);
+    let (rows, width) = (layout.rows(), tokens.meta.shape()[1]);
+    assert_shape(&tokens, [layout.tokens(), width]);
+    let out = empty(&tokens, [rows, width], tokens.dtype);
+    let (sources, dtype) = (upload(&tokens, layout.token_of_row()), elem(&tokens));
+    // SAFETY: the kernel indexes rows by their number and tokens by `token_of_row`, which a layout keeps below `tokens`; both
+    // tensors have the shapes of the layout, as was asserted, and are contiguous.
+    unsafe { launch!(dispatch_kernel, each_row(rows), [tokens, out], sources, rows, width, dtype) };
+    out
+}
+
+/// The sum of each token's rows, weighted where there are weights: f32 `[tokens, k]`.
+fn combine(rows: CubeTensor, weights: Option<CubeTensor>, layout: &GroupLayout) -> CubeTensor {
+    let rows = into_contiguous(rows);
+    let (tokens, width) = (layout.tokens(), rows.meta.shape()[1]);
+    assert_shape(&rows, [layout.rows(), width]);
+    if let Some(weights) = &weights {
+        assert_shape(weights, [tokens, layout.k()]);
+        assert_dtype(weights, DType::F32);
+    }
+    let out = empty(&rows, [tokens, width], rows.dtype);
+    let weighted = weights.is_some();
+    // A kernel has all its arguments: without weights it does not read them.
+    let weights = weights.map_or_else(|| empty(&rows, [1], DType::F32), into_contiguous);
+    let (sources, dtype) = (upload(&rows, layout.row_of_slot()), elem(&rows));
+    let over = each_row(tokens);
+    // SAFETY: the kernel indexes slots by `token * k + choice` and rows by `row_of_slot`, which a layout keeps below `rows`;
+    // rows, and weights where they are read, have the shapes of the layout, as was asserted, and all are contiguous.
+    unsafe { launch!(combine_kernel, over, [rows, weights, out], sources, tokens, width, layout.k(), weighted, dtype) };
+    out
+}
+
+/// Gradients of the weighted sum for the rows and for the weights.
+fn combine_grad(
+    rows: CubeTensor,
+    weights: CubeTensor,
+    grad: CubeTensor,
+    layout: &GroupLayout,
+) -> (CubeTensor, CubeTensor) {
+    let (rows, weights, grad) = (into_contiguous(rows), into_contiguous(weights), into_contiguous(grad));
+    let width = rows.meta.shape()[1];
+    assert_shape(&rows, [layout.rows(), width]);
+    assert_shape(&weights, [layout.tokens(), layout.k()]);
+    assert_shape(&grad, [layout.tokens(), width]);
+    assert_dtype(&weights, DType::F32);
+    assert_dtype(&grad, rows.dtype);
+    let grad_rows = empty(&rows, [layout.rows(), width], rows.dtype);
+    let grad_weights = empty(&rows, [layout.tokens(), layout.k()], DType::F32);
+    let (sources, dtype) = (upload(&rows, layout.row_of_slot()), elem(&rows));
+    let (over, slots) = (each_row(layout.rows()), layout.rows());
+    // SAFETY: the kernel indexes slots by their number, tokens by `slot / k` and rows by `row_of_slot`, a permutation in every
+    // layout, so that each row is written by one cube (or by cubes that write the same). Shapes and dtypes are as was
+    // asserted, and all tensors are contiguous.
+    unsafe {
+        launch!(
+            combine_grad_kernel,
+            over,
+            [rows, weights, grad, grad_rows, grad_weights],
+            sources,
+            slots,
+            width,
+            layout.k(),
+            dtype
+        );
+    }
+    (grad_rows, grad_weights)
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn dispatch_kernel<F: Float>(
+    tokens: &[F],
+    out: &mut [F],
+    sources: &[u32],
+    rows: usize,
+    width: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    let row = row_of(rows);
+    let source = sources[row] as usize * width;
+    let mut at = UNIT_POS as usize;
+    while at < width {
+        out[row * width + at] = tokens[source + at];
+        at += UNITS;
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn combine_kernel<F: Float>(
+    rows: &[F],
+    weights: &[f32],
+    out: &mut [F],
+    sources: &[u32],
+    tokens: usize,
+    width: usize,
+    k: usize,
+    #[comptime] weighted: bool,
+    #[define(F)] _dtype: ElemType,
+) {
+    let token = row_of(tokens);
+    let mut at = UNIT_POS as usize;
+    while at < width {
+        let mut sum = 0f32;
+        for choice in 0..k {
+            let slot = token * k + choice;
+            let value = f32::cast_from(rows[sources[slot] as usize * width + at]);
+            if comptime!(weighted) {
+                sum += value * weights[slot];
+            } else {
+                sum += value;
+            }
+        }
+        out[token * width + at] = F::cast_from(sum);
+        at += UNITS;
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn combine_grad_kernel<F: Float>(
+    rows: &[F],
+    weights: &[f32],
+    grad: &[F],
+    grad_rows: &mut [F],
+    grad_weights: &mut [f32],
+    sources: &[u32],
+    slots: usize,
+    width: usize,
+    k: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    let slot = row_of(slots);
+    let (row, token) = (sources[slot] as usize * width, slot / k * width);
+    let weight = weights[slot];
+    let mut scratch = Shared::<[f32]>::new_slice(UNITS);
+    let mut dot = 0f32;
+    let mut at = UNIT_POS as usize;
+    while at < width {
+        let grad = f32::cast_from(grad[token + at]);
+        dot += grad * f32::cast_from(rows[row + at]);
+        grad_rows[row + at] = F::cast_from(grad * weight);
+        at += UNITS;
+    }
+    let dot = sum_of_units(&mut scratch, dot);
+    if UNIT_POS == 0 {
+        grad_weights[slot] = dot;
+    }
+}

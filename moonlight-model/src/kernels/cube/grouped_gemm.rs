@@ -1,0 +1,313 @@
+//! The grouped expert product: one launch for all experts, where Burn's operations take a slice, a product and a
+//! copy for each.
+//!
+//! A cube (a workgroup, a block of threads) computes a tile of [`TILE`] x [`TILE`] numbers, each of its units a patch of
+//! [`PATCH`] x [`PATCH`] in registers, from strips of [`DEPTH`] numbers of both factors in shared memory: the blocking of
+//! every dense product on a GPU (Volkov and Demmel, SC'08). Products of half types are summed in f32 and rounded once.
+//! Which rows are whose is counted on the host, which knows the layout, and goes to the device as a list of tiles. An
+//! expert without rows has no tile; for the weights' gradient it has tiles that are written with zeros.
+
+use burn::backend::Cube;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::DType;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::*;
+
+use super::tensor::{addresses, assert_dtype, assert_shape, buffers, elem, empty, rows_of, upload, wrapped};
+use crate::kernels::{GroupLayout, GroupedMatmulKernel, reference};
+
+impl GroupedMatmulKernel for Cube {
+    fn grouped_matmul_forward(
+        rows: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> FloatTensor<Self> {
+        match buffers([&rows, &weight]) {
+            Some([rows, weight]) if pays(&rows, layout) && rows.dtype == weight.dtype => {
+                wrapped(by_group(rows, weight, layout, false))
+            }
+            _ => reference::grouped_matmul_forward::<Self>(rows, weight, layout),
+        }
+    }
+
+    fn grouped_matmul_rows_grad(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> FloatTensor<Self> {
+        match buffers([&grad, &weight]) {
+            Some([grad, weight]) if pays(&grad, layout) && grad.dtype == weight.dtype => {
+                wrapped(by_group(grad, weight, layout, true))
+            }
+            _ => reference::grouped_matmul_rows_grad::<Self>(grad, weight, layout),
+        }
+    }
+
+    fn grouped_matmul_weight_grad(
+        rows: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> FloatTensor<Self> {
+        match buffers([&rows, &grad]) {
+            Some([rows, grad]) if pays(&rows, layout) && rows.dtype == grad.dtype => {
+                wrapped(weight_grad(rows, grad, layout))
+            }
+            _ => reference::grouped_matmul_weight_grad::<Self>(rows, grad, layout),
+        }
+    }
+}
+
+/// Rows and columns of the tile of one cube.
+const TILE: usize = 64;
+/// Numbers that are summed between two fillings of shared memory. With these sizes the two strips take 8.3 KB, of the
+/// 16 KB that WebGPU promises.
+const DEPTH: usize = 16;
+/// Units along each side of a cube: 256 in all, which WebGPU promises.
+const SIDE: usize = 16;
+const UNITS: usize = SIDE * SIDE;
+/// Rows and columns of the patch of one unit.
+const PATCH: usize = TILE / SIDE;
+/// Distance in shared memory from one step of the depth to the next; one more than a tile has, so that units that
+/// write one row's numbers meet different banks.
+const PITCH: usize = TILE + 1;
+
+/// From this many rows of an expert on, a product with matrix units beats a launch's cost: at 64 rows these kernels take
+/// about as long as three launches on a data-centre GPU. Reckoned, not measured.
+const MANY: usize = 64;
+
+/// Whether these kernels are the choice: they do not use the matrix units (tensor cores) that Burn's product of half
+/// types does, which is what counts once the experts have many rows.
+fn pays(rows: &CubeTensor, layout: &GroupLayout) -> bool {
+    let busy = layout.offsets().windows(2).filter(|range| range[0] < range[1]).count();
+    let matrix_units = !rows.client.properties().features.matmul.cmma.is_empty();
+    rows.dtype == DType::F32 || !matrix_units || layout.rows() < MANY * busy
+}
+
+/// Each expert's rows by its matrix, `[rows, in] x [experts, in, out]`, or by its transpose, `[rows, out]` to
+/// `[rows, in]`.
+fn by_group(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, transposed: bool) -> CubeTensor {
+    let (rows, weight) = (rows_of(rows), rows_of(weight));
+    let [_, input, output] = weight.meta.shape().dims::<3>();
+    let (depth, columns) = if transposed { (output, input) } else { (input, output) };
+    assert_shape(&rows, [layout.rows(), depth]);
+    assert_shape(&weight, [layout.groups(), input, output]);
+    assert_dtype(&weight, rows.dtype);
+    let out = empty(&rows, [layout.rows(), columns], rows.dtype);
+    let tiles = row_tiles(layout);
+    let count = CubeCount::Static(columns.div_ceil(TILE) as u32, (tiles.len() / 3) as u32, 1);
+    let (client, tiles) = (rows.client.clone(), upload(&rows, &tiles));
+    // SAFETY: the kernel indexes rows by the tiles' row bounds, which are those of the layout's groups; groups by their
+    // number; and depth and columns up to the shapes of rows and result. All tensors have these shapes and one dtype, as was
+    // asserted above, and `rows_of` made their last dimensions contiguous, which the kernel takes the others' strides to.
+    unsafe {
+        by_group_kernel::launch_unchecked(
+            &client,
+            count,
+            CubeDim::new_1d(UNITS as u32),
+            addresses(&[&rows, &weight, &out]),
+            rows.clone().into_tensor_arg(),
+            weight.into_tensor_arg(),
+            out.clone().into_tensor_arg(),
+            tiles,
+            transposed,
+            elem(&rows),
+        );
+    }
+    out
+}
+
+/// `rows^T x grad` of each expert, `[experts, in, out]`.
+fn weight_grad(rows: CubeTensor, grad: CubeTensor, layout: &GroupLayout) -> CubeTensor {
+    let (rows, grad) = (rows_of(rows), rows_of(grad));
+    let (input, output) = (rows.meta.shape()[1], grad.meta.shape()[1]);
+    assert_shape(&rows, [layout.rows(), input]);
+    assert_shape(&grad, [layout.rows(), output]);
+    assert_dtype(&grad, rows.dtype);
+    let out = empty(&rows, [layout.groups(), input, output], rows.dtype);
+    let offsets: Vec<u32> = layout.offsets().iter().map(|&offset| offset as u32).collect();
+    let count = CubeCount::Static(output.div_ceil(TILE) as u32, input.div_ceil(TILE) as u32, layout.groups() as u32);
+    let (client, offsets) = (rows.client.clone(), upload(&rows, &offsets));
+    // SAFETY: the kernel indexes rows of both factors from one of the layout's offsets to the next, which never decrease and
+    // end with the number of rows, and columns up to the factors' widths. Shapes and dtypes are as was asserted above, and
+    // `rows_of` made the last dimensions contiguous.
+    unsafe {
+        weight_grad_kernel::launch_unchecked(
+            &client,
+            count,
+            CubeDim::new_1d(UNITS as u32),
+            addresses(&[&rows, &grad, &out]),
+            rows.clone().into_tensor_arg(),
+            grad.into_tensor_arg(),
+            out.clone().into_tensor_arg(),
+            offsets,
+            elem(&rows),
+        );
+    }
+    out
+}
+
+/// For each tile of rows its expert, its first row and the end of the expert's rows.
+fn row_tiles(layout: &GroupLayout) -> Vec<u32> {
+    let mut tiles = Vec::new();
+    for (expert, range) in layout.offsets().windows(2).enumerate() {
+        for first in (range[0]..range[1]).step_by(TILE) {
+            tiles.extend([expert as u32, first as u32, range[1] as u32]);
+        }
+    }
+    tiles
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn by_group_kernel<F: Float>(
+    rows: &Tensor<F>,
+    weight: &Tensor<F>,
+    out: &mut Tensor<F>,
+    tiles: &[u32],
+    #[comptime] transposed: bool,
+    #[define(F)] _dtype: ElemType,
+) {
+    let tile = CUBE_POS_Y as usize * 3;
+    let expert = tiles[tile] as usize;
+    let first_row = tiles[tile + 1] as usize;
+    let end_row = tiles[tile + 2] as usize;
+    let first_column = CUBE_POS_X as usize * TILE;
+    let depth = rows.shape(1);
+    let columns = out.shape(1);
+    let base = expert * weight.stride(0);
+
+    let mut left = Shared::<[f32]>::new_slice(comptime!(DEPTH * PITCH));
+    let mut right = Shared::<[f32]>::new_slice(comptime!(DEPTH * PITCH));
+    let mut sums = zeros();
+    let mut at = 0usize;
+    while at < depth {
+        load::<F>(&mut left, rows, 0usize, rows.stride(0), at, depth, first_row, end_row, true);
+        load::<F>(&mut right, weight, base, weight.stride(1), at, depth, first_column, columns, transposed);
+        sync_cube();
+        multiply(&left, &right, &mut sums);
+        sync_cube();
+        at += DEPTH;
+    }
+    let line = out.stride(0);
+    store::<F>(&sums, out, 0usize, line, first_row, end_row, first_column, columns);
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn weight_grad_kernel<F: Float>(
+    rows: &Tensor<F>,
+    grad: &Tensor<F>,
+    out: &mut Tensor<F>,
+    offsets: &[u32],
+    #[define(F)] _dtype: ElemType,
+) {
+    let expert = CUBE_POS_Z as usize;
+    let end = offsets[expert + 1] as usize;
+    let first_row = CUBE_POS_Y as usize * TILE;
+    let first_column = CUBE_POS_X as usize * TILE;
+    let height = rows.shape(1);
+    let width = grad.shape(1);
+
+    let mut left = Shared::<[f32]>::new_slice(comptime!(DEPTH * PITCH));
+    let mut right = Shared::<[f32]>::new_slice(comptime!(DEPTH * PITCH));
+    let mut sums = zeros();
+    let mut at = offsets[expert] as usize;
+    while at < end {
+        load::<F>(&mut left, rows, 0usize, rows.stride(0), at, end, first_row, height, false);
+        load::<F>(&mut right, grad, 0usize, grad.stride(0), at, end, first_column, width, false);
+        sync_cube();
+        multiply(&left, &right, &mut sums);
+        sync_cube();
+        at += DEPTH;
+    }
+    let (base, line) = (expert * out.stride(0), out.stride(1));
+    store::<F>(&sums, out, base, line, first_row, height, first_column, width);
+}
+
+#[cube]
+fn zeros() -> Array<f32> {
+    let mut sums = Array::<f32>::new(comptime!(PATCH * PATCH));
+    #[unroll]
+    for at in 0..comptime!(PATCH * PATCH) {
+        sums[at] = 0f32;
+    }
+    sums
+}
+
+/// Fills `strip`, `[DEPTH, TILE]`, with steps `at..` of the depth of rows or columns `first..` of a factor; zero beyond
+/// their ends. The depth runs along the factor's lines or across them.
+#[cube]
+fn load<F: Float>(
+    strip: &mut Shared<[f32]>,
+    factor: &Tensor<F>,
+    base: usize,
+    line: usize,
+    at: usize,
+    depth: usize,
+    first: usize,
+    end: usize,
+    #[comptime] along: bool,
+) {
+    // Neighbouring units read neighbouring numbers.
+    let across = comptime!(if along { DEPTH } else { TILE });
+    for round in 0..comptime!(DEPTH * TILE / UNITS) {
+        let index = UNIT_POS as usize + round * UNITS;
+        let (outer, inner) = (index / across, index % across);
+        let mut value = 0f32;
+        if comptime!(along) {
+            if first + outer < end && at + inner < depth {
+                value = f32::cast_from(factor[base + (first + outer) * line + at + inner]);
+            }
+            strip[inner * PITCH + outer] = value;
+        } else {
+            if at + outer < depth && first + inner < end {
+                value = f32::cast_from(factor[base + (at + outer) * line + first + inner]);
+            }
+            strip[outer * PITCH + inner] = value;
+        }
+    }
+}
+
+/// Adds the product of two strips to a unit's patch: rows that lie together, columns [`SIDE`] apart.
+#[cube]
+fn multiply(left: &Shared<[f32]>, right: &Shared<[f32]>, sums: &mut Array<f32>) {
+    let (row, column) = (UNIT_POS as usize / SIDE * PATCH, UNIT_POS as usize % SIDE);
+    for step in 0..DEPTH {
+        let strip = step * PITCH;
+        let mut factors = Array::<f32>::new(PATCH);
+        #[unroll]
+        for j in 0..PATCH {
+            factors[j] = right[strip + column + j * SIDE];
+        }
+        #[unroll]
+        for i in 0..PATCH {
+            let factor = left[strip + row + i];
+            #[unroll]
+            for j in 0..PATCH {
+                sums[i * PATCH + j] += factor * factors[j];
+            }
+        }
+    }
+}
+
+#[cube]
+fn store<F: Float>(
+    sums: &Array<f32>,
+    out: &mut Tensor<F>,
+    base: usize,
+    line: usize,
+    first_row: usize,
+    end_row: usize,
+    first_column: usize,
+    end_column: usize,
+) {
+    let row = first_row + UNIT_POS as usize / SIDE * PATCH;
+    let column = first_column + UNIT_POS as usize % SIDE;
+    #[unroll]
+    for i in 0..PATCH {
+        #[unroll]
+        for j in 0..PATCH {
+            if row + i < end_row && column + j * SIDE < end_column {
+                out[base + (row + i) * line + column + j * SIDE] = F::cast_from(sums[i * PATCH + j]);
+            }
+        }
+    }
+}

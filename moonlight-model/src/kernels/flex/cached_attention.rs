@@ -1,0 +1,202 @@
+//! Attention of new tokens to a KV cache, read in place.
+//!
+//! A task is a block of queries of one key head, or, where there are few queries, a segment of the keys: then each key
+//! is read once, by whichever thread is free, and the segments' sums are put together in order (FlashAttention-2,
+//! arXiv 2307.08691, split along the keys as flash-decoding does). Softmax denominators and sums are carried in f32.
+
+use std::ops::Range;
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
+use rayon::prelude::*;
+
+use super::dtype::Element;
+use super::math::{exp_in_place, largest};
+use super::matrix::{Matrix, MatrixMut, Write, multiply};
+use super::tensor::{by_dtype, dims, tensor_of, values_of};
+use crate::kernels::{CacheSpan, CachedAttentionKernel, CachedAttentionSpec, reference};
+
+impl CachedAttentionKernel for Flex {
+    fn cached_attention_forward(
+        query: FloatTensor<Self>,
+        cache: FloatTensor<Self>,
+        spec: &CachedAttentionSpec,
+    ) -> FloatTensor<Self> {
+        by_dtype!(
+            [query, cache],
+            E => forward::<E>(&query, &cache, spec),
+            reference::cached_attention_forward::<Self>(query, cache, spec)
+        )
+    }
+}
+
+/// Queries of one task.
+const QUERIES: usize = 64;
+/// Keys whose scores are made at a time.
+const KEYS: usize = 256;
+
+/// Shapes and inputs.
+struct Problem<'a, E> {
+    heads: usize,
+    key_heads: usize,
+    capacity: usize,
+    /// Values of a row of the cache.
+    row: usize,
+    query: &'a [E],
+    cache: &'a [E],
+    spec: &'a CachedAttentionSpec,
+}
+
+/// The queries `rows` of a span and key head, counted token by token and for each token head by head, and the keys that
+/// they are held against.
+struct Task {
+    span: CacheSpan,
+    /// The span's first token among all new ones.
+    token: usize,
+    key_head: usize,
+    rows: Range<usize>,
+    keys: Range<usize>,
+}
+
+/// Sums over some keys, not yet divided by the softmax denominator.
+struct Partial {
+    /// The largest score of each query.
+    largest: Vec<f32>,
+    /// The denominator of each, relative to its largest score.
+    sum: Vec<f32>,
+    /// `[queries, value]`.
+    mixed: Vec<f32>,
+}
+
+/// See `reference::cached_attention_forward`.
+fn forward<E: Element>(query: &FlexTensor, cache: &FlexTensor, spec: &CachedAttentionSpec) -> FlexTensor {
+    let [tokens, heads, _] = dims(query);
+    let [_, key_heads, capacity, row] = dims(cache);
+    let problem =
+        Problem { heads, key_heads, capacity, row, query: values_of::<E>(query), cache: values_of::<E>(cache), spec };
+    let width = spec.values.len();
+    let tasks = problem.tasks();
+    let partials: Vec<Partial> = tasks.par_iter().with_max_len(1).map(|task| problem.partial(task)).collect();
+
+    let mut output = vec![0.0; tokens * heads * width];
+    let mut parts = tasks.iter().zip(partials).peekable();
+    while let Some((task, mut whole)) = parts.next() {
+        while let Some((_, part)) = parts.next_if(|(next, _)| next.keys.start > 0) {
+            whole.add(part, width);
+        }
+        for (index, row) in task.rows.clone().enumerate() {
+            let output = &mut output[problem.query_row(task, row) * width..][..width];
+            let mixed = &whole.mixed[index * width..][..width];
+            output.iter_mut().zip(mixed).for_each(|(output, mixed)| *output = mixed / whole.sum[index]);
+        }
+    }
+    tensor_of(E::rounded(output), [tokens, heads, width])
+}
+
+impl<E: Element> Problem<'_, E> {
+    /// Tasks by span, key head, queries and keys, the keys fastest.
+    fn tasks(&self) -> Vec<Task> {
+        let mut tasks = Vec::new();
+        let mut token = 0;
+        for &span in self.spec.spans.iter() {
+            let rows = span.count * self.group();
+            for key_head in 0..self.key_heads {
+                for first in (0..rows).step_by(QUERIES) {
+                    let block = first..rows.min(first + QUERIES);
+                    let end = self.visible(span, block.end - 1);
+                    let segment = if rows <= QUERIES { KEYS } else { end };
+                    tasks.extend((0..end).step_by(segment).map(|start| Task {
+                        span,
+                        token,
+                        key_head,
+                        rows: block.clone(),
+                        keys: start..end.min(start + segment),
+                    }));
+                }
+            }
+            token += span.count;
+        }
+        tasks
+    }
+
+    /// Queries that share a key head.
+    fn group(&self) -> usize {
+        self.heads / self.key_heads
+    }
+
+    /// How many keys the query `row` of a span sees.
+    fn visible(&self, span: CacheSpan, row: usize) -> usize {
+        span.start + row / self.group() + 1
+    }
+
+    /// Where the query `row` of a task lies among all queries, `[tokens, heads]`.
+    fn query_row(&self, task: &Task, row: usize) -> usize {
+        (task.token + row / self.group()) * self.heads + task.key_head * self.group() + row % self.group()
+    }
+
+    fn partial(&self, task: &Task) -> Partial {
+        let CachedAttentionSpec { scale, keys, values, .. } = self.spec;
+        let (rows, key_width, value_width) = (task.rows.len(), keys.len(), values.len());
+        let queries: Vec<f32> = task
+            .rows
+            .clone()
+            .flat_map(|row| self.query[self.query_row(task, row) * key_width..][..key_width].iter().map(|x| x.wide()))
+            .collect();
+        let queries = Matrix::new(&queries, rows, key_width);
+        let first = (task.span.sequence * self.key_heads + task.key_head) * self.capacity;
+        let mut whole = Partial {
+            largest: vec![f32::NEG_INFINITY; rows],
+            sum: vec![0.0; rows],
+            mixed: vec![0.0; rows * value_width],
+        };
+        let (mut scratch, mut wide) = (vec![0.0; rows * KEYS.min(task.keys.len())], Vec::new());
+        for start in task.keys.clone().step_by(KEYS) {
+            let count = KEYS.min(task.keys.end - start);
+            let cached = &self.cache[(first + start) * self.row..][..count * self.row];
+            let scores = &mut scratch[..rows * count];
+            let view = E::view(&cached[keys.start..], count, key_width, self.row, &mut wide);
+            multiply(
+                &mut MatrixMut::strided(scores, rows, count, count),
+                queries,
+                view.transposed(),
+                *scale,
+                Write::Set,
+            );
+            for (index, scores) in scores.chunks_exact_mut(count).enumerate() {
+                let visible = self.visible(task.span, task.rows.start + index).saturating_sub(start).min(count);
+                let (seen, unseen) = scores.split_at_mut(visible);
+                unseen.fill(0.0);
+                whole.rescale(index, largest(seen).max(whole.largest[index]), value_width);
+                whole.sum[index] += exp_in_place(seen, whole.largest[index]);
+            }
+            let view = E::view(&cached[values.start..], count, value_width, self.row, &mut wide);
+            let mut out = MatrixMut::strided(&mut whole.mixed, rows, value_width, value_width);
+            multiply(&mut out, Matrix::new(scores, rows, count), view, 1.0, Write::Add);
+        }
+        whole
+    }
+}
+
+impl Partial {
+    /// Makes the sums of a query relative to a score that is as large or larger, and gives the factor.
+    fn rescale(&mut self, index: usize, largest: f32, width: usize) {
+        if largest > self.largest[index] {
+            let factor = (self.largest[index] - largest).exp();
+            self.sum[index] *= factor;
+            self.mixed[index * width..][..width].iter_mut().for_each(|mixed| *mixed *= factor);
+            self.largest[index] = largest;
+        }
+    }
+
+    /// Takes in the sums over further keys.
+    fn add(&mut self, other: Self, width: usize) {
+        for index in 0..self.sum.len() {
+            self.rescale(index, other.largest[index], width);
+            let factor = (other.largest[index] - self.largest[index]).exp();
+            self.sum[index] += factor * other.sum[index];
+            let mixed = self.mixed[index * width..][..width].iter_mut();
+            mixed.zip(&other.mixed[index * width..]).for_each(|(mixed, other)| *mixed += factor * other);
+        }
+    }
+}

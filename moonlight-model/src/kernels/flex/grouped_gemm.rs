@@ -1,0 +1,235 @@
+//! Grouped products: each group's rows by the group's own matrix. A plain product is that of one group.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
+use moonlight_disjoint::DisjointVec;
+use rayon::prelude::*;
+
+use super::dtype::Element;
+use super::gemv;
+use super::matrix::{Write, multiply};
+use super::tensor::{by_dtype, dims, tensor_of, values_of};
+use crate::kernels::{GroupLayout, GroupedMatmulKernel, ProjectKernel, reference};
+
+impl ProjectKernel for Flex {
+    fn project_forward(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let layout = one_group(&rows);
+        by_dtype!(
+            [rows, weight],
+            E => forward::<E>(&rows, &weight, Offsets(&layout), false),
+            reference::project_forward::<Self>(rows, weight)
+        )
+    }
+
+    fn project_rows_grad(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let layout = one_group(&grad);
+        by_dtype!(
+            [grad, weight],
+            E => forward::<E>(&grad, &weight, Offsets(&layout), true),
+            reference::project_rows_grad::<Self>(grad, weight)
+        )
+    }
+
+    fn project_weight_grad(rows: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        let layout = one_group(&rows);
+        by_dtype!(
+            [rows, grad],
+            E => weight_grad::<E>(&rows, &grad, Offsets(&layout), None),
+            reference::project_weight_grad::<Self>(rows, grad)
+        )
+    }
+}
+
+impl GroupedMatmulKernel for Flex {
+    fn grouped_matmul_forward(
+        rows: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> FloatTensor<Self> {
+        by_dtype!(
+            [rows, weight],
+            E => forward::<E>(&rows, &weight, Offsets::of(layout), false),
+            reference::grouped_matmul_forward::<Self>(rows, weight, layout)
+        )
+    }
+
+    fn grouped_matmul_rows_grad(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> FloatTensor<Self> {
+        by_dtype!(
+            [grad, weight],
+            E => forward::<E>(&grad, &weight, Offsets::of(layout), true),
+            reference::grouped_matmul_rows_grad::<Self>(grad, weight, layout)
+        )
+    }
+
+    fn grouped_matmul_weight_grad(
+        rows: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        layout: &GroupLayout,
+    ) -> FloatTensor<Self> {
+        by_dtype!(
+            [rows, grad],
+            E => weight_grad::<E>(&rows, &grad, Offsets::of(layout), Some(layout.groups())),
+            reference::grouped_matmul_weight_grad::<Self>(rows, grad, layout)
+        )
+    }
+}
+
+/// Where each group's rows begin, and after the last their number. Beginning with 0, and never decreasing: those of a
+/// [`GroupLayout`], or of one group.
+#[derive(Clone, Copy)]
+struct Offsets<'a>(&'a [usize]);
+
+impl<'a> Offsets<'a> {
+    fn of(layout: &'a GroupLayout) -> Self {
+        Self(layout.offsets())
+    }
+
+    fn groups(self) -> usize {
+        self.0.len() - 1
+    }
+
+    fn rows(self) -> usize {
+        self.0[self.groups()]
+    }
+
+    /// Each group with its rows.
+    fn iter(self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        self.0.windows(2).map(|bounds| bounds[0]..bounds[1]).enumerate()
+    }
+}
+
+/// The offsets of a single group of all rows.
+fn one_group(rows: &FlexTensor) -> [usize; 2] {
+    [0, dims::<2>(rows)[0]]
+}
+
+/// Columns of one task: narrower, and the rows are packed more often than need be; wider, and there are too few tasks.
+const COLUMNS: usize = 128;
+/// Groups from which on there are tasks enough without that.
+const MANY: usize = 16;
+/// Rows times columns of a task of one of many groups. With few rows the time goes into reading the matrix, and that is
+/// quicker straight on.
+const PLACES: usize = 128 * 256;
+
+/// The columns of a matrix as the tasks of one of `groups` groups take them, each with `rows` rows.
+fn blocks<E: Element>(width: usize, rows: usize, groups: usize) -> impl Iterator<Item = Range<usize>> {
+    let wide = (PLACES / rows.max(1)).next_multiple_of(COLUMNS).clamp(COLUMNS, E::COLUMNS);
+    let columns = if groups < MANY { COLUMNS } else { wide };
+    (0..width).step_by(columns).map(move |first| first..width.min(first + columns))
+}
+
+/// Copies of a task's operands in f32, where they are not f32 themselves. Kept by each thread.
+#[derive(Default)]
+struct Scratch {
+    lhs: Vec<f32>,
+    rhs: Vec<f32>,
+    out: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// `out[r] = rows[r] x weight[group of r]`, or with the transposed weight.
+///
+/// `rows` is `[rows, in]`; the last two dimensions of `weight` are `[in, out]`.
+fn forward<E: Element>(rows: &FlexTensor, weight: &FlexTensor, offsets: Offsets<'_>, transpose: bool) -> FlexTensor {
+    let [count, width] = dims(rows);
+    let (input, output) = matrix_dims(weight);
+    let (from, to) = if transpose { (output, input) } else { (input, output) };
+    assert_eq!(width, from, "the rows are as wide as the weight's input");
+    assert_eq!(offsets.rows(), count, "every row is some group's");
+    let (rows, weight) = (values_of::<E>(rows), values_of::<E>(weight));
+    if !transpose && gemv::suits(offsets.0) {
+        return gemv::forward(rows, weight, offsets.0, (input, output));
+    }
+    let mut tasks = Vec::new();
+    for (group, places) in offsets.iter() {
+        for start in places.clone().step_by(E::ROWS) {
+            let end = places.end.min(start + E::ROWS);
+            let blocks = blocks::<E>(to, end - start, offsets.groups());
+            tasks.extend(blocks.map(|columns| (group, start..end, columns)));
+        }
+    }
+    let product = DisjointVec::<E>::new(count * to);
+    tasks.into_par_iter().with_max_len(1).for_each(|(group, places, columns)| {
+        let weight = &weight[group * input * output..][..input * output];
+        let rows = &rows[places.start * from..places.end * from];
+        // SAFETY: groups have no row in common, for offsets never decrease (`GroupLayout`'s constructors); nor have the
+        // steps of a group's rows, nor the blocks of columns. So no two tasks have an element in common.
+        let target = unsafe { product.block(to, places.clone(), columns.clone()) };
+        SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
+            E::write(target, out, |out| {
+                let rows = E::view(rows, places.len(), from, from, lhs);
+                let weight = if transpose {
+                    E::view(&weight[columns.start * output..], columns.len(), output, output, rhs).transposed()
+                } else {
+                    E::view(&weight[columns.start..], input, columns.len(), output, rhs)
+                };
+                multiply(out, rows, weight, 1.0, Write::Set);
+            });
+        });
+    });
+    // SAFETY: `E::write` wrote all of each task's block.
+    tensor_of(unsafe { product.finish() }, [count, to])
+}
+
+/// `out[g] = rows of g^T x grad of g`, zero for a group without rows: `[groups, in, out]`, without the groups where
+/// `groups` is `None`.
+fn weight_grad<E: Element>(
+    rows: &FlexTensor,
+    grad: &FlexTensor,
+    offsets: Offsets<'_>,
+    groups: Option<usize>,
+) -> FlexTensor {
+    let ([count, input], [grad_count, output]) = (dims(rows), dims(grad));
+    assert!(count == offsets.rows() && grad_count == count, "every row is some group's, and has a gradient");
+    let (rows, grad) = (values_of::<E>(rows), values_of::<E>(grad));
+    let tasks: Vec<_> = offsets
+        .iter()
+        .flat_map(|(group, places)| {
+            let blocks = blocks::<E>(output, places.len(), offsets.groups());
+            blocks.map(move |columns| (group, places.clone(), columns))
+        })
+        .collect();
+    let gradient = DisjointVec::<E>::new(offsets.groups() * input * output);
+    tasks.into_par_iter().with_max_len(1).for_each(|(group, places, columns)| {
+        // SAFETY: a task has a group's rows of the result, and of these a block of columns; each pair is there once.
+        let target = unsafe { gradient.block(output, group * input..(group + 1) * input, columns.clone()) };
+        SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
+            E::write(target, out, |out| {
+                if places.is_empty() {
+                    out.clear();
+                }
+                for start in places.clone().step_by(E::ROWS) {
+                    let count = E::ROWS.min(places.end - start);
+                    let rows = E::view(&rows[start * input..], count, input, input, lhs);
+                    let grad = E::view(&grad[start * output + columns.start..], count, columns.len(), output, rhs);
+                    let write = if start == places.start { Write::Set } else { Write::Add };
+                    multiply(out, rows.transposed(), grad, 1.0, write);
+                }
+            });
+        });
+    });
+    // SAFETY: `E::write` wrote all of each task's block.
+    let out = unsafe { gradient.finish() };
+    match groups {
+        Some(groups) => tensor_of(out, [groups, input, output]),
+        None => tensor_of(out, [input, output]),
+    }
+}
+
+/// The last two dimensions.
+fn matrix_dims(tensor: &FlexTensor) -> (usize, usize) {
+    let shape = tensor.layout().shape();
+    let rank = shape.num_dims();
+    (shape[rank - 2], shape[rank - 1])
+}

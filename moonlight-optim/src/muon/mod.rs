@@ -1,0 +1,11 @@
+//! Muon: momentum, orthogonalised.
+
+mod config;
+mod state;
+mod step;
+#[cfg(test)]
+mod tests;
+
+pub use config::{MatrixView, MomentumPrecision, MomentumWarmup, MuonConfig, Precision};
+pub use state::MuonState;
+pub use step::Muon;

@@ -1,0 +1,366 @@
+//! The update.
+
+use burn::optim::{LearningRate, Optimizer};
+use burn::tensor::{DType, Device, Tensor};
+
+use super::{MomentumPrecision, MuonConfig, MuonState};
+use crate::newton_schulz::full_precision;
+use crate::{Adaptive, Blocks, NewtonSchulz, Preconditioning, Scale, WeightLayout};
+
+/// The Muon optimizer, for matrices `[A, B]` and for stacks of matrices `[batch, A, B]`.
+///
+/// ```text
+/// M <- mu M + grad
+/// O  = NewtonSchulz(mu M + grad)                 (Nesterov; or of M)
+/// W <- W - lr * (0.2 sqrt(max(A, B)) O + weight_decay W)
+/// ```
+///
+/// Every matrix of a stack, and every block of a matrix, is orthogonalised and scaled as if it stood alone, from its own
+/// two dimensions.
+///
+/// A zero gradient with zero momentum gives a zero update. A gradient that holds a NaN or an infinity makes the
+/// parameter's own matrix NaN, visibly, and no other matrix of its stack; as with AdamW the momentum keeps the NaN, so
+/// a loop that wants to go on must look at its gradients before it steps.
+///
+/// Momentum and update are computed in f32 (f64 for f64 parameters) and the parameter is rounded once, so bf16
+/// parameters keep an f32 momentum.
+///
+/// [`Muon::step`](Optimizer::step) is a function of parameter, gradient and state, and so is [`Muon::step_batch`] for
+/// equal matrices at once: each rank can call it for the matrices that it owns. [`balance`](crate::distributed::balance)
+/// says who owns what.
+///
+/// # Panics
+///
+/// [`Optimizer::step`] panics for a parameter whose rank the [`MatrixView`](crate::MatrixView) does not take, where the update has no meaning,
+/// and for [`Blocks`] that do not fill the matrix. [`ParameterRules`](crate::ParameterRules) turns both into errors before
+/// the first step.
+#[derive(Clone, Debug)]
+pub struct Muon {
+    pub(super) config: MuonConfig,
+    pub(super) newton_schulz: NewtonSchulz,
+}
+
+/// Parameter, gradient and state of one matrix of a batch.
+type Member<const D: usize> = (Tensor<D>, Tensor<D>, Option<MuonState<D>>);
+
+impl Muon {
+    /// The settings it was built from.
+    pub fn config(&self) -> &MuonConfig {
+        &self.config
+    }
+
+    /// The iteration that it orthogonalises with.
+    pub fn newton_schulz(&self) -> &NewtonSchulz {
+        &self.newton_schulz
+    }
+
+    /// The update of a parameter for a momentum (Nesterov already applied): orthogonalised and scaled, before the
+    /// learning rate and without decay, `[batch, A, B]` to `[batch, A, B]`; and the second moment after it, if there is one.
+    ///
+    /// # Panics
+    ///
+    /// For [`Blocks`] that do not fill the matrix.
+    pub fn direction(&self, momentum: Tensor<3>, second_moment: Option<Tensor<3>>) -> (Tensor<3>, Option<Tensor<3>>) {
+        let blocks = &self.config.blocks;
+        if *blocks == Blocks::Whole {
+            return self.block_direction(momentum, second_moment);
+        }
+        let [batch, rows, columns] = momentum.dims();
+        let Some(sizes) = blocks.sizes(rows, columns) else {
+            panic!("{blocks} do not fill a matrix of [{rows}, {columns}]");
+        };
+        let parts = blocks.cut(&momentum, &sizes);
+        // A second moment has the block's size along the side that is cut, or one number for each block.
+        let mut seconds: Vec<Option<Tensor<3>>> = match &second_moment {
+            Some(second) => {
+                let one_each = blocks.extent(second) == sizes.len();
+                let ones = vec![1; sizes.len()];
+                blocks.cut(second, if one_each { &ones } else { &sizes }).into_iter().map(Some).collect()
+            }
+            None => vec![None; sizes.len()],
+        };
+        // Blocks of equal size go through as one stack.
+        let mut updates: Vec<Option<Tensor<3>>> = vec![None; sizes.len()];
+        for first in 0..sizes.len() {
+            if updates[first].is_some() {
+                continue;
+            }
+            let members: Vec<usize> = (first..sizes.len()).filter(|&block| sizes[block] == sizes[first]).collect();
+            let stacked = Tensor::cat(members.iter().map(|&block| parts[block].clone()).collect(), 0);
+            let second = members.iter().map(|&block| seconds[block].take()).collect::<Option<Vec<_>>>();
+            let (update, second) = self.block_direction(stacked, second.map(|seconds| Tensor::cat(seconds, 0)));
+            for (place, &block) in members.iter().enumerate() {
+                let own = |x: &Tensor<3>| x.clone().narrow(0, place * batch, batch);
+                updates[block] = Some(own(&update));
+                seconds[block] = second.as_ref().map(own);
+            }
+        }
+        let update = blocks.join(updates.into_iter().flatten().collect());
+        let seconds: Option<Vec<_>> = seconds.into_iter().collect();
+        (update, seconds.map(|seconds| blocks.join(seconds)))
+    }
+
+    fn block_direction(&self, momentum: Tensor<3>, second: Option<Tensor<3>>) -> (Tensor<3>, Option<Tensor<3>>) {
+        let [_, rows, columns] = momentum.dims();
+        let layout = self.config.layout_of_view();
+        let adaptive = self.config.adaptive;
+        let input = adaptive.input(momentum);
+        // Of a square matrix AOL rescales the outputs, as its authors do, where the rows of a matrix are outputs.
+        let aol = self.newton_schulz.preconditioning == Preconditioning::Aol;
+        let update = if aol && rows == columns && layout == WeightLayout::InOut {
+            self.newton_schulz.apply(input.swap_dims(1, 2)).swap_dims(1, 2)
+        } else {
+            self.newton_schulz.apply(input)
+        };
+        let (update, second) = adaptive.apply(update, second, layout);
+        let update = match (self.config.scale.factor(rows, columns, layout), self.config.scale) {
+            (Some(factor), _) => update.mul_scalar(factor),
+            (None, Scale::UpdateNorm { factor }) => {
+                let mean_square = update.clone().square().mean_dims(&[1, 2]); // [batch, 1, 1]
+                // An update of zeros stays one.
+                let rms = mean_square.sqrt().add_scalar(f64::from(f32::MIN_POSITIVE));
+                update.mul(rms.recip().mul_scalar(factor))
+            }
+            (None, _) => update,
+        };
+        (update, second)
+    }
+
+    /// A step of equal matrices at once: `(parameter, gradient, state)` of each to `(parameter, state)` of each, as
+    /// [`Optimizer::step`] gives them one by one, bit for bit, in one Newton-Schulz for all that have taken equally many
+    /// steps.
+    ///
+    /// # Panics
+    ///
+    /// If the parameters are not of one shape and type, and as [`Optimizer::step`].
+    pub fn step_batch<const D: usize>(
+        &self,
+        lr: LearningRate,
+        parameters: Vec<Member<D>>,
+    ) -> Vec<(Tensor<D>, MuonState<D>)> {
+        let Some((first, _, _)) = parameters.first() else { return Vec::new() };
+        let (shape, dtype) = (first.shape(), first.dtype());
+        assert!(
+            parameters.iter().all(|(tensor, _, _)| tensor.shape() == shape && tensor.dtype() == dtype),
+            "the parameters of a batch have one shape and one type"
+        );
+        let stack = self.stack(shape.as_slice());
+        let members = parameters.into_iter().map(|(tensor, grad, state)| {
+            let state = state.map(|state| MuonState {
+                momentum: state.momentum.reshape(stack),
+                second_moment: state.second_moment,
+                step: state.step,
+            });
+            (tensor.reshape(stack), grad.reshape(stack), state)
+        });
+        let stepped = self.step_stacks(lr, members.collect());
+        let restored = stepped.into_iter().map(|(tensor, state)| {
+            let MuonState { momentum, second_moment, step } = state;
+            let momentum = momentum.reshape(shape.clone());
+            (tensor.reshape(shape.clone()), MuonState { momentum, second_moment, step })
+        });
+        restored.collect()
+    }
+
+    /// [`Muon::step_batch`] of parameters that are stacks `[batch, A, B]` already.
+    pub(crate) fn step_stacks(&self, lr: LearningRate, parameters: Vec<Member<3>>) -> Vec<(Tensor<3>, MuonState<3>)> {
+        let batch = parameters.first().map_or(0, |(tensor, _, _)| tensor.dims()[0]);
+        let mut results: Vec<Option<(Tensor<3>, MuonState<3>)>> = vec![None; parameters.len()];
+        let age = |state: &Option<MuonState<3>>| state.as_ref().map(|state| state.step);
+        let mut waiting: Vec<(usize, Member<3>)> = parameters.into_iter().enumerate().collect();
+        while let Some((_, (_, _, state))) = waiting.first() {
+            let together = age(state);
+            let (now, later): (Vec<_>, Vec<_>) =
+                waiting.into_iter().partition(|(_, (_, _, state))| age(state) == together);
+            waiting = later;
+            let (places, now): (Vec<usize>, Vec<Member<3>>) = now.into_iter().unzip();
+            #[cfg(feature = "cpu")]
+            let now = match self.step_plainly(lr, together.unwrap_or(0), now) {
+                Ok(stepped) => {
+                    places.into_iter().zip(stepped).for_each(|(place, stepped)| results[place] = Some(stepped));
+                    continue;
+                }
+                Err(now) => now,
+            };
+            let (mut tensors, mut grads) = (Vec::with_capacity(now.len()), Vec::with_capacity(now.len()));
+            let (mut momenta, mut seconds) = (Vec::new(), Vec::new());
+            for (tensor, grad, state) in now {
+                tensors.push(tensor);
+                grads.push(grad);
+                if let Some(state) = state {
+                    momenta.push(state.momentum);
+                    seconds.extend(state.second_moment);
+                }
+            }
+            let state = together.map(|step| MuonState {
+                momentum: Tensor::cat(momenta, 0),
+                second_moment: (seconds.len() == places.len()).then(|| Tensor::cat(seconds, 0)),
+                step,
+            });
+            let (tensor, state) = self.step_stack(lr, Tensor::cat(tensors, 0), Tensor::cat(grads, 0), state);
+            for (index, place) in places.into_iter().enumerate() {
+                let own = |x: &Tensor<3>| x.clone().narrow(0, index * batch, batch);
+                let second_moment = state.second_moment.as_ref().map(own);
+                let state = MuonState { momentum: own(&state.momentum), second_moment, step: state.step };
+                results[place] = Some((own(&tensor), state));
+            }
+        }
+        results.into_iter().flatten().collect()
+    }
+
+    /// A step of members of one age in the CPU backend's kernel, if it has one for these settings; gives them back if not.
+    #[cfg(feature = "cpu")]
+    fn step_plainly(
+        &self,
+        lr: LearningRate,
+        step: usize,
+        members: Vec<Member<3>>,
+    ) -> Result<Vec<(Tensor<3>, MuonState<3>)>, Vec<Member<3>>> {
+        let config = &self.config;
+        let Some((first, _, _)) = members.first() else { return Ok(Vec::new()) };
+        let shape @ [_, rows, columns] = first.dims();
+        let plain = config.adaptive == Adaptive::Off
+            && config.blocks == Blocks::Whole
+            && !config.decay.cautious
+            && config.momentum_precision == MomentumPrecision::F32
+            && self.newton_schulz.preconditioning == Preconditioning::Frobenius;
+        let Some(factor) = config.scale.factor(rows, columns, config.layout_of_view()).filter(|_| plain) else {
+            return Err(members);
+        };
+        let tensors = members.iter().flat_map(|(tensor, grad, state)| {
+            [tensor, grad].into_iter().chain(state.as_ref().map(|state| &state.momentum))
+        });
+        if !crate::flex::takes(&self.newton_schulz, shape, tensors) {
+            return Err(members);
+        }
+        let numbers = crate::flex::Step {
+            momentum: config.momentum_at(step),
+            nesterov: config.nesterov,
+            kept: 1.0 - config.decay.fraction(config.weight_decay, lr, step),
+            factor,
+            learning_rate: lr,
+        };
+        let operands =
+            members.into_iter().map(|(tensor, grad, state)| (tensor, grad, state.map(|state| state.momentum)));
+        let stepped = crate::flex::step_many(&self.newton_schulz, numbers, operands.collect());
+        let stepped = stepped.into_iter().map(|crate::flex::Stepped { tensor, momentum }| {
+            (tensor, MuonState { momentum, second_moment: None, step: step + 1 })
+        });
+        Ok(stepped.collect())
+    }
+
+    /// `[batch, A, B]` of a parameter's shape.
+    fn stack(&self, shape: &[usize]) -> [usize; 3] {
+        let view = self.config.view;
+        assert!(
+            view.takes(shape.len()),
+            "Muon orthogonalises matrices `[A, B]` and stacks of matrices `[batch, A, B]`; a parameter of shape {shape:?} \
+             is neither and belongs in another parameter group"
+        );
+        view.stack(shape)
+    }
+
+    /// A step of a stack `[batch, A, B]`, by a kernel where there is one.
+    fn step_alone(&self, lr: LearningRate, member: Member<3>) -> (Tensor<3>, MuonState<3>) {
+        #[cfg(feature = "cpu")]
+        let member = {
+            let step = member.2.as_ref().map_or(0, |state| state.step);
+            match self.step_plainly(lr, step, vec![member]).map(|mut stepped| stepped.pop()) {
+                Ok(Some(stepped)) => return stepped,
+                Err(mut members) if members.len() == 1 => members.remove(0),
+                _ => unreachable!("one goes in, and one comes out"),
+            }
+        };
+        let (tensor, grad, state) = member;
+        self.step_stack(lr, tensor, grad, state)
+    }
+
+    /// A step of a stack `[batch, A, B]` in Burn's operations, but for Newton-Schulz.
+    fn step_stack(
+        &self,
+        lr: LearningRate,
+        tensor: Tensor<3>,
+        grad: Tensor<3>,
+        state: Option<MuonState<3>>,
+    ) -> (Tensor<3>, MuonState<3>) {
+        let nesterov = self.config.nesterov;
+        let stored = tensor.dtype();
+        let dtype = full_precision(stored);
+        let (old, second_moment, step) = match state {
+            Some(state) => (Some(state.momentum), state.second_moment, state.step),
+            None => (None, None, 0),
+        };
+        let mu = self.config.momentum_at(step);
+
+        let grad = grad.cast(dtype);
+        let momentum = match old {
+            Some(old) => old.cast(dtype).mul_scalar(mu).add(grad.clone()),
+            None => grad.clone(),
+        };
+        let input = if nesterov { momentum.clone().mul_scalar(mu).add(grad) } else { momentum.clone() };
+        let (update, second_moment) = self.direction(input, second_moment);
+
+        let tensor = self.moved(lr, step, tensor.cast(dtype), update).cast(stored);
+        let momentum = match self.config.momentum_precision {
+            MomentumPrecision::F32 => momentum,
+            MomentumPrecision::Bf16 => momentum.cast(DType::BF16),
+        };
+        (tensor, MuonState { momentum, second_moment, step: step + 1 })
+    }
+}
+
+impl Muon {
+    /// A parameter in full precision, decayed and moved by an update, in step `step`.
+    pub(crate) fn moved<const D: usize>(
+        &self,
+        lr: LearningRate,
+        step: usize,
+        tensor: Tensor<D>,
+        update: Tensor<D>,
+    ) -> Tensor<D> {
+        let MuonConfig { weight_decay, decay, .. } = self.config;
+        let lost = decay.fraction(weight_decay, lr, step);
+        let tensor = match (lost != 0.0, decay.cautious) {
+            (false, _) => tensor,
+            (true, false) => tensor.mul_scalar(1.0 - lost),
+            (true, true) => {
+                let agrees = tensor.clone().mul(update.clone()).greater_equal_elem(0.0);
+                let decayed = tensor.clone().mul_scalar(1.0 - lost);
+                tensor.mask_where(agrees, decayed)
+            }
+        };
+        tensor.sub(update.mul_scalar(lr))
+    }
+}
+
+impl Optimizer for Muon {
+    type State<const D: usize> = MuonState<D>;
+
+    fn step<const D: usize>(
+        &self,
+        lr: LearningRate,
+        tensor: Tensor<D>,
+        grad: Tensor<D>,
+        state: Option<Self::State<D>>,
+    ) -> (Tensor<D>, Option<Self::State<D>>) {
+        let shape = tensor.shape();
+        let stack = self.stack(shape.as_slice());
+        let state = state.map(|state| MuonState {
+            momentum: state.momentum.reshape(stack),
+            second_moment: state.second_moment,
+            step: state.step,
+        });
+        let (tensor, state) = self.step_alone(lr, (tensor.reshape(stack), grad.reshape(stack), state));
+        let MuonState { momentum, second_moment, step } = state;
+        let momentum = momentum.reshape(shape.clone());
+        (tensor.reshape(shape), Some(MuonState { momentum, second_moment, step }))
+    }
+
+    fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
+        MuonState {
+            momentum: state.momentum.to_device(device),
+            second_moment: state.second_moment.map(|second| second.to_device(device)),
+            step: state.step,
+        }
+    }
+}

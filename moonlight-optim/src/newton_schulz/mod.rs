@@ -1,0 +1,454 @@
+//! Orthogonalisation by Newton-Schulz, a stack of matrices at a time.
+
+mod form;
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Tensor};
+
+pub use form::Form;
+
+use crate::{Coefficients, Preconditioning};
+use form::{plan, plan_flops};
+
+/// The iteration: which polynomials, how many, and what is done before them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewtonSchulz {
+    /// `[a, b, c]` of each step.
+    pub schedule: Vec<[f64; 3]>,
+    /// What brings the singular values below 1 before the first step.
+    pub preconditioning: Preconditioning,
+    /// Added to the norm of each matrix before dividing by it; 1e-7 in the released code. With 0 the result does not
+    /// depend on the scale of the input. [`Preconditioning::Aol`] never depends on it and takes no epsilon.
+    pub epsilon: f64,
+    /// The type of the products' operands; the norm is computed in f32 at least whatever this is. `None` means f32, or f64
+    /// for an f64 input.
+    pub dtype: Option<DType>,
+    /// The direct form, the Gram form, or the cheaper one.
+    pub form: Form,
+}
+
+impl NewtonSchulz {
+    /// `steps` steps of `coefficients` with their preconditioning, with the released code's epsilon, in f32.
+    pub fn new(coefficients: &Coefficients, steps: usize) -> Self {
+        Self {
+            schedule: coefficients.schedule(steps),
+            preconditioning: coefficients.preconditioning(),
+            epsilon: 1e-7,
+            dtype: None,
+            form: Form::Auto,
+        }
+    }
+
+    /// Orthogonalises each of the `batch` matrices of `x` `[batch, rows, columns]` by itself.
+    ///
+    /// The singular vectors of each matrix stay (but see [`Preconditioning::Aol`]), its singular values come near one. The
+    /// result has the input's shape and at least f32's precision (f64 for an f64 input). A matrix of zeros gives
+    /// zeros. A matrix that holds a NaN or an infinity gives NaN in all its elements, and no other matrix of the stack is
+    /// touched by that.
+    ///
+    /// The products run in kernels of this crate on the CPU backend (feature `cpu`; f32, and bf16 on processors with
+    /// AVX512-BF16), and as [`NewtonSchulz::apply_plain`] anywhere else.
+    pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
+        #[cfg(feature = "cpu")]
+        if let Some(result) = crate::flex::newton_schulz(self, &x) {
+            return result;
+        }
+        self.apply_plain(x)
+    }
+
+    /// As [`NewtonSchulz::apply`], in Burn's own tensor operations on every backend.
+    pub fn apply_plain(&self, x: Tensor<3>) -> Tensor<3> {
+        let [_, rows, columns] = x.dims();
+        let wide = full_precision(x.dtype());
+        let dtype = self.dtype.unwrap_or(wide);
+        let mut x = match self.preconditioning {
+            Preconditioning::Frobenius => normalise(x.cast(wide), self.epsilon),
+            Preconditioning::Aol => aol(normalise(x.cast(wide), 0.0)),
+        };
+        x = x.cast(dtype);
+        for steps in plan(&self.form, &self.schedule, dtype, rows, columns, false) {
+            x = segment(x, &self.schedule[steps]);
+        }
+        x.cast(wide)
+    }
+
+    /// Floating point operations that the iteration takes for one matrix of this shape: those of the kernels, which compute
+    /// only half of a symmetric product, or (`symmetric` false) those of the same products in full, as
+    /// [`NewtonSchulz::apply_plain`] and PyTorch do them. For f32, or for [`NewtonSchulz::dtype`].
+    pub fn flops(&self, rows: usize, columns: usize, symmetric: bool) -> f64 {
+        let preconditioning = match self.preconditioning {
+            Preconditioning::Frobenius => 0.0,
+            // One more Gram matrix.
+            Preconditioning::Aol => {
+                let short = rows.min(columns) as f64;
+                short * short * rows.max(columns) as f64 * if symmetric { 1.0 } else { 2.0 }
+            }
+        };
+        preconditioning + plan_flops(&self.plan(rows, columns, symmetric), rows, columns, symmetric)
+    }
+
+    /// Whether a matrix of this shape is iterated in the Gram form.
+    pub fn uses_gram(&self, rows: usize, columns: usize) -> bool {
+        self.plan(rows, columns, cfg!(feature = "cpu")).iter().any(|steps| steps.len() > 1)
+    }
+
+    pub(crate) fn plan(&self, rows: usize, columns: usize, symmetric: bool) -> Vec<Range<usize>> {
+        plan(&self.form, &self.schedule, self.dtype.unwrap_or(DType::F32), rows, columns, symmetric)
+    }
+}
+
+/// Newton-Schulz on a stack of matrices `[batch, rows, columns]`: `steps` steps of `coefficients`, everything else as
+/// in the report's released code. See [`NewtonSchulz::apply`].
+pub fn newton_schulz(x: Tensor<3>, coefficients: &Coefficients, steps: usize) -> Tensor<3> {
+    NewtonSchulz::new(coefficients, steps).apply(x)
+}
+
+/// The Gram matrix on the shorter side. What the report writes for wide matrices, `p(X X^T) X`, is `X p(X^T X)` for tall
+/// ones, so nothing needs to be transposed in memory.
+fn gram(x: &Tensor<3>) -> Tensor<3> {
+    let [_, rows, columns] = x.dims();
+    let transposed = x.clone().swap_dims(1, 2);
+    if rows <= columns { x.clone().matmul(transposed) } else { transposed.matmul(x.clone()) }
+}
+
+/// Steps that share one Gram matrix `R`. With `Z = b R + c R^2` a step is `X <- a X + Z X`; several of them are
+/// `Q <- a Q + Q Z`, `R <- (a I + Z)^2 R` for each and `X <- Q X` in the end.
+fn segment(x: Tensor<3>, steps: &[[f64; 3]]) -> Tensor<3> {
+    let [_, rows, columns] = x.dims();
+    let times = |polynomial: Tensor<3>, x: Tensor<3>| {
+        if rows <= columns { polynomial.matmul(x) } else { x.matmul(polynomial) }
+    };
+    let mut r = gram(&x);
+    let z_of = |r: &Tensor<3>, b: f64, c: f64| r.clone().matmul(r.clone()).mul_scalar(c).add(r.clone().mul_scalar(b));
+    if let &[[a, b, c]] = steps {
+        return x.clone().mul_scalar(a).add(times(z_of(&r, b, c), x));
+    }
+    let mut q: Option<Tensor<3>> = None;
+    for (index, &[a, b, c]) in steps.iter().enumerate() {
+        let z = z_of(&r, b, c);
+        q = Some(match q {
+            None => {
+                let identity = Tensor::<2>::eye(rows.min(columns), &x.device()).cast(x.dtype()).unsqueeze::<3>();
+                z.clone().add(identity.mul_scalar(a))
+            }
+            Some(q) => q.clone().mul_scalar(a).add(q.matmul(z.clone())),
+        });
+        if index + 1 < steps.len() {
+            let rz = r.clone().mul_scalar(a).add(r.matmul(z.clone()));
+            r = rz.clone().mul_scalar(a).add(z.matmul(rz));
+        }
+    }
+    match q {
+        Some(q) => times(q, x),
+        None => x,
+    }
+}
+
+/// The type that norms, momentum and the final update are computed in: f64 for f64, f32 for everything else.
+pub(crate) fn full_precision(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// `x / (||x|| + epsilon)` for each matrix, without overflow or underflow of the squares: the elements are divided by
+/// the largest of them first.
+fn normalise(x: Tensor<3>, epsilon: f64) -> Tensor<3> {
+    let tiny = f64::from(f32::MIN_POSITIVE);
+    let largest = x.clone().max_abs_dims(&[1, 2]).clamp_min(tiny); // [batch, 1, 1]
+    let x = x.div(largest.clone());
+    let norm = x.clone().square().sum_dims(&[1, 2]).sqrt(); // relative to the largest element
+    // `tiny` is lost in any norm but that of a zero matrix, whose 0 / 0 it turns into 0. (A clamp would also hide NaN.)
+    let divisor = norm.add(largest.recip().mul_scalar(epsilon)).add_scalar(tiny);
+    x.div(divisor)
+}
+
+/// The rescaling of almost orthogonal layers, on the shorter side: row `i` over `sqrt(sum_j |X X^T|_ij)`. `x` has norm 1.
+fn aol(x: Tensor<3>) -> Tensor<3> {
+    let [_, rows, columns] = x.dims();
+    let sums = gram(&x).abs().sum_dim(2); // [batch, short, 1]
+    // A row of zeros stays one.
+    let factors = sums.add_scalar(f64::from(f32::MIN_POSITIVE)).sqrt().recip();
+    x.mul(if rows <= columns { factors } else { factors.swap_dims(1, 2) })
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, TensorData};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::reference::{self, Matrix};
+
+    fn values(tensor: Tensor<3>) -> Vec<f64> {
+        tensor.into_data().iter::<f64>().collect()
+    }
+
+    /// `batch` matrices in one tensor.
+    fn stack(matrices: &[Matrix]) -> Tensor<3> {
+        let shape = [matrices.len(), matrices[0].rows, matrices[0].columns];
+        let values: Vec<f32> = matrices.iter().flat_map(|m| &m.values).map(|value| *value as f32).collect();
+        Tensor::from_data(TensorData::new(values, shape), &Device::default())
+    }
+
+    /// The norm of the difference over the norm of what is expected, and the largest difference of an element.
+    fn distance(actual: &[f64], expected: &[f64]) -> (f64, f64) {
+        let matrix = |values: Vec<f64>| Matrix::new(1, values.len(), values);
+        let difference: Vec<f64> = actual.iter().zip(expected).map(|(x, y)| x - y).collect();
+        let largest = difference.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
+        let norm = matrix(expected.to_vec()).norm();
+        let relative = if norm == 0.0 { 0.0 } else { matrix(difference).norm() / norm };
+        (relative, largest)
+    }
+
+    fn against_reference(matrices: &[Matrix], iteration: &NewtonSchulz) -> f64 {
+        let actual = values(iteration.apply(stack(matrices)));
+        let plain = values(iteration.apply_plain(stack(matrices)));
+        let expected: Vec<f64> = matrices
+            .iter()
+            .flat_map(|m| {
+                // The reference gets what f32 holds of the values, so that only the iteration is compared.
+                let rounded = m.values.iter().map(|value| f64::from(*value as f32)).collect();
+                let matrix = Matrix::new(m.rows, m.columns, rounded);
+                reference::orthogonalised(&matrix, iteration).values
+            })
+            .collect();
+        distance(&actual, &expected).0.max(distance(&plain, &expected).0)
+    }
+
+    /// Deterministic values that look random, in -1..1.
+    fn noise(rows: usize, columns: usize, seed: u64) -> Matrix {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
+        };
+        Matrix::new(rows, columns, (0..rows * columns).map(|_| next()).collect())
+    }
+
+    fn scaled(matrix: &Matrix, scale: f64) -> Matrix {
+        Matrix::new(matrix.rows, matrix.columns, matrix.values.iter().map(|value| value * scale).collect())
+    }
+
+    fn coefficients() -> impl Strategy<Value = Coefficients> {
+        prop_oneof![
+            Just(Coefficients::Report),
+            Just(Coefficients::Quintic),
+            Just(Coefficients::PolarExpress),
+            Just(Coefficients::Custom(vec![[1.5, -0.5, 0.0]])),
+        ]
+    }
+
+    /// Coefficients with a number of steps; of those whose values swing far on the way, as many as they are made for.
+    fn schedules() -> impl Strategy<Value = (usize, Coefficients)> {
+        prop_oneof![
+            (0_usize..8, coefficients()),
+            Just((5, Coefficients::Cans)),
+            Just((4, Coefficients::Aol)),
+            Just((10, Coefficients::DeepseekV4)),
+        ]
+    }
+
+    fn forms() -> impl Strategy<Value = Form> {
+        prop_oneof![Just(Form::Auto), Just(Form::Direct), Just(Form::Gram { restarts: vec![2, 4, 6] })]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn any_shape_and_scale_agrees_with_the_plain_reference(
+            (batch, rows, columns) in (1_usize..4, 1_usize..24, 1_usize..24),
+            exponent in -30.0_f64..30.0,
+            spread in 0.0_f64..3.0,
+            epsilon in prop_oneof![Just(0.0), Just(1e-7)],
+            (steps, coefficients) in schedules(),
+            form in forms(),
+            seed in any::<u64>(),
+        ) {
+            // Matrices of one stack may differ in scale by orders of magnitude.
+            let matrices: Vec<Matrix> = (0..batch)
+                .map(|index| {
+                    let power = (exponent + spread * index as f64).min(30.0);
+                    scaled(&noise(rows, columns, seed.wrapping_add(index as u64)), 10_f64.powf(power))
+                })
+                .collect();
+            let iteration = NewtonSchulz { epsilon, form, ..NewtonSchulz::new(&coefficients, steps) };
+            let error = against_reference(&matrices, &iteration);
+            // Rounding is multiplied by the slope of the whole composition. CANS is steepest at a singular value of 1, which
+            // a matrix of rank one has, and DeepSeek-V4's ten steps at 0, where they multiply by 8e4.
+            let tolerance = match coefficients {
+                Coefficients::Cans => 1e-2,
+                Coefficients::DeepseekV4 => 5e-3,
+                _ => 5e-4,
+            };
+            prop_assert!(error < tolerance, "relative error {error}");
+        }
+
+        #[test]
+        fn low_rank_stays_low_rank(
+            (rows, columns, rank) in (2_usize..20, 2_usize..20, 1_usize..3),
+            seed in any::<u64>(),
+        ) {
+            let matrix = noise(rows, rank, seed).times(&noise(rank, columns, seed ^ 1));
+            for form in [Form::Auto, Form::Direct] {
+            let iteration = NewtonSchulz { form, ..NewtonSchulz::new(&Coefficients::Report, 5) };
+            let error = against_reference(std::slice::from_ref(&matrix), &iteration);
+            // Rounding grows by 3.4445 a step in the directions that should stay empty.
+            prop_assert!(error < 5e-4, "relative error {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_well_conditioned_matrix_agrees_to_f32_rounding() {
+        for (rows, columns) in [(48, 96), (96, 48), (64, 64)] {
+            let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+            let error = against_reference(&[noise(rows, columns, 7), noise(rows, columns, 8)], &iteration);
+            assert!(error < 1e-5, "[{rows}, {columns}]: {error}");
+        }
+    }
+
+    #[test]
+    fn zero_gives_zero_beside_any_neighbour() {
+        for epsilon in [0.0, 1e-7] {
+            let zero = Matrix::new(3, 5, vec![0.0; 15]);
+            let iteration = NewtonSchulz { epsilon, ..NewtonSchulz::new(&Coefficients::Report, 5) };
+            let input = stack(&[zero.clone(), noise(3, 5, 1), zero]);
+            for result in [iteration.apply(input.clone()), iteration.apply_plain(input)] {
+                let result = values(result);
+                assert!(result[..15].iter().chain(&result[30..]).all(|value| *value == 0.0));
+                assert!(result[15..30].iter().all(|value| value.is_finite() && *value != 0.0));
+            }
+        }
+    }
+
+    #[test]
+    fn a_matrix_that_is_not_finite_spoils_itself_and_no_other() {
+        for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let mut spoilt = noise(4, 6, 3);
+            spoilt.values[5] = bad;
+            let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+            let input = stack(&[noise(4, 6, 1), spoilt, noise(4, 6, 2)]);
+            let alone = stack(&[noise(4, 6, 1)]);
+            for (result, alone) in [
+                (iteration.apply(input.clone()), iteration.apply(alone.clone())),
+                (iteration.apply_plain(input), iteration.apply_plain(alone)),
+            ] {
+                let result = values(result);
+                assert!(result[24..48].iter().all(|value| value.is_nan()), "{bad}");
+                assert_eq!(result[..24], values(alone));
+                assert!(result[48..].iter().all(|value| value.is_finite()));
+            }
+        }
+    }
+
+    #[test]
+    fn the_smallest_and_largest_numbers_are_orthogonalised_too() {
+        let iteration = NewtonSchulz { epsilon: 0.0, ..NewtonSchulz::new(&Coefficients::Report, 5) };
+        let matrix = noise(8, 12, 5);
+        let expected = values(iteration.apply(stack(std::slice::from_ref(&matrix))));
+        for scale in [1e-36, 1e-30, 1e30, 3e38] {
+            let input = stack(&[scaled(&matrix, scale)]);
+            for result in [iteration.apply(input.clone()), iteration.apply_plain(input)] {
+                let (relative, _) = distance(&values(result), &expected);
+                assert!(relative < 1e-4, "{scale}: {relative}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_matrix_gives_the_same_bits_alone_and_in_any_stack() {
+        let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+        // Larger than a block of the kernel, and not a multiple of it.
+        for (rows, columns) in [(100, 230), (230, 100), (5, 7)] {
+            let matrices: Vec<Matrix> = (0..9).map(|seed| noise(rows, columns, seed + 1)).collect();
+            let together = values(iteration.apply(stack(&matrices)));
+            for (matrix, together) in matrices.iter().zip(together.chunks(rows * columns)) {
+                assert_eq!(values(iteration.apply(stack(std::slice::from_ref(matrix)))), together);
+            }
+            let (relative, _) = distance(&together, &values(iteration.apply_plain(stack(&matrices))));
+            assert!(relative < 1e-5, "{relative}");
+        }
+    }
+
+    #[test]
+    fn doubles_are_iterated_in_double_precision() {
+        let matrix = noise(20, 31, 4);
+        let data = TensorData::new(matrix.values.clone(), [1, 20, 31]);
+        let input = Tensor::<3>::from_data(data, (&Device::default(), DType::F64));
+        let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+        let result = iteration.apply(input);
+        assert_eq!(result.dtype(), DType::F64);
+        let expected = reference::newton_schulz(&matrix, &iteration.schedule, iteration.epsilon);
+        let (relative, _) = distance(&values(result), &expected.values);
+        assert!(relative < 1e-12, "{relative}");
+    }
+
+    #[test]
+    fn an_empty_stack_stays_empty() {
+        let empty = Tensor::<3>::zeros([0, 3, 4], &Device::default());
+        assert_eq!(newton_schulz(empty, &Coefficients::Report, 5).dims(), [0, 3, 4]);
+    }
+
+    #[test]
+    fn a_transposed_view_is_read_as_what_it_shows() {
+        let input = stack(&[noise(5, 8, 1), noise(5, 8, 2)]);
+        let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+        let turned = values(iteration.apply(input.clone().swap_dims(1, 2)).swap_dims(1, 2));
+        assert!(distance(&turned, &values(iteration.apply(input))).0 < 1e-5);
+    }
+
+    #[test]
+    fn bf16_products_stay_near_f32() {
+        let exact = NewtonSchulz::new(&Coefficients::Report, 5);
+        let rough = NewtonSchulz { dtype: Some(DType::BF16), ..exact.clone() };
+        let input = stack(&[noise(24, 32, 9)]);
+        let result = rough.apply(input.clone());
+        assert_eq!(result.dtype(), DType::F32);
+        let (relative, _) = distance(&values(result), &values(exact.apply(input)));
+        assert!((1e-4..0.1).contains(&relative), "{relative}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        /// bf16 has 8 significant bits, and five of the report's steps multiply what is wrong with a singular value by up to
+        /// 485: as exact as this is for some matrices, it is no more so for others (0.46 was seen for one of 3 x 5 that is
+        /// nearly singular). What is wrong altogether is off by 1.
+        #[test]
+        fn bf16_of_any_shape_and_scale_stays_near_the_reference(
+            (batch, rows, columns) in (1_usize..5, 1_usize..70, 1_usize..70),
+            exponent in -30.0_f64..30.0,
+            aol in any::<bool>(),
+            seed in any::<u64>(),
+        ) {
+            let matrices: Vec<Matrix> = (0..batch)
+                .map(|index| {
+                    scaled(&noise(rows, columns, seed.wrapping_add(index as u64)), 10_f64.powf(exponent))
+                })
+                .collect();
+            let coefficients = if aol { Coefficients::Aol } else { Coefficients::Report };
+            let iteration = NewtonSchulz {
+                epsilon: 0.0,
+                dtype: Some(DType::BF16),
+                ..NewtonSchulz::new(&coefficients, coefficients.default_steps())
+            };
+            let error = against_reference(&matrices, &iteration);
+            prop_assert!(error < 0.7, "relative error {error}");
+        }
+    }
+
+    #[test]
+    fn bf16_zero_and_spoilt_matrices_are_as_in_f32() {
+        let mut spoilt = noise(4, 6, 3);
+        spoilt.values[5] = f64::INFINITY;
+        let zero = Matrix::new(4, 6, vec![0.0; 24]);
+        let iteration = NewtonSchulz { dtype: Some(DType::BF16), ..NewtonSchulz::new(&Coefficients::Report, 5) };
+        let result = values(iteration.apply(stack(&[zero, spoilt, noise(4, 6, 2)])));
+        assert!(result[..24].iter().all(|value| *value == 0.0));
+        assert!(result[24..48].iter().all(|value| value.is_nan()));
+        assert!(result[48..].iter().all(|value| value.is_finite() && *value != 0.0));
+    }
+}

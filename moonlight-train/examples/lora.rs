@@ -1,0 +1,68 @@
+//! LoRA in thirty lines: adapters beside a frozen model, trained, saved as peft lays them out, and loaded again.
+//!
+//! `cargo run -p moonlight-train --example lora`
+//!
+//! `moonlight train` does this from a recipe with a `[lora]` section; here is what it comes to in a program.
+
+use std::error::Error;
+use std::path::Path;
+
+use burn::optim::{AdamWConfig, GradientsParams};
+use burn::tensor::{Device, Int, Tensor};
+use moonlight_convert::adapter::{load_adapter, write_adapter};
+use moonlight_convert::load;
+use moonlight_model::lora::LoraConfig;
+use moonlight_model::{CausalLm, LmBatch, Probe};
+
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/moonlight-like");
+
+fn main() -> Result<(), Box<dyn Error>> {
+    // The base model, on a device that records gradients.
+    let device = Device::flex().autodiff();
+    let base = load(Path::new(MODEL), &device, None)?.model;
+
+    // `with_lora` freezes the base. `B` is zero in the beginning, so the model still computes what the base does.
+    let config = LoraConfig { rank: 4, alpha: 8.0, targets: vec!["attention".into()], ..LoraConfig::default() };
+    let mut model = base.clone().with_lora(&config, 0)?;
+    let batch = batch(&device);
+    assert_eq!(loss(&model, &batch), loss(&base, &batch));
+
+    // The adapters are the only parameters that get gradients, hence the only ones that the optimizer knows.
+    let mut optimizer = AdamWConfig::new().init();
+    for step in 1..=10 {
+        let output = model.loss(&batch, 0.0, Probe::default());
+        let gradients = GradientsParams::from_grads(output.loss_sum.backward(), &model);
+        model = optimizer.step(0.01, model, gradients);
+        println!("step {step}: loss {:.4}", loss(&model, &batch));
+    }
+    assert!(loss(&model, &batch) < 0.9 * loss(&base, &batch), "the adapters learn the batch");
+
+    // `adapter_config.json` and `adapter_model.safetensors`, which peft opens as well.
+    let directory = tempfile::tempdir()?;
+    write_adapter(&model, directory.path(), Path::new(MODEL), None)?;
+    let again = load_adapter(base.clone(), directory.path())?;
+    assert_eq!(again.adapters(), model.adapters(), "what was saved is what is loaded");
+
+    // Merged into the weights there is no adapter any more, and nothing to add at inference.
+    let merged = model.clone().merge();
+    assert!(!merged.has_adapters());
+    assert!((loss(&merged, &batch) - loss(&model, &batch)).abs() < 1e-3);
+    Ok(())
+}
+
+/// Two sequences of eight tokens, and for each the token that follows it.
+fn batch(device: &Device) -> LmBatch {
+    let tokens = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]];
+    let targets = [[1, 4, 1, 5, 9, 2, 6, 5], [7, 1, 8, 2, 8, 1, 8, 2]];
+    LmBatch {
+        tokens: Tensor::<2, Int>::from_ints(tokens, device),
+        targets: Tensor::<2, Int>::from_ints(targets, device),
+        loss_mask: Tensor::ones([2, 8], device),
+        segments: None,
+    }
+}
+
+/// Nats of the batch, summed.
+fn loss(model: &CausalLm, batch: &LmBatch) -> f32 {
+    model.loss(batch, 0.0, Probe::default()).loss_sum.into_scalar::<f32>()
+}

@@ -1,0 +1,73 @@
+//! Plots of runs, drawn from their `metrics.jsonl`: those of one run at its end, and the curves of several over each other.
+
+mod compare;
+mod draw;
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::error::TrainError;
+use crate::metrics::METRICS;
+
+pub use compare::{Axis, Comparison, compare};
+use draw::{Curve, Format, draw};
+
+/// Draws `loss.svg`, `lr.svg`, `grad_norm.svg` and, for a mixture of experts, `expert_load.svg` into `dir`.
+///
+/// # Errors
+///
+/// A file that cannot be read or written.
+pub fn write_plots(metrics: &Path, dir: &Path) -> Result<(), TrainError> {
+    let text = fs::read_to_string(metrics).map_err(TrainError::read(metrics))?;
+    let records: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    fs::create_dir_all(dir).map_err(TrainError::write(dir))?;
+    for metric in METRICS {
+        let Some(plot) = &metric.plot else { continue };
+        let validation = metric.validated.then_some(("valid", "validation"));
+        let curves: Vec<Curve> = [("train", plot.legend)]
+            .into_iter()
+            .chain(validation)
+            .enumerate()
+            .map(|(color, (split, name))| Curve {
+                name: name.into(),
+                points: points(&records, split, metric.key),
+                color,
+                strong: true,
+            })
+            .collect();
+        if curves.iter().any(|curve| !curve.points.is_empty()) {
+            let path = dir.join(format!("{}.svg", plot.file));
+            let svg = draw(plot.title, "step", &curves, Format::Svg)
+                .map_err(|problem| TrainError::write(&path)(std::io::Error::other(problem)))?;
+            fs::write(&path, svg).map_err(TrainError::write(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// The values of a key over the steps.
+fn points(records: &[Value], split: &str, key: &str) -> Vec<(f64, f64)> {
+    let of_split = records.iter().filter(|record| record["split"] == split);
+    of_split.filter_map(|record| Some((record["step"].as_f64()?, record[key].as_f64()?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dense_run_has_three_plots_and_one_step_is_enough() {
+        let home = tempfile::tempdir().unwrap();
+        let metrics = home.path().join("metrics.jsonl");
+        fs::write(&metrics, "{\"split\":\"train\",\"step\":1,\"loss\":2.5,\"lr\":0.0,\"grad_norm\":1.0}\n").unwrap();
+        write_plots(&metrics, &home.path().join("plots")).unwrap();
+        let mut files: Vec<_> =
+            fs::read_dir(home.path().join("plots")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        files.sort();
+        assert_eq!(files, ["grad_norm.svg", "loss.svg", "lr.svg"]);
+        let svg = fs::read_to_string(home.path().join("plots/loss.svg")).unwrap();
+        assert!(svg.starts_with("<svg") && svg.contains("training"));
+    }
+}

@@ -1,0 +1,287 @@
+//! Singular values of a checkpoint's matrices (arXiv 2502.16982, section 3.4), read layer by layer.
+//!
+//! Attention, experts and dense layers of any checkpoint that loads: one layer is in memory at a time, whatever the size of
+//! the model. Embeddings and head are in none of the report's groups.
+
+use std::collections::{BTreeMap, HashMap};
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, Device, Tensor};
+use faer::Mat;
+use moonlight_convert::Checkpoint;
+use moonlight_model::config::{AttentionRole, ParameterKind, ParameterShape, ProjectionRole};
+use moonlight_optim::diagnostics::Spectrum;
+use rand::SeedableRng;
+use rand::seq::index::sample;
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use crate::error::TrainError;
+
+/// The groups of the report's Figure 4, in its order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum MatrixGroup {
+    /// Queries and the output projection.
+    AttnQO,
+    /// Keys and values: in latent attention, down to the latent and up from it.
+    AttnKV,
+    /// Routed experts, of which a few stand for all.
+    Experts,
+    /// The experts that every token visits, which are one MLP.
+    SharedExperts,
+    /// Routers.
+    Router,
+    /// The MLPs of dense layers.
+    Dense,
+}
+
+impl MatrixGroup {
+    /// The group of a parameter; `None` for norms, biases, embedding and head.
+    fn of(parameter: &ParameterShape) -> Option<Self> {
+        use AttentionRole::{Output, Query, QueryDown, QueryUp};
+        match (parameter.kind, parameter.role) {
+            (ParameterKind::Router, _) => Some(Self::Router),
+            (ParameterKind::Matrix | ParameterKind::Experts, Some(role)) => Some(match role {
+                ProjectionRole::Attention(Query | QueryDown | QueryUp | Output) => Self::AttnQO,
+                ProjectionRole::Attention(_) => Self::AttnKV,
+                ProjectionRole::Experts(_) => Self::Experts,
+                ProjectionRole::SharedExperts(_) => Self::SharedExperts,
+                ProjectionRole::Mlp(_) => Self::Dense,
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// One matrix.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MatrixSpectrum {
+    /// The decoder layer, from 0.
+    pub layer: usize,
+    /// Path inside the layer; a routed expert's number in brackets.
+    pub path: String,
+    /// The group that it belongs to.
+    pub group: MatrixGroup,
+    /// `[rows, columns]`.
+    pub shape: [usize; 2],
+    /// `-1 / log(n) sum_i p_i log p_i`, `p_i = sigma_i^2 / sum_j sigma_j^2`: 1 where all singular values are equal.
+    pub entropy: f64,
+    /// `sum_i sigma_i^2 / max_i sigma_i^2`.
+    pub stable_rank: f64,
+    /// The largest singular value.
+    pub largest: f64,
+}
+
+/// A group's figures: means over its matrices in a layer, then over the layers that have any.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GroupSpectrum {
+    /// The group.
+    pub group: MatrixGroup,
+    /// Matrices that were measured.
+    pub matrices: usize,
+    /// Mean SVD entropy.
+    pub entropy: f64,
+    /// Mean stable rank.
+    pub stable_rank: f64,
+}
+
+/// Which matrices are measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Selection {
+    /// Routed experts of each layer; 0 for all. The report takes 3 of 64.
+    pub experts: usize,
+    /// Chooses them.
+    pub seed: u64,
+}
+
+/// The spectra of one decoder layer's matrices.
+///
+/// # Errors
+///
+/// A layer that does not load, and [`TrainError::NotFiniteMatrix`].
+pub fn layer_spectra(
+    checkpoint: &Checkpoint,
+    layer: usize,
+    selection: Selection,
+) -> Result<Vec<MatrixSpectrum>, TrainError> {
+    let device = Device::default();
+    let fresh = checkpoint.config().init_layer(layer, &device);
+    let (module, _) = checkpoint.load_part(fresh, &format!("layers.{layer}"), &device, None)?;
+    let parameters = checkpoint.config().parameter_shapes().into_iter();
+    let groups = parameters
+        .filter(|parameter| parameter.layer == Some(layer))
+        .filter_map(|parameter| Some((parameter.path_in_layer().to_owned(), MatrixGroup::of(&parameter)?)))
+        .collect();
+    let mut collector = Collector { path: Vec::new(), groups, layer, selection, matrices: Vec::new() };
+    module.visit(&mut collector);
+    collector
+        .matrices
+        .into_iter()
+        .map(|(path, group, matrix)| {
+            let shape = matrix.dims();
+            let spectrum =
+                singular_values(matrix).ok_or_else(|| TrainError::NotFiniteMatrix { layer, path: path.clone() })?;
+            Ok(MatrixSpectrum {
+                layer,
+                path,
+                group,
+                shape,
+                entropy: spectrum.entropy(),
+                stable_rank: spectrum.stable_rank(),
+                largest: spectrum.singular_values.first().copied().unwrap_or(0.0),
+            })
+        })
+        .collect()
+}
+
+/// The groups' figures, in the report's order; a group without a matrix is left out.
+pub fn by_group(matrices: &[MatrixSpectrum]) -> Vec<GroupSpectrum> {
+    let mut layers: BTreeMap<MatrixGroup, BTreeMap<usize, Vec<&MatrixSpectrum>>> = BTreeMap::new();
+    for matrix in matrices {
+        layers.entry(matrix.group).or_default().entry(matrix.layer).or_default().push(matrix);
+    }
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    layers
+        .into_iter()
+        .map(|(group, layers)| {
+            let over = |figure: fn(&MatrixSpectrum) -> f64| {
+                let of_layer = |matrices: &Vec<&MatrixSpectrum>| {
+                    mean(&matrices.iter().map(|matrix| figure(matrix)).collect::<Vec<_>>())
+                };
+                mean(&layers.values().map(of_layer).collect::<Vec<_>>())
+            };
+            GroupSpectrum {
+                group,
+                matrices: layers.values().map(Vec::len).sum(),
+                entropy: over(|matrix| matrix.entropy),
+                stable_rank: over(|matrix| matrix.stable_rank),
+            }
+        })
+        .collect()
+}
+
+/// Singular values in f64 by faer, whose blocked SVD takes a second where Burn's takes minutes (2048 x 1408).
+fn singular_values(matrix: Tensor<2>) -> Option<Spectrum> {
+    let [rows, columns] = matrix.dims();
+    let values: Vec<f64> = matrix.into_data().iter::<f64>().collect();
+    if values.iter().any(|value| !value.is_finite()) {
+        return None;
+    }
+    let matrix = Mat::from_fn(rows, columns, |row, column| values[row * columns + column]);
+    let singular_values = matrix.singular_values().ok()?;
+    Some(Spectrum { singular_values })
+}
+
+/// The matrices of a layer, with their paths.
+struct Collector {
+    path: Vec<String>,
+    /// The groups of the layer's matrices, by their paths.
+    groups: HashMap<String, MatrixGroup>,
+    layer: usize,
+    selection: Selection,
+    matrices: Vec<(String, MatrixGroup, Tensor<2>)>,
+}
+
+impl ModuleVisitor for Collector {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let path = self.path.join(".");
+        let Some(&group) = self.groups.get(&path) else { return };
+        let value = param.val().cast(DType::F32);
+        match *value.shape().as_slice() {
+            [rows, columns] => self.matrices.push((path, group, value.reshape([rows, columns]))),
+            [experts, rows, columns] => {
+                let wanted = match self.selection.experts {
+                    0 => experts,
+                    wanted => wanted.min(experts),
+                };
+                // The same experts for gate, up and down of a layer.
+                let mut random = ChaCha8Rng::seed_from_u64(self.selection.seed.wrapping_add(self.layer as u64));
+                let mut chosen = sample(&mut random, experts, wanted).into_vec();
+                chosen.sort_unstable();
+                for expert in chosen {
+                    let matrix = value.clone().slice_dim(0, expert..expert + 1).reshape([rows, columns]);
+                    self.matrices.push((format!("{path}[{expert}]"), group, matrix));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use moonlight_convert::{SaveOptions, save};
+    use moonlight_model::ModelConfig;
+
+    use super::*;
+
+    fn checkpoint(dir: &std::path::Path, preset: &str) -> Checkpoint {
+        let mut config = ModelConfig::preset(preset).unwrap();
+        (config.vocab_size, config.num_hidden_layers, config.hidden_size) = (64, 3, 32);
+        let device = Device::default();
+        device.seed(1);
+        save(&config.init(&device), &dir.join("model"), &SaveOptions::default()).unwrap();
+        Checkpoint::open(dir.join("model")).unwrap()
+    }
+
+    fn all(checkpoint: &Checkpoint, selection: Selection) -> Vec<MatrixSpectrum> {
+        (0..3).flat_map(|layer| layer_spectra(checkpoint, layer, selection).unwrap()).collect()
+    }
+
+    #[test]
+    fn every_matrix_of_a_moonlight_has_its_group() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoint = checkpoint(dir.path(), "bench-small");
+        let matrices = all(&checkpoint, Selection { experts: 3, seed: 0 });
+        let groups = by_group(&matrices);
+        let counts: Vec<_> = groups.iter().map(|group| (group.group, group.matrices)).collect();
+        let expected = [
+            (MatrixGroup::AttnQO, 3 * 2),
+            (MatrixGroup::AttnKV, 3 * 2),
+            (MatrixGroup::Experts, 2 * 3 * 3),
+            (MatrixGroup::SharedExperts, 2 * 3),
+            (MatrixGroup::Router, 2),
+            (MatrixGroup::Dense, 3),
+        ];
+        assert_eq!(counts, expected);
+        // Normal matrices are nearly of full rank.
+        assert!(groups.iter().all(|group| group.entropy > 0.8 && group.entropy < 1.0), "{groups:?}");
+        let everything = all(&checkpoint, Selection { experts: 0, seed: 0 });
+        assert_eq!(everything.iter().filter(|matrix| matrix.group == MatrixGroup::Experts).count(), 2 * 3 * 32);
+    }
+
+    #[test]
+    fn the_two_decompositions_agree() {
+        let device = Device::default();
+        let matrix = Tensor::<2>::random([20, 33], burn::tensor::Distribution::Normal(0.0, 1.0), &device);
+        let ours = singular_values(matrix.clone()).unwrap();
+        let burns = Spectrum::of(matrix).unwrap();
+        assert!((ours.entropy() - burns.entropy()).abs() < 1e-5);
+        assert!((ours.stable_rank() / burns.stable_rank() - 1.0).abs() < 1e-4);
+        assert!(singular_values(Tensor::full([3, 3], f32::NAN, &device)).is_none());
+        assert_eq!(singular_values(Tensor::zeros([3, 5], &device)).unwrap().stable_rank(), 0.0);
+    }
+
+    #[test]
+    fn means_are_taken_by_layer_first() {
+        let one = |layer, entropy| MatrixSpectrum {
+            layer,
+            path: "self_attn.q_proj.weight".into(),
+            group: MatrixGroup::AttnQO,
+            shape: [2, 2],
+            entropy,
+            stable_rank: 1.0,
+            largest: 1.0,
+        };
+        let groups = by_group(&[one(0, 0.2), one(0, 0.4), one(0, 0.6), one(1, 0.8)]);
+        assert!((groups[0].entropy - 0.6).abs() < 1e-12);
+    }
+}

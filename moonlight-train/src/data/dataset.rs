@@ -1,0 +1,333 @@
+//! The training and the validation data of a recipe.
+
+use std::sync::Arc;
+
+use moonlight_infer::chat::{ChatEncoder, ChatError, ChatTemplate};
+use moonlight_infer::tokenizer::{Companion, Tokenizer};
+
+use super::bigram::bigram_loss;
+use super::files::{self, SourceFile};
+use super::hash::Hash;
+use super::report::{Fault, Faults};
+use super::sequences::{Packing, Sequences};
+use super::token_store::{Origin, TokenStore};
+use super::tokenize::TokenizeJob;
+use super::{DataError, HostBatch, TrainStream};
+use crate::recipe::{DataConfig, DataFormat, TooLong};
+
+/// The data of a recipe, tokenized and on disk.
+pub struct Dataset {
+    pub(super) train: Sequences,
+    pub(super) valid: Option<Sequences>,
+    /// The files of the training data, by which its documents are named.
+    pub(super) files: Vec<SourceFile>,
+    /// The template, where it does not come with the tokenizer.
+    template: Option<Companion>,
+    /// The token that ends what the assistant says.
+    end: Option<u32>,
+    seed: Option<u64>,
+    /// Hash of everything that a position in the training data depends on.
+    data: u64,
+    vocab_size: usize,
+    notes: Vec<String>,
+}
+
+impl Dataset {
+    /// Finds the files, tokenizes what is not in `config.cache_dir` yet, and maps the tokens.
+    ///
+    /// `vocab_size` is the model's: a token that it does not hold is an error. `tokenizer` may be absent where the files
+    /// hold tokens. `seed` gives the order of every epoch.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError`]: a glob without a file, a file that cannot be read, a record that is wrong or too long (with file and
+    /// line), a cache that cannot be written, nothing to learn from.
+    pub fn open(
+        config: &DataConfig,
+        tokenizer: Option<&Tokenizer>,
+        vocab_size: usize,
+        seed: u64,
+    ) -> Result<Self, DataError> {
+        if config.format != DataFormat::Tokens && tokenizer.is_none() {
+            return Err(DataError::NoTokenizer);
+        }
+        let chat = match (config.format, tokenizer) {
+            (DataFormat::Chat, Some(tokenizer)) => Some(chat_encoder(config, tokenizer)?),
+            _ => None,
+        };
+        let mut train_files = files::find("train", &config.train)?;
+        let valid_files = if config.valid.is_empty() { Vec::new() } else { files::find("valid", &config.valid)? };
+        train_files.retain(|file| valid_files.iter().all(|valid| valid.path != file.path));
+        let (mut documents, mut notes) = (Vec::new(), Vec::new());
+        let mut files_of_train = Vec::new();
+        if let Some(chat) = &chat {
+            notes.push(format!("data: chat template: {}", chat.template().source()));
+        }
+        for (key, files) in [("train", train_files), ("valid", valid_files)] {
+            if files.is_empty() && key == "valid" {
+                continue;
+            }
+            let files = choose(files, config);
+            let (max_tokens, broken) = (config.max_tokens, config.broken);
+            let (format, chat) = (config.format, chat.as_ref());
+            let reading = TokenizeJob { key, files: &files, format, tokenizer, chat, broken, vocab_size, max_tokens };
+            let store = reading.store(&config.cache_dir)?;
+            notes.extend(store.report().notes(key, &files));
+            let UsedDocuments { parts, notes: more } = parts(key, &store, &files, config)?;
+            notes.extend(more);
+            if key == "train" {
+                files_of_train = files;
+            }
+            documents.push((key, Arc::new(store), parts));
+        }
+        let mut documents = documents.into_iter();
+        let sequences = |key, store: Arc<TokenStore>, parts| {
+            let sequences = Sequences::new(store, parts, config.sequence_length, packing(config));
+            match sequences.predicted() {
+                0 => Err(DataError::Nothing { key, problem: format!("{} tokens in all", sequences.tokens()) }),
+                _ => Ok(sequences),
+            }
+        };
+        let Some((_, store, mut train)) = documents.next() else {
+            return Err(DataError::Nothing { key: "train", problem: "no file".into() });
+        };
+        let mut valid = None;
+        if config.valid_fraction > 0.0 {
+            if config.format == DataFormat::Chat && train.len() == 1 {
+                let problem = "one conversation cannot be divided".into();
+                return Err(DataError::Nothing { key: "valid_fraction", problem });
+            }
+            let parts = split(&mut train, config.valid_fraction);
+            valid = Some(sequences("valid_fraction", store.clone(), parts)?);
+        } else if let Some((key, store, parts)) = documents.next() {
+            valid = Some(sequences(key, store, parts)?);
+        }
+        let seed = config.shuffle.then_some(seed);
+        let mut hash = Hash::new(4);
+        hash.number(store.content());
+        for (start, end) in &train {
+            hash.number(*start);
+            hash.number(*end);
+        }
+        for number in
+            [config.sequence_length as u64, u64::from(config.pack), u64::from(config.shuffle), seed.unwrap_or(0)]
+        {
+            hash.number(number);
+        }
+        let train = sequences("train", store, train)?;
+        if config.format == DataFormat::Chat {
+            notes.push(learned("train", &train));
+            notes.extend(valid.as_ref().map(|valid| learned("valid", valid)));
+        }
+        let end = chat.as_ref().and_then(ChatEncoder::end_token);
+        let template = chat.filter(|chat| !comes_with_tokenizer(config, tokenizer, chat)).map(|chat| Companion {
+            name: "chat_template.jinja".into(),
+            contents: chat.template().text().as_bytes().to_owned(),
+        });
+        let files = files_of_train;
+        Ok(Self { train, valid, files, template, end, seed, data: hash.finish(), vocab_size, notes })
+    }
+
+    /// The chat template that the data were made with, where the tokenizer's own files have none or another: a
+    /// checkpoint should carry it.
+    pub fn template(&self) -> Option<&Companion> {
+        self.template.as_ref()
+    }
+
+    /// The token that ends what the assistant says in these conversations, where the data are some.
+    pub fn end_of_turn(&self) -> Option<u32> {
+        self.end
+    }
+
+    /// The training batches from the beginning, `batch_size` (at least 1) sequences each.
+    pub fn train_stream(&self, batch_size: usize) -> TrainStream {
+        TrainStream::new(self.train.clone(), self.seed, batch_size, self.data)
+    }
+
+    /// The validation data once, in order, `batch_size` (at least 1) sequences a batch, the last batch what is left;
+    /// nothing where the recipe names none.
+    pub fn valid_batches(&self, batch_size: usize) -> impl Iterator<Item = Result<HostBatch, DataError>> + '_ {
+        let count = self.valid.as_ref().map_or(0, Sequences::count);
+        let batches =
+            (0..count).step_by(batch_size.max(1)).map(move |start| (start, count.min(start + batch_size as u64)));
+        batches.filter_map(|(start, end)| {
+            let indices: Vec<u64> = (start..end).collect();
+            self.valid.as_ref().map(|valid| Ok(valid.batch(&indices)))
+        })
+    }
+
+    /// Whether there are validation data.
+    pub fn has_valid(&self) -> bool {
+        self.valid.is_some()
+    }
+
+    /// Tokens of the training data.
+    pub fn train_tokens(&self) -> u64 {
+        self.train.tokens()
+    }
+
+    /// Tokens of the validation data.
+    pub fn valid_tokens(&self) -> u64 {
+        self.valid.as_ref().map_or(0, Sequences::tokens)
+    }
+
+    /// Sequences of one epoch of the training data.
+    pub fn train_sequences(&self) -> u64 {
+        self.train.count()
+    }
+
+    /// What the reader should know of the data: for example files that are not UTF-8.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// What a bigram model counted on the training data loses on the validation data, in nats per predicted token; `None`
+    /// without validation data. See [`bigram_loss`].
+    pub fn bigram(&self) -> Option<f64> {
+        let valid = self.valid.as_ref()?;
+        bigram_loss(self.train.documents(), valid.documents(), self.vocab_size)
+    }
+}
+
+fn choose(mut files: Vec<SourceFile>, config: &DataConfig) -> Vec<SourceFile> {
+    if config.max_file_bytes > 0 {
+        files.retain(|file| file.size <= config.max_file_bytes);
+    }
+    files::limit(files, config.max_bytes)
+}
+
+/// The template and the tokenizer of `format = "chat"`.
+fn chat_encoder(config: &DataConfig, tokenizer: &Tokenizer) -> Result<ChatEncoder, DataError> {
+    let template = match config.chat_template.as_os_str().is_empty() {
+        true => ChatTemplate::of_tokenizer(tokenizer),
+        false => ChatTemplate::of_file(&config.chat_template, tokenizer),
+    };
+    let template = template.map_err(|error| DataError::Template {
+        problem: error.to_string(),
+        hint: match &error {
+            ChatError::NoTemplate { .. } => Some(
+                "name one by data.chat_template = \"FILE.jinja\"; a model of bytes learns to chat with data.tokenizer = \
+                 \"bytes-chat\""
+                    .into(),
+            ),
+            error => error.hint(),
+        },
+    })?;
+    Ok(ChatEncoder::new(template, tokenizer.clone()))
+}
+
+fn comes_with_tokenizer(config: &DataConfig, tokenizer: Option<&Tokenizer>, chat: &ChatEncoder) -> bool {
+    let own = tokenizer.and_then(|tokenizer| ChatTemplate::of_tokenizer(tokenizer).ok());
+    config.chat_template.as_os_str().is_empty()
+        && own.is_some_and(|own| own.source() == chat.template().source() && own.is_in_a_file())
+}
+
+fn packing(config: &DataConfig) -> Packing {
+    match (config.pack, config.format) {
+        (false, _) => Packing::OneByOne,
+        (true, DataFormat::Chat) => Packing::Whole,
+        (true, DataFormat::Text | DataFormat::Tokens) => Packing::EndToEnd,
+    }
+}
+
+/// How much of the tokens is learned, and how full the sequences are.
+fn learned(key: &str, sequences: &Sequences) -> String {
+    let (learned, tokens) = (sequences.predicted(), sequences.tokens());
+    let full = sequences.fill().map(|fill| format!("; the sequences are {:.1} % full", 100.0 * fill));
+    format!(
+        "data.{key}: {learned} of {tokens} tokens are learned ({:.1} %){}",
+        100.0 * learned as f64 / tokens.max(1) as f64,
+        full.unwrap_or_default()
+    )
+}
+
+/// The documents that are used, and what was done to some of them.
+struct UsedDocuments {
+    parts: Vec<(u64, u64)>,
+    notes: Vec<String>,
+}
+
+/// The span of each document, checked against the sequence length where it is not to be cut into sequences.
+fn parts(key: &str, store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Result<UsedDocuments, DataError> {
+    let longest = config.sequence_length as u64;
+    let mut parts = Vec::with_capacity(store.documents());
+    let [mut skipped, mut cut, mut unlearned] = [(); 3].map(|()| Faults::default());
+    for document in 0..store.documents() {
+        let span = store.span(document);
+        let length = span.end - span.start;
+        if packing(config) == Packing::EndToEnd || length <= longest {
+            parts.push((span.start, span.end));
+            continue;
+        }
+        let Origin { file, line } = store.origin(document);
+        let fault = Fault { file, line, problem: format!("{length} tokens") };
+        match config.too_long {
+            TooLong::Error => {
+                return Err(DataError::Record {
+                    path: files.get(file as usize).map(|file| file.path.clone()).unwrap_or_default(),
+                    line: line as usize,
+                    problem: format!("the record has {length} tokens; data.sequence_length is {longest}"),
+                    hint: Some(match config.format {
+                        DataFormat::Chat => {
+                            "raise data.sequence_length, or set data.too_long = \"skip\" or \"truncate\"".into()
+                        }
+                        _ => {
+                            "raise data.sequence_length, or set data.too_long = \"truncate\" or data.pack = true".into()
+                        }
+                    }),
+                });
+            }
+            TooLong::Skip => skipped.add(fault),
+            TooLong::Truncate => {
+                let end = span.start + longest;
+                if store.weights(span.start..end).skip(1).all(|weight| weight == 0.0) {
+                    unlearned.add(fault);
+                } else {
+                    cut.add(fault);
+                    parts.push((span.start, end));
+                }
+            }
+        }
+    }
+    let notes = [
+        skipped.note(key, &format!("longer than {longest} tokens and left out"), files),
+        cut.note(key, &format!("longer than {longest} tokens and cut"), files),
+        unlearned.note(key, &format!("left out, as nothing in the first {longest} tokens is learned"), files),
+    ];
+    Ok(UsedDocuments { parts, notes: notes.into_iter().flatten().collect() })
+}
+
+/// Takes documents, in the order of a hash of their numbers, until they hold `fraction` of the tokens; never all of
+/// them. Of a single document the end is taken.
+fn split(documents: &mut Vec<(u64, u64)>, fraction: f64) -> Vec<(u64, u64)> {
+    let tokens: u64 = documents.iter().map(|(start, end)| end - start).sum();
+    let wanted = (tokens as f64 * fraction).ceil() as u64;
+    if let [(start, end)] = documents.as_mut_slice() {
+        let cut = (*end - wanted.min(*end - *start)).max(*start);
+        let valid = (cut, *end);
+        *end = cut;
+        return vec![valid];
+    }
+    let mut order: Vec<usize> = (0..documents.len()).collect();
+    order.sort_by_cached_key(|&document| {
+        let mut hash = Hash::new(5);
+        hash.number(document as u64);
+        hash.finish()
+    });
+    let mut chosen = vec![false; documents.len()];
+    let mut taken = 0;
+    for &document in order.iter().take(documents.len().saturating_sub(1)) {
+        if taken >= wanted {
+            break;
+        }
+        chosen[document] = true;
+        taken += documents[document].1 - documents[document].0;
+    }
+    let valid = documents.iter().zip(&chosen).filter(|(_, chosen)| **chosen).map(|(span, _)| *span).collect();
+    let mut index = 0;
+    documents.retain(|_| {
+        index += 1;
+        !chosen[index - 1]
+    });
+    valid
+}

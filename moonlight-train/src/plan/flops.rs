@@ -1,0 +1,96 @@
+//! Floating-point operations of a token, and of Muon, which takes the same whatever the tokens of a step.
+
+use moonlight_model::ModelConfig;
+use moonlight_model::config::{ParameterKind, ParameterShape};
+use moonlight_optim::{Coefficients, NewtonSchulz};
+use serde::Serialize;
+
+/// TokenFlops of one token, a multiplication and an addition counting two.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct TokenFlops {
+    /// Products with weights: twice the activated parameters, the embedding (a lookup) left out.
+    pub weights: u64,
+    /// Scores and weighted sums of attention, averaged over the positions of a causal sequence.
+    pub attention: u64,
+}
+
+impl TokenFlops {
+    /// Of a forward pass over sequences of `sequence` tokens.
+    pub fn of(config: &ModelConfig, sequence: usize) -> Self {
+        let count = config.parameter_count();
+        let embedding = (config.vocab_size * config.hidden_size) as u64;
+        let looked_up = if config.tie_word_embeddings { 0 } else { embedding };
+        let per_pair = config.attention_widths().products_per_pair() as u64;
+        let attention = config.num_hidden_layers as u64 * per_pair * (sequence as u64 + 1);
+        Self { weights: 2 * (count.activated - looked_up), attention }
+    }
+
+    /// Of a forward pass.
+    pub fn forward(self) -> u64 {
+        self.weights + self.attention
+    }
+
+    /// Of forward and backward, which is twice a forward, and of the second forward where layers run again.
+    pub fn training(self, recompute: bool) -> u64 {
+        self.forward() * if recompute { 4 } else { 3 }
+    }
+}
+
+/// Whether Muon takes a parameter: the matrices but embedding and head.
+pub(super) fn is_muon_parameter(shape: &ParameterShape) -> bool {
+    matches!(shape.kind, ParameterKind::Matrix | ParameterKind::Experts | ParameterKind::Router)
+}
+
+/// TokenFlops of a step's Newton-Schulz over all matrices of a model: `steps` steps of the report's polynomial for each, with
+/// symmetric products by half, as on the CPU, or whole (`symmetric` false), as in Burn's operations elsewhere.
+pub fn newton_schulz_flops(config: &ModelConfig, steps: usize, symmetric: bool) -> f64 {
+    let iteration = NewtonSchulz::new(&Coefficients::Report, steps);
+    let shapes = config.parameter_shapes();
+    let of = |shape: &ParameterShape| match shape.shape.as_slice() {
+        [stack @ .., rows, columns] => {
+            stack.iter().product::<usize>() as f64 * iteration.flops(*rows, *columns, symmetric)
+        }
+        _ => 0.0,
+    };
+    shapes.iter().filter(|shape| is_muon_parameter(shape)).map(of).sum()
+}
+
+/// From how many tokens a step on an optimizer of so many operations takes no more than `share` of them, where a token
+/// takes `token`.
+pub fn tokens_until(share: f64, optimizer: f64, token: f64) -> u64 {
+    (optimizer * (1.0 - share) / (share * token)).ceil() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(preset: &str, sequence: usize) -> (f64, f64) {
+        let config = ModelConfig::preset(preset).unwrap();
+        let token = TokenFlops::of(&config, sequence).training(false) as f64;
+        (newton_schulz_flops(&config, 5, false), token)
+    }
+
+    #[test]
+    fn newton_schulz_is_the_sum_over_the_matrices() {
+        let config = ModelConfig::preset("bench-small").unwrap();
+        let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+        let of = |count: f64, rows, columns| count * iteration.flops(rows, columns, true);
+        // q, kv_a, kv_b, o; gate, up, down of the dense layer, of the shared experts (2 in one) and of 32 experts; router.
+        let attention = of(1.0, 512, 768) + of(1.0, 512, 160) + of(1.0, 128, 1024) + of(1.0, 512, 512);
+        let mixture = of(32.0 * 3.0, 512, 352) + of(3.0, 512, 704) + of(1.0, 32, 512);
+        let expected = 8.0 * attention + of(3.0, 512, 1408) + 7.0 * mixture;
+        let found = newton_schulz_flops(&config, 5, true);
+        assert!((found / expected - 1.0).abs() < 1e-12, "{found}, {expected}");
+    }
+
+    #[test]
+    fn at_so_many_tokens_the_share_is_what_was_asked_for() {
+        for preset in ["bench-small", "moonlight-16b-a3b"] {
+            let (optimizer, token) = numbers(preset, 512);
+            let tokens = tokens_until(0.1, optimizer, token) as f64;
+            let share = |tokens: f64| optimizer / (optimizer + tokens * token);
+            assert!(share(tokens) <= 0.1 && share(tokens - 1.0) > 0.1, "{preset}");
+        }
+    }
+}

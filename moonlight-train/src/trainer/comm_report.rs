@@ -1,0 +1,73 @@
+//! What the ranks sent and held, for the end of a run.
+
+use moonlight_model::CausalLm;
+use moonlight_optim::distributed::{DistributedOptimizer, Traffic};
+
+use super::exchange::{all_gather, exchange_fields};
+use crate::error::TrainError;
+
+/// Bytes of one rank over the whole run.
+struct RankBytes {
+    gradients: u64,
+    momentum: u64,
+    parameters: u64,
+    numbers: u64,
+    /// The optimizer's state.
+    state: u64,
+    /// Muon's momentum, a part of it.
+    momentum_state: u64,
+}
+
+exchange_fields!(RankBytes { gradients, momentum, parameters, numbers, state, momentum_state });
+
+/// Bytes sent in a step and bytes of optimizer state, beside those that the shapes predict.
+pub(super) fn comm_report(
+    optimizer: &DistributedOptimizer,
+    model: &CausalLm,
+    sent: Traffic,
+    steps: u64,
+) -> Result<String, TrainError> {
+    let worker = optimizer.worker();
+    let (state, momentum_state) = optimizer.state_bytes();
+    let own = RankBytes {
+        gradients: sent.reduce_scatter,
+        momentum: sent.all_to_all,
+        parameters: sent.all_gather,
+        numbers: sent.numbers,
+        state,
+        momentum_state,
+    };
+    let all = all_gather(worker, &own)?;
+    let ranks = worker.size() as f64;
+    let mean = |bytes: fn(&RankBytes) -> u64| all.iter().map(|rank| bytes(rank) as f64).sum::<f64>() / ranks;
+    let largest = |bytes: fn(&RankBytes) -> u64| all.iter().map(|rank| bytes(rank) as f64).fold(0.0, f64::max);
+    let a_step = |bytes: fn(&RankBytes) -> u64| mean(bytes) / steps.max(1) as f64;
+    let imbalance = |bytes: fn(&RankBytes) -> u64| if mean(bytes) > 0.0 { largest(bytes) / mean(bytes) } else { 1.0 };
+    let [gradients, gathered, parameters] = optimizer.traffic_by_formula(model);
+    let megabytes = |bytes: f64| format!("{:.3} MB", bytes / 1e6);
+    let ratio = |momentum: f64, rest: f64| if rest > 0.0 { (momentum + rest) / rest } else { 1.0 };
+    Ok(format!(
+        "workers: {}\n\
+         sent by a worker in a step: gradients {}, momentum {}, parameters {}, numbers {}\n\
+         by the formula:             gradients {}, momentum {}, parameters {}\n\
+         against a sharded AdamW:    {:.4} (the report: from 1 to (4 + 2 + 4) / (4 + 4) = 1.25)\n\
+         optimizer state of a worker: {} in the mean, {} at most ({:.3}), of {} in all\n\
+         momentum of a worker:        {} in the mean, {} at most ({:.3})",
+        worker.size(),
+        megabytes(a_step(|rank| rank.gradients)),
+        megabytes(a_step(|rank| rank.momentum)),
+        megabytes(a_step(|rank| rank.parameters)),
+        megabytes(a_step(|rank| rank.numbers)),
+        megabytes(gradients),
+        megabytes(gathered),
+        megabytes(parameters),
+        ratio(a_step(|rank| rank.momentum), a_step(|rank| rank.gradients) + a_step(|rank| rank.parameters)),
+        megabytes(mean(|rank| rank.state)),
+        megabytes(largest(|rank| rank.state)),
+        imbalance(|rank| rank.state),
+        megabytes(mean(|rank| rank.state) * ranks),
+        megabytes(mean(|rank| rank.momentum_state)),
+        megabytes(largest(|rank| rank.momentum_state)),
+        imbalance(|rank| rank.momentum_state),
+    ))
+}

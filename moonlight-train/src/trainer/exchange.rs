@@ -1,0 +1,208 @@
+//! What the ranks of a run tell each other besides tensors.
+//!
+//! A collective carries as many f64 of every rank. [`Exchange`] turns a value into these and back, so that whoever
+//! exchanges one names its fields and never counts indices. With one rank all of this is a copy.
+
+use moonlight_optim::distributed::{CollectiveError, Worker};
+
+use crate::error::TrainError;
+
+/// The numbers of one rank, as they are read back.
+pub(super) type Numbers<'a> = std::iter::Copied<std::slice::Iter<'a, f64>>;
+
+/// A value of the same layout (lengths, and which options are set) on every rank.
+pub(super) trait Exchange: Sized {
+    fn encode(&self, numbers: &mut Vec<f64>);
+
+    /// Reads a value of the layout of `own`.
+    fn decode(own: &Self, numbers: &mut Numbers<'_>) -> Self;
+}
+
+impl Exchange for f64 {
+    fn encode(&self, numbers: &mut Vec<f64>) {
+        numbers.push(*self);
+    }
+
+    fn decode(_own: &Self, numbers: &mut Numbers<'_>) -> Self {
+        numbers.next().expect("values have the same layout on every rank")
+    }
+}
+
+/// Exact below 2^53, as all counts here are.
+impl Exchange for u64 {
+    fn encode(&self, numbers: &mut Vec<f64>) {
+        numbers.push(*self as f64);
+    }
+
+    fn decode(_own: &Self, numbers: &mut Numbers<'_>) -> Self {
+        f64::decode(&0.0, numbers) as u64
+    }
+}
+
+impl Exchange for bool {
+    fn encode(&self, numbers: &mut Vec<f64>) {
+        numbers.push(f64::from(u8::from(*self)));
+    }
+
+    fn decode(_own: &Self, numbers: &mut Numbers<'_>) -> Self {
+        f64::decode(&0.0, numbers) > 0.0
+    }
+}
+
+impl<T: Exchange> Exchange for Option<T> {
+    fn encode(&self, numbers: &mut Vec<f64>) {
+        self.iter().for_each(|value| value.encode(numbers));
+    }
+
+    fn decode(own: &Self, numbers: &mut Numbers<'_>) -> Self {
+        own.as_ref().map(|own| T::decode(own, numbers))
+    }
+}
+
+impl<T: Exchange> Exchange for Vec<T> {
+    fn encode(&self, numbers: &mut Vec<f64>) {
+        self.iter().for_each(|value| value.encode(numbers));
+    }
+
+    fn decode(own: &Self, numbers: &mut Numbers<'_>) -> Self {
+        own.iter().map(|own| T::decode(own, numbers)).collect()
+    }
+}
+
+/// Implements [`Exchange`] for a struct, field by field.
+macro_rules! exchange_fields {
+    ($name:ident { $($field:ident),+ $(,)? }) => {
+        impl $crate::trainer::exchange::Exchange for $name {
+            fn encode(&self, numbers: &mut Vec<f64>) {
+                $($crate::trainer::exchange::Exchange::encode(&self.$field, numbers);)+
+            }
+
+            fn decode(own: &Self, numbers: &mut $crate::trainer::exchange::Numbers<'_>) -> Self {
+                // Fields are evaluated in the order in which they are written: that of `encode`.
+                Self { $($field: $crate::trainer::exchange::Exchange::decode(&own.$field, numbers)),+ }
+            }
+        }
+    };
+}
+pub(super) use exchange_fields;
+
+/// The values of all ranks, in their order.
+pub(super) fn all_gather<T: Exchange>(worker: &Worker, own: &T) -> Result<Vec<T>, CollectiveError> {
+    let mut numbers = Vec::new();
+    own.encode(&mut numbers);
+    let all = worker.numbers(numbers)?;
+    Ok(all.iter().map(|numbers| T::decode(own, &mut numbers.iter().copied())).collect())
+}
+
+/// Whether any rank says so.
+pub(super) fn any(worker: &Worker, own: bool) -> Result<bool, CollectiveError> {
+    Ok(all_gather(worker, &own)?.contains(&true))
+}
+
+/// Success if all ranks succeeded: one that failed keeps its own error, and the others get
+/// [`TrainError::RemoteFailure`].
+pub(super) fn agree<T>(worker: &Worker, own: Result<T, TrainError>) -> Result<T, TrainError> {
+    let failed = any(worker, own.is_err())?;
+    match own {
+        Ok(_) if failed => Err(TrainError::RemoteFailure),
+        own => own,
+    }
+}
+
+/// The number of rank 0, or none.
+pub(super) fn broadcast_number(worker: &Worker, own: Option<u64>) -> Result<Option<u64>, CollectiveError> {
+    let is_some = all_gather(worker, &own.is_some())?[0];
+    let number = all_gather(worker, &own.unwrap_or_default())?[0];
+    Ok(is_some.then_some(number))
+}
+
+/// The text of rank 0; `None` where it has none.
+pub(super) fn broadcast_text(worker: &Worker, own: Option<&str>) -> Result<Option<String>, CollectiveError> {
+    let own = own.unwrap_or_default().as_bytes();
+    let length = all_gather(worker, &(own.len() as u64))?[0] as usize;
+    // Collectives carry no bytes; a u32 fits into an f64 exactly.
+    let mut words: Vec<u64> = own.chunks(4).map(word).collect();
+    words.resize(length.div_ceil(4), 0);
+    let words = all_gather(worker, &words)?.swap_remove(0);
+    let mut bytes: Vec<u8> = words.iter().flat_map(|&word| (word as u32).to_le_bytes()).collect();
+    bytes.truncate(length);
+    Ok((length > 0).then(|| String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+fn word(bytes: &[u8]) -> u64 {
+    let mut word = [0; 4];
+    word[..bytes.len()].copy_from_slice(bytes);
+    u32::from_le_bytes(word).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use moonlight_optim::distributed::InProcess;
+
+    use super::*;
+
+    /// The results of `run` on each of three ranks.
+    fn on_three<T: Send>(run: impl Fn(&Worker) -> T + Sync) -> Vec<T> {
+        let workers: Vec<Worker> =
+            InProcess::collectives(3, Duration::from_secs(20)).into_iter().map(Worker::new).collect();
+        std::thread::scope(|scope| {
+            let run = &run;
+            let threads: Vec<_> = workers.iter().map(|worker| scope.spawn(move || run(worker))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    #[derive(Debug, Clone, PartialEq)]
+    struct Example {
+        loss: f64,
+        counts: Vec<Option<Vec<u64>>>,
+        attention: Option<f64>,
+        failed: bool,
+    }
+
+    exchange_fields!(Example { loss, counts, attention, failed });
+
+    #[test]
+    fn every_rank_gets_the_values_of_all() {
+        let example = |rank: usize| Example {
+            loss: rank as f64 / 3.0,
+            counts: vec![None, Some(vec![rank as u64, (1 << 52) + 1]), Some(Vec::new())],
+            attention: (rank < 9).then_some(-1.5),
+            failed: rank == 1,
+        };
+        let expected: Vec<Example> = (0..3).map(example).collect();
+        for all in on_three(|worker| all_gather(worker, &example(worker.rank())).unwrap()) {
+            assert_eq!(all, expected);
+        }
+        assert_eq!(all_gather(&Worker::alone(), &expected[1]).unwrap(), expected[1..2]);
+    }
+
+    #[test]
+    fn every_rank_gets_what_rank_0_says() {
+        for text in [None, Some("a"), Some("/a/folder with an ö, longer than a word")] {
+            for heard in on_three(|worker| broadcast_text(worker, text.filter(|_| worker.rank() == 0)).unwrap()) {
+                assert_eq!(heard.as_deref(), text);
+            }
+        }
+        for number in [None, Some(0), Some(1 << 40)] {
+            for heard in on_three(|worker| broadcast_number(worker, number.filter(|_| worker.rank() == 0)).unwrap()) {
+                assert_eq!(heard, number);
+            }
+        }
+    }
+
+    #[test]
+    fn a_failure_of_one_is_one_of_all() {
+        let failed = || TrainError::Killed;
+        let results = on_three(|worker| agree(worker, if worker.rank() == 1 { Err(failed()) } else { Ok(()) }));
+        for (rank, result) in results.into_iter().enumerate() {
+            match result {
+                Err(TrainError::Killed) => assert_eq!(rank, 1),
+                Err(TrainError::RemoteFailure) => assert_ne!(rank, 1),
+                other => panic!("rank {rank}: {other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! The end of a run: its validation loss beside that of a bigram model, plots, evaluation, and a sample.
+
+use std::fmt;
+use std::io::Write;
+use std::sync::Arc;
+
+use burn::module::Module;
+use moonlight_infer::generate::{Sampling, generate};
+use moonlight_infer::tokenizer::Tokenizer;
+use moonlight_model::CausalLm;
+
+use super::run_eval::{self, run_eval};
+use super::train_loop::Outcome;
+use crate::analysis::plots::write_plots;
+use crate::data::Dataset;
+use crate::error::TrainError;
+use crate::metrics::peak_memory_mib;
+use crate::recipe::Recipe;
+
+/// The largest vocabulary that a table of bigrams is counted for.
+const BIGRAM_VOCAB: usize = 4096;
+
+/// What a finished run leaves in memory, on its leading rank.
+pub struct Trained {
+    /// The model of the last checkpoint.
+    pub model: CausalLm,
+    pub(super) corpus: Arc<Dataset>,
+    pub(super) tokenizer: Option<Tokenizer>,
+}
+
+impl fmt::Debug for Trained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Trained").field("model", &self.model).finish_non_exhaustive()
+    }
+}
+
+/// Draws the plots, logs the results of the run, and prints a sample of the trained model to stdout. Does nothing on a rank
+/// that does not lead.
+///
+/// # Errors
+///
+/// [`TrainError`]; the run itself is finished and saved.
+pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError> {
+    let Some(Trained { model, corpus, tokenizer }) = outcome.trained else { return Ok(()) };
+    let folder = recipe.run.folder();
+    if recipe.train.plots {
+        write_plots(&folder.join("metrics.jsonl"), &folder.join("plots"))?;
+    }
+    tracing::info!("finished: {} steps, {} tokens", outcome.step, outcome.tokens);
+    if let Some(report) = &outcome.comm_report {
+        tracing::info!("{report}");
+    }
+    if let Some(peak) = peak_memory_mib() {
+        tracing::info!("peak memory: {peak:.0} MiB");
+    }
+    let model = model.valid();
+    if let Some(loss) = outcome.valid_loss {
+        let bigram = if model.config().vocab_size <= BIGRAM_VOCAB { corpus.bigram() } else { None };
+        let beside = bigram.map(|bigram| format!("; a bigram model of the same text: {bigram:.4}"));
+        tracing::info!("validation loss: {loss:.4}{}", beside.unwrap_or_default());
+    }
+    tracing::info!("checkpoint: {}", outcome.checkpoint.display());
+    if let Some(results) = run_eval(recipe, &model, tokenizer.as_ref())? {
+        run_eval::record(&folder, "after", results)?;
+    }
+    let sample = &recipe.sample;
+    if let Some(tokenizer) = tokenizer.filter(|_| !sample.prompt.is_empty()) {
+        let prompt = tokenizer.encode(&sample.prompt);
+        let sampling =
+            Sampling { temperature: sample.temperature, top_p: sample.top_p, top_k: sample.top_k, seed: sample.seed };
+        let eos: Vec<u32> = tokenizer.eos().into_iter().collect();
+        let generated = generate(&model, &prompt, sample.max_new_tokens, sampling, &eos, |_| {})?;
+        let text = tokenizer.decode(&generated.tokens);
+        tracing::info!("sample:");
+        writeln!(std::io::stdout(), "{}{text}", sample.prompt).map_err(TrainError::write("stdout"))?;
+    }
+    Ok(())
+}

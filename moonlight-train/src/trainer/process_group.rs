@@ -1,0 +1,387 @@
+//! The ranks of a run: devices of this process, processes of an MPI job, or both. One rank is the ordinary case.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor};
+use burn::train::Interrupter;
+use moonlight_infer::device::{self, Target};
+use moonlight_model::CausalLm;
+use moonlight_optim::distributed::{
+    Collective, CollectiveError, InProcess, Nested, OnDevices, Solo, Worker, devices_reduce, sum_of_squares,
+};
+
+use super::exchange::{agree, all_gather, broadcast_number};
+use super::rank_trainer::RankTrainer;
+use super::setup::{Leftovers, ResumePoint, Setup};
+use super::train_loop::{Outcome, train_loop};
+use crate::error::TrainError;
+use crate::metrics::{Dashboard, Progress, Reporter};
+use crate::recipe::{DistributedRecipe, Recipe};
+
+/// The environment variables by which launchers say how many processes there are.
+const SIZES: &[&str] = &["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
+/// Those by which they say which one a process is; present under a launcher that does not say how many there are.
+const RANKS: &[&str] = &["PMIX_RANK", "PMI_RANK"];
+/// How long the other threads may take to end after an error.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+/// Stagger between ranks that would report the same error.
+const REPORT_STAGGER: Duration = Duration::from_secs(5);
+
+/// Where metrics are shown while a run lasts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Display {
+    Dashboard,
+    /// A line for each step.
+    Lines,
+}
+
+/// The ranks of a run, as one process sees them.
+pub(super) struct ProcessGroup {
+    recipe: DistributedRecipe,
+    /// Whether the user asked for several ranks, by the recipe or a launcher.
+    distributed: bool,
+    #[cfg(feature = "mpi")]
+    processes: Option<moonlight_optim::distributed::Mpi>,
+}
+
+/// The number of processes that a launcher started; `None` without one.
+fn launched() -> Option<usize> {
+    let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
+    let ranked = RANKS.iter().any(|name| number(name).is_some());
+    SIZES.iter().find_map(|name| number(name)).or_else(|| number("SLURM_NTASKS").filter(|_| ranked))
+}
+
+impl ProcessGroup {
+    /// The ranks of a recipe in this process.
+    pub(super) fn open(recipe: &Recipe) -> Result<Self, TrainError> {
+        let launched = launched();
+        #[cfg(not(feature = "mpi"))]
+        if let Some(processes) = launched.filter(|&processes| processes > 1) {
+            return Err(TrainError::Request {
+                problem: format!("{processes} processes were launched, and this build of the program knows no MPI"),
+                hint: Some("build with `--features mpi`".into()),
+            });
+        }
+        #[cfg(feature = "mpi")]
+        let processes = launched.map(|_| moonlight_optim::distributed::Mpi::open()).transpose()?;
+        let mut group = Self {
+            recipe: recipe.distributed.clone().unwrap_or_default(),
+            distributed: recipe.distributed.is_some(),
+            #[cfg(feature = "mpi")]
+            processes,
+        };
+        let many = group.processes() > 1;
+        group.distributed |= many;
+        let (ranks, sequences) = (group.processes() * group.recipe.devices, group.fewest_sequences(recipe));
+        if group.distributed && ranks > sequences {
+            return Err(group.reported_once(TrainError::Request {
+                problem: format!("there are {ranks} workers, and a step has {sequences} sequences to share"),
+                hint: Some("raise `train.batch_size` or `train.gradient_accumulation`".into()),
+            }));
+        }
+        if many && recipe.train.fuse_update {
+            return Err(group.reported_once(TrainError::Request {
+                problem: "`train.fuse_update` updates each layer by the gradients of one worker".into(),
+                hint: Some("leave it out where there are several".into()),
+            }));
+        }
+        Ok(group)
+    }
+
+    /// An error that all processes find: the first one reports it.
+    fn reported_once(&self, error: TrainError) -> TrainError {
+        if self.process() == 0 { error } else { TrainError::RemoteFailure }
+    }
+
+    /// Sequences of the smallest step.
+    fn fewest_sequences(&self, recipe: &Recipe) -> usize {
+        let changes = recipe.schedule.accumulation.iter().map(|change| change.gradient_accumulation);
+        let fewest = changes.chain([recipe.train.gradient_accumulation]).min().unwrap_or(1);
+        fewest * recipe.train.batch_size
+    }
+
+    #[cfg(feature = "mpi")]
+    fn processes(&self) -> usize {
+        self.processes.as_ref().map_or(1, |processes| processes.size())
+    }
+
+    #[cfg(not(feature = "mpi"))]
+    #[allow(clippy::unused_self, reason = "a build with MPI has several")]
+    fn processes(&self) -> usize {
+        1
+    }
+
+    #[cfg(feature = "mpi")]
+    fn process(&self) -> usize {
+        self.processes.as_ref().map_or(0, |processes| processes.rank())
+    }
+
+    #[cfg(not(feature = "mpi"))]
+    #[allow(clippy::unused_self, reason = "a build with MPI has several")]
+    fn process(&self) -> usize {
+        0
+    }
+
+    /// Collectives between this process and the others: one for each device, and one for the processes themselves.
+    fn across(&self) -> Result<Vec<Arc<dyn Collective>>, TrainError> {
+        let groups = self.recipe.devices + 1;
+        #[cfg(feature = "mpi")]
+        if let Some(processes) = self.processes.as_ref().filter(|processes| processes.size() > 1) {
+            return Ok(processes.collectives(groups, self.recipe.timeout())?);
+        }
+        Ok((0..groups).map(|_| Arc::new(Solo) as Arc<dyn Collective>).collect())
+    }
+
+    /// The devices of this process's ranks: `first`, which the recipe names, and those that follow it.
+    fn targets(&self, recipe: &Recipe, first: &Target) -> Result<Vec<Target>, TrainError> {
+        #[cfg(feature = "mpi")]
+        let before = self.processes.as_ref().map_or(0, |processes| processes.local_rank()) * self.recipe.devices;
+        #[cfg(not(feature = "mpi"))]
+        let before = 0;
+        let target = |offset| match before + offset {
+            0 => Ok(first.clone()),
+            offset => Ok(Target::open(&device::name_at_offset(&recipe.run.device, offset))?),
+        };
+        (0..self.recipe.devices).map(target).collect()
+    }
+
+    /// A worker for each device of this process.
+    fn workers(&self, targets: &[Target], across: Vec<Arc<dyn Collective>>) -> Vec<Worker> {
+        let devices: Vec<Device> = targets.iter().map(|target| target.device.clone()).collect();
+        if devices.len() == 1 {
+            return across.into_iter().take(1).map(Worker::new).collect();
+        }
+        let direct = devices_reduce(&devices[0]);
+        let inside = InProcess::collectives(devices.len(), self.recipe.timeout()).into_iter().map(|host| {
+            if direct { Arc::new(OnDevices::new(host, devices.clone())) as Arc<dyn Collective> } else { host }
+        });
+        let nested = inside.zip(across).map(|(inside, across)| {
+            if across.size() == 1 { inside } else { Arc::new(Nested::new(inside, across)) as Arc<dyn Collective> }
+        });
+        nested.map(Worker::new).collect()
+    }
+
+    /// Trains with all ranks of this process, the first of them on `target`.
+    pub(super) fn train(
+        &self,
+        recipe: &Recipe,
+        target: &Target,
+        resume: bool,
+        display: Display,
+        interrupter: &Interrupter,
+    ) -> Result<Outcome, TrainError> {
+        let targets = self.targets(recipe, target)?;
+        let mut across = self.across()?;
+        let between = across.pop().map_or_else(Worker::alone, Worker::new);
+        let setup = open(recipe, &targets[0], resume, &between)?;
+        let reporters = {
+            let _busy = between.busy();
+            (self.process() == 0).then(|| setup.begin(display == Display::Lines)).transpose()
+        };
+        let mut reporters = agree(&between, reporters)?.unwrap_or_default();
+        let progress = Progress {
+            label: setup.recipe.run.name.clone(),
+            first: setup.state.step,
+            steps: setup.recipe.train.steps,
+            validate_every: setup.recipe.train.validate_every,
+        };
+        let workers = self.workers(&targets, across);
+        let ranks: Vec<(Worker, Target)> = workers.into_iter().zip(targets).collect();
+        let trainers = setup.into_trainers(&ranks, self.distributed);
+        let (trainers, leftovers) = agree(&between, trainers)?;
+        drop(between);
+        if display == Display::Dashboard && self.process() == 0 {
+            reporters.push(Box::new(Dashboard::open(progress, interrupter.clone())));
+        }
+        self.run(trainers, reporters, leftovers, interrupter)
+    }
+
+    /// Runs the training loop of each rank of this process, the first one's on this thread.
+    fn run(
+        &self,
+        trainers: Vec<RankTrainer>,
+        mut reporters: Vec<Box<dyn Reporter>>,
+        leftovers: Leftovers,
+        interrupter: &Interrupter,
+    ) -> Result<Outcome, TrainError> {
+        let (sender, receiver) = mpsc::channel();
+        let mut trainers = trainers.into_iter();
+        let mut first = trainers.next().expect("a process has a rank");
+        let others = trainers.len();
+        for mut trainer in trainers {
+            let sender = sender.clone();
+            thread::spawn(move || {
+                let worker = trainer.worker().clone();
+                // Only the first rank looks for the user's interrupt; it tells the others.
+                let mut nobody: Vec<Box<dyn Reporter>> = Vec::new();
+                let result = guarded(&worker, || train_loop(&mut trainer, &mut nobody, &Interrupter::new()));
+                // The receiver may be gone if another rank failed first.
+                let _ = sender.send((worker.rank(), result));
+            });
+        }
+        drop(sender);
+        let worker = first.worker().clone();
+        let result = guarded(&worker, || train_loop(&mut first, &mut reporters, interrupter));
+        drop(reporters); // a dashboard gives the terminal back before an error is reported
+        let mut results = vec![(worker.rank(), result)];
+        let mut deadline: Option<Instant> = None;
+        while results.len() <= others {
+            if results.iter().any(|(_, result)| result.is_err()) {
+                deadline.get_or_insert_with(|| Instant::now() + SHUTDOWN_TIMEOUT);
+            }
+            let patience =
+                deadline.map_or(SHUTDOWN_TIMEOUT, |deadline| deadline.saturating_duration_since(Instant::now()));
+            match receiver.recv_timeout(patience) {
+                Ok(result) => results.push(result),
+                Err(RecvTimeoutError::Timeout) if deadline.is_none() => {}
+                Err(_) => break,
+            }
+        }
+        let mut outcome = self.outcome(results, &worker)?;
+        outcome.trained = (worker.rank() == 0).then(|| leftovers.with_model(first.model.into_inner()));
+        Ok(outcome)
+    }
+
+    /// The outcome of this process's first rank, or the error that caused all others. Processes that do not know of it
+    /// are aborted.
+    fn outcome(
+        &self,
+        results: Vec<(usize, Result<Outcome, TrainError>)>,
+        worker: &Worker,
+    ) -> Result<Outcome, TrainError> {
+        let mut first = None;
+        let mut cause: Option<(u8, usize, TrainError)> = None;
+        for (rank, result) in results {
+            match result {
+                Ok(outcome) => first = first.or(Some(outcome)),
+                Err(error) => {
+                    let priority = root_cause_priority(&error);
+                    if cause.as_ref().is_none_or(|(highest, ..)| priority > *highest) {
+                        cause = Some((priority, rank, error));
+                    }
+                }
+            }
+        }
+        let Some((_, rank, error)) = cause else {
+            return first.ok_or_else(|| TrainError::Stage("no worker has run".into()));
+        };
+        let error = with_rank(rank, error);
+        if self.processes() > 1 && !is_known_to_all(&error) {
+            // The lowest rank that can reports, and aborts the job before the others report the same.
+            thread::sleep(report_delay(&error, rank));
+            error.report();
+            worker.fail(&error.to_string());
+        }
+        Err(error)
+    }
+}
+
+/// Opens the run in each process: in the first one, then in the others, at the checkpoint that it found.
+fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Worker) -> Result<Setup, TrainError> {
+    let from = if resume { ResumePoint::Newest } else { ResumePoint::Start };
+    let opened = {
+        let _busy = between.busy();
+        (between.rank() == 0).then(|| Setup::open(recipe, target, from)).transpose()
+    };
+    let first = agree(between, opened)?;
+    let step = first.as_ref().and_then(|setup| setup.resumed.as_ref()).map(|found| found.state.step);
+    let step = broadcast_number(between, step)?;
+    let setup = match first {
+        Some(setup) => Ok(setup),
+        None => {
+            let _busy = between.busy();
+            Setup::open(recipe, target, ResumePoint::Found(step))
+        }
+    };
+    let setup = agree(between, setup.map_err(|error| with_rank(between.rank(), error)))?;
+    check_weights(between, &setup.model)?;
+    Ok(setup)
+}
+
+/// Fails unless all processes start from the same weights.
+fn check_weights(between: &Worker, model: &CausalLm) -> Result<(), TrainError> {
+    struct Fingerprint(Vec<f64>);
+    impl ModuleVisitor for Fingerprint {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let squares = sum_of_squares(param.val().inner());
+            self.0[0] += squares;
+            // Weighted by the parameter's number, so that its place counts as well.
+            self.0[2] += 1.0;
+            self.0[1] += squares * self.0[2];
+        }
+    }
+    if between.size() == 1 {
+        return Ok(());
+    }
+    let mut fingerprint = Fingerprint(vec![0.0; 3]);
+    model.visit(&mut fingerprint);
+    let all = all_gather(between, &fingerprint.0)?;
+    match all.iter().position(|rank| rank != &all[0]) {
+        None => Ok(()),
+        Some(_) if between.rank() > 0 => Err(TrainError::RemoteFailure),
+        Some(rank) => Err(TrainError::Request {
+            problem: format!("worker {rank} starts from other weights than worker 0"),
+            hint: Some("all workers need the same files, and devices of the same kind".into()),
+        }),
+    }
+}
+
+/// Runs a rank's loop. If it ends in an error or a panic, the other ranks of its process are told.
+fn guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+    if worker.size() == 1 {
+        return run(); // nobody waits for it, and a panic stays one
+    }
+    // The thread that panicked has printed its message.
+    let result = catch_unwind(AssertUnwindSafe(run));
+    let result = result.unwrap_or_else(|_| Err(TrainError::Stage("a worker panicked".into())));
+    if let Err(error) = &result
+        && !is_known_to_all(error)
+    {
+        worker.fail_inside(&error.to_string());
+    }
+    result
+}
+
+/// Whether all ranks have an error, each in its own form.
+fn is_known_to_all(error: &TrainError) -> bool {
+    matches!(error, TrainError::RemoteFailure | TrainError::NonFinite { .. })
+}
+
+/// How likely an error is to be the cause of the others.
+fn root_cause_priority(error: &TrainError) -> u8 {
+    match error {
+        TrainError::RemoteFailure => 0,
+        TrainError::Collective(CollectiveError::Failed { .. }) => 1,
+        TrainError::Collective(_) => 2,
+        _ => 3,
+    }
+}
+
+/// An error with its rank, unless it already says which rank it is about.
+fn with_rank(rank: usize, error: TrainError) -> TrainError {
+    match error {
+        TrainError::RemoteFailure | TrainError::NonFinite { .. } | TrainError::Collective(_) | TrainError::Killed => {
+            error
+        }
+        error if rank == 0 => error,
+        error => TrainError::Worker { rank, source: Box::new(error) },
+    }
+}
+
+/// How long a rank waits before it reports what others may report as well.
+fn report_delay(error: &TrainError, rank: usize) -> Duration {
+    let before = match error {
+        TrainError::Collective(CollectiveError::Silent { missing, .. }) => {
+            (0..rank).filter(|rank| !missing.contains(rank)).count()
+        }
+        TrainError::Collective(_) => rank + 1,
+        _ => 0,
+    };
+    // One stagger for all: the launcher asks processes to end, and kills them four seconds later.
+    REPORT_STAGGER * before.min(1) as u32
+}

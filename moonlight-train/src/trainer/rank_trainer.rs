@@ -1,0 +1,224 @@
+//! One rank's part of a run: its model, its optimizer, its share of the data.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use burn::module::Module;
+use burn::tensor::Device;
+use burn::train::Interrupter;
+use moonlight_model::{CausalLm, Probe};
+use moonlight_optim::distributed::{DistributedOptimizer, Worker, even_cuts};
+use moonlight_optim::{Assignment, update_rms};
+
+use super::backward::MemoryOptions;
+use super::exchange::{all_gather, any, exchange_fields};
+use super::model_cell::ModelCell;
+use super::step::{StepError, StepSettings, UpdateMode, step};
+use super::step_result::StepTotals;
+use super::{qk_clip, save};
+use crate::checkpoint::{Best, Checkpoints, TrainerState};
+use crate::data::{BatchRequest, Dataset, Prefetcher};
+use crate::error::TrainError;
+use crate::metrics::{Metrics, Split, resident_memory_mib};
+use crate::recipe::{Checkpointing, Recipe};
+use crate::schedule::Schedule;
+
+/// The golden ratio in 64 bits: seeds of neighbouring steps and of neighbouring runs stay apart.
+const SEED_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// One rank's part of a run.
+pub(super) struct RankTrainer {
+    pub(super) recipe: Recipe,
+    pub(super) schedule: Schedule,
+    pub(super) corpus: Arc<Dataset>,
+    pub(super) data: Prefetcher,
+    pub(super) model: ModelCell,
+    pub(super) optimizer: DistributedOptimizer,
+    pub(super) assignment: Assignment,
+    /// The device with gradients.
+    pub(super) device: Device,
+    pub(super) checkpoints: Checkpoints,
+    pub(super) state: TrainerState,
+    /// The steps that were taken before this process started.
+    pub(super) resumed_at: u64,
+    /// Whether the user asked for a distributed run, on however many ranks.
+    pub(super) distributed: bool,
+}
+
+/// The losses of a validation batch.
+struct BatchLoss {
+    /// Over all predicted tokens, nats.
+    loss_sum: f64,
+    predicted: f64,
+}
+
+exchange_fields!(BatchLoss { loss_sum, predicted });
+
+impl RankTrainer {
+    /// This rank.
+    pub(super) fn worker(&self) -> &Worker {
+        self.optimizer.worker()
+    }
+
+    /// Whether this rank reports and is the one to name an error that all ranks have.
+    fn leads(&self) -> bool {
+        self.worker().rank() == 0
+    }
+
+    /// Whether a rank was asked to stop.
+    pub(super) fn any_rank_stops(&self, interrupter: &Interrupter) -> Result<bool, TrainError> {
+        Ok(any(self.worker(), interrupter.should_stop())?)
+    }
+
+    /// Takes the next step.
+    pub(super) fn step(&mut self) -> Result<Metrics, TrainError> {
+        let started = Instant::now();
+        // In the first step kernels are compiled and tuned, on each rank at its own speed.
+        let _busy = (self.state.step == self.resumed_at).then(|| self.worker().busy());
+        let index = self.state.step;
+        let settings = self.settings(index);
+        let probed = self.is_probed(index);
+        let before = (probed && self.leads()).then(|| CausalLm::clone(&self.model));
+
+        let next = (index + 1 < self.recipe.train.steps).then(|| self.batch_request(index + 1));
+        let batches = self.data.next(&self.batch_request(index), next)?;
+        let totals = StepTotals::local(&batches).all_reduce(self.worker());
+        let totals = totals.map_err(|error| self.step_error(index, error))?;
+        let result = step(&mut self.model, &mut self.optimizer, &batches, totals, &settings, &self.device);
+        let result = result.map_err(|error| self.step_error(index, error))?;
+
+        // Before QK-clip, which is no part of the optimizer's update.
+        let rate = settings.learning_rate;
+        let rms = before.map(|before| update_rms(&before, &*self.model, &self.assignment, rate)).unwrap_or_default();
+        let rms = |group: &str| rms.iter().find(|(name, _)| name == group).map(|(_, rms)| *rms);
+        if let Some(clip) = self.recipe.optimizer.qk_clip() {
+            let clipped = |model| Ok::<_, TrainError>(qk_clip::clip(model, &result.head_logits, clip));
+            self.model.update(clipped)?;
+        }
+        self.state.step += 1;
+        self.state.tokens += totals.tokens;
+        self.state.data = self.data.position();
+        Ok(Metrics {
+            split: Split::Train,
+            step: self.state.step,
+            tokens: self.state.tokens,
+            lr: Some(rate),
+            tokens_per_second: Some(totals.tokens as f64 / started.elapsed().as_secs_f64()),
+            memory_mib: resident_memory_mib(),
+            update_rms_muon: rms("muon"),
+            update_rms_adamw: rms("adamw"),
+            ..result.metrics()
+        })
+    }
+
+    /// The settings of the step after `index` steps; seeds the device for it.
+    ///
+    /// Whatever a step draws, for dropout or rounding, follows from the run's seed and the step's number, so that a resumed
+    /// run draws the same.
+    fn settings(&self, index: u64) -> StepSettings {
+        let Recipe { train, moe, optimizer, lora, .. } = &self.recipe;
+        let step_seed = self.recipe.run.seed.wrapping_add(index.wrapping_mul(SEED_STRIDE));
+        self.device.seed(step_seed);
+        let dropout = lora.as_ref().is_some_and(|lora| lora.adapters.dropout > 0.0);
+        // Each rank drops other inputs.
+        let rank = (self.worker().rank() as u64) << 32;
+        StepSettings {
+            learning_rate: self.schedule.rate(index),
+            gradient_clip: train.gradient_clip,
+            balance_weight: moe.sequence_balance_weight,
+            bias_update_rate: self.schedule.bias_update_rate(index).unwrap_or(moe.bias_update_rate),
+            probe: Probe { attention_logits: self.is_probed(index) || optimizer.qk_clip().is_some() },
+            memory: MemoryOptions {
+                recompute: train.activation_checkpointing == Checkpointing::Block,
+                loss_chunk_tokens: train.loss_chunk_tokens,
+            },
+            update: if train.fuse_update { UpdateMode::DuringBackward } else { UpdateMode::AfterBackward },
+            dropout_seed: dropout.then(|| step_seed.wrapping_mul(SEED_STRIDE).wrapping_add(rank)),
+        }
+    }
+
+    /// Whether the step measures attention logits and the size of its update.
+    fn is_probed(&self, index: u64) -> bool {
+        let every = self.recipe.train.probe_every;
+        every > 0 && (index + 1).is_multiple_of(every)
+    }
+
+    /// This rank's share of a step's sequences, in micro-batches of at most the recipe's size.
+    fn batch_request(&self, index: u64) -> BatchRequest {
+        let train = &self.recipe.train;
+        let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
+        let sequences = passes * train.batch_size;
+        let cuts = even_cuts(sequences, self.worker().size());
+        let share = cuts[self.worker().rank()]..cuts[self.worker().rank() + 1];
+        let batches = share.len().div_ceil(train.batch_size).max(1);
+        BatchRequest { sequences, share, batches }
+    }
+
+    fn step_error(&self, index: u64, error: StepError) -> TrainError {
+        match error {
+            StepError::Collective(error) => error.into(),
+            // All ranks have it, and one says so.
+            StepError::NonFinite(_) if !self.leads() => TrainError::RemoteFailure,
+            StepError::NonFinite(found) => TrainError::NonFinite {
+                step: index + 1,
+                what: found.what,
+                value: found.value,
+                worker: found.rank,
+                last_checkpoint: self.checkpoints.newest(),
+            },
+        }
+    }
+
+    /// The mean loss over the validation batches, the same ones each time; `None` if the recipe has no validation data.
+    pub(super) fn validate(&mut self) -> Result<Option<Metrics>, TrainError> {
+        let model = self.model.valid();
+        let device = self.device.clone().inner();
+        let worker = self.worker();
+        let train = &self.recipe.train;
+        let limit = if train.validate_batches == 0 { usize::MAX } else { train.validate_batches };
+        // The ranks take batches in turns. The sum goes over the batches in their order, so that it does not depend on the
+        // number of ranks.
+        let mut losses = Vec::new();
+        for (index, batch) in self.corpus.valid_batches(train.batch_size).take(limit).enumerate() {
+            let batch = batch?;
+            losses.push(match index % worker.size() == worker.rank() {
+                true => BatchLoss {
+                    loss_sum: {
+                        let output = model.loss(&batch.to_device(&device), 0.0, Probe::default());
+                        f64::from(output.loss_sum.into_scalar::<f32>())
+                    },
+                    predicted: batch.predicted(),
+                },
+                false => BatchLoss { loss_sum: 0.0, predicted: 0.0 },
+            });
+        }
+        let all = all_gather(worker, &losses)?;
+        let (mut loss_sum, mut predicted) = (0.0, 0.0);
+        for index in 0..losses.len() {
+            let batch = &all[index % worker.size()][index];
+            loss_sum += batch.loss_sum;
+            predicted += batch.predicted;
+        }
+        if predicted <= 0.0 {
+            return Ok(None);
+        }
+        let loss = loss_sum / predicted;
+        if self.state.best.is_none_or(|best| loss < best.loss) {
+            self.state.best = Some(Best { step: self.state.step, loss });
+        }
+        Ok(Some(Metrics {
+            split: Split::Valid,
+            step: self.state.step,
+            tokens: self.state.tokens,
+            loss: Some(loss),
+            perplexity: Some(loss.exp()),
+            ..Metrics::default()
+        }))
+    }
+
+    /// Writes the checkpoint of the current step; its folder.
+    pub(super) fn save(&self) -> Result<PathBuf, TrainError> {
+        save::save(&self.checkpoints, &self.model, &self.optimizer, &self.state)
+    }
+}

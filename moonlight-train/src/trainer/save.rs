@@ -1,0 +1,83 @@
+//! Saving a checkpoint with all ranks: rank 0 writes the weights, and each rank its part of the optimizer's state at the
+//! same time. The checkpoint is renamed when all of it is there.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use moonlight_model::CausalLm;
+use moonlight_optim::distributed::DistributedOptimizer;
+
+use super::exchange::{agree, broadcast_text};
+use crate::checkpoint::{Checkpoints, StateWriter, TrainerState};
+use crate::error::TrainError;
+
+/// Writes the checkpoint of a step; its folder.
+pub(super) fn save(
+    checkpoints: &Checkpoints,
+    model: &CausalLm,
+    optimizer: &DistributedOptimizer,
+    state: &TrainerState,
+) -> Result<PathBuf, TrainError> {
+    let worker = optimizer.worker();
+    if worker.rank() > 0 {
+        let Some(dir) = broadcast_text(worker, None)? else { return Err(TrainError::RemoteFailure) };
+        let written = {
+            let _busy = worker.busy();
+            write_part(Path::new(&dir), optimizer)
+        };
+        agree(worker, written)?;
+        agree(worker, Ok(()))?;
+        return Ok(checkpoints.path(state.step));
+    }
+    let mut writer = RankZeroWriter { optimizer, announced: false, disagreed: false };
+    let saved = {
+        let _busy = worker.busy();
+        checkpoints.save(model, &mut writer, state)
+    };
+    if !writer.announced {
+        // The others wait for a folder.
+        broadcast_text(worker, None)?;
+        return saved;
+    }
+    if writer.disagreed { saved } else { agree(worker, saved) }
+}
+
+/// Rank 0's side: tells the others the new folder, and waits for their parts.
+struct RankZeroWriter<'a> {
+    optimizer: &'a DistributedOptimizer,
+    /// Whether the others know the folder.
+    announced: bool,
+    /// Whether a rank failed, which all know then.
+    disagreed: bool,
+}
+
+impl StateWriter for RankZeroWriter<'_> {
+    fn begin(&mut self, dir: &Path) -> Result<(), TrainError> {
+        self.announced = true;
+        // Other ranks may have other working directories.
+        let dir = std::path::absolute(dir).map_err(TrainError::read(dir))?;
+        broadcast_text(self.optimizer.worker(), Some(&dir.to_string_lossy()))?;
+        write_part(&dir, self.optimizer)
+    }
+
+    fn end(&mut self, _dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError> {
+        let agreed = agree(self.optimizer.worker(), written);
+        self.disagreed = agreed.is_err();
+        agreed
+    }
+}
+
+fn write_part(dir: &Path, optimizer: &DistributedOptimizer) -> Result<(), TrainError> {
+    let worker = optimizer.worker();
+    let path = Checkpoints::part(dir, worker.rank(), worker.size());
+    if !dir.exists() {
+        return Err(TrainError::Request {
+            problem: format!("worker {} does not see the folder `{}` that worker 0 made", worker.rank(), dir.display()),
+            hint: Some("runs on several machines need a `run.dir` that all of them share".into()),
+        });
+    }
+    optimizer.save(&path).map_err(|source| TrainError::OptimizerState { path: path.clone(), source })?;
+    // Rank 0 flushes the files that it sees before it renames the folder; on a shared file system those of other ranks need
+    // not be among them.
+    File::open(&path).and_then(|file| file.sync_all()).map_err(TrainError::write(&path))
+}

@@ -1,0 +1,231 @@
+//! What a step measures, on one rank and over all.
+
+use moonlight_model::ForwardStats;
+use moonlight_optim::distributed::Worker;
+
+use super::exchange::{all_gather, exchange_fields};
+use super::step::{NonFinite, StepError};
+use crate::data::HostBatch;
+use crate::metrics::Metrics;
+
+/// The size of a step over all ranks.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct StepTotals {
+    /// Predicted tokens, each weighted by its loss weight.
+    pub(crate) predicted: f64,
+    pub(crate) sequences: u64,
+    pub(crate) tokens: u64,
+}
+
+exchange_fields!(StepTotals { predicted, sequences, tokens });
+
+impl StepTotals {
+    /// The size of this rank's micro-batches alone.
+    pub(crate) fn local(batches: &[HostBatch]) -> Self {
+        Self {
+            predicted: batches.iter().map(HostBatch::predicted).sum(),
+            sequences: batches.iter().map(|batch| batch.batch as u64).sum(),
+            tokens: batches.iter().map(HostBatch::token_count).sum(),
+        }
+    }
+
+    /// The sums over all ranks.
+    pub(crate) fn all_reduce(self, worker: &Worker) -> Result<Self, StepError> {
+        let all = all_gather(worker, &self)?;
+        Ok(Self {
+            predicted: all.iter().map(|totals| totals.predicted).sum(),
+            sequences: all.iter().map(|totals| totals.sequences).sum(),
+            tokens: all.iter().map(|totals| totals.tokens).sum(),
+        })
+    }
+}
+
+/// What a step measured: on one rank its share, after [`all_reduce`](Self::all_reduce) the whole.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct StepResult {
+    /// Mean over all predicted tokens of the step, nats; of one rank, its summand.
+    pub(crate) loss: f64,
+    /// Square of the gradient's global norm before clipping; of one rank, that of the parts it owns.
+    pub(crate) gradient_squares: f64,
+    /// Tokens of each expert over all micro-batches; `None` for dense layers.
+    pub(crate) expert_loads: Vec<Option<Vec<u64>>>,
+    /// Where the probe asked for it.
+    pub(crate) attention: Option<AttentionLogits>,
+    /// The largest attention logit of each head of each layer, where the probe asked for them; else empty.
+    pub(crate) head_logits: Vec<Vec<f64>>,
+}
+
+exchange_fields!(StepResult { loss, gradient_squares, expert_loads, attention, head_logits });
+
+/// Attention logits over all layers and heads.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AttentionLogits {
+    pub(crate) largest: f64,
+    /// Mean over the layers; of one micro-batch or rank, weighted by its share of the step's sequences.
+    pub(crate) share_above_100: f64,
+}
+
+exchange_fields!(AttentionLogits { largest, share_above_100 });
+
+impl StepResult {
+    /// Global norm of the gradient before clipping.
+    pub(crate) fn gradient_norm(&self) -> f64 {
+        self.gradient_squares.sqrt()
+    }
+
+    /// Adds a micro-batch: its part of the mean loss, and its share of the step's sequences.
+    pub(crate) fn add(&mut self, loss: f64, stats: &ForwardStats, share: f64) {
+        let pass = Self {
+            loss,
+            gradient_squares: 0.0,
+            expert_loads: stats.expert_loads(),
+            attention: attention_logits(stats, share),
+            head_logits: head_logits(stats),
+        };
+        self.merge(pass);
+    }
+
+    /// The whole step's result, the same on every rank, from each rank's share.
+    ///
+    /// A loss or gradient that is not finite is an error, on every rank alike.
+    pub(crate) fn all_reduce(self, worker: &Worker) -> Result<Self, StepError> {
+        let all = all_gather(worker, &self)?;
+        if let Some((rank, share)) = all.iter().enumerate().find(|(_, share)| !share.loss.is_finite()) {
+            let rank = (worker.size() > 1).then_some(rank);
+            return Err(NonFinite { what: "loss", value: share.loss, rank }.into());
+        }
+        let whole = all.into_iter().reduce(|mut whole, share| {
+            whole.merge(share);
+            whole
+        });
+        let whole = whole.expect("a group has a rank");
+        match whole.gradient_norm() {
+            norm if norm.is_finite() => Ok(whole),
+            norm => Err(NonFinite { what: "gradient norm", value: norm, rank: None }.into()),
+        }
+    }
+
+    fn merge(&mut self, other: Self) {
+        let Self { loss, gradient_squares, expert_loads, attention, head_logits } = other;
+        self.loss += loss;
+        self.gradient_squares += gradient_squares;
+        merge_each(&mut self.expert_loads, expert_loads, |sum, load| {
+            if let (Some(sum), Some(load)) = (sum, load) {
+                sum.iter_mut().zip(load).for_each(|(sum, load)| *sum += load);
+            }
+        });
+        merge_each(&mut self.head_logits, head_logits, |largest, logits| {
+            largest.iter_mut().zip(logits).for_each(|(largest, logit)| *largest = largest.max(logit));
+        });
+        self.attention = match (self.attention, attention) {
+            (Some(one), Some(other)) => Some(AttentionLogits {
+                largest: one.largest.max(other.largest),
+                share_above_100: one.share_above_100 + other.share_above_100,
+            }),
+            (one, other) => one.or(other),
+        };
+    }
+
+    /// The metrics that follow from the step alone.
+    pub(crate) fn metrics(&self) -> Metrics {
+        let balance = Metrics::balance(&self.expert_loads);
+        Metrics {
+            loss: Some(self.loss),
+            perplexity: Some(self.loss.exp()),
+            grad_norm: Some(self.gradient_norm()),
+            expert_imbalance: balance.map(|(imbalance, _)| imbalance),
+            dead_experts: balance.map(|(_, dead)| dead),
+            max_attention_logit: self.attention.map(|logits| logits.largest),
+            share_above_100: self.attention.map(|logits| logits.share_above_100),
+            ..Metrics::default()
+        }
+    }
+}
+
+/// Merges lists layer by layer; one that is still empty takes the other's entries.
+fn merge_each<T>(into: &mut Vec<T>, from: Vec<T>, merge: impl Fn(&mut T, T)) {
+    if into.is_empty() {
+        *into = from;
+    } else {
+        into.iter_mut().zip(from).for_each(|(into, from)| merge(into, from));
+    }
+}
+
+/// The largest logit of each head of each layer.
+fn head_logits(stats: &ForwardStats) -> Vec<Vec<f64>> {
+    let layers = stats.layers.iter().map_while(|layer| layer.max_attention_logit.clone());
+    layers.map(|logits| logits.into_data().iter::<f64>().collect()).collect()
+}
+
+fn attention_logits(stats: &ForwardStats, share: f64) -> Option<AttentionLogits> {
+    let mut result: Option<AttentionLogits> = None;
+    for layer in &stats.layers {
+        let largest: f64 = layer.max_attention_logit.clone()?.max().into_scalar::<f32>().into();
+        let above = f64::from(layer.share_above_100.clone()?.into_scalar::<f32>()) / stats.layers.len() as f64;
+        let so_far = result.map_or((f64::NEG_INFINITY, 0.0), |logits| (logits.largest, logits.share_above_100));
+        result = Some(AttentionLogits { largest: so_far.0.max(largest), share_above_100: so_far.1 + above });
+    }
+    result.map(|logits| AttentionLogits { share_above_100: logits.share_above_100 * share, ..logits })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use moonlight_optim::distributed::InProcess;
+
+    use super::*;
+
+    fn share(loss: f64, load: u64, logit: f64) -> StepResult {
+        StepResult {
+            loss,
+            gradient_squares: load as f64,
+            expert_loads: vec![None, Some(vec![load, 1])],
+            attention: Some(AttentionLogits { largest: logit, share_above_100: 0.25 }),
+            head_logits: vec![vec![logit, -logit]],
+        }
+    }
+
+    /// The result of each of two ranks with these shares.
+    fn reduced(shares: [StepResult; 2]) -> Vec<Result<StepResult, StepError>> {
+        let collectives = InProcess::collectives(2, Duration::from_secs(20));
+        let threads: Vec<_> = collectives
+            .into_iter()
+            .zip(shares)
+            .map(|(collective, share)| std::thread::spawn(move || share.all_reduce(&Worker::new(collective))))
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    }
+
+    #[test]
+    fn shares_are_summed_and_logits_compared() {
+        for result in reduced([share(0.5, 3, 7.0), share(0.25, 6, 9.0)]) {
+            let result = result.unwrap();
+            assert_eq!((result.loss, result.gradient_norm()), (0.75, 3.0));
+            assert_eq!(result.expert_loads, [None, Some(vec![9, 2])]);
+            assert_eq!(result.head_logits, [[9.0, -7.0]]);
+            let logits = result.attention.unwrap();
+            assert_eq!((logits.largest, logits.share_above_100), (9.0, 0.5));
+            let metrics = result.metrics();
+            assert_eq!((metrics.loss, metrics.dead_experts), (Some(0.75), Some(0.0)));
+        }
+    }
+
+    #[test]
+    fn the_rank_with_a_non_finite_loss_is_named_by_all() {
+        for result in reduced([share(0.5, 3, 7.0), share(f64::NAN, 6, 9.0)]) {
+            let Err(StepError::NonFinite(found)) = result else { panic!("it is an error") };
+            assert_eq!((found.what, found.rank), ("loss", Some(1)));
+        }
+        let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Worker::alone()) else {
+            panic!("it is an error")
+        };
+        assert_eq!(found.rank, None);
+        let mut overflow = share(0.5, 3, 7.0);
+        overflow.gradient_squares = f64::INFINITY;
+        for result in reduced([share(0.5, 3, 7.0), overflow]) {
+            let Err(StepError::NonFinite(found)) = result else { panic!("it is an error") };
+            assert_eq!((found.what, found.rank), ("gradient norm", None));
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! The training loop.
+
+use std::path::PathBuf;
+
+use burn::train::Interrupter;
+use moonlight_optim::distributed::Traffic;
+
+use super::comm_report::comm_report;
+use super::final_report::Trained;
+use super::rank_trainer::RankTrainer;
+use crate::error::TrainError;
+use crate::metrics::Reporter;
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Steps taken.
+    pub step: u64,
+    /// Tokens read.
+    pub tokens: u64,
+    /// The last validation loss, nats.
+    pub valid_loss: Option<f64>,
+    /// Whether it was stopped before its last step.
+    pub interrupted: bool,
+    /// The checkpoint of the last step.
+    pub checkpoint: PathBuf,
+    /// What the ranks of a distributed run sent and held.
+    pub comm_report: Option<String>,
+    /// The trained model; `None` on a rank that does not lead, and leaves the final report to the one that does.
+    pub trained: Option<Trained>,
+}
+
+/// Trains from the trainer's step to the last one of its recipe, or until `interrupter` is stopped, and saves.
+///
+/// This is the loop of one rank. With several, each runs it and all of them do the same at each line.
+pub(super) fn train_loop(
+    trainer: &mut RankTrainer,
+    reporter: &mut dyn Reporter,
+    interrupter: &Interrupter,
+) -> Result<Outcome, TrainError> {
+    let settings = trainer.recipe.train.clone();
+    let first = trainer.state.step;
+    let (mut valid_loss, mut saved) = (None, None);
+    let mut sent = Traffic::default();
+
+    // All ranks agree before each step whether to stop: one that left the loop alone would leave the others in a collective.
+    while trainer.state.step < settings.steps && !trainer.any_rank_stops(interrupter)? {
+        reporter.begin_step();
+        let before = trainer.worker().traffic();
+        let metrics = trainer.step()?;
+        sent = sent + (trainer.worker().traffic() - before); // of steps alone, not of validations and checkpoints
+        reporter.report(&metrics)?;
+
+        // Counted from 1, so that step 100 of "every 100" is the hundredth.
+        let step = trainer.state.step;
+        let is_due = |every: u64| step == settings.steps || (every > 0 && step.is_multiple_of(every));
+        if is_due(settings.validate_every)
+            && let Some(metrics) = trainer.validate()?
+        {
+            valid_loss = metrics.loss;
+            reporter.report(&metrics)?;
+        }
+        // After the validation, which may have found the best loss so far: the checkpoint records it.
+        saved = is_due(settings.checkpoint_every).then(|| trainer.save()).transpose()?;
+    }
+
+    // An interrupted run saves where it is; one that resumed after its last step saves again.
+    let checkpoint = saved.map_or_else(|| trainer.save(), Ok)?;
+    let comm_report = match trainer.distributed {
+        true => Some(comm_report(&trainer.optimizer, &trainer.model, sent, trainer.state.step - first)?),
+        false => None,
+    };
+    reporter.finish()?;
+    Ok(Outcome {
+        step: trainer.state.step,
+        tokens: trainer.state.tokens,
+        valid_loss,
+        interrupted: trainer.state.step < settings.steps,
+        checkpoint,
+        comm_report,
+        trained: None,
+    })
+}
