@@ -72,15 +72,15 @@ impl KvCache {
     /// When there is no room, or `counts` are of another batch.
     pub(crate) fn take_in(&mut self, counts: &[usize]) -> Arc<Vec<CacheSpan>> {
         assert_eq!(counts.len(), self.batch(), "the cache was made for another batch");
-        let mut runs = Vec::with_capacity(counts.len());
+        let mut spans = Vec::with_capacity(counts.len());
         for (sequence, (length, &count)) in self.lengths.iter_mut().zip(counts).enumerate() {
             let start = *length;
             assert!(start + count <= self.capacity, "the cache is full: {start} + {count} > {}", self.capacity);
             if count > 0 {
-                runs.push(CacheSpan { sequence, start, count });
+                spans.push(CacheSpan { sequence, start, count });
             }
             *length += count;
         }
-        Arc::new(runs)
+        Arc::new(spans)
     }
 }

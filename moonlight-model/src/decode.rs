@@ -24,9 +24,9 @@ impl CausalLm {
     pub fn decode(&self, tokens: Tensor<2, Int>, cache: &mut KvCache) -> Tensor<3> {
         let [batch, new] = tokens.dims();
         let device = tokens.device();
-        let runs = cache.take_in(&vec![new; batch]);
+        let spans = cache.take_in(&vec![new; batch]);
         run_in_pool(&device, || {
-            let hidden = self.decode_layers(tokens.reshape([1, batch * new]), runs, cache);
+            let hidden = self.decode_layers(tokens.reshape([1, batch * new]), spans, cache);
             self.head(hidden).reshape([batch, new, self.config().vocab_size])
         })
     }
@@ -47,9 +47,9 @@ impl CausalLm {
             let mut ends = Vec::new();
             while rest.iter().any(|rest| !rest.is_empty()) {
                 let (chunk, counts, last) = next_chunk(&mut rest);
-                let runs = cache.take_in(&counts);
+                let spans = cache.take_in(&counts);
                 let chunk = TensorData::new(chunk, [1, counts.iter().sum()]);
-                let hidden = self.decode_layers(Tensor::from_data(chunk, &device), runs, cache);
+                let hidden = self.decode_layers(Tensor::from_data(chunk, &device), spans, cache);
                 if !last.is_empty() {
                     let last = Tensor::<1, Int>::from_data(TensorData::from(last.as_slice()), &device);
                     ends.push(hidden.select(0, last));
@@ -59,12 +59,12 @@ impl CausalLm {
         })
     }
 
-    /// The last layer's output, `[tokens, hidden]`, of `[1, tokens]`, which belong to sequences as `runs` says.
-    fn decode_layers(&self, tokens: Tensor<2, Int>, runs: Arc<Vec<CacheSpan>>, cache: &mut KvCache) -> Tensor<2> {
-        let positions: Vec<u32> = runs.iter().flat_map(|run| run.start as u32..run.end() as u32).collect();
+    /// The last layer's output, `[tokens, hidden]`, of `[1, tokens]`, which belong to sequences as `spans` says.
+    fn decode_layers(&self, tokens: Tensor<2, Int>, spans: Arc<Vec<CacheSpan>>, cache: &mut KvCache) -> Tensor<2> {
+        let positions: Vec<u32> = spans.iter().flat_map(|span| span.start as u32..span.end() as u32).collect();
         let rotation = self.rotary().at(&positions, &tokens.device());
-        let starts = (runs.len() > 1).then(|| first_tokens(&runs));
-        let new = DecodeContext { tokens: ForwardContext::decoding(rotation, positions.len(), starts), runs };
+        let starts = (spans.len() > 1).then(|| first_tokens(&spans));
+        let new = DecodeContext { tokens: ForwardContext::decoding(rotation, positions.len(), starts), spans };
         let layers = self.layers.iter().zip(&mut cache.layers);
         layers.fold(self.embed(tokens), |x, (layer, cache)| layer.decode(x, &new, cache))
     }
@@ -86,14 +86,15 @@ fn next_chunk(rest: &mut [&[u32]]) -> (Vec<i32>, Vec<usize>, Vec<i32>) {
     (chunk, counts, last)
 }
 
-/// For each token the place of its run's first.
-fn first_tokens(runs: &[CacheSpan]) -> Vec<u32> {
+/// For each token the place of its span's first.
+fn first_tokens(spans: &[CacheSpan]) -> Vec<u32> {
     let mut first = 0;
-    runs.iter()
-        .flat_map(|run| {
+    spans
+        .iter()
+        .flat_map(|span| {
             let start = first;
-            first += run.count as u32;
-            std::iter::repeat_n(start, run.count)
+            first += span.count as u32;
+            std::iter::repeat_n(start, span.count)
         })
         .collect()
 }
@@ -115,7 +116,7 @@ mod tests {
 
     #[test]
     fn a_token_knows_where_its_run_began() {
-        let run = |sequence, count| CacheSpan { sequence, start: 4, count };
-        assert_eq!(first_tokens(&[run(0, 2), run(3, 3)]), [0, 0, 2, 2, 2]);
+        let span = |sequence, count| CacheSpan { sequence, start: 4, count };
+        assert_eq!(first_tokens(&[span(0, 2), span(3, 3)]), [0, 0, 2, 2, 2]);
     }
 }

@@ -144,12 +144,12 @@ pub(crate) struct DecodeContext {
     /// The tokens as one packed sequence.
     pub(crate) tokens: ForwardContext,
     /// The sequences that they belong to.
-    pub(crate) runs: Arc<Vec<CacheSpan>>,
+    pub(crate) spans: Arc<Vec<CacheSpan>>,
 }
 
 impl DecodeContext {
     /// Whether they begin their sequences, and are enough for whole attention to be cheaper than attention to a cache.
     pub(crate) fn are_prompts(&self) -> bool {
-        self.runs.iter().all(|run| run.start == 0) && self.tokens.sequence > self.runs.len()
+        self.spans.iter().all(|span| span.start == 0) && self.tokens.sequence > self.spans.len()
     }
 }

@@ -82,8 +82,8 @@ impl QuantizedWeight {
     }
 
     /// Each expert's rows by its own matrix.
-    pub(crate) fn grouped_product(&self, rows: Tensor<2>, plan: &Arc<GroupLayout>) -> Tensor<2> {
-        quantized_matmul(rows, self.values.val(), self.scales.val(), self.spec, plan)
+    pub(crate) fn grouped_product(&self, rows: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
+        quantized_matmul(rows, self.values.val(), self.scales.val(), self.spec, layout)
     }
 
     /// Bytes of values and scales.
@@ -175,7 +175,7 @@ mod tests {
     fn the_product_and_its_gradient_are_those_of_the_unpacked_matrix() {
         let device = Device::default().autodiff();
         let choices: Vec<u32> = (0..50).map(|slot| [0, 2, 2, 0, 2][slot % 5]).collect();
-        let plan = Arc::new(GroupLayout::from_choices(&choices, 1, 3));
+        let layout = Arc::new(GroupLayout::from_choices(&choices, 1, 3));
         for bits in [QuantBits::Eight, QuantBits::Four] {
             let quantized = QuantizedWeight::new(weight(&device), bits);
             let plain = quantized.dequantized();
@@ -185,8 +185,8 @@ mod tests {
                 let gradients = (y.clone() * y.clone().cos()).sum().backward();
                 (y.into_data(), x.grad(&gradients).unwrap().into_data())
             };
-            let ours = run(&|x| quantized.grouped_product(x, &plan));
-            let expected = run(&|x| crate::kernels::grouped_matmul(x, plain.clone(), &plan));
+            let ours = run(&|x| quantized.grouped_product(x, &layout));
+            let expected = run(&|x| crate::kernels::grouped_matmul(x, plain.clone(), &layout));
             for (ours, expected) in [(ours.0, expected.0), (ours.1, expected.1)] {
                 ours.assert_approx_eq(&expected, Tolerance::<f32>::rel_abs(1e-4, 1e-4));
             }

@@ -25,17 +25,17 @@ impl LayerCache {
         Self { store: Some(store), prepared: None }
     }
 
-    /// Writes `[tokens, key heads, row]` where `runs` says.
-    pub(crate) fn write(&mut self, new: Tensor<3>, runs: &[CacheSpan]) {
+    /// Writes `[tokens, key heads, row]` where `spans` says.
+    pub(crate) fn write(&mut self, new: Tensor<3>, spans: &[CacheSpan]) {
         // The store is taken out while it is written, so that the backend sees its only owner and writes in place.
         let mut store = self.store.take().expect("the store is always put back");
         let [batch, heads, _, row] = store.dims();
-        if let Some(run) = uniform_span(runs, batch) {
-            let new = new.reshape([batch, run.count, heads, row]).swap_dims(1, 2);
-            store = store.slice_assign([0..batch, 0..heads, run.start..run.end(), 0..row], new);
+        if let Some(span) = uniform_span(spans, batch) {
+            let new = new.reshape([batch, span.count, heads, row]).swap_dims(1, 2);
+            store = store.slice_assign([0..batch, 0..heads, span.start..span.end(), 0..row], new);
         } else {
             let mut token = 0;
-            for &CacheSpan { sequence, start, count } in runs {
+            for &CacheSpan { sequence, start, count } in spans {
                 let new = new.clone().slice_dim(0, token..token + count).unsqueeze::<4>().swap_dims(1, 2);
                 let place = [sequence..sequence + 1, 0..heads, start..start + count, 0..row];
                 store = store.slice_assign(place, new);

@@ -94,6 +94,24 @@ impl AttentionShape {
     }
 }
 
+/// The keys of all kinds in one object, as a file has them.
+#[cfg(feature = "schema")]
+impl schemars::JsonSchema for AttentionShape {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "AttentionShape".into()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        let mut properties = Map::new();
+        for kind in [MlaShape::json_schema(generator), GqaShape::json_schema(generator)] {
+            for (key, value) in kind.get("properties").and_then(Value::as_object).into_iter().flatten() {
+                properties.entry(key).or_insert_with(|| value.clone());
+            }
+        }
+        schemars::json_schema!({"type": "object", "properties": properties})
+    }
+}
+
 /// The configuration of an [`Attention`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum AttentionConfig {

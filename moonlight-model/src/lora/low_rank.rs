@@ -135,11 +135,11 @@ impl LowRank<2> {
 }
 
 impl LowRank<3> {
-    /// The same for rows that are sorted by expert as `plan` says, each by its expert's matrices.
-    pub(crate) fn forward(&self, rows: Tensor<2>, plan: &Arc<GroupLayout>) -> Tensor<2> {
+    /// The same for rows that are sorted by expert as `layout` says, each by its expert's matrices.
+    pub(crate) fn forward(&self, rows: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
         let dtype = rows.dtype();
         let rows = self.dropout.apply(rows, self.settings.dropout);
-        let narrow = grouped_matmul(rows, self.a.val().cast(dtype), plan).mul_scalar(self.scale());
-        grouped_matmul(narrow, self.b.val().cast(dtype), plan)
+        let narrow = grouped_matmul(rows, self.a.val().cast(dtype), layout).mul_scalar(self.scale());
+        grouped_matmul(narrow, self.b.val().cast(dtype), layout)
     }
 }

@@ -78,13 +78,13 @@ pub struct Experts {
 impl Experts {
     /// # Shapes
     ///
-    /// `[rows, hidden]`, sorted by expert as `plan` says, to the same.
-    pub fn forward(&self, rows: Tensor<2>, plan: &Arc<GroupLayout>) -> Tensor<2> {
+    /// `[rows, hidden]`, sorted by expert as `layout` says, to the same.
+    pub fn forward(&self, rows: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
         let gate = (&self.gate_proj, self.gate_quantized.as_ref(), self.gate_lora.as_ref());
         let up = (&self.up_proj, self.up_quantized.as_ref(), self.up_lora.as_ref());
         let down = (&self.down_proj, self.down_quantized.as_ref(), self.down_lora.as_ref());
-        let (gate, up) = (project(rows.clone(), gate, plan), project(rows, up, plan));
-        project(swiglu(gate, up), down, plan)
+        let (gate, up) = (project(rows.clone(), gate, layout), project(rows, up, layout));
+        project(swiglu(gate, up), down, layout)
     }
 }
 
@@ -119,14 +119,14 @@ fn placed<P>(path: &[&'static str], name: &'static str, role: MlpRole, projectio
 fn project(
     rows: Tensor<2>,
     (weight, quantized, lora): (&Param<Tensor<3>>, Option<&QuantizedWeight>, Option<&LowRank<3>>),
-    plan: &Arc<GroupLayout>,
+    layout: &Arc<GroupLayout>,
 ) -> Tensor<2> {
     let base = |rows| match quantized {
-        None => grouped_matmul(rows, weight.val(), plan),
-        Some(quantized) => quantized.grouped_product(rows, plan),
+        None => grouped_matmul(rows, weight.val(), layout),
+        Some(quantized) => quantized.grouped_product(rows, layout),
     };
     match lora {
         None => base(rows),
-        Some(lora) => base(rows.clone()) + lora.forward(rows, plan),
+        Some(lora) => base(rows.clone()) + lora.forward(rows, layout),
     }
 }

@@ -130,9 +130,9 @@ impl Moe {
     pub(crate) fn forward_rows(&self, x: Tensor<2>, context: &ForwardContext) -> MoeOutput<2> {
         let routed = self.router.route(x.clone());
         let experts = self.router.experts();
-        let plan = Arc::new(GroupLayout::from_choices(&routed.choices, routed.k, experts));
-        let rows = self.experts.forward(dispatch_rows(x.clone(), &plan), &plan);
-        let mut hidden = combine_rows(rows, routed.weights.clone(), &plan);
+        let layout = Arc::new(GroupLayout::from_choices(&routed.choices, routed.k, experts));
+        let rows = self.experts.forward(dispatch_rows(x.clone(), &layout), &layout);
+        let mut hidden = combine_rows(rows, routed.weights.clone(), &layout);
         if let Some(shared) = &self.shared_experts {
             hidden = hidden + shared.forward_rows(x);
         }

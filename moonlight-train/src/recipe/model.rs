@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use moonlight_infer::resolve_model;
 use moonlight_infer::tokenizer::Tokenizer;
-use moonlight_model::config::{GqaShape, MlaShape, MoeShape, RopeConfig, shape_keys};
+use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, shape_keys};
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -129,8 +129,7 @@ impl JsonSchema for ModelRecipe {
             "",
             [
                 ModelConfig::json_schema(generator),
-                MlaShape::json_schema(generator),
-                GqaShape::json_schema(generator),
+                AttentionShape::json_schema(generator),
                 RopeConfig::json_schema(generator),
                 MoeShape::json_schema(generator),
                 json_schema!({"properties": others}),

@@ -153,13 +153,13 @@ impl AttentionModule for GroupedQueryAttention {
             let mut kept = None;
             let (output, _) = self.attend(x, &new.tokens, Some(&mut kept));
             let kept = kept.expect("`attend` fills it");
-            cache.write(kept.reshape(row), &new.runs);
+            cache.write(kept.reshape(row), &new.spans);
             return output;
         }
         let (query, key_value) = self.project(x, &new.tokens);
-        cache.write(key_value.reshape(row), &new.runs);
+        cache.write(key_value.reshape(row), &new.spans);
         let scale = self.scale as f32;
-        let spec = CachedAttentionSpec { scale, keys: 0..width, values: width..2 * width, spans: new.runs.clone() };
+        let spec = CachedAttentionSpec { scale, keys: 0..width, values: width..2 * width, spans: new.spans.clone() };
         let output = cached_attention(query.reshape([count, self.heads, width]), cache.past(), spec);
         self.o_proj.forward(output.reshape([count, self.heads * width]))
     }

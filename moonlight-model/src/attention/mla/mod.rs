@@ -218,13 +218,13 @@ impl AttentionModule for MultiHeadLatentAttention {
             let mut latents = None;
             let (output, _) = self.attend(x, &new.tokens, Some(&mut latents));
             let latents = latents.expect("`attend` fills it");
-            cache.write(latents.reshape([count, 1, latent + rope]), &new.runs);
+            cache.write(latents.reshape([count, 1, latent + rope]), &new.spans);
             return output;
         }
         let query = self.query(x.clone(), &new.tokens).reshape([count, heads, self.nope + rope]);
         let (new_latent, shared_key) = self.latent(x, &new.tokens);
         let shared_key = shared_key.reshape([count, rope]);
-        cache.write(Tensor::cat(vec![new_latent, shared_key], 1).reshape([count, 1, latent + rope]), &new.runs);
+        cache.write(Tensor::cat(vec![new_latent, shared_key], 1).reshape([count, 1, latent + rope]), &new.spans);
         let [absorbed_key, absorbed_value] = self.absorbed(cache);
         let by_head = Arc::new(GroupLayout::uniform(heads, count));
 
@@ -235,7 +235,7 @@ impl AttentionModule for MultiHeadLatentAttention {
             scale: self.scale as f32,
             keys: 0..latent + rope,
             values: 0..latent,
-            spans: new.runs.clone(),
+            spans: new.spans.clone(),
         };
         let mixed = cached_attention(query, cache.past(), spec); // [count, heads, latent]
         let mixed = mixed.swap_dims(0, 1).reshape([heads * count, latent]);
