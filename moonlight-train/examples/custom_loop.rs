@@ -11,7 +11,7 @@
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use moonlight_model::{CausalLm, LmBatch, ModelConfig, Probe};
-use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
+use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules};
 
 /// What the model learns: the bytes of this file.
 const TEXT: &[u8] = include_bytes!("custom_loop.rs");
@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let assignment = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new()).assign(&model)?;
     println!("{assignment}\n");
     // Equal matrices, such as those of all layers, are orthogonalised together.
-    let mut optimizer = assignment.batched_optimizer();
+    let mut optimizer = assignment.build(OptimizerOptions::new())?;
 
     let mut losses = Vec::with_capacity(STEPS);
     for step in 0..STEPS {
@@ -58,7 +58,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             gradients.accumulate(&model, GradientsParams::from_grads(objective.backward(), &model));
             add_loads(&mut expert_loads, output.stats.expert_loads());
         }
-        model = optimizer.step(learning_rate(step), model, gradients.grads());
+        model = optimizer.step(learning_rate(step), model, gradients.grads())?;
         // No gradient moves this bias: it is raised for experts with few tokens and lowered for those with many.
         model = model.update_router_bias(&expert_loads, BIAS_RATE);
         println!("step {:2}: loss {loss:.3} nats a byte, learning rate {:.1e}", step + 1, learning_rate(step));
