@@ -189,11 +189,11 @@ pub(crate) fn backward(
 ) -> Result<(f64, ForwardStats), StepError> {
     let MicroBatch { batch, loss_scale, balance_weight, balance_scale, probe } = input;
     let [rows, sequence] = batch.tokens.dims();
-    let pass = sink.model().forward_context(&batch, balance_weight, probe);
+    let context = sink.model().forward_context(&batch, balance_weight, probe);
     let backbone = if memory.recompute {
-        Backbone::without_graph(sink.model(), batch.tokens.clone(), &pass)
+        Backbone::without_graph(sink.model(), batch.tokens.clone(), &context)
     } else {
-        Backbone::with_graph(sink.model(), batch.tokens.clone(), &pass)
+        Backbone::with_graph(sink.model(), batch.tokens.clone(), &context)
     };
     let tokens = rows * sequence;
     let head = Head {
@@ -216,7 +216,7 @@ pub(crate) fn backward(
         tied
     });
     sink.add(gradients)?;
-    let stats = backbone.backward(sink, batch.tokens, &pass, gradient, balance_scale, tied)?;
+    let stats = backbone.backward(sink, batch.tokens, &context, gradient, balance_scale, tied)?;
     Ok((loss_sum, stats))
 }
 
@@ -238,11 +238,11 @@ impl Backbone {
         Self { last: output.hidden, balance_loss, inputs: Vec::new(), stats: output.stats }
     }
 
-    /// Keeps each layer's input. A graph that is dropped gives its memory back with the next backward pass only, so there
-    /// is none: the layers run on the device without gradients.
+    /// Keeps each layer's input. The layers run on the device without gradients, because a graph that is dropped is freed
+    /// by the next backward pass only.
     fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, context: &ForwardContext) -> Self {
         let (model, context) = (model.valid(), context.clone().inner());
-        let mut inputs = Vec::new();
+        let mut inputs = Vec::with_capacity(model.layers.len());
         let output = model.forward_hidden_with(tokens.inner(), &context, |_, input| inputs.push(input.clone()));
         Self { last: output.hidden, balance_loss: None, inputs, stats: output.stats }
     }
@@ -257,7 +257,7 @@ impl Backbone {
         self,
         sink: &mut impl GradientSink,
         tokens: Tensor<2, Int>,
-        pass: &ForwardContext,
+        context: &ForwardContext,
         mut gradient: Tensor<2>,
         balance_scale: f64,
         tied: Option<GradientsParams>,
@@ -277,7 +277,7 @@ impl Backbone {
         drop(last);
         for (index, input) in inputs.into_iter().enumerate().rev() {
             let input = Tensor::from_inner(input).require_grad();
-            let LayerOutput { hidden, balance_loss, .. } = sink.model().run_layer(index, input.clone(), pass);
+            let LayerOutput { hidden, balance_loss, .. } = sink.model().run_layer(index, input.clone(), context);
             let mut gradients = objective(hidden, gradient, balance_loss, balance_scale).backward();
             gradient = input.grad_remove(&mut gradients).expect("a layer's output depends on its input");
             let gradients = GradientsParams::from_grads(gradients, sink.model());

@@ -1,7 +1,7 @@
 //! What the ranks of a run tell each other besides tensors.
 //!
-//! A collective carries as many f64 of every rank. [`Exchange`] turns a value into these and back, so that whoever
-//! exchanges one names its fields and never counts indices. With one rank all of this is a copy.
+//! A collective carries the same number of f64 from each rank. [`Exchange`] turns a value into these and back, field by
+//! field, so that nobody counts indices. With one rank all of this is a copy.
 
 use moonlight_optim::distributed::{CollectiveError, Worker};
 
