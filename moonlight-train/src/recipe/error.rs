@@ -42,7 +42,7 @@ pub enum RecipeError {
         place: String,
         /// The key with its section.
         key: String,
-        /// What it is for.
+        /// What it is for; may be empty.
         hint: String,
     },
     /// A value of the wrong type, or an impossible one.
@@ -54,7 +54,7 @@ pub enum RecipeError {
         key: String,
         /// What is wrong, as the rest of a sentence.
         problem: String,
-        /// How to mend it.
+        /// How to correct it.
         hint: Option<String>,
     },
     /// The shape under `[model]` is not one.
@@ -68,11 +68,11 @@ pub enum RecipeError {
 }
 
 impl RecipeError {
-    /// How to mend it, where we know.
+    /// How to correct it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::UnknownKey { known, .. } if !known.is_empty() => Some(format!("known here: {}", known.join(", "))),
-            Self::Missing { hint, .. } => Some(hint.clone()),
+            Self::Missing { hint, .. } => Some(hint.clone()).filter(|hint| !hint.is_empty()),
             Self::Invalid { hint, .. } => hint.clone(),
             Self::Read { .. } => Some("the recipes that come with the source are in configs/".into()),
             _ => None,

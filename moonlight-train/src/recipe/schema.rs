@@ -45,123 +45,119 @@ pub(super) fn merged<const N: usize>(description: &str, parts: [Schema; N]) -> S
 /// What a schema says of tables and lists: its alternatives taken together.
 #[derive(Default)]
 struct Known<'a> {
-    keys: Map<String, Value>,
+    keys: Vec<(&'a str, &'a Value)>,
     items: Vec<&'a Value>,
     /// Whether other keys may stand there as well.
     open: bool,
 }
 
 impl<'a> Known<'a> {
-    fn of(schemas: impl IntoIterator<Item = &'a Value>, root: &'a Value) -> Self {
+    fn of(schemas: &[&'a Value], root: &'a Value) -> Self {
         let mut known = Self::default();
-        for schema in schemas {
-            known.add(schema, root);
-        }
+        schemas.iter().for_each(|schema| known.add(schema, root));
         known.open |= known.keys.is_empty();
         known
     }
 
     fn add(&mut self, schema: &'a Value, root: &'a Value) {
-        if let Some(name) = schema["$ref"].as_str().and_then(|path| path.strip_prefix('#')) {
-            self.add(root.pointer(name).unwrap_or(&Value::Null), root);
-        }
-        for choices in ["allOf", "anyOf", "oneOf"] {
-            schema[choices].as_array().into_iter().flatten().for_each(|schema| self.add(schema, root));
-        }
+        let referred = schema["$ref"].as_str().and_then(|path| root.pointer(path.strip_prefix('#')?));
+        let choices = ["allOf", "anyOf", "oneOf"].into_iter().filter_map(|of| schema[of].as_array()).flatten();
+        referred.into_iter().chain(choices).for_each(|schema| self.add(schema, root));
+        self.keys
+            .extend(schema["properties"].as_object().into_iter().flatten().map(|(key, said)| (key.as_str(), said)));
         self.items.extend(schema.get("items"));
         self.open |= !matches!(schema.get("additionalProperties"), None | Some(Value::Bool(false)));
-        for (key, value) in schema["properties"].as_object().into_iter().flatten() {
-            self.keys.entry(key).or_insert_with(|| json!([])).as_array_mut().expect("it is a list").push(value.clone());
-        }
     }
 
-    fn names(&self) -> impl Iterator<Item = &str> {
-        self.keys.keys().map(String::as_str)
+    fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.keys.iter().map(|(key, _)| *key)
     }
 
     /// What is said of one of the keys.
-    fn inner(&self, key: &str) -> Vec<&Value> {
-        self.keys.get(key).and_then(Value::as_array).into_iter().flatten().collect()
+    fn inner(&self, name: &str) -> Vec<&'a Value> {
+        self.keys.iter().filter(|(key, _)| *key == name).map(|(_, said)| *said).collect()
     }
 }
 
 /// The first key, by line, that nothing reads; a section before all others.
 pub(super) fn unknown_key(document: &Node) -> Option<RecipeError> {
     let root = &*SCHEMA;
-    let sections = Known::of([root], root);
+    let sections = Known::of(&[root], root);
     let Item::Table(written) = &document.item else { return None };
-    let stray = |(_, node): &(&String, &Node)| !matches!(node.item, Item::Table(_));
-    let unknown = || written.iter().filter(|(key, _)| !sections.keys.contains_key(*key));
-    if let Some((key, node)) = unknown().find(|entry| !stray(entry)).or_else(|| unknown().next()) {
-        let named = !stray(&(key, node));
-        let bracketed = |name: &str| format!("[{name}]");
+    let mut unknown: Vec<_> = written.iter().filter(|(name, _)| sections.inner(name).is_empty()).collect();
+    unknown.sort_by_key(|(_, node)| !matches!(node.item, Item::Table(_)));
+    // `(section, key)` of every key of every section.
+    let keys = || {
+        let of = |name| Known::of(&sections.inner(name), root).keys.into_iter().map(move |(key, _)| (name, key));
+        sections.names().flat_map(of)
+    };
+    if let Some((name, node)) = unknown.first() {
+        let is_section = matches!(node.item, Item::Table(_));
+        let nearest = if is_section {
+            nearest(name, sections.names()).map(|name| format!("[{name}]"))
+        } else {
+            let near = nearest(name, keys().map(|(_, key)| key));
+            keys().find(|(_, key)| near.as_deref() == Some(key)).map(|(section, key)| format!("{section}.{key}"))
+        };
         return Some(RecipeError::UnknownKey {
             place: node.place.to_string(),
-            key: if named { bracketed(key) } else { key.clone() },
-            nearest: if named {
-                nearest(key, sections.names()).map(|name| bracketed(&name))
-            } else {
-                let all: Vec<String> = all_keys(&sections, root);
-                let last = |key: &str| key.rsplit('.').next().unwrap_or(key).to_owned();
-                let names: Vec<String> = all.iter().map(|key| last(key)).collect();
-                let name = nearest(key, names.iter().map(String::as_str));
-                name.and_then(|name| all.into_iter().find(|key| last(key) == name))
-            },
-            known: sections.names().map(bracketed).collect(),
+            key: if is_section { format!("[{name}]") } else { (*name).clone() },
+            nearest,
+            known: sections.names().map(|name| format!("[{name}]")).collect(),
         });
     }
     let mut found = Vec::new();
-    for (section, node) in written {
-        unknown_in(node, &sections.inner(section), root, section, &mut found);
+    for (name, node) in written {
+        let elsewhere = |unknown: &str| keys().find(|(section, key)| section != name && *key == unknown);
+        unknown_in(
+            node,
+            &sections.inner(name),
+            root,
+            name,
+            &|key| elsewhere(key).map(|(section, key)| format!("{section}.{key}")),
+            &mut found,
+        );
     }
-    let line = |place: &Place| match place {
+    found.sort_by_key(|(place, _)| match place {
         Place::Line(_, line) => *line,
         Place::File(_) | Place::Set(_) => usize::MAX,
-    };
-    found.sort_by_key(|(place, _)| line(place));
-    let (_, mut error) = found.into_iter().next()?;
-    if let RecipeError::UnknownKey { key, nearest, .. } = &mut error
-        && let Some((section, name)) = key.split_once('.')
-        && let Some(elsewhere) = all_keys(&sections, root)
-            .into_iter()
-            .find(|known| known.split_once('.').is_some_and(|(of, it)| of != section && it == name))
-    {
-        *nearest = Some(elsewhere);
-    }
-    Some(error)
+    });
+    found.into_iter().next().map(|(_, error)| error)
 }
 
-/// `section.key` of every key of every section.
-fn all_keys(sections: &Known<'_>, root: &Value) -> Vec<String> {
-    let of = |section: &str| {
-        let keys = Known::of(sections.inner(section), root);
-        keys.names().map(|key| format!("{section}.{key}")).collect::<Vec<_>>()
-    };
-    sections.names().flat_map(of).collect()
-}
-
-fn unknown_in(node: &Node, schemas: &[&Value], root: &Value, path: &str, found: &mut Vec<(Place, RecipeError)>) {
-    let known = Known::of(schemas.iter().copied(), root);
+/// The unknown keys of a section, or of a table or list within it; `elsewhere` is another section's key of that name.
+fn unknown_in(
+    node: &Node,
+    schemas: &[&Value],
+    root: &Value,
+    path: &str,
+    elsewhere: &dyn Fn(&str) -> Option<String>,
+    found: &mut Vec<(Place, RecipeError)>,
+) {
+    let known = Known::of(schemas, root);
     match &node.item {
         Item::Table(table) => {
             for (key, node) in table {
-                let inner = format!("{path}.{key}");
-                if known.keys.contains_key(key) {
-                    unknown_in(node, &known.inner(key), root, &inner, found);
+                let inner = known.inner(key);
+                let whole = format!("{path}.{key}");
+                if !inner.is_empty() {
+                    unknown_in(node, &inner, root, &whole, elsewhere, found);
                 } else if !known.open {
-                    let name = nearest(key, known.names());
                     // A section's keys are named whole, those of tables within it are not.
-                    let nearest =
-                        if path.contains(['.', '[']) { name } else { name.map(|name| format!("{path}.{name}")) };
+                    let near = nearest(key, known.names());
+                    let nearest = match path.contains(['.', '[']) {
+                        true => near,
+                        false => elsewhere(key).or_else(|| near.map(|near| format!("{path}.{near}"))),
+                    };
                     let known = known.names().map(str::to_owned).collect();
                     let place = node.place.to_string();
-                    found.push((node.place.clone(), RecipeError::UnknownKey { place, key: inner, nearest, known }));
+                    found.push((node.place.clone(), RecipeError::UnknownKey { place, key: whole, nearest, known }));
                 }
             }
         }
         Item::List(list) => {
             for (index, node) in list.iter().enumerate() {
-                unknown_in(node, &known.items, root, &format!("{path}[{index}]"), found);
+                unknown_in(node, &known.items, root, &format!("{path}[{index}]"), elsewhere, found);
             }
         }
         Item::Scalar(..) => {}
