@@ -19,7 +19,7 @@ use moonlight_optim::MuonAdamW;
 use moonlight_optim::distributed::{CollectiveError, sum_of_squares};
 
 use super::model_cell::ModelCell;
-use super::step::{NonFinite, StepError};
+use super::step_error::{NonFinite, StepError};
 
 /// How memory is traded for time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

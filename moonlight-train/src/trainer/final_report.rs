@@ -1,38 +1,19 @@
 //! The end of a run: its validation loss beside that of a bigram model, plots, evaluation, and a sample.
 
-use std::fmt;
 use std::io::Write;
-use std::sync::Arc;
 
 use burn::module::Module;
 use moonlight_infer::generate::{Sampling, generate};
-use moonlight_infer::tokenizer::Tokenizer;
-use moonlight_model::CausalLm;
 
+use super::outcome::{Outcome, Trained};
 use super::run_eval::{self, run_eval};
-use super::train_loop::Outcome;
 use crate::analysis::plots::write_plots;
-use crate::data::Dataset;
 use crate::error::TrainError;
 use crate::metrics::peak_memory_mib;
 use crate::recipe::Recipe;
 
 /// The largest vocabulary that a table of bigrams is counted for.
 const BIGRAM_VOCAB: usize = 4096;
-
-/// What a finished run leaves in memory, on its leading rank.
-pub struct Trained {
-    /// The model of the last checkpoint.
-    pub model: CausalLm,
-    pub(super) corpus: Arc<Dataset>,
-    pub(super) tokenizer: Option<Tokenizer>,
-}
-
-impl fmt::Debug for Trained {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Trained").field("model", &self.model).finish_non_exhaustive()
-    }
-}
 
 /// Draws the plots, logs the results of the run, and prints a sample of the trained model to stdout. Does nothing on a rank
 /// that does not lead.

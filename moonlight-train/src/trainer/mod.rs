@@ -17,6 +17,7 @@ mod exchange;
 mod final_report;
 mod freeze;
 mod model_cell;
+mod outcome;
 mod process_group;
 mod qk_clip;
 mod rank_trainer;
@@ -24,6 +25,7 @@ mod run_eval;
 mod save;
 mod setup;
 mod step;
+mod step_error;
 mod step_result;
 #[cfg(unix)]
 pub(crate) mod terminal;
@@ -43,9 +45,9 @@ use crate::error::TrainError;
 use crate::recipe::Recipe;
 
 pub use backward::MemoryOptions;
-pub use final_report::{Trained, final_report};
+pub use final_report::final_report;
+pub use outcome::{Outcome, Trained};
 pub use terminal::restore as restore_terminal;
-pub use train_loop::Outcome;
 
 use process_group::{Display, ProcessGroup};
 

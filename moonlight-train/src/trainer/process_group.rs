@@ -16,9 +16,10 @@ use moonlight_optim::distributed::{
 };
 
 use super::exchange::{agree, all_gather, broadcast_number};
+use super::outcome::Outcome;
 use super::rank_trainer::RankTrainer;
 use super::setup::{Leftovers, ResumePoint, Setup};
-use super::train_loop::{Outcome, train_loop};
+use super::train_loop::train_loop;
 use crate::error::TrainError;
 use crate::metrics::{Dashboard, Progress, Reporter};
 use crate::recipe::{DistributedRecipe, Recipe};

@@ -16,9 +16,9 @@ use moonlight_optim::distributed::Worker;
 use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions};
 use serde_json::{Value, json};
 
-use super::final_report::Trained;
 use super::freeze;
 use super::model_cell::ModelCell;
+use super::outcome::Trained;
 use super::rank_trainer::RankTrainer;
 use super::run_eval::{self, run_eval};
 use crate::checkpoint::{Checkpoints, Found, TrainerState};

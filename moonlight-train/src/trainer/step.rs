@@ -3,10 +3,10 @@
 use burn::tensor::Device;
 use moonlight_model::Probe;
 use moonlight_optim::MuonAdamW;
-use moonlight_optim::distributed::CollectiveError;
 
 use super::backward::{GradientSink, MemoryOptions, MicroBatch, ReducingSink, UpdatingSink, backward};
 use super::model_cell::ModelCell;
+use super::step_error::StepError;
 use super::step_result::{StepResult, StepTotals};
 use crate::data::HostBatch;
 
@@ -34,36 +34,6 @@ pub(crate) struct StepSettings {
     pub(crate) update: UpdateMode,
     /// The seed of the adapters' dropout on this rank; `None` without adapters or dropout.
     pub(crate) dropout_seed: Option<u64>,
-}
-
-/// A non-finite loss or gradient.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct NonFinite {
-    pub(crate) what: &'static str,
-    pub(crate) value: f64,
-    /// The rank it was found on; `None` with one rank, and for what is known of the sum over all ranks only.
-    pub(crate) rank: Option<usize>,
-}
-
-/// Why a step failed.
-#[derive(Debug)]
-pub(crate) enum StepError {
-    /// On all ranks alike. The model is unchanged, except by [`UpdateMode::DuringBackward`].
-    NonFinite(NonFinite),
-    /// The ranks lost each other. The model is lost.
-    Collective(CollectiveError),
-}
-
-impl From<CollectiveError> for StepError {
-    fn from(error: CollectiveError) -> Self {
-        Self::Collective(error)
-    }
-}
-
-impl From<NonFinite> for StepError {
-    fn from(error: NonFinite) -> Self {
-        Self::NonFinite(error)
-    }
 }
 
 /// Takes a step: forward and backward over this rank's micro-batches, clipping, update, bias rule. `totals` are those of

@@ -4,7 +4,7 @@ use moonlight_model::ForwardStats;
 use moonlight_optim::distributed::Worker;
 
 use super::exchange::{all_gather, exchange_fields};
-use super::step::{NonFinite, StepError};
+use super::step_error::{NonFinite, StepError};
 use crate::data::HostBatch;
 use crate::metrics::Metrics;
 

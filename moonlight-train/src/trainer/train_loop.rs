@@ -1,34 +1,13 @@
 //! The training loop.
 
-use std::path::PathBuf;
-
 use burn::train::Interrupter;
 use moonlight_optim::distributed::Traffic;
 
 use super::comm_report::comm_report;
-use super::final_report::Trained;
+use super::outcome::Outcome;
 use super::rank_trainer::RankTrainer;
 use crate::error::TrainError;
 use crate::metrics::Reporter;
-
-/// How a run ended.
-#[derive(Debug)]
-pub struct Outcome {
-    /// Steps taken.
-    pub step: u64,
-    /// Tokens read.
-    pub tokens: u64,
-    /// The last validation loss, nats.
-    pub valid_loss: Option<f64>,
-    /// Whether it was stopped before its last step.
-    pub interrupted: bool,
-    /// The checkpoint of the last step.
-    pub checkpoint: PathBuf,
-    /// What the ranks of a distributed run sent and held.
-    pub comm_report: Option<String>,
-    /// The trained model; `None` on a rank that does not lead, and leaves the final report to the one that does.
-    pub trained: Option<Trained>,
-}
 
 /// Trains from the trainer's step to the last one of its recipe, or until `interrupter` is stopped, and saves.
 ///
