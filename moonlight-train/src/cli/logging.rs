@@ -11,8 +11,8 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{Layer, fmt as layer};
 
-/// Prints what this workspace's crates log from now on, as the program's output is documented: the message alone, behind
-/// `warning: ` or `error: ` where it is one. Does nothing if the process has a subscriber already.
+/// From now on prints what this workspace's crates log: the message alone, after `warning: ` or `error: ` if it is one.
+/// Does nothing if the process has a subscriber already.
 pub(super) fn install() {
     let lines = layer::layer().event_format(PlainLines).with_writer(std::io::stderr);
     let ours = Targets::new().with_target("moonlight", Level::INFO);

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use moonlight_model::CausalLm;
-use moonlight_optim::MuonAdamW;
+use moonlight_optim::{MuonAdamW, StateError};
 
 use super::exchange::{agree, broadcast_text};
 use crate::checkpoint::{Checkpoints, StateWriter, TrainerState};
@@ -57,10 +57,11 @@ impl StateWriter for RankZeroWriter<'_> {
         // Other ranks may have other working directories.
         let dir = std::path::absolute(dir).map_err(TrainError::read(dir))?;
         broadcast_text(self.optimizer.worker(), Some(&dir.to_string_lossy()))?;
-        write_part(&dir, self.optimizer)
+        Ok(())
     }
 
-    fn end(&mut self, _dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError> {
+    fn end(&mut self, dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError> {
+        let written = written.and_then(|()| write_part(dir, self.optimizer));
         let agreed = agree(self.optimizer.worker(), written);
         self.disagreed = agreed.is_err();
         agreed
@@ -76,7 +77,11 @@ fn write_part(dir: &Path, optimizer: &MuonAdamW) -> Result<(), TrainError> {
             hint: Some("runs on several machines need a `run.dir` that all of them share".into()),
         });
     }
-    optimizer.save(&path).map_err(|source| TrainError::OptimizerState { path: path.clone(), source })?;
+    optimizer.save(&path).map_err(|source| match source {
+        // Its sentence is of a file that cannot be read.
+        StateError::Unreadable(problem) => TrainError::write(&path)(std::io::Error::other(problem)),
+        source => TrainError::OptimizerState { path: path.clone(), source },
+    })?;
     // Rank 0 flushes the files that it sees before it renames the folder; on a shared file system those of other ranks need
     // not be among them.
     File::open(&path).and_then(|file| file.sync_all()).map_err(TrainError::write(&path))

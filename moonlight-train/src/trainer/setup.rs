@@ -248,8 +248,8 @@ impl Weights<'_> {
         let adapters = base.as_ref().zip(recipe.lora.as_ref());
         let resumed = match from {
             ResumePoint::Start | ResumePoint::Found(None) => None,
-            ResumePoint::Newest => newest_whole(checkpoints, adapters, &device)?,
-            ResumePoint::Found(Some(step)) => Some(of_step(checkpoints, step, adapters, &device)?),
+            ResumePoint::Newest => newest_complete(checkpoints, adapters, &device)?,
+            ResumePoint::Found(Some(step)) => Some(at_step(checkpoints, step, adapters, &device)?),
         };
         if let Some((found, model)) = resumed {
             return Ok((model, Some(found)));
@@ -332,7 +332,7 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Resul
 }
 
 /// The newest checkpoint that opens, with its model; a damaged one is skipped with a warning.
-fn newest_whole(
+fn newest_complete(
     checkpoints: &Checkpoints,
     base: Option<(&CausalLm, &LoraRecipe)>,
     device: &Device,
@@ -351,7 +351,7 @@ fn newest_whole(
 }
 
 /// The checkpoint of a step, with its model.
-fn of_step(
+fn at_step(
     checkpoints: &Checkpoints,
     step: u64,
     base: Option<(&CausalLm, &LoraRecipe)>,
