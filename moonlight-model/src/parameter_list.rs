@@ -1,5 +1,5 @@
-//! Every parameter of a model with its shape and what it is for, read from the module itself: a model is made whose
-//! parameters are not drawn, and visited.
+//! Every parameter of a model with its shape and what it is for, read from the module itself: its parts are made with
+//! parameters that are not drawn, and visited.
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
@@ -12,8 +12,9 @@ impl ModelConfig {
     /// All tensors of the model in the order in which the module holds them. Nothing is allocated for them.
     pub fn parameter_shapes(&self) -> Vec<ParameterShape> {
         let (device, kinds) = (Device::default(), ParameterKinds::default());
-        let model = self.build(Init::noting(&device, &kinds));
-        let mut visitor = Listing { kinds: &kinds, path: Vec::new(), shapes: Vec::new() };
+        let init = Init::noting(&device, &kinds);
+        let model = self.build_with(init, Vec::new);
+        let mut visitor = Listing { config: self, init, kinds: &kinds, path: Vec::new(), shapes: Vec::new() };
         model.visit(&mut visitor);
         visitor.shapes
     }
@@ -40,14 +41,37 @@ impl ModelConfig {
 }
 
 struct Listing<'a> {
+    config: &'a ModelConfig,
+    init: Init<'a>,
     kinds: &'a ParameterKinds,
     path: Vec<String>,
     shapes: Vec<ParameterShape>,
 }
 
+/// The field of the model that has the layers.
+const LAYERS: &str = "layers";
+
+impl Listing<'_> {
+    /// Makes and visits a layer at a time: a damaged configuration may ask for any number of layers, and a module takes a
+    /// hundred times the memory of its entries in the list.
+    fn list_layers(&mut self) {
+        for index in 0..self.config.num_hidden_layers {
+            let noted = self.kinds.take();
+            let layer = self.config.layer(index).build(self.init);
+            self.path.push(index.to_string());
+            layer.visit(self);
+            self.path.pop();
+            self.kinds.replace(noted);
+        }
+    }
+}
+
 impl ModuleVisitor for Listing<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
+        if self.path == [LAYERS] {
+            self.list_layers();
+        }
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
@@ -59,7 +83,7 @@ impl ModuleVisitor for Listing<'_> {
         let kinds = self.kinds.borrow();
         let &(kind, role) = kinds.get(&param.id).unwrap_or_else(|| panic!("`{path}` is made by `Init`"));
         let layer = match self.path.as_slice() {
-            [list, index, ..] if list == "layers" => index.parse().ok(),
+            [list, index, ..] if list == LAYERS => index.parse().ok(),
             _ => None,
         };
         let shape = param.lazy_shape().as_slice().to_vec();

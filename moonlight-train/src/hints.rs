@@ -25,8 +25,8 @@ pub(crate) fn infer_hint(error: &InferError) -> Option<String> {
         }
         InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
         InferError::Chat(ChatError::NoTemplate { .. }) => Some(
-            "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
-             `chat_template.jinja` into the folder"
+            "let a base model continue a text with `moonlight generate --prompt`; a chat model needs its \
+             `chat_template.jinja` in the folder"
                 .into(),
         ),
         error => error.hint(),
@@ -41,6 +41,12 @@ mod tests {
     fn options_are_named_here_and_not_by_the_library() {
         let error = InferError::AdapterOnAdapter("x".into());
         assert!(infer_hint(&error).unwrap().contains("--adapter"));
+        assert!(!error.hint().unwrap().contains("--"));
+        let error = InferError::Adapter(AdapterError::NoBase { dir: "x".into(), base: None });
+        assert!(infer_hint(&error).unwrap().contains("--adapter"));
+        assert!(!error.hint().unwrap().contains("--"));
+        let error = InferError::Chat(ChatError::NoTemplate { dir: "x".into() });
+        assert!(infer_hint(&error).unwrap().contains("moonlight generate"));
         assert!(!error.hint().unwrap().contains("--"));
         let error = InferError::TooFewExamples { examples: 1, shots: 2 };
         assert!(infer_hint(&error).unwrap().contains("--shots"));

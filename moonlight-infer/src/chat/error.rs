@@ -44,8 +44,8 @@ impl ChatError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NoTemplate { .. } => Some(
-                "give a base model a text to continue, or put the \
-                 `chat_template.jinja` into the folder"
+                "give a base model a text to continue; a chat model needs its \
+                 `chat_template.jinja` in the folder"
                     .into(),
             ),
             Self::NoSpan { .. } => Some(

@@ -1,4 +1,5 @@
-#![doc = include_str!("../README.md")]
+//! Several tasks write one buffer, each its own rows or blocks: bounds are always checked, and under debug assertions
+//! every overlap and every gap as well.
 //!
 //! `chunks_mut` divides a slice into runs. What several tasks write of a row-major matrix is often a *block* instead, some
 //! columns of some rows, whose elements interleave with those of other blocks. [`DisjointMut`] hands out rows and blocks of
@@ -15,7 +16,7 @@
 //! elements.
 //!
 //! ```
-//! use moonlight_disjoint::DisjointVec;
+//! use moonlight_model::disjoint::DisjointVec;
 //!
 //! // A [4, 6] matrix by four tasks, each a block of [2, 3].
 //! let matrix = DisjointVec::<u32>::new(24);
