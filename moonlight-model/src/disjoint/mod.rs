@@ -206,7 +206,11 @@ impl<T> DisjointVec<T> {
     /// If an element was never claimed.
     pub unsafe fn finish(self) -> Vec<T> {
         self.claims.assert_complete();
-        let memory = ManuallyDrop::new(self).memory();
+        #[cfg_attr(not(debug_assertions), allow(unused_mut, reason = "there is no record"))]
+        let mut this = ManuallyDrop::new(self);
+        #[cfg(debug_assertions)]
+        drop(std::mem::take(&mut this.claims.record)); // which would leak with the rest of `this`
+        let memory = this.memory();
         // SAFETY: the memory is that of `new`, which `self` no longer frees. As many elements were claimed as there are, none
         // of them twice (rule 2), so all were; and what was claimed was written, as the caller promises.
         unsafe { Box::from_raw(memory).assume_init() }.into_vec()
