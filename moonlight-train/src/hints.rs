@@ -42,6 +42,9 @@ mod tests {
         let error = InferError::AdapterOnAdapter("x".into());
         assert!(infer_hint(&error).unwrap().contains("--adapter"));
         assert!(!error.hint().unwrap().contains("--"));
+        let error = InferError::from(ChatError::NoTemplate { dir: "x".into() });
+        assert!(infer_hint(&error).unwrap().contains("moonlight generate"));
+        assert!(!error.hint().unwrap().contains("moonlight"));
         let error = InferError::TooFewExamples { examples: 1, shots: 2 };
         assert!(infer_hint(&error).unwrap().contains("--shots"));
         assert!(!error.hint().unwrap().contains("--"));
