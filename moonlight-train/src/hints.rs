@@ -42,6 +42,8 @@ mod tests {
         let error = InferError::AdapterOnAdapter("x".into());
         assert!(infer_hint(&error).unwrap().contains("--adapter"));
         assert!(!error.hint().unwrap().contains("--"));
+        let error = InferError::from(AdapterError::NoBase { dir: "x".into(), base: None });
+        assert!(infer_hint(&error).unwrap().contains("--adapter"));
         let error = InferError::from(ChatError::NoTemplate { dir: "x".into() });
         assert!(infer_hint(&error).unwrap().contains("moonlight generate"));
         assert!(!error.hint().unwrap().contains("moonlight"));
