@@ -25,8 +25,8 @@ pub(crate) fn infer_hint(error: &InferError) -> Option<String> {
         }
         InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
         InferError::Chat(ChatError::NoTemplate { .. }) => Some(
-            "let a base model continue a text with `moonlight generate --prompt`; a chat model needs its \
-             `chat_template.jinja` in the folder"
+            "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
+             `chat_template.jinja` into the folder"
                 .into(),
         ),
         error => error.hint(),
@@ -42,12 +42,11 @@ mod tests {
         let error = InferError::AdapterOnAdapter("x".into());
         assert!(infer_hint(&error).unwrap().contains("--adapter"));
         assert!(!error.hint().unwrap().contains("--"));
-        let error = InferError::Adapter(AdapterError::NoBase { dir: "x".into(), base: None });
+        let error = InferError::from(AdapterError::NoBase { dir: "x".into(), base: None });
         assert!(infer_hint(&error).unwrap().contains("--adapter"));
-        assert!(!error.hint().unwrap().contains("--"));
-        let error = InferError::Chat(ChatError::NoTemplate { dir: "x".into() });
+        let error = InferError::from(ChatError::NoTemplate { dir: "x".into() });
         assert!(infer_hint(&error).unwrap().contains("moonlight generate"));
-        assert!(!error.hint().unwrap().contains("--"));
+        assert!(!error.hint().unwrap().contains("moonlight"));
         let error = InferError::TooFewExamples { examples: 1, shots: 2 };
         assert!(infer_hint(&error).unwrap().contains("--shots"));
         assert!(!error.hint().unwrap().contains("--"));

@@ -43,11 +43,9 @@ impl ChatError {
     /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::NoTemplate { .. } => Some(
-                "give a base model a text to continue; a chat model needs its \
-                 `chat_template.jinja` in the folder"
-                    .into(),
-            ),
+            Self::NoTemplate { .. } => {
+                Some("give a base model a text to continue, or put its `chat_template.jinja` into the folder".into())
+            }
             Self::NoSpan { .. } => Some(
                 "put `{% generation %}` and `{% endgeneration %}` around the assistant's words in the template".into(),
             ),

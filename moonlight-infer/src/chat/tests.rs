@@ -105,7 +105,8 @@ fn a_model_that_never_learned_to_chat_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let error = ChatTemplate::of_model(dir.path(), &Tokenizer::bytes()).unwrap_err();
     assert!(error.to_string().contains("has no chat template"));
-    assert!(error.hint().unwrap().contains("a text to continue"));
+    let hint = error.hint().unwrap();
+    assert!(hint.contains("a text to continue") && hint.contains("`chat_template.jinja`"), "{hint}");
 }
 
 /// An encoder whose template is `text`, over the bytes with Moonlight's tokens of a conversation.
