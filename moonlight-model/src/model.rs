@@ -82,15 +82,10 @@ impl ModelConfig {
     }
 
     pub(crate) fn build(&self, init: Init<'_>) -> CausalLm {
-        self.build_with(init, || (0..self.num_hidden_layers).map(|layer| self.layer(layer).build(init)).collect())
-    }
-
-    /// The model with the given layers, which are made after the embedding: weights are drawn in the module's order.
-    pub(crate) fn build_with(&self, init: Init<'_>, layers: impl FnOnce() -> Vec<DecoderLayer>) -> CausalLm {
         let (vocab, hidden, deviation) = (self.vocab_size, self.hidden_size, self.initializer_range);
         CausalLm {
             embed_tokens: init.embedding([vocab, hidden], deviation),
-            layers: layers(),
+            layers: (0..self.num_hidden_layers).map(|layer| self.layer(layer).build(init)).collect(),
             norm: RmsNorm::build(hidden, self.rms_norm_eps, init),
             lm_head: (!self.tie_word_embeddings).then(|| init.head([hidden, vocab], deviation)),
             rotary: self.rotary(),
