@@ -8,7 +8,7 @@ use std::error::Error;
 use std::path::Path;
 
 use burn::optim::{AdamWConfig, GradientsParams};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 use moonlight_convert::adapter::{load_adapter, write_adapter};
 use moonlight_convert::load;
 use moonlight_model::lora::LoraConfig;
@@ -19,7 +19,8 @@ const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/moonlight-
 fn main() -> Result<(), Box<dyn Error>> {
     // The base model, on a device that records gradients.
     let device = Device::flex().autodiff();
-    let base = load(Path::new(MODEL), &device, None)?.model;
+    // In f32: a merge into bf16 weights would round the sum.
+    let base = load(Path::new(MODEL), &device, Some(DType::F32))?.model;
 
     // `with_lora` freezes the base. `B` is zero in the beginning, so the model still computes what the base does.
     let config = LoraConfig { rank: 4, alpha: 8.0, targets: vec!["attention".into()], ..LoraConfig::default() };
@@ -46,7 +47,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Merged into the weights there is no adapter any more, and nothing to add at inference.
     let merged = model.clone().merge();
     assert!(!merged.has_adapters());
-    assert!((loss(&merged, &batch) - loss(&model, &batch)).abs() < 1e-3);
+    let (merged, adapted) = (loss(&merged, &batch), loss(&model, &batch));
+    assert!((merged - adapted).abs() < 1e-5 * adapted, "{merged} and {adapted}");
     Ok(())
 }
 
