@@ -85,7 +85,7 @@ fn entry(page: &mut String, key: &str, said: &Value, root: &Value, depth: usize)
     let of = |key: &str| parts.iter().find_map(|part| part[key].as_str()).map(line);
     let description = of("description").unwrap_or_default();
     // Some defaults follow from other keys, and some docs say theirs.
-    let told = description.contains("Default:");
+    let told = description.contains("Default:") || description.contains("Required.");
     let default = parts.iter().find_map(|part| part.get("default")).filter(|value| !told && is_plain(value));
     let default = default.map(|value| format!(", default `{value}`")).unwrap_or_default();
     writeln!(page, "{indent}* `{key}` ({}{default}): {description}", kind(&parts, root)).unwrap();
@@ -104,8 +104,8 @@ fn entry(page: &mut String, key: &str, said: &Value, root: &Value, depth: usize)
         }
     }
     let items = parts.iter().filter_map(|part| part.get("items")).filter(|items| items.is_object());
-    for (key, said) in parts.iter().copied().chain(items).flat_map(|part| self::parts(part, root)).flat_map(properties)
-    {
+    let items = items.flat_map(|items| self::parts(items, root));
+    for (key, said) in parts.iter().copied().chain(items).flat_map(properties) {
         entry(page, key, said, root, depth + 1);
     }
 }
@@ -156,7 +156,12 @@ fn is_plain(value: &Value) -> bool {
     }
 }
 
-/// A doc comment in one line.
+/// A doc comment in one line, its links to Rust items as plain code.
 fn line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    let mut text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    while let Some(start) = text.find("](crate::") {
+        let end = text[start..].find(')').map_or(text.len(), |length| start + length + 1);
+        text.replace_range(start..end, "]");
+    }
+    text.replace("[`", "`").replace("`]", "`")
 }
