@@ -25,8 +25,8 @@ pub(crate) fn infer_hint(error: &InferError) -> Option<String> {
         }
         InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
         InferError::Chat(ChatError::NoTemplate { .. }) => Some(
-            "a model that was never taught to chat goes on from a text: `moonlight generate --prompt`; else put its \
-             `chat_template.jinja` into the folder"
+            "let a base model continue a text with `moonlight generate --prompt`; a chat model needs its \
+             `chat_template.jinja` in the folder"
                 .into(),
         ),
         error => error.hint(),

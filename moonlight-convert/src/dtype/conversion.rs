@@ -105,8 +105,8 @@ impl std::fmt::Display for WeightDtype {
 pub(crate) trait Weight: Element + bytemuck::Pod + Default + Send + Sync {
     /// As many bits as the value has.
     type Mark: Copy + Default + std::ops::BitOr<Output = Self::Mark>;
-    /// QuantBits of which the highest is set where the value is infinite or NaN: the magnitude, and one more in the exponent.
-    /// Those of many values can be or-ed together, in as many lanes as the values have.
+    /// Bits whose highest is set where the value is infinite or NaN: the magnitude, and one more in the exponent. The marks
+    /// of many values can be or-ed together, in as many lanes as the values have.
     fn mark(self) -> Self::Mark;
     /// Whether the highest bit is not set.
     fn unmarked(bits: Self::Mark) -> bool;

@@ -1,7 +1,7 @@
 //! The memory of a training step, part by part, at each of its phases.
 //!
 //! A step is followed from phase to phase as the trainer takes it (`trainer/backward.rs`, `trainer/step.rs` and the
-//! optimizer), and what is alive at each is added up. The largest phase is what has to fit.
+//! optimizer), and the memory in use at each is added up. The largest phase is what has to fit.
 
 use moonlight_model::ModelConfig;
 use moonlight_model::QuantBits;
@@ -63,7 +63,7 @@ impl MemoryPart {
     }
 }
 
-/// What is alive at a phase of a step, bytes.
+/// The memory in use at a phase of a step, bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct StepPhase {
     /// What happens.

@@ -335,7 +335,7 @@ fn check_weights(between: &Worker, model: &CausalLm) -> Result<(), TrainError> {
 /// Runs a rank's loop. If it ends in an error or a panic, the other ranks of its process are told.
 fn guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
     if worker.size() == 1 {
-        return run(); // nobody waits for it, and a panic stays one
+        return run(); // no other rank is in a collective with it, and a panic stays a panic
     }
     // The thread that panicked has printed its message.
     let result = catch_unwind(AssertUnwindSafe(run));
