@@ -8,7 +8,7 @@ use std::error::Error;
 use std::path::Path;
 
 use burn::optim::{AdamWConfig, GradientsParams};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 use moonlight_convert::adapter::{load_adapter, write_adapter};
 use moonlight_convert::load;
 use moonlight_model::lora::LoraConfig;
@@ -17,9 +17,9 @@ use moonlight_model::{CausalLm, LmBatch, Probe};
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/moonlight-like");
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // The base model, on a device that records gradients.
+    // The base model in f32 (its files hold bf16), on a device that records gradients.
     let device = Device::flex().autodiff();
-    let base = load(Path::new(MODEL), &device, None)?.model;
+    let base = load(Path::new(MODEL), &device, Some(DType::F32))?.model;
 
     // `with_lora` freezes the base. `B` is zero in the beginning, so the model still computes what the base does.
     let config = LoraConfig { rank: 4, alpha: 8.0, targets: vec!["attention".into()], ..LoraConfig::default() };
