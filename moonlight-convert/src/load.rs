@@ -6,8 +6,8 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use moonlight_disjoint::DisjointMut;
 use moonlight_model::config::ParameterKind;
+use moonlight_model::disjoint::DisjointMut;
 use moonlight_model::{CausalLm, QuantBits};
 
 use crate::checkpoint::Checkpoint;

@@ -207,7 +207,7 @@ fn what_is_wrong_is_named() {
     edit(dir, |config| config["base_model_name_or_path"] = "/no/such/model".into());
     let error = base_of(dir).unwrap_err();
     assert!(error.to_string().ends_with("was trained on `/no/such/model`, which is not there"), "{error}");
-    assert!(error.hint().unwrap().contains("--adapter"));
+    assert!(error.hint().unwrap().contains("name the base model"));
     edit(dir, |config| config["base_model_name_or_path"] = Value::Null);
     assert!(base_of(dir).unwrap_err().to_string().contains("does not say"));
 

@@ -72,6 +72,7 @@ mod batch;
 mod cache;
 pub mod config;
 mod decode;
+pub mod disjoint;
 mod forward;
 mod forward_stats;
 mod init;

@@ -6,16 +6,39 @@ use burn::tensor::{Device, Tensor};
 
 use crate::config::ModelConfig;
 use crate::init::{Init, ParameterKinds};
+use crate::layer::DecoderLayerConfig;
 use crate::parameter::{ParameterCount, ParameterKind, ParameterShape};
+
+/// The field of the model that has the decoder layers.
+const LAYERS: &str = "layers";
 
 impl ModelConfig {
     /// All tensors of the model in the order in which the module holds them. Nothing is allocated for them.
     pub fn parameter_shapes(&self) -> Vec<ParameterShape> {
-        let (device, kinds) = (Device::default(), ParameterKinds::default());
-        let model = self.build(Init::noting(&device, &kinds));
-        let mut visitor = Listing { kinds: &kinds, path: Vec::new(), shapes: Vec::new() };
-        model.visit(&mut visitor);
-        visitor.shapes
+        // The model around its layers; these are added where the visitor enters their field. Layers of one configuration
+        // have one list, so that the depth of a model costs no more than the list itself.
+        let around = Self { num_hidden_layers: 0, ..self.clone() };
+        listed(|init| around.build(init), |shapes| self.push_layers(shapes))
+    }
+
+    fn push_layers(&self, shapes: &mut Vec<ParameterShape>) {
+        let mut known: Vec<(DecoderLayerConfig, Vec<ParameterShape>)> = Vec::new();
+        for layer in 0..self.num_hidden_layers {
+            let config = self.layer(layer);
+            let index = known.iter().position(|(other, _)| *other == config).unwrap_or_else(|| {
+                let list = listed(|init| config.build(init), |_| {});
+                shapes.reserve_exact((self.num_hidden_layers - layer) * list.len());
+                known.push((config, list));
+                known.len() - 1
+            });
+            shapes.extend(known[index].1.iter().map(|parameter| ParameterShape {
+                path: format!("{LAYERS}.{layer}.{}", parameter.path),
+                shape: parameter.shape.clone(),
+                kind: parameter.kind,
+                role: parameter.role,
+                layer: Some(layer),
+            }));
+        }
     }
 
     /// Counts the parameters from their shapes; what is more than 64 bits count is the largest number.
@@ -39,14 +62,30 @@ impl ModelConfig {
     }
 }
 
-struct Listing<'a> {
+/// The parameters of a module by their paths in it; `at_layers` is called where the visitor enters the decoder layers.
+fn listed<M: Module>(
+    build: impl FnOnce(Init<'_>) -> M,
+    at_layers: impl FnMut(&mut Vec<ParameterShape>),
+) -> Vec<ParameterShape> {
+    let (device, kinds) = (Device::default(), ParameterKinds::default());
+    let module = build(Init::noting(&device, &kinds));
+    let mut visitor = Listing { kinds: &kinds, path: Vec::new(), shapes: Vec::new(), at_layers };
+    module.visit(&mut visitor);
+    visitor.shapes
+}
+
+struct Listing<'a, F> {
     kinds: &'a ParameterKinds,
     path: Vec<String>,
     shapes: Vec<ParameterShape>,
+    at_layers: F,
 }
 
-impl ModuleVisitor for Listing<'_> {
+impl<F: FnMut(&mut Vec<ParameterShape>)> ModuleVisitor for Listing<'_, F> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
+        if self.path.is_empty() && name == LAYERS {
+            (self.at_layers)(&mut self.shapes);
+        }
         self.path.push(name.to_owned());
     }
 
@@ -58,12 +97,8 @@ impl ModuleVisitor for Listing<'_> {
         let path = self.path.join(".");
         let kinds = self.kinds.borrow();
         let &(kind, role) = kinds.get(&param.id).unwrap_or_else(|| panic!("`{path}` is made by `Init`"));
-        let layer = match self.path.as_slice() {
-            [list, index, ..] if list == "layers" => index.parse().ok(),
-            _ => None,
-        };
         let shape = param.lazy_shape().as_slice().to_vec();
-        self.shapes.push(ParameterShape { path, shape, kind, role, layer });
+        self.shapes.push(ParameterShape { path, shape, kind, role, layer: None });
     }
 }
 
@@ -141,6 +176,42 @@ mod tests {
             (first.path.as_str(), first.path_in_layer()),
             ("layers.0.input_layernorm.weight", "input_layernorm.weight")
         );
+    }
+
+    /// Paths, shapes and order are those that any visitor of the whole model sees.
+    #[test]
+    fn the_list_is_what_a_visitor_of_the_whole_model_sees() {
+        struct Visited {
+            path: Vec<String>,
+            found: Vec<(String, Vec<usize>)>,
+        }
+        impl ModuleVisitor for Visited {
+            fn enter_module(&mut self, name: &str, _container_type: &str) {
+                self.path.push(name.to_owned());
+            }
+
+            fn exit_module(&mut self, _name: &str, _container_type: &str) {
+                self.path.pop();
+            }
+
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                self.found.push((self.path.join("."), param.lazy_shape().as_slice().to_vec()));
+            }
+        }
+        for preset in PRESETS {
+            let mut config = ModelConfig::preset(preset).unwrap();
+            for freq in [1, 3] {
+                // Dense layers between those with experts, too.
+                if let Some(moe) = &mut config.moe {
+                    moe.moe_layer_freq = freq;
+                }
+                let mut visited = Visited { path: Vec::new(), found: Vec::new() };
+                config.init(&Device::default()).visit(&mut visited);
+                let listed: Vec<_> =
+                    config.parameter_shapes().into_iter().map(|parameter| (parameter.path, parameter.shape)).collect();
+                assert_eq!(listed, visited.found, "{preset}");
+            }
+        }
     }
 
     /// No weight is made for it: 16B parameters are listed in milliseconds.

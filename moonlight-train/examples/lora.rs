@@ -17,8 +17,9 @@ use moonlight_model::{CausalLm, LmBatch, Probe};
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/moonlight-like");
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // The base model in f32 (its files hold bf16), on a device that records gradients.
+    // The base model, on a device that records gradients.
     let device = Device::flex().autodiff();
+    // In f32: a merge into bf16 weights would round the sum.
     let base = load(Path::new(MODEL), &device, Some(DType::F32))?.model;
 
     // `with_lora` freezes the base. `B` is zero in the beginning, so the model still computes what the base does.
@@ -46,7 +47,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Merged into the weights there is no adapter any more, and nothing to add at inference.
     let merged = model.clone().merge();
     assert!(!merged.has_adapters());
-    assert!((loss(&merged, &batch) - loss(&model, &batch)).abs() < 1e-3);
+    let (merged, adapted) = (loss(&merged, &batch), loss(&model, &batch));
+    assert!((merged - adapted).abs() < 1e-5 * adapted, "{merged} and {adapted}");
     Ok(())
 }
 

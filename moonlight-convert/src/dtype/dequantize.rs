@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use moonlight_disjoint::DisjointMut;
+use moonlight_model::disjoint::DisjointMut;
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{self, Outcome, PlainRows, Weight, WeightDtype, with_weight};

@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use moonlight_disjoint::BlockMut;
+use moonlight_model::disjoint::BlockMut;
 
 use crate::dtype::conversion::{Outcome, RowSource, Weight};
 
@@ -180,7 +180,7 @@ mod sse2 {
 #[cfg(test)]
 mod tests {
     use half::{bf16, f16};
-    use moonlight_disjoint::DisjointMut;
+    use moonlight_model::disjoint::DisjointMut;
 
     use super::*;
     use crate::dtype::conversion::PlainRows;

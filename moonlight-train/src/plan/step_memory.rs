@@ -264,12 +264,6 @@ impl Step<'_> {
             let copies = if self.settings.bytes < 4 { MEASURED_COPIES + 2 } else { MEASURED_COPIES };
             phases.push(phase.with(MemoryPart::Update, 4 * copies * largest));
         }
-        if self.settings.cpu {
-            // The state of AdamW's parameters leaves Burn's optimizer as one record, which is made into one file.
-            let adamw = self.parameters.iter().filter(|parameter| parameter.by == UpdatedBy::AdamW);
-            let state: u64 = adamw.map(|parameter| parameter.state(self.settings)).sum();
-            phases.push(self.standing("checkpoint").with(MemoryPart::Update, 2 * state));
-        }
         phases
     }
 

@@ -190,7 +190,7 @@ impl<'de> Reader<'de, '_> {
     fn entries<V: Visitor<'de>>(self, entries: Vec<(&'de str, &'de Node)>, visitor: V) -> Result<V::Value, Error> {
         let readers: Vec<_> =
             entries.into_iter().map(|(key, node)| (key, self.inner(node, format_args!("{key}")))).collect();
-        self.locate(visitor.visit_map(de::value::MapDeserializer::new(readers.into_iter())))
+        self.locate(visitor.visit_map(Entries { left: readers.into_iter(), value: None }))
     }
 }
 
@@ -258,7 +258,7 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
             }
             _ => return self.locate(Err(Error::expected("a list"))),
         };
-        self.locate(visitor.visit_seq(de::value::SeqDeserializer::new(elements.into_iter())))
+        self.locate(visitor.visit_seq(Elements(elements.into_iter())))
     }
 
     /// The tuples of recipes are all of numbers.
@@ -327,6 +327,46 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
 
     forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char bytes byte_buf unit unit_struct tuple_struct identifier
+    }
+}
+
+impl<'de> Reader<'de, 'static> {
+    /// Reads a value. What a type finds wrong after the value was taken (`deserialize_with`, `try_from`) is located here.
+    fn read<S: DeserializeSeed<'de>>(self, seed: S) -> Result<S::Value, Error> {
+        let place = Reader { node: self.node, path: self.path.clone(), parts: None };
+        place.locate(seed.deserialize(self))
+    }
+}
+
+/// The entries of a table.
+struct Entries<'de> {
+    left: std::vec::IntoIter<(&'de str, Reader<'de, 'static>)>,
+    /// That of the key that was read last.
+    value: Option<Reader<'de, 'static>>,
+}
+
+impl<'de> de::MapAccess<'de> for Entries<'de> {
+    type Error = Error;
+
+    fn next_key_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<Option<S::Value>, Error> {
+        let Some((key, value)) = self.left.next() else { return Ok(None) };
+        self.value = Some(value);
+        seed.deserialize(de::value::BorrowedStrDeserializer::new(key)).map(Some)
+    }
+
+    fn next_value_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<S::Value, Error> {
+        self.value.take().expect("a value is read after its key").read(seed)
+    }
+}
+
+/// The elements of a list.
+struct Elements<'de>(std::vec::IntoIter<Reader<'de, 'static>>);
+
+impl<'de> de::SeqAccess<'de> for Elements<'de> {
+    type Error = Error;
+
+    fn next_element_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<Option<S::Value>, Error> {
+        self.0.next().map(|element| element.read(seed)).transpose()
     }
 }
 

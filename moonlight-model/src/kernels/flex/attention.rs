@@ -6,11 +6,11 @@
 
 use std::ops::Range;
 
+use crate::disjoint::DisjointVec;
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, bf16};
-use moonlight_disjoint::DisjointVec;
 use rayon::prelude::*;
 
 use super::dtype::{Element, round_into};

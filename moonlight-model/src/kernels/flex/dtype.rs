@@ -3,8 +3,8 @@
 
 use std::mem::MaybeUninit;
 
+use crate::disjoint::BlockMut;
 use burn::tensor::bf16;
-use moonlight_disjoint::BlockMut;
 use multiversion::multiversion;
 
 use super::matrix::{Matrix, MatrixMut};

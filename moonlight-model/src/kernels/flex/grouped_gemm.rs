@@ -3,10 +3,10 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use crate::disjoint::DisjointVec;
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
-use moonlight_disjoint::DisjointVec;
 use rayon::prelude::*;
 
 use super::dtype::Element;

@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
-use moonlight_disjoint::BlockMut;
+use crate::disjoint::BlockMut;
 
 /// A matrix that is read: element `(i, j)` lies at `i * row_stride + j * column_stride`.
 #[derive(Clone, Copy)]
@@ -138,7 +138,7 @@ pub(super) fn multiply(out: &mut MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>
 
 #[cfg(test)]
 mod tests {
-    use moonlight_disjoint::DisjointVec;
+    use crate::disjoint::DisjointVec;
 
     use super::*;
 

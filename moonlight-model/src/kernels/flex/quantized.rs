@@ -1,9 +1,9 @@
 //! The product by quantized weights: one group's matrix at a time is dequantized, by all threads, and multiplied.
 
+use crate::disjoint::DisjointVec;
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use moonlight_disjoint::DisjointVec;
 use rayon::prelude::*;
 
 use super::dtype::Element;

@@ -1,4 +1,5 @@
-#![doc = include_str!("../README.md")]
+//! Several tasks write one buffer, each its own rows or blocks: bounds are always checked, and under debug assertions
+//! every overlap and every gap as well.
 //!
 //! `chunks_mut` divides a slice into runs. What several tasks write of a row-major matrix is often a *block* instead, some
 //! columns of some rows, whose elements interleave with those of other blocks. [`DisjointMut`] hands out rows and blocks of
@@ -15,7 +16,7 @@
 //! elements.
 //!
 //! ```
-//! use moonlight_disjoint::DisjointVec;
+//! use moonlight_model::disjoint::DisjointVec;
 //!
 //! // A [4, 6] matrix by four tasks, each a block of [2, 3].
 //! let matrix = DisjointVec::<u32>::new(24);
@@ -205,7 +206,11 @@ impl<T> DisjointVec<T> {
     /// If an element was never claimed.
     pub unsafe fn finish(self) -> Vec<T> {
         self.claims.assert_complete();
-        let memory = ManuallyDrop::new(self).memory();
+        #[cfg_attr(not(debug_assertions), allow(unused_mut, reason = "there is no record"))]
+        let mut this = ManuallyDrop::new(self);
+        #[cfg(debug_assertions)]
+        drop(std::mem::take(&mut this.claims.record)); // which would leak with the rest of `this`
+        let memory = this.memory();
         // SAFETY: the memory is that of `new`, which `self` no longer frees. As many elements were claimed as there are, none
         // of them twice (rule 2), so all were; and what was claimed was written, as the caller promises.
         unsafe { Box::from_raw(memory).assume_init() }.into_vec()

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 const BITS: usize = u64::BITS as usize;
 
+#[derive(Default)]
 pub(crate) struct Record(Vec<AtomicU64>);
 
 impl Record {
