@@ -115,7 +115,9 @@ fn quantize(weight: Tensor<3>, spec: QuantizedSpec) -> (Tensor<2, Int>, Tensor<2
             numbers.clone().slice_dim(1, 0..half) + numbers.slice_dim(1, half..BLOCK) * 16.0
         }
     };
-    let bytes = bytes.reshape([1, blocks * spec.bits.bytes(BLOCK)]).int().cast(DType::U8);
+    let bytes = bytes.reshape([1, blocks * spec.bits.bytes(BLOCK)]).int();
+    // WGSL has no bytes: a WGPU device keeps an integer of 32 bits for each.
+    let bytes = if bytes.device().supports_dtype(DType::U8) { bytes.cast(DType::U8) } else { bytes };
     (bytes, scales.reshape([1, blocks]))
 }
 

@@ -191,7 +191,8 @@ fn call_quantized_matmul(arguments: &mut Arguments) -> Outcome {
     let rows = arguments.float([tokens * k, input]);
     // The floats' numbers lie between -1/2 and 1/2.
     let values = arguments.tensor([groups, blocks * bits.bytes(QUANT_BLOCK)], DType::F32);
-    let values: Tensor<2, Int> = (values * 255.0 + 127.5).int().cast(DType::U8);
+    let values: Tensor<2, Int> = (values * 255.0 + 127.5).int();
+    let values = if values.device().supports_dtype(DType::U8) { values.cast(DType::U8) } else { values };
     let scales = arguments.tensor([groups, blocks], DType::F32);
     let inputs = vec![of(&rows)];
     outcome(quantized_matmul(rows, values, scales, spec, &layout), inputs)
