@@ -16,7 +16,7 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor};
 use moonlight_model::{CausalLm, ForwardContext, ForwardStats, LayerOutput, LmBatch, Probe};
 use moonlight_optim::MuonAdamW;
-use moonlight_optim::distributed::{CollectiveError, sum_of_squares};
+use moonlight_optim::distributed::CollectiveError;
 
 use super::model_cell::ModelCell;
 use super::step_error::{NonFinite, StepError};
@@ -160,24 +160,10 @@ impl GradientSink for UpdatingSink<'_> {
     }
 
     fn add(&mut self, gradients: GradientsParams) -> Result<(), CollectiveError> {
-        self.squares += squares(&**self.model, &gradients);
-        self.model.update(|model| self.optimizer.step(self.learning_rate, model, gradients))
+        self.optimizer.offer(&**self.model, gradients);
+        self.squares += self.optimizer.squares(&**self.model)?;
+        self.model.update(|model| self.optimizer.apply(self.learning_rate, 1.0, model))
     }
-}
-
-/// The sum of the squares of all gradients.
-fn squares<M: Module>(module: &M, gradients: &GradientsParams) -> f64 {
-    struct Squares<'a>(&'a GradientsParams, f64);
-    impl ModuleVisitor for Squares<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if let Some(gradient) = self.0.get::<D>(param.id) {
-                self.1 += sum_of_squares(gradient);
-            }
-        }
-    }
-    let mut squares = Squares(gradients, 0.0);
-    module.visit(&mut squares);
-    squares.1
 }
 
 /// Forward and backward: the sum of the losses of all predicted tokens, nats, and the statistics of the forward pass. Nothing
