@@ -53,6 +53,7 @@ pub use dtype::conversion::WeightDtype;
 pub use error::CheckpointError;
 pub use format::sidecars::sidecars_in;
 pub use io::atomic_dir::replace_directory;
+pub use io::confined_dir::ConfinedDir;
 pub use io::file_error::{Access, FileError};
 pub use load::{LoadReport, Loaded, load};
 pub use mapping::names::{HfTensor, SkipReason, hugging_face_tensors};

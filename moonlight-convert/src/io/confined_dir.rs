@@ -6,9 +6,12 @@ use std::path::{Path, PathBuf};
 
 use crate::error::CheckpointError;
 
-/// The folders that the files of a checkpoint's directory may really lie in.
+/// A directory that others made, as the one door to its files: none that links lead out of it, none that is a pipe or a
+/// device, none longer than its reader expects.
+///
+/// Links may lead about in the directory itself, and from a snapshot of the Hub's cache to the `blobs` of its repository.
 #[derive(Debug)]
-pub(crate) struct ConfinedDir {
+pub struct ConfinedDir {
     dir: PathBuf,
     /// `dir`, and for a snapshot of the Hub's cache the `blobs` of the same repository, which its links lead to. Without
     /// links, as the operating system sees them.
@@ -16,7 +19,12 @@ pub(crate) struct ConfinedDir {
 }
 
 impl ConfinedDir {
-    pub(crate) fn new(dir: &Path) -> io::Result<Self> {
+    /// The directory `dir`, which may itself be reached by a link.
+    ///
+    /// # Errors
+    ///
+    /// A directory that is not there or cannot be read.
+    pub fn new(dir: &Path) -> io::Result<Self> {
         let real = fs::canonicalize(dir)?;
         let mut allowed = vec![real.clone()];
         if let Some(snapshots) = real.parent()
@@ -35,7 +43,7 @@ impl ConfinedDir {
     ///
     /// [`CheckpointError::Link`] where links lead elsewhere, [`CheckpointError::File`] for what is no plain file (a pipe
     /// would be waited on for ever).
-    pub(crate) fn file(&self, name: &str) -> Result<Option<PathBuf>, CheckpointError> {
+    pub fn file(&self, name: &str) -> Result<Option<PathBuf>, CheckpointError> {
         let path = self.dir.join(name);
         let real = match fs::canonicalize(&path) {
             Ok(real) => real,
@@ -58,7 +66,7 @@ impl ConfinedDir {
     /// # Errors
     ///
     /// As [`file`](ConfinedDir::file), and [`CheckpointError::TooLong`].
-    pub(crate) fn read(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
+    pub fn read(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
         let Some(path) = self.file(name)? else { return Ok(None) };
         let mut file = File::open(&path).map_err(CheckpointError::read(&path))?;
         let bytes = file.metadata().map_err(CheckpointError::read(&path))?.len();
