@@ -18,14 +18,18 @@ const BIGRAM_VOCAB: usize = 4096;
 /// Draws the plots, logs the results of the run, and prints a sample of the trained model to stdout. Does nothing on a rank
 /// that does not lead.
 ///
+/// The run itself is finished and saved: what of this cannot be written is a warning.
+///
 /// # Errors
 ///
-/// [`TrainError`]; the run itself is finished and saved.
+/// [`TrainError`] for a model that cannot be evaluated or that generates nothing.
 pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError> {
-    let Some(Trained { model, corpus, tokenizer }) = outcome.trained else { return Ok(()) };
+    let Some(Trained { model, corpus, tokenizer, .. }) = outcome.trained else { return Ok(()) };
     let folder = recipe.run.folder();
-    if recipe.train.plots {
-        write_plots(&folder.join("metrics.jsonl"), &folder.join("plots"))?;
+    if recipe.train.plots
+        && let Err(error) = write_plots(&folder.join("metrics.jsonl"), &folder.join("plots"))
+    {
+        tracing::warn!("no plots: {error}");
     }
     tracing::info!("finished: {} steps, {} tokens", outcome.step, outcome.tokens);
     if let Some(report) = &outcome.comm_report {
@@ -53,7 +57,9 @@ pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError>
         let generated = generate(&model, &prompt, sample.max_new_tokens, sampling, &eos, |_| {})?;
         let text = tokenizer.decode(&generated.tokens);
         tracing::info!("sample:");
-        writeln!(std::io::stdout(), "{}{text}", sample.prompt).map_err(TrainError::write("stdout"))?;
+        if let Err(error) = writeln!(std::io::stdout(), "{}{text}", sample.prompt) {
+            tracing::warn!("the sample cannot be written to stdout: {error}");
+        }
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::CausalLm;
 
+use super::run_folder::RunFolder;
 use crate::data::Dataset;
 
 /// How a run ended.
@@ -34,6 +35,8 @@ pub struct Trained {
     pub model: CausalLm,
     pub(super) corpus: Arc<Dataset>,
     pub(super) tokenizer: Option<Tokenizer>,
+    /// The run's folder is this process's until the final report is written.
+    pub(super) _folder: Option<RunFolder>,
 }
 
 impl fmt::Debug for Trained {

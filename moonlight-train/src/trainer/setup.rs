@@ -182,7 +182,7 @@ impl Setup {
                 distributed,
             });
         }
-        Ok((trainers, Leftovers { corpus: self.corpus, tokenizer: self.tokenizer, _folder: self.folder }))
+        Ok((trainers, Leftovers { corpus: self.corpus, tokenizer: self.tokenizer, folder: self.folder }))
     }
 
     /// Logs the model, the division of its parameters, and the data.
@@ -221,13 +221,13 @@ pub(super) struct Leftovers {
     corpus: Arc<Dataset>,
     tokenizer: Option<Tokenizer>,
     /// Held until the run is over.
-    _folder: Option<RunFolder>,
+    folder: Option<RunFolder>,
 }
 
 impl Leftovers {
     /// With the model that was trained.
     pub(super) fn with_model(self, model: CausalLm) -> Trained {
-        Trained { model, corpus: self.corpus, tokenizer: self.tokenizer }
+        Trained { model, corpus: self.corpus, tokenizer: self.tokenizer, _folder: self.folder }
     }
 }
 
