@@ -1,0 +1,21 @@
+//! Files under names that nobody else has, which become others when they are whole.
+
+use std::io;
+use std::path::Path;
+
+use tempfile::{Builder, NamedTempFile};
+
+/// A new, empty file in a directory, removed again unless it is persisted. No process on any host that shares the directory
+/// makes another of the same name. What it becomes may be read by whom the process lets read its files, as with every other
+/// file.
+pub(crate) fn new_file(dir: &Path, prefix: &str, suffix: &str) -> io::Result<NamedTempFile> {
+    let mut builder = Builder::new();
+    builder.prefix(prefix).suffix(suffix);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // Less what the process's mask takes.
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    builder.tempfile_in(dir)
+}
