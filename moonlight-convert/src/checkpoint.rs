@@ -97,7 +97,7 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(CheckpointError::not_a_directory(dir));
         }
-        let snapshot = if dir.join(CONFIG).exists() { None } else { hub::newest_snapshot(dir) };
+        let snapshot = if dir.join(CONFIG).exists() { None } else { hub::snapshot_of_main(dir)? };
         let dir = snapshot.unwrap_or_else(|| dir.to_path_buf());
         let confined = ConfinedDir::new(&dir).map_err(CheckpointError::read(&dir))?;
         let config = read_config(&confined, &dir)?;

@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::client::{Client, Refusal};
 use super::digest::Hasher;
@@ -22,6 +22,8 @@ const WORTH: f64 = 0.01;
 /// Before the second try; doubled before each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
+/// What comes more slowly, in bytes a second, is given up: it is no line but somebody who holds one.
+const SLOWEST: f64 = 1_000.0;
 
 /// One file to be had.
 pub(super) struct Transfer<'a> {
@@ -170,7 +172,15 @@ impl Transfer<'_> {
         let mut body = answer.body;
         let mut chunk = vec![0; CHUNK];
         let mut at = start;
+        let mut pace = (Instant::now(), at);
         loop {
+            let (since, before) = pace;
+            if since.elapsed() > self.client.patience() {
+                if ((at - before) as f64) < SLOWEST * since.elapsed().as_secs_f64() {
+                    return Ok(Try::Broken("hardly anything comes".into()));
+                }
+                pace = (Instant::now(), at);
+            }
             if self.stop.load(Ordering::Relaxed) {
                 return Err(DownloadError::GivenUp);
             }
