@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use moonlight_convert::Checkpoint;
 use moonlight_convert::report::check_digests;
-use moonlight_convert::{Checkpoint, CheckpointError};
 
+use super::output::{Output, note};
 use super::progress::Bar;
+use crate::Failure;
 
 /// What to compare.
 #[derive(Debug, Args)]
@@ -30,7 +32,7 @@ pub(crate) struct Verify {
 }
 
 /// Exit code 0 where all is equal, 1 where it is not.
-pub(crate) fn run(arguments: Verify) -> Result<ExitCode, CheckpointError> {
+pub(crate) fn run(arguments: Verify) -> Result<ExitCode, Failure> {
     let Verify { a, b, sha256, tolerance, partial } = arguments;
     match (b, sha256) {
         (_, Some(list)) => digests(&a, &list),
@@ -39,48 +41,55 @@ pub(crate) fn run(arguments: Verify) -> Result<ExitCode, CheckpointError> {
     }
 }
 
-fn compare(a: &Checkpoint, b: &Checkpoint, tolerance: f64, partial: bool) -> Result<ExitCode, CheckpointError> {
+fn compare(a: &Checkpoint, b: &Checkpoint, tolerance: f64, partial: bool) -> Result<ExitCode, Failure> {
     let mut incomplete = false;
     if !partial {
         for checkpoint in [a, b] {
             for problem in checkpoint.problems() {
-                eprintln!("problem: {}: {problem}", checkpoint.dir().display());
+                note(format_args!("problem: {}: {problem}", checkpoint.dir().display()));
                 incomplete = true;
             }
         }
     }
     let comparison = a.compare(b, tolerance, &Bar::new())?;
+    let mut output = Output::new();
     for difference in &comparison.differences {
-        println!("{difference}");
+        output.line(format_args!("{difference}"));
     }
     let count = comparison.differences.len();
     if count > 0 {
-        eprintln!("error: {count} of {} tensors differ", comparison.tensors.max(count));
+        output.finish()?;
+        note(format_args!("error: {count} of {} tensors differ", comparison.tensors.max(count)));
         return Ok(ExitCode::FAILURE);
     }
     if incomplete {
-        eprintln!("error: what is there is equal, and something is missing");
+        note(format_args!("error: what is there is equal, and something is missing"));
         return Ok(ExitCode::FAILURE);
     }
     match comparison.dtypes_differ {
-        0 => println!("equal: {} tensors", comparison.tensors),
-        some => println!("equal: {} tensors, {some} of them in different dtypes", comparison.tensors),
+        0 => output.line(format_args!("equal: {} tensors", comparison.tensors)),
+        some => output.line(format_args!("equal: {} tensors, {some} of them in different dtypes", comparison.tensors)),
     }
+    output.finish()?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn digests(dir: &Path, list: &Path) -> Result<ExitCode, CheckpointError> {
+fn digests(dir: &Path, list: &Path) -> Result<ExitCode, Failure> {
     let files = check_digests(dir, list, &Bar::new())?;
     let wrong = files.iter().filter(|file| file.problem.is_some()).count();
+    let mut output = Output::new();
     for file in &files {
         if let Some(problem) = &file.problem {
-            println!("{}: {problem}", file.name);
+            output.line(format_args!("{}: {problem}", file.name));
         }
     }
     if wrong == 0 {
-        println!("as listed: {} files", files.len());
+        output.line(format_args!("as listed: {} files", files.len()));
+    }
+    output.finish()?;
+    if wrong == 0 {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("error: {wrong} of {} files are not as listed", files.len());
+    note(format_args!("error: {wrong} of {} files are not as listed", files.len()));
     Ok(ExitCode::FAILURE)
 }

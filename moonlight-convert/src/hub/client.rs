@@ -42,7 +42,8 @@ impl Settings {
         let variable = |name: &str| std::env::var(name).ok().map(|value| value.trim().to_owned());
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
         let os = |name: &str| std::env::var_os(name);
-        let seconds = set("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|text| text.parse().ok()).filter(|&seconds| seconds > 0);
+        let seconds =
+            set("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|text| text.parse::<u64>().ok()).filter(|&seconds| seconds > 0);
         let yes = |text: String| ["1", "ON", "YES", "TRUE"].contains(&text.to_ascii_uppercase().as_str());
         let offline = set("HF_HUB_OFFLINE").is_some_and(yes);
         // Without a network neither matters.
@@ -52,7 +53,7 @@ impl Settings {
             cache: Cache::new(super::cache_dir(os)),
             endpoint: endpoint.map_err(|problem| DownloadError::Endpoint { problem: problem.to_owned() })?,
             token: if offline { None } else { token()? },
-            silence: seconds.map_or(SILENCE, Duration::from_secs),
+            silence: seconds.map_or(SILENCE, |seconds| Duration::from_secs(seconds.min(86_400))),
             offline,
         })
     }
