@@ -39,6 +39,8 @@ mod checkpoint;
 mod dtype;
 mod error;
 mod format;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hub;
 mod io;
 mod load;

@@ -44,7 +44,7 @@ impl Index {
         Self::parse(&text, dir.join(INDEX)).map(Some)
     }
 
-    fn parse(text: &[u8], path: PathBuf) -> Result<Self, CheckpointError> {
+    pub(crate) fn parse(text: &[u8], path: PathBuf) -> Result<Self, CheckpointError> {
         let problem = match serde_json::from_slice::<Read>(text) {
             Err(error) => format!("is not an index of safetensors files: {error}"),
             Ok(Read { weight_map, .. }) if weight_map.is_empty() => "lists no tensor".into(),

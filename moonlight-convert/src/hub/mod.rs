@@ -49,6 +49,12 @@ const COMMIT: usize = 40;
 /// The longest file with a branch's commit.
 const LONGEST_REFERENCE: u64 = 1_000;
 
+/// Reads the Hub's list of files: how many of them a checkpoint is made of.
+#[cfg(feature = "download")]
+pub(crate) fn parse_list(answer: &[u8]) -> Result<usize, String> {
+    list::Listing::parse(answer, &list::Wanted::Checkpoint).map(|listing| listing.files.len())
+}
+
 /// The directory of a model that a user names: a directory that exists, or else `org/name` (or `org/name@revision`),
 /// whose snapshot is looked up in the Hub's cache. Nothing is fetched.
 ///

@@ -80,13 +80,15 @@ impl SpecialNames {
     pub fn beside(path: &Path) -> Self {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let confined = ConfinedDir::new(dir).ok();
-        let json = |name: &str| -> Value {
-            let text = confined.as_ref().and_then(|dir| dir.read(name, LONGEST).ok().flatten()).unwrap_or_default();
-            serde_json::from_slice(&text).unwrap_or(Value::Null)
-        };
-        let config = json("tokenizer_config.json");
-        let map = json("special_tokens_map.json");
-        let model = json("config.json");
+        let read = |name: &str| confined.as_ref().and_then(|dir| dir.read(name, LONGEST).ok().flatten());
+        let read = |name: &str| read(name).unwrap_or_default();
+        Self::parse(&read("tokenizer_config.json"), &read("special_tokens_map.json"), &read("config.json"))
+    }
+
+    /// What the contents of `tokenizer_config.json`, `special_tokens_map.json` and `config.json` say.
+    pub(crate) fn parse(config: &[u8], map: &[u8], model: &[u8]) -> Self {
+        let [config, map, model] =
+            [config, map, model].map(|text| serde_json::from_slice::<Value>(text).unwrap_or(Value::Null));
         let name = |key: &str| {
             [&config, &map].into_iter().find_map(|file| text_of(&file[key]).filter(|text| !text.is_empty()))
         };
