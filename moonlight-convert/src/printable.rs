@@ -31,7 +31,7 @@ fn escaped(text: &str, wrong: impl Fn(char) -> bool) -> Cow<'_, str> {
 }
 
 /// Whether a terminal may do something else than show the character where it stands.
-fn is_command(character: char) -> bool {
+pub(crate) fn is_command(character: char) -> bool {
     // Directions of writing, and the two separators that are line breaks.
     let reorders =
         matches!(character, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{061c}');

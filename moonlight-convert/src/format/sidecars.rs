@@ -1,6 +1,6 @@
 //! The files of a checkpoint beside its weights.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
 
@@ -14,6 +14,7 @@ use crate::error::CheckpointError;
 use crate::format::burnpack::BURNPACK;
 use crate::format::index::INDEX;
 use crate::io::confined_dir::ConfinedDir;
+use crate::io::temporary::create_anew;
 use crate::io::writer::{write_failure, write_file};
 use crate::mapping::names::PREDICTION_LAYERS;
 
@@ -94,13 +95,7 @@ fn copy_one(
 ) -> Result<(), CheckpointError> {
     let confined = ConfinedDir::new(from).map_err(CheckpointError::read(from))?;
     let Some((source, path)) = confined.open(name, LONGEST)? else { return Ok(()) };
-    let target = dir.join(name);
-    // One that stands there is replaced and not written into: it may be read-only, or have other names.
-    match fs::remove_file(&target) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failure(error)),
-        _ => {}
-    }
-    let mut copied = File::create_new(&target).map_err(&failure)?;
+    let mut copied = create_anew(&dir.join(name)).map_err(&failure)?;
     let mut source = source.take(LONGEST);
     let mut chunk = vec![0; 1 << 16];
     loop {
@@ -215,7 +210,7 @@ mod tests {
         let (from, to) = (home.path().join("from"), home.path().join("to"));
         fs::create_dir(&from).unwrap();
         fs::create_dir(&to).unwrap();
-        File::create(from.join("tokenizer.json")).unwrap().set_len(1 << 40).unwrap();
+        fs::File::create(from.join("tokenizer.json")).unwrap().set_len(1 << 40).unwrap();
         assert!(matches!(copy(&from, &to), Err(CheckpointError::TooLong { .. })));
     }
 }

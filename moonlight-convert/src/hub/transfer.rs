@@ -12,6 +12,7 @@ use super::digest::Hasher;
 use super::error::DownloadError;
 use super::list::RemoteFile;
 use super::progress::Progress;
+use crate::io::confined_dir::open_plain;
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 1 << 20;
@@ -51,7 +52,7 @@ impl Transfer<'_> {
         for folder in [&self.blob, &self.lock].into_iter().filter_map(|path| path.parent()) {
             fs::create_dir_all(folder).map_err(DownloadError::write(folder))?;
         }
-        let lock = File::create(&self.lock).map_err(DownloadError::write(&self.lock))?;
+        let lock = open_own(&self.lock).map_err(DownloadError::write(&self.lock))?;
         // Another process, or another file of the same contents. Given back when the file is closed.
         if let Err(TryLockError::WouldBlock) = lock.try_lock() {
             (self.watch)(Progress::Waiting { file: &self.file.name });
@@ -66,8 +67,8 @@ impl Transfer<'_> {
     /// Whether the blob is there and is what it is called. One that is not is removed.
     fn is_there(&self) -> Result<bool, DownloadError> {
         let read = |source| DownloadError::read(&self.blob)(source);
-        let mut file = match File::open(&self.blob) {
-            Ok(file) => file,
+        let mut file = match open_plain(&self.blob) {
+            Ok((file, _)) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(read(error)),
         };
@@ -84,13 +85,7 @@ impl Transfer<'_> {
 
     fn fetch(&self) -> Result<(), DownloadError> {
         let partial = partial(&self.blob);
-        let mut output = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&partial)
-            .map_err(DownloadError::write(&partial))?;
+        let mut output = open_own(&partial).map_err(DownloadError::write(&partial))?;
         let start = output.metadata().map_err(DownloadError::read(&partial))?.len();
         let mut resumed = start > 0;
         if start > self.file.size {
@@ -226,6 +221,20 @@ impl Transfer<'_> {
             }
         }
     }
+}
+
+/// Opens a file of the cache to read and write it, and makes it where it is not there. In a cache that others share, a link
+/// may stand there, and it is not their files that are written.
+fn open_own(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).read(true).write(true);
+    #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+    }
+    let file = options.open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a plain file")) }
 }
 
 /// Where bytes wait until they are all there; `huggingface_hub` calls it the same.

@@ -185,9 +185,9 @@ impl<'a> Prefetcher<'a> {
         let whole = self.whole[chunk.source].lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(whole) = whole.and_then(Arc::into_inner) {
             let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-            // As many as the next tensor of the same size takes, and not what the largest took.
-            spare.clear();
-            spare.extend(whole.pieces.into_iter().filter_map(|piece| piece.into_inner()?.ok()).take(MOST_SPARE));
+            let pieces = whole.pieces.into_iter().filter_map(|piece| piece.into_inner()?.ok());
+            let room = MOST_SPARE.saturating_sub(spare.len());
+            spare.extend(pieces.take(room));
         }
     }
 }
@@ -250,8 +250,15 @@ impl WholeTensor {
             self.pieces[number].get_or_init(|| {
                 let first = number << self.shift;
                 let part = source.stored_rows(&(first..rows.min(first + (1 << self.shift))));
-                let mut bytes = spare.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
-                bytes.resize(part.range.len(), 0);
+                let length = part.range.len();
+                let mut bytes = match spare.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+                    Some(mut bytes) => {
+                        bytes.resize(length, 0);
+                        bytes
+                    }
+                    // Pages that the system has cleared are not cleared once more.
+                    None => vec![0; length],
+                };
                 checkpoint.read_part(&part, &mut bytes).map(|()| bytes).map_err(Unread::of)
             })
         };

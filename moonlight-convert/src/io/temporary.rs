@@ -1,6 +1,7 @@
 //! Files under names that nobody else has, which become others when they are whole.
 
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::Path;
 
 use tempfile::{Builder, NamedTempFile};
@@ -18,4 +19,17 @@ pub(crate) fn new_file(dir: &Path, prefix: &str, suffix: &str) -> io::Result<Nam
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
     builder.tempfile_in(dir)
+}
+
+/// A new, empty file in the place of whatever file or link stands there, which may be read-only or stand for another file.
+pub(crate) fn create_anew(path: &Path) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => File::create_new(path),
+    }
+}
+
+/// Writes a file in the place of whatever file or link stands there.
+pub(crate) fn write_anew(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    create_anew(path)?.write_all(bytes)
 }
