@@ -220,8 +220,16 @@ const STALE: Duration = Duration::from_secs(3600);
 
 /// Makes something beside a path, under a name that no other process on any host has, and then gives it the path's name,
 /// so that there is never half of it.
-fn replace(path: &Path, make: impl FnMut(&Path) -> io::Result<()>) -> Result<(), DownloadError> {
+fn replace(path: &Path, mut make: impl FnMut(&Path) -> io::Result<()>) -> Result<(), DownloadError> {
     let folder = path.parent().unwrap_or(Path::new("."));
+    let make = |new: &Path| {
+        make(new).inspect_err(|error| {
+            // What is there of it helps nobody; but one that was there already is another's.
+            if error.kind() != io::ErrorKind::AlreadyExists {
+                let _ = fs::remove_file(new);
+            }
+        })
+    };
     let made = fs::create_dir_all(folder)
         .and_then(|()| Builder::new().prefix(NEW.0).suffix(NEW.1).make_in(folder, make))
         .and_then(|new| new.into_temp_path().persist(path).map_err(|error| error.error));
