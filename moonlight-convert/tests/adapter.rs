@@ -264,7 +264,7 @@ fn matrices_of_nothing_and_of_terabytes_are_refused() {
         (
             "an expert's width",
             vec![(expert("A"), "F32", [3, HUGE]), (expert("B"), "F32", [HUGE, 3])],
-            "which do not fit",
+            "the expert takes 40 inputs to 11 outputs",
         ),
         (
             "a plain width",
