@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,7 @@ use crate::hub;
 use crate::io::atomic_dir;
 use crate::io::confined_dir::ConfinedDir;
 use crate::io::file_error::FileError;
+use crate::io::read_at::most_kept_open;
 use crate::mapping::names;
 use crate::report::validation::Problem;
 
@@ -24,9 +26,10 @@ pub(crate) const CONFIG: &str = "config.json";
 /// The longest configuration that is read; the published ones have a few kB.
 const LONGEST_CONFIG: u64 = 1_000_000;
 
-/// A Hugging Face directory: its configuration, and the tensors of its files, mapped into memory but not read.
+/// A Hugging Face directory: its configuration, and the tensors of its files, which are not read yet.
 ///
-/// The files must not be changed while this is alive: a map shows what is on the disk.
+/// Its files stay open (as many as the process may have), so that they can be read to the end also when the directory is
+/// replaced or removed meanwhile. One that becomes shorter is an error when it is read.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
@@ -93,7 +96,7 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(CheckpointError::not_a_directory(dir));
         }
-        let snapshot = if dir.join(CONFIG).exists() { None } else { hub::newest_snapshot(dir) };
+        let snapshot = if dir.join(CONFIG).exists() { None } else { hub::snapshot_of_main(dir)? };
         let dir = snapshot.unwrap_or_else(|| dir.to_path_buf());
         let confined = ConfinedDir::new(&dir).map_err(CheckpointError::read(&dir))?;
         let config = read_config(&confined, &dir)?;
@@ -146,33 +149,35 @@ impl Checkpoint {
         self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor))
     }
 
-    /// The bytes of a tensor of this checkpoint, little-endian.
-    pub fn data(&self, tensor: &StoredTensor) -> &[u8] {
-        self.bytes(tensor.shard, tensor.range.clone())
+    /// The bytes of a tensor of this checkpoint, little-endian, read from its file.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::File`] where the file cannot be read or has become shorter, or memory does not hold the tensor.
+    pub fn data(&self, tensor: &StoredTensor) -> Result<Vec<u8>, CheckpointError> {
+        let mut bytes = Vec::new();
+        let length = tensor.range.len();
+        let reserved = bytes.try_reserve_exact(length).map_err(|_| io::ErrorKind::OutOfMemory.into());
+        reserved.map_err(CheckpointError::read(self.shard(tensor.shard).path()))?;
+        bytes.resize(length, 0);
+        self.read_part(&FileRange { shard: tensor.shard, range: tensor.range.clone() }, &mut bytes)?;
+        Ok(bytes)
     }
 
     pub(crate) fn tensor_list(&self) -> &[StoredTensor] {
         &self.tensors
     }
 
-    /// The bytes of a part of a file's data section.
-    pub(crate) fn bytes(&self, shard: usize, range: Range<usize>) -> &[u8] {
-        self.shard(shard).bytes(range)
+    /// Reads a part of a file's data section; `target` is as long.
+    pub(crate) fn read_part(&self, part: &FileRange, target: &mut [u8]) -> Result<(), CheckpointError> {
+        debug_assert_eq!(part.range.len(), target.len());
+        let shard = self.shard(part.shard);
+        shard.read(part.range.start, target).map_err(CheckpointError::read(shard.path()))
     }
 
-    /// The bytes of a part of a file's data section.
-    pub(crate) fn part(&self, part: &FileRange) -> &[u8] {
-        self.bytes(part.shard, part.range.clone())
-    }
-
-    /// Asks the operating system to have a part of a file in memory soon.
+    /// Asks the operating system to have a part of a file in its cache soon.
     pub(crate) fn prefetch(&self, part: &FileRange) {
         self.shard(part.shard).prefetch(&part.range);
-    }
-
-    /// Gives the memory of a part of a file back.
-    pub(crate) fn release(&self, part: &FileRange) {
-        self.shard(part.shard).release(&part.range);
     }
 
     /// Whether the weights are a burnpack file.
@@ -207,12 +212,10 @@ impl Checkpoint {
                     misplaced.push(Problem::NotInFile { tensor: tensor.clone(), file: file.clone() });
                 }
             }
-            for problem in &mut self.broken {
-                if let Problem::MissingFile { file: missing, tensors: count } = problem
-                    && missing == file
-                {
-                    *count = tensors.len();
-                }
+        }
+        for problem in &mut self.broken {
+            if let Problem::MissingFile { file, tensors } = problem {
+                *tensors = wanted.get(file).map_or(0, Vec::len);
             }
         }
         // A tensor that lies in two files is the one that the index names.
@@ -226,11 +229,22 @@ impl Checkpoint {
 
     fn open_files(&mut self, confined: &ConfinedDir, names: Vec<String>) {
         let open = if self.burnpack { Shard::open_burnpack } else { Shard::open };
+        let kept_open = most_kept_open();
         let opened: Vec<_> = names
             .into_par_iter()
-            .map(|name| {
+            .enumerate()
+            .map(|(number, name)| {
+                let open = |path: PathBuf| {
+                    let mut shard = open(&path);
+                    if let Ok(shard) = &mut shard
+                        && number >= kept_open
+                    {
+                        shard.close();
+                    }
+                    shard
+                };
                 let shard = match confined.file(&name) {
-                    Ok(path) => path.map(|path| open(&path)),
+                    Ok(path) => path.map(open),
                     Err(CheckpointError::Link { .. }) => {
                         Some(Err("is a symbolic link that leads out of the directory".into()))
                     }

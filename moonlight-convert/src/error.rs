@@ -8,6 +8,8 @@ use moonlight_model::ConfigError;
 
 use crate::dtype::conversion::WeightDtype;
 use crate::io::file_error::FileError;
+pub(crate) use crate::printable::Printable as OneLine;
+use crate::printable::printable;
 use crate::report::validation::ProblemList;
 
 /// A checkpoint that cannot be opened, loaded or saved.
@@ -17,19 +19,19 @@ use crate::report::validation::ProblemList;
 #[non_exhaustive]
 pub enum CheckpointError {
     /// The path does not exist.
-    #[error("`{}` does not exist", path.display())]
+    #[error("`{}` does not exist", OneLine(path.display()))]
     NoSuchDirectory {
         /// The path as given.
         path: PathBuf,
     },
     /// The path is not a directory.
-    #[error("`{}` is not a directory", path.display())]
+    #[error("`{}` is not a directory", OneLine(path.display()))]
     NotADirectory {
         /// The path as given.
         path: PathBuf,
     },
     /// No directory, and no snapshot in the Hub's cache either.
-    #[error("`{model}` is neither a directory nor a model in the Hub's cache `{}`", cache.display())]
+    #[error("`{}` is neither a directory nor a model in the Hub's cache `{}`", OneLine(model), OneLine(cache.display()))]
     NotCached {
         /// The name as given, `org/name` or `org/name@revision`.
         model: String,
@@ -37,13 +39,13 @@ pub enum CheckpointError {
         cache: PathBuf,
     },
     /// A file that is reached through a symbolic link out of the directory.
-    #[error("`{}` is a symbolic link that leads out of the directory", path.display())]
+    #[error("`{}` is a symbolic link that leads out of the directory", OneLine(path.display()))]
     Link {
         /// The link.
         path: PathBuf,
     },
     /// A text file of a checkpoint that is longer than any such file.
-    #[error("`{}` has {} bytes; no such file of a checkpoint has more than {most}", path.display(), bytes)]
+    #[error("`{}` has {} bytes; no such file of a checkpoint has more than {most}", OneLine(path.display()), bytes)]
     TooLong {
         /// The file.
         path: PathBuf,
@@ -53,13 +55,13 @@ pub enum CheckpointError {
         most: u64,
     },
     /// The directory has no `config.json`.
-    #[error("`{}` has no `config.json`", dir.display())]
+    #[error("`{}` has no `config.json`", OneLine(dir.display()))]
     NoConfig {
         /// The directory.
         dir: PathBuf,
     },
     /// The `config.json` cannot be read as a model of the family.
-    #[error("`{}`: {}", path.display(), OneLine(source))]
+    #[error("`{}`: {}", OneLine(path.display()), OneLine(source))]
     Config {
         /// The file.
         path: PathBuf,
@@ -67,13 +69,13 @@ pub enum CheckpointError {
         source: ConfigError,
     },
     /// The directory has no `tiktoken.model`.
-    #[error("`{}` has no `tiktoken.model`", dir.display())]
+    #[error("`{}` has no `tiktoken.model`", OneLine(dir.display()))]
     NoRanks {
         /// The directory.
         dir: PathBuf,
     },
     /// The tokenizer's files are not what such files must be.
-    #[error("the tokenizer `{}` is not sound: {problem}", path.display())]
+    #[error("the tokenizer `{}` is not sound: {}", OneLine(path.display()), OneLine(problem))]
     Tokenizer {
         /// The file.
         path: PathBuf,
@@ -81,7 +83,7 @@ pub enum CheckpointError {
         problem: String,
     },
     /// The directory has neither `model.safetensors` nor an index of shards nor a burnpack file.
-    #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", dir.display())]
+    #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", OneLine(dir.display()))]
     NoWeights {
         /// The directory.
         dir: PathBuf,
@@ -89,7 +91,7 @@ pub enum CheckpointError {
         others: Vec<String>,
     },
     /// The index of shards is not what such a file must be.
-    #[error("`{}` {}", path.display(), OneLine(problem))]
+    #[error("`{}` {}", OneLine(path.display()), OneLine(problem))]
     Index {
         /// The file.
         path: PathBuf,
@@ -97,7 +99,7 @@ pub enum CheckpointError {
         problem: String,
     },
     /// A list of digests is not what such a file must be.
-    #[error("`{}` {problem}", path.display())]
+    #[error("`{}` {problem}", OneLine(path.display()))]
     Digests {
         /// The file.
         path: PathBuf,
@@ -105,7 +107,7 @@ pub enum CheckpointError {
         problem: String,
     },
     /// An entry of the index names a file outside the checkpoint's directory.
-    #[error("`{}` puts the tensor `{tensor}` into `{}`, which is not a file of this directory", path.display(), OneLine(entry))]
+    #[error("`{}` puts the tensor `{tensor}` into `{}`, which is not a file of this directory", OneLine(path.display()), OneLine(entry))]
     Escape {
         /// The index.
         path: PathBuf,
@@ -115,7 +117,7 @@ pub enum CheckpointError {
         entry: String,
     },
     /// The files are broken, or do not hold the model that `config.json` describes. Says all that is wrong.
-    #[error("`{}`: {problems}", dir.display())]
+    #[error("`{}`: {problems}", OneLine(dir.display()))]
     Misfit {
         /// The directory.
         dir: PathBuf,
@@ -153,7 +155,7 @@ pub enum CheckpointError {
         dtype: WeightDtype,
     },
     /// The directory to save into has something in it, and replacing it was not asked for.
-    #[error("`{}` exists already", dir.display())]
+    #[error("`{}` exists already", OneLine(dir.display()))]
     Exists {
         /// The directory.
         dir: PathBuf,
@@ -165,7 +167,7 @@ pub enum CheckpointError {
         dir: PathBuf,
     },
     /// The directory to save into holds something that is not part of a checkpoint and would be lost.
-    #[error("`{}` is not replaced: `{entry}` in it is not part of a checkpoint", dir.display())]
+    #[error("`{}` is not replaced: `{}` in it is not part of a checkpoint", OneLine(dir.display()), OneLine(entry))]
     Foreign {
         /// The directory.
         dir: PathBuf,
@@ -173,7 +175,7 @@ pub enum CheckpointError {
         entry: String,
     },
     /// There is no room for the checkpoint. What stood there before still does.
-    #[error("there is no room for `{}`: the checkpoint takes {} and the disk is full", dir.display(), Bytes(*needed))]
+    #[error("there is no room for `{}`: the checkpoint takes {} and the disk is full", OneLine(dir.display()), Bytes(*needed))]
     Full {
         /// The directory that was to be saved.
         dir: PathBuf,
@@ -181,7 +183,7 @@ pub enum CheckpointError {
         needed: u64,
     },
     /// There is not enough room for the checkpoint, and nothing has been written.
-    #[error("there is no room for `{}`: the checkpoint takes {}, and {} are free", dir.display(), Bytes(*needed), Bytes(*free))]
+    #[error("there is no room for `{}`: the checkpoint takes {}, and {} are free", OneLine(dir.display()), Bytes(*needed), Bytes(*free))]
     NoRoom {
         /// The directory that was to be saved.
         dir: PathBuf,
@@ -194,7 +196,7 @@ pub enum CheckpointError {
     #[error("interrupted; nothing was left behind")]
     Interrupted,
     /// The model has no parameter at or below a path.
-    #[error("the model has no parameter at or below `{path}`")]
+    #[error("the model has no parameter at or below `{}`", OneLine(path))]
     NoSuchPart {
         /// The path.
         path: String,
@@ -243,12 +245,12 @@ impl CheckpointError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NotADirectory { .. } => Some("give the directory that holds `config.json` and the weights".into()),
-            Self::NotCached { model, .. } => Some(format!("fetch `{model}` into the cache first")),
+            Self::NotCached { model, .. } => Some(format!("fetch `{}` into the cache first", OneLine(model))),
             Self::Link { .. } => Some("copy the file into the directory, if you trust what it leads to".into()),
             Self::NoConfig { .. } => Some(
                 "a checkpoint is a directory with `config.json` and safetensors files, as Hugging Face keeps it".into(),
             ),
-            Self::NoWeights { others, .. } => match others.first()?.as_str() {
+            Self::NoWeights { others, .. } => match &*printable(others.first()?) {
                 shard if shard.ends_with(".safetensors") => {
                     Some(format!("`{shard}` is there: the index that belongs to it is missing; download it too"))
                 }
@@ -272,30 +274,13 @@ impl CheckpointError {
 
 const MAKE_ROOM: &str = "free some space; what was there before is untouched";
 
-/// Text that may come from a file, with its control characters escaped: none forges a line of ours or reaches a terminal
-/// as a command.
-pub(crate) struct OneLine<T>(pub(crate) T);
-
-impl<T: fmt::Display> fmt::Display for OneLine<T> {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use fmt::Write;
-        for character in self.0.to_string().chars() {
-            match character.is_control() {
-                true => write!(formatter, "{}", character.escape_default())?,
-                false => formatter.write_char(character)?,
-            }
-        }
-        Ok(())
-    }
-}
-
 /// ` in FILE`, or nothing.
 struct In<'a>(&'a Option<PathBuf>);
 
 impl fmt::Display for In<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
-            Some(file) => write!(formatter, " in `{}`", file.display()),
+            Some(file) => write!(formatter, " in `{}`", OneLine(file.display())),
             None => Ok(()),
         }
     }

@@ -29,7 +29,7 @@
 //! * [`manifest`] says whether a checkpoint is what was written.
 //! * [`adapter`] reads and writes LoRA adapters as peft lays them out.
 //!
-//! Files are mapped into memory, and all metadata is validated before use. Weights may be bf16, f16 or f32, FP8 in blocks or
+//! Files are read at their places, and all metadata is validated before use. Weights may be bf16, f16 or f32, FP8 in blocks or
 //! INT4 in groups; quantised ones are dequantised on the way. `mapping/names.rs` is the only file that spells a tensor name
 //! of Hugging Face's, `adapter/names.rs` one of peft's.
 //!
@@ -40,11 +40,14 @@ mod checkpoint;
 mod dtype;
 mod error;
 mod format;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hub;
 mod io;
 mod load;
 pub mod manifest;
 mod mapping;
+mod printable;
 mod progress;
 pub mod report;
 mod save;
@@ -61,6 +64,7 @@ pub use io::file_error::{Access, FileError};
 pub use io::storage;
 pub use load::{LoadReport, Loaded, load};
 pub use mapping::names::{HfTensor, SkipReason, hugging_face_tensors};
+pub use printable::{Printable, printable, printable_lines};
 pub use progress::Progress;
 pub use save::{Format, SaveOptions, save, write_into};
 

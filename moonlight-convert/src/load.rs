@@ -216,7 +216,7 @@ impl Checkpoint {
         let length: usize = parameter.shape.iter().product();
         let mut values = huge_pages::zeros::<T>(length);
         let target = DisjointMut::new(&mut values);
-        in_order(&row_chunks(sources), |_, RowChunk { source, rows }, buffer| {
+        in_order(&row_chunks(sources), |_, RowChunk { source, rows }, buffer: &mut Vec<u64>| {
             let at = source * (length / sources.len());
             let source = &sources[*source];
             let part = source.stored_rows(rows);
@@ -230,11 +230,8 @@ impl Checkpoint {
                 let bytes = parallel_copy::values::<u8>(buffer, part.range.len());
                 read_ahead.read(&part, bytes)?;
                 // SAFETY: as above.
-                unsafe { self.place(source, Layout::Burn, rows.clone(), bytes, &target, at) }
+                unsafe { self.place(source, Layout::Burn, rows.clone(), bytes, &target, at) }?
             };
-            if rows.end == source.dims(source.stored()).0 {
-                source.parts().skip(1).for_each(|scale| self.release(scale));
-            }
             match outcome {
                 Outcome::Finite => Ok(()),
                 Outcome::NotFinite => Err(self.blame(source, dtype_of::<T>())),

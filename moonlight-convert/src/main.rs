@@ -3,10 +3,13 @@
 
 mod cli;
 
+use std::io;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use moonlight_convert::CheckpointError;
+#[cfg(feature = "download")]
+use moonlight_convert::hub::DownloadError;
 
 /// Checkpoints of the Moonlight family, Hugging Face's and Burn's.
 #[derive(Debug, Parser)]
@@ -31,26 +34,52 @@ enum Command {
     Tokenizer(cli::tokenizer::Arguments),
 }
 
-fn main() -> ExitCode {
-    run(Arguments::parse().command).unwrap_or_else(|error| fail(&error, cli::hint::checkpoint(&error)))
+/// Why a command failed.
+enum Failure {
+    Checkpoint(CheckpointError),
+    #[cfg(feature = "download")]
+    Download(DownloadError),
+    /// Standard output could not be written.
+    Output(io::Error),
 }
 
-/// Prints the error in one line, and in another what helps, where there is a hint.
-fn fail(error: &dyn std::error::Error, hint: Option<String>) -> ExitCode {
-    eprintln!("error: {error}");
-    if let Some(hint) = hint {
-        eprintln!("hint: {hint}");
+impl From<CheckpointError> for Failure {
+    fn from(error: CheckpointError) -> Self {
+        Self::Checkpoint(error)
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => return code,
+        Err(Failure::Checkpoint(error)) => {
+            cli::output::fail(&error, cli::hint::checkpoint(&error));
+            if matches!(error, CheckpointError::Interrupted) {
+                return ExitCode::from(cli::signals::INTERRUPTED);
+            }
+        }
+        #[cfg(feature = "download")]
+        Err(Failure::Download(error)) => cli::output::fail(&error, cli::hint::download(&error)),
+        Err(Failure::Output(error)) => {
+            cli::output::note(format_args!("error: what was found cannot be written to standard output: {error}"));
+        }
     }
     ExitCode::FAILURE
 }
 
-fn run(command: Command) -> Result<ExitCode, CheckpointError> {
+fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Inspect(arguments) => cli::inspect::run(&arguments),
         Command::Convert(arguments) => cli::convert::run(arguments),
         Command::Verify(arguments) => cli::verify::run(arguments),
         #[cfg(feature = "download")]
-        Command::Download(arguments) => Ok(cli::download::run(arguments)),
+        Command::Download(arguments) => cli::download::run(arguments),
         Command::Tokenizer(arguments) => cli::tokenizer::run(&arguments),
     }
 }

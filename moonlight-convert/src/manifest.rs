@@ -95,7 +95,7 @@ impl Manifest {
         let names: Vec<&str> = names.filter(|name| dir.join(name).is_file()).collect();
         let entry = |name: &&str| {
             let path = dir.join(name);
-            let entry = storage::announce(storage::Call::Read(&path)).and_then(|()| hash(&path));
+            let entry = storage::announce(storage::Call::Read(&path)).and_then(|()| hash(File::open(&path)?));
             Ok(((*name).to_owned(), entry.map_err(FileError::read(&path))?))
         };
         let files = names.par_iter().map(entry).collect::<Result<_, FileError>>()?;
@@ -155,18 +155,19 @@ impl FileEntry {
         if let Err(error) = storage::announce(storage::Call::Read(&path)) {
             return Err(read(error));
         }
-        let Some(path) = confined.file(name)? else { return Ok(Some(Damage::Missing(name.to_owned()))) };
-        let found = std::fs::metadata(&path).map_err(CheckpointError::read(&path))?.len();
+        let Some((file, path)) = confined.open(name, u64::MAX)? else {
+            return Ok(Some(Damage::Missing(name.to_owned())));
+        };
+        let found = file.metadata().map_err(CheckpointError::read(&path))?.len();
         if found != self.bytes {
             return Ok(Some(Damage::Size { name: name.to_owned(), found, expected: self.bytes }));
         }
-        let same = depth == Depth::Sizes || hash(&path).map_err(CheckpointError::read(&path))? == *self;
+        let same = depth == Depth::Sizes || hash(file).map_err(CheckpointError::read(&path))? == *self;
         Ok((!same).then(|| Damage::Contents(name.to_owned())))
     }
 }
 
-fn hash(path: &Path) -> io::Result<FileEntry> {
-    let mut file = File::open(path)?;
+fn hash(mut file: File) -> io::Result<FileEntry> {
     let (mut hash, mut bytes) = (Xxh3::new(), 0);
     let mut chunk = vec![0; CHUNK];
     loop {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, Tolerance};
-use moonlight_convert::adapter::{AdapterError, base_of, is_adapter, load_adapter, write_adapter};
+use moonlight_convert::adapter::{AdapterError, base_of, is_adapter, load_adapter, read_adapter, write_adapter};
 use moonlight_convert::{SaveOptions, load, save};
 use moonlight_model::CausalLm;
 use moonlight_model::lora::{Adapter, LoraConfig};
@@ -191,6 +191,14 @@ fn what_is_wrong_is_named() {
         ("modules_to_save", serde_json::json!(["lm_head"]), "`modules_to_save`"),
         ("rank_pattern", serde_json::json!({"(q|k)_proj": 2}), "has the pattern `(q|k)_proj`"),
         ("lora_alpha", "much".into(), "cannot be read"),
+        ("r", 0.into(), "has a rank of 0"),
+        ("r", 100_000.into(), "has a rank of 100000"),
+        ("rank_pattern", serde_json::json!({"q_proj": 1e30}), "has a rank of 1e30"),
+        ("rank_pattern", serde_json::json!({"q_proj": 2.5}), "has a rank of 2.5"),
+        ("rank_pattern", serde_json::json!({"q_proj": "2"}), "invalid type"),
+        ("lora_alpha", serde_json::json!(1e308), "has an alpha of 1e308 for a rank of 3"),
+        ("alpha_pattern", serde_json::json!({".*q_proj": 1e20}), "has an alpha of 1e20 for a rank of 3"),
+        ("lora_dropout", serde_json::json!(1.5), "has a dropout of 1.5"),
     ] {
         restore();
         edit(dir, |config| config[key] = value);
@@ -214,11 +222,141 @@ fn what_is_wrong_is_named() {
     let weights = dir.join("adapter_model.safetensors");
     let bytes = fs::read(&weights).unwrap();
     fs::write(&weights, &bytes[..bytes.len() - 9]).unwrap();
-    assert!(opened("moonlight-like").to_string().contains("is truncated or no safetensors file"));
+    assert!(opened("moonlight-like").to_string().contains("is truncated: its header claims"));
     fs::remove_file(&weights).unwrap();
     assert!(matches!(opened("moonlight-like"), AdapterError::NoWeights { .. }));
     fs::remove_file(dir.join("adapter_config.json")).unwrap();
     assert!(matches!(opened("moonlight-like"), AdapterError::NoConfig { .. }));
+}
+
+/// A file of these tensors of zeros.
+fn write_zeros(dir: &Path, tensors: &[(&str, &str, [u64; 2])]) {
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for (name, dtype, shape) in tensors {
+        let bytes = shape[0].saturating_mul(shape[1]) * if *dtype == "F32" { 4 } else { 2 };
+        let entry = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [end, end + bytes]});
+        header.insert(format!("base_model.model.model.layers.{name}.weight"), entry);
+        end += bytes;
+    }
+    let header = Value::Object(header).to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    let path = dir.join("adapter_model.safetensors");
+    fs::write(&path, &bytes).unwrap();
+    let file = fs::File::options().write(true).open(path).unwrap();
+    // A hole: it may be as long as it likes.
+    file.set_len(bytes.len() as u64 + end).unwrap();
+}
+
+/// Shapes that lie are held against the model and the rank before memory is asked for.
+#[test]
+fn matrices_of_nothing_and_of_terabytes_are_refused() {
+    let dir = written(&adapted("moonlight-like", &["all"], false), "moonlight-like");
+    let dir = dir.path();
+    edit(dir, |config| config["rank_pattern"] = serde_json::json!({"down_proj": 60_000, "up_proj": 60_000}));
+    const HUGE: u64 = 1 << 34;
+    let expert = |part: &'static str| match part {
+        "A" => "1.mlp.experts.0.gate_proj.lora_A",
+        _ => "1.mlp.experts.0.gate_proj.lora_B",
+    };
+    for (what, tensors, problem) in [
+        ("an expert's rank of nothing", vec![(expert("A"), "F32", [HUGE, 0]), (expert("B"), "F32", [0, HUGE])], "rank"),
+        (
+            "an expert's width",
+            vec![(expert("A"), "F32", [3, HUGE]), (expert("B"), "F32", [HUGE, 3])],
+            "the expert takes 40 inputs to 11 outputs",
+        ),
+        (
+            "a plain width",
+            vec![("0.self_attn.q_proj.lora_A", "BF16", [3, HUGE]), ("0.self_attn.q_proj.lora_B", "BF16", [HUGE, 3])],
+            "does not fit",
+        ),
+        (
+            "a plain width of nothing",
+            vec![("0.self_attn.q_proj.lora_A", "F32", [3, 0]), ("0.self_attn.q_proj.lora_B", "F32", [0, 3])],
+            "does not fit",
+        ),
+        (
+            "a stack",
+            vec![("1.mlp.experts.lora_A", "F32", [HUGE, 11]), ("1.mlp.experts.lora_B", "F32", [40, HUGE])],
+            "which do not fit",
+        ),
+        (
+            "one expert of each stack, with ranks beyond all widths",
+            vec![
+                ("1.mlp.experts.0.down_proj.lora_A", "F32", [60_000, 11]),
+                ("1.mlp.experts.0.down_proj.lora_B", "F32", [40, 60_000]),
+                ("2.mlp.experts.0.down_proj.lora_A", "F32", [60_000, 11]),
+                ("2.mlp.experts.0.down_proj.lora_B", "F32", [40, 60_000]),
+                ("1.mlp.experts.0.up_proj.lora_A", "F32", [60_000, 40]),
+                ("1.mlp.experts.0.up_proj.lora_B", "F32", [11, 60_000]),
+            ],
+            "more values than its model has",
+        ),
+    ] {
+        write_zeros(dir, &tensors);
+        let model = load(&fixture("moonlight-like"), &Device::default(), None).unwrap().model;
+        let error = read_adapter(model.config(), dir).unwrap_err().to_string();
+        assert!(error.contains(problem), "{what}: {error}");
+    }
+    // Under two names.
+    let name = "0.self_attn.q_proj.lora_A";
+    write_zeros(dir, &[(name, "F32", [3, 40]), ("0.self_attn.q_proj.lora_A.default", "F32", [3, 40])]);
+    let error = load_adapter(base("moonlight-like"), dir).unwrap_err().to_string();
+    assert!(error.contains("twice, under two names"), "{error}");
+}
+
+/// A note of ours that was changed, or is another's.
+#[test]
+fn notes_that_lie_are_refused() {
+    let dir = written(&adapted("moonlight-like", &["q_proj"], false), "moonlight-like");
+    let path = dir.path().join("adapter_model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let text = String::from_utf8(bytes[8..header].to_vec()).unwrap();
+    let (alpha, no_alpha) = (r#"\"alpha\":5.0"#, r#"\"alpha\":1e99"#);
+    assert!(text.contains(alpha), "{text}");
+    for (from, to, problem) in [
+        (alpha, no_alpha, "has an alpha of 1e99 for a rank of 3"),
+        (r#"\"dropout\":0.1"#, r#"\"dropout\":7.0"#, "with numbers that no adapter has"),
+        (r#"\"rank\":3"#, r#"\"rank\":0"#, "with numbers that no adapter has"),
+        (r#"[{\"path"#, r#"[[\"path"#, "a note on its adapters that is broken"),
+    ] {
+        let changed = text.replace(from, to);
+        assert!(changed != text, "{from}");
+        let mut file = (changed.len() as u64).to_le_bytes().to_vec();
+        file.extend_from_slice(changed.as_bytes());
+        file.extend_from_slice(&bytes[header..]);
+        fs::write(&path, file).unwrap();
+        let error = load_adapter(base("moonlight-like"), dir.path()).unwrap_err().to_string();
+        assert!(error.contains(problem), "{error}");
+    }
+}
+
+/// Pipes and links out are errors, soon.
+#[cfg(unix)]
+#[test]
+fn files_of_adapters_are_plain_files_of_the_directory() {
+    let dir = written(&adapted("moonlight-like", &["q_proj"], false), "moonlight-like");
+    let dir = dir.path();
+    for name in ["adapter_model.safetensors", "adapter_config.json"] {
+        let bytes = fs::read(dir.join(name)).unwrap();
+        fs::remove_file(dir.join(name)).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(dir.join(name)).status().unwrap().success());
+        assert_eq!(is_adapter(dir), name != "adapter_config.json");
+        let error = load_adapter(base("moonlight-like"), dir).unwrap_err().to_string();
+        assert!(error.contains("not a plain file"), "{error}");
+        assert!(base_of(dir).is_ok() || name == "adapter_config.json");
+        for target in ["/dev/zero", "/etc/hostname"] {
+            fs::remove_file(dir.join(name)).unwrap();
+            std::os::unix::fs::symlink(target, dir.join(name)).unwrap();
+            let error = load_adapter(base("moonlight-like"), dir).unwrap_err().to_string();
+            assert!(error.contains("leads out of the directory"), "{error}");
+        }
+        fs::remove_file(dir.join(name)).unwrap();
+        fs::write(dir.join(name), bytes).unwrap();
+    }
+    load_adapter(base("moonlight-like"), dir).unwrap();
 }
 
 /// Layer by layer into few bits is the whole model into few bits.

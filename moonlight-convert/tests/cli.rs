@@ -1,8 +1,10 @@
 //! The program `moonlight-convert` as its users run it.
 
 use std::fs;
+use std::io::Read;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 fn run(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_moonlight-convert")).args(arguments).output().unwrap()
@@ -185,4 +187,198 @@ fn digests_are_checked() {
     let output = run(&["verify", &fixture(), "--sha256", &list]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stdout).contains("generation_config.json: has the digest"), "{}", text(&output.stdout));
+}
+
+/// The fixture with names that hold commands to a terminal, and many of them.
+#[test]
+fn a_checkpoint_is_held_against_the_manifest_that_it_was_saved_with() {
+    use moonlight_convert::manifest::Manifest;
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().display().to_string();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(PathBuf::from(fixture()).join(file), home.path().join(file)).unwrap();
+    }
+    let output = run(&["verify", &dir]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("has no `manifest.json`"), "{}", text(&output.stderr));
+    Manifest::of(home.path()).unwrap().write(home.path()).unwrap();
+    let output = run(&["verify", &dir]);
+    assert!(output.status.success() && text(&output.stdout).starts_with("whole: "), "{}", text(&output.stdout));
+    let weights = home.path().join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    let output = run(&["verify", &dir]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stdout).contains("`model.safetensors` is not what was written"), "{}", text(&output.stdout));
+}
+
+fn noisy(home: &std::path::Path) -> PathBuf {
+    let dir = home.join("noisy");
+    fs::create_dir(&dir).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::write(dir.join(file), fs::read(PathBuf::from(fixture()).join(file)).unwrap()).unwrap();
+    }
+    for number in 0..5_000 {
+        fs::write(dir.join(format!("tokenization_{number}\u{1b}[2J\u{9b}31m.py")), "").unwrap();
+    }
+    dir
+}
+
+#[cfg(unix)]
+#[test]
+fn names_of_files_are_no_commands_to_the_terminal() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = noisy(home.path());
+    for arguments in [vec!["inspect"], vec!["inspect", "--json"]] {
+        let output = run(&[arguments.clone(), vec![&dir.display().to_string()]].concat());
+        assert!(output.status.success());
+        let shown = text(&output.stdout);
+        assert!(!shown.chars().any(|character| character.is_control() && character != '\n'), "{arguments:?}");
+        let escaped = if arguments.len() == 1 { "_7\\u{1b}[2J\\u{9b}31m.py" } else { "_7\\u001b[2J\\u009b31m.py" };
+        assert!(shown.contains(escaped), "{arguments:?}");
+    }
+    let output = run(&["inspect", &home.path().join("a\u{1b}[2J\nb").display().to_string()]);
+    assert_eq!(text(&output.stderr).lines().count(), 1, "{}", text(&output.stderr));
+    assert!(!output.stderr.contains(&0x1b));
+}
+
+/// `head` that has seen enough is no error, a full disk is one, and a dead stderr costs its lines.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_cannot_be_written_is_no_panic() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = noisy(home.path()).display().to_string();
+    let program = || Command::new(env!("CARGO_BIN_EXE_moonlight-convert"));
+    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
+    for arguments in [vec!["inspect", &dir], vec!["inspect", "--json", &dir]] {
+        let mut child = program().args(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        child.stdout.take().unwrap().read_exact(&mut [0; 10]).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{arguments:?}");
+    }
+    let (pack, tokenizer) = (home.path().join("pack").display().to_string(), home.path().join("tokenizer"));
+    fs::create_dir(&tokenizer).unwrap();
+    fs::write(tokenizer.join("tiktoken.model"), ranks()).unwrap();
+    let tokenizer = tokenizer.display().to_string();
+    for arguments in [vec!["inspect", &dir], vec!["verify", &dir, &dir], vec!["tokenizer", &tokenizer]] {
+        let output = program().args(&arguments).stdout(full()).output().unwrap();
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
+        assert!(stderr.starts_with("error: what was found cannot be written to standard output"), "{stderr}");
+    }
+    // Nobody hears, and the work is done.
+    for stderr in [Stdio::from(full()), Stdio::null()] {
+        let status = program().args(["convert", &dir, &pack, "--force"]).stderr(stderr).status().unwrap();
+        assert!(status.success());
+        assert!(run(&["verify", &dir, &pack]).status.success());
+    }
+    let (read, write) = std::io::pipe().unwrap();
+    drop(read);
+    let status = program().args(["inspect", "nowhere"]).stderr(write).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
+/// A `tiktoken.model` of the 256 bytes.
+fn ranks() -> String {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+    (0..=u8::MAX).map(|byte| format!("{} {byte}\n", STANDARD.encode([byte]))).collect()
+}
+
+/// A checkpoint of some hundred megabytes, most of it a hole.
+fn large(dir: &std::path::Path) {
+    fs::create_dir(dir).unwrap();
+    let config = fs::read_to_string(PathBuf::from(fixture()).join("../llama/config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    (config["vocab_size"], config["hidden_size"]) = (400_000.into(), 512.into());
+    (config["intermediate_size"], config["num_hidden_layers"]) = (1024.into(), 1.into());
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let config = moonlight_model::ModelConfig::from_json(&config.to_string()).unwrap();
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for tensor in config.parameter_shapes().iter().flat_map(moonlight_convert::hugging_face_tensors) {
+        let bytes = 2 * tensor.shape.iter().product::<usize>();
+        let entry = serde_json::json!({"dtype": "BF16", "shape": tensor.shape, "data_offsets": [end, end + bytes]});
+        header.insert(tensor.name, entry);
+        end += bytes;
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    fs::write(dir.join("model.safetensors"), &bytes).unwrap();
+    let file = fs::File::options().write(true).open(dir.join("model.safetensors")).unwrap();
+    file.set_len((bytes.len() + end) as u64).unwrap();
+}
+
+/// Waits until the child writes beside `out`, and for its first megabytes.
+#[cfg(unix)]
+fn wait_for(saving: impl Fn() -> bool, child: &mut std::process::Child) {
+    let begun = Instant::now();
+    while !saving() && child.try_wait().unwrap().is_none() && begun.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Each signal ends a conversion within seconds, and nothing is left beside what was there.
+#[cfg(unix)]
+#[test]
+fn signals_end_the_work_and_leave_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    let source = home.path().join("source");
+    large(&source);
+    let names = || {
+        let mut names: Vec<_> = fs::read_dir(home.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let mut interrupted = 0;
+    for signal in ["INT", "TERM", "HUP"] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_moonlight-convert"))
+            .args(["convert", "--dtype", "f32"])
+            .args([&source, &home.path().join("out")])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        wait_for(|| names().len() > 1, &mut child);
+        let kill = Command::new("kill").arg(format!("-{signal}")).arg(child.id().to_string()).status().unwrap();
+        let begun = Instant::now();
+        let output = child.wait_with_output().unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(8), "{signal}");
+        if output.status.success() {
+            // It was faster than the signal.
+            fs::remove_dir_all(home.path().join("out")).unwrap();
+            continue;
+        }
+        interrupted += 1;
+        assert!(kill.success());
+        assert_eq!(output.status.code(), Some(130), "{signal}: {}", text(&output.stderr));
+        assert_eq!(names(), ["source"], "{signal}");
+    }
+    assert!(interrupted > 0, "no signal came in time");
+}
+
+/// A file that becomes shorter while it is read is an error and no signal.
+#[cfg(unix)]
+#[test]
+fn a_file_that_becomes_shorter_is_an_error() {
+    let home = tempfile::tempdir().unwrap();
+    let source = home.path().join("source");
+    let out = home.path().join("out");
+    large(&source);
+    let weights = source.join("model.safetensors");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_moonlight-convert"))
+        .args(["convert", "--dtype", "f32"])
+        .args([&source, &out])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for(|| fs::read_dir(home.path()).unwrap().count() > 1, &mut child);
+    fs::File::options().write(true).open(&weights).unwrap().set_len(1_000_000).unwrap();
+    let output = child.wait_with_output().unwrap();
+    if !output.status.success() {
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("it is shorter than when it was opened"), "{}", text(&output.stderr));
+        assert!(!out.exists() && fs::read_dir(home.path()).unwrap().count() == 1);
+    }
 }

@@ -20,6 +20,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 const COMMIT: &str = "4e735b07a89f73647dfab71ab91b840f362ede5b";
+const OTHER_COMMIT: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
 const REPO: &str = "moonshotai/Moonlight-tiny";
 const TOKEN: &str = "hf_secret";
 const WEIGHTS: &str = "model.safetensors";
@@ -43,6 +44,10 @@ struct Behaviour {
     longer: bool,
     /// Sends files by way of another address, as the Hub does with LFS.
     redirect: bool,
+    /// Sends everything by way of this server.
+    elsewhere: Option<String>,
+    /// Sends the list a byte a second, which would take it minutes.
+    drip: bool,
     /// A status for the first requests of files.
     busy: usize,
     /// What the list of files says in place of the truth.
@@ -162,12 +167,23 @@ fn serve(mut stream: TcpStream, shared: &Mutex<Behaviour>, log: &Mutex<Vec<Seen>
     if behaviour.gated && !token {
         return answer("401 Unauthorized", "X-Error-Code: GatedRepo\r\n", b"Access to this model is restricted.");
     }
+    if let Some(server) = behaviour.elsewhere {
+        return answer("307 Temporary Redirect", &format!("Location: {server}{target}\r\n"), b"");
+    }
     let api = format!("/api/models/{REPO}/revision/");
     if let Some(rest) = target.strip_prefix(&api) {
         assert!(rest.ends_with("?blobs=true"), "{rest}");
         return match rest.split('?').next() {
-            Some("main" | "v1" | COMMIT) => {
+            Some("main" | "v1" | COMMIT | OTHER_COMMIT) => {
                 let list = behaviour.list.unwrap_or_else(list);
+                if behaviour.drip {
+                    write!(stream, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 100000\r\n\r\n")?;
+                    loop {
+                        stream.write_all(b"[")?;
+                        stream.flush()?;
+                        std::thread::sleep(Duration::from_millis(500));
+                    }
+                }
                 answer("200 OK", "Content-Type: application/json\r\n", list.to_string().as_bytes())
             }
             _ => answer("404 Not Found", "X-Error-Code: RevisionNotFound\r\n", b"Invalid rev id"),
@@ -514,4 +530,73 @@ fn lists_that_lie() {
     let list = json!({"sha": COMMIT, "siblings": [{"rfilename": "tiktoken.model", "size": 1, "blobId": digest}]});
     hub.server.behave(Behaviour { list: Some(list), ..Behaviour::default() });
     hub.assert_fails(&hub.download(&[]), "there is no file `tiktoken.model` in `moonshotai/Moonlight-tiny`", "");
+}
+
+/// A commit names what it holds.
+#[test]
+fn another_commit_than_the_one_asked_for_is_refused() {
+    let hub = Hub::new(Behaviour::default());
+    let other = hub.download(&["--revision", OTHER_COMMIT]);
+    hub.assert_fails(&other, &format!("it is of the commit {COMMIT}, not of the one that was asked for"), "");
+    assert!(!hub.folder().join("blobs").exists());
+    let own = hub.download(&["--revision", &COMMIT.to_uppercase()]);
+    assert!(!own.status.success(), "the server knows it by its own spelling alone");
+    let own = hub.download(&["--revision", COMMIT]);
+    assert!(own.status.success(), "{}", text(&own.stderr));
+    assert!(hub.snapshot().join(WEIGHTS).exists());
+}
+
+/// Another port is another server, and none of the two need know.
+#[test]
+fn a_token_goes_to_its_own_origin_and_no_further() {
+    let other = Server::new(Behaviour::default());
+    let hub = Hub::new(Behaviour { elsewhere: Some(other.address.clone()), ..Behaviour::default() });
+    hub.assert_whole(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
+    let tokens = |server: &Server| -> Vec<bool> { server.seen.lock().unwrap().iter().map(|seen| seen.token).collect() };
+    assert!(tokens(&hub.server).len() > 3 && tokens(&hub.server).iter().all(|token| *token));
+    assert!(tokens(&other).len() > 3 && !tokens(&other).iter().any(|token| *token), "{:?}", tokens(&other));
+    // To the same origin it goes along, as the Hub wants of models that were renamed.
+    let hub = Hub::new(Behaviour { redirect: true, gated: true, ..Behaviour::default() });
+    hub.assert_whole(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
+    // And a circle ends.
+    let hub = Hub::new(Behaviour::default());
+    hub.server.behave(Behaviour { elsewhere: Some(hub.server.address.clone()), ..Behaviour::default() });
+    hub.assert_fails(&hub.download(&[]), "it leads elsewhere more than 10 times", "");
+}
+
+#[test]
+fn passwords_and_tokens_are_never_shown() {
+    let hub = Hub::new(Behaviour { gated: true, ..Behaviour::default() });
+    let address = hub.server.address.replace("http://", "http://user:PASSWORD@");
+    let nobody = "http://user:PASSWORD@127.0.0.1:1";
+    for endpoint in [&address, nobody, "user:PASSWORD@nowhere", "ftp://user:PASSWORD@h", "http://user:PASSWORD@h/\u{7}"]
+    {
+        for arguments in [&["download", REPO][..], &["download", REPO, "--revision", "v9"]] {
+            let output = hub.command(arguments).env("HF_ENDPOINT", endpoint).output().unwrap();
+            let said = format!("{}{}", text(&output.stderr), text(&output.stdout));
+            assert_eq!(output.status.code(), Some(1), "{said}");
+            assert!(!said.contains("PASSWORD") && said.contains("error: "), "{said}");
+        }
+    }
+    let file = hub.home.path().join("my-token");
+    fs::write(&file, "hf_SECRET\nhf_SECRET\n").unwrap();
+    for (name, value, shown) in [
+        ("HF_TOKEN", "hf_SEC\nRET", "the token in `HF_TOKEN` has more than one line"),
+        ("HUGGING_FACE_HUB_TOKEN", "hf_SEC\u{1}RET", "the token in `HUGGING_FACE_HUB_TOKEN` has control characters"),
+        ("HF_TOKEN_PATH", &file.display().to_string(), "my-token` has more than one line"),
+    ] {
+        let output = hub.command(&["download", REPO]).env(name, value).output().unwrap();
+        hub.assert_fails(&output, shown, "copy the token once more");
+        assert!(!text(&output.stderr).contains("SEC"), "{}", text(&output.stderr));
+    }
+    assert!(hub.server.seen.lock().unwrap().iter().all(|seen| !seen.token));
+}
+
+#[test]
+fn a_list_that_drips_is_given_up() {
+    let hub = Hub::new(Behaviour { drip: true, ..Behaviour::default() });
+    let begun = Instant::now();
+    let output = hub.command(&["download", REPO]).env("HF_HUB_DOWNLOAD_TIMEOUT", "1").output().unwrap();
+    hub.assert_fails(&output, "cannot be used: ", "");
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
 }

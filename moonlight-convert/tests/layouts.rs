@@ -371,3 +371,80 @@ fn a_checkpoint_larger_than_the_disk_is_refused_before_anything_is_written() {
     assert!(matches!(refused, Err(CheckpointError::NoRoom { .. })), "{refused:?}");
     assert!(!home.path().join("target").exists());
 }
+
+/// Every layout, of which the weights are cut behind the checkpoint's back: whatever reads them says so.
+#[test]
+fn weights_that_are_cut_between_opening_and_reading_are_an_error() {
+    let home = tempfile::tempdir().unwrap();
+    let copy = |from: &Path, name: &str| {
+        let to = home.path().join(name);
+        fs::create_dir(&to).unwrap();
+        for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+            fs::write(to.join(entry.file_name()), fs::read(entry.path()).unwrap()).unwrap();
+        }
+        to
+    };
+    let pack = home.path().join("burnpack");
+    Checkpoint::open(fixture("moonlight-like")).unwrap().convert(&pack, &burnpack()).unwrap();
+    let sources = [fixture("moonlight-like"), quantised("fp8"), quantised("int4"), pack];
+    for (number, from) in sources.iter().enumerate() {
+        let dir = copy(from, &format!("cut-{number}"));
+        let whole = Checkpoint::open(from).unwrap();
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        assert_eq!(checkpoint.problems(), []);
+        let file = dir.join(&checkpoint.files()[0].name);
+        let length = fs::metadata(&file).unwrap().len();
+        // The last tensors of a file may be of those that nobody reads.
+        for left in [length / 2, 10, 0] {
+            fs::File::options().write(true).open(&file).unwrap().set_len(left).unwrap();
+            let shorter = |error: CheckpointError| {
+                assert!(error.to_string().contains("it is shorter than when it was opened"), "{dir:?}: {error}");
+            };
+            for options in [SaveOptions::default(), burnpack(), SaveOptions { dtype: Some(DType::F32), ..burnpack() }] {
+                // Packed shapes are looked at again, and are gone then.
+                if checkpoint.problems().is_empty() {
+                    shorter(checkpoint.convert(&home.path().join("out"), &options).unwrap_err());
+                    shorter(checkpoint.compare(&whole, 0.0, &()).unwrap_err());
+                    shorter(whole.compare(&checkpoint, 0.0, &()).unwrap_err());
+                    shorter(checkpoint.load(&Device::default(), None).unwrap_err());
+                }
+            }
+            let read: Result<Vec<_>, _> = checkpoint.tensors().map(|(_, tensor)| checkpoint.data(tensor)).collect();
+            shorter(read.unwrap_err());
+        }
+        assert!(!home.path().join("out").exists());
+    }
+}
+
+/// What is open can be read to its end when the directory is replaced, or removed as a live run removes its oldest.
+#[cfg(unix)]
+#[test]
+fn a_checkpoint_that_is_removed_can_be_read_to_its_end() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("checkpoint");
+    let options = SaveOptions { max_shard_size: 30_000, ..SaveOptions::default() };
+    Checkpoint::open(fixture("moonlight-like")).unwrap().convert(&dir, &options).unwrap();
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    assert!(checkpoint.files().len() > 4);
+    fs::remove_dir_all(&dir).unwrap();
+    let model = checkpoint.load(&Device::default(), None).unwrap().model;
+    let expected = load(&fixture("moonlight-like"), &Device::default(), None).unwrap().model;
+    assert!(parameters(&model) == parameters(&expected));
+}
+
+/// The time to open an index grows with its length, not with its square.
+#[test]
+fn an_index_of_many_absent_files_is_read_in_time() {
+    let home = tempfile::tempdir().unwrap();
+    fs::write(home.path().join("config.json"), config_of("moonlight-like").to_string()).unwrap();
+    let map: BTreeMap<String, String> =
+        (0..60_000).map(|number| (format!("model.t{number}"), format!("f{number}.safetensors"))).collect();
+    common::write_index(home.path(), &map);
+    let begun = std::time::Instant::now();
+    let checkpoint = Checkpoint::open(home.path()).unwrap();
+    let problems = checkpoint.problems();
+    // The square took some ten seconds.
+    assert!(begun.elapsed() < std::time::Duration::from_secs(6), "{:?}", begun.elapsed());
+    let absent = |problem: &&Problem| matches!(problem, Problem::MissingFile { tensors: 1, .. });
+    assert_eq!(problems.iter().filter(absent).count(), 60_000);
+}

@@ -176,7 +176,7 @@ fn what_is_frozen_stays_to_the_last_bit() {
         (Checkpoint::open(checkpoint(&start, 1)).unwrap(), Checkpoint::open(checkpoint(&run, 12)).unwrap());
     let mut stayed = Vec::new();
     for ((name, old), (_, new)) in before.tensors().zip(after.tensors()) {
-        if before.data(old) == after.data(new) {
+        if before.data(old).unwrap() == after.data(new).unwrap() {
             stayed.push(name.to_owned());
         }
     }

@@ -151,7 +151,7 @@ fn weights(model: &CausalLm, directory: &Path) -> BTreeMap<String, Vec<f32>> {
 
 fn read(checkpoint: &Checkpoint) -> BTreeMap<String, Vec<f32>> {
     let tensors = checkpoint.tensors();
-    tensors.map(|(name, tensor)| (name.to_owned(), floats(tensor.dtype, checkpoint.data(tensor)))).collect()
+    tensors.map(|(name, tensor)| (name.to_owned(), floats(tensor.dtype, &checkpoint.data(tensor).unwrap()))).collect()
 }
 
 fn floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
@@ -169,8 +169,10 @@ fn as_model(gradients: &Path, weights: &Path, device: &Device) -> CausalLm {
     let bytes = std::fs::read(gradients).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let mut all: Vec<(&str, TensorView<'_>)> = file.iter().collect();
-    for (name, tensor) in checkpoint.tensors().filter(|(name, _)| name.ends_with("e_score_correction_bias")) {
-        all.push((name, TensorView::new(tensor.dtype, tensor.shape.clone(), checkpoint.data(tensor)).unwrap()));
+    let biases = checkpoint.tensors().filter(|(name, _)| name.ends_with("e_score_correction_bias"));
+    let biases: Vec<_> = biases.map(|(name, tensor)| (name, tensor, checkpoint.data(tensor).unwrap())).collect();
+    for (name, tensor, data) in &biases {
+        all.push((name, TensorView::new(tensor.dtype, tensor.shape.clone(), data).unwrap()));
     }
     safetensors::serialize_to_file(all, None, &directory.path().join("model.safetensors")).unwrap();
     std::fs::copy(weights.join("config.json"), directory.path().join("config.json")).unwrap();

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use moonlight_model::lora::LowRankSettings;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
 use super::error::AdapterError;
-use super::pattern::Key;
+use super::pattern::Patterns;
 use crate::error::CheckpointError;
 use crate::io::confined_dir::ConfinedDir;
 
@@ -15,6 +16,10 @@ use crate::io::confined_dir::ConfinedDir;
 pub(super) const ADAPTER_CONFIG: &str = "adapter_config.json";
 /// The longest that is read; peft's have a few kB, and a pattern for each module of a large model some 100 kB.
 const LONGEST: u64 = 10_000_000;
+/// The highest rank that is read: no projection of the family is as wide.
+const HIGHEST_RANK: usize = 1 << 16;
+/// The largest factor on an adapter's product that is read: what is larger drowns every weight.
+const LARGEST_SCALE: f64 = 1e6;
 
 /// What an adapter says of itself.
 #[derive(Debug, Clone, Deserialize)]
@@ -37,11 +42,11 @@ pub(super) struct AdapterConfig {
     #[serde(default)]
     bias: Option<String>,
     #[serde(default)]
-    modules_to_save: Option<Value>,
+    modules_to_save: Option<Vec<IgnoredAny>>,
     #[serde(default)]
-    rank_pattern: Option<Map<String, Value>>,
+    rank_pattern: Option<Patterns>,
     #[serde(default)]
-    alpha_pattern: Option<Map<String, Value>>,
+    alpha_pattern: Option<Patterns>,
     /// Parameters that have adapters, where it is not modules.
     #[serde(default)]
     pub(super) target_parameters: Option<Vec<String>>,
@@ -57,10 +62,21 @@ impl AdapterConfig {
         let Some(bytes) = confined.read(ADAPTER_CONFIG, LONGEST)? else {
             return Err(AdapterError::NoConfig { dir: dir.to_path_buf() });
         };
-        let wrong = |problem: String| AdapterError::Config { path: path.clone(), problem };
-        let config: Self = serde_json::from_slice(&bytes).map_err(|error| wrong(format!("cannot be read: {error}")))?;
-        let unknown = [
-            (config.peft_type != "LORA", format!("is of the type `{}`; only LORA is known", config.peft_type)),
+        Self::parse(&bytes).map_err(|problem| AdapterError::Config { path, problem })
+    }
+
+    /// The configuration of its text. The error is the rest of a sentence that begins with the file's name.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let config: Self = serde_json::from_slice(bytes).map_err(|error| format!("cannot be read: it has {error}"))?;
+        let Self { peft_type, r, lora_dropout, rank_pattern, alpha_pattern, .. } = &config;
+        let numbers = |patterns: &Option<Patterns>| -> Vec<f64> {
+            patterns.iter().flat_map(|patterns| patterns.numbers().collect::<Vec<_>>()).collect()
+        };
+        let no_rank = |rank: &f64| rank.fract() != 0.0 || !(1.0..=HIGHEST_RANK as f64).contains(rank);
+        let rank = Some(*r as f64).into_iter().chain(numbers(rank_pattern)).find(no_rank);
+        let alpha = Some(config.lora_alpha).into_iter().chain(numbers(alpha_pattern)).find(|alpha| !alpha.is_finite());
+        let wrong = [
+            (peft_type != "LORA", format!("is of the type `{peft_type}`; only LORA is known")),
             (config.use_dora, "asks for DoRA, which is not known here".into()),
             (config.fan_in_fan_out, "has `fan_in_fan_out`, which no model of this family needs".into()),
             (config.lora_bias, "has `lora_bias`, which is not known here".into()),
@@ -69,34 +85,46 @@ impl AdapterConfig {
                 "trains biases, which an adapter here does not hold".into(),
             ),
             (
-                config.modules_to_save.as_ref().is_some_and(|modules| modules.as_array().is_none_or(|m| !m.is_empty())),
+                config.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty()),
                 "has `modules_to_save`, which an adapter here does not hold".into(),
             ),
-            (config.r == 0, "has a rank of 0".into()),
+            (
+                rank.is_some(),
+                format!("has a rank of {:?}; whole ones of 1 to {HIGHEST_RANK} are read", rank.unwrap_or_default()),
+            ),
+            (alpha.is_some(), "has an alpha that is no number".into()),
+            (
+                !(0.0..1.0).contains(lora_dropout),
+                format!("has a dropout of {lora_dropout:?}; it is a share, 0 or more and less than 1"),
+            ),
         ];
-        if let Some((_, problem)) = unknown.into_iter().find(|(wrong, _)| *wrong) {
-            return Err(wrong(problem));
+        match wrong.into_iter().find(|(wrong, _)| *wrong) {
+            Some((_, problem)) => Err(problem),
+            None => Ok(config),
         }
-        for key in [&config.rank_pattern, &config.alpha_pattern].into_iter().flatten().flat_map(Map::keys) {
-            if Key::new(key).is_none() {
-                return Err(wrong(format!("has the pattern `{key}`; names, `.*`, `\\d+` and `[0-9]+` are read")));
-            }
-        }
-        Ok(config)
     }
 
-    /// The rank and the settings of a module, which has several names where it may be targeted as a parameter, too.
-    pub(super) fn of(&self, names: &[String]) -> (usize, LowRankSettings) {
-        let find = |patterns: &Option<Map<String, Value>>| {
-            let mut patterns = patterns.iter().flatten();
-            let found =
-                patterns.find(|(key, _)| Key::new(key).is_some_and(|key| names.iter().any(|name| key.matches(name))));
-            found.and_then(|(_, value)| value.as_f64())
-        };
+    /// The rank and the settings of a module, which has several names where it may be targeted as a parameter, too. The
+    /// error is the rest of a sentence that begins with a file's name.
+    pub(super) fn of(&self, names: &[String]) -> Result<(usize, LowRankSettings), String> {
+        let find = |patterns: &Option<Patterns>| patterns.as_ref().and_then(|patterns| patterns.find(names));
+        // Checked to be a whole number.
         let rank = find(&self.rank_pattern).map_or(self.r, |rank| rank as usize);
         let alpha = find(&self.alpha_pattern).unwrap_or(self.lora_alpha);
-        (rank, LowRankSettings { alpha, rslora: self.use_rslora, dropout: self.lora_dropout })
+        let settings = LowRankSettings { alpha, rslora: self.use_rslora, dropout: self.lora_dropout };
+        check_scale(settings, rank)?;
+        Ok((rank, settings))
     }
+}
+
+/// Refuses what would make every weight infinite. The error is the rest of a sentence that begins with a file's name.
+pub(super) fn check_scale(settings: LowRankSettings, rank: usize) -> Result<(), String> {
+    let scale = settings.scale(rank);
+    if scale.abs() <= LARGEST_SCALE {
+        return Ok(());
+    }
+    let alpha = settings.alpha;
+    Err(format!("has an alpha of {alpha:e} for a rank of {rank}; a factor of up to {LARGEST_SCALE:e} is read"))
 }
 
 /// What [`write`](super::write_adapter) has to say.

@@ -16,13 +16,13 @@ pub enum AdapterError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The directory has no `adapter_config.json`.
-    #[error("`{}` has no `adapter_config.json`", dir.display())]
+    #[error("`{}` has no `adapter_config.json`", OneLine(dir.display()))]
     NoConfig {
         /// The directory.
         dir: PathBuf,
     },
     /// The `adapter_config.json` cannot be read, or asks for what is not LoRA as we know it.
-    #[error("`{}` {}", path.display(), OneLine(problem))]
+    #[error("`{}` {}", OneLine(path.display()), OneLine(problem))]
     Config {
         /// The file.
         path: PathBuf,
@@ -30,13 +30,13 @@ pub enum AdapterError {
         problem: String,
     },
     /// The directory has no `adapter_model.safetensors`.
-    #[error("`{}` has no `adapter_model.safetensors`", dir.display())]
+    #[error("`{}` has no `adapter_model.safetensors`", OneLine(dir.display()))]
     NoWeights {
         /// The directory.
         dir: PathBuf,
     },
     /// The file of weights is broken, or holds what is not an adapter of this model.
-    #[error("`{}` {}", path.display(), OneLine(problem))]
+    #[error("`{}` {}", OneLine(path.display()), OneLine(problem))]
     Weights {
         /// The file.
         path: PathBuf,
@@ -46,7 +46,7 @@ pub enum AdapterError {
     /// Matrices of another rank than the configuration names.
     #[error(
         "`{}` holds an adapter of rank {found} for `{}`; `adapter_config.json` says {expected}",
-        path.display(), OneLine(module)
+        OneLine(path.display()), OneLine(module)
     )]
     Rank {
         /// The file.
@@ -59,7 +59,7 @@ pub enum AdapterError {
         expected: usize,
     },
     /// The base model is not where the adapter says.
-    #[error("the adapter `{}` {}", dir.display(), match base {
+    #[error("the adapter `{}` {}", OneLine(dir.display()), match base {
         Some(base) => format!("was trained on `{}`, which is not there", OneLine(base)),
         None => "does not say which model it was trained on".into(),
     })]
@@ -70,7 +70,7 @@ pub enum AdapterError {
         base: Option<String>,
     },
     /// The adapter does not fit the model.
-    #[error("the adapter `{}` does not fit: {source}", dir.display())]
+    #[error("the adapter `{}` does not fit: {source}", OneLine(dir.display()))]
     Misfit {
         /// The adapter.
         dir: PathBuf,

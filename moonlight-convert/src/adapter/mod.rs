@@ -31,7 +31,7 @@ use crate::hub;
 use config::AdapterConfig;
 
 const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
-/// Where our files say which adapters their matrices are made of; other readers pass it over.
+/// Where our files say which adapters their matrices are made of; other readers pass it over. `format/shard.rs` reads it.
 const NOTES: &str = "moonlight_adapters";
 
 /// What a file of ours says of one adapter, so that training goes on with the bits that it had.
@@ -59,6 +59,14 @@ impl Note {
 /// Whether a directory holds an adapter and no model.
 pub fn is_adapter(dir: &Path) -> bool {
     dir.join(config::ADAPTER_CONFIG).is_file() && !dir.join(CONFIG).exists()
+}
+
+/// Reads an `adapter_config.json` for fuzzing: `Err` is the rest of a sentence that begins with the file's name.
+#[doc(hidden)]
+pub fn read_adapter_config(bytes: &[u8]) -> Result<(), String> {
+    let config = AdapterConfig::parse(bytes)?;
+    let names = ["model.layers.1.mlp.experts.7.up_proj", "model.layers.0.self_attn.q_proj.weight"];
+    config.of(&names.map(str::to_owned)).map(drop)
 }
 
 /// The directory of the model that an adapter was trained on: the path in its configuration, from the working directory or

@@ -1,5 +1,87 @@
-//! The keys of `rank_pattern` and `alpha_pattern`: Python's regular expressions over names of modules, of which people
-//! write names, `.*` and digits.
+//! `rank_pattern` and `alpha_pattern`: a number for each key, and keys are Python's regular expressions over names of modules,
+//! of which people write names, `.*` and digits. A key is tried in time that grows with its length times the name's, whatever
+//! it is, and names that are no expressions are looked up.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+/// The most keys of one of the two; a model of the family has some 70,000 projections.
+const MOST_KEYS: usize = 100_000;
+/// The most bytes of all keys that are not plain names.
+const MOST_TEXT: usize = 200_000;
+/// The most bytes of those among them that stand for names of any length.
+const MOST_WILD: usize = 5_000;
+
+/// Numbers by keys, in the file's order: the first key that matches counts.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Patterns {
+    names: HashMap<String, (usize, f64)>,
+    expressions: Vec<(usize, Key, f64)>,
+}
+
+impl Patterns {
+    /// The number of the first key that matches one of a module's names.
+    pub(super) fn find(&self, names: &[String]) -> Option<f64> {
+        let ends = names.iter().flat_map(|name| {
+            let dots = name.match_indices('.').map(|(at, _)| &name[at + 1..]);
+            std::iter::once(name.as_str()).chain(dots)
+        });
+        let named = ends.filter_map(|end| self.names.get(end)).min_by_key(|(at, _)| *at);
+        let before = self.expressions.iter().take_while(|(at, ..)| named.is_none_or(|(first, _)| at < first));
+        let expressed = before.into_iter().find(|(_, key, _)| names.iter().any(|name| key.matches(name)));
+        expressed.map(|(.., number)| *number).or(named.map(|(_, number)| *number))
+    }
+
+    /// All numbers.
+    pub(super) fn numbers(&self) -> impl Iterator<Item = f64> {
+        self.names.values().map(|(_, number)| *number).chain(self.expressions.iter().map(|(.., number)| *number))
+    }
+}
+
+impl<'de> Deserialize<'de> for Patterns {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Keys;
+        impl<'de> Visitor<'de> for Keys {
+            type Value = Patterns;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a map of patterns to numbers")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Patterns, A::Error> {
+                let mut patterns = Patterns::default();
+                let (mut at, mut text, mut wild) = (0, 0, 0);
+                while let Some((key, number)) = map.next_entry::<String, f64>()? {
+                    let Some(compiled) = Key::new(&key) else {
+                        let read = "names, `.*`, `\\d+` and `[0-9]+` are read";
+                        return Err(A::Error::custom(format!("the pattern `{key}`; {read}")));
+                    };
+                    if let Some(name) = compiled.literal() {
+                        if patterns.names.insert(name, (at, number)).is_some() {
+                            return Err(A::Error::custom(format!("the pattern `{key}` twice")));
+                        }
+                    } else {
+                        text += key.len();
+                        wild += if compiled.fixed() { 0 } else { key.len() };
+                        patterns.expressions.push((at, compiled, number));
+                    }
+                    at += 1;
+                    if at > MOST_KEYS || text > MOST_TEXT || wild > MOST_WILD {
+                        return Err(A::Error::custom(format!(
+                            "more patterns than are read: {MOST_KEYS}, of at most {MOST_TEXT} bytes where they are no \
+                             plain names, and {MOST_WILD} where they have `*`, `+` or `?`"
+                        )));
+                    }
+                }
+                Ok(patterns)
+            }
+        }
+        deserializer.deserialize_map(Keys)
+    }
+}
 
 /// One piece of a pattern.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,13 +101,17 @@ enum What {
 
 /// A compiled key.
 #[derive(Debug, Clone)]
-pub(super) struct Key(Vec<Piece>);
+struct Key {
+    pieces: Vec<Piece>,
+    /// Whether it must match from the name's beginning.
+    from_start: bool,
+}
 
 impl Key {
     /// Compiles letters, escaped characters, `.`, `\d` and `[0-9]`, each with `*`, `+` or `?` or nothing behind it; `None`
     /// for any other expression.
-    pub(super) fn new(text: &str) -> Option<Self> {
-        let text = text.strip_prefix('^').unwrap_or(text);
+    fn new(text: &str) -> Option<Self> {
+        let (text, from_start) = text.strip_prefix('^').map_or((text, false), |text| (text, true));
         let mut rest = text.strip_suffix('$').unwrap_or(text);
         let mut pieces = Vec::new();
         while let Some(first) = rest.chars().next() {
@@ -53,26 +139,72 @@ impl Key {
             rest = &rest[length..];
             pieces.push(Piece { what, least, many });
         }
-        Some(Self(pieces))
+        Some(Self { pieces, from_start })
+    }
+
+    /// The name that it stands for, where it is one and no expression.
+    fn literal(&self) -> Option<String> {
+        let once = |piece: &Piece| match piece {
+            Piece { what: What::Literal(literal), least: 1, many: false } => Some(*literal),
+            _ => None,
+        };
+        self.pieces.iter().map(once).collect::<Option<String>>().filter(|_| !self.from_start)
+    }
+
+    /// Whether all names that it stands for have one length.
+    fn fixed(&self) -> bool {
+        self.pieces.iter().all(|piece| piece.least == 1 && !piece.many)
     }
 
     /// Whether the whole name matches, or what is behind one of its dots: peft's `(.*\.)?(KEY)$`.
-    pub(super) fn matches(&self, name: &str) -> bool {
-        let name: Vec<char> = name.chars().collect();
-        let starts = (0..name.len()).filter(|&at| at == 0 || name[at - 1] == '.');
-        starts.into_iter().any(|at| whole(&self.0, &name[at..]))
+    fn matches(&self, name: &str) -> bool {
+        if self.fixed() {
+            let mut name = name.chars().rev();
+            return self
+                .pieces
+                .iter()
+                .rev()
+                .all(|piece| name.next().is_some_and(|character| piece.what.fits(character)))
+                && name.next().is_none_or(|before| before == '.' && !self.from_start);
+        }
+        // Which places in the key the characters so far may lead to, all at once.
+        let mut now = vec![false; self.pieces.len() + 1];
+        let mut next = now.clone();
+        let mut may_begin = true;
+        for character in name.chars() {
+            now[0] |= may_begin;
+            self.skip(&mut now);
+            next.fill(false);
+            for (at, piece) in self.pieces.iter().enumerate().filter(|(at, _)| now[*at]) {
+                if piece.what.fits(character) {
+                    next[at + 1] = true;
+                    // Once more; what is then left of it may be nothing.
+                    next[at] |= piece.many;
+                }
+            }
+            std::mem::swap(&mut now, &mut next);
+            may_begin = character == '.' && !self.from_start;
+        }
+        self.skip(&mut now);
+        now[self.pieces.len()]
+    }
+
+    /// Goes on past pieces that may be absent.
+    fn skip(&self, places: &mut [bool]) {
+        for (at, piece) in self.pieces.iter().enumerate() {
+            places[at + 1] |= places[at] && piece.least == 0;
+        }
     }
 }
 
-fn whole(pieces: &[Piece], name: &[char]) -> bool {
-    let Some((piece, rest)) = pieces.split_first() else { return name.is_empty() };
-    let fits = |character: &&char| match piece.what {
-        What::Literal(literal) => **character == literal,
-        What::Any => true,
-        What::Digit => character.is_ascii_digit(),
-    };
-    let most = name.iter().take_while(fits).count().min(if piece.many { usize::MAX } else { 1 });
-    (piece.least..=most).any(|count| whole(rest, &name[count..]))
+impl What {
+    fn fits(&self, character: char) -> bool {
+        match self {
+            Self::Literal(literal) => *literal == character,
+            Self::Any => true,
+            Self::Digit => character.is_ascii_digit(),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -99,7 +231,76 @@ mod tests {
         for key in ["up_proj", "gate_up", "layers.1.mlp.experts.gate_up_proj", ".*\\.down_proj"] {
             assert!(!matches(key, name), "{key}");
         }
+        assert!(matches("^model.*proj", name) && !matches("^layers.*proj", name), "`^` is the name's beginning");
+        assert!(matches("lay.?.?rs..*", name) && !matches("laye.?.?.?s.12.mlp", name));
+        assert!(matches("a+b*c", "x.aac") && !matches("a+b*c", "x.bc") && !matches("a+", ""));
         assert!(Key::new("(q|k)_proj").is_none());
         assert!(Key::new("a\\w").is_none());
+    }
+
+    /// Python's `re.fullmatch` of the same keys takes time that doubles with each star.
+    #[test]
+    fn stars_without_end_take_no_time() {
+        let name = "model.layers.12.mlp.experts.gate_up_proj";
+        let begun = std::time::Instant::now();
+        for part in [".*", "a?", "[0-9]*", ".+"] {
+            let key = Key::new(&format!("{}X", part.repeat(2_000))).unwrap();
+            assert!(!key.matches(name), "{part}");
+        }
+        assert!(Key::new(&".*".repeat(2_000)).unwrap().matches(name));
+        assert!(begun.elapsed() < std::time::Duration::from_secs(2), "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn the_first_key_that_matches_counts() {
+        let patterns: Patterns =
+            serde_json::from_str(r#"{"mlp\\.up_proj": 1, ".*up_proj": 2, "up_proj": 3, "layers.1.x": 4, "x": 5}"#)
+                .unwrap();
+        let find = |name: &str| patterns.find(&[name.to_owned(), format!("{name}.weight")]);
+        assert_eq!(find("model.layers.1.mlp.up_proj"), Some(1.0));
+        assert_eq!(find("model.layers.1.up_proj"), Some(2.0));
+        assert_eq!(find("model.layers.1.x"), Some(4.0));
+        assert_eq!(find("model.layers.2.x"), Some(5.0));
+        assert_eq!(find("model.layers.2.y"), None);
+        assert_eq!(patterns.numbers().count(), 5);
+        for wrong in [r#"{"a": 1, "a": 2}"#, r#"{"a": "b"}"#, r#"{"a(": 1}"#, r#"[1]"#] {
+            assert!(serde_json::from_str::<Patterns>(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    /// Each of as many keys as are read against each of as many names as a model has.
+    #[test]
+    fn many_keys_are_found_in_time_or_refused() {
+        let map = |keys: &mut dyn Iterator<Item = String>| {
+            let keys: Vec<String> = keys.map(|key| format!("{}:1", serde_json::json!(key))).collect();
+            serde_json::from_str::<Patterns>(&format!("{{{}}}", keys.join(",")))
+        };
+        let names: Vec<String> = (0..2_000).map(|at| format!("model.layers.{at}.mlp.experts.7.up_proj")).collect();
+        let begun = std::time::Instant::now();
+        for patterns in [
+            map(&mut (0..90_000).map(|at| format!("layers\\.x{at}\\.mlp\\.experts\\.7\\.up_proj"))),
+            map(&mut (0..5_000).map(|at| format!("{at}.mlp.experts.7.up_proj.x"))),
+            map(&mut (0..200).map(|at| format!(".*.*.*.*.*.*.*.*{at}X"))),
+        ] {
+            let patterns = patterns.unwrap();
+            assert!(names.iter().all(|name| patterns.find(std::slice::from_ref(name)).is_none()));
+        }
+        assert!(begun.elapsed() < std::time::Duration::from_secs(5), "{:?}", begun.elapsed());
+        for keys in [
+            map(&mut (0..100_001).map(|at| format!("x{at}"))),
+            map(&mut (0..3_000).map(|at| format!(".*{at}"))),
+            map(&mut std::iter::once("a.".repeat(150_000))),
+        ] {
+            assert!(keys.unwrap_err().to_string().contains("more patterns than are read"));
+        }
+    }
+
+    #[test]
+    fn names_are_told_from_expressions() {
+        let literal = |key: &str| Key::new(key).unwrap().literal();
+        assert_eq!(literal("mlp\\.up_proj").as_deref(), Some("mlp.up_proj"));
+        for key in ["mlp.up_proj", "up_proj+", "^up_proj", "\\d"] {
+            assert_eq!(literal(key), None, "{key}");
+        }
     }
 }

@@ -6,9 +6,11 @@ use std::time::Instant;
 
 use burn::tensor::DType;
 use clap::{Args, ValueEnum};
-use moonlight_convert::{Checkpoint, CheckpointError, Format, SaveOptions};
+use moonlight_convert::{Checkpoint, Format, SaveOptions};
 
+use super::output::note;
 use super::progress::Bar;
+use crate::Failure;
 
 /// What to convert, and into what.
 #[derive(Debug, Args)]
@@ -77,7 +79,7 @@ fn bytes(text: &str) -> Result<u64, String> {
 }
 
 /// Converts, and says what was written.
-pub(crate) fn run(arguments: Convert) -> Result<ExitCode, CheckpointError> {
+pub(crate) fn run(arguments: Convert) -> Result<ExitCode, Failure> {
     let Convert { src, dst, dtype, format, max_shard_size, shard_by_layer, partial, force } = arguments;
     let options = SaveOptions {
         dtype: dtype.map(Into::into),
@@ -96,12 +98,12 @@ pub(crate) fn run(arguments: Convert) -> Result<ExitCode, CheckpointError> {
     let seconds = start.elapsed().as_secs_f64();
     let written = Checkpoint::open(&dst)?;
     let bytes: u64 = written.files().iter().map(|file| file.bytes).sum();
-    eprintln!(
+    note(format_args!(
         "{}: {bytes} bytes in {} file(s), {seconds:.1} s, {:.0} MB/s",
         dst.display(),
         written.files().len(),
         bytes as f64 / 1e6 / seconds
-    );
+    ));
     Ok(ExitCode::SUCCESS)
 }
 

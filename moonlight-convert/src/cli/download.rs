@@ -5,6 +5,10 @@ use std::process::ExitCode;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use moonlight_convert::hub::{Progress, Request, download};
+use moonlight_convert::printable;
+
+use super::output::{Output, note};
+use crate::Failure;
 
 /// What to fetch.
 #[derive(Debug, Args)]
@@ -20,7 +24,7 @@ pub(crate) struct Arguments {
 }
 
 /// Fetches, and prints the snapshot's directory.
-pub(crate) fn run(Arguments { repo, revision, include }: Arguments) -> ExitCode {
+pub(crate) fn run(Arguments { repo, revision, include }: Arguments) -> Result<ExitCode, Failure> {
     // Hidden by itself where stderr is no terminal.
     let bar = ProgressBar::no_length().with_style(style());
     let watch = |progress: Progress<'_>| match progress {
@@ -35,33 +39,30 @@ pub(crate) fn run(Arguments { repo, revision, include }: Arguments) -> ExitCode 
         }
         Progress::Fetched { bytes } => bar.inc(bytes),
         Progress::Lost { bytes } => bar.dec(bytes),
-        Progress::Again { file, problem } => note(&bar, &format!("{file}: {problem}; once more")),
-        Progress::Waiting { file } => note(&bar, &format!("{file}: another process fetches it; waiting for it")),
+        Progress::Again { file, problem } => above(&bar, &format!("{file}: {problem}; once more")),
+        Progress::Waiting { file } => above(&bar, &format!("{file}: another process fetches it; waiting for it")),
         Progress::Done { file, bytes, fetched } => {
-            note(&bar, &format!("{file}: {bytes} bytes, {}", if fetched { "fetched" } else { "there already" }));
+            above(&bar, &format!("{file}: {bytes} bytes, {}", if fetched { "fetched" } else { "there already" }));
         }
         _ => {}
     };
-    match download(&Request { repo, revision, include }, &watch) {
-        Ok(done) => {
-            bar.finish_and_clear();
-            eprintln!("{} files, {} bytes, {} fetched; all of them are checked", done.files, done.bytes, done.fetched);
-            println!("{}", done.dir.display());
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            bar.finish_and_clear();
-            crate::fail(&error, crate::cli::hint::download(&error))
-        }
-    }
+    // A signal ends the program at once: what is there of a file is gone on from, and nothing else is left behind.
+    let done = download(&Request { repo, revision, include }, &watch);
+    bar.finish_and_clear();
+    let done = done.map_err(Failure::Download)?;
+    note(format_args!("{} files, {} bytes, {} fetched; all of them are checked", done.files, done.bytes, done.fetched));
+    let mut output = Output::new();
+    output.line(format_args!("{}", done.dir.display()));
+    output.finish()?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A line above the bar, or on stderr where there is none.
-fn note(bar: &ProgressBar, line: &str) {
+fn above(bar: &ProgressBar, line: &str) {
     if bar.is_hidden() {
-        eprintln!("{line}");
+        note(format_args!("{line}"));
     } else {
-        bar.println(line);
+        bar.println(printable(line));
     }
 }
 

@@ -8,6 +8,9 @@ use moonlight_convert::report::{CheckpointState, Summary, unfinished_downloads};
 use moonlight_convert::{Checkpoint, CheckpointError};
 use serde_json::json;
 
+use super::output::{Output, note};
+use crate::Failure;
+
 /// What to look at.
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
@@ -19,82 +22,99 @@ pub(crate) struct Inspect {
 }
 
 /// Prints what a checkpoint holds; every problem goes to stderr, and any of them is a failure.
-pub(crate) fn run(arguments: &Inspect) -> Result<ExitCode, CheckpointError> {
+pub(crate) fn run(arguments: &Inspect) -> Result<ExitCode, Failure> {
     let Inspect { dir, json } = arguments;
     let summary = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint.summary()?,
         Err(error) => return unopened(dir, error, *json),
     };
+    let mut output = Output::new();
     if *json {
-        println!("{}", serde_json::to_string_pretty(&summary).expect("a summary is plain data"));
+        output.json(&summary);
     } else {
-        print(&summary);
+        print(&summary, &mut output);
+    }
+    output.finish()?;
+    for wrong in summary.problems.iter().filter(|_| !*json) {
+        note(format_args!("problem: {}", wrong.problem));
     }
     Ok(if summary.state == CheckpointState::Complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// A directory without a configuration or weights may still be on its way.
-fn unopened(dir: &Path, error: CheckpointError, json: bool) -> Result<ExitCode, CheckpointError> {
+fn unopened(dir: &Path, error: CheckpointError, json: bool) -> Result<ExitCode, Failure> {
     let unfinished = unfinished_downloads(dir);
     if json {
         let state = if unfinished.is_empty() { CheckpointState::Broken } else { CheckpointState::Downloading };
         let problems = json!([{"file": null, "problem": error.to_string()}]);
-        let summary = json!({"directory": dir, "state": state, "unfinished": unfinished, "problems": problems});
-        println!("{}", serde_json::to_string_pretty(&summary).expect("a summary is plain data"));
+        let summary = json!({"directory": dir.display().to_string(), "state": state, "unfinished": unfinished, "problems": problems});
+        let mut output = Output::new();
+        output.json(&summary);
+        output.finish()?;
         return Ok(ExitCode::FAILURE);
     }
     if !unfinished.is_empty() {
-        eprintln!("{} is still downloading: {}", dir.display(), unfinished.join(", "));
+        note(format_args!("{} is still downloading: {}", dir.display(), unfinished.join(", ")));
     }
-    Err(error)
+    Err(error.into())
 }
 
-fn print(summary: &Summary) {
+fn print(summary: &Summary, output: &mut Output) {
+    let mut line = |line: std::fmt::Arguments<'_>| output.line(line);
     let Summary { parameters, .. } = summary;
     let billions = |count: u64| format!("{count} ({:.2} B)", count as f64 / 1e9);
-    println!("{}", summary.directory.display());
-    println!(
+    line(format_args!("{}", summary.directory.display()));
+    line(format_args!(
         "state          {}",
         match summary.state {
             CheckpointState::Complete => "complete",
             CheckpointState::Downloading => "still downloading",
             CheckpointState::Broken => "broken",
         }
-    );
-    println!("architecture   {} (model_type {})", summary.architecture, summary.model_type);
+    ));
+    line(format_args!("architecture   {} (model_type {})", summary.architecture, summary.model_type));
     match summary.experts {
-        Some([experts, chosen]) => println!("layers         {}, {experts} experts, {chosen} a token", summary.layers),
-        None => println!("layers         {}, dense", summary.layers),
+        Some([experts, chosen]) => {
+            line(format_args!("layers         {}, {experts} experts, {chosen} a token", summary.layers))
+        }
+        None => line(format_args!("layers         {}, dense", summary.layers)),
     }
-    println!("parameters     {} in all", billions(parameters.total));
-    println!("               {} activated", billions(parameters.activated));
-    println!("               {} without embeddings", billions(parameters.without_embeddings));
-    println!("               {} activated, without embeddings", billions(parameters.activated_without_embeddings));
+    line(format_args!("parameters     {} in all", billions(parameters.total)));
+    line(format_args!("               {} activated", billions(parameters.activated)));
+    line(format_args!("               {} without embeddings", billions(parameters.without_embeddings)));
+    line(format_args!(
+        "               {} activated, without embeddings",
+        billions(parameters.activated_without_embeddings)
+    ));
     if let Some(method) = &summary.quantization {
-        println!("quantised      {method}");
+        line(format_args!("quantised      {method}"));
     }
     for dtype in &summary.dtypes {
-        println!("dtype          {}: {} tensors, {} bytes", dtype.dtype, dtype.tensors, dtype.bytes);
+        line(format_args!("dtype          {}: {} tensors, {} bytes", dtype.dtype, dtype.tensors, dtype.bytes));
     }
-    println!("format         {}, {} tensors in {} file(s)", summary.format, summary.tensors, summary.files.len());
+    line(format_args!(
+        "format         {}, {} tensors in {} file(s)",
+        summary.format,
+        summary.tensors,
+        summary.files.len()
+    ));
     for file in &summary.files {
         match (file.bytes, file.tensors) {
-            (Some(bytes), Some(tensors)) => println!("file           {}: {bytes} bytes, {tensors} tensors", file.name),
-            (Some(bytes), None) => println!("file           {}: {bytes} bytes, cannot be read", file.name),
-            (None, _) => println!("file           {}: absent", file.name),
+            (Some(bytes), Some(tensors)) => {
+                line(format_args!("file           {}: {bytes} bytes, {tensors} tensors", file.name))
+            }
+            (Some(bytes), None) => line(format_args!("file           {}: {bytes} bytes, cannot be read", file.name)),
+            (None, _) => line(format_args!("file           {}: absent", file.name)),
         }
     }
-    println!("tokenizer      {}", summary.tokenizer.as_deref().unwrap_or("none"));
+    line(format_args!("tokenizer      {}", summary.tokenizer.as_deref().unwrap_or("none")));
     for name in &summary.sidecars {
-        println!("beside         {name}");
+        line(format_args!("beside         {name}"));
     }
     for skipped in &summary.skipped {
-        println!("not needed     {} tensors: {}", skipped.tensors.len(), skipped.reason);
+        line(format_args!("not needed     {} tensors: {}", skipped.tensors.len(), skipped.reason));
     }
     for name in &summary.unfinished {
-        println!("on its way     {name}");
-    }
-    for wrong in &summary.problems {
-        eprintln!("problem: {}", wrong.problem);
+        line(format_args!("on its way     {name}"));
     }
 }

@@ -5,6 +5,8 @@ pub(crate) mod convert;
 pub(crate) mod download;
 pub(crate) mod hint;
 pub(crate) mod inspect;
+pub(crate) mod output;
 mod progress;
+pub(crate) mod signals;
 pub(crate) mod tokenizer;
 pub(crate) mod verify;

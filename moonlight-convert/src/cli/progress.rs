@@ -1,4 +1,4 @@
-//! The progress of long work: a bar on a terminal, nothing elsewhere; Ctrl-C ends the work and not the program.
+//! The progress of long work: a bar on a terminal, nothing elsewhere; a signal ends the work and not the program.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -18,11 +18,7 @@ impl Bar {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         let style = "{wide_bar} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left";
         bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
-        let interrupted = Arc::new(AtomicBool::new(false));
-        let flag = interrupted.clone();
-        // Without a handler, the program ends at once; the half-written sibling goes when the directory is next written.
-        let _ = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed));
-        Self { bar, interrupted }
+        Self { bar, interrupted: super::signals::listen() }
     }
 }
 

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use moonlight_convert::CheckpointError;
 use moonlight_convert::tokenizer::write_tokenizer_json;
+
+use super::output::Output;
+use crate::Failure;
 
 /// Where the ranks are.
 #[derive(Debug, Args)]
@@ -18,7 +20,12 @@ pub(crate) struct Arguments {
 }
 
 /// Writes, and prints the file's path.
-pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, CheckpointError> {
-    println!("{}", write_tokenizer_json(&arguments.dir, arguments.force)?.display());
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    // It is written in a moment, or not at all: nothing has to be asked to end.
+    let _asked = super::signals::listen();
+    let path = write_tokenizer_json(&arguments.dir, arguments.force)?;
+    let mut output = Output::new();
+    output.line(format_args!("{}", path.display()));
+    output.finish()?;
     Ok(ExitCode::SUCCESS)
 }

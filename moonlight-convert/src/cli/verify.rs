@@ -4,18 +4,21 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use moonlight_convert::manifest::{Depth, MANIFEST, Manifest};
 use moonlight_convert::report::check_digests;
-use moonlight_convert::{Checkpoint, CheckpointError};
+use moonlight_convert::{Checkpoint, printable};
 
+use super::output::{Output, note};
 use super::progress::Bar;
+use crate::Failure;
 
 /// What to compare.
 #[derive(Debug, Args)]
 pub(crate) struct Verify {
     /// One checkpoint.
     a: PathBuf,
-    /// The other.
-    #[arg(required_unless_present = "sha256", conflicts_with = "sha256")]
+    /// The other. Without it, A is compared with the manifest that it was saved with.
+    #[arg(conflicts_with = "sha256")]
     b: Option<PathBuf>,
     /// Check the files of A against a list instead: lines `DIGEST  NAME` as `sha256sum` writes them, or
     /// `NUMBER BYTES DIGEST` for numbered shards.
@@ -29,58 +32,80 @@ pub(crate) struct Verify {
     partial: bool,
 }
 
-/// Exit code 0 where all is equal, 1 where it is not.
-pub(crate) fn run(arguments: Verify) -> Result<ExitCode, CheckpointError> {
+/// Exit code 0 where all is equal or whole, 1 where it is not.
+pub(crate) fn run(arguments: Verify) -> Result<ExitCode, Failure> {
     let Verify { a, b, sha256, tolerance, partial } = arguments;
     match (b, sha256) {
         (_, Some(list)) => digests(&a, &list),
         (Some(b), None) => compare(&Checkpoint::open(a)?, &Checkpoint::open(b)?, tolerance, partial),
-        (None, None) => Ok(ExitCode::from(2)), // refused by the arguments' parser
+        (None, None) => manifest(&a),
     }
 }
 
-fn compare(a: &Checkpoint, b: &Checkpoint, tolerance: f64, partial: bool) -> Result<ExitCode, CheckpointError> {
+fn manifest(dir: &Path) -> Result<ExitCode, Failure> {
+    let Some(damages) = Manifest::check(dir, Depth::Digests)? else {
+        note(format_args!("error: `{}` has no `{MANIFEST}`", printable(&dir.display().to_string())));
+        note(format_args!("hint: checkpoints of training runs have one; name a second checkpoint, or a list by --sha256"));
+        return Ok(ExitCode::FAILURE);
+    };
+    let mut output = Output::new();
+    damages.iter().for_each(|damage| output.line(format_args!("{}", printable(&damage.to_string()))));
+    if damages.is_empty() {
+        output.line(format_args!("whole: every file is as it was saved"));
+    }
+    output.finish()?;
+    Ok(if damages.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn compare(a: &Checkpoint, b: &Checkpoint, tolerance: f64, partial: bool) -> Result<ExitCode, Failure> {
     let mut incomplete = false;
     if !partial {
         for checkpoint in [a, b] {
             for problem in checkpoint.problems() {
-                eprintln!("problem: {}: {problem}", checkpoint.dir().display());
+                note(format_args!("problem: {}: {problem}", checkpoint.dir().display()));
                 incomplete = true;
             }
         }
     }
     let comparison = a.compare(b, tolerance, &Bar::new())?;
+    let mut output = Output::new();
     for difference in &comparison.differences {
-        println!("{difference}");
+        output.line(format_args!("{difference}"));
     }
     let count = comparison.differences.len();
     if count > 0 {
-        eprintln!("error: {count} of {} tensors differ", comparison.tensors.max(count));
+        output.finish()?;
+        note(format_args!("error: {count} of {} tensors differ", comparison.tensors.max(count)));
         return Ok(ExitCode::FAILURE);
     }
     if incomplete {
-        eprintln!("error: what is there is equal, and something is missing");
+        note(format_args!("error: what is there is equal, and something is missing"));
         return Ok(ExitCode::FAILURE);
     }
     match comparison.dtypes_differ {
-        0 => println!("equal: {} tensors", comparison.tensors),
-        some => println!("equal: {} tensors, {some} of them in different dtypes", comparison.tensors),
+        0 => output.line(format_args!("equal: {} tensors", comparison.tensors)),
+        some => output.line(format_args!("equal: {} tensors, {some} of them in different dtypes", comparison.tensors)),
     }
+    output.finish()?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn digests(dir: &Path, list: &Path) -> Result<ExitCode, CheckpointError> {
+fn digests(dir: &Path, list: &Path) -> Result<ExitCode, Failure> {
     let files = check_digests(dir, list, &Bar::new())?;
     let wrong = files.iter().filter(|file| file.problem.is_some()).count();
+    let mut output = Output::new();
     for file in &files {
         if let Some(problem) = &file.problem {
-            println!("{}: {problem}", file.name);
+            output.line(format_args!("{}: {problem}", file.name));
         }
     }
     if wrong == 0 {
-        println!("as listed: {} files", files.len());
+        output.line(format_args!("as listed: {} files", files.len()));
+    }
+    output.finish()?;
+    if wrong == 0 {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("error: {wrong} of {} files are not as listed", files.len());
+    note(format_args!("error: {wrong} of {} files are not as listed", files.len()));
     Ok(ExitCode::FAILURE)
 }

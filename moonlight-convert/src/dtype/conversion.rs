@@ -238,6 +238,20 @@ impl<S: Weight, T: Weight> RowSource<T> for PlainRows<'_, S> {
     }
 }
 
+/// A matrix in pieces that were read one by one.
+pub(crate) struct Pieces<R> {
+    /// The rows of a piece (the last may have fewer) are 2 to this power.
+    pub(crate) shift: u32,
+    /// Each answers for its rows by their places in the whole matrix.
+    pub(crate) pieces: Vec<R>,
+}
+
+impl<T, R: RowSource<T>> RowSource<T> for Pieces<R> {
+    fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool {
+        self.pieces[row >> self.shift].read_row(row, first, target)
+    }
+}
+
 /// Little-endian values of one dtype as values of another; whether all of them are finite.
 pub(crate) fn convert_bytes<S: Weight, T: Weight>(bytes: &[u8], target: &mut [T]) -> bool {
     let mut marks = T::Mark::default();

@@ -5,8 +5,8 @@ use std::ops::Range;
 use moonlight_model::disjoint::DisjointMut;
 
 use crate::checkpoint::Checkpoint;
-use crate::dtype::conversion::{self, Outcome, PlainRows, Weight, WeightDtype, with_weight};
-use crate::dtype::quant::{Fp8, Int4, scales};
+use crate::dtype::conversion::{self, Outcome, Pieces, PlainRows, Weight, WeightDtype, with_weight};
+use crate::dtype::quant::{Fp8, Int4, Scales, scales};
 use crate::dtype::transpose::{transpose, transpose_into};
 use crate::error::CheckpointError;
 use crate::format::shard::FileRange;
@@ -106,43 +106,74 @@ impl SourceTensor {
     }
 }
 
-/// Runs `$body` with a tensor as a [`RowSource`](conversion::RowSource), whatever its encoding. `$bytes` begin with its row `$first`.
+/// Runs `$body` with parts of a tensor as [`RowSource`](conversion::RowSource)s, whatever its encoding: `$rows` makes what
+/// `$body` takes of a function from the number of a part's first row and its bytes to that part.
 macro_rules! with_rows {
-    ($checkpoint:expr, $source:expr, $first:expr, $bytes:expr, $lines:ident => $body:expr) => {{
-        let (first, bytes, (_, columns)) = ($first, $bytes, $source.dims($source.stored()));
+    ($source:expr, $scales:expr, $part:ident => $rows:expr, $lines:ident => $body:expr) => {{
+        let (_, columns) = $source.dims($source.stored());
+        let scales: &Scales = $scales;
         match &$source.encoding {
             Encoding::Plain(_) => with_weight!($source.dtype, S => {
-                let $lines = &PlainRows::<S>::from_row(first, bytes, columns);
+                let $part = |first, bytes| PlainRows::<S>::from_row(first, bytes, columns);
+                let $lines = &$rows;
                 $body
             }),
-            Encoding::Fp8 { scale, block } => {
-                let scales = scales($checkpoint.part(&scale.0), scale.1);
-                let $lines = &Fp8 { bytes, first, columns, block: *block, scales };
+            &Encoding::Fp8 { block, .. } => {
+                let $part = |first, bytes| Fp8 { bytes, first, columns, block, scales };
+                let $lines = &$rows;
                 $body
             }
-            Encoding::Int4 { scale, group } => {
-                let scales = scales($checkpoint.part(&scale.0), scale.1);
-                let $lines = &Int4 { bytes, first, columns, group: *group, scales };
+            &Encoding::Int4 { group, .. } => {
+                let $part = |first, bytes| Int4 { bytes, first, columns, group, scales };
+                let $lines = &$rows;
                 $body
             }
         }
     }};
 }
 
-impl Checkpoint {
-    /// Rows of a tensor from row `first` on, as many as `target` holds, in a layout.
-    pub(crate) fn decode<T: Weight>(
+impl SourceTensor {
+    /// Some rows of the tensor as it is stored, which begin with row `first` and are `bytes`, as values.
+    pub(crate) fn decode<T: Weight>(&self, first: usize, bytes: &[u8], scales: &Scales, target: &mut [T]) -> Outcome {
+        let (_, columns) = self.dims(self.stored());
+        with_rows!(self, scales, part => part(first, bytes), lines => conversion::copy(lines, columns, first, target))
+    }
+
+    /// Columns of the whole tensor as it is stored, from column `first` on, as rows: as many as `target` holds. Each of
+    /// `pieces` has 2 to the power of `shift` rows.
+    pub(crate) fn decode_columns<T: Weight>(
         &self,
-        source: &SourceTensor,
-        layout: Layout,
         first: usize,
+        pieces: &[&[u8]],
+        shift: u32,
+        scales: &Scales,
         target: &mut [T],
     ) -> Outcome {
-        let (rows, columns) = source.dims(source.stored());
-        with_rows!(self, source, 0, self.part(&source.part), lines => match source.transposed_in(layout) {
-            true => transpose(lines, rows, first, target),
-            false => conversion::copy(lines, columns, first, target),
-        })
+        let (rows, _) = self.dims(self.stored());
+        let pieces = || pieces.iter().enumerate().map(|(at, bytes)| (at << shift, *bytes));
+        with_rows!(
+            self, scales,
+            part => Pieces { shift, pieces: pieces().map(|(first, bytes)| part(first, bytes)).collect() },
+            lines => transpose(lines, rows, first, target)
+        )
+    }
+}
+
+impl Checkpoint {
+    /// The scales of some rows of a tensor as it is stored; none where it is plain.
+    pub(crate) fn scales(&self, source: &SourceTensor, rows: &Range<usize>) -> Result<Scales, CheckpointError> {
+        let ((scale, dtype), height) = match &source.encoding {
+            Encoding::Plain(_) => return Ok(Scales::default()),
+            Encoding::Fp8 { scale, block } => (scale, block[0]),
+            Encoding::Int4 { scale, .. } => (scale, 1),
+        };
+        let (all, _) = source.dims(source.stored());
+        let row = scale.range.len() / all.div_ceil(height).max(1);
+        let (first, last) = (rows.start / height, rows.end.div_ceil(height));
+        let range = scale.range.start + first * row..scale.range.start + last * row;
+        let mut bytes = vec![0; range.len()];
+        self.read_part(&FileRange { shard: scale.shard, range }, &mut bytes)?;
+        Ok(Scales { first, values: scales(&bytes, *dtype) })
     }
 
     /// Some rows of a tensor as it is stored, `bytes`, to their places in `target`: the whole tensor in a layout, from `at`
@@ -159,10 +190,11 @@ impl Checkpoint {
         bytes: &[u8],
         target: &DisjointMut<'_, T>,
         at: usize,
-    ) -> Outcome {
+    ) -> Result<Outcome, CheckpointError> {
         let (height, columns) = source.dims(source.stored());
         let first = rows.start;
-        with_rows!(self, source, first, bytes, lines => if source.transposed_in(layout) {
+        let scales = self.scales(source, &rows)?;
+        Ok(with_rows!(source, &scales, part => part(first, bytes), lines => if source.transposed_in(layout) {
             assert!(at.is_multiple_of(height), "a source begins with a row");
             let top = at / height;
             // SAFETY: the caller's promise: the columns of these rows are their places.
@@ -172,20 +204,37 @@ impl Checkpoint {
             // SAFETY: the caller's promise.
             let target = unsafe { target.row(at + first * columns..at + rows.end * columns) };
             conversion::copy(lines, columns, first, target)
-        })
+        }))
     }
 
-    /// Whose fault it is that a value is not finite in a dtype.
+    /// Whose fault it is that a value is not finite in a dtype; or why that cannot be read.
     pub(crate) fn blame(&self, source: &SourceTensor, dtype: WeightDtype) -> CheckpointError {
         let found = &self.tensor_list()[source.stored_index];
         let (tensor, file) = (found.name.clone(), Some(self.dir().join(&found.file)));
-        let (rows, columns) = source.dims(source.stored());
-        let mut row = vec![0.0f32; columns];
-        let finite = (0..rows).all(|at| self.decode(source, source.stored(), at, &mut row) == Outcome::Finite);
-        if finite {
-            CheckpointError::Overflow { tensor, file, dtype }
-        } else {
-            CheckpointError::NotFinite { tensor, file }
+        match self.all_finite(source) {
+            Ok(true) => CheckpointError::Overflow { tensor, file, dtype },
+            Ok(false) => CheckpointError::NotFinite { tensor, file },
+            Err(error) => error,
         }
+    }
+
+    /// Whether all values of a tensor are finite in f32.
+    fn all_finite(&self, source: &SourceTensor) -> Result<bool, CheckpointError> {
+        /// Bytes that are read at a time.
+        const CHUNK: usize = 1 << 20;
+        let (rows, columns) = source.dims(source.stored());
+        let height = (CHUNK / (source.part.range.len() / rows.max(1)).max(1)).max(1);
+        let (mut bytes, mut values) = (Vec::new(), Vec::new());
+        for first in (0..rows).step_by(height) {
+            let rows = first..rows.min(first + height);
+            let part = source.stored_rows(&rows);
+            bytes.resize(part.range.len(), 0);
+            self.read_part(&part, &mut bytes)?;
+            values.resize(rows.len() * columns, 0.0f32);
+            if source.decode(first, &bytes, &self.scales(source, &rows)?, &mut values) == Outcome::NotFinite {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }

@@ -64,7 +64,15 @@ fn unreadable(weights: &Value) -> Option<String> {
     None
 }
 
-/// The scales of a matrix in f32.
+/// Scales of some of a matrix's rows, in f32.
+#[derive(Debug, Default)]
+pub(crate) struct Scales {
+    /// Which row of scales they begin with.
+    pub(crate) first: usize,
+    pub(crate) values: Vec<f32>,
+}
+
+/// Scales as f32.
 pub(crate) fn scales(bytes: &[u8], dtype: WeightDtype) -> Vec<f32> {
     match dtype {
         WeightDtype::F32 => bytemuck::pod_collect_to_vec(bytes),
@@ -105,14 +113,14 @@ pub(crate) struct Fp8<'a> {
     pub(crate) first: usize,
     pub(crate) columns: usize,
     pub(crate) block: [usize; 2],
-    /// `[ceil(rows / block), ceil(columns / block)]`.
-    pub(crate) scales: Vec<f32>,
+    /// Of `[ceil(rows / block), ceil(columns / block)]` those of the rows in `bytes`.
+    pub(crate) scales: &'a Scales,
 }
 
 impl<T: Weight> RowSource<T> for Fp8<'_> {
     fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool {
         let [height, width] = self.block;
-        let scales = &self.scales[row / height * self.columns.div_ceil(width)..];
+        let scales = &self.scales.values[(row / height - self.scales.first) * self.columns.div_ceil(width)..];
         let bytes = &self.bytes[(row - self.first) * self.columns + first..][..target.len()];
         let mut finite = true;
         for (at, (target, &bits)) in target.iter_mut().zip(bytes).enumerate() {
@@ -131,13 +139,13 @@ pub(crate) struct Int4<'a> {
     pub(crate) columns: usize,
     /// Values of a row that share a scale.
     pub(crate) group: usize,
-    /// `[rows, columns / group]`.
-    pub(crate) scales: Vec<f32>,
+    /// Of `[rows, columns / group]` those of the rows in `bytes`.
+    pub(crate) scales: &'a Scales,
 }
 
 impl<T: Weight> RowSource<T> for Int4<'_> {
     fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool {
-        let scales = &self.scales[row * (self.columns / self.group)..];
+        let scales = &self.scales.values[(row - self.scales.first) * (self.columns / self.group)..];
         let bytes = &self.bytes[(row - self.first) * self.columns.div_ceil(NIBBLES_PER_WORD) * 4..];
         let mut finite = true;
         for (at, target) in (first..).zip(target) {
@@ -171,19 +179,22 @@ mod tests {
     fn scales_belong_to_blocks_also_to_the_partial_ones() {
         // 3 x 5 in blocks of 2 x 2: 2 x 3 scales.
         let bytes = vec![0x38u8; 15];
-        let matrix =
-            Fp8 { bytes: &bytes, first: 0, columns: 5, block: [2, 2], scales: vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0] };
+        let scales = Scales { first: 0, values: vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0] };
+        let matrix = Fp8 { bytes: &bytes, first: 0, columns: 5, block: [2, 2], scales: &scales };
         let mut line = [0.0f32; 5];
         assert!(matrix.read_row(1, 0, &mut line));
         assert_eq!(line, [1.0, 1.0, 2.0, 2.0, 3.0]);
         assert!(matrix.read_row(2, 1, &mut line[..3]));
         assert_eq!(line[..3], [4.0, 5.0, 5.0]);
+        // The last row alone, and the scales of its blocks.
+        let scales = Scales { first: 1, values: vec![4.0, 5.0, 6.0] };
+        let last = Fp8 { bytes: &bytes[10..], first: 2, columns: 5, block: [2, 2], scales: &scales };
+        assert!(last.read_row(2, 0, &mut line));
+        assert_eq!(line, [4.0, 4.0, 5.0, 5.0, 6.0]);
         let mut target = [bf16::ZERO];
-        assert!(!Fp8 { bytes: &[0x7f], first: 0, columns: 1, block: [2, 2], scales: vec![1.0] }.read_row(
-            0,
-            0,
-            &mut target
-        ));
+        let one = Scales { first: 0, values: vec![1.0] };
+        let nan = Fp8 { bytes: &[0x7f], first: 0, columns: 1, block: [2, 2], scales: &one };
+        assert!(!nan.read_row(0, 0, &mut target));
     }
 
     #[test]
@@ -192,13 +203,19 @@ mod tests {
         let mut bytes = vec![0u8; 16];
         (bytes[0], bytes[4]) = (0xf7, 0x98);
         (bytes[8], bytes[12]) = (0x80, 0x0a);
-        let matrix = Int4 { bytes: &bytes, first: 0, columns: 10, group: 5, scales: vec![1.0, 2.0, 4.0, 8.0] };
+        let scales = Scales { first: 0, values: vec![1.0, 2.0, 4.0, 8.0] };
+        let matrix = Int4 { bytes: &bytes, first: 0, columns: 10, group: 5, scales: &scales };
         let mut line = [0.0f32; 10];
         assert!(matrix.read_row(0, 0, &mut line));
         assert_eq!(line, [-1.0, 7.0, -8.0, -8.0, -8.0, -16.0, -16.0, -16.0, 0.0, 2.0]);
         assert!(matrix.read_row(1, 0, &mut line));
         assert_eq!(line[..2], [-32.0, 0.0]);
         assert_eq!(line[8..], [16.0, -64.0]);
+        // The second row alone.
+        let scales = Scales { first: 1, values: vec![4.0, 8.0] };
+        let second = Int4 { bytes: &bytes[8..], first: 1, columns: 10, group: 5, scales: &scales };
+        assert!(second.read_row(1, 0, &mut line));
+        assert_eq!((line[0], line[9]), (-32.0, -64.0));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::CheckpointError;
 use crate::io::confined_dir::ConfinedDir;
+use crate::printable::is_command;
 
 /// The index's file name.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -44,7 +45,7 @@ impl Index {
         Self::parse(&text, dir.join(INDEX)).map(Some)
     }
 
-    fn parse(text: &[u8], path: PathBuf) -> Result<Self, CheckpointError> {
+    pub(crate) fn parse(text: &[u8], path: PathBuf) -> Result<Self, CheckpointError> {
         let problem = match serde_json::from_slice::<Read>(text) {
             Err(error) => format!("is not an index of safetensors files: {error}"),
             Ok(Read { weight_map, .. }) if weight_map.is_empty() => "lists no tensor".into(),
@@ -99,7 +100,7 @@ fn once_each<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Stri
 
 /// What is wrong with a name that holds what would move a terminal's cursor or forge a line of a report.
 pub(crate) fn unprintable(name: &str) -> Option<String> {
-    let character = name.chars().find(|character| character.is_control())?;
+    let character = name.chars().find(|character| is_command(*character))?;
     Some(format!("the name `{}` holds the control character U+{:04X}", name.escape_debug(), u32::from(character)))
 }
 
@@ -122,9 +123,18 @@ mod tests {
         for file in ["model-1-of-27.safetensors", "shards/a.safetensors", "..model"] {
             assert!(stays_inside(file), "{file}");
         }
-        for file in
-            ["../../etc/passwd", "a/../../b", "/etc/passwd", "..", "", "C:\\weights", "..\\weights", "a\0b", "a\x1b[2J"]
-        {
+        for file in [
+            "../../etc/passwd",
+            "a/../../b",
+            "/etc/passwd",
+            "..",
+            "",
+            "C:\\weights",
+            "..\\weights",
+            "a\0b",
+            "a\x1b[2J",
+            "a\u{202e}b",
+        ] {
             assert!(!stays_inside(file), "{file}");
         }
     }

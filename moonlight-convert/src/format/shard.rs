@@ -1,20 +1,22 @@
-//! One file of weights, safetensors or burnpack: mapped into memory, its header checked before anything in it is believed.
+//! One file of weights, safetensors or burnpack: its header, checked before anything in it is believed, and its bytes.
 
 use std::collections::HashSet;
 use std::fmt;
 use std::fs::{File, Metadata};
+use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use safetensors::tensor::{self, TensorInfo};
-use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::error::{Bytes, OneLine};
 use crate::format::burnpack;
 use crate::format::index::unprintable;
 use crate::format::tensor_entry::TensorEntry;
+use crate::io::confined_dir::open_plain;
+use crate::io::read_at::read_exact_at;
 
 /// Bytes of the length that a file begins with.
 const LENGTH: usize = 8;
@@ -22,25 +24,23 @@ const LENGTH: usize = 8;
 const LONGEST_HEADER: u64 = 100_000_000;
 /// More dimensions than any tensor has; PyTorch's own limit.
 const HIGHEST_RANK: usize = 64;
-/// Where writers leave notes, of which none are needed.
+/// Where writers leave notes, of which only our own adapters' is read.
 const NOTES: &str = "__metadata__";
 
-/// What Linux maps at most around a page that is asked for (`fault_around_bytes`).
-#[cfg(unix)]
-const MAPPED_AROUND: usize = 64 << 10;
-
-/// A file of weights, mapped into memory.
+/// A file of weights.
 #[derive(Debug)]
 pub(crate) struct Shard {
-    map: Mmap,
-    #[cfg(unix)]
-    path: std::path::PathBuf,
+    path: PathBuf,
     /// Which file it is, whatever stands at the path later.
     #[cfg(unix)]
     identity: (u64, u64),
+    /// The file, where it is kept open.
+    file: Option<File>,
     /// Where the tensors' bytes begin.
     data: usize,
     pub(crate) tensors: Vec<TensorEntry>,
+    /// What our adapters say of themselves, in JSON.
+    pub(crate) note: Option<String>,
 }
 
 /// A range of bytes in the data section of one of a checkpoint's shards.
@@ -54,61 +54,69 @@ pub(crate) struct FileRange {
 impl Shard {
     /// Opens and checks a file. The error is the rest of a sentence that begins with the file's name.
     pub(crate) fn open(path: &Path) -> Result<Self, String> {
-        let file = File::open(path).map_err(|error| format!("cannot be opened: {error}"))?;
-        let metadata = file.metadata().map_err(|error| format!("cannot be read: {error}"))?;
+        let (file, metadata) = open_plain(path).map_err(|error| format!("cannot be opened: {error}"))?;
         let length = metadata.len();
         if length < LENGTH as u64 {
             return Err(format!("is truncated: {length} bytes are too few for a safetensors file"));
         }
-        // SAFETY: the map is read-only and private to this process. As with every mapped file, another process that
-        // shortens or rewrites it meanwhile breaks the promise; checkpoints are replaced by renaming, never in place.
-        let map = unsafe { Mmap::map(&file) }.map_err(|error| format!("cannot be mapped into memory: {error}"))?;
-        let (data, tensors) = read_header(&map)?;
-        Ok(Self::new(path, &metadata, map, data, tensors))
+        let cannot = |error: io::Error| format!("cannot be read: {error}");
+        let mut claimed = [0; LENGTH];
+        read_exact_at(&file, &mut claimed, 0).map_err(cannot)?;
+        let claimed = header_length(u64::from_le_bytes(claimed), length)?;
+        let mut header = vec![0; claimed];
+        read_exact_at(&file, &mut header, LENGTH as u64).map_err(cannot)?;
+        let data = LENGTH + claimed;
+        let (tensors, note) = read_header(&header, length - data as u64)?;
+        Ok(Self { note, ..Self::new(path, &metadata, file, data, tensors) })
     }
 
     /// Opens and checks a burnpack file. The error is the rest of a sentence that begins with the file's name.
     pub(crate) fn open_burnpack(path: &Path) -> Result<Self, String> {
         let tensors = burnpack::read(path)?;
-        let file = File::open(path).map_err(|error| format!("cannot be opened: {error}"))?;
-        let metadata = file.metadata().map_err(|error| format!("cannot be read: {error}"))?;
-        // SAFETY: as above.
-        let map = unsafe { Mmap::map(&file) }.map_err(|error| format!("cannot be mapped into memory: {error}"))?;
-        if tensors.iter().any(|tensor| tensor.range.end > map.len()) {
+        let (file, metadata) = open_plain(path).map_err(|error| format!("cannot be opened: {error}"))?;
+        if tensors.iter().any(|tensor| tensor.range.end as u64 > metadata.len()) {
             return Err("became shorter while it was opened".into());
         }
-        Ok(Self::new(path, &metadata, map, 0, tensors))
+        Ok(Self::new(path, &metadata, file, 0, tensors))
     }
 
-    #[cfg_attr(not(unix), expect(unused_variables, reason = "files are opened again on Unix alone"))]
-    fn new(path: &Path, metadata: &Metadata, map: Mmap, data: usize, tensors: Vec<TensorEntry>) -> Self {
+    #[cfg_attr(not(unix), expect(unused_variables, reason = "files are told apart on Unix alone"))]
+    fn new(path: &Path, metadata: &Metadata, file: File, data: usize, tensors: Vec<TensorEntry>) -> Self {
         Self {
-            map,
-            #[cfg(unix)]
             path: path.to_path_buf(),
             #[cfg(unix)]
             identity: identity(metadata),
+            file: Some(file),
             data,
             tensors,
+            note: None,
         }
     }
 
+    /// Closes the file; it is opened again for each read.
+    pub(crate) fn close(&mut self) {
+        self.file = None;
+    }
+
     /// Where the file was found.
-    #[cfg(unix)]
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The file, to be read at [`position`](Shard::position). `None` where another stands in its place by now, and where
-    /// reading would move the place that is read at.
-    pub(crate) fn reopen(&self) -> Option<File> {
+    /// The file once more, with a place of its own to read on from.
+    ///
+    /// # Errors
+    ///
+    /// The system's, and that another file stands in its place by now.
+    pub(crate) fn reopen(&self) -> io::Result<File> {
+        let (file, metadata) = open_plain(&self.path)?;
         #[cfg(unix)]
-        {
-            let file = File::open(&self.path).ok()?;
-            (identity(&file.metadata().ok()?) == self.identity).then_some(file)
+        if identity(&metadata) != self.identity {
+            return Err(io::Error::other("another file stands in its place by now"));
         }
         #[cfg(not(unix))]
-        None
+        drop(metadata);
+        Ok(file)
     }
 
     /// Where in the file a place of the data section is.
@@ -116,36 +124,32 @@ impl Shard {
         (self.data + at) as u64
     }
 
-    /// Gives the memory of a part of the data section back; it is read again from the disk, or from the system's cache,
-    /// when it is asked for again.
-    pub(crate) fn release(&self, range: &Range<usize>) {
-        #[cfg(unix)]
-        {
-            // What the system mapped around the part goes with it: left alone, it would add up from part to part.
-            let start = (self.data + range.start).saturating_sub(MAPPED_AROUND);
-            let end = (self.data + range.end).saturating_add(MAPPED_AROUND).min(self.map.len());
-            // SAFETY: the map is of a file and read-only, so that dropped pages come back with the same contents.
-            // That it is refused costs only memory.
-            let _ = unsafe {
-                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end.saturating_sub(start))
-            };
-        }
-        #[cfg(not(unix))]
-        let _ = range;
+    /// Reads a part of the data section from a place on, as much as `target` holds.
+    pub(crate) fn read(&self, start: usize, target: &mut [u8]) -> io::Result<()> {
+        self.with_file(|file| read_exact_at(file, target, self.position(start)))
     }
 
-    /// The bytes of a part of the data section.
-    pub(crate) fn bytes(&self, range: Range<usize>) -> &[u8] {
-        &self.map[self.data + range.start..self.data + range.end]
-    }
-
-    /// Asks the operating system to have a part of the data section in memory soon.
+    /// Asks the operating system to have a part of the data section in its cache soon.
     pub(crate) fn prefetch(&self, range: &Range<usize>) {
-        #[cfg(unix)]
+        #[cfg(any(target_os = "linux", target_os = "android"))]
         // Advice: that it is refused costs only speed.
-        let _ = self.map.advise_range(memmap2::Advice::WillNeed, self.data + range.start, range.len());
-        #[cfg(not(unix))]
+        let _ = self.with_file(|file| {
+            let length = std::num::NonZeroU64::new(range.len() as u64);
+            let advice = rustix::fs::Advice::WillNeed;
+            if length.is_some() {
+                rustix::fs::fadvise(file, self.position(range.start), length, advice)?;
+            }
+            Ok(())
+        });
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
         let _ = range;
+    }
+
+    fn with_file<R>(&self, work: impl FnOnce(&File) -> io::Result<R>) -> io::Result<R> {
+        match &self.file {
+            Some(file) => work(file),
+            None => work(&self.reopen()?),
+        }
     }
 }
 
@@ -156,31 +160,32 @@ fn identity(metadata: &Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// The start of the data section, and the tensors in the order of their offsets.
-fn read_header(file: &[u8]) -> Result<(usize, Vec<TensorEntry>), String> {
-    let claimed = u64::from_le_bytes(file[..LENGTH].try_into().expect("eight bytes were sliced"));
-    let held = (file.len() - LENGTH) as u64;
-    if claimed > held {
+/// The length of the header, of which a file that is `length` long claims so much.
+fn header_length(claimed: u64, length: u64) -> Result<usize, String> {
+    if claimed > length - LENGTH as u64 {
         return Err(format!(
-            "is truncated or no safetensors file: it claims a header of {claimed} bytes and holds {} in all",
-            file.len()
+            "is truncated or no safetensors file: it claims a header of {claimed} bytes and holds {length} in all"
         ));
     }
     if claimed > LONGEST_HEADER {
         return Err(format!("claims a header of {claimed} bytes; {LONGEST_HEADER} are the most that is read"));
     }
-    let data = LENGTH + claimed as usize;
+    Ok(claimed as usize)
+}
+
+/// The tensors of a header in the order of their offsets, and our note; `held` bytes follow the header.
+pub(crate) fn read_header(header: &[u8], held: u64) -> Result<(Vec<TensorEntry>, Option<String>), String> {
     let broken = |error: &dyn fmt::Display| format!("has a broken header: {}", OneLine(error));
-    let Header(mut infos) = serde_json::from_slice(&file[LENGTH..data]).map_err(|error| broken(&error))?;
+    let Header { tensors: mut infos, note } = serde_json::from_slice(header).map_err(|error| broken(&error))?;
     infos.sort_by_key(|(_, info)| info.data_offsets);
     // This checks that the offsets follow one another without gap or overlap, and that each tensor is as long as its
     // shape and dtype say.
     let metadata = tensor::Metadata::new(None, infos).map_err(|error| broken(&error))?;
-    let (claimed, held) = (metadata.data_len(), file.len() - data);
+    let claimed = metadata.data_len() as u64;
     if claimed > held {
         return Err(format!(
             "is truncated: its header claims {} of tensors, {claimed} bytes, and {held} bytes are there",
-            Bytes(claimed as u64)
+            Bytes(claimed)
         ));
     }
     if claimed < held {
@@ -195,12 +200,22 @@ fn read_header(file: &[u8]) -> Result<(usize, Vec<TensorEntry>), String> {
             Some(TensorEntry { dtype: info.dtype, shape: info.shape.clone(), range: start..end, name })
         })
         .collect();
-    Ok((data, tensors))
+    Ok((tensors, note))
 }
 
 /// The tensors of a header as they stand there. The safetensors library's own reader takes the last of two tensors of
 /// one name.
-struct Header(Vec<(String, TensorInfo)>);
+struct Header {
+    tensors: Vec<(String, TensorInfo)>,
+    note: Option<String>,
+}
+
+/// The notes of a file; those of others may say what they like.
+#[derive(Deserialize)]
+struct Notes {
+    #[serde(default)]
+    moonlight_adapters: Option<String>,
+}
 
 impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -213,10 +228,11 @@ impl<'de> Deserialize<'de> for Header {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let (mut tensors, mut names) = (Vec::new(), HashSet::new());
+                let (mut tensors, mut names, mut note) = (Vec::new(), HashSet::new(), None);
                 while let Some(name) = map.next_key::<String>()? {
                     if name == NOTES {
-                        map.next_value::<IgnoredAny>()?;
+                        let notes: Option<Notes> = map.next_value()?;
+                        note = notes.and_then(|notes| notes.moonlight_adapters).or(note);
                         continue;
                     }
                     let info: TensorInfo = map.next_value()?;
@@ -232,7 +248,7 @@ impl<'de> Deserialize<'de> for Header {
                     }
                     tensors.push((name, info));
                 }
-                Ok(Header(tensors))
+                Ok(Header { tensors, note })
             }
         }
         deserializer.deserialize_map(Tensors)
@@ -245,32 +261,34 @@ mod tests {
 
     use super::*;
 
-    fn file(header: &str, data: usize) -> Vec<u8> {
-        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-        bytes.extend_from_slice(header.as_bytes());
-        bytes.resize(bytes.len() + data, 0);
-        bytes
-    }
-
-    fn problem(header: &str, data: usize) -> String {
-        read_header(&file(header, data)).unwrap_err()
+    fn problem(header: &str, data: u64) -> String {
+        read_header(header.as_bytes(), data).unwrap_err()
     }
 
     #[test]
     fn a_sound_header_is_read() {
         let header = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]},
             "a":{"dtype":"BF16","shape":[1,2],"data_offsets":[0,4]}}"#;
-        let (data, tensors) = read_header(&file(header, 8)).unwrap();
-        assert_eq!(data, 8 + header.len());
+        let (tensors, note) = read_header(header.as_bytes(), 8).unwrap();
+        assert_eq!(note, None);
         assert_eq!((tensors[0].name.as_str(), &tensors[0].shape, &tensors[0].range), ("a", &vec![1, 2], &(0..4)));
         assert_eq!((tensors[1].name.as_str(), tensors[1].dtype), ("b", Dtype::F32));
     }
 
     #[test]
+    fn our_note_is_kept_and_others_say_what_they_like() {
+        let note = |notes: &str| read_header(format!(r#"{{"__metadata__":{notes}}}"#).as_bytes(), 0).unwrap().1;
+        assert_eq!(note(r#"{"format":"pt","moonlight_adapters":"[]","more":[1,{"a":2}]}"#).as_deref(), Some("[]"));
+        assert_eq!(note(r#"{"format":3}"#), None);
+        assert_eq!(note("null"), None);
+    }
+
+    #[test]
     fn headers_that_lie_are_refused() {
-        let mut long = file("{}", 0);
-        long[..8].copy_from_slice(&u64::MAX.to_le_bytes());
-        assert!(read_header(&long).unwrap_err().contains("claims a header of 18446744073709551615 bytes and holds 10"));
+        let long = header_length(u64::MAX, 10).unwrap_err();
+        assert!(long.contains("claims a header of 18446744073709551615 bytes and holds 10"), "{long}");
+        assert!(header_length(100_000_001, 1 << 40).unwrap_err().contains("the most that is read"));
+        assert_eq!(header_length(2, 10), Ok(2));
 
         let a = |dtype: &str, shape: &str, offsets: &str| {
             format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#)
@@ -302,7 +320,7 @@ mod tests {
         assert!(problem(&format!(r#"{{"__metadata__":{}}}"#, "[".repeat(300)), 0).contains("has a broken header"));
         assert!(problem(&a("BF16", "[1e400]", "[0,4]"), 4).contains("out of range"));
         // No JSON, no known dtype, no UTF-8.
-        assert!(read_header(b"\x04\0\0\0\0\0\0\0{\"\xFF\"").unwrap_err().contains("has a broken header"));
+        assert!(read_header(b"{\"\xFF\"", 0).unwrap_err().contains("has a broken header"));
         assert!(problem("{", 0).contains("has a broken header"));
         assert!(problem(&a("B17", "[2]", "[0,4]"), 4).contains("unknown variant `B17`"));
     }

@@ -1,6 +1,7 @@
 //! The files of a checkpoint beside its weights.
 
 use std::fs;
+use std::io::{self, Read};
 use std::path::Path;
 
 use moonlight_model::ModelConfig;
@@ -13,6 +14,7 @@ use crate::error::CheckpointError;
 use crate::format::burnpack::BURNPACK;
 use crate::format::index::INDEX;
 use crate::io::confined_dir::ConfinedDir;
+use crate::io::temporary::create_anew;
 use crate::io::writer::{write_failure, write_file};
 use crate::mapping::names::PREDICTION_LAYERS;
 
@@ -34,6 +36,9 @@ const SIDECARS: [&str; 12] = [
     "merges.txt",
     "vocab.txt",
 ];
+
+/// The longest that is copied. The tokenizers of the largest vocabularies have some 40 MB.
+const LONGEST: u64 = 500_000_000;
 
 /// Python files that `auto_map` points to: the tokenizer's, the configuration's and the model's remote code.
 const REMOTE_CODE: [&str; 3] = ["tokenization_", "configuration_", "modeling_"];
@@ -75,10 +80,30 @@ pub fn sidecars_in(dir: &Path) -> Result<Vec<String>, CheckpointError> {
 /// Copies the sidecars from one directory to another.
 pub(crate) fn copy(from: &Path, dir: &Path) -> Result<(), CheckpointError> {
     for name in sidecars_in(from)? {
-        let target = dir.join(&name);
-        fs::copy(from.join(&name), &target).map_err(CheckpointError::write(&target))?;
+        copy_one(from, &name, dir, |error| CheckpointError::write(&dir.join(&name))(error))?;
     }
     Ok(())
+}
+
+/// Copies the contents of one sidecar, and no more of it: a read-only file makes no read-only copy, which nobody could
+/// write again. `failure` is for what cannot be written.
+fn copy_one(
+    from: &Path,
+    name: &str,
+    dir: &Path,
+    failure: impl Fn(io::Error) -> CheckpointError,
+) -> Result<(), CheckpointError> {
+    let confined = ConfinedDir::new(from).map_err(CheckpointError::read(from))?;
+    let Some((source, path)) = confined.open(name, LONGEST)? else { return Ok(()) };
+    let mut copied = create_anew(&dir.join(name)).map_err(&failure)?;
+    let mut source = source.take(LONGEST);
+    let mut chunk = vec![0; 1 << 16];
+    loop {
+        match source.read(&mut chunk).map_err(CheckpointError::read(&path))? {
+            0 => return Ok(()),
+            read => io::Write::write_all(&mut copied, &chunk[..read]).map_err(&failure)?,
+        }
+    }
 }
 
 /// Copies the sidecars and writes the two configurations.
@@ -93,9 +118,8 @@ pub(crate) fn write(
     let sidecars = from.map(sidecars_in).transpose()?.unwrap_or_default();
     if let Some(from) = from {
         for name in &sidecars {
-            let (source, target) = (from.join(name), dir.join(name));
             // Copied, not linked: a Hub cache is made of links into folders that may be cleaned up.
-            fs::copy(&source, &target).map_err(|error| write_failure(shown, name, needed, error))?;
+            copy_one(from, name, dir, |error| write_failure(shown, name, needed, error))?;
         }
     }
     write_file(dir, CONFIG, saved_config(config, dtype, &sidecars).to_json().as_bytes(), shown, needed)?;
@@ -145,4 +169,48 @@ fn generation_config(config: &ModelConfig) -> String {
     let mut text = serde_json::to_string_pretty(&map).expect("a map of numbers is JSON");
     text.push('\n');
     text
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    /// Models on shared disks are read-only; what is written from them must not be.
+    #[test]
+    fn contents_are_copied_and_modes_are_not() {
+        let home = tempfile::tempdir().unwrap();
+        let (from, to) = (home.path().join("from"), home.path().join("to"));
+        fs::create_dir(&from).unwrap();
+        fs::create_dir(&to).unwrap();
+        fs::write(from.join("tokenizer.json"), "{}").unwrap();
+        fs::set_permissions(from.join("tokenizer.json"), fs::Permissions::from_mode(0o444)).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        for _ in 0..2 {
+            copy(&from, &to).unwrap();
+            let copied = to.join("tokenizer.json");
+            assert_eq!(fs::read(&copied).unwrap(), b"{}");
+            assert_eq!(mode(&copied) & 0o600, 0o600, "its owner may write it");
+            // The next one takes the place of one that is read-only.
+            fs::set_permissions(&copied, fs::Permissions::from_mode(0o444)).unwrap();
+        }
+        // One that stands for another file is not written through.
+        fs::write(home.path().join("mine"), "mine").unwrap();
+        fs::remove_file(to.join("tokenizer.json")).unwrap();
+        std::os::unix::fs::symlink("../mine", to.join("tokenizer.json")).unwrap();
+        copy(&from, &to).unwrap();
+        assert_eq!(fs::read(home.path().join("mine")).unwrap(), b"mine");
+        assert_eq!(fs::read(to.join("tokenizer.json")).unwrap(), b"{}");
+    }
+
+    #[test]
+    fn a_sidecar_without_end_is_refused() {
+        let home = tempfile::tempdir().unwrap();
+        let (from, to) = (home.path().join("from"), home.path().join("to"));
+        fs::create_dir(&from).unwrap();
+        fs::create_dir(&to).unwrap();
+        fs::File::create(from.join("tokenizer.json")).unwrap().set_len(1 << 40).unwrap();
+        assert!(matches!(copy(&from, &to), Err(CheckpointError::TooLong { .. })));
+    }
 }

@@ -1,6 +1,9 @@
-//! Requests to the Hub, through `hf-hub`'s own client: its address, its headers, its rule for tokens and redirects.
+//! Requests to the Hub, through `hf-hub`'s own client: its address, its headers. Redirects are followed here, so that the
+//! token goes to the address that it is for and to no other.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 use std::time::Duration;
 
 use hf_hub::Cache;
@@ -8,7 +11,8 @@ use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 
 use super::error::DownloadError;
 use super::list::{Listing, Wanted};
-use super::{RepoId, home_dir};
+use super::url::Address;
+use super::{RepoId, home_dir, is_commit};
 
 /// Where models come from unless `HF_ENDPOINT` says otherwise.
 const ENDPOINT: &str = "https://huggingface.co";
@@ -17,37 +21,82 @@ const LONGEST_LIST: u64 = 64 << 20;
 const CONNECT: Duration = Duration::from_secs(20);
 /// The longest that nothing may come, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise (in seconds).
 const SILENCE: Duration = Duration::from_secs(30);
+/// A list of files, which has some kilobytes, may take so many times as long.
+const SILENCES: u32 = 4;
+/// Answers that lead elsewhere, one after another.
+const MOST_REDIRECTS: usize = 10;
+/// Longer than any token.
+const LONGEST_TOKEN: u64 = 10_000;
 
 /// What the environment says of the Hub.
 pub(super) struct Settings {
     pub(super) cache: Cache,
-    endpoint: String,
+    endpoint: Address,
     token: Option<String>,
     silence: Duration,
     pub(super) offline: bool,
 }
 
 impl Settings {
-    pub(super) fn from_env() -> Self {
+    pub(super) fn from_env() -> Result<Self, DownloadError> {
         let variable = |name: &str| std::env::var(name).ok().map(|value| value.trim().to_owned());
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
         let os = |name: &str| std::env::var_os(name);
-        let token_of = |path: String| std::fs::read_to_string(path).ok().map(|token| token.trim().to_owned());
-        let token = set("HF_TOKEN")
-            .or_else(|| set("HUGGING_FACE_HUB_TOKEN"))
-            .or_else(|| set("HF_TOKEN_PATH").and_then(token_of))
-            .or_else(|| Cache::new(home_dir(os).join("hub")).token())
-            .filter(|token| !token.is_empty());
-        let seconds = set("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|text| text.parse().ok()).filter(|&seconds| seconds > 0);
+        let seconds =
+            set("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|text| text.parse::<u64>().ok()).filter(|&seconds| seconds > 0);
         let yes = |text: String| ["1", "ON", "YES", "TRUE"].contains(&text.to_ascii_uppercase().as_str());
-        Self {
+        let offline = set("HF_HUB_OFFLINE").is_some_and(yes);
+        // Without a network neither matters.
+        let endpoint = set("HF_ENDPOINT").filter(|_| !offline);
+        let endpoint = Address::parse(endpoint.as_deref().unwrap_or(ENDPOINT).trim_end_matches('/'));
+        Ok(Self {
             cache: Cache::new(super::cache_dir(os)),
-            endpoint: set("HF_ENDPOINT").map_or(ENDPOINT.into(), |text| text.trim_end_matches('/').to_owned()),
-            token,
-            silence: seconds.map_or(SILENCE, Duration::from_secs),
-            offline: set("HF_HUB_OFFLINE").is_some_and(yes),
+            endpoint: endpoint.map_err(|problem| DownloadError::Endpoint { problem: problem.to_owned() })?,
+            token: if offline { None } else { token()? },
+            silence: seconds.map_or(SILENCE, |seconds| Duration::from_secs(seconds.min(86_400))),
+            offline,
+        })
+    }
+}
+
+/// The token of the environment: a variable's, or that of a file.
+fn token() -> Result<Option<String>, DownloadError> {
+    for name in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"] {
+        if let Some(value) = std::env::var_os(name)
+            && let Some(token) = checked_token(&value.to_string_lossy(), &format!("`{name}`"))?
+        {
+            return Ok(Some(token));
         }
     }
+    let named = std::env::var_os("HF_TOKEN_PATH").filter(|path| !path.is_empty());
+    let path = named.map_or_else(|| home_dir(|name| std::env::var_os(name)).join("token"), Into::into);
+    let place = format!("`{}`", path.display());
+    match read_token(&path) {
+        Ok(text) => checked_token(&text, &place),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) => Err(DownloadError::Token { place, problem: format!("cannot be read: {error}") }),
+    }
+}
+
+fn read_token(path: &Path) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(LONGEST_TOKEN + 1).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// What can be sent as a token; `None` where there is nothing.
+fn checked_token(text: &str, place: &str) -> Result<Option<String>, DownloadError> {
+    let token = text.trim();
+    let problem = match token.chars().find(|character| !character.is_ascii_graphic()) {
+        _ if token.is_empty() => return Ok(None),
+        _ if token.len() as u64 > LONGEST_TOKEN => "is longer than any token",
+        None => return Ok(Some(token.to_owned())),
+        Some('\n' | '\r') => "has more than one line",
+        Some(character) if character.is_whitespace() => "has blanks in it",
+        Some(character) if character.is_control() => "has control characters in it",
+        Some(_) => "has characters in it that no token has",
+    };
+    Err(DownloadError::Token { place: place.to_owned(), problem: problem.to_owned() })
 }
 
 /// A repository of the Hub, at a revision.
@@ -55,7 +104,7 @@ pub(super) struct Client {
     repo: ApiRepo,
     id: RepoId,
     revision: String,
-    endpoint: String,
+    endpoint: Address,
     token: bool,
     silence: Duration,
 }
@@ -78,17 +127,18 @@ pub(super) struct Answer {
 }
 
 type Response = ureq::http::Response<ureq::Body>;
+type Request = ureq::RequestBuilder<ureq::typestate::WithoutBody>;
 
 impl Client {
     pub(super) fn new(settings: &Settings, id: &RepoId, revision: &str) -> Result<Self, DownloadError> {
         let Settings { cache, endpoint, token, silence, .. } = settings;
         let api = ApiBuilder::from_cache(cache.clone())
-            .with_endpoint(endpoint.clone())
+            .with_endpoint(endpoint.as_str().to_owned())
             .with_token(token.clone())
             .with_progress(false)
             .with_user_agent(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"))
             .build()
-            .map_err(|error| DownloadError::Network { endpoint: endpoint.clone(), problem: error.to_string() })?;
+            .map_err(|error| DownloadError::Network { endpoint: endpoint.to_string(), problem: error.to_string() })?;
         Ok(Self {
             repo: api.repo(id.repo(revision)),
             id: id.clone(),
@@ -99,28 +149,41 @@ impl Client {
         })
     }
 
+    /// How long a server may take for next to nothing.
+    pub(super) fn patience(&self) -> Duration {
+        SILENCES * self.silence
+    }
+
     /// The files of the revision.
     pub(super) fn list(&self, wanted: &Wanted) -> Result<Listing, DownloadError> {
         let what = || format!("model `{}` with a revision `{}` at {}", self.id, self.revision, self.endpoint);
-        let mut response = match self.send(None, None) {
-            Ok(response) => response,
-            Err(error) => {
-                return Err(DownloadError::Network { endpoint: self.endpoint.clone(), problem: error.to_string() });
-            }
-        };
+        let url = format!("{}/api/{}", self.endpoint.as_str(), self.id.repo(&self.revision).api_url());
+        // Sizes and digests are asked for, too.
+        let mut response = self.send(&format!("{url}?blobs=true"), None).map_err(|problem| {
+            let endpoint = self.endpoint.to_string();
+            DownloadError::Network { endpoint, problem }
+        })?;
         let status = response.status().as_u16();
         if status != 200 {
             return Err(self.refused(status, what(), format!("{}/api/models/{}", self.endpoint, self.id)));
         }
         let answer = response.body_mut().with_config().limit(LONGEST_LIST).read_to_vec();
         let answer = answer.map_err(|error| self.unusable(error.to_string()))?;
-        Listing::parse(&answer, wanted).map_err(|problem| self.unusable(problem))
+        let listing = Listing::parse(&answer, wanted).map_err(|problem| self.unusable(problem))?;
+        // A commit names its contents; another one is another model.
+        if is_commit(&self.revision) && !self.revision.eq_ignore_ascii_case(&listing.commit) {
+            let problem = format!("it is of the commit {}, not of the one that was asked for", listing.commit);
+            return Err(self.unusable(problem));
+        }
+        Ok(listing)
     }
 
     /// A file from a place in it on.
     pub(super) fn file(&self, commit: &str, name: &str, start: u64) -> Result<Answer, Refusal> {
-        let url = format!("{}/{}/resolve/{commit}/{}", self.endpoint, self.id, escaped(name));
-        let response = self.send(Some(&url), Some(start)).map_err(|error| Refusal::ForNow(error.to_string()))?;
+        let path = format!("{}/resolve/{commit}/{}", self.id, escaped(name));
+        let url = format!("{}/{path}", self.endpoint);
+        let response =
+            self.send(&format!("{}/{path}", self.endpoint.as_str()), Some(start)).map_err(Refusal::ForNow)?;
         let status = response.status().as_u16();
         let range = response.headers().get("content-range").and_then(|value| value.to_str().ok());
         let start = match status {
@@ -138,26 +201,46 @@ impl Client {
         Ok(Answer { start, body: Box::new(body) })
     }
 
-    fn send(&self, url: Option<&str>, start: Option<u64>) -> Result<Response, ureq::Error> {
-        let mut request = self.repo.info_request();
-        request = match url {
-            // Sizes and digests are asked for, too.
-            None => request.query("blobs", "true"),
-            Some(url) => request.uri(url),
-        };
+    /// The answer to a request, whatever its status; of a file, from a place in it on. The error does not show the
+    /// address, in which there may be a password.
+    fn send(&self, url: &str, start: Option<u64>) -> Result<Response, String> {
+        let home = &self.endpoint;
+        let mut address = Address::parse(url)?;
+        let mut at_home = true;
+        for _ in 0..=MOST_REDIRECTS {
+            at_home &= address.same_origin(home);
+            let response = self.request(&address, start, at_home).call().map_err(|error| match error {
+                ureq::Error::BadUri(_) => "it is no address".to_owned(),
+                error => error.to_string(),
+            })?;
+            let location = response.headers().get("location").and_then(|value| value.to_str().ok());
+            match (response.status().as_u16(), location) {
+                (301 | 302 | 303 | 307 | 308, Some(location)) => address = address.join(location)?,
+                _ => return Ok(response),
+            }
+        }
+        Err(format!("it leads elsewhere more than {MOST_REDIRECTS} times"))
+    }
+
+    fn request(&self, address: &Address, start: Option<u64>, with_token: bool) -> Request {
+        let mut request = self.repo.info_request().uri(address.as_str());
+        if !with_token && let Some(headers) = request.headers_mut() {
+            headers.remove("authorization");
+        }
         if let Some(start) = start {
             request = request.header("Range", format!("bytes={start}-"));
         }
         request
             .config()
             .http_status_as_error(false)
+            .max_redirects(0)
             // Places in a compressed stream are not places in the file.
             .accept_encoding("identity")
             .timeout_connect(Some(CONNECT))
             .timeout_recv_response(Some(self.silence))
+            .timeout_recv_body(start.is_none().then(|| self.patience()))
             .timeout_per_read(Some(self.silence))
             .build()
-            .call()
     }
 
     fn refused(&self, status: u16, what: String, url: String) -> DownloadError {
@@ -174,7 +257,7 @@ impl Client {
     }
 
     fn unusable(&self, problem: String) -> DownloadError {
-        DownloadError::List { endpoint: self.endpoint.clone(), repo: self.id.to_string(), problem }
+        DownloadError::List { endpoint: self.endpoint.to_string(), repo: self.id.to_string(), problem }
     }
 }
 
@@ -198,6 +281,24 @@ fn escaped(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_token_is_named_by_its_place_and_not_shown() {
+        assert_eq!(checked_token(" hf_secret\n", "`HF_TOKEN`").unwrap().as_deref(), Some("hf_secret"));
+        assert!(checked_token(" \n", "`HF_TOKEN`").unwrap().is_none());
+        for (text, problem) in [
+            ("hf_sec\nret", "has more than one line"),
+            ("hf_sec\u{1b}ret", "has control characters"),
+            ("hf_sec ret", "has blanks"),
+            ("hf_sec\u{e9}ret", "has characters in it that no token has"),
+            (&"s".repeat(20_000), "is longer than any token"),
+        ] {
+            let error = checked_token(text, "`HF_TOKEN`").unwrap_err();
+            let shown = format!("{error} {error:?} {:?}", error.hint());
+            assert!(shown.contains("the token in `HF_TOKEN`") && shown.contains(problem), "{shown}");
+            assert!(!shown.contains("sec") && !shown.contains("ssss"), "{shown}");
+        }
+    }
 
     #[test]
     fn addresses_and_ranges() {

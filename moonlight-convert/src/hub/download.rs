@@ -1,13 +1,15 @@
 //! A model from the Hub into the cache.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use glob::Pattern;
 use hf_hub::Cache;
+use tempfile::Builder;
 
 use super::client::{Client, Settings};
 use super::error::DownloadError;
@@ -62,7 +64,7 @@ pub fn download(request: &Request, watch: &(dyn Fn(Progress<'_>) + Sync)) -> Res
         return Err(DownloadError::Revision { revision: revision.to_owned() });
     }
     let wanted = wanted(&request.include)?;
-    let settings = Settings::from_env();
+    let settings = Settings::from_env()?;
     let cache = &settings.cache;
     if settings.offline {
         return offline(cache, &id, revision);
@@ -74,12 +76,15 @@ pub fn download(request: &Request, watch: &(dyn Fn(Progress<'_>) + Sync)) -> Res
     }
     let place = Place::new(cache, &id, &commit);
     place.check_room(&files)?;
+    for folder in [&place.snapshot, &place.folder.join("refs")] {
+        remove_stale(folder);
+    }
     let bytes = files.iter().map(|file| file.size).sum();
     watch(Progress::Begun { files: files.len(), bytes });
     let fetched = fetch_all(&client, &place, &commit, &files, watch)?;
     if !is_commit(revision) {
         let reference = place.folder.join("refs").join(revision);
-        replace(&reference, |partial| fs::write(partial, &commit))?;
+        replace(&reference, |partial| fs::File::create_new(partial)?.write_all(commit.as_bytes()))?;
     }
     Ok(Downloaded { dir: place.snapshot, files: files.len(), fetched, bytes })
 }
@@ -94,7 +99,7 @@ fn wanted(include: &[String]) -> Result<Wanted, DownloadError> {
 }
 
 fn offline(cache: &Cache, id: &RepoId, revision: &str) -> Result<Downloaded, DownloadError> {
-    let Some(dir) = snapshot(cache, id, revision) else {
+    let Some(dir) = snapshot(cache, id, revision)? else {
         let (repo, revision, cache) = (id.to_string(), revision.to_owned(), cache.path().clone());
         return Err(DownloadError::Offline { repo, revision, cache });
     };
@@ -204,25 +209,47 @@ fn point(link: &Path, target: &Path, _blob: &Path) -> io::Result<()> {
 /// Without a privilege, Windows has no symbolic links; a second name does as well.
 #[cfg(not(unix))]
 fn point(link: &Path, _target: &Path, blob: &Path) -> io::Result<()> {
-    fs::hard_link(blob, link).or_else(|_| fs::copy(blob, link).map(drop))
+    fs::hard_link(blob, link)
+        .or_else(|_| io::copy(&mut fs::File::open(blob)?, &mut fs::File::create_new(link)?).map(drop))
 }
 
-/// Makes something beside a path and then gives it the path's name, so that there is never half of it.
-fn replace(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), DownloadError> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(format!(".{}.partial", std::process::id()));
-    let partial = PathBuf::from(partial);
-    let made = (|| {
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
-        }
-        match fs::remove_file(&partial) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => make(&partial)?,
-        }
-        fs::rename(&partial, path)
-    })();
+/// How names begin and end that a file or link has before it gets its own.
+const NEW: (&str, &str) = (".moonlight-", ".partial");
+/// Nobody needs a tenth of a second for what is made under such a name.
+const STALE: Duration = Duration::from_secs(3600);
+
+/// Makes something beside a path, under a name that no other process on any host has, and then gives it the path's name,
+/// so that there is never half of it.
+fn replace(path: &Path, mut make: impl FnMut(&Path) -> io::Result<()>) -> Result<(), DownloadError> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let make = |new: &Path| {
+        make(new).inspect_err(|error| {
+            // What is there of it helps nobody; but one that was there already is another's.
+            if error.kind() != io::ErrorKind::AlreadyExists {
+                let _ = fs::remove_file(new);
+            }
+        })
+    };
+    let made = fs::create_dir_all(folder)
+        .and_then(|()| Builder::new().prefix(NEW.0).suffix(NEW.1).make_in(folder, make))
+        .and_then(|new| new.into_temp_path().persist(path).map_err(|error| error.error));
     made.map_err(DownloadError::write(path))
+}
+
+/// Removes what processes that were killed between the two steps of [`replace`] have left. (What they left of blobs is gone
+/// on from, under a lock.)
+fn remove_stale(folder: &Path) {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    for entry in entries {
+        let name = entry.file_name();
+        let ours = name.to_str().is_some_and(|name| name.starts_with(NEW.0) && name.ends_with(NEW.1));
+        // Of the link, where it is one.
+        let age = entry.metadata().and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
+        if ours && age.is_some_and(|age| age > STALE) {
+            // It is only in the way.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
@@ -234,4 +261,44 @@ fn free_bytes(path: &Path) -> Option<u64> {
 #[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
 fn free_bytes(_path: &Path) -> Option<u64> {
     None
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_made_beside_has_a_name_of_its_own_and_nothing_is_left() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("refs").join("main");
+        // Where names came from the number of the process, this one was in the way.
+        fs::create_dir_all(home.path().join("refs").join(format!("main.{}.partial", std::process::id()))).unwrap();
+        for commit in ["one", "two"] {
+            replace(&path, |partial| fs::write(partial, commit)).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), commit);
+        }
+        replace(&path, |link| point(link, Path::new("nowhere"), Path::new("nowhere"))).unwrap();
+        assert_eq!(fs::read_link(&path).unwrap(), Path::new("nowhere"));
+        let failed = replace(&path, |partial| fs::write(partial, "half").and(Err(io::ErrorKind::StorageFull.into())));
+        assert!(failed.is_err());
+        assert_eq!(fs::read_dir(home.path().join("refs")).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_removed_when_it_is_old() {
+        let home = tempfile::tempdir().unwrap();
+        let file = |name: &str, age: Duration| {
+            let file = fs::File::create(home.path().join(name)).unwrap();
+            file.set_modified(std::time::SystemTime::now() - age).unwrap();
+        };
+        let (old, new) = (STALE * 2, STALE / 2);
+        file(".moonlight-abc.partial", old);
+        file(".moonlight-def.partial", new);
+        file("model.safetensors.partial", old);
+        remove_stale(home.path());
+        let mut left: Vec<_> = fs::read_dir(home.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, [".moonlight-def.partial", "model.safetensors.partial"]);
+        remove_stale(&home.path().join("absent"));
+    }
 }

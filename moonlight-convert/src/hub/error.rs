@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::error::Bytes;
+use crate::error::{Bytes, CheckpointError, OneLine};
 use crate::io::file_error::is_full;
 
 /// A download that did not end with every file in the cache. What was fetched stays there, and the same command goes on
@@ -12,19 +12,19 @@ use crate::io::file_error::is_full;
 #[non_exhaustive]
 pub enum DownloadError {
     /// Not the name of a repository.
-    #[error("`{repo}` is not the name of a model on the Hub")]
+    #[error("`{}` is not the name of a model on the Hub", OneLine(repo))]
     Name {
         /// As given.
         repo: String,
     },
     /// Not a branch, tag or commit.
-    #[error("`{revision}` is not a branch, tag or commit")]
+    #[error("`{}` is not a branch, tag or commit", OneLine(revision))]
     Revision {
         /// As given.
         revision: String,
     },
     /// Not a glob.
-    #[error("`{pattern}` is not a pattern of file names: {problem}")]
+    #[error("`{}` is not a pattern of file names: {problem}", OneLine(pattern))]
     Pattern {
         /// As given.
         pattern: String,
@@ -32,7 +32,7 @@ pub enum DownloadError {
         problem: String,
     },
     /// `HF_HUB_OFFLINE` is set, and the cache has no snapshot.
-    #[error("`{repo}` at `{revision}` is not in the cache `{}`, and `HF_HUB_OFFLINE` forbids to fetch it", cache.display())]
+    #[error("`{repo}` at `{revision}` is not in the cache `{}`, and `HF_HUB_OFFLINE` forbids to fetch it", OneLine(cache.display()))]
     Offline {
         /// The repository.
         repo: String,
@@ -54,13 +54,27 @@ pub enum DownloadError {
         page: String,
     },
     /// There is no such repository, revision or file.
-    #[error("there is no {what} (status 404)")]
+    #[error("there is no {} (status 404)", OneLine(what))]
     NotFound {
         /// What was asked for.
         what: String,
     },
+    /// The token in the environment is none.
+    #[error("the token in {} {problem}", OneLine(place))]
+    Token {
+        /// The variable or file that it comes from.
+        place: String,
+        /// What is wrong with it, as the rest of a sentence that does not show it.
+        problem: String,
+    },
+    /// `HF_ENDPOINT` is no address.
+    #[error("`HF_ENDPOINT` is no address of a server: {problem}")]
+    Endpoint {
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The server cannot be reached.
-    #[error("`{endpoint}` cannot be reached: {problem}")]
+    #[error("`{}` cannot be reached: {}", OneLine(endpoint), OneLine(problem))]
     Network {
         /// The server.
         endpoint: String,
@@ -68,7 +82,7 @@ pub enum DownloadError {
         problem: String,
     },
     /// The server answered with an error.
-    #[error("`{url}` answers with status {status}")]
+    #[error("`{}` answers with status {status}", OneLine(url))]
     Status {
         /// What was asked for.
         url: String,
@@ -76,7 +90,7 @@ pub enum DownloadError {
         status: u16,
     },
     /// The server's list of files is not what it must be.
-    #[error("the list of files that `{endpoint}` gives for `{repo}` cannot be used: {problem}")]
+    #[error("the list of files that `{}` gives for `{repo}` cannot be used: {}", OneLine(endpoint), OneLine(problem))]
     List {
         /// The server.
         endpoint: String,
@@ -92,7 +106,7 @@ pub enum DownloadError {
         repo: String,
     },
     /// The disk has no room for what is missing.
-    #[error("{} are to be fetched, and the disk of `{}` has {} free", Bytes(*needed), cache.display(), Bytes(*free))]
+    #[error("{} are to be fetched, and the disk of `{}` has {} free", Bytes(*needed), OneLine(cache.display()), Bytes(*free))]
     Full {
         /// The cache.
         cache: PathBuf,
@@ -102,7 +116,7 @@ pub enum DownloadError {
         free: u64,
     },
     /// The connection broke again and again.
-    #[error("`{file}` stops at {got} of {size} bytes after {tries} tries: {problem}")]
+    #[error("`{file}` stops at {got} of {size} bytes after {tries} tries: {}", OneLine(problem))]
     Cut {
         /// The file.
         file: String,
@@ -126,7 +140,7 @@ pub enum DownloadError {
         found: String,
     },
     /// A file of the cache cannot be read or written.
-    #[error("the cache's `{}` cannot be {}: {source}", path.display(), if *write { "written" } else { "read" })]
+    #[error("the cache's `{}` cannot be {}: {source}", OneLine(path.display()), if *write { "written" } else { "read" })]
     Cache {
         /// The file.
         path: PathBuf,
@@ -135,6 +149,9 @@ pub enum DownloadError {
         /// Why.
         source: io::Error,
     },
+    /// The cache holds something that is not read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// Another file failed first.
     #[error("the download was given up")]
     GivenUp,
@@ -162,6 +179,11 @@ impl DownloadError {
             Self::Refused { token: true, page, .. } => Some(format!(
                 "look whether the token in `HF_TOKEN` (or `hf auth login`) is valid, and ask for access at {page}"
             )),
+            Self::Checkpoint(error) => error.hint(),
+            Self::Token { .. } => Some("copy the token once more, without anything before, in or behind it".into()),
+            Self::Endpoint { .. } => {
+                Some("it begins with `https://` or `http://` and a host, e.g. `https://huggingface.co`".into())
+            }
             Self::NotFound { .. } => Some("look for the name and revision on the model's page".into()),
             Self::Offline { .. } => Some("unset `HF_HUB_OFFLINE`".into()),
             Self::Network { .. } => {

@@ -23,6 +23,8 @@ mod list;
 mod progress;
 #[cfg(feature = "download")]
 mod transfer;
+#[cfg(feature = "download")]
+mod url;
 
 use std::ffi::OsString;
 use std::fs;
@@ -31,6 +33,7 @@ use std::path::{Path, PathBuf};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
 use crate::error::CheckpointError;
+use crate::io::confined_dir::ConfinedDir;
 
 #[cfg(feature = "download")]
 pub use download::{Downloaded, Request, download};
@@ -43,6 +46,14 @@ pub use progress::Progress;
 pub(crate) const MAIN: &str = "main";
 /// Bytes of a commit in hexadecimal.
 const COMMIT: usize = 40;
+/// The longest file with a branch's commit.
+const LONGEST_REFERENCE: u64 = 1_000;
+
+/// Reads the Hub's list of files: how many of them a checkpoint is made of.
+#[cfg(feature = "download")]
+pub(crate) fn parse_list(answer: &[u8]) -> Result<usize, String> {
+    list::Listing::parse(answer, &list::Wanted::Checkpoint).map(|listing| listing.files.len())
+}
 
 /// The directory of a model that a user names: a directory that exists, or else `org/name` (or `org/name@revision`),
 /// whose snapshot is looked up in the Hub's cache. Nothing is fetched.
@@ -52,7 +63,7 @@ const COMMIT: usize = 40;
 ///
 /// # Errors
 ///
-/// [`CheckpointError::NotCached`] where the cache has no snapshot of that repository.
+/// [`CheckpointError::NotCached`] where the cache has no snapshot of that repository, and what is wrong with the cache.
 pub fn resolve(model: impl AsRef<Path>) -> Result<PathBuf, CheckpointError> {
     resolve_in(model.as_ref(), &cache_dir(|name| std::env::var_os(name)))
 }
@@ -61,7 +72,7 @@ fn resolve_in(path: &Path, cache: &Path) -> Result<PathBuf, CheckpointError> {
     let Some(model) = path.to_str().filter(|_| !path.exists()) else { return Ok(path.to_owned()) };
     let (repo, revision) = model.split_once('@').unwrap_or((model, MAIN));
     let Some(id) = RepoId::parse(repo).filter(|_| is_revision(revision)) else { return Ok(path.to_owned()) };
-    match snapshot(&Cache::new(cache.to_owned()), &id, revision) {
+    match snapshot(&Cache::new(cache.to_owned()), &id, revision)? {
         Some(snapshot) => Ok(snapshot),
         // One word is far more often a directory that is misspelt than one of the few models without an organisation.
         None if !repo.contains('/') => Ok(path.to_owned()),
@@ -70,24 +81,49 @@ fn resolve_in(path: &Path, cache: &Path) -> Result<PathBuf, CheckpointError> {
 }
 
 /// The snapshot of a revision, where the cache has it.
-pub(crate) fn snapshot(cache: &Cache, id: &RepoId, revision: &str) -> Option<PathBuf> {
-    let repo = id.in_cache(cache, revision);
-    if is_commit(revision) {
-        return Some(repo.pointer_path(revision)).filter(|path| path.is_dir());
-    }
+///
+/// # Errors
+///
+/// What keeps the commit of a branch from being read: a link that leads out of the repository's folder, a pipe, a file that
+/// is longer than a commit; and a snapshot that lies elsewhere.
+pub(crate) fn snapshot(cache: &Cache, id: &RepoId, revision: &str) -> Result<Option<PathBuf>, CheckpointError> {
     snapshot_in(&cache.path().join(id.folder_name()), revision)
 }
 
 /// The snapshot of `main` in the top folder of a model in the cache (`models--org--name`), where that is what the folder
-/// is.
+/// is and nothing is wrong with it ([`Checkpoint::open`](crate::Checkpoint::open) says what is).
 pub fn newest_snapshot(folder: &Path) -> Option<PathBuf> {
+    snapshot_of_main(folder).ok().flatten()
+}
+
+/// [`newest_snapshot`], or what is wrong with it.
+pub(crate) fn snapshot_of_main(folder: &Path) -> Result<Option<PathBuf>, CheckpointError> {
     snapshot_in(folder, MAIN)
 }
 
-fn snapshot_in(folder: &Path, revision: &str) -> Option<PathBuf> {
-    let commit = fs::read_to_string(folder.join("refs").join(revision)).ok()?;
-    let commit = Some(commit.trim()).filter(|commit| is_commit(commit))?;
-    Some(folder.join("snapshots").join(commit)).filter(|path| path.is_dir())
+fn snapshot_in(folder: &Path, revision: &str) -> Result<Option<PathBuf>, CheckpointError> {
+    if !folder.is_dir() {
+        return Ok(None);
+    }
+    let commit = if is_commit(revision) {
+        revision.to_owned()
+    } else {
+        let confined = ConfinedDir::new(folder).map_err(CheckpointError::read(folder))?;
+        let name = format!("refs/{revision}");
+        let Some(bytes) = confined.read(&name, LONGEST_REFERENCE)? else { return Ok(None) };
+        match std::str::from_utf8(&bytes).map(str::trim) {
+            Ok(commit) if is_commit(commit) => commit.to_owned(),
+            _ => return Ok(None),
+        }
+    };
+    let path = folder.join("snapshots").join(&commit);
+    let Ok(real) = fs::canonicalize(&path) else { return Ok(None) };
+    let own = fs::canonicalize(folder).map_err(CheckpointError::read(folder))?.join("snapshots").join(&commit);
+    match real == own {
+        true => Ok(Some(path).filter(|path| path.is_dir())),
+        // Wherever that leads, it is not what was fetched under this name.
+        false => Err(CheckpointError::Link { path }),
+    }
 }
 
 /// `HF_HUB_CACHE`, or the older `HUGGINGFACE_HUB_CACHE`, or `hub` in the Hub's [home](home_dir).
@@ -201,6 +237,49 @@ mod tests {
         fs::write(folder.join("refs").join("main"), "../../../etc").unwrap();
         assert_eq!(newest_snapshot(&folder), None);
         assert_eq!(newest_snapshot(home.path()), None);
+    }
+
+    /// A cache that others made: links out of it, pipes, files without end.
+    #[cfg(unix)]
+    #[test]
+    fn what_leads_out_of_a_repository_is_refused_and_nothing_is_waited_on() {
+        use std::os::unix::fs::symlink;
+        let (home, snapshot) = cache();
+        let folder = home.path().join("models--moonshotai--Moonlight");
+        let main = folder.join("refs").join("main");
+        let refused = |what: &str| {
+            let error = resolve_in(Path::new("moonshotai/Moonlight"), home.path()).unwrap_err().to_string();
+            assert!(error.contains("main"), "{what}: {error}");
+            assert_eq!(newest_snapshot(&folder), None, "{what}");
+            let error = crate::Checkpoint::open(&folder).unwrap_err().to_string();
+            assert!(error.contains("main"), "{what}: {error}");
+        };
+        fs::remove_file(&main).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&main).status().unwrap().success());
+        refused("a pipe");
+        for leads in ["/dev/zero", "/etc/hostname"] {
+            fs::remove_file(&main).unwrap();
+            symlink(leads, &main).unwrap();
+            refused(leads);
+        }
+        fs::remove_file(&main).unwrap();
+        fs::File::create(&main).unwrap().set_len(1 << 40).unwrap();
+        refused("a hole");
+        fs::write(&main, SHA).unwrap();
+        assert_eq!(newest_snapshot(&folder), Some(snapshot.clone()));
+        // A snapshot that lies elsewhere, by its branch and by its commit.
+        fs::rename(&snapshot, home.path().join("elsewhere")).unwrap();
+        symlink(home.path().join("elsewhere"), &snapshot).unwrap();
+        for model in ["moonshotai/Moonlight".to_owned(), format!("moonshotai/Moonlight@{SHA}")] {
+            let error = resolve_in(Path::new(&model), home.path()).unwrap_err();
+            assert!(matches!(error, CheckpointError::Link { .. }), "{model}: {error}");
+        }
+        // The repository's folder may lie on another disk.
+        fs::remove_file(&snapshot).unwrap();
+        fs::create_dir(&snapshot).unwrap();
+        fs::rename(&folder, home.path().join("disk")).unwrap();
+        symlink("disk", &folder).unwrap();
+        assert_eq!(newest_snapshot(&folder), Some(snapshot));
     }
 
     #[test]

@@ -5,13 +5,14 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::client::{Client, Refusal};
 use super::digest::Hasher;
 use super::error::DownloadError;
 use super::list::RemoteFile;
 use super::progress::Progress;
+use crate::io::confined_dir::open_plain;
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 1 << 20;
@@ -22,6 +23,8 @@ const WORTH: f64 = 0.01;
 /// Before the second try; doubled before each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
+/// What comes more slowly, in bytes a second, is given up: it is no line but somebody who holds one.
+const SLOWEST: f64 = 1_000.0;
 
 /// One file to be had.
 pub(super) struct Transfer<'a> {
@@ -49,7 +52,7 @@ impl Transfer<'_> {
         for folder in [&self.blob, &self.lock].into_iter().filter_map(|path| path.parent()) {
             fs::create_dir_all(folder).map_err(DownloadError::write(folder))?;
         }
-        let lock = File::create(&self.lock).map_err(DownloadError::write(&self.lock))?;
+        let lock = open_own(&self.lock).map_err(DownloadError::write(&self.lock))?;
         // Another process, or another file of the same contents. Given back when the file is closed.
         if let Err(TryLockError::WouldBlock) = lock.try_lock() {
             (self.watch)(Progress::Waiting { file: &self.file.name });
@@ -64,8 +67,8 @@ impl Transfer<'_> {
     /// Whether the blob is there and is what it is called. One that is not is removed.
     fn is_there(&self) -> Result<bool, DownloadError> {
         let read = |source| DownloadError::read(&self.blob)(source);
-        let mut file = match File::open(&self.blob) {
-            Ok(file) => file,
+        let mut file = match open_plain(&self.blob) {
+            Ok((file, _)) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(read(error)),
         };
@@ -82,13 +85,7 @@ impl Transfer<'_> {
 
     fn fetch(&self) -> Result<(), DownloadError> {
         let partial = partial(&self.blob);
-        let mut output = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&partial)
-            .map_err(DownloadError::write(&partial))?;
+        let mut output = open_own(&partial).map_err(DownloadError::write(&partial))?;
         let start = output.metadata().map_err(DownloadError::read(&partial))?.len();
         let mut resumed = start > 0;
         if start > self.file.size {
@@ -170,7 +167,15 @@ impl Transfer<'_> {
         let mut body = answer.body;
         let mut chunk = vec![0; CHUNK];
         let mut at = start;
+        let mut pace = (Instant::now(), at);
         loop {
+            let (since, before) = pace;
+            if since.elapsed() > self.client.patience() {
+                if ((at - before) as f64) < SLOWEST * since.elapsed().as_secs_f64() {
+                    return Ok(Try::Broken("hardly anything comes".into()));
+                }
+                pace = (Instant::now(), at);
+            }
             if self.stop.load(Ordering::Relaxed) {
                 return Err(DownloadError::GivenUp);
             }
@@ -216,6 +221,20 @@ impl Transfer<'_> {
             }
         }
     }
+}
+
+/// Opens a file of the cache to read and write it, and makes it where it is not there. In a cache that others share, a link
+/// may stand there, and it is not their files that are written.
+fn open_own(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).read(true).write(true);
+    #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+    }
+    let file = options.open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a plain file")) }
 }
 
 /// Where bytes wait until they are all there; `huggingface_hub` calls it the same.

@@ -1,6 +1,6 @@
 //! Files of a checkpoint's directory, and nothing else: a link in a directory that others made may lead anywhere.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
@@ -67,17 +67,44 @@ impl ConfinedDir {
     ///
     /// As [`file`](ConfinedDir::file), and [`CheckpointError::TooLong`].
     pub fn read(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
-        let Some(path) = self.file(name)? else { return Ok(None) };
-        let mut file = File::open(&path).map_err(CheckpointError::read(&path))?;
+        let Some((file, path)) = self.open(name, most)? else { return Ok(None) };
         let bytes = file.metadata().map_err(CheckpointError::read(&path))?.len();
+        let mut contents = Vec::with_capacity(bytes.min(most) as usize);
+        // A file that grows meanwhile is not read to its new end.
+        file.take(most).read_to_end(&mut contents).map_err(CheckpointError::read(&path))?;
+        Ok(Some(contents))
+    }
+
+    /// A file that has at most `most` bytes, open for reading, and its path; `None` where there is no such file.
+    ///
+    /// # Errors
+    ///
+    /// As [`file`](ConfinedDir::file), and [`CheckpointError::TooLong`].
+    pub fn open(&self, name: &str, most: u64) -> Result<Option<(File, PathBuf)>, CheckpointError> {
+        let Some(path) = self.file(name)? else { return Ok(None) };
+        let (file, metadata) = open_plain(&path).map_err(CheckpointError::read(&path))?;
+        let bytes = metadata.len();
         if bytes > most {
             return Err(CheckpointError::TooLong { path, bytes, most });
         }
-        let mut contents = Vec::with_capacity(bytes as usize);
-        // A file that grows meanwhile is not read to its new end.
-        file.by_ref().take(most).read_to_end(&mut contents).map_err(CheckpointError::read(&path))?;
-        Ok(Some(contents))
+        Ok(Some((file, path)))
     }
+}
+
+/// Opens a plain file for reading. A pipe that stands there is an error and not waited on, also where it has taken a
+/// file's place since that was looked at.
+pub(crate) fn open_plain(path: &Path) -> io::Result<(File, Metadata)> {
+    let mut options = OpenOptions::new();
+    options.read(true);
+    #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        // It means nothing to a plain file.
+        options.custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed());
+    }
+    let file = options.open(path)?;
+    let metadata = file.metadata()?;
+    if metadata.is_file() { Ok((file, metadata)) } else { Err(io::Error::other("it is not a plain file")) }
 }
 
 #[cfg(all(test, unix))]

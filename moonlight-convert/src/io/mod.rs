@@ -6,6 +6,8 @@ pub(crate) mod disk_space;
 pub(crate) mod file_error;
 pub(crate) mod huge_pages;
 pub(crate) mod parallel_copy;
+pub(crate) mod read_at;
 pub(crate) mod readahead;
 pub mod storage;
+pub(crate) mod temporary;
 pub(crate) mod writer;

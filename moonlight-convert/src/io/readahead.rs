@@ -4,7 +4,7 @@
 //! in, and costs more than it takes to copy it.
 
 use std::fs::File;
-use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::dequantize::SourceTensor;
@@ -21,8 +21,6 @@ const STEP: usize = 4 << 20;
 /// The files of a checkpoint while they are read.
 pub(crate) struct ReadAhead<'a> {
     checkpoint: &'a Checkpoint,
-    /// One for each shard, opened when it is first read; `None` where only its map can be had.
-    files: Vec<OnceLock<Option<File>>>,
     position: Mutex<Position>,
     moved: Condvar,
 }
@@ -39,12 +37,7 @@ struct Position {
 impl<'a> ReadAhead<'a> {
     /// Runs `work`, and meanwhile has the system read what `plan` asks for, in order, some way ahead of it.
     pub(crate) fn open<R>(checkpoint: &'a Checkpoint, plan: &LoadPlan, work: impl FnOnce(&Self) -> R) -> R {
-        let stream = Self {
-            checkpoint,
-            files: checkpoint.files().iter().map(|_| OnceLock::new()).collect(),
-            position: Mutex::default(),
-            moved: Condvar::new(),
-        };
+        let stream = Self { checkpoint, position: Mutex::default(), moved: Condvar::new() };
         /// Ends the thread also when `work` panics.
         struct End<'a, 'b>(&'a ReadAhead<'b>);
         impl Drop for End<'_, '_> {
@@ -62,19 +55,7 @@ impl<'a> ReadAhead<'a> {
 
     /// Reads a part of a file.
     pub(crate) fn read(&self, part: &FileRange, target: &mut [u8]) -> Result<(), CheckpointError> {
-        let shard = self.checkpoint.shard(part.shard);
-        match self.files[part.shard].get_or_init(|| shard.reopen()) {
-            #[cfg(unix)]
-            Some(file) => {
-                use std::os::unix::fs::FileExt;
-                let read = file.read_exact_at(target, shard.position(part.range.start));
-                read.map_err(|error| CheckpointError::read(shard.path())(error))?;
-            }
-            _ => {
-                target.copy_from_slice(self.checkpoint.part(part));
-                self.checkpoint.release(part);
-            }
-        }
+        self.checkpoint.read_part(part, target)?;
         self.advance(|position| position.read += part.range.len() as u64);
         Ok(())
     }
@@ -90,7 +71,7 @@ impl<'a> ReadAhead<'a> {
         let mut asked = 0;
         for source in sources {
             let FileRange { shard, range } = &source.part;
-            // Scales are small, and looked at through the map.
+            // Scales are small: advice is enough.
             source.parts().skip(1).for_each(|scale| self.checkpoint.prefetch(scale));
             for start in range.clone().step_by(STEP) {
                 let position = self.position.lock().unwrap_or_else(PoisonError::into_inner);
@@ -136,7 +117,7 @@ impl SequentialReader<'_> {
 /// The file with a place of its own that the system reads on from, and where what was read goes.
 #[cfg(target_os = "linux")]
 fn sequential(shard: &Shard) -> Option<(File, File)> {
-    let file = shard.reopen()?;
+    let file = shard.reopen().ok()?;
     // The system then reads twice as far ahead. That it is refused costs only speed.
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
     Some((file, File::options().write(true).open("/dev/null").ok()?))

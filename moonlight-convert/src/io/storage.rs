@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use crate::io::temporary::write_anew;
+
 /// A call that is about to be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call<'a> {
@@ -111,14 +113,13 @@ pub fn create_dir_all(path: &Path) -> io::Result<()> {
     }
 }
 
-/// [`fs::write`].
+/// Writes a file in the place of whatever file or link stands there, which may be read-only.
 ///
 /// # Errors
 ///
-/// Those of the call.
+/// Those of the calls.
 pub fn write(path: &Path, contents: &[u8]) -> io::Result<()> {
-    announce(Call::Write(path))?;
-    fs::write(path, contents)
+    write_anew(path, contents)
 }
 
 /// [`fs::read`].

@@ -390,7 +390,6 @@ impl<'a> TensorMatcher<'a> {
         let Some(&stored_index) = self.by_key.get(key) else { return self.missing(key, name) };
         self.used[stored_index] = true;
         let found = self.stored(stored_index);
-        let bytes = self.checkpoint.part(&FileRange { shard: found.shard, range: found.range.clone() });
         let size = match found.dtype {
             Dtype::I32 => 4,
             Dtype::I64 => 8,
@@ -398,6 +397,12 @@ impl<'a> TensorMatcher<'a> {
         };
         if found.shape != [2] {
             return self.misshapen(found, found.shape.clone(), vec![2]);
+        }
+        let mut bytes = vec![0; 2 * size];
+        let part = FileRange { shard: found.shard, range: found.range.clone() };
+        if let Err(error) = self.checkpoint.read_part(&part, &mut bytes) {
+            let (file, problem) = (found.file.clone(), error.to_string());
+            return self.problems.push(Problem::Packing { tensor: found.name.clone(), file, problem });
         }
         let says: Vec<u64> = bytes
             .chunks_exact(size)

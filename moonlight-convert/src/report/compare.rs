@@ -9,7 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{Weight, with_weight};
 use crate::dtype::dequantize::{Layout, SourceTensor};
 use crate::error::CheckpointError;
-use crate::io::parallel_copy::{Prefetcher, RowChunk, in_order, row_chunks};
+use crate::io::parallel_copy::{Buffers, Prefetcher, in_order, row_chunks};
 use crate::mapping::load_plan::{LoadPlan, Scope};
 use crate::progress::Progress;
 
@@ -182,10 +182,10 @@ impl Checkpoint {
         })
     }
 
-    fn sums(
+    fn sums<'p>(
         &self,
         other: &Self,
-        pairs: &[(&SourceTensor, &SourceTensor)],
+        pairs: &[(&'p SourceTensor, &'p SourceTensor)],
         bytes: u64,
         progress: &dyn Progress,
     ) -> Result<Vec<Sums>, CheckpointError> {
@@ -195,58 +195,36 @@ impl Checkpoint {
             // Both are in memory at once.
             (rows, columns * (a.dtype.size() + b.dtype.size()))
         }));
-        let reading = Prefetcher::new(self, pairs.iter().map(|pair| pair.0).collect(), &chunks);
-        let theirs = Prefetcher::new(other, pairs.iter().map(|pair| pair.1).collect(), &chunks);
+        let sources = |of: fn(&(&'p SourceTensor, &'p SourceTensor)) -> &'p SourceTensor| {
+            pairs.iter().map(|pair| (of(pair), common(pair.0, pair.1))).collect()
+        };
+        let reading = Prefetcher::new(self, sources(|pair| pair.0), &chunks);
+        let theirs = Prefetcher::new(other, sources(|pair| pair.1), &chunks);
         let sums = Mutex::new(vec![Sums::default(); pairs.len()]);
-        in_order(&chunks, |at, chunk, buffer| {
+        in_order(&chunks, |at, chunk, [first, second]: &mut [Buffers; 2]| {
             reading.begin(&chunks, at);
             theirs.begin(&chunks, at);
             let (a, b) = pairs[chunk.source];
-            let layout = common(a, b);
             let of_panel = with_weight!(a.dtype, S => with_weight!(b.dtype, T => {
-                let count = chunk.rows.len() * a.dims(layout).1;
-                let mut own = std::mem::take(buffer);
-                let mut second = Vec::new();
-                let ours = self.rows::<S>(a, layout, chunk, &mut own, count);
-                let theirs = other.rows::<T>(b, layout, chunk, &mut second, count);
+                // What is not finite is compared like everything else.
+                let (ours, _) = reading.rows::<S>(chunk, first)?;
+                let (theirs, _) = theirs.rows::<T>(chunk, second)?;
                 let equal = a.dtype == b.dtype && ours == theirs;
-                let of_panel = if equal { None } else { Some(sums_of::<S, T>(ours, theirs)) };
-                *buffer = own;
-                of_panel
+                if equal { None } else { Some(sums_of::<S, T>(ours, theirs)) }
             }));
             if let Some(of_panel) = of_panel {
                 sums.lock().unwrap_or_else(PoisonError::into_inner)[chunk.source].add(&of_panel);
             }
-            let of = |source: &SourceTensor| source.verbatim(layout, source.dtype, &chunk.rows);
-            reading.end(chunk, of(a).as_ref());
-            theirs.end(chunk, of(b).as_ref());
-            let share = (a.bytes() + b.bytes()) as f64 * chunk.rows.len() as f64 / a.dims(layout).0.max(1) as f64;
+            reading.end(chunk);
+            theirs.end(chunk);
+            let rows = a.dims(common(a, b)).0;
+            let share = (a.bytes() + b.bytes()) as f64 * chunk.rows.len() as f64 / rows.max(1) as f64;
             match progress.advance(share as u64) {
                 ControlFlow::Continue(()) => Ok(()),
                 ControlFlow::Break(()) => Err(CheckpointError::Interrupted),
             }
         })?;
         Ok(sums.into_inner().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Some rows of a source in its own dtype, as bytes: of the file where it holds them so, else decoded into `buffer`.
-    fn rows<'a, T: Weight>(
-        &'a self,
-        source: &SourceTensor,
-        layout: Layout,
-        chunk: &RowChunk,
-        buffer: &'a mut Vec<u64>,
-        count: usize,
-    ) -> &'a [u8] {
-        match source.verbatim(layout, source.dtype, &chunk.rows) {
-            Some(part) => self.part(&part),
-            None => {
-                let target = crate::io::parallel_copy::values::<T>(buffer, count);
-                // What is not finite is compared like everything else.
-                self.decode(source, layout, chunk.rows.start, target);
-                bytemuck::cast_slice(target)
-            }
-        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Files against a list of their digests.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::ops::ControlFlow;
@@ -10,10 +11,13 @@ use sha2::{Digest, Sha256};
 
 use crate::error::CheckpointError;
 use crate::format::index::stays_inside;
+use crate::io::confined_dir::ConfinedDir;
 use crate::progress::Progress;
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 1 << 20;
+/// The longest list that is read: of some hundred thousand files.
+const LONGEST_LIST: u64 = 20_000_000;
 
 /// What became of one line of the list.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,13 +49,13 @@ enum Name {
 /// # Errors
 ///
 /// [`CheckpointError::Digests`] where the list is not such a list or names a file elsewhere, and what keeps a file from
-/// being read; [`CheckpointError::Interrupted`] where `progress` ends the work. A file that is absent or differs is no
-/// error.
+/// being read; [`CheckpointError::Interrupted`] where `progress` ends the work. A file that is absent, is no
+/// plain file of the directory or differs is no error.
 pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result<Vec<CheckedFile>, CheckpointError> {
     if !dir.is_dir() {
         return Err(CheckpointError::not_a_directory(dir));
     }
-    let text = fs::read_to_string(list).map_err(CheckpointError::read(list))?;
+    let text = read_list(list)?;
     let broken = |problem: String| CheckpointError::Digests { path: list.to_path_buf(), problem };
     let listed = parse(&text).map_err(broken)?;
     let shards = shards(dir)?;
@@ -60,30 +64,27 @@ pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result
         .map(|line| match &line.file {
             Name::Of(name) => (name.clone(), line),
             Name::Shard(number) => {
-                let found = shards.iter().find(|(shard, _)| shard == number);
-                (
-                    found.map_or_else(
-                        || format!("model-{number}-of-{}.safetensors", listed.len()),
-                        |(_, name)| name.clone(),
-                    ),
-                    line,
-                )
+                let unknown = || format!("model-{number}-of-{}.safetensors", listed.len());
+                (shards.get(number).cloned().unwrap_or_else(unknown), line)
             }
         })
         .collect();
-    let length = |name: &str| fs::metadata(dir.join(name)).ok().filter(fs::Metadata::is_file).map(|file| file.len());
-    progress.begin(resolved.iter().filter_map(|(name, _)| length(name)).sum());
+    let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
+    // What is no plain file of the directory is named when it is its turn.
+    let length = |name: &str| Some(fs::metadata(confined.file(name).ok()??).ok()?.len());
+    progress.begin(resolved.iter().filter_map(|(name, _)| length(name)).fold(0, u64::saturating_add));
     resolved
         .into_par_iter()
         .with_max_len(1)
         .map(|(name, line)| {
-            let problem = match (length(&name), line.bytes) {
-                (None, _) => Some("does not exist".to_owned()),
-                (Some(length), Some(bytes)) if length != bytes => {
+            let problem = match (confined.open(&name, u64::MAX), line.bytes, length(&name)) {
+                (Ok(None), ..) => Some("does not exist".to_owned()),
+                (Err(error), ..) => Some(format!("cannot be checked: {error}")),
+                (Ok(Some(_)), Some(bytes), Some(length)) if length != bytes => {
                     Some(format!("has {length} bytes; the list says {bytes}"))
                 }
-                _ => {
-                    let digest = sha256(&dir.join(&name), progress)?;
+                (Ok(Some((file, path))), ..) => {
+                    let digest = sha256(file, &path, progress)?;
                     (digest != line.digest).then(|| format!("has the digest {digest}; the list says {}", line.digest))
                 }
             };
@@ -92,8 +93,18 @@ pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result
         .collect()
 }
 
-fn sha256(path: &Path, progress: &dyn Progress) -> Result<String, CheckpointError> {
-    let mut file = File::open(path).map_err(CheckpointError::read(path))?;
+/// The list, which its user may hand over by a pipe.
+fn read_list(path: &Path) -> Result<String, CheckpointError> {
+    let mut text = String::new();
+    let file = File::open(path).map_err(CheckpointError::read(path))?;
+    let read = file.take(LONGEST_LIST + 1).read_to_string(&mut text).map_err(CheckpointError::read(path))? as u64;
+    if read > LONGEST_LIST {
+        return Err(CheckpointError::TooLong { path: path.to_path_buf(), bytes: read, most: LONGEST_LIST });
+    }
+    Ok(text)
+}
+
+fn sha256(mut file: File, path: &Path, progress: &dyn Progress) -> Result<String, CheckpointError> {
     let (mut hasher, mut buffer) = (Sha256::new(), vec![0u8; CHUNK]);
     loop {
         match file.read(&mut buffer).map_err(CheckpointError::read(path))? {
@@ -143,7 +154,7 @@ fn digest(text: &str) -> Option<String> {
 }
 
 /// The numbered shards of a directory.
-fn shards(dir: &Path) -> Result<Vec<(u64, String)>, CheckpointError> {
+fn shards(dir: &Path) -> Result<HashMap<u64, String>, CheckpointError> {
     let entries = fs::read_dir(dir).map_err(CheckpointError::read(dir))?;
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     Ok(names

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::CheckpointError;
@@ -31,6 +31,7 @@ pub enum CheckpointState {
 #[derive(Debug, Clone, Serialize)]
 pub struct Summary {
     /// The directory.
+    #[serde(serialize_with = "lossy")]
     pub directory: PathBuf,
     /// Whether it can be used.
     pub state: CheckpointState,
@@ -187,6 +188,11 @@ impl Checkpoint {
                 .collect(),
         })
     }
+}
+
+/// A path need not be text, and JSON is.
+fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 /// A file that is being fetched under its own name is too short, and so is a reason to wait, too.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -12,9 +13,10 @@ use super::{AddedToken, Ranks, SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON, pat
 use crate::error::CheckpointError;
 use crate::hub;
 use crate::io::confined_dir::ConfinedDir;
+use crate::io::temporary::new_file;
 
 /// The longest file of ranks that is read; the published one has 2,795,286 bytes.
-const LONGEST: u64 = 100_000_000;
+const LONGEST: u64 = 50_000_000;
 
 /// Writes `tokenizer.json` beside the `tiktoken.model` of a directory (or of a model in the Hub's cache), and gives its
 /// path. An existing one is replaced only where `overwrite` says so.
@@ -40,15 +42,14 @@ pub fn write_tokenizer_json(dir: impl AsRef<Path>, overwrite: bool) -> Result<Pa
     let special = special_tokens(ranks.count(), &SpecialNames::beside(&model).added);
     let json = tokenizer_json(&ranks, &special).map_err(unsound)?;
 
-    // Written beside and renamed, so that a crash leaves no half of one.
-    let partial = dir.join(format!(".{TOKENIZER_JSON}.{}", std::process::id()));
+    // Written beside and renamed, so that a crash leaves no half of one. An error removes what is there of it.
     let text = serde_json::to_vec(&json).expect("maps with strings as keys are JSON");
-    let written = fs::write(&partial, text).and_then(|()| fs::rename(&partial, &path));
-    written.map_err(|error| {
-        // What is left of it helps nobody; that it cannot be removed would only hide the error.
-        let _ = fs::remove_file(&partial);
-        CheckpointError::write(&path)(error)
-    })?;
+    let written = new_file(&dir, &format!(".{TOKENIZER_JSON}."), "").and_then(|mut partial| {
+        partial.write_all(&text)?;
+        partial.as_file().sync_all()?;
+        partial.persist(&path).map_err(|error| error.error)
+    });
+    written.map_err(CheckpointError::write(&path))?;
     Ok(path)
 }
 

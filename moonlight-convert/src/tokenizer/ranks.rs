@@ -5,6 +5,12 @@ use std::collections::HashSet;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
+/// The longest token that is read; the published ones have at most 128 bytes. The time that [merges](super::merges) take
+/// grows with the square of it.
+const LONGEST_TOKEN: usize = 512;
+/// The most tokens that are read: many times the largest vocabulary.
+const MOST_TOKENS: usize = 1 << 22;
+
 /// The tokens of byte-pair encoding in the order of their ranks, which are their ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ranks {
@@ -20,6 +26,14 @@ pub enum RankError {
     Line {
         /// Counted from 1.
         line: usize,
+    },
+    /// A token that is longer than any.
+    #[error("line {line} has a token of {length} bytes; none has more than {LONGEST_TOKEN}")]
+    Long {
+        /// Counted from 1.
+        line: usize,
+        /// Its length.
+        length: usize,
     },
     /// A token that is there twice.
     #[error("line {line} has a token that an earlier line has")]
@@ -41,8 +55,8 @@ pub enum RankError {
         /// One less than the number of tokens.
         last: u32,
     },
-    /// More tokens than 32 bits count.
-    #[error("there are more tokens than 32 bits count")]
+    /// More tokens than any vocabulary has.
+    #[error("there are more tokens than any vocabulary has, {MOST_TOKENS}")]
     TooMany,
 }
 
@@ -58,6 +72,12 @@ impl Ranks {
         let lines = contents.split(|&byte| byte == b'\n').enumerate();
         for (number, line) in lines.filter(|(_, line)| !line.trim_ascii().is_empty()) {
             let (token, rank) = parse_line(line).ok_or(RankError::Line { line: number + 1 })?;
+            if token.len() > LONGEST_TOKEN {
+                return Err(RankError::Long { line: number + 1, length: token.len() });
+            }
+            if tokens.len() == MOST_TOKENS {
+                return Err(RankError::TooMany);
+            }
             if !known.insert(token.clone()) {
                 return Err(RankError::Repeated { line: number + 1 });
             }
@@ -123,6 +143,8 @@ mod tests {
         assert_eq!(error("YQ== 0\nYQ== 1\n"), RankError::Repeated { line: 2 });
         assert_eq!(error("YQ== 0\n"), RankError::NoByte { byte: 0 });
         assert_eq!(error(""), RankError::NoByte { byte: 0 });
+        let long = format!("YQ== 0\n{} 1\n", STANDARD.encode([b'a'; 513]));
+        assert_eq!(error(&long), RankError::Long { line: 2, length: 513 });
         assert!(Ranks::parse(b"\xFF 0\n").is_err());
         let row = file(bytes());
         assert_eq!(error(&format!("{row}YWI= 7\n")), RankError::NotARow { rank: 7, last: 256 });

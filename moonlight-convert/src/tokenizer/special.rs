@@ -5,6 +5,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::io::confined_dir::ConfinedDir;
+
 /// Special ids that follow the ranks. The published code names 258, of which the last two have no row in the embedding
 /// of 163,840; nobody needs those.
 pub const SPECIALS: u32 = 256;
@@ -47,8 +49,9 @@ impl AddedToken {
     /// An entry of `added_tokens_decoder`: an object, or the text alone.
     fn read(value: &Value) -> Option<Self> {
         let flag = |key: &str, otherwise: bool| value[key].as_bool().unwrap_or(otherwise);
+        // A token without a text stands for nothing, and would be found everywhere.
         Some(Self {
-            content: text_of(value)?,
+            content: text_of(value).filter(|text| !text.is_empty())?,
             special: flag("special", true),
             single_word: flag("single_word", false),
             lstrip: flag("lstrip", false),
@@ -73,18 +76,22 @@ pub struct SpecialNames {
 }
 
 impl SpecialNames {
-    /// Reads the files beside a tokenizer; one that is absent or not JSON says nothing.
+    /// Reads the files beside a tokenizer; one that is absent, not JSON or no plain file of the directory says nothing.
     pub fn beside(path: &Path) -> Self {
-        let json = |name: &str| -> Value {
-            let path = path.with_file_name(name);
-            let fits = std::fs::metadata(&path).is_ok_and(|found| found.is_file() && found.len() <= LONGEST);
-            let text = if fits { std::fs::read_to_string(path).unwrap_or_default() } else { String::new() };
-            serde_json::from_str(&text).unwrap_or(Value::Null)
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let confined = ConfinedDir::new(dir).ok();
+        let read = |name: &str| confined.as_ref().and_then(|dir| dir.read(name, LONGEST).ok().flatten());
+        let read = |name: &str| read(name).unwrap_or_default();
+        Self::parse(&read("tokenizer_config.json"), &read("special_tokens_map.json"), &read("config.json"))
+    }
+
+    /// What the contents of `tokenizer_config.json`, `special_tokens_map.json` and `config.json` say.
+    pub(crate) fn parse(config: &[u8], map: &[u8], model: &[u8]) -> Self {
+        let [config, map, model] =
+            [config, map, model].map(|text| serde_json::from_slice::<Value>(text).unwrap_or(Value::Null));
+        let name = |key: &str| {
+            [&config, &map].into_iter().find_map(|file| text_of(&file[key]).filter(|text| !text.is_empty()))
         };
-        let config = json("tokenizer_config.json");
-        let map = json("special_tokens_map.json");
-        let model = json("config.json");
-        let name = |key: &str| text_of(&config[key]).or_else(|| text_of(&map[key]));
         let id = |key: &str| {
             let value = &model[key];
             value.as_u64().or_else(|| value.get(0)?.as_u64()).and_then(|id| u32::try_from(id).ok())
@@ -108,13 +115,15 @@ fn text_of(value: &Value) -> Option<String> {
 }
 
 /// All [`SPECIALS`] tokens behind so many ranks, by their id: as `added` names them, as the published code does, or else
-/// `<|reserved_token_ID|>`. What `added` names elsewhere has no row in the embedding and is left out.
+/// `<|reserved_token_ID|>`. What `added` names elsewhere has no row in the embedding and is left out, and so is what it
+/// gives no text.
 pub fn special_tokens(ranks: u32, added: &BTreeMap<u32, AddedToken>) -> BTreeMap<u32, AddedToken> {
     let ids = ranks..ranks.saturating_add(SPECIALS);
     let mut tokens: BTreeMap<u32, AddedToken> =
         ids.clone().map(|id| (id, AddedToken::named(format!("<|reserved_token_{id}|>")))).collect();
     tokens.extend(NAMES.iter().map(|&(distance, name)| (ranks.saturating_add(distance), AddedToken::named(name))));
-    tokens.extend(added.iter().filter(|(id, _)| ids.contains(id)).map(|(&id, token)| (id, token.clone())));
+    let named = added.iter().filter(|(id, token)| ids.contains(id) && !token.content.is_empty());
+    tokens.extend(named.map(|(&id, token)| (id, token.clone())));
     tokens
 }
 
@@ -146,6 +155,32 @@ mod tests {
         }
         assert_eq!((tokens[&1005].special, tokens[&1005].rstrip, tokens[&1005].lstrip), (false, true, false));
         assert!(tokens[&1254].special);
+    }
+
+    #[test]
+    fn a_token_without_a_text_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = r#"{"bos_token": "", "eos_token": {"content": ""}, "added_tokens_decoder": {
+            "1005": {"content": ""}, "1006": ""}}"#;
+        std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+        let names = SpecialNames::beside(&dir.path().join("tiktoken.model"));
+        assert_eq!(names, SpecialNames::default());
+        let added = BTreeMap::from([(1005, AddedToken::named(""))]);
+        assert!(special_tokens(1000, &added).values().all(|token| !token.content.is_empty()));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_that_lead_out_and_pipes_say_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("model");
+        std::fs::create_dir(&inside).unwrap();
+        std::fs::write(dir.path().join("config.json"), r#"{"eos_token_id": 7}"#).unwrap();
+        std::os::unix::fs::symlink("../config.json", inside.join("config.json")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", inside.join("special_tokens_map.json")).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(inside.join("tokenizer_config.json")).status();
+        assert!(made.unwrap().success());
+        assert_eq!(SpecialNames::beside(&inside.join("tiktoken.model")), SpecialNames::default());
     }
 
     #[test]
