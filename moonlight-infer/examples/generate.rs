@@ -38,7 +38,7 @@ fn text(model: &str, prompt: &str) -> Result<(), Box<dyn Error>> {
     // Characters can be longer than a token: the stream holds bytes back until they are whole.
     let mut stream = tokenizer.stream();
     print!("{prompt}");
-    generate(&opened.model, &tokenizer.encode(prompt), 200, sampling, &opened.eos, |token| {
+    generate(&opened.model, &tokenizer.encode(prompt)?, 200, sampling, &opened.eos, |token| {
         print!("{}", stream.push(token));
         // A closed pipe is no reason to stop the model half-way.
         let _ = std::io::stdout().flush();

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use moonlight_convert::adapter::AdapterError;
-use moonlight_convert::{CheckpointError, FileError};
+use moonlight_convert::{CheckpointError, FileError, Printable};
 
 use crate::chat::ChatError;
 use crate::device::DeviceError;
@@ -34,10 +34,10 @@ pub enum InferError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     /// An adapter where the model was wanted that another adapter belongs to.
-    #[error("`{}` is itself an adapter", .0.display())]
+    #[error("`{}` is itself an adapter", Printable(.0.display()))]
     AdapterOnAdapter(PathBuf),
     /// A model whose folder has no tokenizer, where text is to be read.
-    #[error("`{}` has no tokenizer", .0.display())]
+    #[error("`{}` has no tokenizer", Printable(.0.display()))]
     NoTokenizer(PathBuf),
     /// A prompt without a token.
     #[error("the prompt has no tokens")]
@@ -67,7 +67,7 @@ pub enum InferError {
         vocab_size: usize,
     },
     /// A file without a row.
-    #[error("`{}` has no rows", .0.display())]
+    #[error("`{}` has no rows", Printable(.0.display()))]
     NoRows(PathBuf),
     /// Examples before rows that are no questions.
     #[error("examples do not go with rows of {format}")]
@@ -86,8 +86,30 @@ pub enum InferError {
     /// A question without a context, for a tokenizer that has no token to begin with.
     #[error("a question without a text, and the tokenizer has no token to begin with")]
     NothingToBeginWith,
+    /// Logits of which some are NaN or infinite.
+    #[error("the model's logits are non-finite ({token}: {value})")]
+    NonFinite {
+        /// The first token with such a logit.
+        token: usize,
+        /// The logit.
+        value: f32,
+    },
+    /// A log-probability that is NaN or infinite.
+    #[error("the log-probability of token {place} is non-finite: the model's logits are")]
+    NonFiniteScore {
+        /// The token's place in its sequence, from 1.
+        place: usize,
+    },
+    /// A file of the model's folder.
+    #[error("`{}` cannot be read: {}", Printable(path.display()), Printable(problem))]
+    Settings {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A line of a file that is wrong.
-    #[error("{}:{line}: {problem}", path.display())]
+    #[error("{}:{line}: {}", Printable(path.display()), Printable(problem))]
     Line {
         /// The file.
         path: PathBuf,
@@ -116,6 +138,9 @@ impl InferError {
             Self::AdapterOnAdapter(_) => Some("an adapter is put beside the model that it belongs to".into()),
             Self::NoTokenizer(_) => Some("put its tokenizer.json or tiktoken.model into the folder".into()),
             Self::TooFewExamples { .. } => Some("take fewer shots, or another file of examples".into()),
+            Self::NonFinite { .. } | Self::NonFiniteScore { .. } => Some(
+                "its weights are damaged, or its configuration or adapter has a number that is far too large".into(),
+            ),
             Self::Line { hint, .. } => hint.clone(),
             Self::File(error) if error.is_full() => Some("free some space and run it again".into()),
             _ => None,

@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::chat::{ChatEncoder, ChatTemplate};
 use crate::device::{self, Target};
 use crate::error::InferError;
+use crate::files::{LONGEST_SETTINGS, ModelFiles};
 use crate::load_model::{LoadedModel, load_model};
 use crate::model_dir::{ModelDir, resolve_model, weights_in};
 use crate::tokenizer::Tokenizer;
@@ -73,7 +74,7 @@ impl OpenOptions {
         let adapter = self.adapter.as_deref().map(weights_in).transpose()?;
         let LoadedModel { model, dir } = load_model(&dir, adapter.as_deref(), &target.device, dtype, self.bits)?;
         let tokenizer = Tokenizer::from_model_dir(&dir)?;
-        let eos = generation_eos(&dir).unwrap_or_else(|| model.config().eos_token_id.clone());
+        let eos = generation_eos(&dir)?.unwrap_or_else(|| model.config().eos_token_id.clone());
         Ok(OpenedModel { dir, model, tokenizer, eos })
     }
 }
@@ -119,13 +120,43 @@ impl OpenedModel {
     }
 }
 
-/// `eos_token_id` of `generation_config.json`, one or a list.
-fn generation_eos(dir: &Path) -> Option<Vec<u32>> {
-    let text = std::fs::read_to_string(dir.join("generation_config.json")).ok()?;
-    let value: Value = serde_json::from_str(&text).ok()?;
+const GENERATION: &str = "generation_config.json";
+
+/// `eos_token_id` of `generation_config.json`, one or a list; `None` where nothing is said of it.
+fn generation_eos(dir: &Path) -> Result<Option<Vec<u32>>, InferError> {
+    let read = ModelFiles::new(dir).read(GENERATION, LONGEST_SETTINGS);
+    let Some(text) = read.map_err(|(path, problem)| InferError::Settings { path, problem })? else { return Ok(None) };
+    let wrong = |problem: String| InferError::Settings { path: dir.join(GENERATION), problem };
+    let value: Value = serde_json::from_slice(&text).map_err(|error| wrong(format!("it is not JSON: {error}")))?;
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    match value.get("eos_token_id")? {
+    let ids = match &value["eos_token_id"] {
+        Value::Null => return Ok(None),
         Value::Array(ids) => ids.iter().map(id).collect(),
         one => id(one).map(|id| vec![id]),
+    };
+    ids.map(Some).ok_or_else(|| wrong("its `eos_token_id` is neither a token nor a list of tokens".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_read_is_not_absent() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path();
+        let path = dir.join(GENERATION);
+        assert_eq!(generation_eos(dir).unwrap(), None);
+        for (text, expected) in
+            [("{}", None), (r#"{"eos_token_id": 3}"#, Some(vec![3])), (r#"{"eos_token_id": [3, 4]}"#, Some(vec![3, 4]))]
+        {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(generation_eos(dir).unwrap(), expected);
+        }
+        for (text, expected) in [("{", "it is not JSON"), (r#"{"eos_token_id": [-1]}"#, "neither a token nor a list")] {
+            std::fs::write(&path, text).unwrap();
+            let error = generation_eos(dir).unwrap_err().to_string();
+            assert!(error.contains("generation_config.json` cannot be read: ") && error.contains(expected), "{error}");
+        }
     }
 }

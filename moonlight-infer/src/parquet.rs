@@ -6,12 +6,14 @@
 
 use std::path::{Path, PathBuf};
 
+use moonlight_convert::Printable;
+
 /// A parquet file, or a row of one, that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParquetError {
     /// The file.
-    #[error("cannot read `{}`: {problem}", path.display())]
+    #[error("cannot read `{}`: {}", Printable(path.display()), Printable(problem))]
     File {
         /// Its path.
         path: PathBuf,
@@ -21,7 +23,7 @@ pub enum ParquetError {
         hint: Option<String>,
     },
     /// A row.
-    #[error("{}:{row}: the row cannot be read: {problem}", path.display())]
+    #[error("{}:{row}: the row cannot be read: {}", Printable(path.display()), Printable(problem))]
     Row {
         /// The file.
         path: PathBuf,
@@ -80,10 +82,8 @@ pub use reader::rows;
 
 #[cfg(feature = "parquet")]
 mod reader {
-    use std::cell::Cell;
     use std::fs::File;
-    use std::panic::{self, AssertUnwindSafe};
-    use std::sync::{Arc, Once};
+    use std::sync::Arc;
 
     use parquet::errors::ParquetError as ReaderError;
     use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -93,6 +93,7 @@ mod reader {
     use serde_json::{Map, Value};
 
     use super::*;
+    use crate::guard::unpanicked;
 
     /// The rows of a file, each as a JSON object. Behind the first that cannot be read there is none.
     ///
@@ -144,24 +145,9 @@ mod reader {
     /// What a read comes to. The parquet crate's record reader takes a file's word for much and panics where it was broken:
     /// that is an error of the file here, and nothing that is shown.
     fn guarded<T>(read: impl FnOnce() -> Result<T, ReaderError>) -> Result<T, String> {
-        thread_local! {
-            static READING: Cell<bool> = const { Cell::new(false) };
-        }
-        static HOOK: Once = Once::new();
-        HOOK.call_once(|| {
-            let shown = panic::take_hook();
-            panic::set_hook(Box::new(move |info| {
-                if !READING.get() {
-                    shown(info)
-                }
-            }));
-        });
-        READING.set(true);
-        let read = panic::catch_unwind(AssertUnwindSafe(read));
-        READING.set(false);
-        match read {
-            Ok(read) => read.map_err(said),
-            Err(_) => Err("the file is damaged, or of a form that is not known".into()),
+        match unpanicked(read) {
+            Some(read) => read.map_err(said),
+            None => Err("the file is damaged, or of a form that is not known".into()),
         }
     }
 

@@ -20,7 +20,7 @@ pub struct Scored {
 ///
 /// # Errors
 ///
-/// Tokens that the model does not have, and more of them than its context.
+/// Tokens that the model does not have, and more of them than its context; logits that are non-finite.
 pub fn score(model: &CausalLm, tokens: &[u32]) -> Result<Vec<Option<f32>>, InferError> {
     let context = model.config().max_position_embeddings;
     if tokens.len() > context {
@@ -72,5 +72,11 @@ pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Sco
         .map(|(logprob, best)| Scored { logprob, greedy: logprob >= best })
         .collect();
     let rows = scored.chunks(width).zip(sequences);
-    Ok(rows.map(|(row, tokens)| row[..tokens.len().saturating_sub(1)].to_vec()).collect())
+    let rows: Vec<Vec<Scored>> = rows.map(|(row, tokens)| row[..tokens.len().saturating_sub(1)].to_vec()).collect();
+    for row in &rows {
+        if let Some(place) = row.iter().position(|scored| !scored.logprob.is_finite()) {
+            return Err(InferError::NonFiniteScore { place: place + 2 });
+        }
+    }
+    Ok(rows)
 }

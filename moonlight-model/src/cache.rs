@@ -8,7 +8,8 @@ use crate::attention::LayerCache;
 use crate::config::ModelConfig;
 use crate::kernels::CacheSpan;
 
-/// The cache of a model for a batch of sequences, each of a length of its own, allocated once.
+/// The cache of a model for a batch of sequences, each of a length of its own; it grows only when it is
+/// [asked to](Self::grow).
 ///
 /// MLA keeps 576 values a token and layer for Moonlight (the latent and the shared key); grouped-query attention keeps
 /// keys and values.
@@ -51,6 +52,15 @@ impl KvCache {
     /// Tokens of each sequence that there is room for.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// Makes room for `capacity` tokens in each sequence, where there is less, and keeps what is there: a cache for a
+    /// context that may be long begins small.
+    pub fn grow(&mut self, capacity: usize) {
+        if capacity > self.capacity {
+            self.layers.iter_mut().for_each(|layer| layer.grow(capacity));
+            self.capacity = capacity;
+        }
     }
 
     /// Keeps the first `length` tokens of a sequence and drops the rest, to continue the text differently from there; 0

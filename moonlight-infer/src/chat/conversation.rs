@@ -11,6 +11,7 @@
 use serde_json::{Map, Value};
 
 use super::{ConversationError, Message};
+use crate::jsonl::{MOST_VALUES, has_too_many_values};
 
 /// Which of the three shapes a record has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -70,6 +71,9 @@ impl Conversation {
     pub fn parse(line: &[u8], knows_role: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
         let text =
             std::str::from_utf8(line).map_err(|error| ConversationError::NotUtf8 { byte: error.valid_up_to() + 1 })?;
+        if has_too_many_values(line) {
+            return Err(ConversationError::TooManyValues { most: MOST_VALUES });
+        }
         let value: Value = serde_json::from_str(text).map_err(|error| {
             // The parser counts lines too, but of this one line only.
             let problem = error.to_string();

@@ -12,6 +12,9 @@ const STAND_INS: usize = 0xFFF0;
 
 /// The last characters of the same plane mark the ends of the assistant's words.
 pub(super) const MARKS: [char; 2] = ['\u{10FFFA}', '\u{10FFFB}'];
+/// And these number them.
+pub(super) const DIGITS: [char; 8] =
+    ['\u{10FFF0}', '\u{10FFF1}', '\u{10FFF2}', '\u{10FFF3}', '\u{10FFF4}', '\u{10FFF5}', '\u{10FFF6}', '\u{10FFF7}'];
 
 /// A template and a tokenizer that turn conversations into tokens.
 #[derive(Debug)]
@@ -48,11 +51,11 @@ impl ChatEncoder {
     ///
     /// # Errors
     ///
-    /// Those of [`ChatTemplate::render`].
+    /// Those of [`ChatTemplate::render`], and [`ChatError::Tokenizer`] for a text without tokens.
     pub fn tokens(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<u32>, ChatError> {
         let text = self.template.render(&self.disguised(messages), add_generation_prompt)?;
         let mut tokens = Vec::new();
-        self.specials.encode(&self.tokenizer, &text, &mut tokens);
+        self.specials.encode(&self.tokenizer, &text, &mut tokens)?;
         Ok(tokens)
     }
 
@@ -74,24 +77,25 @@ impl ChatEncoder {
     ///
     /// # Errors
     ///
-    /// [`ChatError::Refused`] where the template fails, [`ChatError::NoSpan`] where the assistant's words cannot be found
-    /// in what it makes.
+    /// [`ChatError::Refused`] where the template fails, [`ChatError::NoSpan`] and [`ChatError::TooManyTurns`] where the
+    /// assistant's words cannot be found in what it makes, [`ChatError::Tokenizer`] for a text without tokens.
     pub fn weighted(&self, turns: &[Turn]) -> Result<WeightedTokens, ChatError> {
         let messages: Vec<Message> = turns.iter().map(|turn| turn.message.clone()).collect();
         let (text, spans) = self.spans(&self.disguised(&messages))?;
         let of_assistant = turns.iter().filter(|turn| turn.message.role == "assistant");
         let mut result = WeightedTokens { tokens: Vec::new(), weights: Vec::new() };
-        let mut add = |text: &str, weight: f32| {
-            self.specials.encode(&self.tokenizer, text, &mut result.tokens);
+        let mut add = |text: &str, weight: f32| -> Result<(), ChatError> {
+            self.specials.encode(&self.tokenizer, text, &mut result.tokens)?;
             result.weights.resize(result.tokens.len(), weight);
+            Ok(())
         };
         let mut end = 0;
         for (span, turn) in spans.into_iter().zip(of_assistant) {
-            add(&text[end..span.start], 0.0);
-            add(&text[span.clone()], turn.weight);
+            add(&text[end..span.start], 0.0)?;
+            add(&text[span.clone()], turn.weight)?;
             end = span.end;
         }
-        add(&text[end..], 0.0);
+        add(&text[end..], 0.0)?;
         Ok(result)
     }
 
@@ -133,6 +137,8 @@ struct Specials {
 impl Specials {
     fn new(tokenizer: &Tokenizer) -> Self {
         let mut names = tokenizer.specials();
+        // One without a text would be found everywhere.
+        names.retain(|(name, _)| !name.is_empty());
         names.truncate(STAND_INS);
         let finder = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
@@ -144,7 +150,9 @@ impl Specials {
     /// Words with a stand-in for each special token that they spell. A stand-in or a mark that somebody wrote is
     /// dropped: it is no character of any script.
     fn disguise(&self, words: &str) -> String {
-        let ours = |character: char| self.index_of(character).is_some() || MARKS.contains(&character);
+        let ours = |character: char| {
+            self.index_of(character).is_some() || MARKS.contains(&character) || DIGITS.contains(&character)
+        };
         let words: String = words.chars().filter(|&character| !ours(character)).collect();
         let mut disguised = String::with_capacity(words.len());
         let mut end = 0;
@@ -162,19 +170,20 @@ impl Specials {
         (index < self.names.len()).then_some(index)
     }
 
-    fn encode(&self, tokenizer: &Tokenizer, text: &str, tokens: &mut Vec<u32>) {
+    fn encode(&self, tokenizer: &Tokenizer, text: &str, tokens: &mut Vec<u32>) -> Result<(), ChatError> {
         let mut end = 0;
-        let ordinary = |text: &str, tokens: &mut Vec<u32>| {
+        let ordinary = |text: &str, tokens: &mut Vec<u32>| -> Result<(), ChatError> {
             if !text.is_empty() {
-                tokens.extend(tokenizer.encode(&self.reveal(text)));
+                tokens.extend(tokenizer.encode(&self.reveal(text))?);
             }
+            Ok(())
         };
         for found in self.finder.find_iter(text) {
-            ordinary(&text[end..found.start()], tokens);
+            ordinary(&text[end..found.start()], tokens)?;
             tokens.push(self.names[found.pattern().as_usize()].1);
             end = found.end();
         }
-        ordinary(&text[end..], tokens);
+        ordinary(&text[end..], tokens)
     }
 
     /// The words as they were.

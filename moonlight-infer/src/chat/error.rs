@@ -2,18 +2,26 @@
 
 use std::path::PathBuf;
 
+use moonlight_convert::Printable;
+
+use crate::tokenizer::TokenizerError;
+
+/// Messages that are rendered for one conversation, all renderings together, before a template that rewrites earlier turns
+/// is given up: some ten seconds.
+pub(super) const MOST_RENDERED: usize = 8_000_000;
+
 /// Why a conversation has no tokens.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChatError {
     /// Neither the folder nor the tokenizer knows how to talk.
-    #[error("`{}` has no chat template", dir.display())]
+    #[error("`{}` has no chat template", Printable(dir.display()))]
     NoTemplate {
         /// The model's folder.
         dir: PathBuf,
     },
     /// A template that cannot be read or is none.
-    #[error("the chat template of `{}` is broken: {problem}", path.display())]
+    #[error("the chat template of `{}` is broken: {}", Printable(path.display()), Printable(problem))]
     Broken {
         /// The file that holds it.
         path: PathBuf,
@@ -21,19 +29,37 @@ pub enum ChatError {
         problem: String,
     },
     /// A template that refuses a conversation, or fails at it.
-    #[error("the chat template does not take this conversation: {problem}")]
+    #[error("the chat template does not take this conversation: {}", Printable(problem))]
     Refused {
         /// What it says.
         problem: String,
     },
     /// A template in whose text the assistant's words cannot be found.
-    #[error("the assistant's words cannot be found in what the chat template makes of message {message}: {problem}")]
+    #[error(
+        "the assistant's words cannot be found in what the chat template makes of message {message}: {}",
+        Printable(problem)
+    )]
     NoSpan {
         /// Its number, from 1.
         message: usize,
         /// What was tried.
         problem: String,
     },
+    /// A conversation that a template rewrites turn by turn, with more turns than can be gone through so.
+    #[error(
+        "the chat template rewrites the conversation, so that the assistant's words in {turns} of its {messages} messages \
+             would each need the whole of it: the limit is {} messages in all",
+        MOST_RENDERED
+    )]
+    TooManyTurns {
+        /// The assistant's messages.
+        turns: usize,
+        /// All messages.
+        messages: usize,
+    },
+    /// Words that the tokenizer has no tokens for.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// A record that is no conversation.
     #[error(transparent)]
     Conversation(#[from] ConversationError),
@@ -46,10 +72,11 @@ impl ChatError {
             Self::NoTemplate { .. } => {
                 Some("give a base model a text to continue, or put its `chat_template.jinja` into the folder".into())
             }
-            Self::NoSpan { .. } => Some(
+            Self::NoSpan { .. } | Self::TooManyTurns { .. } => Some(
                 "put `{% generation %}` and `{% endgeneration %}` around the assistant's words in the template".into(),
             ),
             Self::Conversation(error) => error.hint(),
+            Self::Tokenizer(error) => error.hint(),
             Self::Broken { .. } | Self::Refused { .. } => None,
         }
     }
@@ -66,7 +93,7 @@ pub enum ConversationError {
         byte: usize,
     },
     /// Text that is not JSON.
-    #[error("the record is not JSON: {problem}")]
+    #[error("the record is not JSON: {}", Printable(problem))]
     NotJson {
         /// What the parser said.
         problem: String,
@@ -78,8 +105,14 @@ pub enum ConversationError {
         /// The keys that it has.
         keys: Vec<String>,
     },
+    /// More than a record can hold.
+    #[error("the record has more than {most} values")]
+    TooManyValues {
+        /// The limit.
+        most: usize,
+    },
     /// Someone whom neither we nor the template know.
-    #[error("`{place}` has the unknown role `{role}`")]
+    #[error("`{place}` has the unknown role `{}`", Printable(role))]
     Role {
         /// The message.
         place: String,
@@ -119,5 +152,5 @@ impl ConversationError {
 }
 
 fn list(keys: &[String]) -> String {
-    keys.iter().take(6).map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
+    keys.iter().take(6).map(|key| format!("`{}`", Printable(key))).collect::<Vec<_>>().join(", ")
 }

@@ -2,6 +2,7 @@
 //!
 //! * `conversation.rs`: records of JSON to messages.
 //! * `template.rs`: messages to the text that the model was trained with.
+//! * `sandbox.rs`: limits for templates, which are programs of others.
 //! * `assistant_mask.rs`: which parts of that text the assistant says.
 //! * `encoder.rs`: the text to tokens, and a weight for each.
 
@@ -9,6 +10,7 @@ mod assistant_mask;
 mod conversation;
 mod encoder;
 mod error;
+mod sandbox;
 mod template;
 #[cfg(test)]
 mod tests;

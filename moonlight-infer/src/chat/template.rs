@@ -5,13 +5,18 @@
 //! words are looked for.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind};
+use moonlight_convert::{Printable, printable};
 use serde_json::{Value, json};
 
+use super::sandbox::{self, Budget, LADDER, LONGEST_SOURCE, Overrun, PARSING};
 use super::{ChatError, Message};
+use crate::files::{self, ModelFiles};
 use crate::moonlight_template::{MOONLIGHT_TEMPLATE, MOONLIGHT_TOKENS};
 use crate::tokenizer::Tokenizer;
 
@@ -36,7 +41,7 @@ pub enum TemplateSource {
 impl std::fmt::Display for TemplateSource {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::File(path) => write!(formatter, "{}", path.display()),
+            Self::File(path) => write!(formatter, "{}", Printable(path.display())),
             Self::Moonlight => formatter.write_str("Moonlight's own"),
         }
     }
@@ -45,7 +50,10 @@ impl std::fmt::Display for TemplateSource {
 /// A chat template, ready to render.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    /// One for each of the [`LADDER`]'s steps.
+    environments: Vec<Arc<Environment<'static>>>,
+    /// A conversation has taken more than its time: the thread that renders it may still run, and no other joins it.
+    given_up: AtomicBool,
     source: TemplateSource,
     /// As it was written.
     text: String,
@@ -61,10 +69,10 @@ impl ChatTemplate {
     ///
     /// [`ChatError::NoTemplate`] where there is none of them, [`ChatError::Broken`] for one that is no template.
     pub fn of_model(dir: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
-        let file = dir.join(JINJA);
-        let broken = |problem: std::io::Error| ChatError::Broken { path: file.clone(), problem: problem.to_string() };
-        let jinja = if file.is_file() { Some(std::fs::read(&file).map_err(broken)?) } else { None };
-        let config = std::fs::read(dir.join(CONFIG)).ok();
+        let files = ModelFiles::new(dir);
+        let unreadable = |(path, problem): (PathBuf, String)| ChatError::Broken { path, problem };
+        let jinja = files.read(JINJA, LONGEST_SOURCE as u64).map_err(unreadable)?;
+        let config = files.read(CONFIG, files::LONGEST_SETTINGS).map_err(unreadable)?;
         Self::from_parts(dir, jinja.as_deref(), config.as_deref(), tokenizer)
     }
 
@@ -86,11 +94,23 @@ impl ChatTemplate {
     ///
     /// [`ChatError::Broken`] for a file that cannot be read or is no template.
     pub fn of_file(path: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
-        let broken = |problem: std::io::Error| ChatError::Broken { path: path.into(), problem: problem.to_string() };
-        let text = std::fs::read_to_string(path).map_err(broken)?;
+        let broken = |problem: String| ChatError::Broken { path: path.into(), problem };
+        let text = files::read_named(path, LONGEST_SOURCE as u64).map_err(broken)?;
+        let text = String::from_utf8(text).map_err(|error| broken(error.to_string()))?;
         let files = tokenizer.companions();
         let config = files.iter().find(|file| file.name == CONFIG).map(|file| file.contents.as_slice());
-        Self::new(text, TemplateSource::File(path.into()), names(&read(config)))
+        let config = read(config).map_err(|problem| ChatError::Broken { path: CONFIG.into(), problem })?;
+        Self::new(text, TemplateSource::File(path.into()), names(&config))
+    }
+
+    /// A template from its source, for tests that feed it anything.
+    ///
+    /// # Errors
+    ///
+    /// [`ChatError::Broken`] for a text that is no template.
+    #[doc(hidden)]
+    pub fn of_source(source: &str) -> Result<Self, ChatError> {
+        Self::new(source.into(), TemplateSource::File(JINJA.into()), Vec::new())
     }
 
     fn from_parts(
@@ -99,7 +119,7 @@ impl ChatTemplate {
         config: Option<&[u8]>,
         tokenizer: &Tokenizer,
     ) -> Result<Self, ChatError> {
-        let config = read(config);
+        let config = read(config).map_err(|problem| ChatError::Broken { path: dir.join(CONFIG), problem })?;
         let (text, source) = if let Some(jinja) = jinja {
             let path = dir.join(JINJA);
             let text = String::from_utf8(jinja.to_owned());
@@ -116,22 +136,26 @@ impl ChatTemplate {
     }
 
     fn new(text: String, source: TemplateSource, names: Vec<(&'static str, String)>) -> Result<Self, ChatError> {
-        // The environment that transformers gives templates: `apply_chat_template` of its `chat_template_utils.py`.
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        let mut environment = Environment::new();
-        environment.set_syntax(syntax.expect("the delimiters are the usual ones"));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_template_owned(NAME, with_marks(&text)).map_err(|error| ChatError::Broken {
+        let broken = |problem: String| ChatError::Broken {
             path: match &source {
                 TemplateSource::File(path) => path.clone(),
                 TemplateSource::Moonlight => NAME.into(),
             },
-            problem: sentence(&error),
-        })?;
-        Ok(Self { environment, source, text, names })
+            problem,
+        };
+        if text.len() > LONGEST_SOURCE {
+            return Err(broken(format!("it has {} bytes, more than the limit of {LONGEST_SOURCE}", text.len())));
+        }
+        let marked = with_marks(&text);
+        let environment = sandbox::run(PARSING, move || environment(&marked));
+        let environment = environment.map_err(|overrun| overrun.to_string()).flatten().map_err(broken)?;
+        let with = |&steps: &u64| {
+            let mut environment = environment.clone();
+            environment.set_fuel(Some(steps));
+            Arc::new(environment)
+        };
+        let environments = LADDER.iter().map(with).collect();
+        Ok(Self { environments, given_up: AtomicBool::new(false), source, text, names })
     }
 
     /// Where the template came from.
@@ -181,19 +205,61 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         marks: [&str; 2],
     ) -> Result<String, ChatError> {
-        let refused = |error: minijinja::Error| ChatError::Refused { problem: sentence(&error) };
-        let template = self.environment.get_template(NAME).map_err(refused)?;
+        let refused = |problem: String| ChatError::Refused { problem };
+        if self.given_up.load(Ordering::Relaxed) {
+            return Err(refused("it exceeded the limit of time before, and is not asked again".into()));
+        }
+        let budget = Budget::of(messages);
         let mut context = serde_json::Map::new();
         context.insert("messages".into(), json!(messages));
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
         context.extend(self.names.iter().map(|(key, name)| ((*key).to_owned(), name.as_str().into())));
         context.extend(GENERATION.iter().zip(marks).map(|(key, mark)| ((*key).to_owned(), mark.into())));
-        template.render(Serde(context)).map_err(refused)
+        let environment = self.environments[budget.rung()].clone();
+        let rendered = sandbox::run(budget.time(), move || {
+            // The engine's error stays on the thread: it may hold values of the template.
+            let rendered = environment.get_template(NAME).and_then(|template| template.render(Serde(context)));
+            rendered.map_err(|error| (error.kind() == ErrorKind::OutOfFuel, sentence(&error)))
+        });
+        match rendered {
+            Ok(Ok(text)) => Ok(text),
+            Ok(Err((true, _))) => Err(refused(format!(
+                "it exceeds the limit of {} steps for {} messages (an instruction, or 64 bytes of text, is a step)",
+                budget.steps(),
+                messages.len()
+            ))),
+            Ok(Err((false, problem))) => Err(refused(problem)),
+            Err(overrun) => {
+                if overrun == Overrun::Time {
+                    self.given_up.store(true, Ordering::Relaxed);
+                }
+                Err(refused(overrun.to_string()))
+            }
+        }
     }
 }
 
-fn read(config: Option<&[u8]>) -> Value {
-    config.and_then(|config| serde_json::from_slice(config).ok()).unwrap_or(Value::Null)
+/// The environment that transformers gives templates (`apply_chat_template` of its `chat_template_utils.py`), with limits,
+/// and the template in it.
+fn environment(source: &str) -> Result<Environment<'static>, String> {
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    let syntax = syntax.expect("the delimiters are the usual ones");
+    let source = sandbox::prepared(source, &syntax)?;
+    let mut environment = Environment::new();
+    environment.set_syntax(syntax);
+    sandbox::guard(&mut environment);
+    environment.add_function("raise_exception", |message: minijinja::Value| -> Result<String, minijinja::Error> {
+        let message = message.as_str().unwrap_or("it raises an exception").to_owned();
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_template_owned(NAME, source).map_err(|error| sentence(&error))?;
+    Ok(environment)
+}
+
+/// `tokenizer_config.json`; nothing where there is none.
+fn read(config: Option<&[u8]>) -> Result<Value, String> {
+    let read = |config| serde_json::from_slice(config).map_err(|error| format!("it is not JSON: {error}"));
+    config.map_or(Ok(Value::Null), read)
 }
 
 /// The special tokens that templates may write by name.
@@ -256,11 +322,17 @@ fn default_template(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.as_array()?.iter().find(named)?["template"].as_str())
 }
 
-/// An error of the engine as part of a sentence.
-fn sentence(error: &minijinja::Error) -> String {
-    let text = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+/// An error of the engine as part of a sentence, of a length that can be read.
+pub(super) fn sentence(error: &minijinja::Error) -> String {
+    const LONGEST: usize = 500;
+    let mut text = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    if let Some((end, _)) = text.char_indices().nth(LONGEST) {
+        text.truncate(end);
+        text.push('…');
+    }
+    let text = printable(&text);
     match error.line() {
         Some(line) => format!("{text} (line {line})"),
-        None => text,
+        None => text.into_owned(),
     }
 }

@@ -25,7 +25,7 @@ use serde_json::{Map, Value, json};
 use crate::chat::{ChatEncoder, ChatTemplate};
 use crate::error::InferError;
 use crate::score::{Scored, score_batch};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, TokenizerError};
 
 pub use statistics::Estimate;
 pub use task::TaskFormat;
@@ -189,7 +189,8 @@ fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, 
     for row in rows {
         let text = row.fields.get("text").or_else(|| row.fields.get("page")).and_then(Value::as_str);
         let text = text.ok_or_else(|| InferError::line(&task.path, row.line, "the row has no `text`", None))?;
-        let tokens = reader.tokenizer.encode(text);
+        let here = |error: TokenizerError| InferError::line(&task.path, row.line, &error, error.hint());
+        let tokens = reader.tokenizer.encode(text).map_err(here)?;
         let windows = windows(&tokens, beginning(reader), context);
         documents.push((text, requests.len()..requests.len() + windows.len()));
         requests.extend(windows);
@@ -293,8 +294,8 @@ struct Request {
 /// belong to what follows); a context that is too long loses its beginning.
 fn pair(reader: Reader<'_>, context: &str, continuation: &str) -> Result<Request, InferError> {
     let whole = format!("{context}{continuation}");
-    let mut tokens = reader.tokenizer.encode(&whole);
-    let mut from = reader.tokenizer.encode(context.trim_end()).len();
+    let mut tokens = reader.tokenizer.encode(&whole)?;
+    let mut from = reader.tokenizer.encode(context.trim_end())?.len();
     if from == 0 {
         match beginning(reader) {
             Some(first) => tokens.insert(0, first),

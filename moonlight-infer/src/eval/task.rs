@@ -1,12 +1,15 @@
 //! Rows of a task file in the layouts that the data sets have on the Hub, and the prompts that lm-evaluation-harness
 //! makes of them (its tasks `mmlu`, `arc_easy`/`arc_challenge` and `hellaswag`, version 0.4).
 
+use std::fs::File;
+use std::io::BufReader;
 use std::path::Path;
 use std::str::FromStr;
 
 use serde_json::{Map, Value};
 
 use crate::error::InferError;
+use crate::jsonl::{MOST_VALUES, has_too_many_values, next_line};
 use crate::parquet;
 
 /// What the rows of a task file are.
@@ -94,14 +97,16 @@ pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, InferError> {
         let rows = (1..).zip(parquet::rows(path, &[])?).take(limit);
         rows.map(|(row, text)| read(path, row, text?)).collect::<Result<Vec<_>, _>>()?
     } else {
-        let bytes = std::fs::read(path).map_err(InferError::read(path))?;
-        let lines = (1..).zip(bytes.split(|&byte| byte == b'\n')).filter(|(_, line)| !line.trim_ascii().is_empty());
-        let rows = lines.take(limit).map(|(number, line)| {
-            let text =
-                std::str::from_utf8(line).map_err(|_| InferError::line(path, number, "the row is not UTF-8", None))?;
-            read(path, number, text.to_owned())
-        });
-        rows.collect::<Result<Vec<_>, _>>()?
+        let mut file = BufReader::new(File::open(path).map_err(InferError::read(path))?);
+        let (mut rows, mut buffer, mut number) = (Vec::new(), Vec::new(), 0);
+        while rows.len() < limit
+            && let Some(line) = next_line(path, &mut file, &mut buffer, &mut number)?
+        {
+            if !line.trim().is_empty() {
+                rows.push(read(path, number, line.to_owned())?);
+            }
+        }
+        rows
     };
     if rows.is_empty() {
         return Err(InferError::NoRows(path.to_owned()));
@@ -111,6 +116,9 @@ pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, InferError> {
 
 fn read(path: &Path, line: usize, text: String) -> Result<Row, InferError> {
     let here = |problem: String| InferError::line(path, line, problem, None);
+    if has_too_many_values(text.as_bytes()) {
+        return Err(here(format!("the row has more than {MOST_VALUES} values")));
+    }
     let value: Value = serde_json::from_str(&text).map_err(|error| {
         here(format!("the row is not JSON: {}", error.to_string().split(" at line ").next().unwrap_or_default()))
     })?;

@@ -2,7 +2,7 @@
 
 use moonlight_model::CausalLm;
 
-use super::{Generated, Sampler, Sampling, Stop, cache, check_prompt, rows};
+use super::{FIRST_ROOM, Generated, Sampler, Sampling, Stop, cache, check_prompt, make_room, rows};
 use crate::error::InferError;
 
 /// A sequence that is being generated.
@@ -41,7 +41,8 @@ pub fn generate_many(
     }
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let mut seats: Vec<Option<Writing>> = (0..batch.clamp(1, prompts.len().max(1))).map(|_| None).collect();
-    let mut cache = cache(model, seats.len(), longest.saturating_add(max_new_tokens));
+    let room = longest.saturating_add(max_new_tokens).min(config.max_position_embeddings);
+    let mut cache = cache(model, seats.len(), room.min(longest + FIRST_ROOM));
     let mut waiting = prompts.iter().enumerate();
     loop {
         for (sequence, seat) in seats.iter_mut().enumerate().filter(|(_, seat)| seat.is_none()) {
@@ -53,8 +54,7 @@ pub fn generate_many(
         }
         for (sequence, seat) in seats.iter_mut().enumerate() {
             let full = |writing: &Writing| {
-                writing.tokens.len() == max_new_tokens
-                    || cache.lengths()[sequence] + writing.unread.len() > cache.capacity()
+                writing.tokens.len() == max_new_tokens || cache.lengths()[sequence] + writing.unread.len() > room
             };
             if let Some(ended) = seat.take_if(|writing| full(writing)) {
                 each(ended.place, Generated { tokens: ended.tokens, stop: Stop::Length })?;
@@ -67,10 +67,12 @@ pub fn generate_many(
             }
             continue;
         }
+        let needed = cache.lengths().iter().zip(&unread).map(|(length, unread)| length + unread.len()).max();
+        make_room(&mut cache, needed.unwrap_or(0), room);
         let mut logits = rows(model.extend(&unread, &mut cache)).into_iter();
         for seat in &mut seats {
             let Some(writing) = seat else { continue };
-            let next = writing.sampler.choose(&logits.next().expect("each text that is read has logits"));
+            let next = writing.sampler.choose(&logits.next().expect("each text that is read has logits"))?;
             if eos.contains(&next) {
                 if let Some(ended) = seat.take() {
                     each(ended.place, Generated { tokens: ended.tokens, stop: Stop::Eos })?;

@@ -40,13 +40,16 @@ pub struct Generated {
 pub struct Session<'m> {
     model: &'m CausalLm,
     cache: KvCache,
+    /// Tokens that the cache may grow to.
+    room: usize,
     read: Vec<u32>,
 }
 
 impl<'m> Session<'m> {
-    /// An empty session, with room for `capacity` tokens, the model's context at most.
+    /// An empty session, with room for `capacity` tokens, the model's context at most. Memory is taken as tokens come.
     pub fn new(model: &'m CausalLm, capacity: usize) -> Self {
-        Self { model, cache: cache(model, 1, capacity), read: Vec::new() }
+        let room = capacity.min(model.config().max_position_embeddings);
+        Self { model, cache: cache(model, 1, room.min(FIRST_ROOM)), room, read: Vec::new() }
     }
 
     /// Continues `prompt` and hands each new token to `each` as it comes. The prefix that the prompt shares with what is in
@@ -56,7 +59,8 @@ impl<'m> Session<'m> {
     ///
     /// # Errors
     ///
-    /// A prompt without a token, longer than the room, or with a token that the model does not have.
+    /// A prompt without a token, longer than the room, or with a token that the model does not have; logits that are
+    /// non-finite.
     pub fn generate(
         &mut self,
         prompt: &[u32],
@@ -65,7 +69,7 @@ impl<'m> Session<'m> {
         eos: &[u32],
         mut each: impl FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generated, InferError> {
-        let capacity = self.cache.capacity();
+        let capacity = self.room;
         check_prompt(prompt, self.model.config().vocab_size, capacity)?;
         // The last token is always read: its logits are wanted.
         let known = self.read.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
@@ -74,7 +78,7 @@ impl<'m> Session<'m> {
         let mut tokens = Vec::new();
         let mut input: Vec<u32> = prompt[known..].to_vec();
         while tokens.len() < max_new_tokens && self.read.len() + input.len() <= capacity {
-            let next = sampler.choose(&self.read(&input));
+            let next = sampler.choose(&self.read(&input))?;
             if eos.contains(&next) {
                 return Ok(Generated { tokens, stop: Stop::Eos });
             }
@@ -90,6 +94,7 @@ impl<'m> Session<'m> {
     /// Runs the model over tokens and returns the logits of the next one.
     fn read(&mut self, tokens: &[u32]) -> Vec<f32> {
         self.read.extend(tokens);
+        make_room(&mut self.cache, self.read.len(), self.room);
         rows(self.model.extend(&[tokens], &mut self.cache)).remove(0)
     }
 }
@@ -114,6 +119,16 @@ pub fn generate(
         each(token);
         ControlFlow::Continue(())
     })
+}
+
+/// Tokens that a cache has room for at first.
+const FIRST_ROOM: usize = 512;
+
+/// Lets a cache grow to what is needed, twice what it had if that is more, but never past `most`.
+fn make_room(cache: &mut KvCache, needed: usize, most: usize) {
+    if needed > cache.capacity() {
+        cache.grow(needed.max(2 * cache.capacity()).min(most));
+    }
 }
 
 /// Room for `capacity` tokens of each of `batch` texts, the model's context at most.

@@ -3,6 +3,8 @@
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::error::InferError;
+
 /// How tokens are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
@@ -37,12 +39,19 @@ impl Sampler {
 
     /// Chooses a token: first the temperature, then the `top_k` likeliest, then of those the fewest that hold `top_p`
     /// of the probability, as transformers does. Of equals the lower number is the likelier.
-    pub fn choose(&mut self, logits: &[f32]) -> u32 {
+    ///
+    /// # Errors
+    ///
+    /// [`InferError::NonFinite`] where a logit is NaN or infinite: no token is the likeliest of such.
+    pub fn choose(&mut self, logits: &[f32]) -> Result<u32, InferError> {
+        if let Some(token) = logits.iter().position(|logit| !logit.is_finite()) {
+            return Err(InferError::NonFinite { token, value: logits[token] });
+        }
         let Sampling { temperature, top_p, top_k, .. } = self.sampling;
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
         let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
         if temperature == 0.0 {
-            return order.into_iter().min_by(likelier).unwrap_or(0);
+            return Ok(order.into_iter().min_by(likelier).unwrap_or(0));
         }
         order.sort_unstable_by(likelier);
         if top_k > 0 {
@@ -64,10 +73,10 @@ impl Sampler {
         for (&token, weight) in order.iter().zip(&weights[..kept]) {
             draw -= weight;
             if draw < 0.0 {
-                return token;
+                return Ok(token);
             }
         }
-        order[kept - 1]
+        Ok(order[kept - 1])
     }
 }
 
@@ -79,7 +88,7 @@ mod tests {
         let mut sampler = Sampler::new(sampling);
         let mut counts = vec![0.0; logits.len()];
         for _ in 0..20_000 {
-            counts[sampler.choose(logits) as usize] += 1.0 / 20_000.0;
+            counts[sampler.choose(logits).unwrap() as usize] += 1.0 / 20_000.0;
         }
         counts
     }
@@ -87,7 +96,20 @@ mod tests {
     #[test]
     fn zero_temperature_takes_the_likeliest_and_of_equals_the_first() {
         let mut sampler = Sampler::new(Sampling::default());
-        assert_eq!(sampler.choose(&[0.1, 3.0, 2.0, 3.0]), 1);
+        assert_eq!(sampler.choose(&[0.1, 3.0, 2.0, 3.0]).unwrap(), 1);
+    }
+
+    #[test]
+    fn non_finite_logits_are_an_error() {
+        for temperature in [0.0, 1.0] {
+            let mut sampler = Sampler::new(Sampling { temperature, ..Sampling::default() });
+            for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let error = sampler.choose(&[0.5, wrong, 1.0]).unwrap_err();
+                assert!(error.to_string().starts_with("the model's logits are non-finite (1: "), "{error}");
+                assert!(error.hint().is_some());
+            }
+            assert!(sampler.choose(&[0.5, 1.0]).is_ok());
+        }
     }
 
     #[test]
@@ -116,7 +138,7 @@ mod tests {
         let (mut a, mut b) = (Sampler::new(sampling), Sampler::new(sampling));
         let logits: Vec<f32> = (0..50).map(|index| (index as f32).sin()).collect();
         for _ in 0..100 {
-            assert_eq!(a.choose(&logits), b.choose(&logits));
+            assert_eq!(a.choose(&logits).unwrap(), b.choose(&logits).unwrap());
         }
     }
 }

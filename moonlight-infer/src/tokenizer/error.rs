@@ -2,23 +2,33 @@
 
 use std::path::PathBuf;
 
+use moonlight_convert::Printable;
+
 /// A tokenizer that cannot be had.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TokenizerError {
     /// There is no such file or folder, or nothing in it is a tokenizer.
-    #[error("there is no tokenizer at `{}`", .0.display())]
+    #[error("there is no tokenizer at `{}`", Printable(.0.display()))]
     NotFound(PathBuf),
     /// The file is not what its name says.
-    #[error("the tokenizer `{}` cannot be read: {problem}", path.display())]
+    #[error("the tokenizer `{}` cannot be read: {}", Printable(path.display()), Printable(problem))]
     Read {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         problem: String,
     },
+    /// A text that it has no tokens for.
+    #[error("the tokenizer `{}` cannot encode a text: {}", Printable(tokenizer), Printable(problem))]
+    Encode {
+        /// Its [name](super::Tokenizer::name).
+        tokenizer: String,
+        /// Why.
+        problem: String,
+    },
     /// A file cannot be written.
-    #[error("the tokenizer file `{}` cannot be written: {problem}", path.display())]
+    #[error("the tokenizer file `{}` cannot be written: {problem}", Printable(path.display()))]
     Write {
         /// The file.
         path: PathBuf,
@@ -36,7 +46,7 @@ impl TokenizerError {
                      them"
                     .into(),
             ),
-            Self::Read { .. } | Self::Write { .. } => None,
+            Self::Read { .. } | Self::Encode { .. } | Self::Write { .. } => None,
         }
     }
 }

@@ -10,10 +10,12 @@
 mod bytes;
 mod error;
 mod hugging_face;
+mod limits;
 mod stream;
 mod tiktoken;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -23,6 +25,7 @@ use moonlight_convert::tokenizer::{SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON}
 use tiktoken::Tiktoken;
 
 use crate::expand::expand;
+use crate::files::{self, ModelFiles};
 use bytes::Bytes;
 pub use bytes::{BOS, EOS, PAD};
 pub use error::TokenizerError;
@@ -36,6 +39,9 @@ pub const BYTES_CHAT_TOKENIZER: &str = "bytes-chat";
 /// Files that belong to a tokenizer, where they are in its folder.
 const BESIDE: [&str; 4] =
     ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenization_moonshot.py"];
+
+/// The longest `tiktoken.model`; the published one has 2,795,286 bytes.
+const LONGEST_RANKS: u64 = 100_000_000;
 
 /// Text to tokens and back. Clones share everything.
 #[derive(Clone)]
@@ -117,17 +123,21 @@ impl Tokenizer {
         }
         let path = PathBuf::from(expand(spec).unwrap_or_else(|_| spec.to_owned()));
         let path = hub::resolve(&path).unwrap_or(path);
-        if path.is_dir() {
-            return Self::from_model_dir(&path)?.ok_or(TokenizerError::NotFound(path));
+        let unreadable = |problem: String| TokenizerError::Read { path: path.clone(), problem };
+        match std::fs::metadata(&path) {
+            Ok(found) if found.is_dir() => {
+                return Self::from_model_dir(&path)?.ok_or(TokenizerError::NotFound(path));
+            }
+            Ok(_) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Err(TokenizerError::NotFound(path));
+            }
+            Err(error) => return Err(unreadable(error.to_string())),
         }
-        if !path.is_file() {
-            return Err(TokenizerError::NotFound(path));
-        }
-        if path.extension().is_some_and(|ending| ending == "json") {
-            Self::from_tokenizer_json(&path)
-        } else {
-            Self::from_tiktoken_model(&path)
-        }
+        let is_json = path.extension().is_some_and(|ending| ending == "json");
+        let most = if is_json { limits::LONGEST_FILE } else { LONGEST_RANKS };
+        let contents = files::read_named(&path, most).map_err(unreadable)?;
+        if is_json { Self::from_tokenizer_json(&path, contents) } else { Self::from_tiktoken_model(&path, contents) }
     }
 
     /// The tokenizer of a model's folder, `tokenizer.json` before `tiktoken.model`; `None` where it has neither.
@@ -136,24 +146,23 @@ impl Tokenizer {
     ///
     /// [`TokenizerError::Read`] for a file that is not a tokenizer.
     pub fn from_model_dir(dir: &Path) -> Result<Option<Self>, TokenizerError> {
-        let file = dir.join(TOKENIZER_JSON);
-        if file.is_file() {
-            return Self::from_tokenizer_json(&file).map(Some);
+        let files = ModelFiles::new(dir);
+        let read = |name, most| files.read(name, most).map_err(unreadable);
+        if let Some(contents) = read(TOKENIZER_JSON, limits::LONGEST_FILE)? {
+            return Self::from_tokenizer_json(&dir.join(TOKENIZER_JSON), contents).map(Some);
         }
-        let file = dir.join(TIKTOKEN_MODEL);
-        if file.is_file() {
-            return Self::from_tiktoken_model(&file).map(Some);
+        if let Some(contents) = read(TIKTOKEN_MODEL, LONGEST_RANKS)? {
+            return Self::from_tiktoken_model(&dir.join(TIKTOKEN_MODEL), contents).map(Some);
         }
         Ok(None)
     }
 
-    fn from_tokenizer_json(path: &Path) -> Result<Self, TokenizerError> {
-        let contents = read(path)?;
+    fn from_tokenizer_json(path: &Path, contents: Vec<u8>) -> Result<Self, TokenizerError> {
+        let companions = Arc::new(companions(path, TOKENIZER_JSON, &contents)?);
         for bytes in [Self::bytes(), Self::bytes_chat()] {
             let same = |file: &Companion| file.name == TOKENIZER_JSON && file.contents == contents;
             if bytes.companions.iter().any(same) {
                 // A checkpoint of ours: the same tokens without the `tokenizers` crate. The files beside it may be newer than ours.
-                let companions = Arc::new(companions(path, TOKENIZER_JSON, &contents));
                 return Ok(Self { companions, name: name(path), ..bytes });
             }
         }
@@ -165,15 +174,15 @@ impl Tokenizer {
             vocab_size: kind.vocab_size(),
             bos: id(names.bos.as_ref(), names.bos_id),
             eos: id(names.eos.as_ref(), names.eos_id),
-            companions: Arc::new(companions(path, TOKENIZER_JSON, &contents)),
+            companions,
             fingerprint: fingerprint("tokenizer.json", &contents),
             name: name(path),
             kind: Kind::HuggingFace(Arc::new(kind)),
         })
     }
 
-    fn from_tiktoken_model(path: &Path) -> Result<Self, TokenizerError> {
-        let contents = read(path)?;
+    fn from_tiktoken_model(path: &Path, contents: Vec<u8>) -> Result<Self, TokenizerError> {
+        let companions = Arc::new(companions(path, TIKTOKEN_MODEL, &contents)?);
         let names = SpecialNames::beside(path);
         let kind = Tiktoken::parse(&contents, &names.added)
             .map_err(|problem| TokenizerError::Read { path: path.to_owned(), problem })?;
@@ -181,19 +190,45 @@ impl Tokenizer {
             vocab_size: kind.vocab_size(),
             bos: kind.special(names.bos.as_deref().unwrap_or("[BOS]")),
             eos: kind.special(names.eos.as_deref().unwrap_or("[EOS]")),
-            companions: Arc::new(companions(path, TIKTOKEN_MODEL, &contents)),
+            companions,
             fingerprint: fingerprint("tiktoken.model", &contents),
             name: name(path),
             kind: Kind::Tiktoken(Arc::new(kind)),
         })
     }
 
+    /// A tokenizer from the bytes of a `tokenizer.json`, without the files beside it, for tests that feed it anything.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizerError::Read`].
+    #[doc(hidden)]
+    pub fn from_json(contents: &[u8]) -> Result<Self, TokenizerError> {
+        let unreadable = |problem| TokenizerError::Read { path: TOKENIZER_JSON.into(), problem };
+        let kind = HuggingFace::parse(contents).map_err(unreadable)?;
+        Ok(Self {
+            vocab_size: kind.vocab_size(),
+            bos: None,
+            eos: None,
+            companions: Arc::default(),
+            fingerprint: fingerprint("tokenizer.json", contents),
+            name: TOKENIZER_JSON.into(),
+            kind: Kind::HuggingFace(Arc::new(kind)),
+        })
+    }
+
     /// The tokens of a text, none added at its ends; what spells a special token is not special.
-    pub fn encode(&self, text: &str) -> Vec<u32> {
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizerError::Encode`] where a `tokenizer.json` has no tokens for the text, or would make far too much of it.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         match &self.kind {
-            Kind::Bytes(_) => text.bytes().map(u32::from).collect(),
-            Kind::HuggingFace(kind) => kind.encode(text),
-            Kind::Tiktoken(kind) => kind.encode(text),
+            Kind::Bytes(_) => Ok(text.bytes().map(u32::from).collect()),
+            Kind::HuggingFace(kind) => kind
+                .encode(text)
+                .map_err(|problem| TokenizerError::Encode { tokenizer: self.name().to_owned(), problem }),
+            Kind::Tiktoken(kind) => Ok(kind.encode(text)),
         }
     }
 
@@ -285,18 +320,20 @@ impl Tokenizer {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, TokenizerError> {
-    std::fs::read(path).map_err(|error| TokenizerError::Read { path: path.to_owned(), problem: error.to_string() })
+fn unreadable((path, problem): (PathBuf, String)) -> TokenizerError {
+    TokenizerError::Read { path, problem }
 }
 
 /// The tokenizer's file under its usual name, and the files that belong to it.
-fn companions(path: &Path, name: &str, contents: &[u8]) -> Vec<Companion> {
-    let main = Companion { name: name.into(), contents: contents.to_owned() };
-    let beside = BESIDE.iter().filter_map(|&name| {
-        let contents = std::fs::read(path.with_file_name(name)).ok()?;
-        Some(Companion { name: name.into(), contents })
-    });
-    std::iter::once(main).chain(beside).collect()
+fn companions(path: &Path, name: &str, contents: &[u8]) -> Result<Vec<Companion>, TokenizerError> {
+    let mut companions = vec![Companion { name: name.into(), contents: contents.to_owned() }];
+    let files = ModelFiles::new(path.parent().unwrap_or(Path::new("")));
+    for name in BESIDE {
+        if let Some(contents) = files.read(name, files::LONGEST_SETTINGS).map_err(unreadable)? {
+            companions.push(Companion { name: name.into(), contents });
+        }
+    }
+    Ok(companions)
 }
 
 /// The folder of a tokenizer's file.

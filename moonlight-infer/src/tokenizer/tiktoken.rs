@@ -24,7 +24,9 @@ impl Tiktoken {
     /// Reads the file's bytes; `added` are the special tokens that `tokenizer_config.json` names.
     pub(super) fn parse(contents: &[u8], added: &BTreeMap<u32, AddedToken>) -> Result<Self, String> {
         let ranks = Ranks::parse(contents).map_err(|error| error.to_string())?;
-        let special = special_tokens(ranks.count(), added).into_iter().map(|(id, token)| (token.content, id)).collect();
+        let special = special_tokens(ranks.count(), added).into_iter().map(|(id, token)| (token.content, id));
+        // A token without a text stands for none.
+        let special = special.filter(|(name, _)| !name.is_empty()).collect();
         let encoder = ranks.tokens().iter().cloned().zip(0..).collect();
         let inner = CoreBPE::new(encoder, FxHashMap::default(), &pattern()).map_err(|error| error.to_string())?;
         Ok(Self { inner, ranks: ranks.count(), special })

@@ -25,6 +25,14 @@ impl LayerCache {
         Self { store: Some(store), prepared: None }
     }
 
+    /// Makes room for `capacity` tokens of each sequence, and keeps what is there.
+    pub(crate) fn grow(&mut self, capacity: usize) {
+        let store = self.store.take().expect("the store is always put back");
+        let [batch, heads, old, row] = store.dims();
+        let larger = Tensor::zeros([batch, heads, capacity, row], (&store.device(), store.dtype()));
+        self.store = Some(larger.slice_assign([0..batch, 0..heads, 0..old, 0..row], store));
+    }
+
     /// Writes `[tokens, key heads, row]` where `spans` says.
     pub(crate) fn write(&mut self, new: Tensor<3>, spans: &[CacheSpan]) {
         // The store is taken out while it is written, so that the backend sees its only owner and writes in place.

@@ -90,7 +90,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let OpenedModel { model, tokenizer, eos, .. } = arguments.model.open()?;
     let prompt = match (&arguments.prompt_tokens, &arguments.prompt, &tokenizer) {
         (Some(tokens), ..) => tokens.clone(),
-        (None, Some(text), Some(tokenizer)) => tokenizer.encode(text),
+        (None, Some(text), Some(tokenizer)) => tokenizer.encode(text)?,
         (None, ..) => {
             return Err(TrainError::Request {
                 problem: "the model's directory has no tokenizer".into(),

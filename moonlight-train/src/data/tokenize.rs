@@ -6,7 +6,7 @@ use std::path::Path;
 
 use moonlight_infer::chat::{ChatEncoder, Shape, WeightedTokens};
 use moonlight_infer::parquet::{self, ParquetError, is_parquet};
-use moonlight_infer::tokenizer::Tokenizer;
+use moonlight_infer::tokenizer::{Tokenizer, TokenizerError};
 use rayon::prelude::*;
 use serde::Deserialize;
 
@@ -191,7 +191,9 @@ impl TokenizeJob<'_> {
             DataFormat::Text => {
                 let tokenizer = self.tokenizer.ok_or(DataError::NoTokenizer)?;
                 let text = String::from_utf8_lossy(&block.bytes);
-                let mut tokens = tokenizer.encode(&text);
+                // What a tokenizer has no tokens for would be missing from the data.
+                let refused = |error: TokenizerError| Refused { problem: error.to_string(), hint: error.hint() };
+                let mut tokens = tokenizer.encode(&text).map_err(|error| self.record(block, refused(error)))?;
                 if block.end == Some(End::Whole) {
                     tokens.extend(tokenizer.eos());
                 }

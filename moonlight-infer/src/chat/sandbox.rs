@@ -1,0 +1,422 @@
+//! Limits for chat templates. A template is a program that comes with a model, and others wrote it: it must neither run for
+//! ever, nor take all memory, nor end the process.
+//!
+//! * **Source.** Its length, the tokens of one tag and the branches of conditions are bounded before it is parsed, and it is
+//!   parsed on a stack that has room for what is left ([`prepared`]).
+//! * **Steps.** The engine's fuel pays for each instruction and for each 64 bytes that a template makes or looks at,
+//!   output included, and is checked before an allocation whose size is known ([`Budget`]). So it bounds time, output and
+//!   memory alike.
+//! * **Values.** Lists that hold others many times over are small in memory and endless as text, and a namespace that
+//!   holds itself has no end at all. The source is rewritten so that what a `set` or a literal makes is measured, what goes
+//!   into a namespace is copied, and `*` repeats texts only ([`guard`]).
+//! * **Time.** Where all this fails to stop a template the clock does: it runs on a thread of its own, which is given up
+//!   ([`run`]).
+
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
+
+use minijinja::machinery::{Token, tokenize};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Value, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State};
+
+use super::Message;
+use crate::guard::unpanicked;
+
+/// The longest source, in bytes; published templates have a few thousand, the longest some 40,000.
+pub(super) const LONGEST_SOURCE: usize = 1 << 20;
+/// Tokens between `{{` and `}}`, or `{%` and `%}`: the parser goes as deep as there are.
+const TOKENS_OF_A_TAG: usize = 4096;
+/// `elif` branches in all: each is one level deeper than the last.
+const ELIFS: usize = 1000;
+/// Of the thread that parses and renders: 50 macros deep, each with the longest expression.
+const STACK: usize = 256 << 20;
+/// The engine's own measure: a macro costs four more than those around it.
+const RECURSION: usize = 200;
+
+/// Bytes of text in a list or map, its parts counted as often as they are in it.
+const LARGEST_VALUE: u64 = 64 << 20;
+/// Lists in lists.
+const DEEPEST_VALUE: usize = 64;
+/// What a slot of a list counts for, in bytes.
+const SLOT: u64 = 32;
+/// Bytes that one step of the engine's fuel pays for.
+const STEP: u64 = 64;
+
+const CHECKED: &str = "moonlight_checked";
+const KEPT: &str = "moonlight_kept";
+const REPEATED: &str = "moonlight_repeated";
+
+/// What a template may use for a conversation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Budget {
+    /// Of the [steps](LADDER), by index.
+    rung: usize,
+    time: Duration,
+}
+
+/// Steps that are handed out: each twice the last, so that there are few environments.
+///
+/// The first is for what a template does whatever the conversation: published ones take a few hundred steps for their
+/// preamble, and tools of some hundred kB as JSON some ten thousand. At 64 bytes a step it is 32 MB.
+pub(super) const LADDER: [u64; 6] = [500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000];
+/// Published templates take 30 to 200 steps for a message.
+const STEPS_OF_A_MESSAGE: u64 = 1000;
+/// A step for so many bytes of the conversation: each may be read, cut and written sixteen times.
+const BYTES_OF_A_STEP: u64 = 4;
+
+impl Budget {
+    /// For a conversation: in proportion to its messages and its text, so that long ones pass and no template gets more
+    /// than they need. Sixteen million steps, a billion bytes, are the end.
+    pub(super) fn of(messages: &[Message]) -> Self {
+        let bytes: u64 = messages.iter().map(|message| (message.role.len() + message.content.len()) as u64).sum();
+        let count = messages.len() as u64;
+        let steps = LADDER[0] + count * STEPS_OF_A_MESSAGE + bytes / BYTES_OF_A_STEP;
+        let rung = LADDER.iter().position(|&rung| rung >= steps).unwrap_or(LADDER.len() - 1);
+        // Hundreds of times what it takes on a slow machine.
+        let time = Duration::from_secs(3) + Duration::from_millis(2 * count) + Duration::from_micros(bytes / 4);
+        Self { rung, time }
+    }
+
+    pub(super) fn rung(self) -> usize {
+        self.rung
+    }
+
+    pub(super) fn steps(self) -> u64 {
+        LADDER[self.rung]
+    }
+
+    pub(super) fn time(self) -> Duration {
+        self.time
+    }
+}
+
+/// The time that parsing may take.
+pub(super) const PARSING: Duration = Duration::from_secs(3);
+
+/// Why there is no answer from [`run`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Overrun {
+    /// The time is over; the thread still runs.
+    Time,
+    /// It panicked.
+    Panic,
+    /// There is no memory for the thread.
+    NoThread,
+}
+
+impl std::fmt::Display for Overrun {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Time => "it exceeds the limit of time",
+            Self::Panic => "the template engine failed at it",
+            Self::NoThread => "there is no memory for the stack that it runs on",
+        })
+    }
+}
+
+/// Runs `job` on a thread with a stack of a known size, and waits for it no longer than `time`.
+pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + Send + 'static) -> Result<T, Overrun> {
+    let (answer, answers) = channel();
+    let builder = thread::Builder::new().name("chat template".into()).stack_size(STACK);
+    let started = builder.spawn(move || {
+        // Nobody listens any more when the time is over.
+        let _ = answer.send(unpanicked(job));
+    });
+    started.map_err(|_| Overrun::NoThread)?;
+    // In slices: a process that was stopped for an hour has lost one of them, not its time.
+    let slices = 50;
+    for _ in 0..slices {
+        match answers.recv_timeout(time / slices) {
+            Ok(answer) => return answer.ok_or(Overrun::Panic),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err(Overrun::Panic),
+        }
+    }
+    Err(Overrun::Time)
+}
+
+/// The source with its values guarded, see [`guard`].
+///
+/// # Errors
+///
+/// What limit it exceeds, as part of a sentence; the engine's own error where it has no tokens.
+pub(super) fn prepared(source: &str, syntax: &SyntaxConfig) -> Result<String, String> {
+    if source.len() > LONGEST_SOURCE {
+        return Err(format!("it has {} bytes, more than the limit of {LONGEST_SOURCE}", source.len()));
+    }
+    let mut insertions: Vec<(usize, &'static str)> = Vec::new();
+    let mut tag: Vec<Lexed<'_>> = Vec::new();
+    let mut elifs = 0;
+    for token in tokenize(source, false, syntax.clone()) {
+        let (token, span) = token.map_err(|error| super::template::sentence(&error))?;
+        let begins = matches!(token, Token::BlockStart | Token::VariableStart);
+        let ends = matches!(token, Token::BlockEnd | Token::VariableEnd);
+        if matches!(token, Token::TemplateData(_)) {
+            continue;
+        }
+        if begins {
+            tag.clear();
+        }
+        tag.push(Lexed { token, start: span.start_offset as usize, end: span.end_offset as usize });
+        if tag.len() > TOKENS_OF_A_TAG + 2 {
+            return Err(format!("a tag exceeds the limit of {TOKENS_OF_A_TAG} tokens (line {})", span.start_line));
+        }
+        if ends {
+            elifs += usize::from(matches!(tag.get(1), Some(Lexed { token: Token::Ident("elif"), .. })));
+            if elifs > ELIFS {
+                return Err(format!("it exceeds the limit of {ELIFS} `elif` branches (line {})", span.start_line));
+            }
+            guard_tag(&tag, &mut insertions);
+        }
+    }
+    insertions.sort_by_key(|&(place, _)| place);
+    let mut prepared = String::with_capacity(source.len() + 24 * insertions.len());
+    let mut end = 0;
+    for (place, text) in insertions {
+        // The engine's own places are between characters.
+        prepared.push_str(source.get(end..place).unwrap_or_default());
+        prepared.push_str(text);
+        end = place;
+    }
+    prepared.push_str(&source[end..]);
+    Ok(prepared)
+}
+
+struct Lexed<'a> {
+    token: Token<'a>,
+    start: usize,
+    end: usize,
+}
+
+/// Where the guards go in a tag.
+fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
+    let mut open: Vec<(usize, bool)> = Vec::new();
+    let is_set = matches!(tag[0].token, Token::BlockStart)
+        && matches!(tag.get(1), Some(Lexed { token: Token::Ident("set"), .. }));
+    let (mut dotted, mut assigned, mut filtered) = (false, false, false);
+    for (index, lexed) in tag.iter().enumerate() {
+        match &lexed.token {
+            Token::BracketOpen | Token::BraceOpen | Token::ParenOpen => {
+                let literal = !matches!(lexed.token, Token::ParenOpen) && begins_a_value(&tag[index - 1].token);
+                open.push((index, literal));
+            }
+            Token::BracketClose | Token::BraceClose | Token::ParenClose => {
+                // A list of names: of constants alone it is as large as it is written.
+                if let Some((from, true)) = open.pop()
+                    && tag[from..index].iter().any(|lexed| matches!(lexed.token, Token::Ident(_)))
+                {
+                    insertions.push((tag[from].start, "("));
+                    insertions.push((lexed.end, "|moonlight_checked)"));
+                }
+            }
+            Token::Mul if !matches!(tag[index - 1].token, Token::ParenOpen | Token::Comma) => {
+                insertions.push((lexed.start, "|moonlight_repeated "));
+                if let Some(last) = end_of_operand(tag, index + 1) {
+                    insertions.push((tag[last].end, "|moonlight_repeated "));
+                }
+            }
+            Token::Dot if is_set && !assigned && !filtered => dotted = true,
+            Token::Assign if is_set && !assigned && !filtered && open.is_empty() => {
+                assigned = true;
+                insertions.push((lexed.end, " ("));
+            }
+            Token::Pipe if is_set && !assigned && open.is_empty() => filtered = true,
+            Token::BlockEnd if is_set => insertions.extend(match (assigned, filtered, dotted) {
+                (true, _, true) => Some((lexed.start, ")|moonlight_kept ")),
+                (true, _, false) => Some((lexed.start, ")|moonlight_checked ")),
+                (false, true, true) => Some((lexed.start, "|moonlight_kept ")),
+                (false, true, false) => Some((lexed.start, "|moonlight_checked ")),
+                // The text of a block.
+                (false, false, _) => None,
+            }),
+            _ => {}
+        }
+    }
+}
+
+/// Whether a bracket behind this token begins a list, and does not take something out of one.
+fn begins_a_value(before: &Token<'_>) -> bool {
+    const WORDS: [&str; 8] = ["in", "and", "or", "not", "if", "else", "elif", "is"];
+    match before {
+        Token::Ident(word) => WORDS.contains(word),
+        Token::Str(_) | Token::String(_) | Token::Int(_) | Token::Int128(_) | Token::Float(_) => false,
+        Token::BracketClose | Token::BraceClose | Token::ParenClose => false,
+        _ => true,
+    }
+}
+
+/// The last token of the operand that begins at `index`.
+fn end_of_operand(tag: &[Lexed<'_>], mut index: usize) -> Option<usize> {
+    while matches!(tag.get(index)?.token, Token::Minus | Token::Plus) {
+        index += 1;
+    }
+    let mut last = closed(tag, index)?;
+    loop {
+        let next = match &tag.get(last + 1)?.token {
+            Token::Dot | Token::Pipe => last + 2,
+            Token::BracketOpen | Token::ParenOpen => closed(tag, last + 1)?,
+            _ => return Some(last),
+        };
+        tag.get(next)?;
+        last = next;
+    }
+}
+
+/// The token that closes the bracket at `index`; itself where it is none.
+fn closed(tag: &[Lexed<'_>], index: usize) -> Option<usize> {
+    let mut depth = 0;
+    for (index, lexed) in tag.iter().enumerate().skip(index) {
+        match lexed.token {
+            Token::BracketOpen | Token::BraceOpen | Token::ParenOpen => depth += 1,
+            Token::BracketClose | Token::BraceClose | Token::ParenClose => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 {
+            return Some(index);
+        }
+    }
+    None
+}
+
+/// Takes out of an environment what has no measure, and puts in the filters that [`prepared`] writes.
+pub(super) fn guard(environment: &mut Environment<'static>) {
+    // The values of an error are not wanted, and may be endless.
+    environment.set_debug(false);
+    environment.set_recursion_limit(RECURSION);
+    environment.remove_global("debug");
+    // Not of Jinja, and both give what they are given many times over without a measure.
+    environment.remove_filter("chain");
+    environment.remove_filter("zip");
+    environment.add_filter(CHECKED, |state: &State, value: Value| -> Result<Value, Error> {
+        measured(state, &value)?;
+        Ok(value)
+    });
+    environment.add_filter(KEPT, |state: &State, value: Value| -> Result<Value, Error> {
+        measured(state, &value)?;
+        copied(&value, 0)
+    });
+    environment.add_filter(REPEATED, |value: Value| match is_container(&value) {
+        true => Err(refusal("`*` repeats a list, and there is no limit to that")),
+        false => Ok(value),
+    });
+    environment.set_unknown_method_callback(method);
+}
+
+fn refusal(problem: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+    Error::new(ErrorKind::InvalidOperation, problem)
+}
+
+fn is_container(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map)
+}
+
+/// Pays for the size of a value with its parts, and refuses one that is too large or too deep.
+fn measured(state: &State, value: &Value) -> Result<(), Error> {
+    if !is_container(value) {
+        return Ok(());
+    }
+    let mut size = 0;
+    measure(state, value, &mut size, 0)
+}
+
+fn measure(state: &State, value: &Value, size: &mut u64, depth: usize) -> Result<(), Error> {
+    let own = SLOT + value.as_str().map_or(0, |text| text.len() as u64);
+    *size += own;
+    if *size > LARGEST_VALUE {
+        return Err(refusal(format!("a list exceeds the limit of {LARGEST_VALUE} bytes")));
+    }
+    if !is_container(value) {
+        return Ok(());
+    }
+    if depth >= DEEPEST_VALUE {
+        return Err(refusal(format!("lists exceed the limit of {DEEPEST_VALUE} in each other")));
+    }
+    let is_map = value.kind() == ValueKind::Map;
+    for item in value.try_iter()? {
+        state.consume_fuel(1)?;
+        match is_map {
+            true => measure(state, &value.get_item(&item)?, size, depth + 1)?,
+            false => measure(state, &item, size, depth + 1)?,
+        }
+    }
+    Ok(())
+}
+
+/// A value of its own, with no namespace in it and nothing that is made when it is asked for.
+fn copied(value: &Value, depth: usize) -> Result<Value, Error> {
+    if depth > DEEPEST_VALUE {
+        return Err(refusal(format!("lists exceed the limit of {DEEPEST_VALUE} in each other")));
+    }
+    Ok(match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable => {
+            let items = value.try_iter()?.map(|item| copied(&item, depth + 1));
+            Value::from(items.collect::<Result<Vec<_>, _>>()?)
+        }
+        ValueKind::Map => {
+            let pairs = value.try_iter()?.map(|key| {
+                let item = copied(&value.get_item(&key)?, depth + 1)?;
+                Ok((key, item))
+            });
+            pairs.collect::<Result<Vec<(Value, Value)>, Error>>()?.into_iter().collect()
+        }
+        _ => value.clone(),
+    })
+}
+
+/// Python's methods, those that can make much of little after they are paid for.
+fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
+    let pay = |bytes: usize| state.consume_fuel(bytes as u64 / STEP);
+    let text = value.as_str();
+    let given = arguments.first().and_then(Value::as_str);
+    match (text, name) {
+        // Each character of the one is looked for among those of the other.
+        (Some(text), "strip" | "lstrip" | "rstrip") => {
+            pay(text.len().saturating_mul(given.map_or(1, |given| given.chars().count())))?;
+        }
+        (Some(text), "split") => {
+            let parts = match given {
+                Some("") => text.len(),
+                Some(given) => text.matches(given).count(),
+                None => text.split_whitespace().count(),
+            };
+            pay(parts.saturating_mul(SLOT as usize))?;
+        }
+        (Some(text), "splitlines") => pay(text.matches('\n').count().saturating_mul(SLOT as usize))?,
+        (Some(text), "join") => return joined(state, text, arguments),
+        (Some(text), "format") => {
+            let digits = text.as_bytes().chunk_by(|a, b| a.is_ascii_digit() && b.is_ascii_digit());
+            if text.contains(":{") || digits.into_iter().any(|run| run.len() > 4 && run[0].is_ascii_digit()) {
+                return Err(refusal("a width in `format` exceeds the limit of four digits"));
+            }
+            if arguments.iter().any(is_container) {
+                return Err(refusal("`format` takes texts and numbers"));
+            }
+        }
+        (None, "count") if is_container(value) => {
+            for _ in value.try_iter()? {
+                state.consume_fuel(1)?;
+            }
+        }
+        _ => {}
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments)
+}
+
+fn joined(state: &State, separator: &str, arguments: &[Value]) -> Result<Value, Error> {
+    let [items] = arguments else { return Err(refusal("`join` takes one list")) };
+    let mut whole = String::new();
+    for (index, item) in items.try_iter()?.enumerate() {
+        if is_container(&item) {
+            return Err(refusal("`join` takes texts"));
+        }
+        let item = item.to_string();
+        state.consume_fuel(1 + (separator.len() + item.len()) as u64 / STEP)?;
+        if index > 0 {
+            whole.push_str(separator);
+        }
+        whole.push_str(&item);
+    }
+    Ok(Value::from(whole))
+}

@@ -1,0 +1,186 @@
+//! What a `tokenizer.json` may ask of the `tokenizers` crate, seen before that crate sees it: it allocates what a file says
+//! and repeats what a file says.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+/// The longest `tokenizer.json`; that of Gemma, with 262,144 tokens, has 33 MB.
+pub(super) const LONGEST_FILE: u64 = 100_000_000;
+/// The longest token.
+pub(super) const LONGEST_TOKEN: usize = 65_536;
+/// The longest text that a step puts in the place of another, or before one.
+const LONGEST_CONTENT: usize = 1024;
+/// The longest text that stands for a character in a table; in SentencePiece's own it is U+FDFA's, of 33 bytes.
+const LONGEST_REPLACEMENT: usize = 64;
+/// Steps of a normalizer, a pre-tokenizer or a decoder, sequences in sequences included.
+const STEPS: usize = 32;
+/// How many times its length a text may grow to where it is not tried first, and as the product of what pre-tokenizers and
+/// decoders can make of it.
+pub(super) const GROWTH: usize = 16;
+/// What a text may grow by besides.
+pub(super) const SLACK: usize = 65_536;
+/// The longest word that WordPiece looks at: it tries each of its parts.
+const LONGEST_WORD: u64 = 10_000;
+
+/// A file that may be read.
+pub(super) struct Checked {
+    /// What the crate is given: the parts that were looked at are written again, so that both see the same.
+    pub(super) json: Vec<u8>,
+    /// Whether its normalizer can make a text more than [`GROWTH`] times as long.
+    pub(super) watched: bool,
+}
+
+/// The file's fields. Unknown ones are left out, and one that is there twice is an error.
+#[derive(Deserialize, Serialize)]
+struct File<'a> {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    version: Option<Value>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    added_tokens: Option<&'a RawValue>,
+    #[serde(default)]
+    normalizer: Option<Value>,
+    #[serde(default)]
+    pre_tokenizer: Option<Value>,
+    #[serde(default)]
+    decoder: Option<Value>,
+    #[serde(borrow)]
+    model: &'a RawValue,
+    #[serde(default, skip_serializing)]
+    #[allow(dead_code, reason = "known, and not wanted")]
+    truncation: Option<IgnoredAny>,
+    #[serde(default, skip_serializing)]
+    #[allow(dead_code, reason = "known, and not wanted")]
+    padding: Option<IgnoredAny>,
+    #[serde(default, skip_serializing)]
+    #[allow(dead_code, reason = "known, and not wanted")]
+    post_processor: Option<IgnoredAny>,
+}
+
+/// The one field of a model that costs more than it is long.
+#[derive(Deserialize)]
+struct Model {
+    max_input_chars_per_word: Option<u64>,
+}
+
+/// Looks at a file.
+///
+/// # Errors
+///
+/// What is wrong with it, as part of a sentence.
+pub(super) fn checked(contents: &[u8]) -> Result<Checked, String> {
+    if contents.len() as u64 > LONGEST_FILE {
+        return Err(format!("it has {} bytes, more than the limit of {LONGEST_FILE}", contents.len()));
+    }
+    let file: File<'_> = serde_json::from_slice(contents).map_err(|error| error.to_string())?;
+    let model: Model = serde_json::from_str(file.model.get()).map_err(|error| error.to_string())?;
+    if let Some(length) = model.max_input_chars_per_word.filter(|&length| length > LONGEST_WORD) {
+        return Err(format!("its words have up to {length} characters, more than the limit of {LONGEST_WORD}"));
+    }
+    let normalizer = growth("normalizer", file.normalizer.as_ref())?;
+    for (name, part) in [("pre_tokenizer", &file.pre_tokenizer), ("decoder", &file.decoder)] {
+        let growth = growth(name, part.as_ref())?;
+        if growth > GROWTH {
+            return Err(format!("its {name} can make a text {growth} times as long, past the limit of {GROWTH}"));
+        }
+    }
+    let json = serde_json::to_vec(&file).map_err(|error| error.to_string())?;
+    Ok(Checked { json, watched: normalizer > GROWTH })
+}
+
+/// How many times its length a text can become, at most.
+fn growth(name: &str, part: Option<&Value>) -> Result<usize, String> {
+    let (mut steps, mut growth) = (0, 1);
+    match part {
+        Some(part) => follow(name, part, &mut steps, &mut growth).map(|()| growth),
+        None => Ok(1),
+    }
+}
+
+/// Follows the steps of a part into its sequences.
+fn follow(name: &str, part: &Value, steps: &mut usize, growth: &mut usize) -> Result<(), String> {
+    *steps += 1;
+    if *steps > STEPS {
+        return Err(format!("its {name} exceeds the limit of {STEPS} steps"));
+    }
+    let Value::Object(step) = part else { return Ok(()) };
+    for list in ["normalizers", "pretokenizers", "decoders"] {
+        if let Some(Value::Array(parts)) = step.get(list) {
+            parts.iter().try_for_each(|part| follow(name, part, steps, growth))?;
+        }
+    }
+    let own = growth_of(name, step)?;
+    if own > GROWTH && !step.contains_key("precompiled_charsmap") && !is_unicode(step) {
+        return Err(format!("a step of its {name} can make a text {own} times as long, past the limit of {GROWTH}"));
+    }
+    *growth = growth.saturating_mul(own);
+    Ok(())
+}
+
+/// One of the forms that Unicode defines: few characters become many.
+fn is_unicode(step: &Map<String, Value>) -> bool {
+    matches!(step.get("type").and_then(Value::as_str), Some("NFC" | "NFD" | "NFKC" | "NFKD"))
+}
+
+/// How many times its length one step can make a text. By the keys, not the type: old files have none.
+fn growth_of(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
+    let text = |key: &str| step.get(key).and_then(Value::as_str);
+    for key in ["content", "prepend", "prefix", "suffix", "replacement"] {
+        if let Some(content) = text(key).filter(|content| content.len() > LONGEST_CONTENT) {
+            let bytes = content.len();
+            return Err(format!("its {name} writes a text of {bytes} bytes, more than the limit of {LONGEST_CONTENT}"));
+        }
+    }
+    if step.get("length").and_then(Value::as_u64) == Some(0) {
+        return Err(format!("its {name} cuts a text into pieces of no length"));
+    }
+    let content = text("content").unwrap_or_default().len();
+    if let Some(pattern) = step.get("pattern") {
+        let is_split = step.contains_key("behavior");
+        return match (pattern["String"].as_str(), pattern["Regex"].as_str()) {
+            (Some(""), _) | (_, Some("")) => Err(format!("its {name} has an empty pattern")),
+            _ if is_split => Ok(1),
+            (Some(pattern), _) => Ok(content.div_ceil(pattern.len()).max(1)),
+            // It may match between any two bytes.
+            _ => Ok(1 + content),
+        };
+    }
+    if let Some(map) = step.get("precompiled_charsmap") {
+        return charsmap(name, map);
+    }
+    Ok(match text("type") {
+        // What it writes comes once.
+        _ if step.contains_key("prepend") => 2,
+        Some("Metaspace" | "NFC" | "NFD") => 3,
+        Some("NFKC" | "NFKD") => 18,
+        Some(
+            "Sequence" | "Digits" | "Punctuation" | "Whitespace" | "WhitespaceSplit" | "UnicodeScripts"
+            | "BertPreTokenizer" | "CharDelimiterSplit" | "FixedLength" | "Fuse" | "ByteFallback" | "Strip"
+            | "StripAccents" | "Nmt" | "CTC",
+        ) => 1,
+        // `ByteLevel` writes two bytes for most, `Lowercase` and `Bert` for some.
+        _ => 2,
+    })
+}
+
+/// SentencePiece's table of characters: the length of a trie, the trie, and the texts that it leads to, each ended by a zero
+/// byte.
+fn charsmap(name: &str, map: &Value) -> Result<usize, String> {
+    let wrong = || format!("its {name} has a table of characters (`precompiled_charsmap`) that is damaged");
+    let bytes = STANDARD.decode(map.as_str().ok_or_else(wrong)?).map_err(|_| wrong())?;
+    let (length, rest) = bytes.split_first_chunk().ok_or_else(wrong)?;
+    let length = u32::from_le_bytes(*length) as usize;
+    // The crate allocates what the length says, and reads the first unit of the trie without looking.
+    if length < 4 || !length.is_multiple_of(4) || length > rest.len() {
+        return Err(wrong());
+    }
+    let texts = std::str::from_utf8(&rest[length..]).map_err(|_| wrong())?;
+    let longest = texts.split('\0').map(str::len).max().unwrap_or(0);
+    match longest > LONGEST_REPLACEMENT {
+        true => Err(wrong()),
+        false => Ok(longest.max(1)),
+    }
+}
