@@ -8,6 +8,7 @@ use moonlight_model::ConfigError;
 
 use crate::dtype::conversion::WeightDtype;
 use crate::io::file_error::FileError;
+pub(crate) use crate::printable::Printable as OneLine;
 use crate::report::validation::ProblemList;
 
 /// A checkpoint that cannot be opened, loaded or saved.
@@ -264,23 +265,6 @@ impl CheckpointError {
 }
 
 const MAKE_ROOM: &str = "free some space; what was there before is untouched";
-
-/// Text that may come from a file, with its control characters escaped: none forges a line of ours or reaches a terminal
-/// as a command.
-pub(crate) struct OneLine<T>(pub(crate) T);
-
-impl<T: fmt::Display> fmt::Display for OneLine<T> {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use fmt::Write;
-        for character in self.0.to_string().chars() {
-            match character.is_control() {
-                true => write!(formatter, "{}", character.escape_default())?,
-                false => formatter.write_char(character)?,
-            }
-        }
-        Ok(())
-    }
-}
 
 /// ` in FILE`, or nothing.
 struct In<'a>(&'a Option<PathBuf>);

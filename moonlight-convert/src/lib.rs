@@ -43,6 +43,7 @@ pub mod hub;
 mod io;
 mod load;
 mod mapping;
+mod printable;
 mod progress;
 pub mod report;
 mod save;
@@ -57,6 +58,7 @@ pub use io::confined_dir::ConfinedDir;
 pub use io::file_error::{Access, FileError};
 pub use load::{LoadReport, Loaded, load};
 pub use mapping::names::{HfTensor, SkipReason, hugging_face_tensors};
+pub use printable::{Printable, printable, printable_lines};
 pub use progress::Progress;
 pub use save::{Format, SaveOptions, save, write_into};
 
