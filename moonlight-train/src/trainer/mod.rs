@@ -16,6 +16,7 @@ mod comm_report;
 mod exchange;
 mod final_report;
 mod freeze;
+mod in_loop;
 mod model_cell;
 mod outcome;
 mod process_group;
@@ -46,6 +47,7 @@ use crate::recipe::Recipe;
 
 pub use backward::MemoryOptions;
 pub use final_report::final_report;
+pub(crate) use in_loop::is_training;
 pub use outcome::{Outcome, Trained};
 pub use terminal::restore as restore_terminal;
 
@@ -62,6 +64,16 @@ use process_group::{Display, ProcessGroup};
 /// [`TrainError`]. The newest checkpoint is complete in every case.
 pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: &Interrupter) -> Result<Outcome, TrainError> {
     let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
-    let display = if terminal { Display::Dashboard } else { Display::Lines };
+    let display = if terminal && draws(|name| std::env::var_os(name)) { Display::Dashboard } else { Display::Lines };
     ProcessGroup::open(recipe)?.train(recipe, target, resume, display, interrupter)
+}
+
+/// Whether the terminal is one to draw on, and the user wants its colors.
+fn draws(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
+    let plain = variable("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let able = match variable("TERM") {
+        Some(name) => !name.is_empty() && name != "dumb",
+        None => cfg!(not(unix)),
+    };
+    able && !plain
 }
