@@ -187,12 +187,26 @@ impl TrainError {
 
     /// Logs it in one line, and its hint in another. The failure of another rank is not repeated.
     pub(crate) fn report(&self) {
+        self.report_with(self.hint());
+    }
+
+    /// [`report`](Self::report) for a command that is no run, and has nothing to resume.
+    pub(crate) fn report_without_run(&self) {
+        self.report_with(match self {
+            Self::File(error) | Self::Infer(InferError::File(error)) if error.is_full() => {
+                Some("free some space, and start again".into())
+            }
+            error => error.hint(),
+        });
+    }
+
+    fn report_with(&self, hint: Option<String>) {
         if matches!(self, Self::RemoteFailure) {
             return;
         }
         // One line each, whatever a nested message contains.
         let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
-        let hint = self.hint().map(|hint| format!("\nhint: {}", line(hint))).unwrap_or_default();
+        let hint = hint.map(|hint| format!("\nhint: {}", line(hint))).unwrap_or_default();
         tracing::error!("{}{hint}", line(self.to_string()));
     }
 

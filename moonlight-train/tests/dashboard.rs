@@ -34,7 +34,7 @@ impl OnTerminal {
         tcsetwinsize(&terminal, Winsize { ws_row: 40, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
         let stdio = || Stdio::from(terminal.try_clone().unwrap());
         let mut command = home.train(name, &["--set", "train.steps=1000000", "--set", "train.checkpoint_every=0"]);
-        command.stdin(stdio()).stdout(stdio()).stderr(stdio());
+        command.stdin(stdio()).stdout(stdio()).stderr(stdio()).env("TERM", "xterm").env_remove("NO_COLOR");
         // SAFETY: both calls are system calls and allocate nothing.
         unsafe {
             command.pre_exec(|| {

@@ -161,8 +161,12 @@ fn weight_of(message: &Map<String, Value>) -> Result<f32, &'static str> {
     match message.get("weight") {
         None | Some(Value::Null) => Ok(1.0),
         Some(Value::Bool(learned)) => Ok(f32::from(u8::from(*learned))),
-        Some(value) => match value.as_f64().map(|weight| weight as f32) {
-            Some(weight) if weight >= 0.0 && weight.is_finite() => Ok(weight),
+        Some(value) => match value.as_f64() {
+            Some(weight) if weight >= 0.0 => match weight as f32 {
+                0.0 if weight > 0.0 => Err("has a `weight` that is smaller than an f32 can be (1.4e-45)"),
+                weight if weight.is_infinite() => Err("has a `weight` that is larger than an f32 can be (3.4e38)"),
+                weight => Ok(weight),
+            },
             _ => Err("has a `weight` that is not a number from 0"),
         },
     }
@@ -278,6 +282,14 @@ mod tests {
             (
                 with(r#"{"role": "assistant", "content": "A", "weight": -1}"#),
                 "`messages[1]` has a `weight` that is not a number from 0",
+            ),
+            (
+                with(r#"{"role": "assistant", "content": "A", "weight": 1e-46}"#),
+                "`messages[1]` has a `weight` that is smaller than an f32 can be (1.4e-45)",
+            ),
+            (
+                with(r#"{"role": "assistant", "content": "A", "weight": 3.5e38}"#),
+                "`messages[1]` has a `weight` that is larger than an f32 can be (3.4e38)",
             ),
             (
                 with(r#"{"role": "assistant", "content": "A", "weight": 0}"#),

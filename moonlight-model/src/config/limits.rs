@@ -9,8 +9,8 @@ pub(crate) const MOST_HEADS: usize = 1 << 14;
 /// Wider than any matrix is. The products of an expert's two sides, or of heads, their dimensions and a width, and the
 /// number of routed experts fit 64 bits.
 pub(crate) const WIDEST: usize = 1 << 21;
-/// More routed experts than any router has.
-pub(crate) const MOST_EXPERTS: usize = 1 << 16;
+/// The most routed experts that a router takes: it keeps a bit for each while it chooses.
+pub(crate) const MOST_EXPERTS: usize = 1 << 10;
 /// Token ids have 32 bits.
 pub(crate) const LARGEST_VOCABULARY: usize = u32::MAX as usize;
 /// Longer than any text.

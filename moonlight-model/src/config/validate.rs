@@ -88,6 +88,7 @@ mod tests {
         assert_eq!(refused(|c| moe(c).n_shared_experts = usize::MAX), "n_shared_experts");
         assert_eq!(refused(|c| mla(c, |mla| mla.qk_nope_head_dim = usize::MAX)), "qk_nope_head_dim");
         assert_eq!(refused(|c| mla(c, |mla| mla.kv_lora_rank = usize::MAX)), "kv_lora_rank");
+        assert_eq!(refused(|c| moe(c).n_routed_experts = MOST_EXPERTS + 64), "n_routed_experts");
         // The largest of everything is still counted without overflow.
         let mut largest = ModelConfig::preset("moonlight-16b-a3b").unwrap();
         (largest.hidden_size, largest.intermediate_size, largest.vocab_size) = (WIDEST, WIDEST, LARGEST_VOCABULARY);

@@ -7,6 +7,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
 use super::shape::{Scoring, TopkMethod};
+use crate::config::limits::MOST_EXPERTS;
 use crate::init::Init;
 
 /// Tokens that one task chooses for.
@@ -17,7 +18,7 @@ const TOKENS_PER_TASK: usize = 64;
 pub struct RouterConfig {
     /// Width of the hidden states.
     pub hidden_size: usize,
-    /// Number of routed experts, 1024 at most.
+    /// Number of routed experts, 1024 at most, as a configuration is checked for.
     pub n_routed_experts: usize,
     /// Routed experts that each token visits.
     pub num_experts_per_tok: usize,
@@ -219,8 +220,8 @@ impl Rule {
 /// Fills `chosen` with the indices of the largest scores, best first, and strikes them from `scores`.
 fn best(scores: &mut [f32], chosen: &mut [u32]) {
     // For the few choices of a router, looking k times beats sorting.
-    let mut taken = [0u64; 16];
-    assert!(scores.len() <= 64 * taken.len(), "a router has at most 1024 experts");
+    let mut taken = [0u64; MOST_EXPERTS / 64];
+    assert!(scores.len() <= MOST_EXPERTS, "a router has at most {MOST_EXPERTS} experts");
     for chosen in chosen {
         let mut index = usize::MAX;
         for (candidate, &score) in scores.iter().enumerate() {
@@ -265,6 +266,13 @@ mod tests {
     #[test]
     fn plain_choice_takes_the_best() {
         assert_eq!(rule(TopkMethod::Greedy, 1, 1).choose(&SCORES, None), [0, 2]);
+    }
+
+    #[test]
+    fn the_most_experts_of_a_configuration_are_chosen_from() {
+        let most = Rule { experts: MOST_EXPERTS, ..rule(TopkMethod::Greedy, 1, 1) };
+        let scores: Vec<f32> = (0..MOST_EXPERTS).map(|expert| expert as f32).collect();
+        assert_eq!(most.choose(&scores, None), [MOST_EXPERTS as u32 - 1, MOST_EXPERTS as u32 - 2]);
     }
 
     #[test]

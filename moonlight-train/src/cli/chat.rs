@@ -1,8 +1,9 @@
 //! `moonlight chat`.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,13 +15,18 @@ use moonlight_infer::tokenizer::Tokenizer;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
+use super::INTERRUPTED;
 use super::generate::SamplingArguments;
 use super::model::ModelArguments;
+use super::output::{of_model, print};
+use super::signals::{self, Response, Signal};
 use crate::error::TrainError;
+use crate::output_file::OutputFile;
+use crate::trainer::terminal;
 
 const HELP: &str = "/system TEXT  begin anew with another system message\n/reset        begin anew\n\
      /save FILE    write the conversation as a line of JSON\n/help         this\n/exit         leave (or Ctrl-D)\n\
-     Ctrl-C stops an answer.";
+     Ctrl-C stops an answer, and at the prompt leaves.";
 
 /// Talk to a model in its own chat template.
 #[derive(Debug, Args)]
@@ -46,24 +52,55 @@ struct Conversation<'a> {
     eos: Vec<u32>,
     max_new_tokens: usize,
     messages: Vec<Message>,
-    /// Set by Ctrl-C, taken back before each answer.
-    interrupted: Arc<AtomicBool>,
+    answering: Arc<Answering>,
 }
 
-pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
+/// What Ctrl-C finds.
+#[derive(Default)]
+struct Answering {
+    /// Whether an answer is being made.
+    now: AtomicBool,
+    /// Whether it is to be stopped.
+    interrupted: AtomicBool,
+}
+
+impl Answering {
+    /// The first Ctrl-C in an answer stops it. The second, one at any other time and every other signal end the program.
+    fn respond(&self, signal: Signal) -> Response {
+        let stops = signal == Signal::Interrupt && self.now.load(Ordering::SeqCst);
+        if stops && !self.interrupted.swap(true, Ordering::SeqCst) { Response::Handled } else { Response::End }
+    }
+
+    fn begin(&self) {
+        self.interrupted.store(false, Ordering::SeqCst);
+        self.now.store(true, Ordering::SeqCst);
+    }
+
+    fn end(&self) {
+        self.now.store(false, Ordering::SeqCst);
+    }
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     let opened = arguments.model.open()?;
     let tokenizer = opened.tokenizer.as_ref().ok_or_else(|| TrainError::Request {
         problem: format!("`{}` has no tokenizer", opened.dir.display()),
         hint: Some("`moonlight generate --prompt-tokens 1,2,3` needs none".into()),
     })?;
     let encoder = opened.chat_encoder()?;
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let handle = interrupted.clone();
-    ctrlc::set_handler(move || handle.store(true, Ordering::Relaxed))
-        .map_err(|error| TrainError::Stage(format!("signals cannot be handled: {error}")))?;
+    let answering = Arc::new(Answering::default());
+    let handle = answering.clone();
+    terminal::remember();
+    signals::handle(move |signal| {
+        let response = handle.respond(signal);
+        if response == Response::End {
+            terminal::restore_mode(); // the prompt is read in raw mode
+        }
+        response
+    });
     let talking = std::io::stdin().is_terminal();
     if talking {
-        eprintln!("chat template: {}; /help for commands", encoder.template().source());
+        tracing::info!("chat template: {}; /help for commands", encoder.template().source());
     }
     let mut conversation = Conversation {
         session: Session::new(&opened.model, opened.model.config().max_position_embeddings),
@@ -73,7 +110,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
         eos: opened.end_of_turn(),
         max_new_tokens: arguments.max_new_tokens,
         messages: system(arguments.system.as_deref()),
-        interrupted,
+        answering,
     };
     let failed = |error: ReadlineError| TrainError::Stage(format!("the terminal cannot be read: {error}"));
     let mut editor = DefaultEditor::new().map_err(failed)?;
@@ -83,11 +120,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
             Ok(line) => {
                 let _ = editor.add_history_entry(&line);
                 if conversation.take(&line)?.is_break() {
-                    return Ok(());
+                    return Ok(ExitCode::SUCCESS);
                 }
             }
-            Err(ReadlineError::Interrupted) => eprintln!("/exit or Ctrl-D to leave"),
-            Err(ReadlineError::Eof) => return Ok(()),
+            // The terminal is in raw mode, where Ctrl-C is a key.
+            Err(ReadlineError::Interrupted) => return Ok(ExitCode::from(INTERRUPTED)),
+            Err(ReadlineError::Eof) => return Ok(ExitCode::SUCCESS),
             Err(error) => return Err(failed(error)),
         }
     }
@@ -103,17 +141,20 @@ impl Conversation<'_> {
         let (word, rest) = line.trim().split_once(char::is_whitespace).unwrap_or((line.trim(), ""));
         match word {
             "/exit" | "/quit" => return Ok(ControlFlow::Break(())),
-            "/help" => eprintln!("{HELP}"),
+            "/help" => tracing::info!("{HELP}"),
             "/reset" => self.messages.retain(|message| message.role == "system"),
             "/system" => self.messages = system(Some(rest.trim()).filter(|text| !text.is_empty())),
             // What goes wrong in a conversation does not end it.
             "/save" => match self.save(Path::new(rest.trim())) {
-                Ok(()) => eprintln!("saved: {}", rest.trim()),
+                Ok(()) => tracing::info!("saved: {}", rest.trim()),
                 Err(error) => error.report(),
             },
-            _ if word.starts_with('/') => eprintln!("there is no command `{word}`; /help says which there are"),
+            _ if word.starts_with('/') => tracing::info!("there is no command `{word}`; /help says which there are"),
             _ => {
-                if let Err(error) = self.answer(line) {
+                self.answering.begin();
+                let answered = self.answer(line);
+                self.answering.end();
+                if let Err(error) = answered {
                     self.messages.pop();
                     match error {
                         TrainError::File(FileError { access: Access::Write, .. }) => return Err(error),
@@ -129,20 +170,20 @@ impl Conversation<'_> {
     fn answer(&mut self, line: &str) -> Result<(), TrainError> {
         self.messages.push(Message::new("user", line));
         let prompt = self.encoder.tokens(&self.messages, true)?;
-        self.interrupted.store(false, Ordering::Relaxed);
         let mut stream = self.tokenizer.stream();
         let mut written = Ok(());
         let mut answer = String::new();
         let mut show = |text: String| {
-            let mut stdout = std::io::stdout().lock();
-            written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+            if written.is_ok() {
+                written = print(&of_model(&text));
+            }
             answer.push_str(&text);
             written.is_ok()
         };
-        let interrupted = self.interrupted.clone();
+        let answering = self.answering.clone();
         let generated = self.session.generate(&prompt, self.max_new_tokens, &mut self.sampler, &self.eos, |token| {
             let shown = show(stream.push(token));
-            if shown && !interrupted.load(Ordering::Relaxed) {
+            if shown && !answering.interrupted.load(Ordering::SeqCst) {
                 ControlFlow::Continue(())
             } else {
                 ControlFlow::Break(())
@@ -150,10 +191,10 @@ impl Conversation<'_> {
         })?;
         show(stream.finish());
         self.messages.push(Message::new("assistant", answer));
-        written.and_then(|()| writeln!(std::io::stdout())).map_err(TrainError::write("stdout"))?;
+        written.and_then(|()| print("\n"))?;
         match generated.stop {
             Stop::Eos | Stop::Interrupted => {}
-            Stop::Length => eprintln!("(cut at {} tokens)", generated.tokens.len()),
+            Stop::Length => tracing::info!("(cut at {} tokens)", generated.tokens.len()),
         }
         Ok(())
     }
@@ -162,6 +203,28 @@ impl Conversation<'_> {
     fn save(&self, path: &Path) -> Result<(), TrainError> {
         let line = serde_json::json!({ "messages": self.messages }).to_string() + "\n";
         let shown = if path.as_os_str().is_empty() { PathBuf::from("(no name)") } else { path.to_owned() };
-        std::fs::write(path, line).map_err(TrainError::write(shown))
+        OutputFile::write(path, line.as_bytes()).map_err(TrainError::write(shown))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ctrl_c_stops_an_answer_once_and_all_else_ends() {
+        let answering = Answering::default();
+        assert_eq!(answering.respond(Signal::Interrupt), Response::End, "at the prompt");
+        for _ in 0..2 {
+            answering.begin();
+            assert!(!answering.interrupted.load(Ordering::SeqCst));
+            assert_eq!(answering.respond(Signal::Interrupt), Response::Handled);
+            assert!(answering.interrupted.load(Ordering::SeqCst));
+            assert_eq!(answering.respond(Signal::Interrupt), Response::End, "a template may not look");
+            answering.end();
+            assert_eq!(answering.respond(Signal::Interrupt), Response::End);
+        }
+        answering.begin();
+        assert_eq!(answering.respond(Signal::Terminate), Response::End);
     }
 }

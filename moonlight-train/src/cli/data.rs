@@ -1,12 +1,14 @@
 //! `moonlight data`.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use moonlight_convert::{Printable, printable, printable_lines};
 use moonlight_infer::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
+use super::output::print;
 use crate::data::{Dataset, Inspection, Sample, SplitStats};
 use crate::error::TrainError;
 use crate::recipe::Recipe;
@@ -46,13 +48,13 @@ pub(super) fn run(command: &Command) -> Result<(), TrainError> {
     let tokenizer = recipe.data.tokenizer.open()?;
     let config = recipe.model.config_for(tokenizer.as_ref())?;
     let dataset = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
-    let inspection = dataset.inspect(arguments.samples);
+    let inspection = dataset.inspect(arguments.samples)?;
     if arguments.json {
         return print(&(as_json(&inspection, dataset.notes()).to_string() + "\n"));
     }
     let mut text = String::new();
     for note in dataset.notes() {
-        text.push_str(&format!("{note}\n"));
+        text.push_str(&format!("{}\n", printable(note)));
     }
     for (key, figures) in
         std::iter::once(("train", &inspection.train)).chain(Some("valid").zip(inspection.valid.as_ref()))
@@ -75,10 +77,6 @@ pub(super) fn run(command: &Command) -> Result<(), TrainError> {
     print(&text)
 }
 
-fn print(text: &str) -> Result<(), TrainError> {
-    std::io::stdout().write_all(text.as_bytes()).map_err(TrainError::write("stdout"))
-}
-
 fn as_json(inspection: &Inspection, notes: &[String]) -> Value {
     let figures = |figures: &SplitStats| {
         json!({
@@ -88,7 +86,7 @@ fn as_json(inspection: &Inspection, notes: &[String]) -> Value {
     };
     let sample = |sample: &Sample| {
         let (tokens, weights): (Vec<u32>, Vec<f32>) = sample.tokens.iter().copied().unzip();
-        json!({"path": sample.path, "line": sample.line, "tokens": tokens, "weights": weights})
+        json!({"path": sample.path.display().to_string(), "line": sample.line, "tokens": tokens, "weights": weights})
     };
     json!({
         "train": figures(&inspection.train),
@@ -135,13 +133,15 @@ struct Show<'a> {
 impl Show<'_> {
     fn sample(&self, Sample { path, line, tokens }: &Sample) -> String {
         let learned = tokens.iter().skip(1).filter(|(_, weight)| *weight > 0.0).count();
-        let place = if *line > 0 { format!("{}:{line}", path.display()) } else { path.display().to_string() };
+        let path = Printable(path.display());
+        let place = if *line > 0 { format!("{path}:{line}") } else { path.to_string() };
         let mut text = format!("\n{place}: {} tokens, {learned} learned\n", tokens.len());
         let shown = &tokens[..tokens.len().min(self.longest)];
         for part in shown.chunk_by(|a, b| a.1 == b.1) {
             let words = self.text(part);
+            let words = printable_lines(&words);
             match part[0].1 {
-                0.0 => text.extend([self.dim[0], &words, self.dim[1]]),
+                0.0 => text.extend([self.dim[0], &*words, self.dim[1]]),
                 1.0 => text.push_str(&words),
                 weight => text.push_str(&format!("{words}{}x{weight}{}", self.dim[0], self.dim[1])),
             }

@@ -1,13 +1,13 @@
 //! `moonlight eval`.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
+use moonlight_convert::printable_lines;
 use moonlight_infer::eval::{Reader, Task, TaskFormat, evaluate, table, to_json};
-use moonlight_infer::jsonl::JsonlWriter;
 
 use super::model::ModelArguments;
+use super::output::{JsonLines, print};
 use crate::error::TrainError;
 
 /// Multiple choice, perplexity and exact answers, from local files, as lm-evaluation-harness counts them.
@@ -49,9 +49,10 @@ fn format(text: &str) -> Result<Format, String> {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
+    let inputs = || arguments.tasks.iter().chain(&arguments.shots_from);
+    let mut output = arguments.output.as_deref().map(|path| JsonLines::create(Some(path), inputs())).transpose()?;
     let opened = arguments.model.open()?;
     let reader = Reader { model: &opened.model, tokenizer: opened.tokenizer()?, dir: Some(&opened.dir) };
-    let mut output = arguments.output.as_deref().map(|path| JsonlWriter::create(Some(path))).transpose()?;
     let mut evaluations = Vec::new();
     for path in &arguments.tasks {
         let task = Task {
@@ -72,7 +73,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     }
     let text = match arguments.json {
         true => evaluations.iter().map(|evaluation| to_json(evaluation).to_string() + "\n").collect(),
-        false => table(&evaluations),
+        false => printable_lines(&table(&evaluations)).into_owned(),
     };
-    std::io::stdout().write_all(text.as_bytes()).map_err(TrainError::write("stdout"))
+    print(&text)
 }

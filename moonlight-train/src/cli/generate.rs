@@ -1,17 +1,17 @@
 //! `moonlight generate`.
 
-use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
 use moonlight_infer::OpenedModel;
 use moonlight_infer::generate::{Generated, Sampling, check_prompt, generate, generate_many};
-use moonlight_infer::jsonl::{JsonlReader, JsonlWriter};
+use moonlight_infer::jsonl::JsonlReader;
 use moonlight_infer::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
 use super::model::ModelArguments;
+use super::output::{JsonLines, of_model, print};
 use crate::error::TrainError;
 
 /// Go on from a prompt, or from many.
@@ -85,7 +85,8 @@ fn number(text: &str) -> Result<f64, String> {
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     if let Some(prompts) = &arguments.prompts {
-        return run_many(JsonlReader::open(prompts)?, arguments);
+        let output = JsonLines::create(arguments.output.as_deref(), [prompts])?;
+        return run_many(JsonlReader::open(prompts)?, output, arguments);
     }
     let OpenedModel { model, tokenizer, eos, .. } = arguments.model.open()?;
     let prompt = match (&arguments.prompt_tokens, &arguments.prompt, &tokenizer) {
@@ -102,16 +103,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let mut stream = tokenizer.as_ref().map(|tokenizer| tokenizer.stream());
     let mut written = Ok(());
     let mut show = |text: &str| {
-        let mut stdout = std::io::stdout().lock();
-        let result = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
         if written.is_ok() {
-            written = result;
+            written = print(text);
         }
     };
     let generated = generate(&model, &prompt, arguments.max_new_tokens, sampling, &eos, |token| {
         if !arguments.json {
             match &mut stream {
-                Some(stream) => show(&stream.push(token)),
+                Some(stream) => show(&of_model(&stream.push(token))),
                 None => show(&format!("{token} ")),
             }
         }
@@ -119,10 +118,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     if arguments.json {
         show(&object(&prompt, &generated, tokenizer.as_ref()).to_string());
     } else if let Some(mut stream) = stream {
-        show(&stream.finish());
+        show(&of_model(&stream.finish()));
     }
     show("\n");
-    written.map_err(TrainError::write("stdout"))
+    written
 }
 
 fn object(prompt: &[u32], generated: &Generated, tokenizer: Option<&Tokenizer>) -> Value {
@@ -131,7 +130,7 @@ fn object(prompt: &[u32], generated: &Generated, tokenizer: Option<&Tokenizer>) 
 }
 
 /// Goes on from the prompts of a file. A text is printed when it and all before it are there.
-fn run_many(file: JsonlReader, arguments: &Arguments) -> Result<(), TrainError> {
+fn run_many(file: JsonlReader, mut output: JsonLines, arguments: &Arguments) -> Result<(), TrainError> {
     let OpenedModel { model, tokenizer, eos, .. } = arguments.model.open()?;
     let config = model.config();
     let mut prompts = Vec::new();
@@ -140,7 +139,6 @@ fn run_many(file: JsonlReader, arguments: &Arguments) -> Result<(), TrainError> 
         prompts.push(prompt);
         Ok(())
     })?;
-    let mut output = JsonlWriter::create(arguments.output.as_deref())?;
     let mut texts: Vec<Option<Generated>> = vec![None; prompts.len()];
     let mut printed = 0;
     let (batch, sampling) = (arguments.batch.get(), arguments.sampling.sampling());
@@ -152,5 +150,5 @@ fn run_many(file: JsonlReader, arguments: &Arguments) -> Result<(), TrainError> 
         }
         Ok(())
     })?;
-    Ok(output.finish()?)
+    output.finish()
 }

@@ -1,7 +1,9 @@
 //! What the libraries log, as plain lines on stderr.
 
 use std::fmt;
+use std::io::{self, Write};
 
+use moonlight_convert::printable_lines;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::Targets;
@@ -11,12 +13,29 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{Layer, fmt as layer};
 
-/// From now on prints what this workspace's crates log: the message alone, after `warning: ` or `error: ` if it is one.
-/// Does nothing if the process has a subscriber already.
+/// From now on prints what this workspace's crates log: the message alone, after `warning: ` or `error: ` if it is one, with
+/// what would command a terminal escaped. Does nothing if the process has a subscriber already.
+///
+/// A stderr that is closed, gone or full loses lines and nothing else: what a program does is worth more than what it says.
 pub(super) fn install() {
-    let lines = layer::layer().event_format(PlainLines).with_writer(std::io::stderr);
+    // Its own complaints would go to stderr by `eprintln!`, which panics.
+    let lines = layer::layer().event_format(PlainLines).log_internal_errors(false).with_writer(|| Stderr);
     let ours = Targets::new().with_target("moonlight", Level::INFO);
     let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(lines.with_filter(ours)));
+}
+
+/// Stderr, where whatever is written counts as written.
+struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _ = io::stderr().lock().write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 struct PlainLines;
@@ -34,7 +53,7 @@ where
             Level::WARN => "warning: ",
             _ => "",
         };
-        writeln!(writer, "{prefix}{}", message.0)
+        writeln!(writer, "{prefix}{}", printable_lines(&message.0))
     }
 }
 
@@ -78,9 +97,10 @@ mod tests {
             tracing::info!(step = 3, "step:     {}  \"quoted\"\nand a second line", 3);
             tracing::warn!("careful");
             tracing::error!("wrong\nhint: mend it");
+            tracing::info!("a \x1b[2J\u{9b}1m file\r");
         });
         let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
         let expected = "step:     3  \"quoted\"\nand a second line\nwarning: careful\nerror: wrong\nhint: mend it\n";
-        assert_eq!(text, expected);
+        assert_eq!(text, expected.to_owned() + "a \\u{1b}[2J\\u{9b}1m file\\r\n");
     }
 }

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use burn::tensor::DType;
 use clap::Args;
 use moonlight_convert::adapter::base_of;
-use moonlight_convert::{SaveOptions, save};
+use moonlight_convert::{CheckpointError, SaveOptions, replace_directory, write_into};
 use moonlight_infer::device::{self, Target};
 use moonlight_infer::{LoadedModel, load_model, resolve_model, weights_in};
 
 use crate::error::TrainError;
+use crate::output_file::Unfinished;
 
 /// Add an adapter to the weights of its model.
 #[derive(Debug, Args)]
@@ -29,6 +30,10 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
+    let output = &arguments.output;
+    if std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(CheckpointError::Exists { dir: output.clone() }.into());
+    }
     let target = Target::open("cpu").or_else(|_| Target::open("auto"))?;
     let dtype = arguments.dtype.as_deref().map(|dtype| device::dtype(dtype, &target)).transpose()?.flatten();
     let adapter = weights_in(&arguments.adapter)?;
@@ -39,9 +44,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     // As stored, unless that is narrower than what is written: the sum is taken in f32 and rounded once.
     let loaded = dtype.filter(|&dtype| dtype == DType::F32);
     let LoadedModel { model, dir: base } = load_model(&base, Some(&adapter), &target.device, loaded, None)?;
-    let options = SaveOptions { dtype, sidecars_from: Some(base.into_path()), overwrite: false, ..SaveOptions::default() };
+    let options = SaveOptions { dtype, sidecars_from: Some(base.to_path_buf()), ..SaveOptions::default() };
     let count = model.adapters().len();
-    save(&model.merge(), &arguments.output, &options)?;
-    eprintln!("{count} adapters merged into `{}`", arguments.output.display());
+    let mut unfinished = None;
+    replace_directory(output, |new| {
+        // A signal ends the program and takes along what is written.
+        unfinished = Some(Unfinished::new(new));
+        write_into(&model.merge(), new, &options)
+    })?;
+    tracing::info!("{count} adapters merged into `{}`", arguments.output.display());
     Ok(())
 }

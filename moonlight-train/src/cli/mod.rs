@@ -7,17 +7,20 @@ mod generate;
 mod logging;
 mod merge;
 mod model;
+mod output;
 mod plan;
 mod plot;
 mod score;
+mod signals;
 mod spectrum;
 mod train;
 
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Exit code of a run that was interrupted (128 + SIGINT); its checkpoint is written.
+/// Exit code of what was interrupted (128 + SIGINT); the checkpoint of a run is written.
 const INTERRUPTED: u8 = 130;
 
 /// Train and run language models of the Moonlight family.
@@ -53,23 +56,45 @@ enum Command {
     Spectrum(spectrum::Arguments),
 }
 
-/// Runs the program: 0 for done, 1 for a failure, 2 for wrong usage, 130 for a training that was interrupted.
+/// Runs the program: 0 for done, also where nobody reads its output to the end, 1 for a failure, 2 for wrong usage, 130 for
+/// a training that was interrupted or a chat that was left by Ctrl-C.
 pub fn main() -> ExitCode {
     logging::install();
-    let result = match Arguments::parse().command {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(usage) => return tell(&usage),
+    };
+    let resumes = matches!(arguments.command, Command::Train(_));
+    let result = signals::install().and_then(|()| match arguments.command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Merge(arguments) => merge::run(&arguments).map(|()| ExitCode::SUCCESS),
-        Command::Chat(arguments) => chat::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Chat(arguments) => chat::run(&arguments),
         Command::Eval(arguments) => eval::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Plot(arguments) => plot::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Data(command) => data::run(&command).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Plan(arguments) => plan::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Spectrum(arguments) => spectrum::run(&arguments).map(|()| ExitCode::SUCCESS),
-    };
+    });
     result.unwrap_or_else(|error| {
-        error.report();
+        if output::is_closed_pipe(&error) {
+            return ExitCode::SUCCESS;
+        }
+        if resumes {
+            error.report()
+        } else {
+            error.report_without_run()
+        }
         ExitCode::FAILURE
     })
+}
+
+/// Prints what clap has to say: help and version on stdout, wrong usage on stderr.
+fn tell(usage: &clap::Error) -> ExitCode {
+    match usage.print() {
+        // Help that did not arrive; the rest has an exit code of its own.
+        Err(error) if !usage.use_stderr() && error.kind() != ErrorKind::BrokenPipe => ExitCode::FAILURE,
+        _ => u8::try_from(usage.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from),
+    }
 }

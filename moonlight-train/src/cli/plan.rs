@@ -1,6 +1,5 @@
 //! `moonlight plan`.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -10,6 +9,7 @@ use moonlight_model::ModelConfig;
 use moonlight_optim::distributed::{DistributedForm, GatherPrecision};
 use serde_json::{Map, Value, json};
 
+use super::output::print;
 use crate::error::TrainError;
 use crate::plan::{
     Advice, Cluster, MemoryPart, MultiGpuPlan, Plan, StepPhase, Threads, TokenFlops, available_memory, tokens_until,
@@ -62,7 +62,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
         (None, Some(model)) => of_model(model, arguments.json)?,
         (None, None) => unreachable!("clap wants one of the two"),
     };
-    std::io::stdout().write_all(text.as_bytes()).map_err(TrainError::write("stdout"))
+    print(&text)
 }
 
 fn gigabytes(bytes: u64) -> f64 {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::output::refuse_input;
 use crate::analysis::plots::{Axis, Comparison, compare};
 use crate::error::TrainError;
 
@@ -26,8 +27,9 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let output = arguments.output.clone().unwrap_or_else(|| format!("{}.svg", arguments.metric).into());
+    refuse_input(&output, &arguments.runs)?;
     let comparison = Comparison { runs: arguments.runs.clone(), metric: arguments.metric.clone(), axis: arguments.x };
     compare(&comparison, &output)?;
-    eprintln!("{}", output.display());
+    tracing::info!("{}", output.display());
     Ok(())
 }

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use moonlight_infer::jsonl::{JsonlReader, JsonlWriter};
+use moonlight_infer::jsonl::JsonlReader;
 use moonlight_infer::score::score;
 use serde_json::json;
 
 use super::model::ModelArguments;
+use super::output::JsonLines;
 use crate::error::TrainError;
 
 /// Log-probabilities of given texts or tokens.
@@ -25,11 +26,11 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let data = JsonlReader::open(&arguments.data)?;
+    let mut output = JsonLines::create(arguments.output.as_deref(), [&arguments.data])?;
     let opened = arguments.model.open()?;
-    let mut output = JsonlWriter::create(arguments.output.as_deref())?;
     data.for_each(opened.tokenizer.as_ref(), |tokens| {
         let logprobs = score(&opened.model, &tokens)?;
         output.line(&json!({"tokens": tokens, "logprobs": logprobs}))
     })?;
-    Ok(output.finish()?)
+    output.finish()
 }

@@ -1,6 +1,5 @@
 //! `moonlight spectrum`.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -8,6 +7,7 @@ use moonlight_convert::Checkpoint;
 use moonlight_infer::resolve_model;
 use serde_json::json;
 
+use super::output::print;
 use crate::analysis::spectrum::{Selection, by_group, layer_spectra};
 use crate::error::TrainError;
 
@@ -38,19 +38,17 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let mut matrices = Vec::new();
     for layer in 0..layers {
         matrices.extend(layer_spectra(&checkpoint, layer, selection)?);
-        eprintln!("layer {} of {layers}: {} matrices so far", layer + 1, matrices.len());
+        tracing::info!("layer {} of {layers}: {} matrices so far", layer + 1, matrices.len());
     }
     let groups = by_group(&matrices);
-    let mut output = std::io::stdout().lock();
-    let write = |result: std::io::Result<()>| result.map_err(TrainError::write("stdout"));
     if arguments.json {
-        return write(writeln!(output, "{}", json!({"matrices": matrices, "groups": groups})));
+        return print(&format!("{}\n", json!({"matrices": matrices, "groups": groups})));
     }
-    write(writeln!(output, "{:<14} {:>8} {:>12} {:>12}", "group", "matrices", "SVD entropy", "stable rank"))?;
+    let mut text = format!("{:<14} {:>8} {:>12} {:>12}\n", "group", "matrices", "SVD entropy", "stable rank");
     for group in groups {
         let name = format!("{:?}", group.group);
         let (count, entropy, rank) = (group.matrices, group.entropy, group.stable_rank);
-        write(writeln!(output, "{name:<14} {count:>8} {entropy:>12.4} {rank:>12.2}"))?;
+        text += &format!("{name:<14} {count:>8} {entropy:>12.4} {rank:>12.2}\n");
     }
-    Ok(())
+    print(&text)
 }

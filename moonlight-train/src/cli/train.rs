@@ -8,6 +8,7 @@ use clap::Args;
 use moonlight_infer::device::Target;
 
 use super::INTERRUPTED;
+use super::signals::{self, Response};
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 use crate::trainer::{self, Outcome};
@@ -38,7 +39,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     }
     let recipe = Recipe::load(&arguments.recipe, &sets)?;
     let target = Target::open(&recipe.run.device)?;
-    let interrupter = stop_on_signals()?;
+    let interrupter = stop_on_signals();
     let outcome = trainer::train(&recipe, &target, arguments.resume, &interrupter)?;
     if !outcome.interrupted {
         trainer::final_report(&recipe, outcome)?;
@@ -51,17 +52,18 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     Ok(ExitCode::from(INTERRUPTED))
 }
 
-/// The first Ctrl-C or termination request stops the run after the current step; the second exits at once.
-fn stop_on_signals() -> Result<Interrupter, TrainError> {
+/// While the run trains, the first signal stops it after the current step; the second, and any before the first step or
+/// after the last checkpoint, exits at once.
+fn stop_on_signals() -> Interrupter {
     let interrupter = Interrupter::new();
     let handle = interrupter.clone();
-    ctrlc::set_handler(move || {
-        if handle.should_stop() {
-            trainer::restore_terminal();
-            std::process::exit(INTERRUPTED.into());
+    signals::handle(move |_| {
+        if trainer::is_training() && !handle.should_stop() {
+            handle.stop(Some("interrupted"));
+            return Response::Handled;
         }
-        handle.stop(Some("interrupted"));
-    })
-    .map_err(|error| TrainError::Stage(format!("signals cannot be handled: {error}")))?;
-    Ok(interrupter)
+        trainer::restore_terminal();
+        signals::exit(INTERRUPTED)
+    });
+    interrupter
 }

@@ -3,6 +3,18 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use moonlight_model::{LmBatch, Segments};
 
+/// What loss masks that sum to `predicted` are multiplied by so that neither the sum of losses nor one over the sum of weights
+/// leaves the numbers of an f32: 1, which changes nothing, but where the weights are far from it, and then a power of two, which
+/// changes no digit of the mean.
+pub(crate) fn mask_scale(predicted: f64) -> f64 {
+    // Some 1e-10 to 1e12: a step of 2^32 tokens with weights of some hundreds.
+    const ORDINARY: std::ops::RangeInclusive<f64> = 1.0 / (1u64 << 33) as f64..=(1u64 << 40) as f64;
+    match predicted > 0.0 && predicted.is_finite() && !ORDINARY.contains(&predicted) {
+        true => predicted.log2().floor().exp2().recip(),
+        false => 1.0,
+    }
+}
+
 /// A batch of a language-modelling step in plain memory; each list is `[batch, sequence]`, row by row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostBatch {
@@ -24,12 +36,18 @@ pub struct HostBatch {
 impl HostBatch {
     /// The batch as tensors.
     pub fn to_device(&self, device: &Device) -> LmBatch {
+        self.to_device_scaled(device, 1.0)
+    }
+
+    /// The batch as tensors, its loss mask times `scale`; see [`mask_scale`].
+    pub(crate) fn to_device_scaled(&self, device: &Device, scale: f64) -> LmBatch {
+        let mask = self.loss_mask.iter().map(|&weight| (f64::from(weight) * scale) as f32).collect();
         let shape = [self.batch, self.sequence];
         let integers = |values: &[i32]| Tensor::<2, Int>::from_data(TensorData::new(values.to_vec(), shape), device);
         LmBatch {
             tokens: integers(&self.tokens),
             targets: integers(&self.targets),
-            loss_mask: Tensor::<2>::from_data(TensorData::new(self.loss_mask.clone(), shape), device),
+            loss_mask: Tensor::<2>::from_data(TensorData::new::<f32, _>(mask, shape), device),
             segments: self.documents.as_ref().map(|documents| Segments::new(documents, self.batch, self.sequence)),
         }
     }
@@ -45,5 +63,23 @@ impl HostBatch {
             Some(documents) => documents.iter().filter(|&&document| document >= 0).count() as u64,
             None => self.tokens.len() as u64,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mask_scale;
+
+    #[test]
+    fn only_weights_far_from_one_are_scaled_and_by_powers_of_two() {
+        for ordinary in [1e-9, 0.3, 1.0, 4096.0, 1e12] {
+            assert_eq!(mask_scale(ordinary), 1.0);
+        }
+        for total in [1e-40, 1.4e-45, 1e-11, 1e13, 3.4e38, 3.4e38 * 1e9] {
+            let scale = mask_scale(total);
+            assert_eq!(scale.log2().fract(), 0.0);
+            assert!((1.0..2.0).contains(&(total * scale)), "{total}: {}", total * scale);
+        }
+        assert_eq!(mask_scale(0.0), 1.0);
     }
 }

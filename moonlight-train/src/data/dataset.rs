@@ -1,5 +1,6 @@
 //! The training and the validation data of a recipe.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use moonlight_infer::chat::{ChatEncoder, ChatError, ChatTemplate};
@@ -13,6 +14,7 @@ use super::sequences::{Packing, Sequences};
 use super::token_store::{Origin, TokenStore};
 use super::tokenize::TokenizeJob;
 use super::{DataError, HostBatch, TrainStream};
+use crate::file_id::FileId;
 use crate::recipe::{DataConfig, DataFormat, TooLong};
 
 /// The data of a recipe, tokenized and on disk.
@@ -35,7 +37,7 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Finds the files, tokenizes what is not in `config.cache_dir` yet, and maps the tokens.
+    /// Finds the files, tokenizes what is not in `config.cache_dir` yet, and opens the tokens.
     ///
     /// `vocab_size` is the model's: a token that it does not hold is an error. `tokenizer` may be absent where the files
     /// hold tokens. `seed` gives the order of every epoch.
@@ -59,7 +61,8 @@ impl Dataset {
         };
         let mut train_files = files::find("train", &config.train)?;
         let valid_files = if config.valid.is_empty() { Vec::new() } else { files::find("valid", &config.valid)? };
-        train_files.retain(|file| valid_files.iter().all(|valid| valid.path != file.path));
+        let of_valid: HashSet<&FileId> = valid_files.iter().map(|file| &file.id).collect();
+        train_files.retain(|file| !of_valid.contains(&file.id));
         let (mut documents, mut notes) = (Vec::new(), Vec::new());
         let mut files_of_train = Vec::new();
         if let Some(chat) = &chat {
@@ -85,7 +88,7 @@ impl Dataset {
         let mut documents = documents.into_iter();
         let sequences = |key, store: Arc<TokenStore>, parts| {
             let sequences = Sequences::new(store, parts, config.sequence_length, packing(config));
-            match sequences.predicted() {
+            match sequences.predicted()? {
                 0 => Err(DataError::Nothing { key, problem: format!("{} tokens in all", sequences.tokens()) }),
                 _ => Ok(sequences),
             }
@@ -115,8 +118,8 @@ impl Dataset {
         }
         let train = sequences("train", store, train)?;
         if config.format == DataFormat::Chat {
-            notes.push(learned("train", &train));
-            notes.extend(valid.as_ref().map(|valid| learned("valid", valid)));
+            notes.push(learned("train", &train)?);
+            notes.extend(valid.as_ref().map(|valid| learned("valid", valid)).transpose()?);
         }
         let end = chat.as_ref().and_then(ChatEncoder::end_token);
         let template = chat.filter(|chat| !comes_with_tokenizer(config, tokenizer, chat)).map(|chat| Companion {
@@ -151,7 +154,7 @@ impl Dataset {
             (0..count).step_by(batch_size.max(1)).map(move |start| (start, count.min(start + batch_size as u64)));
         batches.filter_map(|(start, end)| {
             let indices: Vec<u64> = (start..end).collect();
-            self.valid.as_ref().map(|valid| Ok(valid.batch(&indices)))
+            self.valid.as_ref().map(|valid| valid.batch(&indices))
         })
     }
 
@@ -191,10 +194,23 @@ impl Dataset {
     }
 
     /// What a bigram model counted on the training data loses on the validation data, in nats per predicted token; `None`
-    /// without validation data. See [`bigram_loss`].
+    /// without validation data, and where the tokens cannot be read any more. See [`bigram_loss`].
     pub fn bigram(&self) -> Option<f64> {
         let valid = self.valid.as_ref()?;
-        bigram_loss(self.train.documents(), valid.documents(), self.vocab_size)
+        let (mut of_train, mut of_valid) = (Ok(()), Ok(()));
+        let loss = bigram_loss(
+            until_fault(self.train.documents(), &mut of_train),
+            until_fault(valid.documents(), &mut of_valid),
+            self.vocab_size,
+        );
+        match of_train.and(of_valid) {
+            Ok(()) => loss,
+            Err(error) => {
+                // A figure beside others, at the end of a run: no reason to fail.
+                tracing::warn!("no bigram model is counted: {error}");
+                None
+            }
+        }
     }
 }
 
@@ -207,6 +223,14 @@ fn hash_of(store: &TokenStore, documents: &[(u64, u64)]) -> Hash {
         hash.number(*end);
     }
     hash
+}
+
+/// The documents before the first that cannot be read, which is said in `result`.
+fn until_fault<D>(
+    documents: impl Iterator<Item = Result<D, DataError>>,
+    result: &mut Result<(), DataError>,
+) -> impl Iterator<Item = D> {
+    documents.map_while(|document| document.map_err(|error| *result = Err(error)).ok())
 }
 
 fn choose(mut files: Vec<SourceFile>, config: &DataConfig) -> Vec<SourceFile> {
@@ -251,14 +275,14 @@ fn packing(config: &DataConfig) -> Packing {
 }
 
 /// How much of the tokens is learned, and how full the sequences are.
-fn learned(key: &str, sequences: &Sequences) -> String {
-    let (learned, tokens) = (sequences.predicted(), sequences.tokens());
+fn learned(key: &str, sequences: &Sequences) -> Result<String, DataError> {
+    let (learned, tokens) = (sequences.predicted()?, sequences.tokens());
     let full = sequences.fill().map(|fill| format!("; the sequences are {:.1} % full", 100.0 * fill));
-    format!(
+    Ok(format!(
         "data.{key}: {learned} of {tokens} tokens are learned ({:.1} %){}",
         100.0 * learned as f64 / tokens.max(1) as f64,
         full.unwrap_or_default()
-    )
+    ))
 }
 
 /// The documents that are used, and what was done to some of them.
@@ -272,14 +296,14 @@ fn parts(key: &str, store: &TokenStore, files: &[SourceFile], config: &DataConfi
     let longest = config.sequence_length as u64;
     let mut parts = Vec::with_capacity(store.documents());
     let [mut skipped, mut cut, mut unlearned] = [(); 3].map(|()| Faults::default());
-    for document in 0..store.documents() {
-        let span = store.span(document);
+    let mut reader = store.reader(0);
+    store.each_document(|document, span| {
         let length = span.end - span.start;
         if packing(config) == Packing::EndToEnd || length <= longest {
             parts.push((span.start, span.end));
-            continue;
+            return Ok(());
         }
-        let Origin { file, line } = store.origin(document);
+        let Origin { file, line } = store.origin(document)?;
         let fault = Fault { file, line, problem: format!("{length} tokens") };
         match config.too_long {
             TooLong::Error => {
@@ -300,7 +324,7 @@ fn parts(key: &str, store: &TokenStore, files: &[SourceFile], config: &DataConfi
             TooLong::Skip => skipped.add(fault),
             TooLong::Truncate => {
                 let end = span.start + longest;
-                if store.weights(span.start..end).skip(1).all(|weight| weight == 0.0) {
+                if reader.read(span.start..end)?.skip(1).all(|(_, weight)| weight == 0.0) {
                     unlearned.add(fault);
                 } else {
                     cut.add(fault);
@@ -308,7 +332,8 @@ fn parts(key: &str, store: &TokenStore, files: &[SourceFile], config: &DataConfi
                 }
             }
         }
-    }
+        Ok(())
+    })?;
     let notes = [
         skipped.note(key, &format!("longer than {longest} tokens and left out"), files),
         cut.note(key, &format!("longer than {longest} tokens and cut"), files),

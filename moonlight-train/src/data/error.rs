@@ -36,6 +36,20 @@ pub enum DataError {
         /// What the operating system said.
         problem: String,
     },
+    /// Tokens on disk that another program cut or changed after they were opened.
+    #[error("the token cache `{}` was changed by another program while it was read", path.display())]
+    CacheChanged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// More sequences in a step than can be laid out.
+    #[error("a step of {sequences} sequences of {length} tokens is more than a step can hold (2^32 tokens)")]
+    StepTooLarge {
+        /// Sequences of the step.
+        sequences: usize,
+        /// Tokens of each.
+        length: usize,
+    },
     /// A parquet file that cannot be read.
     #[error(transparent)]
     Parquet(#[from] ParquetError),
@@ -90,6 +104,12 @@ impl DataError {
             Self::Record { hint, .. } | Self::Template { hint, .. } => hint.clone(),
             Self::Parquet(error) => error.hint(),
             Self::NoTokenizer => Some("write data.tokenizer = \"bytes\", or the path of one".into()),
+            Self::CacheChanged { .. } => {
+                Some("start again (a run: with `--resume`): the cache is made anew if it is damaged".into())
+            }
+            Self::StepTooLarge { .. } => {
+                Some("lower train.batch_size, train.gradient_accumulation or data.sequence_length".into())
+            }
             Self::Changed => Some("put the files back as they were, or start a new run".into()),
             _ => None,
         }

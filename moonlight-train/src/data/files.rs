@@ -1,18 +1,28 @@
 //! Globs to files.
+//!
+//! The crate `glob` reads patterns; the folders are gone through here, as it passes over names that are not UTF-8 and follows
+//! links that lead round and round.
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Component, Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use glob::Pattern;
 use moonlight_infer::expand;
 
 use super::DataError;
 use super::hash::Hash;
+use crate::file_id::FileId;
 
 /// A file to read, and how much of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SourceFile {
     pub(super) path: PathBuf,
+    /// Which file it is, whatever its path.
+    pub(super) id: FileId,
     /// Its size in bytes.
     pub(super) size: u64,
     /// When it was last changed, in nanoseconds of Unix time.
@@ -21,37 +31,118 @@ pub(super) struct SourceFile {
     pub(super) read: u64,
 }
 
-/// The files of all globs, in the order of their paths, each once.
+/// The files of all globs, in the order of their paths. Each comes once, by its shortest path, however many links and globs
+/// lead to it.
 pub(super) fn find(key: &'static str, globs: &[String]) -> Result<Vec<SourceFile>, DataError> {
-    let mut paths = BTreeSet::new();
+    let mut files: HashMap<FileId, SourceFile> = HashMap::new();
     for glob in globs {
         let fault = |problem: String| DataError::Glob { key, glob: glob.clone(), problem };
         let pattern = expand(glob).map_err(|name| fault(format!("the environment has no `{name}`")))?;
         let mut found = false;
-        for path in glob::glob(&pattern).map_err(|error| fault(error.to_string()))? {
-            let path = path.map_err(|error| fault(error.to_string()))?;
-            if path.is_file() {
-                found = true;
-                paths.insert(path);
+        for path in matches(&pattern).map_err(fault)? {
+            // What cannot be looked at, such as a link to nothing, is no file; nor are folders, pipes and devices.
+            let Some(file) = SourceFile::at(path) else { continue };
+            found = true;
+            match files.entry(file.id.clone()) {
+                Entry::Vacant(entry) => drop(entry.insert(file)),
+                Entry::Occupied(mut entry) => {
+                    let rank = |file: &SourceFile| (file.path.components().count(), file.path.clone());
+                    if rank(&file) < rank(entry.get()) {
+                        entry.insert(file);
+                    }
+                }
             }
         }
         if !found {
             return Err(DataError::EmptyGlob { key, glob: glob.clone() });
         }
     }
-    paths.into_iter().map(|path| describe(&path)).collect()
+    let mut files: Vec<SourceFile> = files.into_values().collect();
+    files.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    Ok(files)
 }
 
-fn describe(path: &Path) -> Result<SourceFile, DataError> {
-    let metadata = std::fs::metadata(path).map_err(|error| DataError::io("read", path, &error))?;
-    // A file system without times gives 0: then only the size tells a changed file.
-    let changed = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-    Ok(SourceFile {
-        path: path.to_owned(),
-        size: metadata.len(),
-        changed: changed.map_or(0, |time| time.as_nanos()),
-        read: metadata.len(),
-    })
+impl SourceFile {
+    fn at(path: PathBuf) -> Option<Self> {
+        let (id, metadata) = FileId::of(&path).ok().filter(|(_, metadata)| metadata.is_file())?;
+        // A file system without times gives 0: then only the size tells a changed file.
+        let changed = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        let (size, changed) = (metadata.len(), changed.map_or(0, |time| time.as_nanos()));
+        Some(Self { path, id, size, changed, read: size })
+    }
+}
+
+/// A part of a glob, between two slashes.
+enum Part {
+    Literal(PathBuf),
+    Pattern(Pattern),
+    /// `**`: any number of folders.
+    Folders,
+}
+
+impl Part {
+    fn of(component: Component<'_>) -> Result<Self, String> {
+        match component.as_os_str().to_str() {
+            Some("**") => Ok(Self::Folders),
+            Some(text) if text.contains(['*', '?', '[']) => {
+                Pattern::new(text).map(Self::Pattern).map_err(|error| error.to_string())
+            }
+            _ => Ok(Self::Literal(component.as_os_str().into())),
+        }
+    }
+}
+
+/// The paths that a glob matches, shorter ones first. Names that are not UTF-8 are matched with U+FFFD for what is not.
+fn matches(glob: &str) -> Result<Vec<PathBuf>, String> {
+    Pattern::new(glob).map_err(|error| error.to_string())?;
+    let parts = Path::new(glob).components().filter(|component| *component != Component::CurDir);
+    let parts = parts.map(Part::of).collect::<Result<Vec<_>, _>>()?;
+    let mut found = Vec::new();
+    let mut todo = VecDeque::from([(PathBuf::new(), 0)]);
+    // The folders that each `**` has been in: links may lead to them again.
+    let mut seen = HashSet::new();
+    while let Some((path, at)) = todo.pop_front() {
+        match parts.get(at) {
+            None => found.push(path),
+            Some(Part::Literal(name)) => todo.push_back((path.join(name), at + 1)),
+            Some(Part::Pattern(pattern)) => {
+                for name in names(&path)? {
+                    let path = path.join(&name);
+                    if pattern.matches(&name.to_string_lossy()) && (at + 1 == parts.len() || path.is_dir()) {
+                        todo.push_back((path, at + 1));
+                    }
+                }
+            }
+            Some(Part::Folders) => {
+                let Ok((id, _)) = FileId::of(here(&path)) else { continue };
+                if seen.insert((id, at)) {
+                    let folders = names(&path)?.into_iter().map(|name| path.join(name)).filter(|path| path.is_dir());
+                    let folders: Vec<_> = folders.map(|path| (path, at)).collect();
+                    todo.push_back((path, at + 1));
+                    todo.extend(folders);
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The path by which the system finds a folder: that of none is the working directory's.
+fn here(path: &Path) -> &Path {
+    if path.as_os_str().is_empty() { Path::new(".") } else { path }
+}
+
+/// The names in a folder, in their order; none where there is no folder.
+fn names(folder: &Path) -> Result<Vec<std::ffi::OsString>, String> {
+    let fault = |error: std::io::Error| format!("`{}` cannot be read: {error}", here(folder).display());
+    let entries = match fs::read_dir(here(folder)) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(Vec::new()),
+        entries => entries.map_err(fault)?,
+    };
+    let names = entries.map(|entry| entry.map(|entry| entry.file_name()).map_err(fault));
+    let mut names = names.collect::<Result<Vec<_>, _>>()?;
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// Files in the order of a hash of their paths until `max_bytes` are reached, the last cut short; then in the order of
@@ -80,7 +171,85 @@ mod tests {
     use super::*;
 
     fn file(name: &str, size: u64) -> SourceFile {
-        SourceFile { path: name.into(), size, changed: 0, read: size }
+        let (id, _) = FileId::of(Path::new(".")).unwrap();
+        SourceFile { path: name.into(), id, size, changed: 0, read: size }
+    }
+
+    fn find_in(dir: &Path, globs: &[&str]) -> Vec<PathBuf> {
+        let globs: Vec<String> = globs.iter().map(|glob| dir.join(glob).to_string_lossy().into_owned()).collect();
+        let files = find("train", &globs).unwrap();
+        files.iter().map(|file| file.path.strip_prefix(dir).unwrap().to_owned()).collect()
+    }
+
+    #[test]
+    fn globs_match_as_the_crate_says_they_do() {
+        let dir = tempfile::tempdir().unwrap();
+        for path in ["a.txt", "b.md", ".c.txt", "x/a.txt", "x/y/a.txt", "x/y/b1.txt", "x/.z/b2.txt", "[q]/a.txt"] {
+            fs::create_dir_all(dir.path().join(path).parent().unwrap()).unwrap();
+            fs::write(dir.path().join(path), path).unwrap();
+        }
+        for glob in [
+            "*.txt",
+            "**/*.txt",
+            "x/**/*.txt",
+            "x/**/b?.txt",
+            "x/*/b[0-9].txt",
+            "**/y/*",
+            "x/./y/../a.txt",
+            "[[]q]/*",
+            "*/a.txt",
+        ] {
+            let pattern = dir.path().join(glob).to_string_lossy().into_owned();
+            let mut expected: Vec<PathBuf> = glob::glob(&pattern)
+                .unwrap()
+                .map(|path| path.unwrap())
+                .filter(|path| path.is_file())
+                .map(|path| path.strip_prefix(dir.path()).unwrap().to_owned())
+                .collect();
+            expected.sort();
+            assert!(!expected.is_empty());
+            assert_eq!(find_in(dir.path(), &[glob]), expected, "{glob}");
+        }
+        assert!(matches("x/a**").is_err() && matches("x/[").is_err());
+        assert!(matches("").unwrap().iter().all(|path| !path.is_file()));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_of_many_paths_comes_once_by_the_shortest() {
+        use std::os::unix::fs::symlink;
+        let dir = tempfile::tempdir().unwrap();
+        let place = |name: &str| dir.path().join(name);
+        fs::create_dir(place("text")).unwrap();
+        for name in ["1.txt", "2.txt"] {
+            fs::write(place("text").join(name), name).unwrap();
+        }
+        // Two loops in one folder: by paths alone there are more of them than anybody can go through.
+        symlink("../text", place("text/loop")).unwrap();
+        symlink(".", place("text/round")).unwrap();
+        symlink("self", place("text/self")).unwrap();
+        symlink("nowhere", place("text/3.txt")).unwrap();
+        fs::hard_link(place("text/1.txt"), place("text/one.txt")).unwrap();
+        symlink(place("text/2.txt"), place("two.txt")).unwrap();
+        symlink(place("text"), place("zzz")).unwrap();
+        let expected: Vec<PathBuf> = ["text/1.txt", "two.txt"].map(PathBuf::from).to_vec();
+        assert_eq!(find_in(dir.path(), &["**/*.txt"]), expected);
+        let globs = ["zzz/**/*.txt", "text/../text/*.txt", "*.txt", "./text/1.txt"];
+        assert_eq!(find_in(dir.path(), &globs), expected);
+        assert_eq!(find_in(dir.path(), &["text/loop/**/2.txt"]), ["text/loop/2.txt"].map(PathBuf::from));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn names_that_are_not_utf_8_are_found() {
+        use std::os::unix::ffi::OsStrExt;
+        let dir = tempfile::tempdir().unwrap();
+        let [folder, name] = [&b"d\xfe"[..], b"n\xff.txt"].map(std::ffi::OsStr::from_bytes);
+        fs::create_dir(dir.path().join(folder)).unwrap();
+        fs::write(dir.path().join(folder).join(name), "x").unwrap();
+        for glob in ["*/*.txt", "**/n*.txt", "d?/n?.txt"] {
+            assert_eq!(find_in(dir.path(), &[glob]), [Path::new(folder).join(name)], "{glob}");
+        }
     }
 
     #[test]

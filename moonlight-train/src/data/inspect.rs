@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::Dataset;
 use super::sequences::{DocumentSpan, Sequences};
+use super::{DataError, Dataset};
 
 /// What the data are.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,27 +48,31 @@ pub struct Sample {
 
 impl Dataset {
     /// SplitStats of the data, and up to `samples` documents.
-    pub fn inspect(&self, samples: usize) -> Inspection {
+    ///
+    /// # Errors
+    ///
+    /// [`DataError`] where the tokens cannot be read any more.
+    pub fn inspect(&self, samples: usize) -> Result<Inspection, DataError> {
         let parts = self.train.parts();
         let count = samples.min(parts.len());
         let chosen = (0..count).map(|index| parts[index * parts.len() / count]);
-        Inspection {
-            train: figures(&self.train),
-            valid: self.valid.as_ref().map(figures),
-            samples: chosen.map(|part| self.sample(part)).collect(),
-        }
+        Ok(Inspection {
+            train: figures(&self.train)?,
+            valid: self.valid.as_ref().map(figures).transpose()?,
+            samples: chosen.map(|part| self.sample(part)).collect::<Result<_, _>>()?,
+        })
     }
 
-    fn sample(&self, part: DocumentSpan) -> Sample {
+    fn sample(&self, part: DocumentSpan) -> Result<Sample, DataError> {
         let store = self.train.store();
-        let origin = store.origin_at(part.start);
+        let origin = store.origin_at(part.start)?;
         let path = self.files.get(origin.file as usize).map(|file| file.path.clone()).unwrap_or_default();
-        let span = part.start..part.end;
-        Sample { path, line: origin.line, tokens: store.tokens(span.clone()).zip(store.weights(span)).collect() }
+        let tokens = store.reader(0).read(part.start..part.end)?.collect();
+        Ok(Sample { path, line: origin.line, tokens })
     }
 }
 
-fn figures(sequences: &Sequences) -> SplitStats {
+fn figures(sequences: &Sequences) -> Result<SplitStats, DataError> {
     let mut lengths: Vec<u64> = sequences.parts().iter().map(DocumentSpan::len).collect();
     lengths.sort_unstable();
     let at = |index: usize| lengths.get(index).copied().unwrap_or(0);
@@ -83,13 +87,13 @@ fn figures(sequences: &Sequences) -> SplitStats {
             *count += 1;
         }
     }
-    SplitStats {
+    Ok(SplitStats {
         documents: lengths.len(),
         tokens: sequences.tokens(),
-        learned: sequences.predicted(),
+        learned: sequences.predicted()?,
         sequences: sequences.count(),
         fill: sequences.fill(),
         lengths: [at(0), at(lengths.len() / 2), at(lengths.len().saturating_sub(1))],
         histogram,
-    }
+    })
 }

@@ -4,7 +4,7 @@
 //! * `source_reader.rs`: the bytes of a file, decompressed where it is compressed.
 //! * `tokenize.rs`: files to documents of tokens, in parallel; conversations with a weight for each token.
 //! * `report.rs`: what was found while reading.
-//! * `token_store.rs`: the documents on disk, mapped into memory, kept for the next run.
+//! * `token_store.rs`: the documents on disk, kept for the next run and checked when they are opened.
 //! * `packing.rs`: which documents share a sequence, where none may be cut.
 //! * `sequences.rs`: documents to sequences, packed or one by one.
 //! * `shuffle.rs`: the order of an epoch.
@@ -20,6 +20,8 @@ mod cuts;
 mod dataset;
 mod error;
 mod files;
+#[doc(hidden)]
+pub mod fuzz;
 mod hash;
 mod inspect;
 mod packing;
@@ -33,11 +35,13 @@ mod token_store;
 mod tokenize;
 
 pub use batch::HostBatch;
+pub(crate) use batch::mask_scale;
 pub use bigram::bigram_loss;
 pub use dataset::Dataset;
 pub use error::DataError;
 pub use inspect::{Inspection, Sample, SplitStats};
 pub use prefetch::{BatchRequest, Prefetcher};
+pub(crate) use stream::MOST_TOKENS;
 pub use stream::{DataPosition, TrainStream};
 
 #[cfg(test)]

@@ -6,9 +6,12 @@
 
 use std::sync::Arc;
 
-use super::HostBatch;
 use super::packing::Bins;
-use super::token_store::TokenStore;
+use super::token_store::{SpanReader, TokenStore};
+use super::{DataError, HostBatch};
+
+/// Tokens that are read at once where all of them are.
+pub(super) const AHEAD: usize = 1 << 16;
 
 /// Rows that are not packed are padded to a multiple of this many tokens (or to the sequence length), so that a few
 /// shapes serve all batches.
@@ -93,20 +96,28 @@ impl Sequences {
         }
     }
 
+    /// Tokens of each.
+    pub(super) fn length(&self) -> usize {
+        self.length
+    }
+
     /// Tokens in all.
     pub(super) fn tokens(&self) -> u64 {
         self.tokens
     }
 
     /// The tokens that are predicted: those with one before them in their document, and a weight above 0.
-    pub(super) fn predicted(&self) -> u64 {
+    pub(super) fn predicted(&self) -> Result<u64, DataError> {
         if !self.store.is_weighted() {
-            return self.documents.iter().map(|part| part.len().saturating_sub(1)).sum();
+            return Ok(self.documents.iter().map(|part| part.len().saturating_sub(1)).sum());
         }
-        let learned = |part: &DocumentSpan| {
-            self.store.weights(part.start..part.end).skip(1).filter(|&weight| weight > 0.0).count()
-        };
-        self.documents.iter().map(|part| learned(part) as u64).sum()
+        let mut reader = self.store.reader(AHEAD);
+        let mut predicted = 0;
+        for part in self.documents.iter() {
+            let tokens = reader.read(part.start..part.end)?;
+            predicted += tokens.skip(1).filter(|&(_, weight)| weight > 0.0).count() as u64;
+        }
+        Ok(predicted)
     }
 
     /// The share of the rows that tokens fill; `None` where rows are padded to the longest of their batch.
@@ -126,38 +137,40 @@ impl Sequences {
     }
 
     /// The tokens of each document, with their weights.
-    pub(super) fn documents(&self) -> impl Iterator<Item = impl ExactSizeIterator<Item = (u32, f32)> + '_> + '_ {
-        let tokens = |part: &DocumentSpan| {
-            let span = part.start..part.end;
-            self.store.tokens(span.clone()).zip(self.store.weights(span))
-        };
-        self.documents.iter().map(tokens)
+    pub(super) fn documents(&self) -> impl Iterator<Item = Result<std::vec::IntoIter<(u32, f32)>, DataError>> + '_ {
+        let mut reader = self.store.reader(AHEAD);
+        self.documents
+            .iter()
+            .map(move |part| reader.read(part.start..part.end).map(|tokens| tokens.collect::<Vec<_>>().into_iter()))
     }
 
     /// The batch of these sequences.
-    pub(super) fn batch(&self, indices: &[u64]) -> HostBatch {
+    pub(super) fn batch(&self, indices: &[u64]) -> Result<HostBatch, DataError> {
         let sequence = if matches!(self.rows, RowLayout::OneByOne) { self.padded(indices) } else { self.length };
         let mut rows = Rows { sequence, alone: true, ..Rows::default() };
+        // Only where they are laid end to end, the documents of a row lie beside each other.
+        let ahead = if matches!(self.rows, RowLayout::EndToEnd) { self.length + 1 } else { 0 };
+        let mut reader = self.store.reader(ahead);
         for &index in indices {
             match &self.rows {
-                RowLayout::EndToEnd => self.pack_row(index, &mut rows),
+                RowLayout::EndToEnd => self.pack_row(index, &mut reader, &mut rows)?,
                 RowLayout::Whole(bins) => {
                     for &document in bins.documents(index) {
-                        rows.add(&self.store, self.documents[document as usize], 0, sequence);
+                        rows.add(&mut reader, self.documents[document as usize], 0, sequence)?;
                     }
                 }
-                RowLayout::OneByOne => rows.add(&self.store, self.documents[index as usize], 0, sequence),
+                RowLayout::OneByOne => rows.add(&mut reader, self.documents[index as usize], 0, sequence)?,
             }
             rows.end();
         }
-        HostBatch {
+        Ok(HostBatch {
             tokens: rows.tokens,
             targets: rows.targets,
             loss_mask: rows.mask,
             documents: (!rows.alone).then_some(rows.documents),
             batch: indices.len(),
             sequence,
-        }
+        })
     }
 
     fn padded(&self, indices: &[u64]) -> usize {
@@ -165,18 +178,19 @@ impl Sequences {
         (longest as usize).next_multiple_of(PADDING_STEP).min(self.length)
     }
 
-    fn pack_row(&self, index: u64, rows: &mut Rows) {
+    fn pack_row(&self, index: u64, reader: &mut SpanReader<'_>, rows: &mut Rows) -> Result<(), DataError> {
         let mut at = index * self.length as u64;
         let mut left = self.length.min((self.tokens - at) as usize);
         let mut document = self.documents.partition_point(|part| part.before + part.len() <= at);
         while left > 0 {
             let part = self.documents[document];
             let taken = left.min((part.before + part.len() - at) as usize);
-            rows.add(&self.store, part, at - part.before, taken);
+            rows.add(reader, part, at - part.before, taken)?;
             at += taken as u64;
             left -= taken;
             document += 1;
         }
+        Ok(())
     }
 }
 
@@ -196,21 +210,28 @@ struct Rows {
 
 impl Rows {
     /// Adds up to `most` tokens of a document from its token `from` on.
-    fn add(&mut self, store: &TokenStore, part: DocumentSpan, from: u64, most: usize) {
+    fn add(
+        &mut self,
+        reader: &mut SpanReader<'_>,
+        part: DocumentSpan,
+        from: u64,
+        most: usize,
+    ) -> Result<(), DataError> {
         let start = part.start + from;
         let end = part.end.min(start + most as u64);
         // One token more, where the document has it, is the last one's target.
-        let span = start..part.end.min(end + 1);
-        let weights = store.weights(span.clone());
-        let known: Vec<(i32, f32)> = store.tokens(span).map(|token| token as i32).zip(weights).collect();
-        for index in 0..(end - start) as usize {
-            let (target, weight) = known.get(index + 1).copied().unwrap_or((0, 0.0));
-            self.tokens.push(known[index].0);
+        let mut known =
+            reader.read(start..part.end.min(end + 1))?.map(|(token, weight)| (token as i32, weight)).peekable();
+        for _ in start..end {
+            let Some((token, _)) = known.next() else { break };
+            let (target, weight) = known.peek().copied().unwrap_or((0, 0.0));
+            self.tokens.push(token);
             self.targets.push(target);
             self.mask.push(weight);
             self.documents.push(self.document);
         }
         self.document += 1;
+        Ok(())
     }
 
     /// Pads the row.

@@ -87,8 +87,8 @@ mod tests {
     use super::*;
 
     fn source(path: &Path) -> SourceFile {
-        let size = std::fs::metadata(path).unwrap().len();
-        SourceFile { path: path.to_owned(), size, changed: 0, read: size }
+        let (id, metadata) = crate::file_id::FileId::of(path).unwrap();
+        SourceFile { path: path.to_owned(), id, size: metadata.len(), changed: 0, read: metadata.len() }
     }
 
     fn text(path: &Path) -> io::Result<String> {

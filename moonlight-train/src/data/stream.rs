@@ -9,6 +9,9 @@ use super::sequences::Sequences;
 use super::shuffle::Shuffle;
 use super::{DataError, HostBatch};
 
+/// The most tokens of a step, which are all laid out before it: some 16 bytes each.
+pub(crate) const MOST_TOKENS: u64 = 1 << 32;
+
 /// The position of a stream of batches; kept in checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataPosition {
@@ -39,10 +42,10 @@ impl TrainStream {
     ///
     /// # Errors
     ///
-    /// None today: the tokens are checked when the dataset is opened, and mapped. Kept for data that come from elsewhere.
+    /// [`DataError`] where the tokens cannot be read any more, or are more than a step can hold.
     pub fn next_batch(&mut self) -> Result<HostBatch, DataError> {
-        let indices = self.next_indices(self.batch_size);
-        Ok(self.sequences.batch(&indices))
+        let indices = self.next_indices(self.batch_size)?;
+        self.sequences.batch(&indices)
     }
 
     /// The part `share` of the next `sequences` sequences, cut into `batches` batches as even as can be. All of them are
@@ -57,13 +60,17 @@ impl TrainStream {
         share: Range<usize>,
         batches: usize,
     ) -> Result<Vec<HostBatch>, DataError> {
-        let indices = self.next_indices(sequences);
+        let indices = self.next_indices(sequences)?;
         let cuts = even_cuts(share.len(), batches);
         let batch = |cut: &[usize]| self.sequences.batch(&indices[share.start + cut[0]..share.start + cut[1]]);
-        Ok(cuts.windows(2).map(batch).collect())
+        cuts.windows(2).map(batch).collect()
     }
 
-    fn next_indices(&mut self, wanted: usize) -> Vec<u64> {
+    fn next_indices(&mut self, wanted: usize) -> Result<Vec<u64>, DataError> {
+        let length = self.sequences.length();
+        if wanted.checked_mul(length).is_none_or(|tokens| tokens as u64 > MOST_TOKENS) {
+            return Err(DataError::StepTooLarge { sequences: wanted, length });
+        }
         let count = self.sequences.count();
         let mut order = self.order();
         let mut indices = Vec::with_capacity(wanted);
@@ -77,7 +84,7 @@ impl TrainStream {
                 order = self.order();
             }
         }
-        indices
+        Ok(indices)
     }
 
     fn order(&self) -> Option<Shuffle> {

@@ -574,7 +574,7 @@ fn what_the_data_are() {
     let dir = folder(&[("a.jsonl", &lines)]);
     let mut config = chat_config(dir.path(), "*.jsonl");
     config.valid_fraction = 0.2;
-    let inspection = open_chat(&config).unwrap().inspect(3);
+    let inspection = open_chat(&config).unwrap().inspect(3).unwrap();
     let SplitStats { documents, tokens, learned, lengths, histogram, fill, .. } = inspection.train.clone();
     assert_eq!(documents + inspection.valid.unwrap().documents, 40);
     assert_eq!(lengths, [6, 10, 14]);
@@ -589,5 +589,136 @@ fn what_the_data_are() {
         let text = chat_text(&format!("_q._{}.", "a".repeat(1 + number % 9)));
         assert!(sample.tokens.iter().map(|&(token, _)| token as i32).eq(text));
         assert!(sample.tokens.iter().skip(4).all(|&(_, weight)| weight == 1.0));
+    }
+}
+
+/// The file in the cache folder.
+fn cache_file(config: &DataConfig) -> std::path::PathBuf {
+    let mut files: Vec<_> = std::fs::read_dir(&config.cache_dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(files.len(), 1, "{files:?}");
+    files.remove(0)
+}
+
+/// What is logged while `run` runs on this thread.
+fn logged<T>(run: impl FnOnce() -> T) -> (T, String) {
+    let buffer = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    struct Buffer(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+    impl std::io::Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let writer = buffer.clone();
+    let subscriber = tracing_subscriber::fmt().with_writer(move || Buffer(writer.clone())).finish();
+    let result = tracing::subscriber::with_default(subscriber, run);
+    let text = String::from_utf8(buffer.lock().unwrap().clone()).unwrap();
+    (result, text)
+}
+
+#[test]
+fn a_damaged_cache_is_named_and_made_anew() {
+    let dir = folder(&[("a.txt", "some words to learn from, and some more of them")]);
+    let config = config(dir.path(), "*.txt");
+    let batch = |dataset: Dataset| dataset.train_stream(3).next_batch().unwrap();
+    let whole = batch(open(&config).unwrap());
+    let path = cache_file(&config);
+    let bytes = std::fs::read(&path).unwrap();
+    let zeros = [vec![0; 32], bytes[32..].to_vec()].concat();
+    for damaged in [&zeros, &bytes[..bytes.len() / 2], &[][..]] {
+        std::fs::write(&path, damaged).unwrap();
+        let (dataset, log) = logged(|| open(&config).unwrap());
+        assert_eq!(batch(dataset), whole);
+        assert!(log.contains("is damaged and made anew") && log.contains(&*path.to_string_lossy()), "{log}");
+        assert_eq!(std::fs::read(cache_file(&config)).unwrap(), bytes);
+    }
+    let (_, log) = logged(|| open(&config).unwrap());
+    assert_eq!(log, "");
+}
+
+#[test]
+fn a_cache_that_is_cut_while_it_is_read_is_an_error() {
+    let dir = folder(&[("a.txt", &"some words ".repeat(500)), ("b.txt", "more")]);
+    let mut config = config(dir.path(), "*.txt");
+    config.valid_fraction = 0.1;
+    let dataset = open(&config).unwrap();
+    let mut stream = dataset.train_stream(4);
+    stream.next_batch().unwrap();
+    let path = cache_file(&config);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(10).unwrap();
+    assert_eq!(stream.next_batch().unwrap_err(), DataError::CacheChanged { path });
+    assert!(dataset.valid_batches(1).next().unwrap().is_err());
+    assert!(dataset.inspect(1).is_err());
+    let (bigram, log) = logged(|| dataset.bigram());
+    assert!(bigram.is_none() && log.contains("was changed by another program"), "{log}");
+}
+
+#[test]
+fn a_step_that_nothing_can_hold_is_an_error() {
+    let dir = folder(&[("a.txt", "some words")]);
+    let mut stream = open(&config(dir.path(), "*.txt")).unwrap().train_stream(1);
+    for sequences in [usize::MAX, 1 << 40] {
+        let error = stream.next_share(sequences, 0..sequences, 1).unwrap_err();
+        assert_eq!(error, DataError::StepTooLarge { sequences, length: 8 });
+    }
+    stream.next_batch().unwrap();
+}
+
+#[cfg(unix)]
+#[test]
+fn a_file_of_both_is_used_for_validation_however_it_is_spelled() {
+    let dir = folder(&[("1.txt", "aaaa"), ("2.txt", "bbbbbb"), ("3.txt", "cccccccc")]);
+    std::fs::create_dir(dir.path().join("other")).unwrap();
+    std::os::unix::fs::symlink(dir.path().join("3.txt"), dir.path().join("other/link")).unwrap();
+    std::fs::hard_link(dir.path().join("3.txt"), dir.path().join("other/hard")).unwrap();
+    std::os::unix::fs::symlink("..", dir.path().join("other/up")).unwrap();
+    for valid in ["3.txt", "./other/../3.txt", "other/link", "other/hard", "other/up/3.txt"] {
+        let mut config = config(dir.path(), "[0-9].txt");
+        config.valid = vec![dir.path().join(valid).to_string_lossy().into_owned()];
+        let dataset = open(&config).unwrap();
+        assert_eq!((dataset.train_tokens(), dataset.valid_tokens()), (5 + 7, 9), "{valid}");
+    }
+    // A loop of links is gone through once.
+    assert_eq!(open(&config(dir.path(), "**/[0-9].txt")).unwrap().train_tokens(), 5 + 7 + 9);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_name_that_is_not_utf_8_is_read() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = folder(&[("1.txt", "aaaa")]);
+    std::fs::write(dir.path().join(std::ffi::OsStr::from_bytes(b"n\xff.txt")), "bbbbbb").unwrap();
+    assert_eq!(open(&config(dir.path(), "*.txt")).unwrap().train_tokens(), 5 + 7);
+}
+
+/// A line without end, in a file that takes no room: plain, sparse and compressed.
+#[test]
+fn a_record_has_a_longest_size() {
+    let dir = folder(&[("first", "")]);
+    let length = (256 << 20) + 100;
+    let first = b"{\"tokens\": [1, 2]}\n";
+    let sparse = dir.path().join("a.jsonl");
+    std::fs::write(&sparse, first).unwrap();
+    std::fs::File::options().write(true).open(&sparse).unwrap().set_len(length).unwrap();
+    let gzip = dir.path().join("b.jsonl.gz");
+    let mut writer = flate2::write::GzEncoder::new(std::fs::File::create(&gzip).unwrap(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut writer, first).unwrap();
+    let blanks = vec![b' '; 1 << 20];
+    (0..257).for_each(|_| std::io::Write::write_all(&mut writer, &blanks).unwrap());
+    writer.finish().unwrap();
+    for name in ["a.jsonl", "b.jsonl.gz"] {
+        let mut config = config(dir.path(), name);
+        config.format = DataFormat::Tokens;
+        for broken in [Broken::Error, Broken::Skip] {
+            config.broken = broken;
+            let error = Dataset::open(&config, None, 10, 0).err().unwrap();
+            assert!(error.to_string().ends_with(&format!("{name}:2: the record is longer than 256 MiB")), "{error}");
+            assert!(error.hint().unwrap().contains("JSONL"));
+        }
+        // Bytes that are not wanted are not read either.
+        config.max_bytes = 1000;
+        assert_eq!(Dataset::open(&config, None, 10, 0).unwrap().train_tokens(), 2, "{name}");
     }
 }

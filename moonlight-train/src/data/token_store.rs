@@ -1,28 +1,39 @@
 //! Documents of tokens on disk.
 //!
-//! A file is written once, beside its place, and renamed into it; readers map it. Layout, little-endian: the tokens (16
-//! bits each where the vocabulary allows, else 32; where they have weights, 32 bits and the weight as an f32), zeros up to
-//! 8 bytes, 16 bytes for each document (end in tokens u64, file u32, line u32), the [report](Report) as JSON, zeros up to 8
-//! bytes, then the [footer](Footer).
+//! A file is written once, under a name of its own beside its place, and renamed into it. It is checked whole when it is
+//! opened; from then on it is read piece by piece and never mapped, so that a file that is cut meanwhile is an error and no
+//! signal that ends the program. Layout, little-endian: the tokens (16 bits each where the vocabulary allows, else 32; where
+//! they have weights, 32 bits and the weight as an f32), zeros up to 8 bytes, 16 bytes for each document (end in tokens u64,
+//! file u32, line u32), the [report](Report) as JSON, zeros up to 8 bytes, then the [footer](Footer).
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::fs::{self, File, TryLockError};
+use std::io::{self, BufWriter, ErrorKind, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use tempfile::NamedTempFile;
+use xxhash_rust::xxh3::Xxh3Default;
 
 use super::DataError;
 use super::hash::Hash;
 use super::report::Report;
+use crate::output_file::{Unfinished, temporary};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"moontok2");
-const FOOTER_BYTES: usize = 8 * 8;
+const MAGIC: u64 = u64::from_le_bytes(*b"moontok3");
+/// Of files without a checksum, which are made anew.
+const MAGIC_BEFORE: u64 = u64::from_le_bytes(*b"moontok2");
+const FOOTER_WORDS: usize = 9;
+const FOOTER_BYTES: usize = 8 * FOOTER_WORDS;
 const DOCUMENT_BYTES: usize = 16;
 /// Bytes of a token with a weight.
 const WEIGHTED: u64 = 8;
+/// Bytes that are read at once where a file is read from one end to the other; a multiple of all that is in it.
+const CHUNK_BYTES: usize = 1 << 20;
+/// Letters of a temporary file's name that are drawn.
+const DRAWN: usize = 12;
 
-/// The end of the file, which says what the rest is.
+/// The end of the file, which says what the rest is. In the file, an xxh3 of all before it follows, and [`MAGIC`].
+#[derive(Debug)]
 struct Footer {
     key: [u64; 2],
     documents: u64,
@@ -32,12 +43,36 @@ struct Footer {
     content: u64,
 }
 
-/// Documents of tokens, mapped into memory.
+impl Footer {
+    /// Where the documents, the report and the footer begin in a file of this size, if the numbers fit it.
+    fn places(&self, size: u64) -> Option<[u64; 3]> {
+        let table = self.tokens.checked_mul(self.width)?.checked_next_multiple_of(8)?;
+        let report = table.checked_add(self.documents.checked_mul(DOCUMENT_BYTES as u64)?)?;
+        let end = report.checked_add(self.report)?.checked_next_multiple_of(8)?;
+        (end.checked_add(FOOTER_BYTES as u64)? == size).then_some([table, report, end])
+    }
+}
+
+/// Documents of tokens in a file.
+#[derive(Debug)]
 pub(super) struct TokenStore {
-    map: Mmap,
+    file: File,
+    path: PathBuf,
     footer: Footer,
-    table: usize,
+    /// Where the documents begin in the file.
+    table: u64,
+    vocab_size: usize,
     report: Report,
+}
+
+/// What there is at a path.
+#[derive(Debug)]
+pub(super) enum Opened {
+    Whole(TokenStore),
+    /// Nothing, or a file of an earlier release.
+    None,
+    /// A file that is not as it was written, and in what way.
+    Damaged(String),
 }
 
 /// Where a document came from.
@@ -50,45 +85,86 @@ pub(super) struct Origin {
 }
 
 impl TokenStore {
-    /// Opens the file at `path`; `None` where there is none, or one that is not whole or that was made from other
-    /// things than `key`.
-    pub(super) fn open(path: &Path, key: [u64; 2]) -> Result<Option<Self>, DataError> {
+    /// Opens the file at `path` and reads it once: it has to be whole, unchanged since it was written, made from what
+    /// `key` stands for, and within a vocabulary of `vocab_size`.
+    pub(super) fn open(path: &Path, key: [u64; 2], vocab_size: usize) -> Result<Opened, DataError> {
         let file = match File::open(path) {
             Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Opened::None),
             Err(error) => return Err(DataError::io("read", path, &error)),
         };
-        if file.metadata().map_err(|error| DataError::io("read", path, &error))?.len() == 0 {
-            return Ok(None); // some systems refuse to map nothing
+        match Self::checked(file, path, key, vocab_size) {
+            Ok(Ok(store)) => Ok(Opened::Whole(store)),
+            Ok(Err(Wrong::Earlier)) => Ok(Opened::None),
+            Ok(Err(Wrong::Damaged(problem))) => Ok(Opened::Damaged(problem)),
+            // It is being cut at this moment.
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(Opened::Damaged("it ends too early".into())),
+            Err(error) => Err(DataError::io("read", path, &error)),
         }
-        // SAFETY: the map is only read. Another process that changed the file would change what is read, but ours only
-        // ever rename whole files into place.
-        let map = unsafe { Mmap::map(&file) }.map_err(|error| DataError::io("read", path, &error))?;
-        let Some(start) = map.len().checked_sub(FOOTER_BYTES) else { return Ok(None) };
-        let word = |index: usize| u64_at(&map, start + 8 * index);
-        if word(7) != MAGIC {
-            return Ok(None);
+    }
+
+    fn checked(file: File, path: &Path, key: [u64; 2], vocab_size: usize) -> io::Result<Result<Self, Wrong>> {
+        let damaged = |problem: &str| Ok(Err(Wrong::Damaged(problem.into())));
+        let size = file.metadata()?.len();
+        let Some(start) = size.checked_sub(FOOTER_BYTES as u64) else { return damaged("it ends too early") };
+        let mut end = [0; FOOTER_BYTES];
+        read_exact_at(&file, &mut end, start)?;
+        let words: [u64; FOOTER_WORDS] = std::array::from_fn(|index| u64_at(&end, 8 * index));
+        let [key_0, key_1, documents, tokens, width, report, content, checksum, magic] = words;
+        match magic {
+            MAGIC => {}
+            MAGIC_BEFORE => return Ok(Err(Wrong::Earlier)),
+            _ => return damaged("its end is not that of such a file"),
         }
-        let footer = Footer {
-            key: [word(0), word(1)],
-            documents: word(2),
-            tokens: word(3),
-            width: word(4),
-            report: word(5),
-            content: word(6),
+        let footer = Footer { key: [key_0, key_1], documents, tokens, width, report, content };
+        let Some([table, report_start, _]) = footer.places(size).filter(|_| [2, 4, WEIGHTED].contains(&width)) else {
+            return damaged("its numbers do not fit its size");
         };
-        let table = footer.tokens.checked_mul(footer.width).and_then(|bytes| bytes.checked_next_multiple_of(8));
-        let reported = table
-            .zip(footer.documents.checked_mul(DOCUMENT_BYTES as u64))
-            .and_then(|(table, documents)| table.checked_add(documents));
-        let whole = reported.and_then(|reported| reported.checked_add(footer.report)?.checked_next_multiple_of(8));
-        let (Some(table), Some(reported), true) = (table, reported, footer.key == key && whole == Some(start as u64))
-        else {
-            return Ok(None);
-        };
-        let report = &map[reported as usize..(reported + footer.report) as usize];
-        let Ok(report) = serde_json::from_slice(report) else { return Ok(None) };
-        Ok(Some(Self { footer, table: table as usize, report, map }))
+        if footer.key != key {
+            return damaged("it was made from other data");
+        }
+        let store = Self { file, path: path.to_owned(), footer, table, vocab_size, report: Report::default() };
+        let mut hash = Xxh3Default::new();
+        let mut foreign = None;
+        store.each_chunk(0..tokens * width, |bytes| {
+            hash.update(bytes);
+            foreign = foreign.take().or_else(|| store.foreign(bytes));
+            true
+        })?;
+        store.each_chunk(tokens * width..table, |bytes| {
+            hash.update(bytes);
+            true
+        })?;
+        let (mut before, mut ordered) = (0, true);
+        store.each_chunk(table..report_start, |bytes| {
+            hash.update(bytes);
+            for document in bytes.chunks_exact(DOCUMENT_BYTES) {
+                let end = u64_at(document, 0);
+                ordered &= before <= end && end <= tokens;
+                before = end;
+            }
+            true
+        })?;
+        let mut report_bytes = Vec::new();
+        store.each_chunk(report_start..start + 7 * 8, |bytes| {
+            hash.update(bytes);
+            report_bytes.extend_from_slice(bytes);
+            true
+        })?;
+        if hash.digest() != checksum {
+            return damaged("its checksum is another");
+        }
+        // What was written is never so; whoever can make a checksum can write what he likes.
+        if let Some(problem) = foreign {
+            return Ok(Err(Wrong::Damaged(problem)));
+        }
+        if !ordered {
+            return damaged("its documents do not follow each other");
+        }
+        match serde_json::from_slice(&report_bytes[..report as usize]) {
+            Ok(report) => Ok(Ok(Self { report, ..store })),
+            Err(_) => damaged("its report cannot be read"),
+        }
     }
 
     /// Number of documents.
@@ -111,49 +187,177 @@ impl TokenStore {
         self.footer.content
     }
 
-    /// The tokens of a document, as positions in the store.
-    pub(super) fn span(&self, document: usize) -> Range<u64> {
-        let end = |document: usize| u64_at(&self.map, self.table + DOCUMENT_BYTES * document);
-        let start = if document == 0 { 0 } else { end(document - 1) };
-        start..end(document)
+    /// Hands each document's number and its tokens, as positions in the store, to `each`.
+    pub(super) fn each_document(
+        &self,
+        mut each: impl FnMut(usize, Range<u64>) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        let (mut document, mut start) = (0, 0);
+        let mut result = Ok(());
+        let read = self.each_chunk(self.table..self.table + self.footer.documents * DOCUMENT_BYTES as u64, |bytes| {
+            for entry in bytes.chunks_exact(DOCUMENT_BYTES) {
+                let end = u64_at(entry, 0);
+                result = match start <= end && end <= self.footer.tokens {
+                    true => each(document, start..end),
+                    false => Err(self.changed()),
+                };
+                if result.is_err() {
+                    return false;
+                }
+                (document, start) = (document + 1, end);
+            }
+            true
+        });
+        read.map_err(|error| self.fault(&error))?;
+        result
     }
 
     /// Where a document came from.
-    pub(super) fn origin(&self, document: usize) -> Origin {
-        let packed = u64_at(&self.map, self.table + DOCUMENT_BYTES * document + 8);
-        Origin { file: packed as u32, line: (packed >> 32) as u32 }
+    pub(super) fn origin(&self, document: usize) -> Result<Origin, DataError> {
+        Ok(self.entry(document)?.1)
     }
 
     /// Where the document came from that holds the token at a position.
-    pub(super) fn origin_at(&self, position: u64) -> Origin {
+    pub(super) fn origin_at(&self, position: u64) -> Result<Origin, DataError> {
         let (mut low, mut high) = (0, self.documents().saturating_sub(1));
         while low < high {
             let middle = low + (high - low) / 2;
-            if self.span(middle).end <= position { low = middle + 1 } else { high = middle }
+            if self.entry(middle)?.0 <= position { low = middle + 1 } else { high = middle }
         }
         self.origin(low)
     }
 
-    /// The tokens at positions `span`.
-    pub(super) fn tokens(&self, span: Range<u64>) -> impl ExactSizeIterator<Item = u32> + '_ {
-        let width = self.footer.width as usize;
-        let bytes = &self.map[span.start as usize * width..span.end as usize * width];
-        bytes.chunks_exact(width).map(|token| match *token {
-            [a, b] => u32::from(u16::from_le_bytes([a, b])),
-            [a, b, c, d, ..] => u32::from_le_bytes([a, b, c, d]),
-            _ => 0,
+    /// Where a document ends, and where it came from.
+    fn entry(&self, document: usize) -> Result<(u64, Origin), DataError> {
+        let mut entry = [0; DOCUMENT_BYTES];
+        let at = self.table + (DOCUMENT_BYTES * document) as u64;
+        read_exact_at(&self.file, &mut entry, at).map_err(|error| self.fault(&error))?;
+        let packed = u64_at(&entry, 8);
+        Ok((u64_at(&entry, 0), Origin { file: packed as u32, line: (packed >> 32) as u32 }))
+    }
+
+    /// A reader of spans of tokens. Where spans follow each other, it reads `ahead` tokens at once; 0 reads no more than is
+    /// asked for.
+    pub(super) fn reader(&self, ahead: usize) -> SpanReader<'_> {
+        SpanReader { store: self, ahead: ahead as u64, start: 0, bytes: Vec::new() }
+    }
+
+    /// Hands the bytes of a part of the file to `each` in order, until it says no.
+    fn each_chunk(&self, part: Range<u64>, mut each: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
+        let mut buffer = vec![0; CHUNK_BYTES.min((part.end - part.start) as usize)];
+        let mut at = part.start;
+        while at < part.end {
+            let length = buffer.len().min((part.end - at) as usize);
+            read_exact_at(&self.file, &mut buffer[..length], at)?;
+            if !each(&buffer[..length]) {
+                break;
+            }
+            at += length as u64;
+        }
+        Ok(())
+    }
+
+    /// What is wrong with tokens that are not of the vocabulary, or weights that are none.
+    fn foreign(&self, bytes: &[u8]) -> Option<String> {
+        let vocab_size = self.vocab_size;
+        let outside = |token: u32| format!("it has the token {token}, outside the vocabulary of {vocab_size}");
+        let wrong = |weight: f32| !(weight >= 0.0 && weight.is_finite());
+        let tokens = || self.decode(bytes);
+        // The largest first: a loop without an exit is several times as fast.
+        let largest = match self.footer.width {
+            2 => bytes.chunks_exact(2).map(|token| u32::from(u16::from_le_bytes([token[0], token[1]]))).max(),
+            _ => tokens().map(|(token, _)| token).max(),
+        };
+        if let Some(token) = largest.filter(|&token| token as usize >= vocab_size) {
+            return Some(outside(token));
+        }
+        match self.is_weighted() && tokens().any(|(_, weight)| wrong(weight)) {
+            true => Some("it has a weight that is not a number from 0".into()),
+            false => None,
+        }
+    }
+
+    fn decode<'a>(&self, bytes: &'a [u8]) -> impl ExactSizeIterator<Item = (u32, f32)> + use<'a> {
+        bytes.chunks_exact(self.footer.width as usize).map(|token| match *token {
+            [a, b] => (u32::from(u16::from_le_bytes([a, b])), 1.0),
+            [a, b, c, d] => (u32::from_le_bytes([a, b, c, d]), 1.0),
+            [a, b, c, d, e, f, g, h] => (u32::from_le_bytes([a, b, c, d]), f32::from_le_bytes([e, f, g, h])),
+            _ => (0, 0.0),
         })
     }
 
-    /// The weights of the tokens at positions `span`: how much each counts in the loss when it is predicted.
-    pub(super) fn weights(&self, span: Range<u64>) -> impl ExactSizeIterator<Item = f32> + '_ {
-        let width = self.footer.width as usize;
-        let bytes = &self.map[span.start as usize * width..span.end as usize * width];
-        bytes.chunks_exact(width).map(|token| match *token {
-            [_, _, _, _, a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
-            _ => 1.0,
-        })
+    fn fault(&self, error: &io::Error) -> DataError {
+        match error.kind() {
+            ErrorKind::UnexpectedEof => self.changed(),
+            _ => DataError::io("read", &self.path, error),
+        }
     }
+
+    fn changed(&self) -> DataError {
+        DataError::CacheChanged { path: self.path.clone() }
+    }
+}
+
+/// Why a file is not taken.
+enum Wrong {
+    Earlier,
+    Damaged(String),
+}
+
+/// Reads spans of tokens through a buffer.
+pub(super) struct SpanReader<'a> {
+    store: &'a TokenStore,
+    ahead: u64,
+    /// Position of the first token in `bytes`.
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl SpanReader<'_> {
+    /// The tokens at positions `span`, with how much each counts in the loss when it is predicted.
+    pub(super) fn read(
+        &mut self,
+        span: Range<u64>,
+    ) -> Result<impl ExactSizeIterator<Item = (u32, f32)> + '_, DataError> {
+        let (store, width) = (self.store, self.store.footer.width);
+        let end = self.start + self.bytes.len() as u64 / width;
+        if span.start < self.start || span.end > end {
+            let end = span.end.max((span.start + self.ahead).min(store.footer.tokens));
+            self.bytes.resize(((end - span.start) * width) as usize, 0);
+            self.start = span.start;
+            let read = read_exact_at(&store.file, &mut self.bytes, span.start * width);
+            // The file was checked when it was opened, and may have been written to since.
+            let result = match read {
+                Ok(()) if store.foreign(&self.bytes).is_some() => Err(store.changed()),
+                read => read.map_err(|error| store.fault(&error)),
+            };
+            if result.is_err() {
+                self.bytes.clear();
+            }
+            result?;
+        }
+        let at = |position: u64| ((position - self.start) * width) as usize;
+        Ok(store.decode(&self.bytes[at(span.start)..at(span.end)]))
+    }
+}
+
+/// Reads at a place without moving the file's own position: threads may read at once.
+#[cfg(unix)]
+fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, at) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(read) => (bytes, at) = (&mut bytes[read..], at + read as u64),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
@@ -162,32 +366,76 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
+/// The name of a temporary file begins with that of the file, without its ending, and a point.
+fn stem(path: &Path) -> String {
+    path.file_stem().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// Whether a file's name is that of a temporary one: `train-0123456789abcdef.Xf3aP9wQz01k.tmp`.
+fn is_temporary(name: &str) -> bool {
+    let drawn = |text: &str| text.len() == DRAWN && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    let hash = |text: &str| text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    name.strip_suffix(".tmp")
+        .and_then(|name| name.split_once('.'))
+        .is_some_and(|(stem, rest)| drawn(rest) && stem.rsplit_once('-').is_some_and(|(_, digits)| hash(digits)))
+}
+
+/// Removes the temporary files of programs that were killed. Who writes one holds a lock on it, which ends with its process;
+/// where the file system has no locks, none is removed.
+pub(super) fn remove_abandoned(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        if !entry.file_name().to_str().is_some_and(is_temporary) || !entry.file_type().is_ok_and(|kind| kind.is_file())
+        {
+            continue;
+        }
+        // Some file systems lock only what is open for writing.
+        let Ok(file) = File::options().write(true).open(entry.path()) else { continue };
+        if file.try_lock().is_ok() {
+            // Removed under the lock: its writer, if it has just been made, sees that and makes another.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// A temporary file for the store at `path`, with a lock that says that it is being written.
+fn locked(folder: &Path, path: &Path) -> io::Result<NamedTempFile> {
+    loop {
+        let file = temporary(folder, &format!("{}.", stem(path)), None)?;
+        match file.as_file().try_lock() {
+            // Without locks, nobody takes it for abandoned.
+            Ok(()) | Err(TryLockError::Error(_)) if file.path().exists() => return Ok(file),
+            _ => {}
+        }
+    }
+}
+
 /// Writes a store, document by document.
 pub(super) struct TokenStoreWriter {
     path: PathBuf,
-    temporary: PathBuf,
-    out: BufWriter<File>,
+    /// Dropped before it is finished, the file is removed.
+    out: BufWriter<NamedTempFile>,
+    unfinished: Unfinished,
+    checksum: Xxh3Default,
     width: u64,
     tokens: u64,
     documents: Vec<(u64, Origin)>,
     content: Hash,
-    finished: bool,
 }
 
 impl TokenStoreWriter {
     /// Begins the file that [`finish`](TokenStoreWriter::finish) will put at `path`; `vocab_size` decides its width,
     /// and whether the tokens have weights.
     pub(super) fn create(path: &Path, vocab_size: usize, weighted: bool) -> Result<Self, DataError> {
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder).map_err(|error| DataError::io("write", folder, &error))?;
-        }
+        let folder = path.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(folder).map_err(|error| DataError::io("write", folder, &error))?;
         // Two runs may make the same file at once; each renames its own into place, and they are equal.
-        let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-        let file = File::create(&temporary).map_err(|error| DataError::io("write", &temporary, &error))?;
+        let file = locked(folder, path).map_err(|error| DataError::io("write", folder, &error))?;
         Ok(Self {
             path: path.to_owned(),
-            temporary,
+            unfinished: Unfinished::new(file.path()),
             out: BufWriter::with_capacity(1 << 20, file),
+            checksum: Xxh3Default::new(),
             width: match weighted {
                 true => WEIGHTED,
                 false if vocab_size > 1 << 16 => 4,
@@ -196,7 +444,6 @@ impl TokenStoreWriter {
             tokens: 0,
             documents: Vec::new(),
             content: Hash::new(1),
-            finished: false,
         })
     }
 
@@ -250,33 +497,31 @@ impl TokenStoreWriter {
         let length = report.len() as u64;
         report.resize(report.len().next_multiple_of(8), 0);
         self.write(&report)?;
-        let words = [key[0], key[1], documents.len() as u64, self.tokens, width, length, self.content.finish(), MAGIC];
+        let words = [key[0], key[1], documents.len() as u64, self.tokens, width, length, self.content.finish()];
         self.write(&words.map(u64::to_le_bytes).concat())?;
-        let write = |error: &std::io::Error| DataError::io("write", &self.temporary, error);
-        self.out.flush().map_err(|error| write(&error))?;
-        self.out.get_ref().sync_all().map_err(|error| write(&error))?;
-        std::fs::rename(&self.temporary, &self.path).map_err(|error| DataError::io("write", &self.path, &error))?;
-        self.finished = true;
+        let words = [self.checksum.digest(), MAGIC];
+        self.write(&words.map(u64::to_le_bytes).concat())?;
+        let Self { path, out, unfinished, .. } = self;
+        let temporary = out.get_ref().path().to_owned();
+        let write = |error: &io::Error| DataError::io("write", &temporary, error);
+        let file = out.into_inner().map_err(|error| write(error.error()))?;
+        file.as_file().sync_all().map_err(|error| write(&error))?;
+        file.persist(&path).map_err(|error| DataError::io("write", &path, &error.error))?;
+        drop(unfinished);
         Ok(())
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), DataError> {
-        self.out.write_all(bytes).map_err(|error| DataError::io("write", &self.temporary, &error))
-    }
-}
-
-impl Drop for TokenStoreWriter {
-    fn drop(&mut self) {
-        if !self.finished {
-            // Nobody is left to tell if this fails, and the next run does not look at the file.
-            let _ = std::fs::remove_file(&self.temporary);
-        }
+        self.checksum.update(bytes);
+        self.out.write_all(bytes).map_err(|error| DataError::io("write", self.out.get_ref().path(), &error))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const KEY: [u64; 2] = [1, 2];
 
     fn write(path: &Path, vocab_size: usize, documents: &[&[u32]]) {
         let mut writer = TokenStoreWriter::create(path, vocab_size, false).unwrap();
@@ -287,7 +532,46 @@ mod tests {
             assert_eq!(writer.open_tokens(), tokens.len() as u64);
             writer.end_document(Origin { file: 7, line: index as u32 });
         }
-        writer.finish([1, 2], &Report { replaced: 5, ..Report::default() }).unwrap();
+        writer.finish(KEY, &Report { replaced: 5, ..Report::default() }).unwrap();
+    }
+
+    fn opened(path: &Path, vocab_size: usize) -> TokenStore {
+        match TokenStore::open(path, KEY, vocab_size).unwrap() {
+            Opened::Whole(store) => store,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn damage(path: &Path, key: [u64; 2], vocab_size: usize) -> String {
+        match TokenStore::open(path, key, vocab_size).unwrap() {
+            Opened::Damaged(problem) => problem,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn spans(store: &TokenStore) -> Vec<Range<u64>> {
+        let mut spans = Vec::new();
+        let each = |document: usize, span| {
+            assert_eq!(document, spans.len());
+            spans.push(span);
+            Ok(())
+        };
+        store.each_document(each).unwrap();
+        spans
+    }
+
+    fn tokens(store: &TokenStore, span: Range<u64>) -> Vec<u32> {
+        store.reader(0).read(span).unwrap().map(|(token, _)| token).collect()
+    }
+
+    /// A store whose footer has a checksum that fits what was changed in it.
+    fn forge(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut bytes = fs::read(path).unwrap();
+        change(&mut bytes);
+        let end = bytes.len() - 16;
+        let checksum = xxhash_rust::xxh3::xxh3_64(&bytes[..end]);
+        bytes[end..end + 8].copy_from_slice(&checksum.to_le_bytes());
+        fs::write(path, bytes).unwrap();
     }
 
     #[test]
@@ -298,14 +582,32 @@ mod tests {
         {
             let path = dir.path().join(format!("folder/{vocab_size}.tokens"));
             write(&path, vocab_size, &documents);
-            let store = TokenStore::open(&path, [1, 2]).unwrap().unwrap();
+            let store = opened(&path, vocab_size);
             assert_eq!((store.documents(), store.report().replaced, store.is_weighted()), (3, 5, false));
-            for (index, tokens) in documents.iter().enumerate() {
-                assert_eq!(store.tokens(store.span(index)).collect::<Vec<_>>(), *tokens);
-                assert_eq!(store.origin(index), Origin { file: 7, line: index as u32 });
+            for (index, (span, expected)) in spans(&store).into_iter().zip(documents).enumerate() {
+                assert_eq!(tokens(&store, span), expected);
+                assert_eq!(store.origin(index).unwrap(), Origin { file: 7, line: index as u32 });
+            }
+            assert_eq!(store.origin_at(2).unwrap().line, 0);
+            assert_eq!(store.origin_at(3).unwrap().line, 2);
+        }
+        assert_eq!(fs::read_dir(dir.path().join("folder")).unwrap().count(), 2, "no temporary file is left");
+    }
+
+    #[test]
+    fn a_reader_that_reads_ahead_reads_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let document: Vec<u32> = (0..200).collect();
+        write(&path, 300, &[&document]);
+        let store = opened(&path, 300);
+        for ahead in [0, 1, 7, 1000] {
+            let mut reader = store.reader(ahead);
+            for span in [0..3, 3..9, 2..5, 190..200, 0..0, 200..200, 5..180] {
+                let read: Vec<u32> = reader.read(span.clone()).unwrap().map(|(token, _)| token).collect();
+                assert_eq!(read, document[span.start as usize..span.end as usize], "{ahead}, {span:?}");
             }
         }
-        assert_eq!(std::fs::read_dir(dir.path().join("folder")).unwrap().count(), 2, "no temporary file is left");
     }
 
     #[test]
@@ -317,14 +619,16 @@ mod tests {
             writer.extend(&[7, 8], &weights[..2]).unwrap();
             writer.extend(&[9], &weights[2..]).unwrap();
             writer.end_document(Origin { file: 0, line: 1 });
-            writer.finish([1, 2], &Report::default()).unwrap();
-            let store = TokenStore::open(&path, [1, 2]).unwrap().unwrap();
+            writer.finish(KEY, &Report::default()).unwrap();
+            let store = opened(&path, 300);
             assert!(store.is_weighted());
-            assert_eq!(store.tokens(0..3).collect::<Vec<_>>(), [7, 8, 9]);
-            assert_eq!(store.weights(1..3).collect::<Vec<_>>(), weights[1..]);
+            let read: Vec<(u32, f32)> = store.reader(0).read(0..3).unwrap().collect();
+            assert_eq!(read, [(7, weights[0]), (8, weights[1]), (9, weights[2])]);
             store.content()
         };
         assert_ne!(content(&[0.0, 1.0, 0.5]), content(&[0.0, 1.0, 1.0]));
+        forge(&path, |bytes| bytes[4..8].copy_from_slice(&f32::NAN.to_le_bytes()));
+        assert!(damage(&path, KEY, 300).contains("weight"));
     }
 
     #[test]
@@ -333,25 +637,85 @@ mod tests {
         let content = |documents: &[&[u32]]| {
             let path = dir.path().join("x");
             write(&path, 300, documents);
-            TokenStore::open(&path, [1, 2]).unwrap().unwrap().content()
+            opened(&path, 300).content()
         };
         assert_eq!(content(&[&[1, 2], &[3]]), content(&[&[1, 2], &[3]]));
         assert_ne!(content(&[&[1, 2], &[3]]), content(&[&[1], &[2, 3]]));
         assert_ne!(content(&[&[1, 2], &[3]]), content(&[&[2, 1], &[3]]));
     }
 
+    /// Every byte counts: tokens, documents, report, footer.
     #[test]
-    fn what_is_not_whole_is_not_opened() {
+    fn a_file_that_is_not_as_it_was_written_is_damaged() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
-        assert!(TokenStore::open(&path, [1, 2]).unwrap().is_none());
-        write(&path, 300, &[&[1, 2, 3]]);
-        assert!(TokenStore::open(&path, [1, 3]).unwrap().is_none());
-        let bytes = std::fs::read(&path).unwrap();
+        assert!(matches!(TokenStore::open(&path, KEY, 300).unwrap(), Opened::None));
+        write(&path, 300, &[&[1, 2, 3], &[4]]);
+        assert!(damage(&path, [1, 3], 300).contains("other data"));
+        let bytes = fs::read(&path).unwrap();
         for bad in [&bytes[..bytes.len() - 1], &bytes[1..], &bytes[8..], &[], &bytes[..40]] {
-            std::fs::write(&path, bad).unwrap();
-            assert!(TokenStore::open(&path, [1, 2]).unwrap().is_none());
+            fs::write(&path, bad).unwrap();
+            damage(&path, KEY, 300);
         }
+        for at in 0..bytes.len() {
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 0x10;
+            fs::write(&path, &flipped).unwrap();
+            damage(&path, KEY, 300);
+        }
+        // The tokens of a file that was made anew under the writer's feet: a valid end behind zeros.
+        let mut zeros = bytes.clone();
+        zeros[..8].fill(0);
+        fs::write(&path, zeros).unwrap();
+        assert!(damage(&path, KEY, 300).contains("checksum"));
+        let mut earlier = bytes;
+        let end = earlier.len() - 8;
+        earlier[end..].copy_from_slice(b"moontok2");
+        fs::write(&path, earlier).unwrap();
+        assert!(matches!(TokenStore::open(&path, KEY, 300).unwrap(), Opened::None));
+    }
+
+    #[test]
+    fn tokens_and_documents_outside_are_damage_whatever_the_checksum() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        write(&path, 300, &[&[1, 2, 3], &[4]]);
+        assert!(damage(&path, KEY, 4).contains("token 4, outside the vocabulary of 4"));
+        forge(&path, |bytes| bytes[2..4].fill(0xff));
+        assert!(damage(&path, KEY, 300).contains("token 65535"));
+        for end in [1u64 << 60, u64::MAX, 1] {
+            write(&path, 300, &[&[1, 2, 3], &[4]]);
+            forge(&path, |bytes| bytes[8 + 16..8 + 24].copy_from_slice(&end.to_le_bytes()));
+            assert!(damage(&path, KEY, 300).contains("documents"));
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_cut_or_changed_while_it_is_read_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let document: Vec<u32> = (0..250).collect();
+        let rewrite = |at: u64, bytes: &[u8]| {
+            let file = File::options().write(true).open(&path).unwrap();
+            #[cfg(unix)]
+            std::os::unix::fs::FileExt::write_all_at(&file, bytes, at).unwrap();
+            #[cfg(windows)]
+            std::os::windows::fs::FileExt::seek_write(&file, bytes, at).unwrap();
+        };
+        write(&path, 300, &[&document]);
+        let store = opened(&path, 300);
+        rewrite(20, &[0xff, 0xff]);
+        let changed = |result: Result<(), DataError>| {
+            let error = result.unwrap_err();
+            assert_eq!(error, DataError::CacheChanged { path: path.clone() });
+            assert!(error.hint().is_some());
+        };
+        changed(store.reader(0).read(0..250).map(drop));
+        assert_eq!(tokens(&store, 11..13), [11, 12]);
+        File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
+        changed(store.reader(0).read(0..250).map(drop));
+        changed(store.each_document(|_, _| Ok(())));
+        changed(store.origin_at(3).map(drop));
     }
 
     #[test]
@@ -360,6 +724,63 @@ mod tests {
         let mut writer = TokenStoreWriter::create(&dir.path().join("x"), 300, false).unwrap();
         writer.extend(&[1, 2], &[]).unwrap();
         drop(writer);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    /// Two writers of one file, as two containers on one disk are, each step of the one between two of the other: both end
+    /// well, and what stands there is whole at every moment.
+    #[test]
+    fn writers_of_the_same_file_do_not_meet() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train-0123456789abcdef.tokens");
+        let begin = || TokenStoreWriter::create(&path, 300, false).unwrap();
+        let end = |mut writer: TokenStoreWriter| {
+            writer.end_document(Origin { file: 0, line: 1 });
+            writer.finish(KEY, &Report::default()).unwrap();
+            assert_eq!(tokens(&opened(&path, 300), 0..4), [1, 2, 3, 4]);
+        };
+        let mut first = begin();
+        first.extend(&[1, 2], &[]).unwrap();
+        remove_abandoned(dir.path()); // by a third one that begins
+        let mut second = begin();
+        second.extend(&[1, 2, 3], &[]).unwrap();
+        first.extend(&[3, 4], &[]).unwrap();
+        end(first);
+        let store = opened(&path, 300);
+        let mut third = begin();
+        third.extend(&[1], &[]).unwrap();
+        drop(third); // and is stopped
+        second.extend(&[4], &[]).unwrap();
+        end(second);
+        assert_eq!(tokens(&store, 0..4), [1, 2, 3, 4], "the file that the first has open is its own");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..20 {
+                        remove_abandoned(dir.path());
+                        let mut writer = begin();
+                        writer.extend(&[1, 2, 3, 4], &[]).unwrap();
+                        end(writer);
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn files_of_killed_writers_are_removed_and_others_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let abandoned = dir.path().join("train-0123456789abcdef.0aB3kd92Lq1Z.tmp");
+        let others = ["train-0123456789abcdef.tokens", "notes.tmp", "train-0123456789abcdef.mine.tmp"];
+        fs::write(&abandoned, "half").unwrap();
+        others.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
+        let writer = TokenStoreWriter::create(&dir.path().join("valid-00000000000000ff.tokens"), 300, false).unwrap();
+        remove_abandoned(dir.path());
+        assert!(!abandoned.exists());
+        assert!(others.iter().all(|name| dir.path().join(name).exists()));
+        assert!(writer.out.get_ref().path().exists(), "it is being written");
     }
 }

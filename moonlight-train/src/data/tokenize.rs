@@ -15,11 +15,14 @@ use super::files::SourceFile;
 use super::hash::Hash;
 use super::report::{Fault, Report};
 use super::source_reader::{SourceReader, open};
-use super::token_store::{Origin, TokenStore, TokenStoreWriter};
+use super::token_store::{Opened, Origin, TokenStore, TokenStoreWriter, remove_abandoned};
 use crate::recipe::{Broken, DataFormat};
 
 /// Raised when the same template gives other tokens or weights.
 const TEMPLATES: u64 = 1;
+/// The longest record of `format = "tokens"` and `"chat"`: a line, its line break included, or a row of a parquet file. A file
+/// without line breaks, such as a JSON array, would have to be held in memory whole.
+const LONGEST_RECORD: usize = 256 << 20;
 /// Bytes of a text file that are tokenized at once.
 const BLOCK_BYTES: usize = 4 << 20;
 /// Bytes that are read before the blocks are shared out; bounds the memory.
@@ -59,8 +62,8 @@ enum End {
     Cut,
 }
 
-struct Tokenized {
-    tokens: Vec<u32>,
+pub(super) struct Tokenized {
+    pub(super) tokens: Vec<u32>,
     /// One for each token, or none at all.
     weights: Vec<f32>,
     /// Whether bytes were not UTF-8.
@@ -69,7 +72,7 @@ struct Tokenized {
 }
 
 /// A block that is left out.
-struct Refused {
+pub(super) struct Refused {
     problem: String,
     hint: Option<String>,
 }
@@ -85,15 +88,19 @@ impl TokenizeJob<'_> {
     pub(super) fn store(&self, cache_dir: &Path) -> Result<TokenStore, DataError> {
         let digest = self.digest();
         let path = cache_dir.join(format!("{}-{:016x}.tokens", self.key, digest[0]));
-        if let Some(store) = TokenStore::open(&path, digest)? {
-            return Ok(store);
+        remove_abandoned(cache_dir);
+        match TokenStore::open(&path, digest, self.vocab_size)? {
+            Opened::Whole(store) => return Ok(store),
+            Opened::None => {}
+            Opened::Damaged(problem) => {
+                tracing::warn!("the token cache `{}` is damaged and made anew: {problem}", path.display());
+            }
         }
         self.write(&path, digest)?;
-        TokenStore::open(&path, digest)?.ok_or_else(|| DataError::Io {
-            action: "read",
-            path,
-            problem: "another program changed it while it was opened".into(),
-        })
+        match TokenStore::open(&path, digest, self.vocab_size)? {
+            Opened::Whole(store) => Ok(store),
+            Opened::None | Opened::Damaged(_) => Err(DataError::CacheChanged { path }),
+        }
     }
 
     /// Two hashes of everything that the tokens depend on.
@@ -260,23 +267,40 @@ impl TokenizeJob<'_> {
     ) -> Result<bool, DataError> {
         let SourceReader { reader, limit, .. } = open(file)?;
         let mut reader = BufReader::with_capacity(1 << 20, reader);
-        let mut position = 0;
+        let mut left = limit;
         for line in 1.. {
+            let origin = Origin { file: index, line };
+            // A byte more than is taken tells a line that is too long from one that ends there.
+            let most = left.min(LONGEST_RECORD as u64);
             let mut bytes = Vec::new();
-            let read = reader.read_until(b'\n', &mut bytes);
-            position += read.map_err(|error| DataError::io("read", &file.path, &error))? as u64;
+            let read = reader.by_ref().take(most.saturating_add(1)).read_until(b'\n', &mut bytes);
+            read.map_err(|error| DataError::io("read", &file.path, &error))?;
             // `max_bytes` takes whole records only.
-            if bytes.is_empty() || position > limit {
+            if bytes.is_empty() || bytes.len() as u64 > left {
                 break;
             }
+            if bytes.len() > LONGEST_RECORD {
+                return Err(self.too_long(origin));
+            }
+            left -= bytes.len() as u64;
             if !bytes.trim_ascii().is_empty() {
-                round.add(Block { origin: Origin { file: index, line }, bytes, end: Some(End::Whole) });
+                round.add(Block { origin, bytes, end: Some(End::Whole) });
                 if full(round)? {
                     return Ok(true);
                 }
             }
         }
         Ok(false)
+    }
+
+    /// A record that is not even read to its end, whatever becomes of broken ones.
+    fn too_long(&self, origin: Origin) -> DataError {
+        DataError::Record {
+            path: self.files[origin.file as usize].path.clone(),
+            line: origin.line as usize,
+            problem: format!("the record is longer than {} MiB", LONGEST_RECORD >> 20),
+            hint: Some("a record is a line; a JSON array of records has to be written as JSONL, one a line".into()),
+        }
     }
 
     /// Reads a parquet file, a record a row.
@@ -297,7 +321,11 @@ impl TokenizeJob<'_> {
             if position > limit {
                 break;
             }
-            round.add(Block { origin: Origin { file: index, line: row }, bytes, end: Some(End::Whole) });
+            let origin = Origin { file: index, line: row };
+            if bytes.len() > LONGEST_RECORD {
+                return Err(self.too_long(origin));
+            }
+            round.add(Block { origin, bytes, end: Some(End::Whole) });
             if full(round)? {
                 return Ok(true);
             }
@@ -335,7 +363,7 @@ impl Found {
 }
 
 /// The tokens of a line of `format = "tokens"`.
-fn tokens_of(line: &[u8]) -> Result<Tokenized, Refused> {
+pub(super) fn tokens_of(line: &[u8]) -> Result<Tokenized, Refused> {
     let parsed: Record = serde_json::from_slice(line).map_err(|error| {
         // The parser counts lines too, but of this one line only.
         let problem = error.to_string();

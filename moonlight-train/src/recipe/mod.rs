@@ -48,6 +48,7 @@ pub use train::{Checkpointing, MoeRecipe, TrainConfig};
 use check::Check;
 use document::Node;
 
+use crate::data::MOST_TOKENS;
 use crate::schedule::{AccumulationChange, ScheduleConfig};
 
 /// A resolved recipe: what `moonlight train` was asked to do.
@@ -194,6 +195,7 @@ impl Recipe {
         self.optimizer.check(check);
         schedule::check(&self.schedule, check);
         self.train.check(&self.schedule, check);
+        self.check_step(check);
         self.moe.check(check);
         if let Some(lora) = &self.lora {
             lora.check(self, check);
@@ -209,6 +211,23 @@ impl Recipe {
         // How long the schedule of a run of epochs is depends on its data.
         if self.train.steps > 0 || self.train.epochs == 0.0 {
             schedule::check_length(&self.schedule, self.optimizer.learning_rate, self.train.steps, check);
+        }
+    }
+
+    /// That a step's tokens, which are laid out before it, are not more than can be.
+    fn check_step(&self, check: &mut Check<'_>) {
+        let TrainConfig { batch_size, gradient_accumulation, .. } = self.train;
+        let sequence = [batch_size, self.data.sequence_length];
+        let later =
+            self.schedule.accumulation.iter().map(|change| ("schedule.accumulation", change.gradient_accumulation));
+        for (key, passes) in std::iter::once(("train.gradient_accumulation", gradient_accumulation)).chain(later) {
+            let tokens = sequence.iter().try_fold(passes, |product, &factor| product.checked_mul(factor));
+            check.require(key, tokens.is_some_and(|tokens| tokens as u64 <= MOST_TOKENS), || {
+                format!(
+                    "is {passes}; with {batch_size} sequences of {} tokens a step has more than 2^32 tokens",
+                    sequence[1]
+                )
+            });
         }
     }
 

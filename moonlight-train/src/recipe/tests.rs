@@ -147,6 +147,12 @@ fn impossible_values_name_their_key() {
         ("model.dtype=f8", "`model.dtype` is `f8`"),
         ("train.gradient_clip=-1", "`train.gradient_clip` is -1"),
         ("sample.top_p=0", "`sample.top_p` is 0"),
+        ("train.gradient_accumulation=4294967295", "a step has more than 2^32 tokens"),
+        ("train.batch_size=4294967295", "a step has more than 2^32 tokens"),
+        (
+            "schedule.accumulation=[{from_step=1, gradient_accumulation=4294967295}]",
+            "`schedule.accumulation` is 4294967295",
+        ),
         ("optimizer.betas=[0.9]", "`optimizer.betas` must be a list of two numbers, not [0.9]"),
     ] {
         let text = if set.starts_with("model.path") {

@@ -18,6 +18,7 @@ mod exchange;
 mod final_report;
 mod fingerprint;
 mod freeze;
+mod in_loop;
 mod model_cell;
 mod outcome;
 mod process_group;
@@ -49,6 +50,7 @@ use crate::recipe::Recipe;
 
 pub use backward::MemoryOptions;
 pub use final_report::final_report;
+pub(crate) use in_loop::is_training;
 pub use outcome::{Outcome, Trained};
 pub use terminal::restore as restore_terminal;
 
@@ -65,6 +67,16 @@ use process_group::{Display, ProcessGroup};
 /// [`TrainError`]. The newest checkpoint is complete in every case.
 pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: &Interrupter) -> Result<Outcome, TrainError> {
     let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
-    let display = if terminal { Display::Dashboard } else { Display::Lines };
+    let display = if terminal && draws(|name| std::env::var_os(name)) { Display::Dashboard } else { Display::Lines };
     ProcessGroup::open(recipe)?.train(recipe, target, resume, display, interrupter)
+}
+
+/// Whether the terminal is one to draw on, and the user wants its colors.
+fn draws(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
+    let plain = variable("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let able = match variable("TERM") {
+        Some(name) => !name.is_empty() && name != "dumb",
+        None => cfg!(not(unix)),
+    };
+    able && !plain
 }

@@ -16,6 +16,7 @@ use moonlight_optim::distributed::{
 };
 
 use super::exchange::{agree, all_gather, broadcast_number};
+use super::in_loop::InLoop;
 use super::outcome::Outcome;
 use super::rank_trainer::RankTrainer;
 use super::setup::{Leftovers, ResumePoint, Setup};
@@ -103,7 +104,7 @@ impl ProcessGroup {
     fn fewest_sequences(&self, recipe: &Recipe) -> usize {
         let changes = recipe.schedule.accumulation.iter().map(|change| change.gradient_accumulation);
         let fewest = changes.chain([recipe.train.gradient_accumulation]).min().unwrap_or(1);
-        fewest * recipe.train.batch_size
+        fewest.saturating_mul(recipe.train.batch_size)
     }
 
     #[cfg(feature = "mpi")]
@@ -210,6 +211,7 @@ impl ProcessGroup {
         leftovers: Leftovers,
         interrupter: &Interrupter,
     ) -> Result<Outcome, TrainError> {
+        let _in_loop = InLoop::enter();
         let (sender, receiver) = mpsc::channel();
         let mut trainers = trainers.into_iter();
         let mut first = trainers.next().expect("a process has a rank");

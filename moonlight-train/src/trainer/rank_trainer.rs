@@ -19,7 +19,7 @@ use super::step_error::StepError;
 use super::step_result::StepTotals;
 use super::{qk_clip, save};
 use crate::checkpoint::{Checkpoints, TrainerState};
-use crate::data::{BatchRequest, Dataset, Prefetcher};
+use crate::data::{BatchRequest, Dataset, Prefetcher, mask_scale};
 use crate::error::TrainError;
 use crate::metrics::{Metrics, Split, resident_memory_mib};
 use crate::recipe::{Checkpointing, Recipe};
@@ -149,7 +149,8 @@ impl RankTrainer {
     fn batch_request(&self, index: u64) -> BatchRequest {
         let train = &self.recipe.train;
         let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
-        let sequences = passes * train.batch_size;
+        // The stream refuses what no step can hold.
+        let sequences = passes.saturating_mul(train.batch_size);
         let cuts = even_cuts(sequences, self.worker().size());
         let share = cuts[self.worker().rank()]..cuts[self.worker().rank() + 1];
         let batches = share.len().div_ceil(train.batch_size).max(1);
@@ -186,8 +187,9 @@ impl RankTrainer {
             losses.push(match index % worker.size() == worker.rank() {
                 true => BatchLoss {
                     loss_sum: {
-                        let output = model.loss(&batch.to_device(&device), 0.0, Probe::default());
-                        f64::from(output.loss_sum.into_scalar::<f32>())
+                        let scale = mask_scale(batch.predicted());
+                        let output = model.loss(&batch.to_device_scaled(&device, scale), 0.0, Probe::default());
+                        f64::from(output.loss_sum.into_scalar::<f32>()) / scale
                     },
                     predicted: batch.predicted(),
                 },

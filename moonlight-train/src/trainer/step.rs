@@ -8,7 +8,7 @@ use super::backward::{GradientSink, MemoryOptions, MicroBatch, ReducingSink, Upd
 use super::model_cell::ModelCell;
 use super::step_error::StepError;
 use super::step_result::{StepResult, StepTotals};
-use crate::data::HostBatch;
+use crate::data::{HostBatch, mask_scale};
 
 /// When parameters are updated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +92,9 @@ fn run_micro_batches(
     device: &Device,
 ) -> Result<StepResult, StepError> {
     let mut result = StepResult::default();
+    // Only the ratios of the weights count, so they may be as small or as large as numbers are.
+    let scale = mask_scale(totals.predicted);
+    let predicted = totals.predicted * scale;
     for (index, batch) in batches.iter().enumerate() {
         if let Some(seed) = settings.dropout_seed {
             sink.model().set_dropout_seed(Some(seed.wrapping_add(index as u64)));
@@ -101,14 +104,14 @@ fn run_micro_batches(
             sink.last_pass();
         }
         let input = MicroBatch {
-            batch: batch.to_device(device),
-            loss_scale: 1.0 / totals.predicted,
+            batch: batch.to_device_scaled(device, scale),
+            loss_scale: 1.0 / predicted,
             balance_weight: settings.balance_weight,
             balance_scale: share,
             probe: settings.probe,
         };
         let (loss_sum, stats) = backward(sink, input, settings.memory)?;
-        result.add(loss_sum / totals.predicted, &stats, share);
+        result.add(loss_sum / predicted, &stats, share);
     }
     if settings.dropout_seed.is_some() {
         // Validation and probes run without dropout.

@@ -160,3 +160,62 @@ fn what_is_frozen_is_what_the_files_hold_to_the_last_bit() {
         }
     }
 }
+
+/// Only the ratios of the weights count: times a power of two, a run is the same to the bit, and at the ends of what an f32
+/// holds it still learns.
+#[test]
+fn weights_of_any_size_train() {
+    let home = home();
+    let mut config = ModelConfig::preset("bench-small").unwrap();
+    (config.vocab_size, config.num_hidden_layers, config.hidden_size) = (270, 2, 32);
+    let model = config.init(&burn::tensor::Device::default());
+    save(&model, &home.path().join("model"), &SaveOptions::default()).unwrap();
+    let run = |name: &str, weight: f64, last: f64| {
+        let record = |index: usize| {
+            let weight = if index == 0 { last } else { weight };
+            json!({"messages": [{"role": "user", "content": "ab"},
+                {"role": "assistant", "content": format!("c{index}"), "weight": weight}]})
+        };
+        let lines: String = (0..12).map(|index| format!("{}\n", record(index))).collect();
+        std::fs::write(home.path().join(format!("{name}.jsonl")), lines).unwrap();
+        let text = RECIPE.replace("HOME", &home.path().display().to_string()).replace("NAME", name);
+        let text = text.replace("tokens.jsonl", &format!("{name}.jsonl")).replace("\"tokens\"", "\"chat\"");
+        let text = text.replace("\"none\"", "\"bytes-chat\"").replace("0.1", "1e-2");
+        let valid = format!("data.valid=[\"{}\"]", home.path().join(format!("{name}.jsonl")).display());
+        let text = text.replace("sequence_length = 16", "sequence_length = 64");
+        std::fs::copy(home.path().join(format!("{name}.jsonl")), home.path().join("valid.jsonl")).unwrap();
+        let valid = valid.replace(&format!("{name}.jsonl"), "valid.jsonl");
+        let recipe = Recipe::parse(&text, &home.path().join("recipe.toml"), &[valid]).unwrap();
+        let target = Target::open("cpu").unwrap();
+        let mut setup = Setup::open(&recipe, &target, ResumePoint::Start).unwrap();
+        setup.begin(false).unwrap();
+        let (mut trainers, _) = setup.into_trainers(&[(Worker::alone(), target)], false).unwrap();
+        let mut losses: Vec<f64> = (0..5).map(|_| trainers[0].step().unwrap().loss.unwrap()).collect();
+        losses.push(trainers[0].validate().unwrap().unwrap().loss.unwrap());
+        assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{name}: {losses:?}");
+        (losses, bits(&trainers.remove(0).model.into_inner()))
+    };
+    let (losses, model) = run("one", 1.0, 1.0);
+    for power in [-120, 120] {
+        let weight = 2f64.powi(power);
+        let (scaled, scaled_model) = run(&format!("power{power}"), weight, weight);
+        assert_eq!(scaled, losses);
+        assert!(scaled_model == model, "2^{power}");
+    }
+    for (name, weight, last) in [("least", 1e-40, 1e-40), ("most", 3e38, 3e38), ("both", 1e-40, 3e38)] {
+        run(name, weight, last);
+    }
+}
+
+#[test]
+fn the_dashboard_needs_a_terminal_that_can_draw() {
+    let draws = |term: Option<&str>, plain: Option<&str>| {
+        super::draws(|name| match name {
+            "TERM" => term.map(Into::into),
+            _ => plain.map(Into::into),
+        })
+    };
+    assert!(draws(Some("xterm-256color"), None) && draws(Some("screen"), Some("")));
+    assert!(!draws(Some("dumb"), None) && !draws(Some(""), None) && !draws(Some("xterm"), Some("1")));
+    assert_eq!(draws(None, None), cfg!(not(unix)));
+}

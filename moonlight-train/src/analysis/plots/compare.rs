@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::draw::{Curve, Format, draw};
 use crate::error::TrainError;
+use crate::output_file::OutputFile;
 
 /// What the curves are drawn over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,7 +96,7 @@ pub fn compare(comparison: &Comparison, output: &Path) -> Result<(), TrainError>
     let title = if both { format!("{metric} (validation; training pale)") } else { metric.clone() };
     let bytes = draw(&title, axis.name(), &curves, format)
         .map_err(|problem| TrainError::write(output)(std::io::Error::other(problem)))?;
-    fs::write(output, bytes).map_err(TrainError::write(output))
+    OutputFile::write(output, &bytes).map_err(TrainError::write(output))
 }
 
 /// The records of a run.

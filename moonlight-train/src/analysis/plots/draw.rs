@@ -8,6 +8,9 @@ use plotters::style::register_font;
 
 const SIZE: (u32, u32) = (900, 540);
 
+/// Values beyond are drawn here.
+const FARTHEST: f64 = 1e300;
+
 /// So many points are marked.
 const FEW: usize = 50;
 
@@ -103,9 +106,12 @@ fn chart<B: DrawingBackend>(
     curves: &[Curve],
 ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
     area.fill(&WHITE)?;
-    let all = || curves.iter().flat_map(|curve| &curve.points);
+    // The span of an axis has to be a number as well, or the ticks on it are never found.
+    let within = |&(x, y): &(f64, f64)| (x.clamp(-FARTHEST, FARTHEST), y.clamp(-FARTHEST, FARTHEST));
+    let all = || curves.iter().flat_map(|curve| curve.points.iter().map(within));
     let range = |of: fn(&(f64, f64)) -> f64| {
-        let (low, high) = all().map(of).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
+        let (low, high) =
+            all().map(|point| of(&point)).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
         // A flat curve still wants a height.
         let margin = if high > low { (high - low) * 0.04 } else { high.abs().max(1e-9) * 0.1 };
         low - margin..high + margin
@@ -127,7 +133,7 @@ fn chart<B: DrawingBackend>(
     for Curve { name, points, color, strong } in curves {
         let color = COLORS[color % COLORS.len()];
         let line = if *strong { color.stroke_width(2) } else { color.mix(0.35).stroke_width(1) };
-        let series = chart.draw_series(LineSeries::new(points.iter().copied(), line))?;
+        let series = chart.draw_series(LineSeries::new(points.iter().map(within), line))?;
         if !name.is_empty() {
             series.label(name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], line));
         }
@@ -135,7 +141,7 @@ fn chart<B: DrawingBackend>(
     // A curve of few points is little without them, and one of a single point is nothing.
     for curve in curves.iter().filter(|curve| curve.strong && curve.points.len() <= FEW) {
         let color = COLORS[curve.color % COLORS.len()];
-        chart.draw_series(curve.points.iter().map(|&point| Circle::new(point, 3, color.filled())))?;
+        chart.draw_series(curve.points.iter().map(|point| Circle::new(within(point), 3, color.filled())))?;
     }
     chart.configure_series_labels().border_style(BLACK.mix(0.3)).background_style(WHITE.mix(0.8)).draw()
 }
@@ -147,7 +153,30 @@ fn label(value: f64, range: f64) -> String {
     match range {
         range if range < 1e-2 => format!("{value:.1e}"),
         range if range < 20.0 => format!("{value:.2}"),
+        _ if value.abs() >= 1e15 => format!("{value:.1e}"),
         _ if value.abs() >= 1e6 => format!("{}M", value / 1e6),
         _ => format!("{value:.0}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_as_far_apart_as_numbers_can_be_are_drawn() {
+        let most = f64::MAX;
+        for points in [
+            vec![(1.0, -most), (2.0, most)],
+            vec![(-most, 0.0), (most, 1.0)],
+            vec![(1.0, most)],
+            vec![(1.0, 1e308), (2.0, -1e308), (3.0, 0.5)],
+            vec![(0.0, f64::MIN_POSITIVE), (5e-324, 0.0)],
+        ] {
+            let curve = Curve { name: "x".into(), points, color: 0, strong: true };
+            for format in [Format::Svg, Format::Png] {
+                assert!(!draw("t", "step", std::slice::from_ref(&curve), format).unwrap().is_empty());
+            }
+        }
     }
 }
