@@ -121,7 +121,7 @@ impl ChatEncoder {
         (found.start() == 0).then_some(white + found.end())
     }
 
-    fn disguised(&self, messages: &[Message]) -> Vec<Message> {
+    pub(super) fn disguised(&self, messages: &[Message]) -> Vec<Message> {
         let disguise = |message: &Message| Message::new(message.role.clone(), self.specials.disguise(&message.content));
         messages.iter().map(disguise).collect()
     }

@@ -4,6 +4,7 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
+use super::assistant_mask::EXACT;
 use super::*;
 use crate::tokenizer::Tokenizer;
 
@@ -263,4 +264,318 @@ fn the_prompt_is_the_beginning_of_what_is_learned_from() {
         assert_eq!(tokens[..prompt.len()], prompt);
         assert!(weights[prompt.len() - 1] == 0.0 && weights[prompt.len()] == 1.0);
     }
+}
+
+/// Templates that others could send with a model: none ends the process, takes its memory or keeps it for long.
+mod hostile {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    fn messages(count: usize) -> Vec<Message> {
+        let role = |index| if index % 2 == 0 { "user" } else { "assistant" };
+        (0..count).map(|index| Message::new(role(index), format!("words of turn {index}\n"))).collect()
+    }
+
+    /// What comes of a template; within five seconds.
+    fn answer(text: &str) -> Result<String, String> {
+        let began = Instant::now();
+        let rendered = ChatTemplate::of_source(text).and_then(|template| template.render(&messages(4), true));
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?} for {}", began.elapsed(), &text[..text.len().min(100)]);
+        rendered.map_err(|error| error.to_string())
+    }
+
+    fn refused(text: &str, expected: &str) {
+        let error = answer(text).expect_err(&text[..text.len().min(100)]);
+        assert!(error.contains(expected), "{error}");
+        assert!(!error.chars().any(char::is_control) && error.len() < 4000, "{error}");
+    }
+
+    const STEPS: &str = "exceeds the limit of 1000000 steps for 4 messages";
+
+    #[test]
+    fn loops_without_end() {
+        let loops: String = ["a", "b", "c"].iter().map(|x| format!("{{% for {x} in range(100000) %}}")).collect();
+        refused(&format!("{loops}{}x", "{% endfor %}".repeat(3)), STEPS);
+        refused(&format!("{loops}{}{}", "a".repeat(32), "{% endfor %}".repeat(3)), STEPS);
+        let double = "{% set ns = namespace(x='aaaaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}\
+                      {% endfor %}{{ ns.x }}";
+        refused(double, STEPS);
+        refused(&double.replace("ns.x ~ ns.x", "ns.x + ns.x"), STEPS);
+    }
+
+    #[test]
+    fn texts_and_lists_without_measure() {
+        refused(&"{{ ('a' * 90000000) }}{{ ('a' * 90000000) * 1 }}".repeat(60), STEPS);
+        refused("{{ ('a'*100000)|replace('a','a'*10000) }}", STEPS);
+        refused("{{ ('a'*100000).replace('a','a'*10000) }}", STEPS);
+        refused("{{ ([1]*90000000)|length }}{{ ([1]*90000000)|sort|length }}", "`*` repeats a list");
+        refused("{{ (3 * [1])|length }}", "`*` repeats a list");
+        refused("{{ [1]|batch(999999999999, 0)|list|length }}", "");
+        refused("{{ [1]|slice(999999999999)|list|length }}", "");
+        refused("{{ 'a\nb'|indent(9999999999) }}", "");
+        refused("{{ '%0999999999d' % 1 }}", "");
+        refused("{{ 'a'.center(9999999999) }}{{ 'a'.ljust(99999999999) }}{{'a'.zfill(9999999999)}}", "");
+        refused("{{ 10**100000000 }}", "");
+        refused("{{ '{:>900000000}'.format(1) }}", "limit of four digits");
+        refused("{{ (('a'*1000000) ~ 'b').strip('b' * 100000) }}", STEPS);
+        refused(
+            "{{ ''.join(range(100000)|map('default', 'a')|list) }}{% for a in range(100) %}{{ 'x'.join('a'*100000) }}{% endfor %}",
+            STEPS,
+        );
+        refused("{{ ('a'*3000000).split('') }}", STEPS);
+        let twice = "{% set x = [messages, messages] %}".to_owned() + &"{% set x = [x, x] %}".repeat(60);
+        refused(&format!("{twice}{{{{ x }}}}"), "exceeds the limit of 67108864 bytes");
+        refused(&format!("{twice}{{{{ x in 'abc' }}}}"), "exceeds the limit of 67108864 bytes");
+    }
+
+    /// A namespace that holds itself has no end, and lists in lists go as deep as a stack is long.
+    #[test]
+    fn values_without_end() {
+        for end in ["{{ ns }}", "{{ ns|tojson }}", "{{ 'a' ~ ns.x }}", "{{ ns == ns.x }}", "{{ ns|items|list }}"] {
+            for value in
+                ["ns", "[ns]", "{'a': ns}", "ns|items", "ns.items()", "dict(ns)", "ns if true else 1", "(ns, 1)"]
+            {
+                let text = format!("{{% set ns = namespace(x=1) %}}{{% set ns.x = {value} %}}{end}done");
+                let _ = answer(&text);
+            }
+        }
+        let _ = answer("{% set ns = namespace() %}{% set ns.x | default(ns, true) %}{% endset %}{{ ns }}");
+        for value in ["[ns.x]", "[[[[[[[[ns.x]]]]]]]]", "{'a': ns.x}", "ns.x|batch(1)", "ns.x[0:]", "ns.x|list"] {
+            let grow = format!(
+                "{{% set ns = namespace(x=[1]) %}}{{% for a in range(90000) %}}{{% set ns.x = {value} %}}{{% endfor %}}"
+            );
+            let _ = answer(&format!("{grow}{{{{ ns.x }}}}"));
+        }
+        refused(
+            "{% set ns = namespace() %}{% for a in range(900) %}{% set ns.x = [ns.x] %}{% endfor %}",
+            "limit of 64 in each other",
+        );
+        refused("{% macro f(n) %}{{ f(n+1) }}{% endmacro %}{{ f(0) }}", "recursion limit");
+        let _ = answer("{% macro f(n) %}{{ f(n|batch(1)|batch(1)|batch(1)|list) }}{% endmacro %}{{ f([1]) }}");
+        refused("{% for x in [[[1]]] recursive %}{{ loop([[1]]) }}{% endfor %}", "recursion limit");
+        refused("{% include 'chat' %}", "recursion limit");
+        refused("{% extends 'chat' %}", "");
+        refused("{{ debug() }}", "");
+    }
+
+    #[test]
+    fn sources_that_are_too_deep() {
+        let tokens = "exceeds the limit of 4096 tokens";
+        refused(&format!("{{{{ {}1 }}}}", "-".repeat(200_000)), tokens);
+        refused(&format!("{{{{ 'x'{} }}}}", "|upper".repeat(100_000)), tokens);
+        refused(&format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000)), tokens);
+        refused(&format!("{{{{ {}1{} }}}}", "(".repeat(1_000), ")".repeat(1_000)), "maximum recursion limits");
+        refused(&format!("{{{{ {}{} }}}}", "[".repeat(3_000), "]".repeat(3_000)), tokens);
+        refused(
+            &format!("{}{}", "{% if true %}".repeat(20_000), "{% endif %}".repeat(20_000)),
+            "maximum recursion limits",
+        );
+        refused(
+            &format!("{{% if 1 %}}{}{{% endif %}}", "{% elif 1 %}".repeat(20_000)),
+            "limit of 1000 `elif` branches",
+        );
+        refused(&"a".repeat(1 << 21), "more than the limit of 1048576");
+        // As deep as is allowed.
+        for deep in [
+            format!("{{{{ {}1 }}}}", "-".repeat(4_090)),
+            format!("{{{{ 'x'{} }}}}", "|upper".repeat(2_000)),
+            format!("{{{{ x{} }}}}", ".x".repeat(2_000)),
+            format!("{{{{ {} }}}}", "1 if 0 else ".repeat(1_300) + "1"),
+            format!("{{{{ {}1 }}}}", "not ".repeat(4_000)),
+            format!("{{{{ {}1 }}}}", "1 ~ ".repeat(2_000)),
+            format!("{{% if 1 %}}{}{{% endif %}}", "{% elif 1 %}".repeat(990)),
+        ] {
+            let _ = answer(&deep);
+        }
+    }
+
+    #[test]
+    fn what_a_template_says_reaches_no_terminal_raw() {
+        refused("{{ raise_exception('\u{1b}[2J\u{7}no') }}", "\\u{1b}[2J\\u{7}no");
+        let line = "{\"messages\": [{\"role\": \"\\u001b[2J\", \"content\": \"\"}]}";
+        let error = Conversation::parse(line.as_bytes(), |_| false).unwrap_err().to_string();
+        assert!(error.contains("unknown role `\\u{1b}[2J`"), "{error}");
+        let error = Conversation::parse(b"{\"\\u001b[2J\": 1}", |_| false).unwrap_err().to_string();
+        assert!(error.contains("it has `\\u{1b}[2J`"), "{error}");
+    }
+
+    /// Where all limits fail the clock does not: comparing what is equal costs no steps.
+    #[test]
+    fn the_clock_ends_what_nothing_else_does() {
+        let list = |name: &str| format!("{{% set {name} = range(90000)|list %}}");
+        let text = format!("{}{}{{% for a in range(90000) %}}{{{{ x == y }}}}{{% endfor %}}", list("x"), list("y"));
+        assert!(answer(&text).is_err());
+    }
+
+    /// What people do in templates goes on: lists in namespaces, literals, arithmetic, macros.
+    #[test]
+    fn ordinary_programs_pass() {
+        for (text, expected) in [
+            (
+                "{% set ns = namespace(l=[], n=1) %}{% for m in messages %}{% set ns.l = ns.l + [m.role] %}{% set ns.n = ns.n * 2 %}{% endfor %}{{ ns.l|join(',') }} {{ ns.n }}",
+                "user,assistant,user,assistant 16",
+            ),
+            ("{% set a, b = 1, 2 %}{{ a }}{{ b }}{% set c = (a, b)[1] %}{{ c }}{{ 2 * 3 * (1 + a)|int }}", "12212"),
+            (
+                "{{ '-' * 3 }}{{ messages[0]['role'] }}{{ 'user' in [messages[0].role, 'x'] }}{{ {'a': messages|length}['a'] }}",
+                "---userTrue4",
+            ),
+            (
+                "{% set x %}a{% endset %}{% set y | upper %}b{{ x }}{% endset %}{{ y }}{{ ','.join(['a', 'b']) }}{{ 'a b'.split() }}",
+                "BAa,b['a', 'b']",
+            ),
+            (
+                "{% set messages = messages[1:] %}{{ messages[0].role }}{{ messages|length }}{%- set d = dict(a=1) -%} {{ d.a }}",
+                "assistant31",
+            ),
+            (
+                "{% macro f(x, y=[1]) -%}{{ x }}{{ y[0] }}{%- endmacro %}{{ f(2) }}{{ f('a', [3]) }}{{ ' a '.strip() }}{{ 'xax'.strip('x') }}",
+                "21a3aa",
+            ),
+            (
+                "{{ '%s-%d'|format('a', 3) }}{{ '{} {}'.format('a', 1) }}{{ messages|map(attribute='role')|unique|list|length }}",
+                "a-3a 12",
+            ),
+        ] {
+            assert_eq!(answer(text).unwrap(), expected, "{text}");
+        }
+    }
+
+    /// Templates in the manner of DeepSeek's, Qwen's and Moonlight's, over ten thousand messages.
+    #[test]
+    fn long_conversations_pass() {
+        let qwen = "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}\
+            {%- endif %}{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}\
+            {%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}\
+            {%- if ns.multi_step_tool and message.role == \"user\" and message.content is string and not(\
+            message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}\
+            {%- set ns.multi_step_tool = false %}{%- set ns.last_query_index = index %}{%- endif %}{%- endfor %}\
+            {%- for message in messages %}{%- if message.content is string %}{%- set content = message.content %}{%- else %}\
+            {%- set content = '' %}{%- endif %}{%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}\
+            {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}{%- elif message.role == 'assistant' %}\
+            {%- set reasoning_content = '' %}{%- if '</think>' in content %}{%- set reasoning_content = \
+            content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}{%- set content = \
+            content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}{%- if loop.index0 > ns.last_query_index %}\
+            {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + \
+            content.lstrip('\\n') }}{%- else %}{{- '<|im_start|>' + message.role + '\\n' + content }}{%- endif %}\
+            {{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}";
+        let deepseek = "{% set ns = namespace(is_first=false, is_tool=false, system_prompt='') %}{%- for message in messages %}\
+            {%- if message['role'] == 'system' %}{% set ns.system_prompt = ns.system_prompt + message['content'] %}{%- endif %}\
+            {%- endfor %}{{ bos_token }}{{ ns.system_prompt }}{%- for message in messages %}{%- if message['role'] == 'user' %}\
+            {%- set ns.is_tool = false -%}{{'<|User|>' + message['content']}}{%- endif %}{%- if message['role'] == 'assistant' \
+            and message['content'] is not none %}{% set content = message['content'] %}{% if '</think>' in content %}\
+            {% set content = content.split('</think>')[-1] %}{% endif %}{{'<|Assistant|>' + content + '<|end|>'}}\
+            {%- set ns.is_first = true -%}{%- endif %}{%- endfor -%}{% if add_generation_prompt and not ns.is_tool %}\
+            {{'<|Assistant|>'}}{% endif %}";
+        let messages = messages(10_000);
+        for text in [qwen, deepseek, MOONLIGHT_TEMPLATE] {
+            let rendered = ChatTemplate::of_source(text).unwrap().render(&messages, true).unwrap();
+            assert!(rendered.contains("words of turn 9999"));
+        }
+    }
+}
+
+/// Turns of a long conversation by comparison with some, and each by itself.
+#[test]
+fn long_conversations_are_learned_from_alike() {
+    let llama = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% elif m.role == \
+                 'assistant' %} {{ m.content.strip() }} <|eos|>{% else %}<<SYS>>{{ m.content }}{% endif %}{% endfor %}";
+    let plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}\
+                 assistant: {% endif %}";
+    let (without, _) = CHATML.split_once("{% if add").unwrap();
+    let rewrites = "{% for m in messages %}{{ '<|im_middle|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}\
+                    <last>{% endif %}{{ m.content + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}\
+                    {{ '<|im_middle|>assistant\n' }}{% endif %}";
+    let trims = CHATML.replace("m.content", "m.content.strip()");
+    let words = ["A b", " C <|im_end|>\n", "", "\n", "D", " [/INST] assistant\n", "E\n\n"];
+    for edges in [true, false] {
+        let messages: Vec<Message> = (0..240)
+            .map(|index| match index % 3 {
+                0 => Message::new("user", format!("Q{index}")),
+                1 => Message::new("assistant", if edges { words[index % words.len()] } else { "A" }),
+                _ if index % 7 == 0 => Message::new("assistant", format!("answer {index}")),
+                _ => Message::new("system", "S"),
+            })
+            .collect();
+        for text in [MOONLIGHT_TEMPLATE, CHATML, llama, plain, without, rewrites, &trims] {
+            let encoder = encoder(text);
+            let messages = encoder.disguised(&messages);
+            let turns: Vec<usize> = (0..messages.len()).filter(|&index| messages[index].role == "assistant").collect();
+            assert!(turns.len() > EXACT);
+            let rendered = encoder.template().render(&messages, false).unwrap();
+            let each = encoder.spans_one_by_one(&messages, &turns, &rendered);
+            let (Ok(each), Ok(found)) = (each, encoder.spans_by_pattern(&messages, &turns, &rendered)) else {
+                continue;
+            };
+            if let Some(found) = found {
+                assert_eq!(found, each, "{text}");
+            } else {
+                assert!(edges, "{text} makes all turns alike");
+            }
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_turns_take_seconds() {
+    let turns: Vec<Turn> = (0..10_000)
+        .flat_map(|index| {
+            [("user", format!("question {index}"), 0.0), ("assistant", format!("answer {index} \n"), 1.0)]
+        })
+        .map(|(role, words, weight)| Turn { message: Message::new(role, words), weight })
+        .collect();
+    for text in [MOONLIGHT_TEMPLATE, CHATML] {
+        let began = std::time::Instant::now();
+        let WeightedTokens { weights, .. } = encoder(text).weighted(&turns).unwrap();
+        let learned = weights.iter().filter(|&&weight| weight > 0.0).count();
+        let expected: usize = (0..10_000).map(|index: usize| format!("answer {index} \n").len() + 1).sum();
+        assert_eq!(learned, expected);
+        assert!(began.elapsed().as_secs() < 15, "{:?}", began.elapsed());
+    }
+    // A template that rewrites each turn by how many follow.
+    let counts = "{% for m in messages %}{{ m.role }}{{ loop.revindex }}{{ m.content|reverse }}<|im_end|>{% endfor %}";
+    let error = encoder(counts).weighted(&turns).unwrap_err();
+    assert!(error.to_string().contains("the limit is 8000000 messages in all"), "{error}");
+    assert!(error.hint().unwrap().contains("{% generation %}"));
+}
+
+#[test]
+fn files_of_templates_are_read_through_one_door() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("model");
+    std::fs::create_dir(&dir).unwrap();
+    let tokenizer = Tokenizer::bytes_chat();
+    assert_eq!(ChatTemplate::of_model(&dir, &tokenizer).unwrap().source(), &TemplateSource::Moonlight);
+    std::fs::write(dir.join("tokenizer_config.json"), "{\"chat_template\": ").unwrap();
+    let error = ChatTemplate::of_model(&dir, &tokenizer).unwrap_err().to_string();
+    assert!(error.contains("tokenizer_config.json` is broken: it is not JSON"), "{error}");
+    std::fs::remove_file(dir.join("tokenizer_config.json")).unwrap();
+    #[cfg(unix)]
+    for name in ["chat_template.jinja", "tokenizer_config.json"] {
+        std::fs::write(home.path().join("secret"), "{}").unwrap();
+        std::os::unix::fs::symlink("../secret", dir.join(name)).unwrap();
+        let error = ChatTemplate::of_model(&dir, &tokenizer).unwrap_err().to_string();
+        assert!(error.contains(&format!("{name}` is broken: it is a symbolic link")), "{error}");
+        std::fs::remove_file(dir.join(name)).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", dir.join(name)).unwrap();
+        assert!(ChatTemplate::of_model(&dir, &tokenizer).is_err());
+        assert!(ChatTemplate::of_file(&dir.join(name), &tokenizer).is_err());
+        std::fs::remove_file(dir.join(name)).unwrap();
+    }
+}
+
+#[test]
+fn a_special_token_without_a_text_is_none() {
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&Tokenizer::bytes_chat().companions()[0].contents).unwrap();
+    json["added_tokens"]
+        .as_array_mut()
+        .unwrap()
+        .push(serde_json::json!({"id": 259, "content": "", "single_word": false,
+        "lstrip": false, "rstrip": false, "normalized": false, "special": true}));
+    let tokenizer = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+    assert!(tokenizer.specials().iter().all(|(name, _)| !name.is_empty()));
+    let encoder = ChatEncoder::new(ChatTemplate::of_source(MOONLIGHT_TEMPLATE).unwrap(), tokenizer);
+    assert_eq!(learned(&encoder, &TALK[1..3]).unwrap(), "A b<|im_end|>");
 }

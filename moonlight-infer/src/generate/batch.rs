@@ -144,4 +144,46 @@ mod tests {
         .unwrap();
         assert_eq!(ended, [(0, 0, Stop::Length), (1, 0, Stop::Length), (2, 0, Stop::Length)]);
     }
+
+    /// As large a context as a configuration can name takes no more memory than the tokens do, and a cache that grows holds
+    /// what it held.
+    #[test]
+    fn a_cache_grows_with_its_tokens() {
+        let shape = json!({
+            "model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 4294967295u64, "rms_norm_eps": 1e-5,
+            "initializer_range": 0.3,
+        });
+        let device = Device::flex();
+        device.seed(7);
+        let model = ModelConfig::from_value(shape).unwrap().init(&device);
+        let prompt = vec![1, 2, 3];
+        let count = super::super::FIRST_ROOM + 100;
+        let mut session = super::super::Session::new(&model, usize::MAX);
+        let mut sampler = Sampler::new(Sampling::default());
+        let each = |_| std::ops::ControlFlow::Continue(());
+        let grown = session.generate(&prompt, count, &mut sampler, &[], each).unwrap();
+        let mut cache = moonlight_model::KvCache::new(model.config(), 1, 2 * count, &device, model.dtype());
+        let mut unread = prompt.clone();
+        for token in &grown.tokens {
+            let logits = rows(model.extend(&[&unread], &mut cache)).remove(0);
+            assert_eq!(sampler.choose(&logits).unwrap(), *token);
+            unread = vec![*token];
+        }
+        let many = [prompt.clone(), vec![4]];
+        generate_many(&model, &many, 2, count, Sampling::default(), &[], |place, text| {
+            assert!(place > 0 || text == grown);
+            Ok(())
+        })
+        .unwrap();
+        // And what the model makes of weights that are damaged is an error.
+        let mut model = model;
+        model.norm.weight = model.norm.weight.map(|weight| weight * f32::NAN);
+        let error = generate(&model, &prompt, 3, Sampling::default(), &[], |_| {}).unwrap_err();
+        assert!(matches!(error, InferError::NonFinite { .. }), "{error}");
+        let error = generate_many(&model, &many, 2, 3, Sampling::default(), &[], |_, _| Ok(())).unwrap_err();
+        assert!(matches!(error, InferError::NonFinite { .. }), "{error}");
+        let error = crate::score::score(&model, &prompt).unwrap_err();
+        assert!(error.to_string().contains("token 2 is non-finite"), "{error}");
+    }
 }

@@ -138,3 +138,153 @@ fn what_is_not_a_tokenizer_is_named() {
     std::fs::write(dir.path().join("w.json"), words.to_string()).unwrap();
     assert!(Tokenizer::open(&path("w.json")).unwrap_err().to_string().contains("no token for a character"));
 }
+
+/// A tokenizer of bytes with parts of others.
+fn with(change: impl FnOnce(&mut serde_json::Value)) -> Result<Tokenizer, String> {
+    let mut json: serde_json::Value = serde_json::from_slice(&Tokenizer::bytes().companions()[0].contents).unwrap();
+    change(&mut json);
+    let began = std::time::Instant::now();
+    let tokenizer = Tokenizer::from_json(json.to_string().as_bytes());
+    assert!(began.elapsed().as_secs() < 5);
+    tokenizer.map_err(|error| error.to_string())
+}
+
+fn with_normalizer(normalizer: serde_json::Value) -> Result<Tokenizer, String> {
+    with(|json| json["normalizer"] = normalizer)
+}
+
+fn replace(pattern: &str, content: &str) -> serde_json::Value {
+    json!({"type": "Replace", "pattern": {"String": pattern}, "content": content})
+}
+
+#[test]
+fn hostile_tokenizers_are_refused_before_the_library_sees_them() {
+    let charsmap = |bytes: &[u8]| {
+        use base64::Engine;
+        let map = base64::engine::general_purpose::STANDARD.encode(bytes);
+        with_normalizer(json!({"type": "Precompiled", "precompiled_charsmap": map}))
+    };
+    let long = "a".repeat(50_000_000);
+    let sequence = |steps: Vec<serde_json::Value>| with_normalizer(json!({"type": "Sequence", "normalizers": steps}));
+    for (refused, expected) in [
+        (with_normalizer(replace("", &"a".repeat(36))), "has an empty pattern"),
+        (with_normalizer(replace("a", &"a".repeat(36))), "36 times as long, past the limit of 16"),
+        (with_normalizer(json!({"type": "Prepend", "prepend": long})), "writes a text of 50000000 bytes"),
+        (with_normalizer(json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})), "is damaged"),
+        (charsmap(&[&b"\xff\xff\xff\x7f"[..], &[b'x'; 64]].concat()), "is damaged"),
+        (charsmap(&[&b"\x10\0\0\0"[..], &[0xff; 16], b"abc"].concat()), "the `tokenizers` library failed"),
+        (charsmap(&[]), "is damaged"),
+        (sequence(vec![json!({"type": "NFC"}); 40]), "exceeds the limit of 32 steps"),
+        (
+            with(|json| {
+                json["pre_tokenizer"] =
+                    json!({"type": "Sequence", "pretokenizers": vec![json["pre_tokenizer"].clone(); 9]})
+            }),
+            "its pre_tokenizer can make a text 512 times as long",
+        ),
+        (
+            with(|json| {
+                json["decoder"] = json!({"type": "Sequence", "decoders": vec![replace("a", &"a".repeat(9)); 4]})
+            }),
+            "its decoder can make a text 6561 times as long",
+        ),
+        (with(|json| json["pre_tokenizer"] = json!({"type": "FixedLength", "length": 0})), "pieces of no length"),
+        (
+            with(|json| {
+                json["model"] = json!({"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"[UNK]": 0},
+                "continuing_subword_prefix": "##", "max_input_chars_per_word": u64::MAX})
+            }),
+            "more than the limit of 10000",
+        ),
+        (with(|json| json["model"]["vocab"][&long[..100_000]] = json!(300)), "a token of 100000 bytes"),
+    ] {
+        let error = refused.expect_err(expected);
+        assert!(error.contains(expected), "{}", &error[..error.len().min(300)]);
+    }
+    // One twice in the file would be one for us and another for the library.
+    let text = String::from_utf8(Tokenizer::bytes().companions()[0].contents.clone()).unwrap();
+    let twice = text.replacen("\"normalizer\"", "\"normalizer\": {\"type\": \"NFC\"}, \"normalizer\"", 1);
+    assert!(Tokenizer::from_json(twice.as_bytes()).is_err());
+    assert!(Tokenizer::from_json("[".repeat(1_000_000).as_bytes()).is_err());
+}
+
+#[test]
+fn a_text_that_runs_away_is_an_error_and_not_nothing() {
+    // Each step is harmless, and twelve of them make 10^12 of one.
+    let steps = vec![replace("a", "aaaaaaaaaa"); 12];
+    let refused = with_normalizer(json!({"type": "Sequence", "normalizers": steps}));
+    match refused {
+        Ok(tokenizer) => {
+            let error = tokenizer.encode(&"a".repeat(10_000)).unwrap_err().to_string();
+            assert!(error.contains("its normalizer makes"), "{error}");
+        }
+        Err(error) => assert!(error.contains("its normalizer makes"), "{error}"),
+    }
+    // The normalizers of published tokenizers are not refused.
+    let steps = vec![
+        replace("``", "\""),
+        json!({"type": "NFKD"}),
+        json!({"type": "StripAccents"}),
+        json!({"type": "Lowercase"}),
+        json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}),
+        replace(" ", "\u{2581}"),
+        json!({"type": "Prepend", "prepend": "\u{2581}"}),
+    ];
+    let tokenizer = with_normalizer(json!({"type": "Sequence", "normalizers": steps})).unwrap();
+    let text = "A  b\u{fdfa} ".repeat(10_000);
+    assert!(tokenizer.encode(&text).is_ok());
+    // A regular expression that goes back too far has no tokens, which is said.
+    let tokenizer = with(|json| {
+        json["pre_tokenizer"] = json!({"type": "Split", "pattern": {"Regex": "(?=((a|a)*b))x|(\\w+)\\1"},
+            "behavior": "Isolated", "invert": false});
+    });
+    if let Ok(tokenizer) = tokenizer {
+        let began = std::time::Instant::now();
+        let _ = tokenizer.encode(&"a".repeat(5_000));
+        assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn links_out_of_a_folder_and_devices_are_refused_and_named() {
+    use std::os::unix::fs::symlink;
+
+    let home = tempfile::tempdir().unwrap();
+    std::fs::write(home.path().join("secret"), "{}").unwrap();
+    let dir = home.path().join("model");
+    let names = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "tokenization_moonshot.py",
+    ];
+    for name in names {
+        for (target, problem) in
+            [("../secret", "a symbolic link"), ("/dev/zero", "a symbolic link"), (".", "not a plain file")]
+        {
+            let _ = std::fs::remove_dir_all(&dir);
+            std::fs::create_dir(&dir).unwrap();
+            if name != names[0] {
+                write_tokenizer_json(&dir);
+                let _ = std::fs::remove_file(dir.join(name));
+            }
+            symlink(target, dir.join(name)).unwrap();
+            for error in
+                [Tokenizer::from_model_dir(&dir).unwrap_err(), Tokenizer::open(&dir.display().to_string()).unwrap_err()]
+            {
+                let error = error.to_string();
+                assert!(error.contains(&format!("{name}` cannot be read: ")) && error.contains(problem), "{error}");
+            }
+        }
+    }
+    let _ = std::fs::remove_file(dir.join("tokenization_moonshot.py"));
+    let fifo = dir.join("special_tokens_map.json");
+    let _ = std::fs::remove_file(&fifo);
+    if std::process::Command::new("mkfifo").arg(&fifo).status().is_ok_and(|made| made.success()) {
+        let error = Tokenizer::from_model_dir(&dir).unwrap_err().to_string();
+        assert!(error.contains("special_tokens_map.json` cannot be read: it is not a plain file"), "{error}");
+        assert!(Tokenizer::open(&fifo.display().to_string()).is_err());
+    }
+}
