@@ -56,7 +56,14 @@ enum Command {
 /// Runs the program: 0 for done, 1 for a failure, 2 for wrong usage, 130 for a training that was interrupted.
 pub fn main() -> ExitCode {
     logging::install();
-    let result = match Arguments::parse().command {
+    let arguments = Arguments::parse();
+    // A level of vector instructions that cannot be had is not replaced in silence.
+    #[cfg(feature = "cpu")]
+    if let Err(error) = moonlight_model::simd::from_environment() {
+        tracing::error!("{error}\nhint: {}", error.hint().unwrap_or_default());
+        return ExitCode::from(2);
+    }
+    let result = match arguments.command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Merge(arguments) => merge::run(&arguments).map(|()| ExitCode::SUCCESS),
