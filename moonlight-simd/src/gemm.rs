@@ -30,7 +30,6 @@ pub(crate) fn has_fused_kernels() -> bool {
 ///
 /// Every element of the operands that rows, columns and depth reach must be there to be read, every one of `out` to be written
 /// and, unless `keep` is 0, read; `out` must overlap neither operand.
-#[expect(clippy::too_many_arguments, reason = "a product has three shapes and three places")]
 pub unsafe fn multiply(
     [rows, depth, columns]: [usize; 3],
     out: *mut f32,
