@@ -228,13 +228,13 @@ class Trial:
             assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
             if when == "step" and metrics(folder) >= wanted:
                 break
-            if when == "checkpoint" and metrics(folder) >= wanted and any(folder.glob("checkpoints/.step-*.saving")):
+            if when == "checkpoint" and metrics(folder) >= wanted and any(folder.glob("checkpoints/.step-*.moonlight-saving")):
                 break
         if when == "step":
             time.sleep(random.random() * 0.03)
         else:
             time.sleep(random.random() * 0.02)
-        writing = [path.name for path in folder.glob("checkpoints/.step-*.saving")]
+        writing = [path.name for path in folder.glob("checkpoints/.step-*.moonlight-saving")]
         host = random.choice(HOSTS)
         running = workers(self.program)
         lost = time.monotonic()

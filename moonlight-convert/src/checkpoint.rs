@@ -89,8 +89,7 @@ impl Checkpoint {
     /// [`CheckpointError`], where there is no such directory, no configuration that can be read, no weights, or an index
     /// that cannot be read or names a file elsewhere.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        let dir = &hub::resolve(dir)?;
-        atomic_dir::recover(dir);
+        let dir = &atomic_dir::standing(&hub::resolve(dir)?);
         if !dir.is_dir() {
             return Err(CheckpointError::not_a_directory(dir));
         }

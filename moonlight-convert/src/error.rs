@@ -158,6 +158,12 @@ pub enum CheckpointError {
         /// The directory.
         dir: PathBuf,
     },
+    /// Another process is saving the directory.
+    #[error("`{}` is being saved by another process", dir.display())]
+    Busy {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// The directory to save into holds something that is not part of a checkpoint and would be lost.
     #[error("`{}` is not replaced: `{entry}` in it is not part of a checkpoint", dir.display())]
     Foreign {
@@ -255,6 +261,7 @@ impl CheckpointError {
             Self::DeviceDtype { .. } => Some("load the weights as f32".into()),
             Self::Dtype { .. } => Some("the dtypes of weights are f32, bf16 and f16".into()),
             Self::Exists { .. } => Some("choose another directory, or ask for it to be replaced".into()),
+            Self::Busy { .. } => Some("wait for it, or save into another directory".into()),
             Self::Foreign { .. } => Some("save into a new directory".into()),
             Self::Full { .. } | Self::NoRoom { .. } => Some(MAKE_ROOM.into()),
             Self::File(error) if error.is_full() => Some(MAKE_ROOM.into()),

@@ -26,6 +26,7 @@
 //! * [`Checkpoint::load_part`] loads one layer, or any other part, without reading the rest.
 //! * [`report`] has what is said of a checkpoint: [`Checkpoint::summary`], [`Checkpoint::problems`],
 //!   [`Checkpoint::compare`], [`report::check_digests`].
+//! * [`manifest`] says whether a checkpoint is what was written.
 //! * [`adapter`] reads and writes LoRA adapters as peft lays them out.
 //!
 //! Files are mapped into memory, and all metadata is validated before use. Weights may be bf16, f16 or f32, FP8 in blocks or
@@ -42,6 +43,7 @@ mod format;
 pub mod hub;
 mod io;
 mod load;
+pub mod manifest;
 mod mapping;
 mod progress;
 pub mod report;
@@ -52,9 +54,11 @@ pub use checkpoint::{Checkpoint, StoredTensor, WeightFile};
 pub use dtype::conversion::WeightDtype;
 pub use error::CheckpointError;
 pub use format::sidecars::sidecars_in;
-pub use io::atomic_dir::replace_directory;
+pub use io::atomic_dir::{clean_leftovers, remove_directory, replace_directory};
 pub use io::confined_dir::ConfinedDir;
 pub use io::file_error::{Access, FileError};
+#[doc(hidden)]
+pub use io::storage;
 pub use load::{LoadReport, Loaded, load};
 pub use mapping::names::{HfTensor, SkipReason, hugging_face_tensors};
 pub use progress::Progress;

@@ -12,6 +12,7 @@ mod model_dir;
 mod moonlight_template;
 mod open;
 pub mod parquet;
+pub mod run_dir;
 pub mod score;
 pub mod tokenizer;
 
@@ -21,7 +22,7 @@ pub use eval::evaluate;
 pub use expand::expand;
 pub use generate::{Generated, Sampler, Sampling, Session, Stop, generate, generate_many};
 pub use load_model::{LoadedModel, load_base, load_model};
-pub use model_dir::{newest_checkpoint, resolve_model, weights_in};
+pub use model_dir::{ModelDir, resolve_model, weights_in};
 pub use open::{OpenOptions, OpenedModel};
 pub use score::score;
 pub use tokenizer::Tokenizer;

@@ -1,6 +1,6 @@
 //! A model from a folder: a checkpoint, an adapter with the model that it belongs to, or both by name.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::tensor::{DType, Device};
 use moonlight_convert::adapter::{base_of, is_adapter, load_adapter};
@@ -8,6 +8,7 @@ use moonlight_convert::{Checkpoint, CheckpointError, load};
 use moonlight_model::{CausalLm, QuantBits};
 
 use crate::error::InferError;
+use crate::model_dir::{ModelDir, weights_in};
 
 /// A model, and where it came from.
 #[derive(Debug)]
@@ -15,7 +16,7 @@ pub struct LoadedModel {
     /// The model, with the adapter beside its weights where there is one.
     pub model: CausalLm,
     /// The folder of the model; that of an adapter's base where an adapter was opened.
-    pub dir: PathBuf,
+    pub dir: ModelDir,
 }
 
 /// Loads the model of a folder or, for the folder of an adapter, the base that its configuration names with the adapter;
@@ -40,6 +41,7 @@ pub fn load_model(
         (true, None) => (base_of(dir)?, Some(dir)),
         (false, adapter) => (dir.to_owned(), adapter),
     };
+    let base = weights_in(&base)?;
     let model = load_base(&base, device, dtype, bits)?;
     let model = match adapter {
         Some(adapter) => load_adapter(model, adapter)?,

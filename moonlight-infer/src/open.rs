@@ -9,7 +9,7 @@ use crate::chat::{ChatEncoder, ChatTemplate};
 use crate::device::{self, Target};
 use crate::error::InferError;
 use crate::load_model::{LoadedModel, load_model};
-use crate::model_dir::{resolve_model, weights_in};
+use crate::model_dir::{ModelDir, resolve_model, weights_in};
 use crate::tokenizer::Tokenizer;
 
 /// How to open a model.
@@ -70,7 +70,7 @@ impl OpenOptions {
         let target = Target::open(&self.device)?;
         let dtype = device::dtype(&self.dtype, &target)?;
         let dir = resolve_model(model)?;
-        let adapter = self.adapter.as_deref().map(weights_in);
+        let adapter = self.adapter.as_deref().map(weights_in).transpose()?;
         let LoadedModel { model, dir } = load_model(&dir, adapter.as_deref(), &target.device, dtype, self.bits)?;
         let tokenizer = Tokenizer::from_model_dir(&dir)?;
         let eos = generation_eos(&dir).unwrap_or_else(|| model.config().eos_token_id.clone());
@@ -82,7 +82,7 @@ impl OpenOptions {
 #[derive(Debug)]
 pub struct OpenedModel {
     /// The folder that it came from; an adapter's base.
-    pub dir: PathBuf,
+    pub dir: ModelDir,
     /// The model.
     pub model: CausalLm,
     /// The tokenizer of its folder, where that has one.
@@ -98,7 +98,7 @@ impl OpenedModel {
     ///
     /// [`InferError::NoTokenizer`] where the model's folder has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer, InferError> {
-        self.tokenizer.as_ref().ok_or_else(|| InferError::NoTokenizer(self.dir.clone()))
+        self.tokenizer.as_ref().ok_or_else(|| InferError::NoTokenizer(self.dir.to_path_buf()))
     }
 
     /// Turns conversations into tokens, by the chat template of the model's folder.

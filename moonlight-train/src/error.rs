@@ -13,6 +13,7 @@ use moonlight_model::lora::LoraError;
 use moonlight_optim::distributed::CollectiveError;
 use moonlight_optim::{OptimizerError, RuleError, StateError};
 
+use crate::checkpoint::{DamagedCheckpoint, Difference};
 use crate::data::DataError;
 use crate::hints::infer_hint;
 use crate::recipe::RecipeError;
@@ -50,6 +51,39 @@ pub enum TrainError {
     /// The run's folder is there already.
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
+    /// Another process trains there.
+    #[error("the run `{}` is in use{}", folder.display(), by(holder))]
+    RunLocked {
+        /// The run's folder.
+        folder: PathBuf,
+        /// The process that has it, its host, and since when.
+        holder: String,
+    },
+    /// The run has checkpoints, and none of them is whole.
+    #[error("no checkpoint to resume from is whole: {}", damaged.iter()
+        .map(|it| format!("`{}`: {}", it.path.display(), it.problem)).collect::<Vec<_>>().join("; "))]
+    NoWholeCheckpoint {
+        /// All of them.
+        damaged: Vec<DamagedCheckpoint>,
+    },
+    /// A checkpoint of a newer program.
+    #[error("`{}` was written by a newer version of this program (its `trainer.json` has the version {version})",
+        path.display())]
+    NewerCheckpoint {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The version of its `trainer.json`.
+        version: u64,
+    },
+    /// The run to resume is not the one that the checkpoint is of.
+    #[error("this is not the run that `{}` is a checkpoint of: {}", checkpoint.display(), differences.iter()
+        .map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    OtherRun {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// What differs.
+        differences: Vec<Difference>,
+    },
     /// A non-finite loss or gradient.
     #[error("step {step}: the {what} is {value}{}{}", worker.map(|worker| format!(" on worker {worker}"))
         .unwrap_or_default(), last_checkpoint.as_ref()
@@ -128,6 +162,14 @@ impl TrainError {
             Self::Data(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
             Self::RunExists(_) => Some("resume it with `--resume`, or choose another `--set run.name=...`".into()),
+            Self::RunLocked { .. } => Some("wait for it, stop it, or choose another `--set run.name=...`".into()),
+            Self::NoWholeCheckpoint { .. } => {
+                Some("restore one of them from a copy, or start anew with another `--set run.name=...`".into())
+            }
+            Self::NewerCheckpoint { .. } => Some("resume with that version".into()),
+            Self::OtherRun { .. } => {
+                Some("resume with what the checkpoint was made with, or start another run from it by `model.path`".into())
+            }
             Self::NonFinite { .. } => {
                 Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
             }
@@ -161,6 +203,11 @@ impl TrainError {
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         FileError::write(path)
     }
+}
+
+/// ` by HOLDER`, or nothing.
+fn by(holder: &str) -> String {
+    if holder.is_empty() { String::new() } else { format!(" by {holder}") }
 }
 
 /// The errors of opening and running a model, by their own types.

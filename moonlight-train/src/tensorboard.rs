@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::error::TrainError;
@@ -26,8 +26,14 @@ impl EventWriter {
     pub fn create(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         let now = now();
-        let name = format!("events.out.tfevents.{:010}.{}.moonlight", now as u64, std::process::id());
-        let mut writer = Self { file: File::create(dir.join(name))? };
+        // A number makes the name this writer's own, whoever else begins one in the same second.
+        let open = |number: u32| {
+            let name = format!("events.out.tfevents.{:010}.{number}.moonlight", now as u64);
+            File::options().write(true).create_new(true).open(dir.join(name))
+        };
+        let taken = |file: &io::Result<File>| matches!(file, Err(error) if error.kind() == io::ErrorKind::AlreadyExists);
+        let file = (0..).map(open).find(|file| !taken(file)).expect("numbers do not run out")?;
+        let mut writer = Self { file };
         let mut event = Vec::new();
         double(&mut event, 1, now);
         bytes(&mut event, 3, b"brain.Event:2");
@@ -65,10 +71,37 @@ impl EventWriter {
     }
 }
 
-impl Reporter for EventWriter {
+/// The event file of a run. Where it cannot be written, the run goes on without it.
+#[derive(Debug)]
+pub(crate) struct EventFile {
+    dir: PathBuf,
+    writer: Option<EventWriter>,
+}
+
+impl EventFile {
+    /// Begins a new file in `dir`.
+    pub(crate) fn create(dir: &Path) -> Self {
+        let mut file = Self { dir: dir.to_owned(), writer: None };
+        match EventWriter::create(dir) {
+            Ok(writer) => file.writer = Some(writer),
+            Err(error) => file.give_up(&error),
+        }
+        file
+    }
+
+    /// A record that was written in part would make the rest of the file unreadable.
+    fn give_up(&mut self, error: &io::Error) {
+        tracing::warn!("`{}` cannot be written: {error}; the run goes on without TensorBoard", self.dir.display());
+        self.writer = None;
+    }
+}
+
+impl Reporter for EventFile {
     fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
-        for (tag, value) in metrics.scalars() {
-            self.scalar(&tag, metrics.step, value).map_err(TrainError::write("tensorboard"))?;
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        let written = metrics.scalars().try_for_each(|(tag, value)| writer.scalar(&tag, metrics.step, value));
+        if let Err(error) = written {
+            self.give_up(&error);
         }
         Ok(())
     }
@@ -128,6 +161,20 @@ mod tests {
         // RFC 3720, appendix B.4.
         assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_costs_the_events_alone() {
+        let home = tempfile::tempdir().unwrap();
+        let taken = home.path().join("tensorboard");
+        fs::write(&taken, "a file").unwrap();
+        let mut file = EventFile::create(&taken);
+        file.report(&Metrics { loss: Some(1.0), ..Metrics::default() }).unwrap();
+        assert!(file.writer.is_none());
+        // Two that begin in the same second have files of their own.
+        let both = [EventFile::create(home.path()), EventFile::create(home.path())];
+        assert!(both.iter().all(|file| file.writer.is_some()));
+        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 3);
     }
 
     #[test]

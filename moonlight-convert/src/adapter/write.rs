@@ -15,6 +15,7 @@ use super::names;
 use super::{ADAPTER_WEIGHTS, NOTES, Note};
 use crate::error::CheckpointError;
 use crate::format::sidecars;
+use crate::io::storage;
 
 /// One module of the file.
 struct Module {
@@ -80,7 +81,7 @@ pub fn write_adapter(
     }
     let write = |name: &str, bytes: &[u8]| {
         let path = dir.join(name);
-        std::fs::write(&path, bytes).map_err(CheckpointError::write(&path))
+        storage::write(&path, bytes).map_err(CheckpointError::write(&path))
     };
     write(ADAPTER_WEIGHTS, &safetensors(&modules, &adapters))?;
     write(ADAPTER_CONFIG, config.to_json().as_bytes())?;

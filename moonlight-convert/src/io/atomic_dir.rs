@@ -2,30 +2,42 @@
 //!
 //! A checkpoint `DIR` is written into a hidden sibling and takes its place by renaming:
 //!
-//! 1. Everything is written into `.DIR.saving`, each file and then the folder itself flushed to the disk. A crash so far
-//!    leaves `DIR` as it was; the next save removes the sibling. An error removes it at once.
-//! 2. Where there is no `DIR` yet, `.DIR.saving` is renamed to it: one step, which happens or does not.
-//! 3. Where there is one, Linux and macOS exchange the two names in one step, and the old files, now in `.DIR.saving`,
+//! 1. Everything is written into `.DIR.moonlight-saving`, each file and then the folder itself flushed to the disk. A crash
+//!    so far leaves `DIR` as it was; the next save removes the sibling. An error removes it at once.
+//! 2. Where there is no `DIR` yet, the sibling is renamed to it: one step, which happens or does not.
+//! 3. Where there is one, Linux and macOS exchange the two names in one step, and the old files, now in the sibling,
 //!    are removed. At every moment `DIR` is whole: the old or the new.
-//! 4. Where the file system cannot exchange names, three renamings do it: `.DIR.saving` to `.DIR.new`, which marks it as
-//!    whole; `DIR` to `.DIR.old`; `.DIR.new` to `DIR`. Between the last two there is no `DIR`, and both siblings are
-//!    whole: opening or saving `DIR` finishes the job ([`recover`]).
+//! 4. Where the file system cannot exchange names, three renamings do it: the sibling to `.DIR.moonlight-new`, which marks
+//!    it as whole; `DIR` to `.DIR.moonlight-old`; `.DIR.moonlight-new` to `DIR`. Between the last two there is no `DIR`, and
+//!    both siblings are whole: opening `DIR` reads the new one where it stands ([`standing`]), and the next save of `DIR`
+//!    finishes the job ([`recover`]). Whoever only reads renames nothing.
 //!
-//! One process may save a directory at a time.
+//! The siblings' names are this program's own, so that no folder of the user's is taken for one. A writer holds a lock on
+//! the folder that it fills: a second one is refused, and what nobody holds is left over from a crash.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::CheckpointError;
+use crate::io::file_error::FileError;
+use crate::io::storage;
+
+/// The states of a sibling, in its name.
+const SAVING: &str = "moonlight-saving";
+const NEW: &str = "moonlight-new";
+const OLD: &str = "moonlight-old";
+const REMOVED: &str = "moonlight-removed";
+/// The same as earlier versions wrote them; only a folder that is known to be ours alone is cleaned of them.
+const EARLIER: [(&str, &str); 4] = [("saving", SAVING), ("new", NEW), ("old", OLD), ("removed", REMOVED)];
 
 /// Fills a new directory by `fill` and puts it in the place of `dir`, whatever stood there, in one step.
 ///
 /// # Errors
 ///
-/// Whatever `fill` says, or [`CheckpointError::File`]. What stood at `dir` is then untouched, and what was written is
-/// removed.
+/// Whatever `fill` says, [`CheckpointError::Busy`] where another process is saving the same directory, or
+/// [`CheckpointError::File`]. What stood at `dir` is then untouched, and what was written is removed.
 pub fn replace_directory(
     dir: &Path,
     fill: impl FnOnce(&Path) -> Result<(), CheckpointError>,
@@ -35,29 +47,91 @@ pub fn replace_directory(
     staging.commit()
 }
 
+/// Removes a directory so that it is whole or gone at every moment: it is renamed first.
+///
+/// # Errors
+///
+/// A name that cannot be changed, or files that cannot be removed; what is left then is hidden, and
+/// [`clean_leftovers`] tries again.
+pub fn remove_directory(dir: &Path) -> Result<(), FileError> {
+    let hidden = sibling(dir, REMOVED);
+    storage::rename(dir, &hidden).map_err(FileError::write(dir))?;
+    storage::remove_dir_all(&hidden).map_err(FileError::write(&hidden))
+}
+
+/// Finishes and removes what saves that were killed left in `parent`: the siblings of the directories whose names `owned`
+/// accepts. The caller knows that nobody is saving them. What could not be done.
+///
+/// # Errors
+///
+/// A `parent` that cannot be read.
+pub fn clean_leftovers(parent: &Path, owned: impl Fn(&str) -> bool) -> Result<Vec<FileError>, FileError> {
+    let mut failures = Vec::new();
+    let mut leftovers: Vec<(PathBuf, &str, PathBuf)> = Vec::new();
+    for path in storage::read_dir(parent).map_err(FileError::read(parent))? {
+        if let Some((name, state)) = path.file_name().and_then(|name| name.to_str()).and_then(leftover)
+            && owned(name)
+            && path.symlink_metadata().is_ok_and(|data| data.is_dir())
+        {
+            let target = parent.join(name);
+            leftovers.push((path, state, target));
+        }
+    }
+    // A new one before the old: it is the newer of two that are whole.
+    leftovers.sort_by_key(|(_, state, _)| [NEW, OLD].iter().position(|first| first == state).unwrap_or(2));
+    for (path, state, target) in leftovers {
+        let done = match state {
+            NEW | OLD if !target.exists() => storage::rename(&path, &target).and_then(|()| storage::sync_dir(parent)),
+            _ => storage::remove_dir_all(&path),
+        };
+        failures.extend(done.map_err(FileError::write(&path)).err());
+    }
+    Ok(failures)
+}
+
+/// The directory that a sibling belongs to, and its state.
+fn leftover(name: &str) -> Option<(&str, &'static str)> {
+    let (target, state) = name.strip_prefix('.')?.rsplit_once('.')?;
+    let known = EARLIER.iter().find(|(earlier, now)| state == *earlier || state == *now)?;
+    Some((target, known.1))
+}
+
 /// A directory being written, removed again unless it is committed.
 #[derive(Debug)]
 pub(crate) struct AtomicDir {
     target: PathBuf,
     saving: PathBuf,
     committed: bool,
+    /// Held while it is written; `None` where the file system has no locks.
+    _lock: Option<File>,
 }
 
 impl AtomicDir {
     /// Makes the empty sibling that the files go to.
     pub(crate) fn begin(target: &Path) -> Result<Self, CheckpointError> {
         let target = resolve(target)?;
-        recover(&target);
         if let Some(parent) = target.parent() {
-            fs::create_dir_all(parent).map_err(CheckpointError::write(parent))?;
+            storage::create_dir_all(parent).map_err(CheckpointError::write(parent))?;
         }
-        let saving = sibling(&target, "saving");
-        // Left behind by a save that crashed: the first was never whole, the others have been replaced.
-        for stale in [&saving, &sibling(&target, "new"), &sibling(&target, "old")] {
-            remove(stale).map_err(CheckpointError::write(stale))?;
+        let saving = sibling(&target, SAVING);
+        if saving.exists() {
+            // Left by a save that crashed, unless somebody holds it.
+            lock(&saving, &target)?;
         }
-        fs::create_dir(&saving).map_err(CheckpointError::write(&saving))?;
-        Ok(Self { target, saving, committed: false })
+        recover(&target).map_err(CheckpointError::write(&target))?;
+        for stale in [&saving, &sibling(&target, NEW), &sibling(&target, OLD)] {
+            if stale.exists() {
+                storage::remove_dir_all(stale).map_err(CheckpointError::write(stale))?;
+            }
+        }
+        match storage::create_dir(&saving) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(CheckpointError::Busy { dir: target });
+            }
+            created => created.map_err(CheckpointError::write(&saving))?,
+        }
+        let lock = lock(&saving, &target)?;
+        Ok(Self { target, saving, committed: false, _lock: lock })
     }
 
     /// Where the files go.
@@ -70,19 +144,19 @@ impl AtomicDir {
         let (saving, target) = (self.saving.clone(), self.target.clone());
         let placed = flush(&saving).and_then(|()| {
             if !target.exists() {
-                fs::rename(&saving, &target)
+                storage::rename(&saving, &target)
             } else {
-                exchange(&saving, &target).or_else(|_| replace_in_steps(&saving, &target))
+                storage::exchange(&saving, &target).or_else(|_| replace_in_steps(&saving, &target))
             }
         });
         placed.map_err(CheckpointError::write(&target))?;
         self.committed = true;
         if let Some(parent) = target.parent() {
-            sync_directory(parent).map_err(CheckpointError::write(parent))?;
+            storage::sync_dir(parent).map_err(CheckpointError::write(parent))?;
         }
         // The new directory stands; what is left of the old one is only in the way, and the next save tries again.
-        for old in [saving, sibling(&target, "old")] {
-            let _ = remove(&old);
+        for old in [saving, sibling(&target, OLD)] {
+            let _ = storage::remove_dir_all(&old);
         }
         Ok(())
     }
@@ -92,50 +166,62 @@ impl Drop for AtomicDir {
     fn drop(&mut self) {
         if !self.committed {
             // The error that led here is the one to report.
-            let _ = remove(&self.saving);
+            let _ = storage::remove_dir_all(&self.saving);
         }
+    }
+}
+
+/// Locks the folder that a save of `target` fills.
+fn lock(saving: &Path, target: &Path) -> Result<Option<File>, CheckpointError> {
+    // Only Unix opens a directory as a file.
+    let Ok(folder) = File::open(saving) else { return Ok(None) };
+    match folder.try_lock() {
+        Ok(()) => Ok(Some(folder)),
+        Err(TryLockError::WouldBlock) => Err(CheckpointError::Busy { dir: target.to_owned() }),
+        // Some network file systems have no locks.
+        Err(TryLockError::Error(_)) => Ok(None),
     }
 }
 
 /// Step 4 of the protocol.
 fn replace_in_steps(saving: &Path, target: &Path) -> io::Result<()> {
-    let (new, old) = (sibling(target, "new"), sibling(target, "old"));
-    fs::rename(saving, &new)?;
-    if let Err(error) = fs::rename(target, &old) {
-        let _ = fs::rename(&new, saving);
+    let (new, old) = (sibling(target, NEW), sibling(target, OLD));
+    storage::rename(saving, &new)?;
+    if let Err(error) = storage::rename(target, &old) {
+        let _ = storage::rename(&new, saving);
         return Err(error);
     }
-    if let Err(error) = fs::rename(&new, target) {
-        let _ = fs::rename(&old, target);
-        let _ = fs::rename(&new, saving);
+    if let Err(error) = storage::rename(&new, target) {
+        let _ = storage::rename(&old, target);
+        let _ = storage::rename(&new, saving);
         return Err(error);
     }
     Ok(())
 }
 
-/// Finishes a replacement that crashed between two renamings. Does nothing where nothing is to be done or it cannot be.
-pub(crate) fn recover(target: &Path) {
+/// Finishes a replacement that crashed between two renamings, for somebody who is about to save `target`.
+fn recover(target: &Path) -> io::Result<()> {
     if target.exists() || target.file_name().is_none() {
-        return;
+        return Ok(());
     }
-    // `.new` is only there when it is whole; without it, `.old` is what a failed replacement put aside.
-    for whole in [sibling(target, "new"), sibling(target, "old")] {
-        if whole.is_dir() && fs::rename(&whole, target).is_ok() {
-            return;
-        }
+    match whole_sibling(target) {
+        Some(whole) => storage::rename(&whole, target),
+        None => Ok(()),
     }
 }
 
-/// Exchanges two directories' names in one step.
-#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
-fn exchange(a: &Path, b: &Path) -> io::Result<()> {
-    use rustix::fs::{CWD, RenameFlags, renameat_with};
-    Ok(renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE)?)
+/// Where the files of `target` stand: there, or in the sibling that is whole after a crash between two renamings.
+pub(crate) fn standing(target: &Path) -> PathBuf {
+    match whole_sibling(target) {
+        Some(whole) if !target.exists() && target.file_name().is_some() => whole,
+        _ => target.to_owned(),
+    }
 }
 
-#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
-fn exchange(_: &Path, _: &Path) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
+/// The sibling that is whole if there is no `target`: the new one is only there when it is, and without it the old one is
+/// what a failed replacement put aside.
+fn whole_sibling(target: &Path) -> Option<PathBuf> {
+    [sibling(target, NEW), sibling(target, OLD)].into_iter().find(|whole| whole.is_dir())
 }
 
 /// The path with links and dots resolved as far as it exists, so that it has a name and siblings.
@@ -160,29 +246,16 @@ fn sibling(target: &Path, state: &str) -> PathBuf {
     target.with_file_name(name)
 }
 
-fn remove(dir: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
 /// Makes durable what a directory holds.
 fn flush(dir: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
+    for path in storage::read_dir(dir)? {
         if path.is_dir() {
             flush(&path)?;
         } else {
-            File::open(&path)?.sync_all()?;
+            storage::sync_file(&path)?;
         }
     }
-    sync_directory(dir)
-}
-
-/// Makes the names in a directory as durable as the files are.
-fn sync_directory(dir: &Path) -> io::Result<()> {
-    if cfg!(unix) { File::open(dir)?.sync_all() } else { Ok(()) }
+    storage::sync_dir(dir)
 }
 
 #[cfg(test)]
@@ -208,6 +281,12 @@ mod tests {
 
     fn replace(dir: &Path, text: &str) -> Result<(), CheckpointError> {
         replace_directory(dir, |new| fs::write(new.join("file"), text).map_err(CheckpointError::write(new)))
+    }
+
+    fn names(dir: &Path) -> Vec<OsString> {
+        let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
     }
 
     fn alone(dir: &Path) -> bool {
@@ -242,12 +321,12 @@ mod tests {
     fn after_a_crash_between_any_two_steps_one_is_whole() {
         type State<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
         let states: [State<'_>; 6] = [
-            ("while writing", &[("checkpoint", "old"), (".checkpoint.saving", "half")], "old"),
-            ("while writing the first", &[(".checkpoint.saving", "half")], ""),
-            ("behind the exchange", &[("checkpoint", "new"), (".checkpoint.saving", "old")], "new"),
-            ("behind the first renaming", &[("checkpoint", "old"), (".checkpoint.new", "new")], "old"),
-            ("behind the second", &[(".checkpoint.old", "old"), (".checkpoint.new", "new")], "new"),
-            ("behind the third", &[("checkpoint", "new"), (".checkpoint.old", "old")], "new"),
+            ("while writing", &[("checkpoint", "old"), (".checkpoint.moonlight-saving", "half")], "old"),
+            ("while writing the first", &[(".checkpoint.moonlight-saving", "half")], ""),
+            ("behind the exchange", &[("checkpoint", "new"), (".checkpoint.moonlight-saving", "old")], "new"),
+            ("behind the first renaming", &[("checkpoint", "old"), (".checkpoint.moonlight-new", "new")], "old"),
+            ("behind the second", &[(".checkpoint.moonlight-old", "old"), (".checkpoint.moonlight-new", "new")], "new"),
+            ("behind the third", &[("checkpoint", "new"), (".checkpoint.moonlight-old", "old")], "new"),
         ];
         for (when, state, whole) in states {
             let home = tempfile::tempdir().unwrap();
@@ -255,7 +334,13 @@ mod tests {
                 write(&home.path().join(name), text);
             }
             let dir = home.path().join("checkpoint");
-            recover(&dir);
+            let before: Vec<_> = names(home.path());
+            match whole {
+                "" => assert!(!standing(&dir).exists(), "{when}"),
+                whole => assert_eq!(text(&standing(&dir)), whole, "{when}"),
+            }
+            assert_eq!(names(home.path()), before, "{when}: a reader changes nothing");
+            recover(&dir).unwrap();
             match whole {
                 "" => assert!(!dir.exists(), "{when}"),
                 whole => assert_eq!(text(&dir), whole, "{when}"),
@@ -274,7 +359,7 @@ mod tests {
         write(staging.path(), "new");
         replace_in_steps(staging.path(), &dir).unwrap();
         assert_eq!(text(&dir), "new");
-        assert_eq!(text(&sibling(&dir, "old")), "old");
+        assert_eq!(text(&sibling(&dir, OLD)), "old");
         drop(staging);
         replace(&dir, "newer").unwrap();
         assert!(alone(&dir));
@@ -285,5 +370,52 @@ mod tests {
         let (home, _dir) = home();
         let file = home.path().join("checkpoint/file");
         assert!(matches!(replace(&file, "new"), Err(CheckpointError::NotADirectory { .. })));
+    }
+
+    #[test]
+    fn folders_of_the_user_are_left_alone() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("checkpoint");
+        for state in ["saving", "new", "old", "removed"] {
+            write(&home.path().join(format!(".checkpoint.{state}")), "mine");
+        }
+        assert_eq!(standing(&dir), dir);
+        replace(&dir, "new").unwrap();
+        assert_eq!(text(&dir), "new");
+        assert_eq!(names(home.path()).len(), 5);
+    }
+
+    #[test]
+    fn a_second_writer_of_the_same_directory_is_refused() {
+        let (_home, dir) = home();
+        let first = AtomicDir::begin(&dir).unwrap();
+        write(first.path(), "first");
+        assert!(matches!(replace(&dir, "second"), Err(CheckpointError::Busy { .. })));
+        first.commit().unwrap();
+        assert_eq!(text(&dir), "first");
+        replace(&dir, "third").unwrap();
+        assert_eq!(text(&dir), "third");
+    }
+
+    #[test]
+    fn leftovers_are_finished_or_removed_and_others_stay() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |name: &str| home.path().join(name);
+        // Two whole copies and no target, as earlier versions named them; the new one is the newer.
+        write(&at(".step-1.new"), "new");
+        write(&at(".step-1.old"), "old");
+        write(&at(".step-2.moonlight-old"), "old");
+        write(&at(".step-3.moonlight-saving"), "half");
+        write(&at(".step-4.removed"), "half");
+        write(&at("step-5"), "whole");
+        write(&at(".step-5.moonlight-new"), "newer");
+        write(&at(".notes.old"), "mine");
+        fs::write(at(".step-6.moonlight-saving"), "a file").unwrap();
+        let failures = clean_leftovers(home.path(), |name| name.starts_with("step-")).unwrap();
+        assert!(failures.is_empty(), "{failures:?}");
+        assert_eq!(text(&at("step-1")), "new");
+        assert_eq!(text(&at("step-2")), "old");
+        assert_eq!(text(&at("step-5")), "whole");
+        assert_eq!(names(home.path()), [".notes.old", ".step-6.moonlight-saving", "step-1", "step-2", "step-5"]);
     }
 }

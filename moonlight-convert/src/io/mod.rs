@@ -1,4 +1,4 @@
-//! Prefetcher ahead, copying by all threads, writing, and putting directories in place.
+//! Reading ahead, copying by all threads, writing, and putting directories in place.
 
 pub(crate) mod atomic_dir;
 pub(crate) mod confined_dir;
@@ -7,4 +7,5 @@ pub(crate) mod file_error;
 pub(crate) mod huge_pages;
 pub(crate) mod parallel_copy;
 pub(crate) mod readahead;
+pub mod storage;
 pub(crate) mod writer;

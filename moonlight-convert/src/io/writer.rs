@@ -16,6 +16,7 @@ use crate::error::CheckpointError;
 use crate::format::burnpack::{self, BURNPACK, Entry};
 use crate::format::index::{INDEX, Index, SINGLE};
 use crate::io::file_error::is_full;
+use crate::io::storage::{self, Call};
 use crate::mapping::names;
 
 /// Headers are padded so that the data after them is aligned for every dtype.
@@ -188,7 +189,8 @@ impl Output {
         if file.remaining.fetch_sub(written, Ordering::AcqRel) == written {
             // The last of it: to the disk now, while other files are written, and no longer one of the open ones.
             *file.open.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            open.sync_all().map_err(failure)?;
+            let sync = storage::announce(Call::SyncFile(&self.dir.join(&file.name))).and_then(|()| open.sync_all());
+            sync.map_err(failure)?;
         }
         Ok(())
     }
@@ -199,6 +201,7 @@ impl Output {
             return Ok(open.clone());
         }
         let path = self.dir.join(&file.name);
+        storage::announce(Call::Write(&path))?;
         let created = File::options().create(true).truncate(false).write(true).open(&path)?;
         created.set_len(file.length)?;
         write_all_at(&created, &file.header, 0)?;
@@ -274,7 +277,7 @@ pub(crate) fn write_file(
     shown: &Path,
     needed: u64,
 ) -> Result<(), CheckpointError> {
-    std::fs::write(dir.join(name), bytes).map_err(|error| write_failure(shown, name, needed, error))
+    storage::write(&dir.join(name), bytes).map_err(|error| write_failure(shown, name, needed, error))
 }
 
 /// A failure to write `name`, which people know as a file of `shown`.

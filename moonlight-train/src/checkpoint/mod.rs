@@ -4,69 +4,43 @@
 //! checkpoints/step-00000100/
 //!     config.json, generation_config.json, model.safetensors, tokenizer files    what transformers opens
 //!     optimizer-00000-of-00001.bpk                                               the optimizer's state, one part a rank
-//!     trainer.json                                                               step, tokens, position in the data
+//!     trainer.json                                                               step, tokens, position in the data, recipe
+//!     manifest.json                                                              size and hash of each file, written last
 //! ```
 //!
 //! Each rank writes the part of the optimizer's state that it holds, `optimizer-00000-of-00004.bpk` and so on; a run resumes
-//! from them with any number of ranks. Checkpoints of earlier versions have the whole state in one `optimizer.bpk`, if one
-//! rank wrote them; a run resumes from these as well.
+//! from them with any number of ranks. Checkpoints of earlier versions have no manifest, and the whole state in one
+//! `optimizer.bpk` if one rank wrote them; a run resumes from these as well.
 //!
 //! The checkpoint of a run of adapters has `adapter_config.json` and `adapter_model.safetensors`, as peft lays them out, in
 //! the place of the model's configuration and weights.
 //!
 //! A checkpoint is written under a hidden name, flushed, and renamed in one step, so that a folder with a step's name is
-//! complete. One that was damaged later is noticed when it is opened, and the one before it is used.
+//! complete. Whether it still is what was written, its manifest tells: [`judge`](moonlight_infer::run_dir::judge) is asked
+//! when a run resumes (`recovery.rs`), when old checkpoints are removed (`rotation.rs`), and by whoever reads a run's folder.
+//! `identity.rs` says whether a run that resumes is the same run.
 
-use std::fs;
+mod identity;
+mod recovery;
+mod rotation;
+mod state;
+
+use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use moonlight_convert::adapter::write_adapter;
-use moonlight_convert::{FileError, SaveOptions, replace_directory, write_into};
+use moonlight_convert::manifest::{Depth, Manifest};
+use moonlight_convert::{FileError, SaveOptions, remove_directory, replace_directory, storage, write_into};
+use moonlight_infer::run_dir::{Verdict, checkpoint_folders, checkpoint_name, judge, optimizer_files, optimizer_part};
 use moonlight_infer::tokenizer::Companion;
 use moonlight_model::CausalLm;
-use serde::{Deserialize, Serialize};
 
-use crate::data::DataPosition;
 use crate::error::TrainError;
 
-const STATE: &str = "trainer.json";
-/// The whole state of the optimizer, as earlier versions wrote it with one rank; only read.
-const SINGLE_OPTIMIZER: &str = "optimizer.bpk";
-/// The start of the name of a rank's part of it.
-const OPTIMIZER_PART: &str = "optimizer-";
-const PREFIX: &str = "step-";
-/// Raised when an older program could not resume from what a newer one wrote.
-const VERSION: u32 = 1;
-
-/// The progress of a run: everything to resume from but its weights and its optimizer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct TrainerState {
-    version: u32,
-    /// Steps taken.
-    pub step: u64,
-    /// Tokens read.
-    pub tokens: u64,
-    /// Position in the data.
-    pub data: DataPosition,
-    /// The lowest validation loss so far.
-    pub best: Option<Best>,
-}
-
-/// The lowest validation loss so far.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Best {
-    /// The step after which it was measured.
-    pub step: u64,
-    /// The loss, nats.
-    pub loss: f64,
-}
-
-impl TrainerState {
-    /// The state before the first step.
-    pub fn new(data: DataPosition) -> Self {
-        Self { version: VERSION, step: 0, tokens: 0, data, best: None }
-    }
-}
+pub use identity::{Difference, Differences, Digest, RunIdentity, shape_differences};
+pub use recovery::DamagedCheckpoint;
+pub use state::{Best, TrainerState};
 
 /// The checkpoints of one run.
 #[derive(Debug, Clone)]
@@ -78,6 +52,8 @@ pub struct Checkpoints {
     companions_from: Option<PathBuf>,
     /// Whether the adapters alone are saved, without their base model.
     adapters: bool,
+    /// The step that the run resumed from.
+    resumed_from: Option<u64>,
 }
 
 /// A checkpoint to resume from.
@@ -99,7 +75,7 @@ impl Checkpoints {
         companions: Vec<Companion>,
         companions_from: Option<PathBuf>,
     ) -> Self {
-        Self { dir, keep, keep_best, companions, companions_from, adapters: false }
+        Self { dir, keep, keep_best, companions, companions_from, adapters: false, resumed_from: None }
     }
 
     /// Checkpoints of the adapters alone; their base model is in `companions_from`.
@@ -107,26 +83,36 @@ impl Checkpoints {
         Self { adapters: true, ..self }
     }
 
+    /// Never removes the checkpoint of this step, which the run resumed from: until the run has gone well, it is the one to
+    /// come back to.
+    pub fn resumed_from(self, step: Option<u64>) -> Self {
+        Self { resumed_from: step, ..self }
+    }
+
     /// Writes the checkpoint of a step and removes those that are not to be kept.
     ///
     /// # Errors
     ///
-    /// A file that cannot be written; the checkpoints of earlier steps stay complete.
+    /// A file that cannot be written; the checkpoints of earlier steps stay complete. A checkpoint that cannot be removed is
+    /// a warning.
     pub fn save(
         &self,
         model: &CausalLm,
         optimizer: &mut dyn StateWriter,
         state: &TrainerState,
     ) -> Result<PathBuf, TrainError> {
-        fs::create_dir_all(&self.dir).map_err(TrainError::write(&self.dir))?;
+        storage::create_dir_all(&self.dir).map_err(TrainError::write(&self.dir))?;
         let path = self.path(state.step);
         let mut failure = None;
         let result = replace_directory(&path, |new| {
             let written = optimizer.begin(new);
             let written =
                 written.and_then(|()| self.write_model(model, new)).and_then(|()| self.write_state(new, state));
+            let written = optimizer.end(new, written);
+            // Last, so that a checkpoint with a manifest is complete.
+            let written = written.and_then(|()| Ok(Manifest::of(new).and_then(|manifest| manifest.write(new))?));
             // `replace_directory` knows the converter's errors only; ours is kept beside them.
-            failure = optimizer.end(new, written).err();
+            failure = written.err();
             match &failure {
                 None => Ok(()),
                 Some(error) => Err(FileError::write(new)(std::io::Error::other(error.to_string()))),
@@ -136,7 +122,7 @@ impl Checkpoints {
             return Err(error);
         }
         result?;
-        self.rotate(state)?;
+        self.rotate(state);
         Ok(path)
     }
 
@@ -155,66 +141,91 @@ impl Checkpoints {
     fn write_state(&self, dir: &Path, state: &TrainerState) -> Result<(), TrainError> {
         for Companion { name, contents } in &self.companions {
             let path = dir.join(name);
-            fs::write(&path, contents).map_err(TrainError::write(&path))?;
+            storage::write(&path, contents).map_err(TrainError::write(&path))?;
         }
-        let path = dir.join(STATE);
-        let mut text = serde_json::to_string_pretty(state).expect("numbers are always JSON");
-        text.push('\n');
-        fs::write(&path, text).map_err(TrainError::write(&path))
+        state.write(dir)
     }
 
-    /// The checkpoints with a readable state, newest first. Half-written ones, left by a run that was killed, are
-    /// removed.
+    /// The newest whole checkpoint's folder, as far as names and sizes tell.
+    pub fn newest(&self) -> Option<PathBuf> {
+        let folders = checkpoint_folders(&self.dir).ok()?;
+        folders.into_iter().find(|path| matches!(judge(path, Depth::Sizes), Ok(Verdict::Whole { .. })))
+    }
+
+    /// The checkpoint of a step.
     ///
     /// # Errors
     ///
-    /// A folder that cannot be read.
-    pub fn found(&self) -> Result<Vec<Found>, TrainError> {
-        if !self.dir.exists() {
-            return Ok(Vec::new());
+    /// One that is not there or not whole.
+    pub fn at(&self, step: u64) -> Result<Found, TrainError> {
+        let path = self.path(step);
+        if !path.exists() {
+            return Err(TrainError::Request {
+                problem: format!("this process does not see the checkpoint `{}`", path.display()),
+                hint: Some("runs on several machines need a `run.dir` that all of them share".into()),
+            });
         }
-        let mut found = Vec::new();
-        for entry in fs::read_dir(&self.dir).map_err(TrainError::read(&self.dir))? {
-            let path = entry.map_err(TrainError::read(&self.dir))?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if name.starts_with(&format!(".{PREFIX}")) {
-                fs::remove_dir_all(&path).map_err(TrainError::write(&path))?;
-            } else if name.starts_with(PREFIX)
-                && let Some(state) = read_state(&path)
+        let damaged = |problem| TrainError::NoWholeCheckpoint {
+            damaged: vec![DamagedCheckpoint { path: path.clone(), problem }],
+        };
+        match judge(&path, Depth::Sizes)? {
+            Verdict::Whole { .. } => {}
+            Verdict::Damaged(problem) => return Err(damaged(problem)),
+            Verdict::Newer { version } => return Err(TrainError::NewerCheckpoint { path, version }),
+        }
+        match TrainerState::read(&path)? {
+            Ok(state) => Ok(Found { path, state }),
+            Err(problem) => Err(damaged(problem)),
+        }
+    }
+
+    /// Removes the checkpoints that are not to be kept. What stands in the way of that is not worth a run.
+    fn rotate(&self, state: &TrainerState) {
+        let folders = match checkpoint_folders(&self.dir) {
+            Ok(folders) => folders,
+            Err(error) => return tracing::warn!("old checkpoints are not removed: {error}"),
+        };
+        // Damaged ones neither count nor go: nobody knows what can still be saved of them.
+        let whole: BTreeMap<u64, PathBuf> = folders
+            .into_iter()
+            .filter_map(|path| match judge(&path, Depth::Sizes) {
+                Ok(Verdict::Whole { step }) if path == self.path(step) => Some((step, path)),
+                _ => None,
+            })
+            .collect();
+        let best = state.best.filter(|_| self.keep_best).map(|best| best.step);
+        let protected: Vec<u64> = [Some(state.step), self.resumed_from, best].into_iter().flatten().collect();
+        for step in rotation::superfluous(&whole.keys().copied().collect(), self.keep, &protected) {
+            let path = &whole[&step];
+            // Somebody may be reading it; the next rotation tries again.
+            let lock = File::open(path);
+            if let Ok(lock) = &lock
+                && matches!(lock.try_lock(), Err(TryLockError::WouldBlock))
             {
-                found.push(Found { path, state });
+                continue;
+            }
+            if let Err(error) = remove_directory(path) {
+                tracing::warn!("an old checkpoint is not removed: {error}");
             }
         }
-        found.sort_by_key(|found| std::cmp::Reverse(found.state.step));
-        Ok(found)
-    }
-
-    /// The newest checkpoint's folder.
-    pub fn newest(&self) -> Option<PathBuf> {
-        self.found().ok()?.into_iter().next().map(|found| found.path)
-    }
-
-    fn rotate(&self, state: &TrainerState) -> Result<(), TrainError> {
-        if self.keep == 0 {
-            return Ok(());
-        }
-        for found in self.found()?.into_iter().skip(self.keep) {
-            let best = self.keep_best && state.best.is_some_and(|best| best.step == found.state.step);
-            if !best {
-                remove(&found.path)?;
-            }
-        }
-        Ok(())
     }
 
     /// The file of a rank's part of the optimizer's state, in the folder of a checkpoint.
     pub fn part(dir: &Path, rank: usize, world_size: usize) -> PathBuf {
-        dir.join(format!("{OPTIMIZER_PART}{rank:05}-of-{world_size:05}.bpk"))
+        optimizer_part(dir, rank, world_size)
     }
 
     /// The folder of a step's checkpoint.
     pub fn path(&self, step: u64) -> PathBuf {
-        self.dir.join(format!("{PREFIX}{step:08}"))
+        self.dir.join(checkpoint_name(step))
+    }
+}
+
+impl Found {
+    /// The files of the optimizer's state: a part of each rank that wrote it, or the single file of earlier versions. A
+    /// part that is missing is listed as well, so that opening it fails.
+    pub fn optimizer(&self) -> Vec<PathBuf> {
+        optimizer_files(&self.path)
     }
 }
 
@@ -233,36 +244,4 @@ pub trait StateWriter {
     ///
     /// That result's error, a file that cannot be written, or the failure of another rank.
     fn end(&mut self, dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError>;
-}
-
-impl Found {
-    /// The files of the optimizer's state: a part of each rank that wrote it, or the single file of earlier versions. A
-    /// part that is missing is listed as well, so that opening it fails.
-    pub fn optimizer(&self) -> Vec<PathBuf> {
-        let single = self.path.join(SINGLE_OPTIMIZER);
-        let names = fs::read_dir(&self.path).into_iter().flatten().flatten().map(|entry| entry.file_name());
-        let world_size = names.into_iter().find_map(|name| {
-            let name = name.to_string_lossy().into_owned();
-            name.strip_prefix(OPTIMIZER_PART)?.strip_suffix(".bpk")?.split_once("-of-")?.1.parse::<usize>().ok()
-        });
-        match world_size {
-            Some(world_size) if !single.exists() => {
-                (0..world_size).map(|rank| Checkpoints::part(&self.path, rank, world_size)).collect()
-            }
-            _ => vec![single],
-        }
-    }
-}
-
-/// Removes a checkpoint. It is renamed first: one that is half removed must not look complete.
-fn remove(path: &Path) -> Result<(), TrainError> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let hidden = path.with_file_name(format!(".{name}.removed"));
-    fs::rename(path, &hidden).map_err(TrainError::write(path))?;
-    fs::remove_dir_all(&hidden).map_err(TrainError::write(&hidden))
-}
-
-fn read_state(dir: &Path) -> Option<TrainerState> {
-    let text = fs::read_to_string(dir.join(STATE)).ok()?;
-    serde_json::from_str::<TrainerState>(&text).ok().filter(|state| state.version == VERSION)
 }

@@ -31,15 +31,15 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let target = Target::open("cpu").or_else(|_| Target::open("auto"))?;
     let dtype = arguments.dtype.as_deref().map(|dtype| device::dtype(dtype, &target)).transpose()?.flatten();
-    let adapter = weights_in(&arguments.adapter);
+    let adapter = weights_in(&arguments.adapter)?;
     let base = match &arguments.model {
         Some(model) => resolve_model(model)?,
-        None => base_of(&adapter)?,
+        None => weights_in(&base_of(&adapter)?)?,
     };
     // As stored, unless that is narrower than what is written: the sum is taken in f32 and rounded once.
     let loaded = dtype.filter(|&dtype| dtype == DType::F32);
     let LoadedModel { model, dir: base } = load_model(&base, Some(&adapter), &target.device, loaded, None)?;
-    let options = SaveOptions { dtype, sidecars_from: Some(base), overwrite: false, ..SaveOptions::default() };
+    let options = SaveOptions { dtype, sidecars_from: Some(base.into_path()), overwrite: false, ..SaveOptions::default() };
     let count = model.adapters().len();
     save(&model.merge(), &arguments.output, &options)?;
     eprintln!("{count} adapters merged into `{}`", arguments.output.display());

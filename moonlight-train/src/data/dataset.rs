@@ -28,6 +28,8 @@ pub struct Dataset {
     seed: Option<u64>,
     /// Hash of everything that a position in the training data depends on.
     data: u64,
+    /// Hash of the documents of the validation data; 0 without any.
+    valid_data: u64,
     vocab_size: usize,
     notes: Vec<String>,
 }
@@ -91,24 +93,21 @@ impl Dataset {
         let Some((_, store, mut train)) = documents.next() else {
             return Err(DataError::Nothing { key: "train", problem: "no file".into() });
         };
-        let mut valid = None;
+        let (mut valid, mut valid_data) = (None, 0);
         if config.valid_fraction > 0.0 {
             if config.format == DataFormat::Chat && train.len() == 1 {
                 let problem = "one conversation cannot be divided".into();
                 return Err(DataError::Nothing { key: "valid_fraction", problem });
             }
             let parts = split(&mut train, config.valid_fraction);
+            valid_data = hash_of(&store, &parts).finish();
             valid = Some(sequences("valid_fraction", store.clone(), parts)?);
         } else if let Some((key, store, parts)) = documents.next() {
+            valid_data = hash_of(&store, &parts).finish();
             valid = Some(sequences(key, store, parts)?);
         }
         let seed = config.shuffle.then_some(seed);
-        let mut hash = Hash::new(4);
-        hash.number(store.content());
-        for (start, end) in &train {
-            hash.number(*start);
-            hash.number(*end);
-        }
+        let mut hash = hash_of(&store, &train);
         for number in
             [config.sequence_length as u64, u64::from(config.pack), u64::from(config.shuffle), seed.unwrap_or(0)]
         {
@@ -125,7 +124,7 @@ impl Dataset {
             contents: chat.template().text().as_bytes().to_owned(),
         });
         let files = files_of_train;
-        Ok(Self { train, valid, files, template, end, seed, data: hash.finish(), vocab_size, notes })
+        Ok(Self { train, valid, files, template, end, seed, data: hash.finish(), valid_data, vocab_size, notes })
     }
 
     /// The chat template that the data were made with, where the tokenizer's own files have none or another: a
@@ -171,6 +170,16 @@ impl Dataset {
         self.valid.as_ref().map_or(0, Sequences::tokens)
     }
 
+    /// A hash of the training data: their tokens, their order and how they are cut into sequences.
+    pub fn train_hash(&self) -> u64 {
+        self.data
+    }
+
+    /// A hash of the tokens of the validation data; 0 without any.
+    pub fn valid_hash(&self) -> u64 {
+        self.valid_data
+    }
+
     /// Sequences of one epoch of the training data.
     pub fn train_sequences(&self) -> u64 {
         self.train.count()
@@ -187,6 +196,17 @@ impl Dataset {
         let valid = self.valid.as_ref()?;
         bigram_loss(self.train.documents(), valid.documents(), self.vocab_size)
     }
+}
+
+/// A hash of documents: the store's contents, and which of them.
+fn hash_of(store: &TokenStore, documents: &[(u64, u64)]) -> Hash {
+    let mut hash = Hash::new(4);
+    hash.number(store.content());
+    for (start, end) in documents {
+        hash.number(*start);
+        hash.number(*end);
+    }
+    hash
 }
 
 fn choose(mut files: Vec<SourceFile>, config: &DataConfig) -> Vec<SourceFile> {

@@ -14,6 +14,7 @@ use burn::train::metric::{
 };
 use burn::train::renderer::{MetricState, MetricsRenderer, default_renderer};
 
+use super::stderr::HeldStderr;
 use super::{METRICS, Metric, Metrics, Reporter, Split};
 use crate::error::TrainError;
 use crate::trainer::terminal;
@@ -41,33 +42,47 @@ impl Progress {
 /// The dashboard of a run; dropping it gives the terminal back.
 ///
 /// The renderer has a thread of its own, because its `k` (kill the run) panics in whoever calls it next and it offers no
-/// other sign of it. So the panic ends that thread, and the training loop sees a closed channel.
+/// other sign of it. So the panic ends that thread, and the training loop sees a closed channel. Any other panic is a
+/// terminal that is gone, and no reason to end the run.
+///
+/// While it is up, what is written to stderr is held back: it would tear the picture, and once the terminal is gone,
+/// libraries that cannot write there panic.
 pub(crate) struct Dashboard {
     /// `None` once closed.
     metrics: Option<Sender<Metrics>>,
     thread: Option<JoinHandle<()>>,
+    stderr: Option<HeldStderr>,
 }
+
+/// The start of the message of the renderer's panic for a kill.
+const KILL: &str = "Killing training";
 
 impl Dashboard {
     /// Takes over the terminal. Its `s` stops the run through `interrupter`.
     pub(crate) fn open(progress: Progress, interrupter: Interrupter) -> Self {
         terminal::remember();
-        let renderer = default_renderer(interrupter, None);
+        let stderr = HeldStderr::hold();
         let (metrics, received) = channel();
-        let thread = spawn(move || show(renderer, &progress, &received));
-        Self { metrics: Some(metrics), thread: Some(thread) }
+        // Made there: taking over a terminal that is gone panics as well.
+        let thread = spawn(move || show(default_renderer(interrupter, None), &progress, &received));
+        Self { metrics: Some(metrics), thread: Some(thread), stderr }
     }
 
     /// Waits until the terminal is given back.
     fn close(&mut self) -> Result<(), TrainError> {
         self.metrics = None;
         let Some(thread) = self.thread.take() else { return Ok(()) };
-        // The renderer's methods panic for a kill and for nothing else.
-        thread.join().map_err(|_| {
-            // `keep_interrupt_key` may have changed the mode while the renderer restored it.
-            terminal::restore_mode();
-            TrainError::Killed
-        })
+        let joined = thread.join();
+        self.stderr = None;
+        let Err(panic) = joined else { return Ok(()) };
+        // `keep_interrupt_key` may have changed the mode while the renderer restored it.
+        terminal::restore_mode();
+        let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        if message.is_some_and(|message| message.starts_with(KILL)) {
+            return Err(TrainError::Killed);
+        }
+        tracing::warn!("the dashboard is gone ({}); the run goes on", message.unwrap_or("for no reason that it gave"));
+        Ok(())
     }
 }
 
@@ -78,11 +93,7 @@ impl Reporter for Dashboard {
 
     fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
         let sent = self.metrics.as_ref().is_some_and(|sender| sender.send(metrics.clone()).is_ok());
-        if sent {
-            return Ok(());
-        }
-        self.close()?;
-        Err(TrainError::Killed)
+        if sent { Ok(()) } else { self.close() }
     }
 
     fn finish(&mut self) -> Result<(), TrainError> {
@@ -330,18 +341,33 @@ mod tests {
     }
 
     #[test]
-    fn a_renderer_that_ends_by_itself_is_a_kill() {
+    fn the_kill_key_ends_the_run() {
         let (metrics, received) = channel::<Metrics>();
         let thread = spawn(move || {
             let _received = received;
-            std::panic::resume_unwind(Box::new("killed")); // without the panic's message
+            std::panic::resume_unwind(Box::new("Killing training from user input.")); // without the panic's message
         });
-        let mut dashboard = Dashboard { metrics: Some(metrics), thread: Some(thread) };
+        let mut dashboard = Dashboard { metrics: Some(metrics), thread: Some(thread), stderr: None };
         let error = loop {
             if let Err(error) = dashboard.report(&Metrics::default()) {
                 break error;
             }
         };
         assert!(matches!(error, TrainError::Killed));
+    }
+
+    #[test]
+    fn a_terminal_that_is_gone_does_not_end_the_run() {
+        let (metrics, received) = channel::<Metrics>();
+        let thread = spawn(move || {
+            let _received = received;
+            std::panic::resume_unwind(Box::new("Input/output error".to_owned()));
+        });
+        let mut dashboard = Dashboard { metrics: Some(metrics), thread: Some(thread), stderr: None };
+        while dashboard.thread.is_some() {
+            dashboard.report(&Metrics::default()).unwrap();
+        }
+        dashboard.report(&Metrics::default()).unwrap();
+        dashboard.finish().unwrap();
     }
 }

@@ -1,66 +1,136 @@
 //! `metrics.jsonl`: a line for each step that is logged and for each validation.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use tempfile::NamedTempFile;
 
 use super::{Metrics, Reporter};
 use crate::error::TrainError;
 
-/// The open file.
+/// No line of ours is longer; what is, is somebody else's and dropped.
+const LONGEST_LINE: u64 = 1 << 20;
+
+/// The open file. A line that cannot be written is lost, and the run goes on.
 #[derive(Debug)]
 pub(crate) struct MetricsFile {
     path: PathBuf,
     file: File,
+    /// Lines that could not be written, in a row.
+    lost: u64,
 }
 
 impl MetricsFile {
     /// Opens the file for a run that resumes from `step`: lines of later steps, left by the run that was stopped, are
-    /// dropped, and so is a last line that was cut short.
+    /// dropped, and so is what is no line of ours, such as a last one that was cut short.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
-        let kept = match File::open(path) {
-            Ok(file) => lines_until(BufReader::new(file), step).map_err(TrainError::read(path))?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let mut kept = temporary_in(folder).map_err(TrainError::write(folder))?;
+        match File::open(path) {
+            Ok(file) => keep_until(BufReader::new(file), step, kept.as_file_mut()).map_err(TrainError::write(path))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(TrainError::read(path)(error)),
-        };
-        let temporary = path.with_extension("jsonl.tmp");
-        fs::write(&temporary, kept).map_err(TrainError::write(&temporary))?;
-        fs::rename(&temporary, path).map_err(TrainError::write(path))?;
+        }
+        kept.persist(path).map_err(|error| TrainError::write(path)(error.error))?;
         let file = OpenOptions::new().append(true).open(path).map_err(TrainError::write(path))?;
-        Ok(Self { path: path.to_owned(), file })
+        Ok(Self { path: path.to_owned(), file, lost: 0 })
     }
+}
+
+/// A temporary file that is to be read as any other file of the run; by itself it would be its owner's alone.
+fn temporary_in(folder: &Path) -> io::Result<NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less what the umask takes
+    builder.prefix(".metrics.").tempfile_in(folder)
 }
 
 impl Reporter for MetricsFile {
     fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
         let mut line = serde_json::to_string(metrics).expect("numbers and names are always JSON");
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(TrainError::write(&self.path))
+        if self.lost > 0 {
+            // The last one may have been written in part.
+            line.insert(0, '\n');
+        }
+        match self.file.write_all(line.as_bytes()) {
+            Ok(()) => {
+                if self.lost > 0 {
+                    tracing::warn!("`{}` can be written again; {} lines are lost", self.path.display(), self.lost);
+                }
+                self.lost = 0;
+            }
+            Err(error) => {
+                if self.lost == 0 {
+                    tracing::warn!("`{}` cannot be written: {error}; the run goes on", self.path.display());
+                }
+                self.lost += 1;
+            }
+        }
+        Ok(())
     }
 }
 
-fn lines_until(file: impl BufRead, step: u64) -> std::io::Result<String> {
-    let mut kept = String::new();
-    for line in file.lines() {
-        let line = line?;
-        let Ok(value) = serde_json::from_str::<Value>(&line) else { continue };
+/// Copies the records up to `step`.
+fn keep_until(mut file: impl BufRead, step: u64, kept: &mut impl Write) -> io::Result<()> {
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        if file.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line)? == 0 {
+            return Ok(());
+        }
+        let Ok(value) = serde_json::from_slice::<Value>(&line) else { continue };
         if value["step"].as_u64().is_some_and(|of| of <= step) {
-            kept.push_str(&line);
-            kept.push('\n');
+            kept.write_all(line.trim_ascii_end())?;
+            kept.write_all(b"\n")?;
         }
     }
-    Ok(kept)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn kept(text: &[u8], step: u64) -> String {
+        let mut kept = Vec::new();
+        keep_until(text, step, &mut kept).unwrap();
+        String::from_utf8(kept).unwrap()
+    }
+
     #[test]
     fn lines_after_the_checkpoint_are_dropped() {
         let text = "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"st";
-        assert_eq!(lines_until(text.as_bytes(), 2).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
+        assert_eq!(kept(text.as_bytes(), 2), "{\"step\":1}\n{\"step\":2}\n");
+    }
+
+    #[test]
+    fn what_is_no_line_of_ours_is_dropped_whatever_its_bytes() {
+        let mut text = b"{\"step\":1}\n\xff\xfe{\"step\":1}\n\n[]\n".to_vec();
+        text.extend(vec![b' '; 3 << 20]);
+        text.extend(b"\n{\"step\":2}");
+        assert_eq!(kept(&text, 9), "{\"step\":1}\n{\"step\":2}\n");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_costs_lines_and_not_the_run() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("metrics.jsonl");
+        let mut metrics = MetricsFile::open(&path, 0).unwrap();
+        let record = |step| Metrics { step, ..Metrics::default() };
+        metrics.report(&record(1)).unwrap();
+        let disk = std::mem::replace(&mut metrics.file, OpenOptions::new().write(true).open("/dev/full").unwrap());
+        metrics.report(&record(2)).unwrap();
+        metrics.report(&record(3)).unwrap();
+        assert_eq!(metrics.lost, 2);
+        metrics.file = disk;
+        metrics.report(&record(4)).unwrap();
+        drop(metrics);
+        drop(MetricsFile::open(&path, 9).unwrap());
+        let text = std::fs::read_to_string(&path).unwrap();
+        let steps: Vec<u64> = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["step"].as_u64().unwrap()).collect();
+        assert_eq!(steps, [1, 4]);
     }
 }

@@ -8,6 +8,11 @@ mod dashboard;
 mod file;
 mod memory;
 mod reporter;
+#[cfg(unix)]
+mod stderr;
+#[cfg(not(unix))]
+#[path = "stderr_other.rs"]
+mod stderr;
 
 use serde::Serialize;
 

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use moonlight_infer::resolve_model;
+use moonlight_infer::{ModelDir, resolve_model};
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, shape_keys};
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
@@ -37,6 +37,9 @@ pub struct ModelRecipe {
     /// Where the recipe says so.
     #[serde(skip)]
     place: String,
+    /// Keeps the folder at `path` from being removed, where it is a checkpoint of a run.
+    #[serde(skip)]
+    held: Option<ModelDir>,
 }
 
 /// The keys of `[model]` that are not those of `config.json`.
@@ -110,7 +113,7 @@ impl Quantise {
 impl<'de> Deserialize<'de> for ModelRecipe {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let (Keys { dtype, quantise, path, preset }, shape) = flat(deserializer)?;
-        Ok(Self { dtype, quantise, path, preset, shape, place: String::new() })
+        Ok(Self { dtype, quantise, path, preset, shape, place: String::new(), held: None })
     }
 }
 
@@ -177,7 +180,10 @@ impl ModelRecipe {
         self.place = check.place(if self.path.is_some() { "model.path" } else { "model" });
         if let Some(path) = &mut self.path {
             match resolve_model(&path) {
-                Ok(found) => *path = found,
+                Ok(found) => {
+                    *path = found.to_path_buf();
+                    self.held = Some(found);
+                }
                 Err(error) => check.invalid("model.path", format!("is wrong: {error}"), checkpoint_hint(&error)),
             }
         }

@@ -179,7 +179,7 @@ impl ProcessGroup {
         let targets = self.targets(recipe, target)?;
         let mut across = self.across()?;
         let between = across.pop().map_or_else(Worker::alone, Worker::new);
-        let setup = open(recipe, &targets[0], resume, &between)?;
+        let mut setup = open(recipe, &targets[0], resume, &between)?;
         let reporters = {
             let _busy = between.busy();
             (self.process() == 0).then(|| setup.begin(display == Display::Lines)).transpose()

@@ -18,7 +18,7 @@ use super::step::{StepSettings, UpdateMode, step};
 use super::step_error::StepError;
 use super::step_result::StepTotals;
 use super::{qk_clip, save};
-use crate::checkpoint::{Best, Checkpoints, TrainerState};
+use crate::checkpoint::{Checkpoints, TrainerState};
 use crate::data::{BatchRequest, Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{Metrics, Split, resident_memory_mib};
@@ -205,9 +205,7 @@ impl RankTrainer {
             return Ok(None);
         }
         let loss = loss_sum / predicted;
-        if self.state.best.is_none_or(|best| loss < best.loss) {
-            self.state.best = Some(Best { step: self.state.step, loss });
-        }
+        self.state.offer_best(loss);
         Ok(Some(Metrics {
             split: Split::Valid,
             step: self.state.step,

@@ -1,9 +1,9 @@
 //! Saving a checkpoint with all ranks: rank 0 writes the weights, and each rank its part of the optimizer's state at the
 //! same time. The checkpoint is renamed when all of it is there.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use moonlight_convert::storage::{self, Call};
 use moonlight_model::CausalLm;
 use moonlight_optim::{MuonAdamW, StateError};
 
@@ -77,6 +77,7 @@ fn write_part(dir: &Path, optimizer: &MuonAdamW) -> Result<(), TrainError> {
             hint: Some("runs on several machines need a `run.dir` that all of them share".into()),
         });
     }
+    storage::announce(Call::Write(&path)).map_err(TrainError::write(&path))?;
     optimizer.save(&path).map_err(|source| match source {
         // Its sentence is of a file that cannot be read.
         StateError::Unreadable(problem) => TrainError::write(&path)(std::io::Error::other(problem)),
@@ -84,5 +85,5 @@ fn write_part(dir: &Path, optimizer: &MuonAdamW) -> Result<(), TrainError> {
     })?;
     // Rank 0 flushes the files that it sees before it renames the folder; on a shared file system those of other ranks need
     // not be among them.
-    File::open(&path).and_then(|file| file.sync_all()).map_err(TrainError::write(&path))
+    storage::sync_file(&path).map_err(TrainError::write(&path))
 }

@@ -1,37 +1,45 @@
 //! Setting up a run: data, model, optimizer, and the checkpoint to resume from.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 use moonlight_convert::adapter::{AdapterError, read_adapter};
-use moonlight_convert::load;
+use moonlight_convert::{CheckpointError, ConfinedDir, load};
 use moonlight_infer::device::{self, Target};
-use moonlight_infer::load_base;
 use moonlight_infer::tokenizer::{Companion, Tokenizer};
+use moonlight_infer::{InferError, load_base};
 use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::distributed::Worker;
-use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions};
+use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions, StateError};
 use serde_json::{Value, json};
+use xxhash_rust::xxh3::Xxh3;
 
+use super::fingerprint::fingerprint;
 use super::freeze;
 use super::model_cell::ModelCell;
 use super::outcome::Trained;
 use super::rank_trainer::RankTrainer;
+use super::run_folder::RunFolder;
 use super::run_eval::{self, run_eval};
-use crate::checkpoint::{Checkpoints, Found, TrainerState};
+use crate::checkpoint::{
+    Checkpoints, Difference, Differences, Digest, Found, RunIdentity, TrainerState, shape_differences,
+};
 use crate::data::{Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{ConsoleLines, LogEvery, MetricsFile, Reporter};
 use crate::plan::{MemorySettings, Plan, Threads, available_memory};
 use crate::recipe::{LoraRecipe, Recipe};
 use crate::schedule::Schedule;
-use crate::tensorboard::EventWriter;
+use crate::tensorboard::EventFile;
 
 /// The file with the tokens at which generation stops.
 const GENERATION_CONFIG: &str = "generation_config.json";
+/// A longer one is none.
+const LONGEST_CONFIG: u64 = 16 << 20;
 
 /// Everything that a recipe names, opened and checked. The ranks of a process share it.
 pub(super) struct Setup {
@@ -41,6 +49,8 @@ pub(super) struct Setup {
     pub(super) state: TrainerState,
     /// The checkpoint that the run resumes from.
     pub(super) resumed: Option<Found>,
+    /// The run's folder; `None` in a process that follows another one.
+    folder: Option<RunFolder>,
     assignment: Assignment,
     schedule: Schedule,
     corpus: Arc<Dataset>,
@@ -53,19 +63,21 @@ pub(super) struct Setup {
 pub(super) enum ResumePoint {
     /// At its first step, in a folder that must not exist.
     Start,
-    /// From the newest checkpoint that opens; at the first step if there is none.
+    /// From the newest whole checkpoint; at the first step if there is no checkpoint at all.
     Newest,
     /// From the checkpoint of the step that another process found, or at the first step.
     Found(Option<u64>),
 }
 
 impl Setup {
-    /// Opens everything that a recipe names; nothing is written yet.
+    /// Opens everything that a recipe names, and the checkpoint to resume from. The run's folder is claimed; no file of the run
+    /// is written before everything has been checked.
     pub(super) fn open(recipe: &Recipe, target: &Target, from: ResumePoint) -> Result<Self, TrainError> {
-        let folder = recipe.run.folder();
-        if folder.exists() && from == ResumePoint::Start {
-            return Err(TrainError::RunExists(folder));
-        }
+        let path = recipe.run.folder();
+        let folder = match from {
+            ResumePoint::Found(_) => None,
+            from => Some(RunFolder::claim(&path, from == ResumePoint::Newest)?),
+        };
         let tokenizer = recipe.data.tokenizer.open()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
         check_memory(recipe, &config, target)?;
@@ -75,34 +87,47 @@ impl Setup {
             .map_err(|error| TrainError::Request { problem: error.to_string(), hint: None })?;
         let weights = recipe.model.path.as_deref();
         let checkpoints = Checkpoints::new(
-            folder.join("checkpoints"),
+            path.join("checkpoints"),
             recipe.train.keep,
             recipe.train.keep_best,
-            companions(tokenizer.as_ref(), &corpus, &config, weights),
+            companions(tokenizer.as_ref(), &corpus, &config, weights)?,
             weights.map(Path::to_owned),
         );
         let checkpoints = if recipe.lora.is_some() { checkpoints.of_adapters() } else { checkpoints };
         let weights = Weights { recipe: &recipe, path: weights, target, checkpoints: &checkpoints };
         let (model, resumed) = weights.open(&config, from)?;
-        let state = match &resumed {
-            Some(found) => found.state.clone(),
-            None => TrainerState::new(corpus.train_stream(recipe.train.batch_size).position()),
+        let dtype = device::dtype(recipe.model.dtype.as_str(), target)?;
+        let identity = run_identity(&recipe, &model, tokenizer.as_ref(), &corpus, dtype)?;
+        let start = corpus.train_stream(recipe.train.batch_size);
+        let mut state = match &resumed {
+            Some(found) => {
+                check_same_run(&identity, &config, &model, found)?;
+                start.clone().seek(found.state.data)?;
+                found.state.clone()
+            }
+            None => TrainerState::new(start.position()),
         };
+        state.identity = Some(identity);
+        let checkpoints = checkpoints.resumed_from(resumed.as_ref().map(|found| found.state.step));
         let model = freeze::freeze(model, &recipe.train.freeze, recipe.optimizer.qk_clip().is_some())?;
         let assignment = recipe.optimizer.rules(config.hidden_size).assign(&model)?;
         let corpus = Arc::new(corpus);
-        Ok(Self { recipe, model, state, resumed, assignment, schedule, corpus, checkpoints, tokenizer })
+        Ok(Self { recipe, model, state, resumed, folder, assignment, schedule, corpus, checkpoints, tokenizer })
     }
 
-    /// Makes the run's folder, logs what the run consists of, and opens the files that its metrics go to; with `lines`
-    /// they are logged as well.
-    pub(super) fn begin(&self, lines: bool) -> Result<Vec<Box<dyn Reporter>>, TrainError> {
-        let Self { recipe, model, state, assignment, corpus, tokenizer, .. } = self;
-        let folder = recipe.run.folder();
+    /// Writes into the run's folder and logs what the run consists of, and opens the files that its metrics go to; with
+    /// `lines` they are logged as well.
+    pub(super) fn begin(&mut self, lines: bool) -> Result<Vec<Box<dyn Reporter>>, TrainError> {
         // A run that resumes has been evaluated before its first step.
-        let before = if state.step == 0 { run_eval(recipe, &model.clone().valid(), tokenizer.as_ref())? } else { None };
-
-        fs::create_dir_all(&folder).map_err(TrainError::write(&folder))?;
+        let before = match self.state.step {
+            0 => run_eval(&self.recipe, &self.model.clone().valid(), self.tokenizer.as_ref())?,
+            _ => None,
+        };
+        if let Some(folder) = &mut self.folder {
+            folder.begin();
+        }
+        let Self { recipe, state, assignment, corpus, .. } = &*self;
+        let folder = recipe.run.folder();
         if let Some(results) = before {
             run_eval::record(&folder, "before", results)?;
         }
@@ -113,8 +138,7 @@ impl Setup {
         let mut reporters: Vec<Box<dyn Reporter>> =
             vec![Box::new(MetricsFile::open(&folder.join("metrics.jsonl"), state.step)?)];
         if recipe.train.tensorboard {
-            let events = folder.join("tensorboard");
-            reporters.push(Box::new(EventWriter::create(&events).map_err(TrainError::write(&events))?));
+            reporters.push(Box::new(EventFile::create(&folder.join("tensorboard"))));
         }
         if lines {
             reporters.push(Box::new(ConsoleLines));
@@ -158,7 +182,7 @@ impl Setup {
                 distributed,
             });
         }
-        Ok((trainers, Leftovers { corpus: self.corpus, tokenizer: self.tokenizer }))
+        Ok((trainers, Leftovers { corpus: self.corpus, tokenizer: self.tokenizer, _folder: self.folder }))
     }
 
     /// Logs the model, the division of its parameters, and the data.
@@ -196,6 +220,8 @@ impl Setup {
 pub(super) struct Leftovers {
     corpus: Arc<Dataset>,
     tokenizer: Option<Tokenizer>,
+    /// Held until the run is over.
+    _folder: Option<RunFolder>,
 }
 
 impl Leftovers {
@@ -246,10 +272,22 @@ impl Weights<'_> {
             _ => None,
         };
         let adapters = base.as_ref().zip(recipe.lora.as_ref());
+        let open = |found: &Found| match adapters {
+            None => Ok(load(&found.path, &device, None)?.model),
+            Some((base, lora)) => adapted(base.clone(), &found.path, lora),
+        };
         let resumed = match from {
             ResumePoint::Start | ResumePoint::Found(None) => None,
-            ResumePoint::Newest => newest_complete(checkpoints, adapters, &device)?,
-            ResumePoint::Found(Some(step)) => Some(at_step(checkpoints, step, adapters, &device)?),
+            ResumePoint::Newest => checkpoints.newest_whole(|found| {
+                let model = open(found).map_err(damage)?;
+                check_state(recipe, &model, found)?;
+                Ok(model)
+            })?,
+            ResumePoint::Found(Some(step)) => {
+                let found = checkpoints.at(step)?;
+                let model = open(&found)?;
+                Some((found, model))
+            }
         };
         if let Some((found, model)) = resumed {
             return Ok((model, Some(found)));
@@ -270,6 +308,81 @@ impl Weights<'_> {
     }
 }
 
+/// Refuses a checkpoint of another run; what may change and has is logged.
+fn check_same_run(
+    identity: &RunIdentity,
+    config: &ModelConfig,
+    model: &CausalLm,
+    found: &Found,
+) -> Result<(), TrainError> {
+    let mut differences = Differences::default();
+    match &found.state.identity {
+        Some(then) => differences = identity.differences(then),
+        // Of an earlier version: its weights have a dtype, and no more is known.
+        None if identity.dtype != dtype_name(model) => differences.refused.push(Difference {
+            key: "the dtype of the weights".into(),
+            now: identity.dtype.clone(),
+            then: dtype_name(model),
+        }),
+        None => {}
+    }
+    let shape = shape_differences(&config.to_value(), &model.config().to_value());
+    let known: BTreeSet<String> = differences.refused.iter().map(|difference| difference.key.clone()).collect();
+    differences.refused.extend(shape.into_iter().filter(|difference| !known.contains(&difference.key)));
+    if !differences.refused.is_empty() {
+        return Err(TrainError::OtherRun { checkpoint: found.path.clone(), differences: differences.refused });
+    }
+    for difference in differences.announced {
+        tracing::info!("changed since the checkpoint: {difference}");
+    }
+    Ok(())
+}
+
+fn dtype_name(model: &CausalLm) -> String {
+    format!("{:?}", model.dtype()).to_lowercase()
+}
+
+/// What the run is made of.
+fn run_identity(
+    recipe: &Recipe,
+    model: &CausalLm,
+    tokenizer: Option<&Tokenizer>,
+    corpus: &Dataset,
+    dtype: Option<DType>,
+) -> Result<RunIdentity, TrainError> {
+    let mut hash = Xxh3::new();
+    for Companion { name, contents } in tokenizer.map(Tokenizer::companions).unwrap_or_default() {
+        for part in [name.as_bytes(), &contents] {
+            hash.update(&(part.len() as u64).to_le_bytes());
+            hash.update(part);
+        }
+    }
+    let name = tokenizer.map_or("none".into(), |tokenizer| format!("`{}`", tokenizer.name()));
+    let hash_of_name = tokenizer.is_none_or(|tokenizer| tokenizer.companions().is_empty());
+    if hash_of_name {
+        hash.update(name.as_bytes());
+    }
+    let base = match (&recipe.lora, &recipe.model.path) {
+        (Some(_), Some(path)) => Some(Digest { name: format!("`{}`", path.display()), hash: fingerprint(path)? }),
+        _ => None,
+    };
+    let dtype = dtype.map_or_else(|| dtype_name(model), |dtype| format!("{dtype:?}").to_lowercase());
+    Ok(RunIdentity {
+        recipe: serde_json::to_value(recipe).expect("a recipe is numbers, names and lists"),
+        dtype,
+        tokenizer: Digest { name, hash: format!("{:032x}", hash.digest128()) },
+        train_data: Digest {
+            name: format!("{} tokens in {} sequences", corpus.train_tokens(), corpus.train_sequences()),
+            hash: format!("{:016x}", corpus.train_hash()),
+        },
+        valid_data: Digest {
+            name: format!("{} tokens", corpus.valid_tokens()),
+            hash: format!("{:016x}", corpus.valid_hash()),
+        },
+        base,
+    })
+}
+
 /// The tokenizer's files. If the data are conversations, also the chat template they were made with, unless it is the
 /// tokenizer's, and a `generation_config.json` that makes servers stop at the end of the assistant's turn.
 fn companions(
@@ -277,15 +390,26 @@ fn companions(
     corpus: &Dataset,
     config: &ModelConfig,
     from: Option<&Path>,
-) -> Vec<Companion> {
+) -> Result<Vec<Companion>, TrainError> {
     let mut companions = tokenizer.map(Tokenizer::companions).unwrap_or_default();
     if let Some(template) = corpus.template() {
         companions.retain(|companion| companion.name != template.name);
         companions.push(template.clone());
     }
     if let Some(end) = corpus.end_of_turn() {
-        let text = from.and_then(|from| fs::read_to_string(from.join(GENERATION_CONFIG)).ok());
-        let mut generation = text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_else(|| {
+        let text = match from {
+            Some(from) => confined(from)?.read(GENERATION_CONFIG, LONGEST_CONFIG)?,
+            None => None,
+        };
+        let own = text.map(|text| serde_json::from_slice(&text)).transpose();
+        let own = own.map_err(|error| TrainError::Request {
+            problem: format!(
+                "`{}` cannot be parsed: {error}",
+                from.unwrap_or(Path::new("")).join(GENERATION_CONFIG).display()
+            ),
+            hint: None,
+        })?;
+        let mut generation: Value = own.unwrap_or_else(|| {
             json!({"_from_model_config": true, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
         });
         let mut stops: Vec<Value> = match generation["eos_token_id"].take() {
@@ -300,7 +424,12 @@ fn companions(
         let contents = serde_json::to_vec_pretty(&generation).unwrap_or_default();
         companions.push(Companion { name: GENERATION_CONFIG.into(), contents });
     }
-    companions
+    Ok(companions)
+}
+
+/// The files of a model's folder.
+fn confined(dir: &Path) -> Result<ConfinedDir, TrainError> {
+    ConfinedDir::new(dir).map_err(TrainError::read(dir))
 }
 
 /// Refuses a run that cannot fit into memory. Where the available memory is not known, as on a GPU, nothing is refused.
@@ -331,42 +460,31 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Resul
     })
 }
 
-/// The newest checkpoint that opens, with its model; a damaged one is skipped with a warning.
-fn newest_complete(
-    checkpoints: &Checkpoints,
-    base: Option<(&CausalLm, &LoraRecipe)>,
-    device: &Device,
-) -> Result<Option<(Found, CausalLm)>, TrainError> {
-    for found in checkpoints.found()? {
-        let opened = match base {
-            None => load(&found.path, device, None).map(|loaded| loaded.model).map_err(TrainError::from),
-            Some((base, lora)) => adapted(base.clone(), &found.path, lora),
-        };
-        match opened {
-            Ok(model) => return Ok(Some((found, model))),
-            Err(error) => tracing::warn!("passing over a damaged checkpoint: {error}"),
+/// An error of opening a checkpoint: what it says of damage, or a failure to read that says nothing of the checkpoint.
+fn damage(error: TrainError) -> Result<String, TrainError> {
+    match error {
+        TrainError::File(_) | TrainError::Lora(_) | TrainError::Infer(InferError::Checkpoint(CheckpointError::File(_))) => {
+            Err(error)
         }
+        TrainError::Infer(_) | TrainError::OptimizerState { .. } => Ok(error.to_string()),
+        error => Err(error),
     }
-    Ok(None)
 }
 
-/// The checkpoint of a step, with its model.
-fn at_step(
-    checkpoints: &Checkpoints,
-    step: u64,
-    base: Option<(&CausalLm, &LoraRecipe)>,
-    device: &Device,
-) -> Result<(Found, CausalLm), TrainError> {
-    let found = checkpoints.found()?.into_iter().find(|found| found.state.step == step);
-    let found = found.ok_or_else(|| TrainError::Request {
-        problem: format!("this process does not see the checkpoint `{}`", checkpoints.path(step).display()),
-        hint: Some("runs on several machines need a `run.dir` that all of them share".into()),
-    })?;
-    let model = match base {
-        None => load(&found.path, device, None)?.model,
-        Some((base, lora)) => adapted(base.clone(), &found.path, lora)?,
-    };
-    Ok((found, model))
+/// Reads the optimizer's state of a checkpoint that no manifest vouches for, as far as it is the recipe's.
+fn check_state(recipe: &Recipe, model: &CausalLm, found: &Found) -> Result<(), Result<String, TrainError>> {
+    if found.state.identity.is_some() {
+        return Ok(()); // its manifest was checked
+    }
+    let assigned = recipe.optimizer.rules(model.config().hidden_size).assign(model);
+    let assignment = assigned.map_err(|error| Err(TrainError::from(error)))?;
+    match optimizer(&assignment, recipe, Worker::alone(), Some(found)) {
+        // Of another optimizer or model: no damage, and an error of its own later.
+        Err(TrainError::OptimizerState { source: source @ StateError::Unreadable(_), path }) => {
+            Err(Ok(TrainError::OptimizerState { path, source }.to_string()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The base with the adapters of a folder, and the dropout of the recipe.

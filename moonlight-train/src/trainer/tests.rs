@@ -63,7 +63,7 @@ fn trained(home: &Path, name: &str, sets: &[&str]) -> CausalLm {
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let recipe = Recipe::parse(&text, &home.join("recipe.toml"), &sets).unwrap();
     let target = Target::open("cpu").unwrap();
-    let setup = Setup::open(&recipe, &target, ResumePoint::Start).unwrap();
+    let mut setup = Setup::open(&recipe, &target, ResumePoint::Start).unwrap();
     setup.begin(false).unwrap();
     let (mut trainers, _) = setup.into_trainers(&[(Worker::alone(), target)], false).unwrap();
     for _ in 0..5 {

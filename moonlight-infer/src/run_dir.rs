@@ -1,0 +1,342 @@
+//! The checkpoints of a training run: which of them are whole. The run itself, when it resumes and when it removes old ones,
+//! and everything that reads a run's folder ask here.
+//!
+//! Nothing is written: the run may be in progress.
+
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::Duration;
+
+use moonlight_convert::adapter::is_adapter;
+use moonlight_convert::manifest::{Depth, MANIFEST, Manifest};
+use moonlight_convert::storage::{self, Call};
+use moonlight_convert::{Checkpoint, CheckpointError, ConfinedDir, FileError};
+use serde_json::Value;
+
+/// The file of a checkpoint with the run's progress.
+pub const TRAINER_STATE: &str = "trainer.json";
+/// Its first version: of checkpoints without a manifest.
+pub const FIRST_VERSION: u64 = 1;
+/// Its newest version.
+pub const NEWEST_VERSION: u64 = 2;
+/// The whole state of the optimizer, as earlier versions wrote it with one rank.
+pub const SINGLE_OPTIMIZER: &str = "optimizer.bpk";
+/// The start of the name of a rank's part of it.
+pub const OPTIMIZER_PART: &str = "optimizer-";
+/// The start of the name of a checkpoint's folder; the step follows.
+const PREFIX: &str = "step-";
+/// A longer `trainer.json` is none.
+const LONGEST_STATE: u64 = 16 << 20;
+/// How often a reader looks again when the run removed the checkpoint that it was about to open.
+const ATTEMPTS: usize = 50;
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Whether a checkpoint is whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// All of it is there: weights, the optimizer's state, the trainer's state, and the files beside them.
+    Whole {
+        /// The step after which it was written.
+        step: u64,
+    },
+    /// Something is missing or is not what was written; a sentence without a subject for each.
+    Damaged(String),
+    /// A newer program wrote it, and knows best.
+    Newer {
+        /// The version of its `trainer.json`.
+        version: u64,
+    },
+}
+
+/// Judges the checkpoint in a folder. With [`Depth::Digests`] every byte is compared with the checkpoint's manifest; a
+/// checkpoint of an earlier version has none, and of it the headers and the list of files are looked at.
+///
+/// # Errors
+///
+/// [`CheckpointError`] for a file that is there and cannot be read: that is no damage, and nobody may conclude from it that
+/// the checkpoint is lost.
+pub fn judge(dir: &Path, depth: Depth) -> Result<Verdict, CheckpointError> {
+    let confined = ConfinedDir::new(dir).map_err(FileError::read::<CheckpointError>(dir))?;
+    let path = dir.join(TRAINER_STATE);
+    storage::announce(Call::Read(&path)).map_err(FileError::read::<CheckpointError>(&path))?;
+    let Some(text) = confined.read(TRAINER_STATE, LONGEST_STATE)? else {
+        return Ok(Verdict::Damaged(format!("`{TRAINER_STATE}` is missing")));
+    };
+    let state: Value = match serde_json::from_slice(&text) {
+        Ok(state) => state,
+        Err(error) => return Ok(Verdict::Damaged(format!("`{TRAINER_STATE}` cannot be parsed: {error}"))),
+    };
+    let (Some(version), Some(step)) = (state["version"].as_u64(), state["step"].as_u64()) else {
+        return Ok(Verdict::Damaged(format!("`{TRAINER_STATE}` names no step")));
+    };
+    if version > NEWEST_VERSION {
+        return Ok(Verdict::Newer { version });
+    }
+    let damages = match Manifest::check(dir, depth)? {
+        Some(damages) => damages.iter().map(ToString::to_string).collect(),
+        None if version > FIRST_VERSION => vec![format!("`{MANIFEST}` is missing")],
+        None => damages_without_manifest(dir)?,
+    };
+    match damages.is_empty() {
+        true => Ok(Verdict::Whole { step }),
+        false => Ok(Verdict::Damaged(damages.join(", "))),
+    }
+}
+
+/// What is wrong with a checkpoint of an earlier version, as far as names and headers tell.
+fn damages_without_manifest(dir: &Path) -> Result<Vec<String>, CheckpointError> {
+    let mut damages = Vec::new();
+    if is_adapter(dir) {
+        if !dir.join("adapter_model.safetensors").is_file() {
+            damages.push("`adapter_model.safetensors` is missing".into());
+        }
+    } else {
+        match Checkpoint::open(dir) {
+            Ok(checkpoint) => damages.extend(checkpoint.problems().into_iter().map(|problem| problem.to_string())),
+            Err(CheckpointError::File(error)) => return Err(error.into()),
+            Err(error) => damages.push(error.to_string()),
+        }
+    }
+    let missing = optimizer_files(dir).into_iter().filter(|file| !file.is_file());
+    damages.extend(missing.map(|file| format!("`{}` is missing", file.file_name().unwrap_or_default().display())));
+    Ok(damages)
+}
+
+/// The files of the optimizer's state in a checkpoint: a part of each rank that wrote it, or the single file of earlier
+/// versions. A part that is missing is listed as well.
+pub fn optimizer_files(dir: &Path) -> Vec<PathBuf> {
+    let single = dir.join(SINGLE_OPTIMIZER);
+    let paths = storage::read_dir(dir).unwrap_or_default();
+    let mut names = paths.iter().filter_map(|path| path.file_name()?.to_str());
+    // Five digits, as the name is written; more would be nobody's.
+    let world_size = names.find_map(|name| {
+        let (_, size) = name.strip_prefix(OPTIMIZER_PART)?.strip_suffix(".bpk")?.split_once("-of-")?;
+        if size.len() == 5 { size.parse::<usize>().ok() } else { None }
+    });
+    match world_size {
+        Some(world_size) if !single.exists() => (0..world_size).map(|rank| optimizer_part(dir, rank, world_size)).collect(),
+        _ => vec![single],
+    }
+}
+
+/// The file of a rank's part of the optimizer's state, in the folder of a checkpoint.
+pub fn optimizer_part(dir: &Path, rank: usize, world_size: usize) -> PathBuf {
+    dir.join(format!("{OPTIMIZER_PART}{rank:05}-of-{world_size:05}.bpk"))
+}
+
+/// The name of the folder of a step's checkpoint.
+pub fn checkpoint_name(step: u64) -> String {
+    format!("{PREFIX}{step:08}")
+}
+
+/// Whether a folder of this name is a checkpoint: `step-` and digits.
+pub fn is_checkpoint_name(name: &str) -> bool {
+    name.strip_prefix(PREFIX).is_some_and(|step| !step.is_empty() && step.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// The folders of checkpoints in `dir`, a run's `checkpoints`, whole or not, the highest step first; none where there is
+/// no such folder.
+///
+/// # Errors
+///
+/// A folder that cannot be read.
+pub fn checkpoint_folders(dir: &Path) -> Result<Vec<PathBuf>, FileError> {
+    let paths = match storage::read_dir(dir) {
+        Ok(paths) => paths,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(FileError::read(dir)(error)),
+    };
+    let name = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+    let mut folders: Vec<PathBuf> = paths.into_iter().filter(|path| is_checkpoint_name(&name(path)) && path.is_dir()).collect();
+    folders.sort_by_cached_key(|path| {
+        let name = name(path);
+        let digits = name[PREFIX.len()..].trim_start_matches('0').to_owned();
+        std::cmp::Reverse((digits.len(), digits))
+    });
+    Ok(folders)
+}
+
+/// A folder that is being read; a run does not remove a checkpoint while there is one of these for it.
+#[derive(Debug, Clone)]
+pub struct ReadLock(#[allow(dead_code, reason = "held, not used")] Arc<File>);
+
+/// What came of locking a checkpoint.
+#[derive(Debug)]
+pub enum Locked {
+    /// Nobody removes it while this is held.
+    Held(ReadLock),
+    /// The run is about to remove it, or is not done with writing it.
+    Busy,
+    /// The file system has no locks.
+    Unsupported,
+}
+
+impl ReadLock {
+    /// Locks a folder for reading.
+    pub fn of(dir: &Path) -> Locked {
+        let Ok(file) = File::open(dir) else { return Locked::Unsupported };
+        match file.try_lock_shared() {
+            Ok(()) => Locked::Held(Self(Arc::new(file))),
+            Err(TryLockError::WouldBlock) => Locked::Busy,
+            Err(TryLockError::Error(_)) => Locked::Unsupported,
+        }
+    }
+}
+
+/// The newest whole checkpoint of a training run, locked for reading; `None` where `run` has none. A damaged one that is
+/// newer is named in a warning.
+///
+/// # Errors
+///
+/// A folder or file that is there and cannot be read.
+pub fn newest_checkpoint(run: &Path) -> Result<Option<(PathBuf, Option<ReadLock>)>, CheckpointError> {
+    let dir = run.join("checkpoints");
+    for attempt in 0.. {
+        let mut damaged = Vec::new();
+        let mut vanished = false;
+        for path in checkpoint_folders(&dir)? {
+            // Locked first: what is judged then cannot be removed.
+            let lock = match ReadLock::of(&path) {
+                Locked::Held(lock) => Some(lock),
+                Locked::Busy if attempt < ATTEMPTS => {
+                    vanished = true;
+                    break;
+                }
+                Locked::Busy | Locked::Unsupported => None,
+            };
+            let verdict = judge(&path, Depth::Sizes);
+            if !path.is_dir() && attempt < ATTEMPTS {
+                vanished = true;
+                break;
+            }
+            match verdict? {
+                Verdict::Whole { .. } => {
+                    for message in damaged {
+                        tracing::warn!("{message}");
+                    }
+                    return Ok(Some((path, lock)));
+                }
+                Verdict::Damaged(problem) => {
+                    damaged.push(format!("`{}` is damaged and not read: {problem}", path.display()));
+                }
+                Verdict::Newer { version } => damaged.push(format!(
+                    "`{}` is not read: a newer program wrote it (version {version})",
+                    path.display()
+                )),
+            }
+        }
+        if !vanished {
+            for message in damaged {
+                tracing::warn!("{message}");
+            }
+            return Ok(None);
+        }
+        sleep(PAUSE);
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// A checkpoint that has a manifest.
+    fn checkpoint(run: &Path, step: u64) -> PathBuf {
+        let dir = run.join("checkpoints").join(checkpoint_name(step));
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join(TRAINER_STATE), format!(r#"{{"version": 2, "step": {step}}}"#)).unwrap();
+        fs::write(dir.join("config.json"), "{}").unwrap();
+        Manifest::of(&dir).unwrap().write(&dir).unwrap();
+        dir
+    }
+
+    fn newest(run: &Path) -> Option<PathBuf> {
+        newest_checkpoint(run).unwrap().map(|(path, _)| path)
+    }
+
+    #[test]
+    fn a_checkpoint_is_whole_by_its_manifest() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = checkpoint(home.path(), 9);
+        assert_eq!(judge(&dir, Depth::Digests).unwrap(), Verdict::Whole { step: 9 });
+        fs::write(dir.join("config.json"), "[]").unwrap();
+        assert_eq!(judge(&dir, Depth::Sizes).unwrap(), Verdict::Whole { step: 9 });
+        let Verdict::Damaged(problem) = judge(&dir, Depth::Digests).unwrap() else { panic!("it is damaged") };
+        assert_eq!(problem, "`config.json` is not what was written (its digest differs)");
+        fs::remove_file(dir.join(MANIFEST)).unwrap();
+        assert_eq!(judge(&dir, Depth::Sizes).unwrap(), Verdict::Damaged("`manifest.json` is missing".into()));
+    }
+
+    #[test]
+    fn a_state_that_is_none_is_damage_and_one_of_a_newer_program_is_not() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = checkpoint(home.path(), 1);
+        for text in ["", "{\"version\": 2, \"st", "[1]", "{\"version\": 2}"] {
+            fs::write(dir.join(TRAINER_STATE), text).unwrap();
+            assert!(matches!(judge(&dir, Depth::Sizes).unwrap(), Verdict::Damaged(_)), "{text}");
+        }
+        fs::write(dir.join(TRAINER_STATE), r#"{"version": 3, "step": 1}"#).unwrap();
+        assert_eq!(judge(&dir, Depth::Sizes).unwrap(), Verdict::Newer { version: 3 });
+        fs::remove_file(dir.join(TRAINER_STATE)).unwrap();
+        assert_eq!(judge(&dir, Depth::Sizes).unwrap(), Verdict::Damaged("`trainer.json` is missing".into()));
+    }
+
+    #[test]
+    fn a_run_is_its_newest_whole_checkpoint_and_nothing_is_changed() {
+        let home = tempfile::tempdir().unwrap();
+        let run = home.path();
+        assert_eq!(newest(run), None);
+        checkpoint(run, 9);
+        let whole = checkpoint(run, 10);
+        // Damaged, of a newer program, half written, set aside, and of somebody else.
+        fs::write(checkpoint(run, 40).join("config.json"), "").unwrap();
+        fs::write(checkpoint(run, 50).join(TRAINER_STATE), r#"{"version": 3, "step": 50}"#).unwrap();
+        fs::create_dir(run.join("checkpoints/step-00000060")).unwrap();
+        fs::rename(checkpoint(run, 70), run.join("checkpoints/step-00000070.damaged")).unwrap();
+        fs::create_dir(run.join("checkpoints/.step-00000030.moonlight-saving")).unwrap();
+        fs::write(run.join("checkpoints/.step-notes"), "mine").unwrap();
+        let count = fs::read_dir(run.join("checkpoints")).unwrap().count();
+        assert_eq!(newest(run), Some(whole));
+        assert_eq!(fs::read_dir(run.join("checkpoints")).unwrap().count(), count);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_checkpoint_that_is_read_is_locked() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = checkpoint(home.path(), 3);
+        let (path, lock) = newest_checkpoint(home.path()).unwrap().unwrap();
+        assert_eq!(path, dir);
+        let exclusive = || File::open(&dir).unwrap().try_lock();
+        assert!(lock.is_some() && matches!(exclusive(), Err(TryLockError::WouldBlock)));
+        drop(lock);
+        assert!(exclusive().is_ok());
+    }
+
+    #[test]
+    fn parts_of_the_optimizer_are_found_by_their_names() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path();
+        assert_eq!(optimizer_files(dir), [dir.join(SINGLE_OPTIMIZER)]);
+        // A number that no program wrote.
+        fs::write(dir.join("optimizer-00000-of-99999999999.bpk"), "").unwrap();
+        assert_eq!(optimizer_files(dir), [dir.join(SINGLE_OPTIMIZER)]);
+        fs::write(optimizer_part(dir, 1, 2), "").unwrap();
+        assert_eq!(optimizer_files(dir), [optimizer_part(dir, 0, 2), optimizer_part(dir, 1, 2)]);
+    }
+
+    #[test]
+    fn the_highest_step_comes_first_whatever_its_digits() {
+        let home = tempfile::tempdir().unwrap();
+        for name in ["step-99999999", "step-100000000", "step-00000002", "step-", "step-x", "step-00000003.damaged"] {
+            fs::create_dir(home.path().join(name)).unwrap();
+        }
+        let folders = checkpoint_folders(home.path()).unwrap();
+        let names: Vec<_> = folders.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, ["step-100000000", "step-99999999", "step-00000002"]);
+    }
+}

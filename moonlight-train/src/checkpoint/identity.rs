@@ -1,0 +1,270 @@
+//! What a run is made of, as its checkpoints record it, so that resuming goes on with the same run or is refused.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// What a run is made of, beside its weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunIdentity {
+    /// The recipe, every default spelled out.
+    pub recipe: Value,
+    /// The dtype of the weights.
+    pub dtype: String,
+    /// The tokenizer, by its contents.
+    pub tokenizer: Digest,
+    /// The training data, by their tokens.
+    pub train_data: Digest,
+    /// The validation data, by their tokens.
+    pub valid_data: Digest,
+    /// The model beside which adapters are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Digest>,
+}
+
+/// Something that is compared by its contents.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Digest {
+    /// What people know it by: a path, or how much it is.
+    pub name: String,
+    /// A hash of its contents.
+    pub hash: String,
+}
+
+impl PartialEq for Digest {
+    /// The name makes no difference: files may have been moved.
+    fn eq(&self, other: &Self) -> bool {
+        self.hash == other.hash
+    }
+}
+
+/// Something that is now other than the checkpoint was made with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    /// The key of the recipe, or what the values are of.
+    pub key: String,
+    /// What it is now.
+    pub now: String,
+    /// What the checkpoint was made with.
+    pub then: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is {} and was {}", self.key, self.now, self.then)
+    }
+}
+
+/// What may be done with a key of the recipe when a run resumes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rule {
+    /// It may change: it says where, how fast, how often or how far, or its contents are compared by themselves.
+    Free,
+    /// It may change, and the run says so: the steps from here on are other ones.
+    Announced,
+    /// It may not: the checkpoint would be continued as something that it is not.
+    Fixed,
+}
+
+/// The rules, the first that fits: a key, or a section with a point at its end.
+const RULES: &[(&str, Rule)] = &[
+    ("run.seed", Rule::Fixed),
+    ("run.", Rule::Free),
+    // Compared by the dtype of the weights, the shape of the model and the contents of the base.
+    ("model.dtype", Rule::Free),
+    ("model.path", Rule::Free),
+    ("model.preset", Rule::Free),
+    ("model.", Rule::Fixed),
+    // Compared by the tokens.
+    ("data.sequence_length", Rule::Fixed),
+    ("data.pack", Rule::Fixed),
+    ("data.shuffle", Rule::Fixed),
+    ("data.", Rule::Free),
+    ("optimizer.name", Rule::Fixed),
+    ("optimizer.rounding", Rule::Fixed),
+    ("optimizer.layout", Rule::Fixed),
+    ("optimizer.view", Rule::Fixed),
+    ("optimizer.blocks", Rule::Fixed),
+    ("optimizer.adaptive", Rule::Fixed),
+    ("optimizer.", Rule::Announced),
+    ("schedule.", Rule::Announced),
+    ("moe.", Rule::Announced),
+    ("train.freeze", Rule::Fixed),
+    ("train.batch_size", Rule::Announced),
+    ("train.gradient_accumulation", Rule::Announced),
+    ("train.gradient_clip", Rule::Announced),
+    ("train.steps", Rule::Announced),
+    ("train.", Rule::Free),
+    ("lora.dropout", Rule::Announced),
+    ("lora.path", Rule::Free),
+    ("lora.", Rule::Fixed),
+    ("distributed.", Rule::Free),
+    ("sample.", Rule::Free),
+    ("eval.", Rule::Free),
+];
+
+fn rule(key: &str) -> Rule {
+    let fits = |pattern: &str| match pattern.ends_with('.') {
+        true => key.starts_with(pattern),
+        false => key == pattern || key.strip_prefix(pattern).is_some_and(|rest| rest.starts_with('.')),
+    };
+    // A section that is not listed is one that was forgotten here: better refused than ignored.
+    RULES.iter().find(|(pattern, _)| fits(pattern)).map_or(Rule::Fixed, |(_, rule)| *rule)
+}
+
+/// How a run differs from what a checkpoint was made with.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Differences {
+    /// What makes it another run.
+    pub refused: Vec<Difference>,
+    /// What changes its further steps.
+    pub announced: Vec<Difference>,
+}
+
+impl RunIdentity {
+    /// How this run differs from `then`, that of a checkpoint.
+    pub fn differences(&self, then: &Self) -> Differences {
+        let mut differences = Differences::default();
+        let (now_keys, then_keys) = (flattened(&self.recipe), flattened(&then.recipe));
+        let missing = Value::Null;
+        let keys: std::collections::BTreeSet<&String> = now_keys.keys().chain(then_keys.keys()).collect();
+        for key in keys {
+            let value = |keys: &BTreeMap<String, Value>| keys.get(key).unwrap_or(&missing).clone();
+            let (new, old) = (value(&now_keys), value(&then_keys));
+            if new == old {
+                continue;
+            }
+            let difference = Difference { key: format!("`{key}`"), now: shown(&new), then: shown(&old) };
+            match rule(key) {
+                Rule::Free => {}
+                Rule::Announced => differences.announced.push(difference),
+                Rule::Fixed => differences.refused.push(difference),
+            }
+        }
+        let mut by_contents = |what: &str, now: &Digest, then: &Digest| {
+            if now != then {
+                let shown = |digest: &Digest, other: &Digest| match digest.name == other.name {
+                    // The same name with other contents.
+                    true => format!("{} ({})", digest.name, digest.hash.get(..12).unwrap_or(&digest.hash)),
+                    false => digest.name.clone(),
+                };
+                let (key, now, then) = (what.to_owned(), shown(now, then), shown(then, now));
+                differences.refused.push(Difference { key, now, then });
+            }
+        };
+        by_contents("the tokenizer", &self.tokenizer, &then.tokenizer);
+        by_contents("the training data", &self.train_data, &then.train_data);
+        by_contents("the validation data", &self.valid_data, &then.valid_data);
+        if let (Some(now), Some(then)) = (&self.base, &then.base) {
+            by_contents("the base model", now, then);
+        }
+        if self.dtype != then.dtype {
+            let (key, now, then) = ("the dtype of the weights".into(), self.dtype.clone(), then.dtype.clone());
+            differences.refused.push(Difference { key, now, then });
+        }
+        differences
+    }
+}
+
+/// The values of a recipe by `section.key`; tables inside a key go on with points.
+fn flattened(recipe: &Value) -> BTreeMap<String, Value> {
+    fn walk(prefix: &str, value: &Value, into: &mut BTreeMap<String, Value>) {
+        match value {
+            Value::Object(map) => {
+                for (key, value) in map {
+                    let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                    walk(&path, value, into);
+                }
+            }
+            Value::Null => {}
+            value => drop(into.insert(prefix.to_owned(), value.clone())),
+        }
+    }
+    let mut keys = BTreeMap::new();
+    walk("", recipe, &mut keys);
+    keys
+}
+
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Null => "absent".into(),
+        value => value.to_string(),
+    }
+}
+
+/// How the shape of a model differs from that of a checkpoint, by the keys of `config.json`.
+pub fn shape_differences(now: &Value, then: &Value) -> Vec<Difference> {
+    let (now, then) = (flattened(now), flattened(then));
+    let keys: std::collections::BTreeSet<&String> = now.keys().chain(then.keys()).collect();
+    let value = |keys: &BTreeMap<String, Value>, key: &String| keys.get(key).map_or("absent".into(), shown);
+    let differs = keys.into_iter().filter(|key| now.get(*key) != then.get(*key));
+    differs
+        .map(|key| Difference { key: format!("`model.{key}`"), now: value(&now, key), then: value(&then, key) })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn digest(name: &str, hash: &str) -> Digest {
+        Digest { name: name.into(), hash: hash.into() }
+    }
+
+    fn identity(recipe: Value) -> RunIdentity {
+        RunIdentity {
+            recipe,
+            dtype: "f32".into(),
+            tokenizer: digest("`a`", "1"),
+            train_data: digest("10 tokens", "2"),
+            valid_data: digest("5 tokens", "3"),
+            base: None,
+        }
+    }
+
+    #[test]
+    fn what_may_change_is_a_list() {
+        let then = identity(json!({"run": {"seed": 1, "dir": "a"}, "train": {"steps": 4, "keep": 2},
+            "optimizer": {"learning_rate": 0.1, "name": "muon"}, "lora": null}));
+        assert_eq!(then.differences(&then), Differences::default());
+        let now = identity(json!({"run": {"seed": 2, "dir": "b"}, "train": {"steps": 8, "keep": 1},
+            "optimizer": {"learning_rate": 0.2, "name": "muon"}, "lora": {"rank": 4}}));
+        let Differences { refused, announced } = now.differences(&then);
+        let keys = |differences: &[Difference]| differences.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(keys(&refused), ["`lora.rank` is 4 and was absent", "`run.seed` is 2 and was 1"]);
+        assert_eq!(
+            keys(&announced),
+            ["`optimizer.learning_rate` is 0.2 and was 0.1", "`train.steps` is 8 and was 4"]
+        );
+    }
+
+    #[test]
+    fn files_are_compared_by_their_contents() {
+        let then = identity(json!({}));
+        let mut now = then.clone();
+        now.tokenizer.name = "`moved`".into();
+        assert_eq!(now.differences(&then), Differences::default());
+        now.valid_data = digest("6 tokens", "4");
+        now.base = Some(digest("`b`", "9"));
+        let mut other = then.clone();
+        other.base = Some(digest("`b`", "8"));
+        let refused: Vec<_> = now.differences(&other).refused.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            refused,
+            ["the validation data is 6 tokens and was 5 tokens", "the base model is `b` (9) and was `b` (8)"]
+        );
+    }
+
+    #[test]
+    fn a_section_without_a_rule_is_fixed() {
+        assert_eq!(rule("nonsense.key"), Rule::Fixed);
+        assert_eq!(rule("train.freeze"), Rule::Fixed);
+        assert_eq!(rule("train.steps"), Rule::Announced);
+        assert_eq!(rule("optimizer.adaptive.kind"), Rule::Fixed);
+        assert_eq!(rule("optimizer.momentum"), Rule::Announced);
+    }
+}

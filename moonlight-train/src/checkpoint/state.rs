@@ -1,0 +1,122 @@
+//! `trainer.json`: the progress of a run.
+
+use std::path::Path;
+
+use moonlight_convert::storage;
+use moonlight_infer::run_dir::{NEWEST_VERSION, TRAINER_STATE};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::identity::RunIdentity;
+use crate::data::DataPosition;
+use crate::error::TrainError;
+
+/// The progress of a run: everything to resume from but its weights and its optimizer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    version: u64,
+    /// Steps taken.
+    pub step: u64,
+    /// Tokens read.
+    pub tokens: u64,
+    /// Position in the data.
+    pub data: DataPosition,
+    /// The lowest validation loss so far.
+    #[serde(default, deserialize_with = "finite_best")]
+    pub best: Option<Best>,
+    /// What the run is made of; `None` in checkpoints of the first version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<RunIdentity>,
+}
+
+/// The lowest validation loss so far.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// The step after which it was measured.
+    pub step: u64,
+    /// The loss, nats; finite.
+    pub loss: f64,
+}
+
+impl TrainerState {
+    /// The state before the first step.
+    pub fn new(data: DataPosition) -> Self {
+        Self { version: NEWEST_VERSION, step: 0, tokens: 0, data, best: None, identity: None }
+    }
+
+    /// Counts a validation loss; one that is not finite is never the best.
+    pub fn offer_best(&mut self, loss: f64) {
+        if loss.is_finite() && self.best.is_none_or(|best| loss < best.loss) {
+            self.best = Some(Best { step: self.step, loss });
+        }
+    }
+
+    /// Reads that of a checkpoint; the text of what is wrong with its file.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read.
+    pub(super) fn read(dir: &Path) -> Result<Result<Self, String>, TrainError> {
+        let path = dir.join(TRAINER_STATE);
+        let text = storage::read(&path).map_err(TrainError::read(&path))?;
+        Ok(serde_json::from_slice(&text).map_err(|error| format!("`{TRAINER_STATE}` cannot be parsed: {error}")))
+    }
+
+    /// Writes it into a checkpoint.
+    pub(super) fn write(&self, dir: &Path) -> Result<(), TrainError> {
+        let path = dir.join(TRAINER_STATE);
+        let state = Self { version: NEWEST_VERSION, ..self.clone() };
+        let mut text = serde_json::to_string_pretty(&state).expect("finite numbers and names are always JSON");
+        text.push('\n');
+        storage::write(&path, text.as_bytes()).map_err(TrainError::write(&path))
+    }
+}
+
+/// Earlier versions wrote a loss that was not finite as `null`; it is none to compare with.
+fn finite_best<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Best>, D::Error> {
+    #[derive(Deserialize)]
+    struct Stored {
+        step: u64,
+        loss: Option<f64>,
+    }
+    let stored = Option::<Stored>::deserialize(deserializer)?;
+    Ok(stored.and_then(|Stored { step, loss }| loss.map(|loss| Best { step, loss })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> TrainerState {
+        let mut state = TrainerState::new(DataPosition { epoch: 0, sequence: 0, data: 7 });
+        state.step = 3;
+        state
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_is_never_the_best() {
+        let mut state = state();
+        for loss in [f64::NAN, f64::INFINITY] {
+            state.offer_best(loss);
+            assert_eq!(state.best, None);
+        }
+        state.offer_best(2.0);
+        state.step = 4;
+        state.offer_best(f64::NAN);
+        state.offer_best(2.5);
+        assert_eq!(state.best, Some(Best { step: 3, loss: 2.0 }));
+    }
+
+    #[test]
+    fn a_state_is_read_as_it_was_written_and_the_null_of_earlier_versions_too() {
+        let home = tempfile::tempdir().unwrap();
+        let mut state = state();
+        state.offer_best(1.25);
+        state.write(home.path()).unwrap();
+        assert_eq!(TrainerState::read(home.path()).unwrap().unwrap(), state);
+        let text = r#"{"version": 1, "step": 1, "tokens": 2, "data": {"epoch": 0, "sequence": 1, "data": 5}, "best": {"step": 1, "loss": null}}"#;
+        std::fs::write(home.path().join(TRAINER_STATE), text).unwrap();
+        assert_eq!(TrainerState::read(home.path()).unwrap().unwrap().best, None);
+        std::fs::write(home.path().join(TRAINER_STATE), "{").unwrap();
+        assert!(TrainerState::read(home.path()).unwrap().is_err());
+    }
+}

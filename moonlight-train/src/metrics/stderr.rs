@@ -1,0 +1,76 @@
+//! Standard error under the dashboard.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::thread::{JoinHandle, spawn};
+
+use rustix::io::dup;
+use rustix::pipe::pipe;
+use rustix::stdio::{dup2_stderr, stderr};
+
+/// Of more than this, the end is kept.
+const MOST: usize = 64 << 10;
+
+/// Holds back what this process writes to stderr, and writes it there when dropped.
+pub(super) struct HeldStderr {
+    own: OwnedFd,
+    reader: Option<JoinHandle<Vec<u8>>>,
+}
+
+impl HeldStderr {
+    /// `None` where there is no stderr to hold.
+    pub(super) fn hold() -> Option<Self> {
+        let own = dup(stderr()).ok()?;
+        let (read, write) = pipe().ok()?;
+        dup2_stderr(&write).ok()?;
+        // Reads until `drop` puts the real one back, which closes the last writing end.
+        let reader = spawn(move || last_of(File::from(read)));
+        Some(Self { own, reader: Some(reader) })
+    }
+}
+
+impl Drop for HeldStderr {
+    fn drop(&mut self) {
+        let restored = dup2_stderr(&self.own).is_ok();
+        if restored
+            && let Some(reader) = self.reader.take()
+            && let Ok(text) = reader.join()
+        {
+            // The terminal may be gone.
+            let _ = std::io::stderr().write_all(&text);
+        }
+    }
+}
+
+fn last_of(mut file: File) -> Vec<u8> {
+    let (mut text, mut chunk) = (Vec::new(), [0; 4096]);
+    while let Ok(read @ 1..) = file.read(&mut chunk) {
+        text.extend_from_slice(&chunk[..read]);
+        if text.len() > 2 * MOST {
+            text.drain(..text.len() - MOST);
+        }
+    }
+    text.drain(..text.len().saturating_sub(MOST));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_long_text_is_kept() {
+        let (read, write) = pipe().unwrap();
+        let writer = spawn(move || {
+            let mut write = File::from(write);
+            for line in 0..20_000 {
+                writeln!(write, "line {line:06}").unwrap();
+            }
+        });
+        let text = last_of(File::from(read));
+        writer.join().unwrap();
+        assert_eq!(text.len(), MOST);
+        assert!(text.ends_with(b"line 019999\n"));
+    }
+}

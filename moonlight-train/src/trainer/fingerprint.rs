@@ -1,0 +1,90 @@
+//! A fingerprint of a model's weights, to tell whether adapters meet the base that they were trained on.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use moonlight_convert::Checkpoint;
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::error::TrainError;
+
+/// A file of at most this many bytes is read whole.
+const WHOLE: u64 = 64 << 20;
+/// Of a longer one, so many blocks are read, spread evenly from its first byte to its last.
+const BLOCKS: u64 = 1024;
+const BLOCK: u64 = 16 << 10;
+
+/// A hash of the sizes and contents of the files of weights in a folder: of all bytes of small files, and of 16 MiB of each
+/// large one, since a base of many gigabytes is not to be read twice. A training step changes almost every weight, so models
+/// that were trained apart differ; an edit of a few weights may go unseen.
+///
+/// # Errors
+///
+/// A checkpoint that cannot be opened or read.
+pub(super) fn fingerprint(dir: &Path) -> Result<String, TrainError> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let mut names: Vec<&str> = checkpoint.files().iter().map(|file| file.name.as_str()).collect();
+    names.sort_unstable();
+    let mut hash = Xxh3::new();
+    for name in names {
+        hash.update(name.as_bytes());
+        let path = checkpoint.dir().join(name);
+        add(&path, &mut hash).map_err(TrainError::read(&path))?;
+    }
+    Ok(format!("{:032x}", hash.digest128()))
+}
+
+fn add(path: &Path, hash: &mut Xxh3) -> io::Result<()> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    hash.update(&length.to_le_bytes());
+    let (count, block) = if length <= WHOLE { (length.div_ceil(BLOCK), BLOCK) } else { (BLOCKS, BLOCK) };
+    let mut bytes = Vec::new();
+    for index in 0..count {
+        let at = if length <= WHOLE { index * block } else { (length - block) / (BLOCKS - 1) * index };
+        file.seek(SeekFrom::Start(at))?;
+        bytes.clear();
+        file.by_ref().take(block).read_to_end(&mut bytes)?;
+        hash.update(&bytes);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hash(bytes: &[u8]) -> u128 {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        let mut hash = Xxh3::new();
+        add(file.path(), &mut hash).unwrap();
+        hash.digest128()
+    }
+
+    #[test]
+    fn every_byte_of_a_small_file_counts_and_so_does_its_length() {
+        let bytes: Vec<u8> = (0..50_000u32).map(|at| at as u8).collect();
+        let whole = hash(&bytes);
+        for at in [0, 16_383, 16_384, 49_999] {
+            let mut other = bytes.clone();
+            other[at] ^= 1;
+            assert_ne!(hash(&other), whole, "byte {at}");
+        }
+        assert_ne!(hash(&bytes[..49_999]), whole);
+        assert_eq!(hash(&bytes), whole);
+    }
+
+    #[test]
+    fn a_large_file_is_sampled_from_end_to_end() {
+        let bytes = vec![7; (WHOLE + 5) as usize];
+        let whole = hash(&bytes);
+        let last = (bytes.len() as u64 - BLOCK) / (BLOCKS - 1) * (BLOCKS - 1);
+        for at in [0, last as usize] {
+            let mut other = bytes.clone();
+            other[at] = 8;
+            assert_ne!(hash(&other), whole, "byte {at}");
+        }
+    }
+}
