@@ -107,6 +107,9 @@ pub use layer::{DecoderLayer, DecoderLayerConfig, FeedForward, FeedForwardConfig
 pub use mlp::{Mlp, MlpConfig};
 pub use model::{CausalLm, HiddenOutput, LossOutput};
 pub use moe::{Experts, ExpertsConfig, Moe, MoeConfig, MoeOutput, Router, RouterConfig};
+/// Which vector instructions the CPU's kernels use.
+#[cfg(feature = "cpu")]
+pub use moonlight_simd as simd;
 pub use norm::{RmsNorm, RmsNormConfig};
 pub use pattern::{NamePattern, PatternError};
 pub use projection::Projection;

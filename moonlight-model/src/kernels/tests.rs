@@ -9,6 +9,36 @@ use super::{
     grouped_matmul, latent_attention, project, rms_norm, rotate, swiglu,
 };
 
+/// These functions as tests, each at every level of vector instructions that the CPU's kernels have here.
+macro_rules! at_each_level {
+    ($($name:ident),* $(,)?) => {
+        mod at_each_level {
+            $(
+                #[test]
+                fn $name() {
+                    #[cfg(feature = "cpu")]
+                    moonlight_simd::testing::at_each_level(concat!("kernels: ", stringify!($name)), |_| super::$name());
+                    #[cfg(not(feature = "cpu"))]
+                    super::$name();
+                }
+            )*
+        }
+    };
+}
+
+at_each_level! {
+    a_projection_is_a_matrix_product,
+    products_in_bf16_are_those_in_f32_rounded_once,
+    grouped_matmul_multiplies_each_row_by_its_experts_matrix,
+    rows_travel_to_their_experts_and_back,
+    swiglu_is_silu_times_up,
+    rms_norm_divides_by_the_root_mean_square,
+    rotate_turns_pairs_by_their_angles,
+    latent_attention_is_attention_with_a_shared_key_part,
+    grouped_attention_repeats_keys_and_values,
+    cross_entropy_is_minus_the_log_probability_of_the_target,
+}
+
 /// A layout of `tokens` tokens with `k` different experts each; the last expert gets none, expert 0 more than its share.
 fn layout(tokens: usize, k: usize, experts: usize) -> Arc<GroupLayout> {
     let others = experts - 2;
@@ -87,7 +117,6 @@ fn device() -> Device {
     Device::default().autodiff()
 }
 
-#[test]
 fn a_projection_is_a_matrix_product() {
     let device = device();
     // One row and a few, which are not packed; several tasks of columns; more rows than one task has.
@@ -98,7 +127,6 @@ fn a_projection_is_a_matrix_product() {
     }
 }
 
-#[test]
 fn products_in_bf16_are_those_in_f32_rounded_once() {
     let device = device();
     let rounded = |tensor: Tensor<2>| tensor.cast(DType::BF16).cast(DType::F32);
@@ -128,7 +156,6 @@ fn products_in_bf16_are_those_in_f32_rounded_once() {
     }
 }
 
-#[test]
 fn grouped_matmul_multiplies_each_row_by_its_experts_matrix() {
     let device = device();
     // Rows beyond one task, an expert with none, odd sizes, and more experts than tokens.
@@ -151,7 +178,6 @@ fn grouped_matmul_multiplies_each_row_by_its_experts_matrix() {
     }
 }
 
-#[test]
 fn rows_travel_to_their_experts_and_back() {
     let device = device();
     for (tokens, k, experts, hidden) in [(130, 3, 7, 19), (1, 2, 4, 3), (67, 1, 3, 8)] {
@@ -172,7 +198,6 @@ fn rows_travel_to_their_experts_and_back() {
     }
 }
 
-#[test]
 fn swiglu_is_silu_times_up() {
     let device = device();
     for shape in [[130, 257], [1, 1], [5, 3]] {
@@ -184,7 +209,6 @@ fn swiglu_is_silu_times_up() {
     }
 }
 
-#[test]
 fn rms_norm_divides_by_the_root_mean_square() {
     let device = device();
     for (rows, width) in [(131, 67), (1, 1), (64, 16)] {
@@ -197,7 +221,6 @@ fn rms_norm_divides_by_the_root_mean_square() {
     }
 }
 
-#[test]
 fn rotate_turns_pairs_by_their_angles() {
     let device = device();
     let (batch, sequence, heads, width) = (2, 5, 3, 14);
@@ -224,7 +247,6 @@ fn rotate_turns_pairs_by_their_angles() {
     }
 }
 
-#[test]
 fn latent_attention_is_attention_with_a_shared_key_part() {
     let device = device();
     // Sequences of one token, within a block, at a block's end, and beyond it.
@@ -248,7 +270,6 @@ fn latent_attention_is_attention_with_a_shared_key_part() {
     }
 }
 
-#[test]
 fn grouped_attention_repeats_keys_and_values() {
     let device = device();
     for (batch, sequence, heads, key_heads, width, value) in
@@ -271,7 +292,6 @@ fn grouped_attention_repeats_keys_and_values() {
     }
 }
 
-#[test]
 fn cross_entropy_is_minus_the_log_probability_of_the_target() {
     let device = device();
     for (rows, vocab) in [(37, 101), (1, 2), (5, 16)] {
@@ -299,6 +319,18 @@ mod flex_against_reference {
     use super::{AttentionSpec, RotationSpec, layout, specs};
     use crate::kernels::*;
 
+    at_each_level! {
+        attention_to_a_cache,
+        quantized_products,
+        grouped_products,
+        rows,
+        elementwise,
+        cross_entropy,
+        attention,
+        bf16_is_widened_and_rounded_once,
+        attention_in_bf16_is_widened_and_rounded_once,
+    }
+
     /// Numbers that differ from place to place and from tensor to tensor.
     fn numbers<const D: usize>(shape: [usize; D], seed: usize) -> FlexTensor {
         let count: usize = shape.iter().product();
@@ -319,7 +351,6 @@ mod flex_against_reference {
         close(fast.1, reference.1);
     }
 
-    #[test]
     fn attention_to_a_cache() {
         let span = |sequence, start, count| CacheSpan { sequence, start, count };
         let cases = [
@@ -352,7 +383,6 @@ mod flex_against_reference {
         }
     }
 
-    #[test]
     fn quantized_products() {
         let layout = layout(300, 2, 6);
         let (rows, grad) = (numbers([600, 19], 1), numbers([600, 23], 3));
@@ -381,7 +411,6 @@ mod flex_against_reference {
         }
     }
 
-    #[test]
     fn grouped_products() {
         let layout = layout(300, 2, 6);
         let (rows, weight, grad) = (numbers([600, 19], 1), numbers([6, 19, 23], 2), numbers([600, 23], 3));
@@ -399,7 +428,6 @@ mod flex_against_reference {
         );
     }
 
-    #[test]
     fn rows() {
         let layout = layout(70, 3, 6);
         let (tokens, rows) = (numbers([70, 9], 1), numbers([210, 9], 2));
@@ -422,7 +450,6 @@ mod flex_against_reference {
         );
     }
 
-    #[test]
     fn elementwise() {
         let (gate, up, grad) = (numbers([70, 33], 1), numbers([70, 33], 2), numbers([70, 33], 3));
         close(
@@ -454,7 +481,6 @@ mod flex_against_reference {
         }
     }
 
-    #[test]
     fn cross_entropy() {
         let (logits, grad) = (numbers([21, 50], 1), numbers([21], 2));
         let targets: Vec<i32> = (0..21).map(|row| row * 2).collect();
@@ -492,7 +518,6 @@ mod flex_against_reference {
         }
     }
 
-    #[test]
     fn attention() {
         for (batch, sequence) in [(2, 1), (2, 40), (1, 131)] {
             for spec in specs(batch, sequence) {
@@ -521,7 +546,6 @@ mod flex_against_reference {
         }
     }
 
-    #[test]
     fn bf16_is_widened_and_rounded_once() {
         let layout = layout(70, 3, 6);
         let numbers = |shape: &[usize], seed| {
@@ -589,7 +613,6 @@ mod flex_against_reference {
         );
     }
 
-    #[test]
     fn attention_in_bf16_is_widened_and_rounded_once() {
         for spec in specs(2, 70) {
             let (query, shared) = (half(&numbers([2, 70, 4, 10], 1)), half(&numbers([2, 70, 4], 2)));
@@ -613,5 +636,80 @@ mod flex_against_reference {
             let gradient = "there is a gradient for the shared key";
             rounded_once([a, b, c.expect(gradient)], [d, e, f.expect(gradient)]);
         }
+    }
+
+    /// What each of some kernels gives, of values that need more digits than f32 has.
+    type Outputs = Vec<(&'static str, Vec<f32>)>;
+
+    fn output(outputs: &mut Outputs, name: &'static str, tensors: impl IntoIterator<Item = FlexTensor>) {
+        for tensor in tensors {
+            let values: Vec<f32> = tensor.into_data().iter::<f32>().collect();
+            assert!(values.iter().any(|value| *value != 0.0), "{name} gives nothing to compare");
+            outputs.push((name, values));
+        }
+    }
+
+    /// The kernels that are vectorised by the compiler alone.
+    fn elementwise_outputs(half_precision: bool) -> Outputs {
+        let numbers2 =
+            |shape, seed| if half_precision { half(&numbers::<2>(shape, seed)) } else { numbers(shape, seed) };
+        let mut outputs = Outputs::new();
+        let layout = layout(70, 3, 6);
+        let (rows, weights, grad) = (numbers2([210, 39], 2), numbers([70, 3], 3), numbers2([70, 39], 4));
+        output(&mut outputs, "dispatch", [Flex::dispatch_rows_grad(rows.clone(), &layout)]);
+        output(&mut outputs, "combine", [Flex::combine_rows_forward(rows.clone(), weights.clone(), &layout)]);
+        let (grad_rows, grad_weights) = Flex::combine_rows_grad(rows, weights, grad, &layout);
+        output(&mut outputs, "combine, gradients", [grad_rows, grad_weights]);
+        let (gate, up, grad) = (numbers2([70, 39], 1), numbers2([70, 39], 2), numbers2([70, 39], 3));
+        output(&mut outputs, "swiglu", [Flex::swiglu_forward(gate.clone(), up.clone())]);
+        let (grad_gate, grad_up) = Flex::swiglu_grad(gate.clone(), up, grad.clone());
+        output(&mut outputs, "swiglu, gradients", [grad_gate, grad_up]);
+        let gain = if half_precision { half(&numbers([39], 4)) } else { numbers([39], 4) };
+        output(&mut outputs, "norm", [Flex::rms_norm_forward(gate.clone(), gain.clone(), 1e-5)]);
+        let (grad_x, grad_gain) = Flex::rms_norm_grad(gate, gain, grad, 1e-5);
+        output(&mut outputs, "norm, gradients", [grad_x, grad_gain]);
+        let targets: Vec<i32> = (0..21).map(|row| row * 2).collect();
+        let targets = Flex::int_from_data(TensorData::new(targets, [21]), &Default::default());
+        let logits = numbers2([21, 50], 5);
+        output(&mut outputs, "loss", [Flex::cross_entropy_forward(logits.clone(), targets.clone())]);
+        output(&mut outputs, "loss, gradients", [Flex::cross_entropy_grad(logits, targets, numbers([21], 6))]);
+        // Few rows, which are not packed for a matrix product.
+        for width in [70, 2100] {
+            output(&mut outputs, "few rows", [Flex::project_forward(numbers2([5, 300], 7), numbers2([300, width], 8))]);
+        }
+        outputs
+    }
+
+    /// Those that multiply matrices.
+    fn product_outputs() -> Outputs {
+        let mut outputs = Outputs::new();
+        let (rows, weight) = (numbers([60, 150], 1), numbers([150, 70], 2));
+        output(&mut outputs, "product", [Flex::project_forward(rows.clone(), weight.clone())]);
+        output(&mut outputs, "product, rows", [Flex::project_rows_grad(numbers([60, 70], 3), weight)]);
+        output(&mut outputs, "product, weight", [Flex::project_weight_grad(rows, numbers([60, 70], 4))]);
+        let spec = &specs(2, 40)[1];
+        let (query, key_value) = (numbers([2, 40, 4, 10], 1), numbers([2, 40, 2, 10 + 10], 4));
+        let (attended, log_sum) = Flex::attention_forward(query, key_value, None, spec);
+        output(&mut outputs, "attention", [attended, log_sum]);
+        outputs
+    }
+
+    #[test]
+    fn levels_give_the_same_bits_where_nothing_is_fused_and_the_same_values_everywhere() {
+        use moonlight_simd::{Level, testing};
+        let run = || [elementwise_outputs(false), elementwise_outputs(true), product_outputs()];
+        let plain = testing::at_level(Level::Scalar, run);
+        testing::at_each_level("kernels: equal bits at each level", |level| {
+            let [single, half, products] = run();
+            for (found, plain) in single.iter().chain(&half).zip(plain[0].iter().chain(&plain[1])) {
+                let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&found.1), bits(&plain.1), "{} at {level}", found.0);
+            }
+            for ((name, found), (_, plain)) in products.iter().zip(&plain[2]) {
+                for (found, plain) in found.iter().zip(plain) {
+                    assert!((found - plain).abs() <= 1e-5 * (1.0 + plain.abs()), "{name} at {level}: {found}, {plain}");
+                }
+            }
+        });
     }
 }

@@ -8,6 +8,7 @@ use std::arch::x86_64::{
     __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
+use moonlight_simd::Level;
 use rayon::prelude::*;
 
 /// Rows and columns of a tile of the result: 8 by 3 registers of sums, which with the operands are 28 of the 32 that there
@@ -19,9 +20,9 @@ const PAIRS: usize = 32;
 /// Rows that a thread takes at a time.
 const BLOCK: usize = 12 * ROWS;
 
-/// Whether this processor has what the products need.
+/// Whether this processor has what the products need, and is to use it.
 pub(super) fn is_available() -> bool {
-    is_x86_feature_detected!("avx512f")
+    moonlight_simd::level() >= Level::Avx512F
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512bf16")
 }
@@ -235,6 +236,8 @@ unsafe fn tile(sums: &mut [f32; ROWS * COLUMNS], left: &[u32], right: &[u32]) {
 
 #[cfg(test)]
 mod tests {
+    use moonlight_simd::testing::skipped;
+
     use super::*;
 
     /// What an f32 is in bf16.
@@ -266,8 +269,7 @@ mod tests {
     #[test]
     fn products_of_any_shape_and_layout_are_those_of_the_rounded_operands() {
         if !is_available() {
-            eprintln!("this processor has no AVX512-BF16: its kernel is not used, and was not tested");
-            return;
+            return skipped("the products in bf16", "this processor has no AVX512-BF16");
         }
         for (rows, columns, depth) in [(1, 1, 1), (3, 5, 7), (8, 48, 64), (9, 49, 65), (130, 100, 33), (200, 17, 260)] {
             let (left, right) = (noise(rows * depth, 1), noise(depth * columns, 2));
@@ -309,8 +311,7 @@ mod tests {
     #[test]
     fn the_lower_half_is_the_whole_ones() {
         if !is_available() {
-            eprintln!("this processor has no AVX512-BF16: its kernel is not used, and was not tested");
-            return;
+            return skipped("the products in bf16", "this processor has no AVX512-BF16");
         }
         let (size, depth) = (217, 40);
         let x = noise(size * depth, 4);

@@ -421,6 +421,7 @@ fn normalise(x: &mut [f32], epsilon: f64) {
 
 #[cfg(test)]
 mod tests {
+    use moonlight_simd::testing;
     use proptest::prelude::*;
 
     use super::*;
@@ -437,7 +438,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
 
-        /// Whatever kernel the processor would choose.
+        /// Whatever kernel a processor would choose.
         #[test]
         fn every_kernel_agrees_with_the_plain_reference(
             (rows, columns) in (1_usize..70, 1_usize..70),
@@ -450,18 +451,20 @@ mod tests {
             let iteration = NewtonSchulz::new(&coefficients, coefficients.default_steps());
             let expected = reference::orthogonalised(&matrix, &iteration).values;
             let norm = expected.iter().map(|value| value * value).sum::<f64>().sqrt().max(f64::MIN_POSITIVE);
-            let mut kernels = vec![Kernel::Blocks];
-            #[cfg(target_arch = "x86_64")]
-            if tiles::is_available() {
-                kernels.push(Kernel::Tiles);
-            }
-            for kernel in kernels {
-                let found = orthogonalised(&iteration, &matrix, kernel, false);
-                prop_assert_eq!(&found, &orthogonalised(&iteration, &matrix, kernel, true));
-                let squares = found.iter().zip(&expected).map(|(x, y)| (f64::from(*x) - y).powi(2));
-                let error = squares.sum::<f64>().sqrt() / norm;
-                prop_assert!(error < 5e-4, "relative error {error}");
-            }
+            testing::at_each_level("Newton-Schulz", |level| {
+                let mut kernels = vec![Kernel::Blocks];
+                #[cfg(target_arch = "x86_64")]
+                if tiles::is_available() {
+                    kernels.push(Kernel::Tiles);
+                }
+                for kernel in kernels {
+                    let found = orthogonalised(&iteration, &matrix, kernel, false);
+                    assert_eq!(&found, &orthogonalised(&iteration, &matrix, kernel, true));
+                    let squares = found.iter().zip(&expected).map(|(x, y)| (f64::from(*x) - y).powi(2));
+                    let error = squares.sum::<f64>().sqrt() / norm;
+                    assert!(error < 5e-4, "relative error {error} at {level}");
+                }
+            });
         }
     }
 }

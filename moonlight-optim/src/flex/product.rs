@@ -1,5 +1,6 @@
 //! The products of a Newton-Schulz step, in blocks of rows; in smaller tiles where the processor can (see [`tiles`]).
 
+use moonlight_simd::gemm::{self, Operand};
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
@@ -47,6 +48,11 @@ impl<'a> View<'a> {
         Self { values, rows, columns, row_stride: columns, column_stride: 1 }
     }
 
+    fn operand(self) -> Operand {
+        let Self { values, row_stride, column_stride, .. } = self;
+        Operand { values: values.as_ptr(), row_stride, column_stride }
+    }
+
     fn transposed(self) -> Self {
         let Self { values, rows, columns, row_stride, column_stride } = self;
         Self { values, rows: columns, columns: rows, row_stride: column_stride, column_stride: row_stride }
@@ -73,27 +79,8 @@ fn multiply(out: &mut [f32], stride: usize, lhs: View<'_>, rhs: View<'_>, keep: 
     // matrices reaches lies in its slice (none is empty, by the second). `out` is borrowed for writing, so it overlaps neither
     // operand.
     unsafe {
-        gemm::gemm(
-            lhs.rows,
-            rhs.columns,
-            lhs.columns,
-            out.as_mut_ptr(),
-            1,
-            stride as isize,
-            keep != 0.0,
-            lhs.values.as_ptr(),
-            lhs.column_stride as isize,
-            lhs.row_stride as isize,
-            rhs.values.as_ptr(),
-            rhs.column_stride as isize,
-            rhs.row_stride as isize,
-            keep,
-            factor,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+        let shape = [lhs.rows, lhs.columns, rhs.columns];
+        gemm::multiply(shape, out.as_mut_ptr(), stride, lhs.operand(), rhs.operand(), keep, factor);
     }
 }
 

@@ -12,6 +12,7 @@ use std::arch::x86_64::{
     _mm512_unpacklo_ps,
 };
 
+use moonlight_simd::Level;
 use rayon::prelude::*;
 
 /// Rows of a tile. With two registers a row it has 16 sums, enough to hide how long an addition takes.
@@ -25,9 +26,9 @@ const FAR: usize = 128;
 /// Rows of a result that a thread takes at a time, where there is more than one.
 const CHUNK: usize = 16 * ROWS;
 
-/// Whether this processor has what the products need.
+/// Whether this processor has what the products need, and is to use it.
 pub(super) fn is_available() -> bool {
-    is_x86_feature_detected!("avx512f")
+    moonlight_simd::level() >= Level::Avx512F
 }
 
 /// The shape that a matrix has here: tall (or square), in whole tiles.
@@ -362,26 +363,29 @@ fn transposed(rows: [__m512; LANES]) -> [__m512; LANES] {
 
 #[cfg(test)]
 mod tests {
+    use moonlight_simd::testing;
+
     use super::*;
 
     fn noise(length: usize, seed: usize) -> Vec<f32> {
         (0..length).map(|index| ((index * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0).collect()
     }
 
-    /// Says so where there is nothing to test.
-    fn has_registers() -> bool {
-        let has = is_available();
-        if !has {
-            eprintln!("this processor has no AVX512: its kernel is not used, and was not tested");
-        }
-        has
+    /// Runs a test where it can be run, at each level that has these kernels.
+    fn at_each_level(mut test: impl FnMut() + Send) {
+        testing::at_each_level("the products in tiles", |_| {
+            if is_available() {
+                test();
+            }
+        });
     }
 
     #[test]
     fn any_shape_is_packed_tall_and_comes_back() {
-        if !has_registers() {
-            return;
-        }
+        at_each_level(any_shape_comes_back);
+    }
+
+    fn any_shape_comes_back() {
         for (rows, columns) in [(1, 1), (3, 5), (5, 3), (16, 16), (17, 40), (40, 17), (64, 128), (33, 33)] {
             let matrix = noise(rows * columns, rows);
             let [long, short] = padded(rows, columns);
@@ -401,9 +405,10 @@ mod tests {
 
     #[test]
     fn products_are_those_of_their_definition() {
-        if !has_registers() {
-            return;
-        }
+        at_each_level(products_are_those_of_f64);
+    }
+
+    fn products_are_those_of_f64() {
         for (rows, size) in [(8, 16), (24, 48), (128, 64), (40, 32), (16, 144), (200, 176)] {
             let (x, y) = (noise(rows * size, 1), noise(rows * size, 2));
             // A symmetric result: x^T y + y^T x, by halves.

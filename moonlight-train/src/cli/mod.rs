@@ -64,6 +64,12 @@ pub fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(usage) => return tell(&usage),
     };
+    // A level of vector instructions that cannot be had is not replaced in silence.
+    #[cfg(feature = "cpu")]
+    if let Err(error) = moonlight_model::simd::from_environment() {
+        tracing::error!("{error}\nhint: {}", error.hint().unwrap_or_default());
+        return ExitCode::from(2);
+    }
     let resumes = matches!(arguments.command, Command::Train(_));
     let result = signals::install().and_then(|()| match arguments.command {
         Command::Train(arguments) => train::run(&arguments),

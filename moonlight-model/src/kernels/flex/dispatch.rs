@@ -3,7 +3,7 @@
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
-use multiversion::multiversion;
+use moonlight_simd::by_level;
 use rayon::prelude::*;
 
 use super::dtype::{Element, round};
@@ -144,9 +144,10 @@ fn combine_grad<E: Element>(
     (tensor_of(grad_rows, [layout.rows(), width]), tensor(grad_weights, [layout.tokens(), layout.k()]))
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn add_scaled<E: Element>(sum: &mut [f32], row: &[E], weight: f32) {
-    for (sum, value) in sum.iter_mut().zip(row) {
-        *sum += weight * value.wide();
+by_level! {
+    fn add_scaled[E: Element](sum: &mut [f32], row: &[E], weight: f32) {
+        for (sum, value) in sum.iter_mut().zip(row) {
+            *sum += weight * value.wide();
+        }
     }
 }

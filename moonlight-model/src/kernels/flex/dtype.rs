@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 
 use crate::disjoint::BlockMut;
 use burn::tensor::bf16;
-use multiversion::multiversion;
+use moonlight_simd::by_level;
 
 use super::matrix::{Matrix, MatrixMut};
 
@@ -133,11 +133,12 @@ impl Element for bf16 {
     }
 }
 
-/// Writes the values in f32.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-pub(super) fn widen<E: Element>(values: &[E], wide: &mut [f32]) {
-    for (wide, value) in wide.iter_mut().zip(values) {
-        *wide = value.wide();
+by_level! {
+    /// Writes the values in f32.
+    pub(super) fn widen[E: Element](values: &[E], wide: &mut [f32]) {
+        for (wide, value) in wide.iter_mut().zip(values) {
+            *wide = value.wide();
+        }
     }
 }
 
@@ -158,10 +159,11 @@ pub(super) fn round_into<E: Element>(wide: &[f32], values: &mut [MaybeUninit<E>]
     round_each(wide, values);
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn round_each<E: Element>(wide: &[f32], values: &mut [MaybeUninit<E>]) {
-    for (value, &wide) in values.iter_mut().zip(wide) {
-        value.write(E::narrow(wide));
+by_level! {
+    fn round_each[E: Element](wide: &[f32], values: &mut [MaybeUninit<E>]) {
+        for (value, &wide) in values.iter_mut().zip(wide) {
+            value.write(E::narrow(wide));
+        }
     }
 }
 
@@ -171,6 +173,10 @@ mod tests {
 
     #[test]
     fn rounding_is_that_of_the_type() {
+        moonlight_simd::testing::at_each_level("kernels: rounding", |_| rounding());
+    }
+
+    fn rounding() {
         let wide = [0.0, -0.0, 1.0, 1.003_906_2, 1.011_718_8, -3.4e38, f32::MAX, f32::INFINITY, 1e-40, f32::NAN];
         let values = bf16::rounded(wide.to_vec());
         for (&wide, &value) in wide.iter().zip(&values) {

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use burn::backend::flex::FlexTensor;
-use multiversion::multiversion;
+use moonlight_simd::by_level;
 use rayon::prelude::*;
 
 use super::dtype::Element;
@@ -74,19 +74,21 @@ fn add_product<E: Element>(sums: &mut [f32], rows: &[&[E]], weight: &[E], width:
     }
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn add<E: Element>(sums: &mut [f32], factor: E, line: &[E]) {
-    let factor = factor.wide();
-    sums.iter_mut().zip(line).for_each(|(sum, value)| *sum += factor * value.wide());
+by_level! {
+    fn add[E: Element](sums: &mut [f32], factor: E, line: &[E]) {
+        let factor = factor.wide();
+        sums.iter_mut().zip(line).for_each(|(sum, value)| *sum += factor * value.wide());
+    }
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn add_four<E: Element>(sums: &mut [f32], factors: [E; TOGETHER], lines: &[E]) {
-    let [a, b, c, d] = factors.map(E::wide);
-    let (first, second) = lines.split_at(2 * sums.len());
-    let ((line_a, line_b), (line_c, line_d)) = (first.split_at(sums.len()), second.split_at(sums.len()));
-    let lines = line_a.iter().zip(line_b).zip(line_c).zip(line_d);
-    for (sum, (((p, q), r), s)) in sums.iter_mut().zip(lines) {
-        *sum += (a * p.wide() + b * q.wide()) + (c * r.wide() + d * s.wide());
+by_level! {
+    fn add_four[E: Element](sums: &mut [f32], factors: [E; TOGETHER], lines: &[E]) {
+        let [a, b, c, d] = factors.map(E::wide);
+        let (first, second) = lines.split_at(2 * sums.len());
+        let ((line_a, line_b), (line_c, line_d)) = (first.split_at(sums.len()), second.split_at(sums.len()));
+        let lines = line_a.iter().zip(line_b).zip(line_c).zip(line_d);
+        for (sum, (((p, q), r), s)) in sums.iter_mut().zip(lines) {
+            *sum += (a * p.wide() + b * q.wide()) + (c * r.wide() + d * s.wide());
+        }
     }
 }

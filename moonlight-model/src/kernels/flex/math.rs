@@ -1,6 +1,6 @@
 //! Vectorised elementary functions.
 
-use multiversion::multiversion;
+use moonlight_simd::by_level;
 
 use super::dtype::Element;
 
@@ -40,54 +40,57 @@ pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Replaces each value by `e^(value - offset)` and gives their sum.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-pub(super) fn exp_in_place(values: &mut [f32], offset: f32) -> f32 {
-    // Sixteen running sums, so that the additions vectorise; their order is fixed, so the result is too.
-    let mut sums = [0.0f32; 16];
-    let mut chunks = values.chunks_exact_mut(16);
-    for chunk in &mut chunks {
-        for (sum, value) in sums.iter_mut().zip(chunk) {
+by_level! {
+    /// Replaces each value by `e^(value - offset)` and gives their sum.
+    pub(super) fn exp_in_place[](values: &mut [f32], offset: f32) -> f32 {
+        // Sixteen running sums, so that the additions vectorise; their order is fixed, so the result is too.
+        let mut sums = [0.0f32; 16];
+        let mut chunks = values.chunks_exact_mut(16);
+        for chunk in &mut chunks {
+            for (sum, value) in sums.iter_mut().zip(chunk) {
+                *value = exp(*value - offset);
+                *sum += *value;
+            }
+        }
+        let mut total: f32 = sums.iter().sum();
+        for value in chunks.into_remainder() {
             *value = exp(*value - offset);
-            *sum += *value;
+            total += *value;
         }
+        total
     }
-    let mut total: f32 = sums.iter().sum();
-    for value in chunks.into_remainder() {
-        *value = exp(*value - offset);
-        total += *value;
-    }
-    total
 }
 
-/// The largest value, `-inf` for none; NaN if any is NaN.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-pub(super) fn largest(values: &[f32]) -> f32 {
-    let pick = |a: f32, b: f32| if b > a || b.is_nan() { b } else { a };
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let chunks = values.chunks_exact(16);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane = pick(*lane, value);
+by_level! {
+    /// The largest value, `-inf` for none; NaN if any is NaN.
+    pub(super) fn largest[](values: &[f32]) -> f32 {
+        let pick = |a: f32, b: f32| if b > a || b.is_nan() { b } else { a };
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        let chunks = values.chunks_exact(16);
+        let rest = chunks.remainder();
+        for chunk in chunks {
+            for (lane, &value) in lanes.iter_mut().zip(chunk) {
+                *lane = pick(*lane, value);
+            }
         }
+        lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| if a.is_nan() { a } else { pick(a, b) })
     }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| if a.is_nan() { a } else { pick(a, b) })
 }
 
-/// The sum of the products.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-pub(super) fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f32 {
-    let mut sums = [0.0f32; 16];
-    let (chunks_a, chunks_b) = (a.chunks_exact(16), b.chunks_exact(16));
-    let (rest_a, rest_b) = (chunks_a.remainder(), chunks_b.remainder());
-    for (chunk_a, chunk_b) in chunks_a.zip(chunks_b) {
-        for ((sum, a), b) in sums.iter_mut().zip(chunk_a).zip(chunk_b) {
-            *sum += a.wide() * b.wide();
+by_level! {
+    /// The sum of the products.
+    pub(super) fn dot[A: Element, B: Element](a: &[A], b: &[B]) -> f32 {
+        let mut sums = [0.0f32; 16];
+        let (chunks_a, chunks_b) = (a.chunks_exact(16), b.chunks_exact(16));
+        let (rest_a, rest_b) = (chunks_a.remainder(), chunks_b.remainder());
+        for (chunk_a, chunk_b) in chunks_a.zip(chunks_b) {
+            for ((sum, a), b) in sums.iter_mut().zip(chunk_a).zip(chunk_b) {
+                *sum += a.wide() * b.wide();
+            }
         }
+        let rest: f32 = rest_a.iter().zip(rest_b).map(|(a, b)| a.wide() * b.wide()).sum();
+        sums.iter().sum::<f32>() + rest
     }
-    let rest: f32 = rest_a.iter().zip(rest_b).map(|(a, b)| a.wide() * b.wide()).sum();
-    sums.iter().sum::<f32>() + rest
 }
 
 #[cfg(test)]
@@ -117,6 +120,10 @@ mod tests {
 
     #[test]
     fn reductions_agree_with_plain_loops() {
+        moonlight_simd::testing::at_each_level("kernels: reductions", |_| reductions());
+    }
+
+    fn reductions() {
         for count in [0, 1, 15, 16, 17, 100] {
             let a: Vec<f32> = (0..count).map(|i| (i as f32 * 0.7).sin()).collect();
             let b: Vec<f32> = (0..count).map(|i| (i as f32 * 0.3).cos()).collect();

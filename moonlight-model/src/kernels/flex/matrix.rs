@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 use crate::disjoint::BlockMut;
+use moonlight_simd::gemm::{self, Operand};
 
 /// A matrix that is read: element `(i, j)` lies at `i * row_stride + j * column_stride`.
 #[derive(Clone, Copy)]
@@ -107,32 +108,17 @@ pub(super) enum Write {
 pub(super) fn multiply(out: &mut MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>, scale: f32, write: Write) {
     assert!(lhs.columns == rhs.rows && out.rows == lhs.rows && out.columns == rhs.columns, "shapes must fit");
     assert!(write == Write::Set || out.written, "there is nothing to add to");
+    let operand = |matrix: Matrix<'_>| Operand {
+        values: matrix.values,
+        row_stride: matrix.row_stride,
+        column_stride: matrix.column_stride,
+    };
+    let keep = if write == Write::Add { 1.0 } else { 0.0 };
+    let shape = [lhs.rows, lhs.columns, rhs.columns];
     // SAFETY: the constructors of all three views asserted that they lie in their memory, `out`'s is borrowed for writing,
-    // and the shapes fit each other by the first assertion. `gemm` reads `out` only where it is to be added to, which the
-    // second asserts that it can, and writes all of it, also where there is nothing to sum.
-    unsafe {
-        gemm::gemm(
-            out.rows,
-            out.columns,
-            lhs.columns,
-            out.values,
-            1,
-            out.row_stride as isize,
-            write == Write::Add,
-            lhs.values,
-            lhs.column_stride as isize,
-            lhs.row_stride as isize,
-            rhs.values,
-            rhs.column_stride as isize,
-            rhs.row_stride as isize,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
+    // and the shapes fit each other by the first assertion. `out` is read only where it is to be added to, which the second
+    // asserts that it can, and all of it is written, also where there is nothing to sum.
+    unsafe { gemm::multiply(shape, out.values, out.row_stride, operand(lhs), operand(rhs), keep, scale) };
     out.written = true;
 }
 

@@ -3,7 +3,7 @@
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
-use multiversion::multiversion;
+use moonlight_simd::by_level;
 use rayon::prelude::*;
 
 use super::dtype::Element;
@@ -50,11 +50,12 @@ fn forward<E: Element>(x: &FlexTensor, gain: &FlexTensor, epsilon: f32) -> FlexT
     tensor_of(out, [rows, width])
 }
 
-/// The normalised value is rounded before the product with the gain, as the published code does.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn scale<E: Element>(out: &mut [E], x: &[E], inverse: f32, gain: &[E]) {
-    for ((out, x), gain) in out.iter_mut().zip(x).zip(gain) {
-        *out = E::narrow(E::narrow(x.wide() * inverse).wide() * gain.wide());
+by_level! {
+    /// The normalised value is rounded before the product with the gain, as the published code does.
+    fn scale[E: Element](out: &mut [E], x: &[E], inverse: f32, gain: &[E]) {
+        for ((out, x), gain) in out.iter_mut().zip(x).zip(gain) {
+            *out = E::narrow(E::narrow(x.wide() * inverse).wide() * gain.wide());
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
-use multiversion::multiversion;
+use moonlight_simd::by_level;
 use rayon::prelude::*;
 
 use super::dtype::Element;
@@ -55,21 +55,23 @@ fn grad<E: Element>(gate: &FlexTensor, up: &FlexTensor, grad: &FlexTensor) -> (F
     (tensor_of(grad_gate, shape), tensor_of(grad_up, shape))
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn forward_piece<E: Element>(out: &mut [E], gate: &[E], up: &[E]) {
-    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-        let gate = gate.wide();
-        *out = E::narrow(gate * sigmoid(gate) * up.wide());
+by_level! {
+    fn forward_piece[E: Element](out: &mut [E], gate: &[E], up: &[E]) {
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            let gate = gate.wide();
+            *out = E::narrow(gate * sigmoid(gate) * up.wide());
+        }
     }
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn grad_piece<E: Element>(grad_gate: &mut [E], grad_up: &mut [E], gate: &[E], up: &[E], grad: &[E]) {
-    let inputs = gate.iter().zip(up).zip(grad);
-    for ((grad_gate, grad_up), ((gate, up), grad)) in grad_gate.iter_mut().zip(grad_up).zip(inputs) {
-        let (gate, grad) = (gate.wide(), grad.wide());
-        let sigmoid = sigmoid(gate);
-        *grad_up = E::narrow(grad * gate * sigmoid);
-        *grad_gate = E::narrow(grad * up.wide() * sigmoid * (1.0 + gate * (1.0 - sigmoid)));
+by_level! {
+    fn grad_piece[E: Element](grad_gate: &mut [E], grad_up: &mut [E], gate: &[E], up: &[E], grad: &[E]) {
+        let inputs = gate.iter().zip(up).zip(grad);
+        for ((grad_gate, grad_up), ((gate, up), grad)) in grad_gate.iter_mut().zip(grad_up).zip(inputs) {
+            let (gate, grad) = (gate.wide(), grad.wide());
+            let sigmoid = sigmoid(gate);
+            *grad_up = E::narrow(grad * gate * sigmoid);
+            *grad_gate = E::narrow(grad * up.wide() * sigmoid * (1.0 + gate * (1.0 - sigmoid)));
+        }
     }
 }

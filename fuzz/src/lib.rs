@@ -1,0 +1,402 @@
+//! What each fuzz target does with its input: everything that a program does with such a file of somebody else's, short of the
+//! work itself. Whatever is in the file, the end is a value: no panic that leaves the library, no abort, no endless loop, no
+//! memory without bounds.
+//!
+//! Inputs of several files are one text with a NUL between the parts, which none of them holds (see [`parts`]).
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use burn::module::ParamId;
+use burn::tensor::{DType, Device, Distribution, Int, Tensor};
+use moonlight_convert::adapter::read_adapter;
+use moonlight_convert::{Checkpoint, sidecars_in};
+use moonlight_infer::jsonl::JsonlReader;
+use moonlight_infer::{ChatEncoder, ChatTemplate, Tokenizer};
+use moonlight_model::ModelConfig;
+use moonlight_model::kernels::{self, AttentionSpec, GroupLayout};
+use moonlight_optim::{
+    AdamWConfig, Coefficients, MuonConfig, NewtonSchulz, OptimizerOptions, Parameter, ParameterRules, Rule,
+};
+use moonlight_simd::Level;
+use moonlight_simd::testing::at_level;
+use moonlight_train::analysis::plots::{Axis, Comparison, compare, write_plots};
+use moonlight_train::checkpoint::TrainerState;
+use moonlight_train::data::Dataset;
+use moonlight_train::recipe::{Broken, DataConfig, DataFormat, Draft, TokenizerName};
+use tempfile::TempDir;
+
+/// The `config.json` of the model that adapters and weights are read for.
+const CONFIG: &str = include_str!("../../fixtures/compat/pretrain/checkpoints/step-00000003/config.json");
+
+/// What the last panic said, of whatever thread.
+static PANIC: Mutex<Option<String>> = Mutex::new(None);
+
+/// Called once, before the first input. A panic that the library catches is none: `libfuzzer-sys` would abort in the hook, before
+/// anybody can catch it.
+pub fn begin() {
+    std::panic::set_hook(Box::new(|panic| {
+        let backtrace = std::backtrace::Backtrace::capture();
+        *PANIC.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(format!("{panic}\n{backtrace}"));
+    }));
+}
+
+/// Runs `target`; a panic that reaches this place is a finding.
+pub fn judge(target: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(target)).is_err() {
+        let message = PANIC.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        eprintln!("a panic left the library: {}", message.unwrap_or_default());
+        std::process::abort();
+    }
+}
+
+/// An empty folder of this process, in memory where `TMPDIR` is.
+fn home() -> &'static Path {
+    static HOME: OnceLock<TempDir> = OnceLock::new();
+    HOME.get_or_init(|| tempfile::tempdir().expect("a folder for the inputs")).path()
+}
+
+/// A folder `name` with nothing in it.
+fn empty(name: &str) -> PathBuf {
+    let folder = home().join(name);
+    drop(fs::remove_dir_all(&folder));
+    fs::create_dir(&folder).expect("a folder for an input");
+    folder
+}
+
+fn write(path: &Path, contents: &[u8]) {
+    fs::write(path, contents).expect("an input fits into memory");
+}
+
+/// The parts of an input that stand for `N` files: what follows the last NUL wanted is one part, with all NULs that it has;
+/// parts that are absent are empty.
+fn parts<const N: usize>(data: &[u8]) -> [&[u8]; N] {
+    let mut parts = [&data[..0]; N];
+    for (part, found) in parts.iter_mut().zip(data.splitn(N, |byte| *byte == 0)) {
+        *part = found;
+    }
+    parts
+}
+
+/// The text of an error must be fit for a terminal.
+fn check(error: &impl ToString) {
+    let message = error.to_string();
+    assert!(!message.chars().any(|char| char.is_control() && char != '\n'), "{}", message.escape_debug());
+}
+
+fn config() -> &'static ModelConfig {
+    static MODEL: OnceLock<ModelConfig> = OnceLock::new();
+    MODEL.get_or_init(|| ModelConfig::from_json(CONFIG).expect("the fixture is sound"))
+}
+
+/// `adapter_config.json`, NUL, `adapter_model.safetensors`.
+pub fn adapter(data: &[u8]) {
+    let [settings, weights] = parts(data);
+    let folder = empty("adapter");
+    write(&folder.join("adapter_config.json"), settings);
+    write(&folder.join("adapter_model.safetensors"), weights);
+    if let Err(error) = read_adapter(config(), &folder) {
+        check(&error);
+        drop(error.hint());
+    }
+}
+
+/// The template, NUL, a record with a conversation.
+pub fn chat_template(data: &[u8]) {
+    let [template, record] = parts(data);
+    let file = empty("chat").join("chat_template.jinja");
+    write(&file, template);
+    let tokenizer = Tokenizer::bytes_chat();
+    let template = match ChatTemplate::of_file(&file, &tokenizer) {
+        Ok(template) => template,
+        Err(error) => return check(&error),
+    };
+    let encoder = ChatEncoder::new(template, tokenizer);
+    let conversation = match encoder.parse(record) {
+        Ok(conversation) => conversation,
+        Err(error) => return check(&error),
+    };
+    for prompt in [false, true] {
+        if let Err(error) = encoder.tokens(&conversation.messages(), prompt) {
+            check(&error);
+        }
+    }
+    if let Err(error) = encoder.weighted(&conversation.turns) {
+        check(&error);
+    }
+}
+
+/// A letter for what the records are (`c`hat, to`k`ens, else text), one for the file's ending (`j`sonl, `g`z, `z`st, else txt),
+/// and the file.
+pub fn data_records(data: &[u8]) {
+    let [format, ending, contents @ ..] = data else { return };
+    let (format, tokenizer) = match format {
+        b'c' => (DataFormat::Chat, Some(Tokenizer::bytes_chat())),
+        b'k' => (DataFormat::Tokens, None),
+        _ => (DataFormat::Text, Some(Tokenizer::bytes())),
+    };
+    let ending = match ending {
+        b'j' => "jsonl",
+        b'g' => "jsonl.gz",
+        b'z' => "jsonl.zst",
+        _ => "txt",
+    };
+    let folder = empty("data");
+    let file = folder.join(format!("records.{ending}"));
+    write(&file, contents);
+    for broken in [Broken::Error, Broken::Skip] {
+        let config = DataConfig {
+            train: vec![file.display().to_string()],
+            format,
+            tokenizer: if format == DataFormat::Tokens { TokenizerName::None } else { TokenizerName::Bytes },
+            sequence_length: 16,
+            broken,
+            // A file of this size may hold a bomb.
+            max_bytes: 1 << 20,
+            cache_dir: empty("cache"),
+            ..DataConfig::default()
+        };
+        match Dataset::open(&config, tokenizer.as_ref(), 262, 1) {
+            Ok(data) => {
+                let mut stream = data.train_stream(2);
+                for _ in 0..3 {
+                    if let Err(error) = stream.next_batch() {
+                        check(&error);
+                        break;
+                    }
+                }
+                drop(data.inspect(2));
+            }
+            Err(error) => {
+                check(&error);
+                drop(error.hint());
+            }
+        }
+    }
+    // The same file as it is scored.
+    if ending == "jsonl"
+        && let Ok(reader) = JsonlReader::open(&file)
+        && let Err(error) = reader.for_each(Some(&Tokenizer::bytes()), |_| Ok(()))
+    {
+        check(&error);
+    }
+}
+
+/// Sizes and dtype of the CPU's kernels, a byte each. No file holds these: the kernels, which write memory in parallel and by
+/// vector instructions, run under AddressSanitizer here, at each level of the processor.
+pub fn kernels(data: &[u8]) {
+    let mut sizes = data.iter().map(|byte| usize::from(*byte)).chain(std::iter::repeat(1));
+    let mut size = |most: usize| sizes.next().unwrap_or(1) % most + 1;
+    let half = size(2) == 2;
+    let (tokens, input, output, k) = (size(70), size(70), size(140), size(3));
+    let experts = k + 1 + size(4);
+    let (heads, width) = (size(4), 2 * size(12));
+    for &level in Level::ALL.iter().filter(|level| level.is_available()) {
+        at_level(level, || kernels_of(half, [tokens, input, output], [k, experts], [heads, width]));
+    }
+}
+
+fn kernels_of(half: bool, [tokens, input, output]: [usize; 3], [k, experts]: [usize; 2], [heads, width]: [usize; 2]) {
+    let device = Device::flex().autodiff();
+    let dtype = if half { DType::BF16 } else { DType::F32 };
+    fn random<const D: usize>(shape: [usize; D], device: &Device, dtype: DType) -> Tensor<D> {
+        Tensor::random(shape, Distribution::Normal(0.0, 1.0), device).cast(dtype).require_grad()
+    }
+    let choices: Vec<u32> = (0..tokens * k).map(|slot| ((slot / k * 7 + slot % k) % experts) as u32).collect();
+    let layout = Arc::new(GroupLayout::from_choices(&choices, k, experts));
+    let rows = random([tokens, input], &device, dtype);
+    let up = kernels::project(rows.clone(), random([input, output], &device, dtype));
+    let gated = kernels::swiglu(up.clone(), up);
+    let normed = kernels::rms_norm(gated, random([output], &device, dtype), 1e-5);
+    let sent = kernels::dispatch_rows(normed, &layout);
+    let moved = kernels::grouped_matmul(sent, random([experts, output, input], &device, dtype), &layout);
+    let weights = random([tokens, k], &device, DType::F32);
+    let combined = kernels::combine_rows(moved, weights, &layout);
+    let targets = Tensor::<1, Int>::zeros([tokens], &device);
+    let loss = kernels::cross_entropy(combined, targets).cast(DType::F32).sum();
+    let query = random([1, tokens, heads, width], &device, dtype);
+    let key_value = random([1, tokens, heads, 2 * width], &device, dtype);
+    let attended = kernels::grouped_attention(query, key_value, AttentionSpec { scale: 0.3, starts: None });
+    drop((loss + attended.cast(DType::F32).sum()).backward());
+    let matrices = random([2, input, output], &device, DType::F32).inner();
+    for products in [None, Some(DType::BF16)] {
+        let mut iteration = NewtonSchulz::new(&Coefficients::Report, 2);
+        iteration.dtype = products;
+        drop(iteration.apply(matrices.clone()).into_data());
+    }
+}
+
+/// `metrics.jsonl`.
+pub fn metrics(data: &[u8]) {
+    let folder = empty("run");
+    let file = folder.join("metrics.jsonl");
+    write(&file, data);
+    if let Err(error) = write_plots(&file, &folder.join("plots")) {
+        check(&error);
+    }
+    for axis in [Axis::Step, Axis::Tokens, Axis::Seconds] {
+        let comparison = Comparison { runs: vec![folder.clone()], metric: "loss".into(), axis };
+        if let Err(error) = compare(&comparison, &folder.join("loss.svg")) {
+            check(&error);
+        }
+    }
+}
+
+/// `config.json`.
+pub fn model_config(data: &[u8]) {
+    let file = empty("config").join("config.json");
+    write(&file, data);
+    match ModelConfig::load(&file) {
+        Ok(config) => {
+            if let Err(error) = config.validate() {
+                return check(&error);
+            }
+            config.parameter_count();
+            let again = ModelConfig::from_json(&config.to_json());
+            assert!(again.is_ok(), "what was read and written is read again: {again:?}");
+        }
+        Err(error) => check(&error),
+    }
+}
+
+/// The optimizer's state, a burnpack.
+pub fn optimizer_state(data: &[u8]) {
+    let file = empty("state").join("optimizer.bpk");
+    write(&file, data);
+    let shapes: [(&str, &[usize]); 5] =
+        [("embedding", &[7, 4]), ("hidden.0", &[4, 6]), ("heads", &[4, 8]), ("experts", &[3, 4, 6]), ("gain", &[6])];
+    let parameter = |(index, (path, shape)): (usize, (&str, &[usize]))| Parameter {
+        path: path.into(),
+        shape: shape.into(),
+        module: "Linear".into(),
+        trainable: true,
+        id: ParamId::from(index as u64 + 1),
+    };
+    let rules = ParameterRules::new()
+        .group("muon", MuonConfig::new())
+        .group("adamw", AdamWConfig::new())
+        .rule(Rule::to("adamw").path("embedding"))
+        .rule(Rule::to("muon").rank(2..=3))
+        .rule(Rule::to("adamw").rank(1..=1));
+    let parameters = shapes.into_iter().enumerate().map(parameter).collect();
+    let assignment = rules.assign_parameters(parameters).expect("the rules are sound");
+    if let Err(error) = assignment.load(&[&file], OptimizerOptions::new()) {
+        check(&error);
+        drop(error.hint());
+    }
+    if let Err(error) = assignment.load_module_optimizer(&[&file]) {
+        check(&error);
+        drop(error.hint());
+    }
+}
+
+/// A recipe. Nothing that it names is looked for.
+pub fn recipe(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    for sets in [&[][..], &["train.steps=3".to_owned(), "data.train=[\"a\"]".to_owned()]] {
+        if let Err(error) = Draft::parse(text, Path::new("recipe.toml"), sets) {
+            check(&error);
+        }
+    }
+}
+
+/// `model.safetensors.index.json` or nothing, NUL, the header of a file of weights, NUL, the length of its data and, behind a
+/// comma, the length that the file claims for its header.
+pub fn safetensors(data: &[u8]) {
+    let [index, header, lengths] = parts(data);
+    let folder = empty("model");
+    write(&folder.join("config.json"), CONFIG.as_bytes());
+    let name = if index.is_empty() { "model.safetensors" } else { "model-1.safetensors" };
+    if !index.is_empty() {
+        write(&folder.join("model.safetensors.index.json"), index);
+    }
+    let lengths = String::from_utf8_lossy(lengths);
+    let mut lengths = lengths.split(',').map(|length| length.parse::<u64>().ok());
+    let length = lengths.next().flatten().unwrap_or(0).min(1 << 40);
+    let claimed = lengths.next().flatten().unwrap_or(header.len() as u64);
+    let mut file = File::create(folder.join(name)).expect("a file for an input");
+    file.write_all(&[&claimed.to_le_bytes(), header].concat()).expect("an input fits into memory");
+    // What follows is a hole.
+    file.set_len(8 + header.len() as u64 + length).expect("a hole costs nothing");
+    drop(file);
+    let checkpoint = match Checkpoint::open(&folder) {
+        Ok(checkpoint) => checkpoint,
+        Err(error) => {
+            check(&error);
+            drop(error.hint());
+            return;
+        }
+    };
+    drop(sidecars_in(checkpoint.dir()));
+    if let Err(error) = checkpoint.summary() {
+        check(&error);
+    }
+    for problem in checkpoint.problems().iter().take(1_000) {
+        check(problem);
+    }
+}
+
+/// `tiktoken.model`, NUL, `tokenizer_config.json`.
+pub fn tiktoken_model(data: &[u8]) {
+    let [ranks, settings] = parts(data);
+    let folder = empty("tiktoken");
+    write(&folder.join("tiktoken.model"), ranks);
+    if !settings.is_empty() {
+        write(&folder.join("tokenizer_config.json"), settings);
+    }
+    use_tokenizer(&folder);
+    drop(moonlight_convert::tokenizer::write_tokenizer_json(&folder, true).map_err(|error| check(&error)));
+}
+
+/// `tokenizer.json`, NUL, `tokenizer_config.json`.
+pub fn tokenizer_json(data: &[u8]) {
+    let [tokenizer, settings] = parts(data);
+    let folder = empty("tokenizer");
+    write(&folder.join("tokenizer.json"), tokenizer);
+    if !settings.is_empty() {
+        write(&folder.join("tokenizer_config.json"), settings);
+    }
+    use_tokenizer(&folder);
+}
+
+fn use_tokenizer(folder: &Path) {
+    let tokenizer = match Tokenizer::open(&folder.display().to_string()) {
+        Ok(tokenizer) => tokenizer,
+        Err(error) => {
+            check(&error);
+            drop(error.hint());
+            return;
+        }
+    };
+    for text in ["", " the 1 Moon\r\n\n", "月\u{200d}\u{0301}e\u{fffd}\u{0}<|im_end|>"] {
+        let tokens = tokenizer.encode(text);
+        tokenizer.decode(&tokens);
+    }
+    tokenizer.decode(&[0, 1, u32::MAX]);
+    drop((tokenizer.specials(), tokenizer.eos(), tokenizer.bos(), tokenizer.vocab_size()));
+    if let Err(error) = ChatTemplate::of_tokenizer(&tokenizer) {
+        check(&error);
+    }
+}
+
+/// `trainer.json`, NUL, `manifest.json` of the newest checkpoint of a run.
+pub fn trainer_state(data: &[u8]) {
+    let [state, manifest] = parts(data);
+    if let Ok(state) = serde_json::from_slice::<TrainerState>(state) {
+        // What is written goes back in.
+        let text = serde_json::to_string(&state).expect("numbers are always JSON");
+        assert!(serde_json::from_str::<TrainerState>(&text).is_ok(), "{text}");
+    }
+    let run = empty("run");
+    let checkpoint = run.join("checkpoints/step-00000004");
+    fs::create_dir_all(&checkpoint).expect("a folder for an input");
+    write(&checkpoint.join("config.json"), CONFIG.as_bytes());
+    write(&checkpoint.join("trainer.json"), state);
+    if !manifest.is_empty() {
+        write(&checkpoint.join("manifest.json"), manifest);
+    }
+    drop(moonlight_infer::resolve_model(&run).map_err(|error| check(&error)));
+}

@@ -1,0 +1,148 @@
+//! Matrix products in f32 at a level.
+
+use gemm_common::gemm::gemm_basic_generic;
+use gemm_common::simd::MixedSimd;
+use gemm_f32::microkernel;
+
+use crate::{Level, level};
+
+/// A matrix that is read: element `(i, j)` lies at `i * row_stride + j * column_stride`.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand {
+    /// The element `(0, 0)`.
+    pub values: *const f32,
+    /// From one row to the next.
+    pub row_stride: usize,
+    /// From one column to the next.
+    pub column_stride: usize,
+}
+
+/// Whether the processor has what the kernels of the level `avx2` need.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_fused_kernels() -> bool {
+    <gemm_common::simd::V3 as MixedSimd<f32, f32, f32, f32>>::try_new().is_some()
+}
+
+/// `out = keep * out + factor * lhs * rhs` on the calling thread, `[rows, columns]` of `[rows, depth]` and `[depth, columns]`;
+/// `out` has `stride` values a row and unit column stride. With `keep` 0 what stood in `out` is not read.
+///
+/// # Safety
+///
+/// Every element of the operands that rows, columns and depth reach must be there to be read, every one of `out` to be written
+/// and, unless `keep` is 0, read; `out` must overlap neither operand.
+pub unsafe fn multiply(
+    [rows, depth, columns]: [usize; 3],
+    out: *mut f32,
+    stride: usize,
+    lhs: Operand,
+    rhs: Operand,
+    keep: f32,
+    factor: f32,
+) {
+    let level = level();
+    if level == Level::best() {
+        // SAFETY: the caller's promises are those of `gemm`.
+        unsafe {
+            gemm::gemm(
+                rows,
+                columns,
+                depth,
+                out,
+                1,
+                stride as isize,
+                keep != 0.0,
+                lhs.values,
+                lhs.column_stride as isize,
+                lhs.row_stride as isize,
+                rhs.values,
+                rhs.column_stride as isize,
+                rhs.row_stride as isize,
+                keep,
+                factor,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
+        return;
+    }
+    /// What `gemm` does once it has chosen, with the choice made here.
+    macro_rules! product {
+        ($kernels:ident, $width:literal, $simd:ty) => {{
+            use microkernel::$kernels::f32::{H_M, H_N, H_UKR, MR_DIV_N, NR, UKR};
+            let simd = <$simd as MixedSimd<f32, f32, f32, f32>>::try_new().expect("the processor has its level");
+            // SAFETY: as above; and the processor has the instructions, or there were no `simd`.
+            unsafe {
+                gemm_basic_generic::<_, f32, $width, { MR_DIV_N * $width }, NR, MR_DIV_N, H_M, H_N>(
+                    simd,
+                    rows,
+                    columns,
+                    depth,
+                    out,
+                    1,
+                    stride as isize,
+                    keep != 0.0,
+                    lhs.values,
+                    lhs.column_stride as isize,
+                    lhs.row_stride as isize,
+                    rhs.values,
+                    rhs.column_stride as isize,
+                    rhs.row_stride as isize,
+                    keep,
+                    factor,
+                    false,
+                    false,
+                    false,
+                    |a, b, c| a * b + c,
+                    &UKR,
+                    &H_UKR,
+                    false,
+                    gemm_common::Parallelism::None,
+                );
+            }
+        }};
+    }
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512F | Level::Avx512 => product!(avx512f, 16, gemm_common::simd::V4),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => product!(fma, 8, gemm_common::simd::V3),
+        _ => product!(scalar, 1, gemm_common::simd::Scalar),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::at_each_level;
+
+    use super::*;
+
+    #[test]
+    fn products_agree_at_each_level() {
+        at_each_level("products of matrices", |_| {
+            for [rows, depth, columns] in [[1, 1, 1], [3, 5, 7], [17, 40, 33], [130, 65, 100]] {
+                let noise = |length: usize, seed: usize| -> Vec<f32> {
+                    (0..length).map(|index| ((index * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0).collect()
+                };
+                let (lhs, rhs, start) = (noise(rows * depth, 1), noise(depth * columns, 2), noise(rows * columns, 3));
+                for keep in [0.0, 0.5] {
+                    let mut out = if keep == 0.0 { vec![f32::NAN; rows * columns] } else { start.clone() };
+                    let left = Operand { values: lhs.as_ptr(), row_stride: depth, column_stride: 1 };
+                    let right = Operand { values: rhs.as_ptr(), row_stride: columns, column_stride: 1 };
+                    // SAFETY: the three matrices have the elements of their shapes, and `out` is one of its own.
+                    unsafe { multiply([rows, depth, columns], out.as_mut_ptr(), columns, left, right, keep, 2.0) };
+                    for (place, found) in out.iter().enumerate() {
+                        let (row, column) = (place / columns, place % columns);
+                        let term = |inner: usize| {
+                            f64::from(lhs[row * depth + inner]) * f64::from(rhs[inner * columns + column])
+                        };
+                        let expected =
+                            f64::from(keep) * f64::from(start[place]) + 2.0 * (0..depth).map(term).sum::<f64>();
+                        assert!((f64::from(*found) - expected).abs() < 1e-4, "[{rows}, {depth}, {columns}] at {place}");
+                    }
+                }
+            }
+        });
+    }
+}
