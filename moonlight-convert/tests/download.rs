@@ -600,3 +600,26 @@ fn a_list_that_drips_is_given_up() {
     hub.assert_fails(&output, "cannot be used: ", "");
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
 }
+
+/// At once, whatever it waits for; what has come of the file is gone on from.
+#[cfg(unix)]
+#[test]
+fn signals_end_a_download() {
+    for signal in ["INT", "TERM", "HUP"] {
+        let hub = Hub::new(Behaviour { silent_once: true, ..Behaviour::default() });
+        let mut command = hub.command(&["download", REPO]);
+        command.env("HF_HUB_DOWNLOAD_TIMEOUT", "60").stderr(std::process::Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let begun = Instant::now();
+        while !fs::metadata(hub.partial_of_weights()).is_ok_and(|file| file.len() > 0) {
+            assert!(begun.elapsed() < Duration::from_secs(20) && child.try_wait().unwrap().is_none(), "{signal}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let sent = Command::new("kill").arg(format!("-{signal}")).arg(child.id().to_string()).status().unwrap();
+        let begun = Instant::now();
+        assert!(sent.success() && !child.wait().unwrap().success());
+        assert!(begun.elapsed() < Duration::from_secs(5), "{signal}");
+        hub.assert_whole(&hub.download(&[]));
+        assert!(hub.server.starts().iter().any(|start| *start > 0), "{signal}: it was begun anew");
+    }
+}
