@@ -106,7 +106,8 @@ impl ChatEncoder {
             Ok(pattern.is_some().then_some(span))
         };
         for sample in 1..=SAMPLES {
-            let index = sample * last / (SAMPLES + 1);
+            let from = sample * last / (SAMPLES + 1);
+            let Some(index) = (from..last).find(|&index| !words[index].is_blank()) else { continue };
             if spans[index].is_none() {
                 let Some(span) = learn(index)? else { return Ok(None) };
                 spans[index] = Some(span);
@@ -289,6 +290,13 @@ struct Words {
     after: String,
 }
 
+impl Words {
+    /// Nothing but white space: whether it is learned depends on what follows.
+    fn is_blank(&self) -> bool {
+        self.place.is_empty() && !self.before.is_empty()
+    }
+}
+
 /// How the part that is learned lies in a text, seen from the words.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Pattern {
@@ -335,6 +343,9 @@ impl Pattern {
 
     /// The part around the words, where exactly one fits.
     fn find(&self, text: &str, words: &Words) -> Option<Range<usize>> {
+        if words.is_blank() {
+            return None;
+        }
         let starts = self.leads.iter().filter_map(|(lead, kept)| {
             let before = text[..words.place.start].strip_suffix(if *kept { &words.before } else { "" })?;
             let before = before.strip_suffix(lead.as_str())?;

