@@ -11,10 +11,10 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::CheckpointError;
 use crate::io::confined_dir::ConfinedDir;
 use crate::io::file_error::FileError;
 use crate::io::storage;
-use crate::CheckpointError;
 
 /// The file's name in a checkpoint.
 pub const MANIFEST: &str = "manifest.json";
@@ -224,7 +224,12 @@ mod tests {
     #[test]
     fn a_manifest_that_is_none_is_damage() {
         let home = home();
-        for text in ["", "{", "{\"version\": 2, \"files\": {}}", r#"{"version": 1, "files": {"../a": {"bytes": 1, "xxh3": ""}}}"#] {
+        for text in [
+            "",
+            "{",
+            "{\"version\": 2, \"files\": {}}",
+            r#"{"version": 1, "files": {"../a": {"bytes": 1, "xxh3": ""}}}"#,
+        ] {
             fs::write(home.path().join(MANIFEST), text).unwrap();
             assert!(matches!(damage(&home, Depth::Sizes).as_slice(), [Damage::Manifest(_)]), "{text}");
         }

@@ -116,7 +116,9 @@ pub fn optimizer_files(dir: &Path) -> Vec<PathBuf> {
         if size.len() == 5 { size.parse::<usize>().ok() } else { None }
     });
     match world_size {
-        Some(world_size) if !single.exists() => (0..world_size).map(|rank| optimizer_part(dir, rank, world_size)).collect(),
+        Some(world_size) if !single.exists() => {
+            (0..world_size).map(|rank| optimizer_part(dir, rank, world_size)).collect()
+        }
         _ => vec![single],
     }
 }
@@ -149,7 +151,8 @@ pub fn checkpoint_folders(dir: &Path) -> Result<Vec<PathBuf>, FileError> {
         Err(error) => return Err(FileError::read(dir)(error)),
     };
     let name = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-    let mut folders: Vec<PathBuf> = paths.into_iter().filter(|path| is_checkpoint_name(&name(path)) && path.is_dir()).collect();
+    let mut folders: Vec<PathBuf> =
+        paths.into_iter().filter(|path| is_checkpoint_name(&name(path)) && path.is_dir()).collect();
     folders.sort_by_cached_key(|path| {
         let name = name(path);
         let digits = name[PREFIX.len()..].trim_start_matches('0').to_owned();
@@ -221,10 +224,8 @@ pub fn newest_checkpoint(run: &Path) -> Result<Option<(PathBuf, Option<ReadLock>
                 Verdict::Damaged(problem) => {
                     damaged.push(format!("`{}` is damaged and not read: {problem}", path.display()));
                 }
-                Verdict::Newer { version } => damaged.push(format!(
-                    "`{}` is not read: a newer program wrote it (version {version})",
-                    path.display()
-                )),
+                Verdict::Newer { version } => damaged
+                    .push(format!("`{}` is not read: a newer program wrote it (version {version})", path.display())),
             }
         }
         if !vanished {

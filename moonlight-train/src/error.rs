@@ -167,9 +167,9 @@ impl TrainError {
                 Some("restore one of them from a copy, or start anew with another `--set run.name=...`".into())
             }
             Self::NewerCheckpoint { .. } => Some("resume with that version".into()),
-            Self::OtherRun { .. } => {
-                Some("resume with what the checkpoint was made with, or start another run from it by `model.path`".into())
-            }
+            Self::OtherRun { .. } => Some(
+                "resume with what the checkpoint was made with, or start another run from it by `model.path`".into(),
+            ),
             Self::NonFinite { .. } => {
                 Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
             }

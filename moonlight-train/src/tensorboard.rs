@@ -31,7 +31,8 @@ impl EventWriter {
             let name = format!("events.out.tfevents.{:010}.{number}.moonlight", now as u64);
             File::options().write(true).create_new(true).open(dir.join(name))
         };
-        let taken = |file: &io::Result<File>| matches!(file, Err(error) if error.kind() == io::ErrorKind::AlreadyExists);
+        let taken =
+            |file: &io::Result<File>| matches!(file, Err(error) if error.kind() == io::ErrorKind::AlreadyExists);
         let file = (0..).map(open).find(|file| !taken(file)).expect("numbers do not run out")?;
         let mut writer = Self { file };
         let mut event = Vec::new();

@@ -6,27 +6,40 @@ mod common;
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::{Home, checkpoints};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{ioctl_tiocsctty, setsid};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
 /// `moonlight train` on a pseudo-terminal, as a shell starts it.
 struct OnTerminal {
-    child: Child,
+    child: Running,
     keys: File,
     screen: Receiver<Vec<u8>>,
     terminal: OwnedFd,
+    /// Makes the reader of the screen end, and its end of the terminal with it.
+    closed: Arc<AtomicBool>,
+    reader: JoinHandle<()>,
 }
 
 impl OnTerminal {
     fn start(home: &Home, name: &str) -> Self {
+        Self::open(home, name, true)
+    }
+
+    /// With `control` the terminal is the one that the program is controlled by, and its end a SIGHUP.
+    fn open(home: &Home, name: &str, control: bool) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
@@ -37,25 +50,41 @@ impl OnTerminal {
         command.stdin(stdio()).stdout(stdio()).stderr(stdio()).env("TERM", "xterm").env_remove("NO_COLOR");
         // SAFETY: both calls are system calls and allocate nothing.
         unsafe {
-            command.pre_exec(|| {
+            command.pre_exec(move || {
                 setsid()?;
-                ioctl_tiocsctty(rustix::stdio::stdin())?;
+                if control {
+                    ioctl_tiocsctty(rustix::stdio::stdin())?;
+                }
                 Ok(())
             });
         }
-        let child = command.spawn().unwrap();
+        let child = Running(command.spawn().unwrap());
         let keys = File::from(master);
         let mut output = keys.try_clone().unwrap();
         let (sender, screen) = channel();
-        std::thread::spawn(move || {
+        let closed = Arc::new(AtomicBool::new(false));
+        let close = closed.clone();
+        let reader = std::thread::spawn(move || {
             let mut buffer = [0; 4096];
-            while let Ok(read @ 1..) = output.read(&mut buffer) {
-                if sender.send(buffer[..read].to_vec()).is_err() {
-                    break;
+            let patience = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+            while !close.load(Ordering::SeqCst) {
+                let ready = poll(&mut [PollFd::new(&output, PollFlags::IN)], Some(&patience)).unwrap();
+                if ready > 0 {
+                    let Ok(read @ 1..) = output.read(&mut buffer) else { break };
+                    let _ = sender.send(buffer[..read].to_vec());
                 }
             }
         });
-        Self { child, keys, screen, terminal }
+        Self { child, keys, screen, terminal, closed, reader }
+    }
+
+    /// Closes the terminal, as a connection does that breaks; the program that runs on.
+    fn close(self) -> Running {
+        let Self { child, keys, terminal, closed, reader, .. } = self;
+        closed.store(true, Ordering::SeqCst);
+        reader.join().unwrap();
+        drop((keys, terminal));
+        child
     }
 
     /// Reads the screen until it has said all of `words`, in any order.
@@ -91,10 +120,40 @@ impl OnTerminal {
     }
 }
 
-impl Drop for OnTerminal {
+/// Killed when the test is over.
+struct Running(Child);
+
+impl Deref for Running {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl DerefMut for Running {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Running {
+    fn end(&mut self) -> ExitStatus {
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.try_wait().unwrap() {
+                return status;
+            }
+            assert!(started.elapsed() < Duration::from_secs(60), "it does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -126,4 +185,31 @@ fn killed_from_the_dashboard_it_is_an_error_and_no_panic() {
     let said = run.wait_for(&["killed from the dashboard", "--resume"]);
     assert!(!said.contains("panicked"), "{said}");
     assert_eq!(run.end(), Some(1));
+}
+
+#[test]
+fn a_terminal_that_closes_costs_the_picture_and_the_run_is_saved() {
+    let home = Home::new();
+    let run = OnTerminal::start(&home, "closed");
+    run.wait_for(&["Perplexity", "Controls"]);
+    let mut run = run.close();
+    let status = run.end();
+    assert_eq!(status.code(), Some(130), "{status:?}");
+    assert_eq!(checkpoints(&home.run("closed")).len(), 1);
+}
+
+#[test]
+fn a_terminal_that_nobody_is_told_of_costs_the_picture_alone() {
+    let home = Home::new();
+    let run = OnTerminal::open(&home, "unseen", false);
+    run.wait_for(&["Perplexity", "Controls"]);
+    let mut run = run.close();
+    let lines = || std::fs::read_to_string(home.run("unseen").join("metrics.jsonl")).unwrap().lines().count();
+    let before = lines();
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(run.try_wait().unwrap().is_none() && lines() > before, "the run goes on");
+    assert!(Command::new("kill").args(["-TERM", &run.id().to_string()]).status().unwrap().success());
+    let status = run.end();
+    assert_eq!(status.code(), Some(130), "{status:?}");
+    assert_eq!(checkpoints(&home.run("unseen")).len(), 1);
 }

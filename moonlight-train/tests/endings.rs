@@ -90,6 +90,23 @@ fn a_chat_ends_at_every_signal() {
 }
 
 /// A run that tokenizes for long: a file of zeros that takes no room.
+#[cfg(target_os = "linux")]
+#[test]
+fn under_nohup_the_end_of_the_terminal_is_not_heard() {
+    let (home, model) = talking();
+    let mut nohup = Command::new("nohup");
+    nohup.arg(env!("CARGO_BIN_EXE_moonlight")).args(["chat", "--device", "cpu", "--model"]).arg(&model);
+    let mut child = nohup.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    // It listens when it has opened the model.
+    std::thread::sleep(Duration::from_secs(2));
+    signal(&child, "HUP");
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(child.try_wait().unwrap().is_none(), "it ended");
+    signal(&child, "TERM");
+    assert_eq!(ended(&mut child).signal(), Some(15));
+    drop(home);
+}
+
 fn tokenizing(home: &Home) -> Child {
     let big = home.path("big.txt");
     File::create(&big).unwrap().set_len(2 << 30).unwrap();

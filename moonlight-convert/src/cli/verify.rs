@@ -45,7 +45,9 @@ pub(crate) fn run(arguments: Verify) -> Result<ExitCode, Failure> {
 fn manifest(dir: &Path) -> Result<ExitCode, Failure> {
     let Some(damages) = Manifest::check(dir, Depth::Digests)? else {
         note(format_args!("error: `{}` has no `{MANIFEST}`", printable(&dir.display().to_string())));
-        note(format_args!("hint: checkpoints of training runs have one; name a second checkpoint, or a list by --sha256"));
+        note(format_args!(
+            "hint: checkpoints of training runs have one; name a second checkpoint, or a list by --sha256"
+        ));
         return Ok(ExitCode::FAILURE);
     };
     let mut output = Output::new();

@@ -236,10 +236,13 @@ fn field_place(target: &Target, shape: &[usize], field: &str, element: usize) ->
     }
 }
 
-/// Every field is complete, and every state is that of its optimizer.
+/// Every field is complete and finite, and every state is that of its optimizer.
 fn check(collected: &Collected, targets: &[Target], pieces: &[Piece]) -> Result<(), StateError> {
     for ((piece, field), values) in &collected.fields {
         let (path, needed) = (&targets[piece.target].path, values.bytes.len() / values.dtype.size());
+        if !is_finite(values.dtype, &values.bytes) {
+            return Err(StateError::Unreadable(format!("the {field} of `{path}` holds infinite or NaN values")));
+        }
         if values.filled < needed {
             return Err(StateError::Unreadable(format!("a part of the {field} of `{path}` is missing")));
         }
@@ -261,6 +264,19 @@ fn check(collected: &Collected, targets: &[Target], pieces: &[Piece]) -> Result<
         }
     }
     Ok(())
+}
+
+/// Whether no value has all bits of its exponent set, as infinities and NaN have.
+fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
+    let none16 = |mask: u16| bytes.chunks_exact(2).all(|value| u16::from_le_bytes([value[0], value[1]]) & mask != mask);
+    match dtype {
+        DType::F32 => bytes.chunks_exact(4).all(|value| {
+            u32::from_le_bytes([value[0], value[1], value[2], value[3]]) & 0x7f80_0000 != 0x7f80_0000
+        }),
+        DType::BF16 => none16(0x7f80),
+        DType::F16 => none16(0x7c00),
+        _ => true,
+    }
 }
 
 /// Reads a file of either kind; tensors are left in it until they are needed.

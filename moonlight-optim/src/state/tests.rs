@@ -171,6 +171,12 @@ fn a_state_that_does_not_fit_is_refused() {
     broken.truncate(broken.len() - 8);
     let error = message(load(&assign(&model, true), Bytes::from_bytes_vec(broken)));
     assert!(error.starts_with("the optimizer state cannot be read"), "{error}");
+    // The values of the last tensor end the file.
+    let mut infinite = bytes().to_vec();
+    let end = infinite.len();
+    infinite[end - 4..].copy_from_slice(&f32::NEG_INFINITY.to_le_bytes());
+    let error = message(load(&assign(&model, true), Bytes::from_bytes_vec(infinite)));
+    assert!(error.ends_with("holds infinite or NaN values"), "{error}");
     let missing = assign(&model, true).load_module_optimizer(&["/nowhere/optimizer.bpk"]);
     assert!(message(missing).contains("/nowhere/optimizer.bpk"));
 }

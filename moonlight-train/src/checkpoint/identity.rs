@@ -236,10 +236,7 @@ mod tests {
         let Differences { refused, announced } = now.differences(&then);
         let keys = |differences: &[Difference]| differences.iter().map(ToString::to_string).collect::<Vec<_>>();
         assert_eq!(keys(&refused), ["`lora.rank` is 4 and was absent", "`run.seed` is 2 and was 1"]);
-        assert_eq!(
-            keys(&announced),
-            ["`optimizer.learning_rate` is 0.2 and was 0.1", "`train.steps` is 8 and was 4"]
-        );
+        assert_eq!(keys(&announced), ["`optimizer.learning_rate` is 0.2 and was 0.1", "`train.steps` is 8 and was 4"]);
     }
 
     #[test]

@@ -97,7 +97,10 @@ fn set_aside(damaged: &DamagedCheckpoint) {
             aside.file_name().unwrap_or_default().display()
         ),
         Err(error) => {
-            tracing::warn!("the checkpoint `{}` is damaged: {problem}; it cannot be set aside: {error}", path.display());
+            tracing::warn!(
+                "the checkpoint `{}` is damaged: {problem}; it cannot be set aside: {error}",
+                path.display()
+            );
         }
     }
 }

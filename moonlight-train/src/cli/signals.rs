@@ -48,7 +48,9 @@ pub(super) fn exit(code: u8) -> ! {
 #[cfg(unix)]
 pub(super) fn install() -> Result<(), TrainError> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(failed)?;
+    // `nohup` has the end of the terminal ignored, and means it.
+    let heard = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| signal != SIGHUP || !is_ignored(SIGHUP));
+    let mut signals = signal_hook::iterator::Signals::new(heard).map_err(failed)?;
     let listen = move || {
         for signal in signals.forever() {
             let asked = if signal == SIGINT { Signal::Interrupt } else { Signal::Terminate };
@@ -62,6 +64,15 @@ pub(super) fn install() -> Result<(), TrainError> {
     };
     std::thread::Builder::new().name("signals".into()).spawn(listen).map_err(failed)?;
     Ok(())
+}
+
+/// Whether this process was started with a signal ignored, as far as `/proc` tells.
+#[cfg(unix)]
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 /// Starts to listen; there is only Ctrl-C and its like.

@@ -130,7 +130,8 @@ mod tests {
         drop(metrics);
         drop(MetricsFile::open(&path, 9).unwrap());
         let text = std::fs::read_to_string(&path).unwrap();
-        let steps: Vec<u64> = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["step"].as_u64().unwrap()).collect();
+        let steps: Vec<u64> =
+            text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["step"].as_u64().unwrap()).collect();
         assert_eq!(steps, [1, 4]);
     }
 }

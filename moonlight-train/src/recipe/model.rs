@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use moonlight_infer::{ModelDir, resolve_model};
 use moonlight_infer::tokenizer::Tokenizer;
+use moonlight_infer::{ModelDir, resolve_model};
 use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, shape_keys};
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};

@@ -1,8 +1,10 @@
 //! The end of a run: its validation loss beside that of a bigram model, plots, evaluation, and a sample.
 
-use std::io::Write;
+use std::borrow::Cow;
+use std::io::{IsTerminal, Write};
 
 use burn::module::Module;
+use moonlight_convert::printable_lines;
 use moonlight_infer::generate::{Sampling, generate};
 
 use super::outcome::{Outcome, Trained};
@@ -57,7 +59,11 @@ pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError>
         let generated = generate(&model, &prompt, sample.max_new_tokens, sampling, &eos, |_| {})?;
         let text = tokenizer.decode(&generated.tokens);
         tracing::info!("sample:");
-        if let Err(error) = writeln!(std::io::stdout(), "{}{text}", sample.prompt) {
+        let mut stdout = std::io::stdout();
+        // To a terminal without what would command it; a file gets the text as it is.
+        let shown = if stdout.is_terminal() { printable_lines(&text) } else { Cow::Borrowed(text.as_str()) };
+        let written = writeln!(stdout, "{}{shown}", sample.prompt).and_then(|()| stdout.flush());
+        if let Err(error) = written {
             tracing::warn!("the sample cannot be written to stdout: {error}");
         }
     }

@@ -90,18 +90,18 @@ fn lock(folder: &Path) -> Result<Option<File>, TrainError> {
             // A claim that was given up meanwhile has removed the file: a lock on that one is worth nothing.
             Ok(()) if !is_at(&file, &path) => {}
             Ok(()) => break file,
-        Err(TryLockError::WouldBlock) => {
-            let mut holder = String::new();
-            let _ = file.take(LONGEST_HOLDER).read_to_string(&mut holder);
-            return Err(TrainError::RunLocked { folder: folder.to_owned(), holder: holder.trim().to_owned() });
-        }
-        Err(TryLockError::Error(error)) => {
-            tracing::warn!(
-                "`{}` cannot be locked ({error}): see to it yourself that no other process trains there",
-                folder.display()
-            );
-            return Ok(None);
-        }
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                let _ = file.take(LONGEST_HOLDER).read_to_string(&mut holder);
+                return Err(TrainError::RunLocked { folder: folder.to_owned(), holder: holder.trim().to_owned() });
+            }
+            Err(TryLockError::Error(error)) => {
+                tracing::warn!(
+                    "`{}` cannot be locked ({error}): see to it yourself that no other process trains there",
+                    folder.display()
+                );
+                return Ok(None);
+            }
         }
     };
     // For whoever comes second; the run does not depend on it.

@@ -23,8 +23,8 @@ use super::freeze;
 use super::model_cell::ModelCell;
 use super::outcome::Trained;
 use super::rank_trainer::RankTrainer;
-use super::run_folder::RunFolder;
 use super::run_eval::{self, run_eval};
+use super::run_folder::RunFolder;
 use crate::checkpoint::{
     Checkpoints, Difference, Differences, Digest, Found, RunIdentity, TrainerState, shape_differences,
 };
@@ -463,9 +463,9 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Resul
 /// An error of opening a checkpoint: what it says of damage, or a failure to read that says nothing of the checkpoint.
 fn damage(error: TrainError) -> Result<String, TrainError> {
     match error {
-        TrainError::File(_) | TrainError::Lora(_) | TrainError::Infer(InferError::Checkpoint(CheckpointError::File(_))) => {
-            Err(error)
-        }
+        TrainError::File(_)
+        | TrainError::Lora(_)
+        | TrainError::Infer(InferError::Checkpoint(CheckpointError::File(_))) => Err(error),
         TrainError::Infer(_) | TrainError::OptimizerState { .. } => Ok(error.to_string()),
         error => Err(error),
     }

@@ -71,9 +71,10 @@ impl Journal {
                 && path.file_name().is_some_and(|name| name == "checkpoints")
             {
                 let checkpoints = disk.find(&relative(path, &self.root)).map(|id| &disk.nodes[id].durable);
-                let steps = checkpoints.into_iter().flatten().filter_map(|(name, _)| {
-                    name.to_str()?.strip_prefix("step-")?.parse::<u64>().ok()
-                });
+                let steps = checkpoints
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|(name, _)| name.to_str()?.strip_prefix("step-")?.parse::<u64>().ok());
                 saved = steps.max().max(saved);
             }
         }
