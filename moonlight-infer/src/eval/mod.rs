@@ -18,6 +18,7 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
+use moonlight_convert::printable;
 use moonlight_model::CausalLm;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -344,7 +345,8 @@ pub fn table(evaluations: &[Evaluation]) -> String {
     let mut text =
         format!("{:<32} {:<10} {:>6} {:>5}  {:<16} {:>10}\n", "task", "format", "rows", "shots", "metric", "value");
     for evaluation in evaluations {
-        let task = evaluation.task.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = evaluation.task.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let task = printable(&name);
         for Metric { name, estimate: Estimate { value, stderr } } in &evaluation.metrics {
             let stderr = stderr.map(|stderr| format!(" ± {stderr:.4}")).unwrap_or_default();
             let (format, rows, shots) = (evaluation.format.to_string(), evaluation.rows, evaluation.shots);
