@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Four readers in a loop beside a run that saves every second step: `generate`, `score`, `plan`, and `moonlight-convert` with
-`inspect` and `verify`. The run and every reader must end well, and the run must leave what one without readers leaves.
+`inspect` and `verify`. The run and every reader must end well, and the run must leave what one without readers leaves. The last two
+are given a checkpoint by name, which the run may remove before they are done: where it has, they may say so.
 
     scripts/readers_beside_run.py --moonlight target/debug/moonlight --convert target/debug/moonlight-convert
 
@@ -23,8 +24,7 @@ def main():
     parser.add_argument("--moonlight", required=True, help="the program that trains")
     parser.add_argument("--convert", required=True, help="moonlight-convert")
     parser.add_argument("--steps", type=int, default=300)
-    # A reader that has found the newest checkpoint needs some time to open it.
-    parser.add_argument("--keep", type=int, default=20, help="checkpoints that the run keeps")
+    parser.add_argument("--keep", type=int, default=2, help="checkpoints that the run keeps")
     parser.add_argument("--dir", help="where the run goes [default: /dev/shm]")
     arguments = parser.parse_args()
     convert = str(pathlib.Path(arguments.convert).resolve())
@@ -64,7 +64,10 @@ def main():
                 done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
                 with lock:
                     counts[reader.__name__] = counts.get(reader.__name__, 0) + 1
-                    if done.returncode != 0:
+                    named = command[0] == convert and not pathlib.Path(command[-1]).exists()
+                    if done.returncode != 0 and named:
+                        counts["removed_meanwhile"] = counts.get("removed_meanwhile", 0) + 1
+                    elif done.returncode != 0:
                         faults.append({"reader": reader.__name__, "code": done.returncode, "stderr": done.stderr[-1000:]})
 
     process = home.train(home.recipe("beside", arguments.steps, arguments.keep))

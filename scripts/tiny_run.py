@@ -136,10 +136,26 @@ def metrics(run):
     return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
+def nameless(name, contents):
+    """A file of a checkpoint without what says which run, in which folder and with which cache, it belongs to."""
+    if name == "trainer.json":
+        state = json.loads(contents)
+        recipe = state.get("identity", {}).get("recipe", {})
+        recipe.pop("run", None)
+        recipe.get("data", {}).pop("cache_dir", None)
+        return state
+    if name == "manifest.json":
+        manifest = json.loads(contents)
+        # Of the file that has the names.
+        manifest["files"].pop("trainer.json", None)
+        return manifest
+    return contents
+
+
 def final(run):
     """The files of a run's newest checkpoint and its metrics: what must be equal, bit for bit."""
     newest = checkpoints(run)[-1]
-    files = {path.name: path.read_bytes() for path in sorted(newest.iterdir()) if path.is_file()}
+    files = {path.name: nameless(path.name, path.read_bytes()) for path in sorted(newest.iterdir()) if path.is_file()}
     return {"step": newest.name, "files": files, "metrics": metrics(run)}
 
 
