@@ -270,9 +270,9 @@ fn check(collected: &Collected, targets: &[Target], pieces: &[Piece]) -> Result<
 fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
     let none16 = |mask: u16| bytes.chunks_exact(2).all(|value| u16::from_le_bytes([value[0], value[1]]) & mask != mask);
     match dtype {
-        DType::F32 => bytes.chunks_exact(4).all(|value| {
-            u32::from_le_bytes([value[0], value[1], value[2], value[3]]) & 0x7f80_0000 != 0x7f80_0000
-        }),
+        DType::F32 => bytes
+            .chunks_exact(4)
+            .all(|value| u32::from_le_bytes([value[0], value[1], value[2], value[3]]) & 0x7f80_0000 != 0x7f80_0000),
         DType::BF16 => none16(0x7f80),
         DType::F16 => none16(0x7c00),
         _ => true,

@@ -3,8 +3,8 @@
 //! One rank takes the same path as many. In the order of a run:
 //!
 //! * `process_group.rs`: the ranks, from the recipe or a launcher, and what happens when one fails.
-//! * `setup.rs`: data, model, optimizer, and the checkpoint to resume from. `run_folder.rs` is the lock on the run's folder,
-//!   `fingerprint.rs` tells one base model from another.
+//! * `setup.rs`: data, model, optimizer, and the checkpoint to resume from. `run_folder.rs` is the lock on the run's folder;
+//!   `same_run.rs` compares the run with its checkpoint, and `fingerprint.rs` one base model with another.
 //! * `train_loop.rs`: the loop: step, report, validate, save.
 //! * `rank_trainer.rs`: what the loop calls, on one rank. `step.rs` is a step, `backward.rs` its passes in stages,
 //!   `step_result.rs` what it measures, `save.rs` a checkpoint.
@@ -26,6 +26,7 @@ mod qk_clip;
 mod rank_trainer;
 mod run_eval;
 mod run_folder;
+mod same_run;
 mod save;
 mod setup;
 mod step;

@@ -1,6 +1,5 @@
 //! Setting up a run: data, model, optimizer, and the checkpoint to resume from.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,18 +15,15 @@ use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::distributed::Worker;
 use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions, StateError};
 use serde_json::{Value, json};
-use xxhash_rust::xxh3::Xxh3;
 
-use super::fingerprint::fingerprint;
 use super::freeze;
 use super::model_cell::ModelCell;
 use super::outcome::Trained;
 use super::rank_trainer::RankTrainer;
 use super::run_eval::{self, run_eval};
 use super::run_folder::RunFolder;
-use crate::checkpoint::{
-    Checkpoints, Difference, Differences, Digest, Found, RunIdentity, TrainerState, shape_differences,
-};
+use super::same_run::{check_same_run, run_identity};
+use crate::checkpoint::{Checkpoints, Found, TrainerState};
 use crate::data::{Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{ConsoleLines, LogEvery, MetricsFile, Reporter};
@@ -306,81 +302,6 @@ impl Weights<'_> {
         };
         Ok((model, None))
     }
-}
-
-/// Refuses a checkpoint of another run; what may change and has is logged.
-fn check_same_run(
-    identity: &RunIdentity,
-    config: &ModelConfig,
-    model: &CausalLm,
-    found: &Found,
-) -> Result<(), TrainError> {
-    let mut differences = Differences::default();
-    match &found.state.identity {
-        Some(then) => differences = identity.differences(then),
-        // Of an earlier version: its weights have a dtype, and no more is known.
-        None if identity.dtype != dtype_name(model) => differences.refused.push(Difference {
-            key: "the dtype of the weights".into(),
-            now: identity.dtype.clone(),
-            then: dtype_name(model),
-        }),
-        None => {}
-    }
-    let shape = shape_differences(&config.to_value(), &model.config().to_value());
-    let known: BTreeSet<String> = differences.refused.iter().map(|difference| difference.key.clone()).collect();
-    differences.refused.extend(shape.into_iter().filter(|difference| !known.contains(&difference.key)));
-    if !differences.refused.is_empty() {
-        return Err(TrainError::OtherRun { checkpoint: found.path.clone(), differences: differences.refused });
-    }
-    for difference in differences.announced {
-        tracing::info!("changed since the checkpoint: {difference}");
-    }
-    Ok(())
-}
-
-fn dtype_name(model: &CausalLm) -> String {
-    format!("{:?}", model.dtype()).to_lowercase()
-}
-
-/// What the run is made of.
-fn run_identity(
-    recipe: &Recipe,
-    model: &CausalLm,
-    tokenizer: Option<&Tokenizer>,
-    corpus: &Dataset,
-    dtype: Option<DType>,
-) -> Result<RunIdentity, TrainError> {
-    let mut hash = Xxh3::new();
-    for Companion { name, contents } in tokenizer.map(Tokenizer::companions).unwrap_or_default() {
-        for part in [name.as_bytes(), &contents] {
-            hash.update(&(part.len() as u64).to_le_bytes());
-            hash.update(part);
-        }
-    }
-    let name = tokenizer.map_or("none".into(), |tokenizer| format!("`{}`", tokenizer.name()));
-    let hash_of_name = tokenizer.is_none_or(|tokenizer| tokenizer.companions().is_empty());
-    if hash_of_name {
-        hash.update(name.as_bytes());
-    }
-    let base = match (&recipe.lora, &recipe.model.path) {
-        (Some(_), Some(path)) => Some(Digest { name: format!("`{}`", path.display()), hash: fingerprint(path)? }),
-        _ => None,
-    };
-    let dtype = dtype.map_or_else(|| dtype_name(model), |dtype| format!("{dtype:?}").to_lowercase());
-    Ok(RunIdentity {
-        recipe: serde_json::to_value(recipe).expect("a recipe is numbers, names and lists"),
-        dtype,
-        tokenizer: Digest { name, hash: format!("{:032x}", hash.digest128()) },
-        train_data: Digest {
-            name: format!("{} tokens in {} sequences", corpus.train_tokens(), corpus.train_sequences()),
-            hash: format!("{:016x}", corpus.train_hash()),
-        },
-        valid_data: Digest {
-            name: format!("{} tokens", corpus.valid_tokens()),
-            hash: format!("{:016x}", corpus.valid_hash()),
-        },
-        base,
-    })
 }
 
 /// The tokenizer's files. If the data are conversations, also the chat template they were made with, unless it is the
