@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use moonlight_convert::storage;
 
 use crate::error::TrainError;
+use crate::output_file::Unfinished;
 
 /// The file in the run's folder that is locked. The kernel releases the lock with the process; the file stays.
 const LOCK: &str = "run.lock";
@@ -21,8 +22,8 @@ pub(super) struct RunFolder {
     path: PathBuf,
     /// Held, not used; `None` where the file system has no locks.
     _lock: Option<File>,
-    /// Whether the folder is this claim's own and empty but for the lock.
-    fresh: bool,
+    /// While the folder is this claim's own and empty but for the lock: a program that ends at once removes it, too.
+    fresh: Option<Unfinished>,
 }
 
 impl RunFolder {
@@ -58,18 +59,19 @@ impl RunFolder {
             return Err(TrainError::RunExists(path.to_owned()));
         }
         let fresh = fresh || is_empty_but_for_the_lock(path);
+        let fresh = fresh.then(|| Unfinished::new(path));
         Ok(Self { path: path.to_owned(), _lock: lock, fresh })
     }
 
     /// From now on the folder stays.
     pub(super) fn begin(&mut self) {
-        self.fresh = false;
+        self.fresh = None;
     }
 }
 
 impl Drop for RunFolder {
     fn drop(&mut self) {
-        if self.fresh && is_empty_but_for_the_lock(&self.path) {
+        if self.fresh.is_some() && is_empty_but_for_the_lock(&self.path) {
             let _ = fs::remove_file(self.path.join(LOCK));
             let _ = fs::remove_dir(&self.path);
         }

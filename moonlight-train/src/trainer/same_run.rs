@@ -31,7 +31,9 @@ pub(super) fn check_same_run(
         }),
         None => {}
     }
-    let shape = shape_differences(&config.to_value(), &model.config().to_value());
+    // The dtype is that of the weights, compared above, whatever a file called it.
+    let shape_of = |config: &ModelConfig| ModelConfig { dtype: None, ..config.clone() }.to_value();
+    let shape = shape_differences(&shape_of(config), &shape_of(model.config()));
     let known: BTreeSet<String> = differences.refused.iter().map(|difference| difference.key.clone()).collect();
     differences.refused.extend(shape.into_iter().filter(|difference| !known.contains(&difference.key)));
     if !differences.refused.is_empty() {
