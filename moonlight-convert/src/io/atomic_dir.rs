@@ -56,6 +56,9 @@ pub fn replace_directory(
 pub fn remove_directory(dir: &Path) -> Result<(), FileError> {
     let hidden = sibling(dir, REMOVED);
     storage::rename(dir, &hidden).map_err(FileError::write(dir))?;
+    // Durable before the first file goes, or a power loss could bring back the name of a directory that lacks files.
+    let parent = dir.parent().unwrap_or(Path::new(""));
+    storage::sync_dir(parent).map_err(FileError::write(parent))?;
     storage::remove_dir_all(&hidden).map_err(FileError::write(&hidden))
 }
 
