@@ -96,6 +96,8 @@ def templates():
         moonlight=joined(moonlight, CONVERSATION),
         blocks=joined(blocks, shared),
         loops=joined(loops, alpaca),
+        # The end of a tag within its beginning.
+        tag=joined("{%}{% generation %}a{% endgeneration %}", CONVERSATION),
     )
 
 
