@@ -8,7 +8,7 @@ mod common;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::train::Interrupter;
@@ -26,6 +26,8 @@ use disk::Journal;
 
 const STEPS: u64 = 4;
 
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// A run that saves after each step and keeps one checkpoint, so that each save but the first also removes one.
 fn run(home: &Home, name: &str, steps: u64, resume: bool) -> Result<Outcome, TrainError> {
     let sets = [
@@ -39,6 +41,8 @@ fn run(home: &Home, name: &str, steps: u64, resume: bool) -> Result<Outcome, Tra
         "run.device=cpu".into(),
     ];
     let recipe = Recipe::load(&home.path("recipe.toml"), &sets).unwrap();
+    // The device has one source of random numbers, which every run seeds: one at a time.
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     train(&recipe, &Target::open("cpu").unwrap(), resume, &Interrupter::new())
 }
 

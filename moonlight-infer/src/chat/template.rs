@@ -283,7 +283,7 @@ struct Tag {
 /// Every tag of a `{% generation %}` block.
 fn tags(text: &str) -> impl Iterator<Item = Tag> + '_ {
     text.match_indices("{%").filter_map(move |(start, _)| {
-        let length = text[start..].find("%}")? + 2;
+        let length = text[start + 2..].find("%}")? + 4; // not the sign that the tag begins with
         let inner = &text[start + 2..start + length - 2];
         let word = inner.trim_start_matches(['-', '+']);
         let left = inner[..inner.len() - word.len()].to_owned();

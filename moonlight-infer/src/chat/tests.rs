@@ -571,3 +571,10 @@ fn a_special_token_without_a_text_is_none() {
     let encoder = ChatEncoder::new(ChatTemplate::of_source(MOONLIGHT_TEMPLATE).unwrap(), tokenizer);
     assert_eq!(learned(&encoder, &TALK[1..3]).unwrap(), "A b<|im_end|>");
 }
+
+#[test]
+fn a_tag_that_ends_where_it_begins_is_an_error_and_no_panic() {
+    for source in ["{%}", "{%%}", "{% generation", "{%-%}", "{%}{% generation %}x{% endgeneration %}"] {
+        let _ = ChatTemplate::of_source(source).map(|template| template.text().to_owned());
+    }
+}
