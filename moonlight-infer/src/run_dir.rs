@@ -107,7 +107,6 @@ fn damages_without_manifest(dir: &Path) -> Result<Vec<String>, CheckpointError> 
 /// The files of the optimizer's state in a checkpoint: a part of each rank that wrote it, or the single file of earlier
 /// versions. A part that is missing is listed as well.
 pub fn optimizer_files(dir: &Path) -> Vec<PathBuf> {
-    let single = dir.join(SINGLE_OPTIMIZER);
     let paths = storage::read_dir(dir).unwrap_or_default();
     let mut names = paths.iter().filter_map(|path| path.file_name()?.to_str());
     // Five digits, as the name is written; more would be nobody's.
@@ -116,10 +115,8 @@ pub fn optimizer_files(dir: &Path) -> Vec<PathBuf> {
         if size.len() == 5 { size.parse::<usize>().ok() } else { None }
     });
     match world_size {
-        Some(world_size) if !single.exists() => {
-            (0..world_size).map(|rank| optimizer_part(dir, rank, world_size)).collect()
-        }
-        _ => vec![single],
+        Some(world_size) => (0..world_size).map(|rank| optimizer_part(dir, rank, world_size)).collect(),
+        None => vec![dir.join(SINGLE_OPTIMIZER)],
     }
 }
 
@@ -327,6 +324,7 @@ mod tests {
         fs::write(dir.join("optimizer-00000-of-99999999999.bpk"), "").unwrap();
         assert_eq!(optimizer_files(dir), [dir.join(SINGLE_OPTIMIZER)]);
         fs::write(optimizer_part(dir, 1, 2), "").unwrap();
+        fs::write(dir.join(SINGLE_OPTIMIZER), "a stray file").unwrap();
         assert_eq!(optimizer_files(dir), [optimizer_part(dir, 0, 2), optimizer_part(dir, 1, 2)]);
     }
 

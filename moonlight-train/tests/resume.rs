@@ -111,6 +111,23 @@ fn rotation_keeps_what_was_written_and_what_was_resumed_from_and_no_damaged_one(
 }
 
 #[test]
+fn a_write_protected_checkpoint_is_kept() {
+    let (home, run) = finished();
+    let protected = checkpoint(&run, 8);
+    fs::set_permissions(&protected, fs::Permissions::from_mode(0o555)).unwrap();
+    let sets = [
+        "train.steps=16",
+        "schedule.total_steps=16",
+        "train.checkpoint_every=1",
+        "train.keep=1",
+        "train.keep_best=false",
+    ];
+    assert_resumes(&home, &sets, 12);
+    assert_eq!(checkpoints(&run), ["step-00000008", "step-00000012", "step-00000016"]);
+    fs::set_permissions(protected, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+#[test]
 fn where_no_checkpoint_is_whole_the_run_is_refused_and_nothing_is_changed() {
     let (home, run) = finished();
     for step in [8, 12] {

@@ -197,6 +197,10 @@ impl Checkpoints {
         let protected: Vec<u64> = [Some(state.step), self.resumed_from, best].into_iter().flatten().collect();
         for step in rotation::superfluous(&whole.keys().copied().collect(), self.keep, &protected) {
             let path = &whole[&step];
+            // Somebody write-protected it to keep it.
+            if path.metadata().is_ok_and(|data| data.permissions().readonly()) {
+                continue;
+            }
             // Somebody may be reading it; the next rotation tries again.
             let lock = File::open(path);
             if let Ok(lock) = &lock
