@@ -8,7 +8,8 @@
 # kept in $FUZZ_TARGET_DIR/corpus, not in the repository, whose corpus scripts/make_fuzz_corpus.py makes.
 #
 # Wants a nightly compiler and cargo-fuzz (`cargo install cargo-fuzz`); where there is none, prints a line `SKIPPED: ...` and ends
-# with 0. The first build takes half an hour on two cores. FUZZ_SANITIZER=none is faster, and sees less.
+# with 0. The first build takes half an hour on two cores. FUZZ_SANITIZER=none is faster, and sees less. With FUZZ_SEED=N the inputs
+# are made from the repository's corpus alone, in an order that N decides: the same ones each time, as far as the seconds go.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -41,11 +42,17 @@ export ASAN_OPTIONS="detect_leaks=0:${ASAN_OPTIONS:-}"
 
 failed=()
 for target in "${targets[@]}"; do
-    mkdir -p "$home/corpus/$target" "fuzz/artifacts/$target"
+    corpus="$home/corpus/$target"
+    seed=()
+    if [ -n "${FUZZ_SEED:-}" ]; then
+        corpus="$scratch/corpus/$target"
+        seed=("-seed=$FUZZ_SEED")
+    fi
+    mkdir -p "$corpus" "fuzz/artifacts/$target"
     log="$home/$target.log"
     code=0
     # Twice the time, and a minute: a target that stops by itself has not hung.
-    timeout "$((2 * seconds + 60))" "$programs/$target" "$home/corpus/$target" "fuzz/corpus/$target" \
+    timeout "$((2 * seconds + 60))" "$programs/$target" "$corpus" "fuzz/corpus/$target" "${seed[@]}" \
         -max_total_time="$seconds" -timeout=5 -rss_limit_mb=1024 -max_len=16384 -print_final_stats=1 \
         -artifact_prefix="fuzz/artifacts/$target/" > "$log" 2>&1 || code=$?
     stat() { sed -n "s/^stat::$1: *//p" "$log" | tail -1; }

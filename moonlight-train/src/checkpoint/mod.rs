@@ -16,7 +16,7 @@
 //! the place of the model's configuration and weights.
 //!
 //! A checkpoint is written under a hidden name, flushed, and renamed in one step, so that a folder with a step's name is
-//! complete. Whether it still is what was written, its manifest tells: [`judge`](moonlight_infer::run_dir::judge) is asked
+//! complete. Whether it still is what was written, its manifest tells: [`judge`] is asked
 //! when a run resumes (`recovery.rs`), when old checkpoints are removed (`rotation.rs`), and by whoever reads a run's folder.
 //! `identity.rs` says whether a run that resumes is the same run.
 
