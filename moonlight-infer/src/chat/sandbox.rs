@@ -12,7 +12,8 @@
 //! * **Time.** Where all this fails to stop a template the clock does: it runs on a thread of its own, which is given up
 //!   ([`run`]).
 
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{RecvTimeoutError, SendError, Sender, channel};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -117,24 +118,50 @@ impl std::fmt::Display for Overrun {
 }
 
 /// Runs `job` on a thread with a stack of a known size, and waits for it no longer than `time`.
+///
+/// Threads are kept for the next job: making one takes longer than most renderings. One that does not answer in time is left
+/// to itself, and ends with its job.
 pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + Send + 'static) -> Result<T, Overrun> {
+    let idle = || IDLE.lock().unwrap_or_else(PoisonError::into_inner);
     let (answer, answers) = channel();
-    let builder = thread::Builder::new().name("chat template".into()).stack_size(STACK);
-    let started = builder.spawn(move || {
+    let mut job: Job = Box::new(move || {
         // Nobody listens any more when the time is over.
         let _ = answer.send(unpanicked(job));
     });
-    started.map_err(|_| Overrun::NoThread)?;
+    let thread = loop {
+        let kept = idle().pop();
+        let thread = kept.map_or_else(worker, Ok)?;
+        match thread.send(job) {
+            Ok(()) => break thread,
+            Err(SendError(unsent)) => job = unsent, // it has ended
+        }
+    };
     // In slices: a process that was stopped for an hour has lost one of them, not its time.
     let slices = 50;
     for _ in 0..slices {
         match answers.recv_timeout(time / slices) {
-            Ok(answer) => return answer.ok_or(Overrun::Panic),
+            Ok(answer) => {
+                idle().push(thread);
+                return answer.ok_or(Overrun::Panic);
+            }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Err(Overrun::Panic),
         }
     }
     Err(Overrun::Time)
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Threads without a job: at most as many as have asked for one at the same time.
+static IDLE: Mutex<Vec<Sender<Job>>> = Mutex::new(Vec::new());
+
+/// A new thread, which runs what it is sent until nobody can send any more.
+fn worker() -> Result<Sender<Job>, Overrun> {
+    let (jobs, received) = channel::<Job>();
+    let builder = thread::Builder::new().name("chat template".into()).stack_size(STACK);
+    builder.spawn(move || received.into_iter().for_each(|job| job())).map_err(|_| Overrun::NoThread)?;
+    Ok(jobs)
 }
 
 /// The source with its values guarded, see [`guard`].
