@@ -292,7 +292,7 @@ fn large(dir: &std::path::Path) {
     fs::create_dir(dir).unwrap();
     let config = fs::read_to_string(PathBuf::from(fixture()).join("../llama/config.json")).unwrap();
     let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
-    (config["vocab_size"], config["hidden_size"]) = (400_000.into(), 512.into());
+    (config["vocab_size"], config["hidden_size"]) = (200_000.into(), 512.into());
     (config["intermediate_size"], config["num_hidden_layers"]) = (1024.into(), 1.into());
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
     let config = moonlight_model::ModelConfig::from_json(&config.to_string()).unwrap();

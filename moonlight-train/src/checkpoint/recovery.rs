@@ -46,7 +46,17 @@ impl Checkpoints {
         for path in checkpoint_folders(&self.dir)? {
             // One of an earlier version, whose contents no digest vouches for, is only opened if it is to be resumed.
             let depth = if newest.is_none() { Depth::Digests } else { Depth::Sizes };
-            let problem = match judge(&path, depth)? {
+            let verdict = match judge(&path, depth) {
+                Ok(verdict) => verdict,
+                // An older one that cannot be read today is no reason not to resume.
+                Err(error) if newest.is_some() => {
+                    tracing::warn!("`{}` is left as it is: {error}", path.display());
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let problem = match verdict {
+                Verdict::Newer { .. } if newest.is_some() => continue,
                 Verdict::Newer { version } => return Err(TrainError::NewerCheckpoint { path, version }),
                 Verdict::Damaged(problem) => problem,
                 Verdict::Whole { .. } if newest.is_some() => continue,

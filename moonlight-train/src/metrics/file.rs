@@ -5,10 +5,10 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use tempfile::NamedTempFile;
 
 use super::{Metrics, Reporter};
 use crate::error::TrainError;
+use crate::output_file::temporary;
 
 /// No line of ours is longer; what is, is somebody else's and dropped.
 const LONGEST_LINE: u64 = 1 << 20;
@@ -27,7 +27,7 @@ impl MetricsFile {
     /// dropped, and so is what is no line of ours, such as a last one that was cut short.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
         let folder = path.parent().unwrap_or(Path::new("."));
-        let mut kept = temporary_in(folder).map_err(TrainError::write(folder))?;
+        let mut kept = temporary(folder, ".metrics.", None).map_err(TrainError::write(folder))?;
         match File::open(path) {
             Ok(file) => keep_until(BufReader::new(file), step, kept.as_file_mut()).map_err(TrainError::write(path))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -37,14 +37,6 @@ impl MetricsFile {
         let file = OpenOptions::new().append(true).open(path).map_err(TrainError::write(path))?;
         Ok(Self { path: path.to_owned(), file, lost: 0 })
     }
-}
-
-/// A temporary file that is to be read as any other file of the run; by itself it would be its owner's alone.
-fn temporary_in(folder: &Path) -> io::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less what the umask takes
-    builder.prefix(".metrics.").tempfile_in(folder)
 }
 
 impl Reporter for MetricsFile {
