@@ -42,6 +42,7 @@ mod error;
 mod format;
 #[doc(hidden)]
 pub mod fuzzing;
+mod hangup;
 pub mod hub;
 mod io;
 mod load;
@@ -57,6 +58,8 @@ pub use checkpoint::{Checkpoint, StoredTensor, WeightFile};
 pub use dtype::conversion::WeightDtype;
 pub use error::CheckpointError;
 pub use format::sidecars::sidecars_in;
+#[doc(hidden)]
+pub use hangup::hangup_is_ignored;
 pub use io::atomic_dir::{clean_leftovers, remove_directory, replace_directory};
 pub use io::confined_dir::ConfinedDir;
 pub use io::file_error::{Access, FileError};

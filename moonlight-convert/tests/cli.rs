@@ -334,6 +334,10 @@ fn signals_end_the_work_and_leave_nothing() {
     };
     let mut interrupted = 0;
     for signal in ["INT", "TERM", "HUP"] {
+        if signal == "HUP" && moonlight_convert::hangup_is_ignored() {
+            println!("SKIPPED: SIGHUP, which whoever started the tests has ignored");
+            continue;
+        }
         let mut child = Command::new(env!("CARGO_BIN_EXE_moonlight-convert"))
             .args(["convert", "--dtype", "f32"])
             .args([&source, &home.path().join("out")])

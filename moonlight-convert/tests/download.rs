@@ -606,6 +606,10 @@ fn a_list_that_drips_is_given_up() {
 #[test]
 fn signals_end_a_download() {
     for signal in ["INT", "TERM", "HUP"] {
+        if signal == "HUP" && moonlight_convert::hangup_is_ignored() {
+            println!("SKIPPED: SIGHUP, which whoever started the tests has ignored");
+            continue;
+        }
         let hub = Hub::new(Behaviour { silent_once: true, ..Behaviour::default() });
         let mut command = hub.command(&["download", REPO]);
         command.env("HF_HUB_DOWNLOAD_TIMEOUT", "60").stderr(std::process::Stdio::null());

@@ -16,7 +16,7 @@ pub(crate) fn listen() -> Arc<AtomicBool> {
     let flag = asked.clone();
     let end = || std::process::exit(i32::from(INTERRUPTED));
     // Without a handler, the program ends at once; the half-written sibling goes when the directory is next written.
-    let _ = ctrlc::set_handler(move || {
+    let _ = on_signal(move || {
         if flag.swap(true, Ordering::Relaxed) {
             end();
         }
@@ -26,4 +26,21 @@ pub(crate) fn listen() -> Arc<AtomicBool> {
         });
     });
     asked
+}
+
+/// Calls `heard` for each signal that asks the program to end, on a thread of its own.
+#[cfg(unix)]
+fn on_signal(mut heard: impl FnMut() + Send + 'static) -> std::io::Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    // `nohup` has the end of the terminal ignored, and means it.
+    let signals = [SIGINT, SIGTERM, SIGHUP].into_iter();
+    let signals = signals.filter(|&signal| signal != SIGHUP || !moonlight_convert::hangup_is_ignored());
+    let mut signals = signal_hook::iterator::Signals::new(signals)?;
+    std::thread::spawn(move || signals.forever().for_each(|_| heard()));
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn on_signal(heard: impl FnMut() + Send + 'static) -> Result<(), ctrlc::Error> {
+    ctrlc::set_handler(heard)
 }

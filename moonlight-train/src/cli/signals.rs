@@ -5,6 +5,9 @@
 
 use std::sync::{Mutex, PoisonError};
 
+#[cfg(unix)]
+use moonlight_convert::hangup_is_ignored;
+
 use crate::error::TrainError;
 use crate::output_file::remove_unfinished;
 
@@ -49,7 +52,7 @@ pub(super) fn exit(code: u8) -> ! {
 pub(super) fn install() -> Result<(), TrainError> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     // `nohup` has the end of the terminal ignored, and means it.
-    let heard = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| signal != SIGHUP || !is_ignored(SIGHUP));
+    let heard = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| signal != SIGHUP || !hangup_is_ignored());
     let mut signals = signal_hook::iterator::Signals::new(heard).map_err(failed)?;
     let listen = move || {
         for signal in signals.forever() {
@@ -64,15 +67,6 @@ pub(super) fn install() -> Result<(), TrainError> {
     };
     std::thread::Builder::new().name("signals".into()).spawn(listen).map_err(failed)?;
     Ok(())
-}
-
-/// Whether this process was started with a signal ignored, as far as `/proc` tells.
-#[cfg(unix)]
-fn is_ignored(signal: i32) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 /// Starts to listen; there is only Ctrl-C and its like.

@@ -150,6 +150,15 @@ pub(crate) fn moonlight(arguments: &[&str]) -> Command {
     command
 }
 
+/// Whether SIGHUP ends a program that a test starts; says so where it does not.
+pub(crate) fn hangup_is_heard() -> bool {
+    let ignored = moonlight_convert::hangup_is_ignored();
+    if ignored {
+        println!("SKIPPED: SIGHUP, which whoever started the tests has ignored");
+    }
+    !ignored
+}
+
 pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
