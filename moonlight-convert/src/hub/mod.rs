@@ -165,6 +165,7 @@ impl RepoId {
         Repo::with_revision(self.0.clone(), RepoType::Model, revision.to_owned())
     }
 
+    #[cfg_attr(not(feature = "download"), allow(dead_code, reason = "only a download asks"))]
     pub(crate) fn in_cache(&self, cache: &Cache, revision: &str) -> CacheRepo {
         cache.repo(self.repo(revision))
     }
