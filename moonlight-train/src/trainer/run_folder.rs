@@ -93,9 +93,8 @@ fn lock(folder: &Path) -> Result<Option<File>, TrainError> {
             Ok(()) if !is_at(&file, &path) => {}
             Ok(()) => break file,
             Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                let _ = file.take(LONGEST_HOLDER).read_to_string(&mut holder);
-                return Err(TrainError::RunLocked { folder: folder.to_owned(), holder: holder.trim().to_owned() });
+                let holder = holder(&path);
+                return Err(TrainError::RunLocked { folder: folder.to_owned(), holder });
             }
             Err(TryLockError::Error(error)) => {
                 tracing::warn!(
@@ -122,6 +121,21 @@ fn is_at(file: &File, path: &Path) -> bool {
 #[cfg(not(unix))]
 fn is_at(_: &File, _: &Path) -> bool {
     true // an open file cannot be removed there
+}
+
+/// What the process that holds a lock says of itself. It does so right after it has locked the file, so a short wait may be
+/// needed.
+fn holder(lock: &Path) -> String {
+    for _ in 0..50 {
+        let mut text = String::new();
+        // Anything else than text says nothing.
+        let _ = File::open(lock).and_then(|file| file.take(LONGEST_HOLDER).read_to_string(&mut text));
+        if text.ends_with('\n') {
+            return text.trim().to_owned();
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    String::new()
 }
 
 fn this_process() -> String {
