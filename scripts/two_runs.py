@@ -117,7 +117,7 @@ def main():
     parser.add_argument("--moonlight", required=True, help="the program")
     parser.add_argument("--folders", type=int, default=50, help="pairs in one folder")
     parser.add_argument("--caches", type=int, default=20, help="pairs with one cache")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dir", help="where the runs go [default: /dev/shm]")
     arguments = parser.parse_args()
