@@ -372,7 +372,7 @@ fn a_checkpoint_larger_than_the_disk_is_refused_before_anything_is_written() {
     assert!(!home.path().join("target").exists());
 }
 
-/// Every layout, of which the weights are cut behind the checkpoint's back: whatever reads them says so.
+/// Every layout, with weights that are cut short between opening and reading: whatever reads them says so.
 #[test]
 fn weights_that_are_cut_between_opening_and_reading_are_an_error() {
     let home = tempfile::tempdir().unwrap();
