@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use super::error::ConfigError;
 use super::keys::Keys;
 use super::model_type::ModelType;
+use super::other_keys;
 use super::rope::RopeConfig;
 use super::{AttentionShape, ModelConfig, MoeShape};
 
@@ -12,8 +13,12 @@ impl ModelConfig {
     /// Reads a `config.json` and checks it.
     ///
     /// Both spellings are understood: `rope_theta` and `rope_scaling`, or `rope_parameters`; `torch_dtype` or `dtype`;
-    /// one `eos_token_id` or a list. A `kimi_vl` or `kimi_k25` file gives its `text_config`. Keys that do not shape the model are
-    /// kept in [`extra`](ModelConfig::extra) and written back by [`to_json`](ModelConfig::to_json).
+    /// one `eos_token_id` or a list. A `kimi_vl` or `kimi_k25` file gives its `text_config`; the keys beside it are about
+    /// images, but for those that transformers lets stand on either side. Keys that do not shape the model are kept in
+    /// [`extra`](ModelConfig::extra) and written back by [`to_json`](ModelConfig::to_json).
+    ///
+    /// Every other key is an error: one that shapes the computation and is not followed ([`ConfigError::NotFollowed`], where
+    /// its value does not leave it off), and one that is not known ([`ConfigError::Unknown`]).
     ///
     /// # Errors
     ///
@@ -38,11 +43,16 @@ impl ModelConfig {
             let Value::Object(mut text) = text else {
                 return Err(ConfigError::Json("its `text_config` is not an object".into()));
             };
-            for key in ["quantization_config", "torch_dtype", "dtype"] {
-                if let Some(value) = map.remove(key)
-                    && !text.contains_key(key)
-                {
-                    text.insert(key.into(), value);
+            for key in OUTSIDE {
+                let Some(value) = map.remove(*key).filter(|value| !value.is_null()) else { continue };
+                if text.get(*key).is_none_or(Value::is_null) {
+                    text.insert((*key).into(), value);
+                } else if *key == "tie_word_embeddings" && text[*key] != value {
+                    return Err(ConfigError::NotFollowed {
+                        key: (*key).into(),
+                        problem: format!("is {value}, and in `text_config` it is {}", text[*key]),
+                        hint: Some("remove the one that is wrong: the files have a `lm_head.weight` where the head is not tied"),
+                    });
                 }
             }
             text.entry("model_type").or_insert_with(|| json!("deepseek_v3"));
@@ -50,6 +60,7 @@ impl ModelConfig {
         }
         let config = read(Keys { map })?;
         config.validate()?;
+        other_keys::check(&config)?;
         Ok(config)
     }
 
@@ -68,6 +79,18 @@ impl ModelConfig {
         Value::Object(map)
     }
 }
+
+/// The keys that may stand beside `text_config` and are about the text model.
+const OUTSIDE: &[&str] = &[
+    "bos_token_id",
+    "compression_config",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+];
 
 /// The keys of `config.json` that belong to no part of the model.
 const KEYS: &[&str] = &[
@@ -99,18 +122,19 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     let name = keys.string("model_type")?.ok_or(ConfigError::Missing { field: "model_type" })?;
     let model_type = ModelType::from_name(&name).ok_or(ConfigError::UnknownModelType(name))?;
     if let Some(activation) = keys.string("hidden_act")?
-        && activation != "silu"
+        && !["silu", "swish"].contains(&activation.as_str())
     {
-        return Err(ConfigError::Invalid {
-            field: "hidden_act",
+        return Err(ConfigError::NotFollowed {
+            key: "hidden_act".into(),
             problem: format!("is `{activation}`; the family has `silu`"),
+            hint: None,
         });
     }
     let hidden_size = keys.size("hidden_size")?;
     let num_attention_heads = keys.size("num_attention_heads")?;
     let max_position_embeddings = keys.size("max_position_embeddings")?;
     let attention = AttentionShape::read(&mut keys, model_type, hidden_size, num_attention_heads)?;
-    let rope = RopeConfig::read(&mut keys, attention.interleaves())?;
+    let rope = RopeConfig::read(&mut keys, attention.interleaves(), max_position_embeddings)?;
     let moe = if model_type.may_have_experts() { MoeShape::read(&mut keys, model_type)? } else { None };
     let dtype = match keys.string("dtype")? {
         Some(dtype) => {

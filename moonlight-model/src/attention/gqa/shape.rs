@@ -39,7 +39,8 @@ impl GqaShape {
         hidden_size: usize,
         num_attention_heads: usize,
     ) -> Result<Self, ConfigError> {
-        let bias = keys.boolean("attention_bias")?.unwrap_or(false);
+        // Qwen2 has biases on query, key and value whatever its file says.
+        let bias = model_type != ModelType::Qwen2 && keys.boolean("attention_bias")?.unwrap_or(false);
         Ok(Self {
             num_key_value_heads: keys.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads),
             head_dim: match keys.optional_size("head_dim")? {
@@ -48,7 +49,7 @@ impl GqaShape {
                 None => 0,
             },
             qkv_bias: model_type == ModelType::Qwen2 || bias,
-            o_bias: model_type == ModelType::Llama && bias,
+            o_bias: bias,
         })
     }
 
