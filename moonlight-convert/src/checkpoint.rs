@@ -179,7 +179,11 @@ impl Checkpoint {
         Ok(match (find(names::EMBEDDING), find(names::HEAD)) {
             _ if find(&packed).is_some() => TiedHead::Own,
             (Some(embedding), Some(head)) => {
-                if self.equal_values(embedding, head)? { TiedHead::Repeated } else { TiedHead::Own }
+                if self.equal_values(embedding, head)? {
+                    TiedHead::Repeated
+                } else {
+                    TiedHead::Own
+                }
             }
             (None, Some(_)) if absent(names::EMBEDDING) => TiedHead::Alone,
             _ => TiedHead::Nothing,

@@ -224,10 +224,7 @@ pub(crate) fn skip_reason(name: &str, config: &ModelConfig) -> Option<SkipReason
 }
 
 /// Layers after the last one that hold what only multi-token-prediction layers do, whatever the configuration announces.
-pub(crate) fn predicting_layers<'a>(
-    names: impl Iterator<Item = &'a str>,
-    config: &ModelConfig,
-) -> BTreeSet<usize> {
+pub(crate) fn predicting_layers<'a>(names: impl Iterator<Item = &'a str>, config: &ModelConfig) -> BTreeSet<usize> {
     names
         .map(key)
         .filter(|key| key.ends_with(PREDICTION_MARK))

@@ -248,9 +248,7 @@ impl Checkpoint {
         for (key, (reason, tensor)) in first {
             let difference = match second.remove(&key) {
                 None => Some(UnusedDifference::OnlyInFirst),
-                Some((_, theirs)) => {
-                    (!self.equal_bytes(&tensor, other, &theirs)?).then_some(UnusedDifference::Bytes)
-                }
+                Some((_, theirs)) => (!self.equal_bytes(&tensor, other, &theirs)?).then_some(UnusedDifference::Bytes),
             };
             if let Some(difference) = difference {
                 found.insert(key, UnusedTensor { tensor: tensor.name, reason, difference });

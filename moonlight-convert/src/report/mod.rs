@@ -15,7 +15,7 @@ pub(crate) mod validation;
 pub use compare::{Comparison, TensorDifference, UnusedDifference, UnusedTensor, ValueDistance};
 pub use digests::{CheckedFile, check_digests};
 pub use summary::{
-    CheckpointState, DtypeSummary, FileSummary, ParameterCounts, QuantizedForm, ReportedProblem, SkippedTensors, Summary,
-    unfinished_downloads,
+    CheckpointState, DtypeSummary, FileSummary, ParameterCounts, QuantizedForm, ReportedProblem, SkippedTensors,
+    Summary, unfinished_downloads,
 };
 pub use validation::{Problem, ProblemList};

@@ -153,7 +153,10 @@ impl fmt::Display for Problem {
                 write!(formatter, "`{tensor}` in `{file}` is {found:?}; `config.json` asks for {expected:?}")
             }
             Self::WrongDtype { tensor, file, dtype } => {
-                write!(formatter, "`{tensor}` in `{file}` is {dtype}; weights are read from F32, BF16, F16 and FP8 (E4M3)")
+                write!(
+                    formatter,
+                    "`{tensor}` in `{file}` is {dtype}; weights are read from F32, BF16, F16 and FP8 (E4M3)"
+                )
             }
             Self::Packing { tensor, file, problem } => {
                 write!(formatter, "`{tensor}` in `{file}` {problem}")
@@ -190,9 +193,10 @@ impl Kind {
             Self::Unexpected => plural("tensor is unexpected", "tensors are unexpected"),
             Self::Misshapen => plural("tensor has the wrong shape", "tensors have the wrong shape"),
             Self::WrongDtype => plural("tensor has a dtype that is not read", "tensors have a dtype that is not read"),
-            Self::Packing => {
-                plural("tensor is quantised in a way that is not read", "tensors are quantised in a way that is not read")
-            }
+            Self::Packing => plural(
+                "tensor is quantised in a way that is not read",
+                "tensors are quantised in a way that is not read",
+            ),
             Self::Twice => plural("parameter is there twice", "parameters are there twice"),
         }
     }
@@ -242,7 +246,9 @@ impl ProblemList {
             );
         }
         if all(&[Kind::Missing]) {
-            return Some("the files hold less than the model that `config.json` describes; are all of them there?".into());
+            return Some(
+                "the files hold less than the model that `config.json` describes; are all of them there?".into(),
+            );
         }
         if all(&[Kind::Missing, Kind::Unexpected, Kind::Misshapen, Kind::Implausible]) {
             return Some("`config.json` and the files disagree; are both of the same model?".into());

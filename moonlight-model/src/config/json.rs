@@ -45,14 +45,9 @@ impl ModelConfig {
             };
             for key in OUTSIDE {
                 let Some(value) = map.remove(*key).filter(|value| !value.is_null()) else { continue };
-                if text.get(*key).is_none_or(Value::is_null) {
+                // The head is the wrapper's.
+                if *key == "tie_word_embeddings" || text.get(*key).is_none_or(Value::is_null) {
                     text.insert((*key).into(), value);
-                } else if *key == "tie_word_embeddings" && text[*key] != value {
-                    return Err(ConfigError::NotFollowed {
-                        key: (*key).into(),
-                        problem: format!("is {value}, and in `text_config` it is {}", text[*key]),
-                        hint: Some("remove the one that is wrong: the files have a `lm_head.weight` where the head is not tied"),
-                    });
                 }
             }
             text.entry("model_type").or_insert_with(|| json!("deepseek_v3"));

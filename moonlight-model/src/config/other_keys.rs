@@ -244,7 +244,14 @@ const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
     (
         "other factors on scores and residuals are not computed",
         Neutral::Off,
-        &["attention_multiplier", "attn_scale", "attn_temperature_tuning", "dim_model_base", "floor_scale", "scale_depth"],
+        &[
+            "attention_multiplier",
+            "attn_scale",
+            "attn_temperature_tuning",
+            "dim_model_base",
+            "floor_scale",
+            "scale_depth",
+        ],
     ),
     (
         "attention to a part of the context is not computed",
@@ -265,11 +272,8 @@ const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
             "use_attention_sinks",
         ],
     ),
-    (
-        "attention to later tokens is not computed",
-        Neutral::On,
-        &["causal", "is_causal", "use_causal_mask"],
-    ),
+    ("attention to later tokens is not computed", Neutral::On, &["causal", "is_causal", "use_causal_mask"]),
+    ("models that are no Llama are not computed in its class", Neutral::On, &["is_llama_config"]),
     (
         "encoders and cross attention are not computed",
         Neutral::Off,
@@ -294,7 +298,11 @@ const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
         Neutral::Named(&["rope", "rotary"]),
         &["position_embedding_type"],
     ),
-    ("other positions are not computed", Neutral::Off, &["alibi", "mrope_section", "rope_local_base_freq", "use_alibi", "use_mrope"]),
+    (
+        "other positions are not computed",
+        Neutral::Off,
+        &["alibi", "mrope_section", "rope_local_base_freq", "use_alibi", "use_mrope"],
+    ),
     (
         "activations other than silu are not computed",
         Neutral::Named(&["silu", "swish"]),
@@ -346,7 +354,7 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
                 return Err(ConfigError::NotFollowed {
                     key: key.clone(),
                     problem: format!("is {}: {what}", shown(value)),
-                    hint: None,
+                    hint: Some(REMOVE),
                 });
             }
             None => unknown.push(key.clone()),
@@ -395,6 +403,11 @@ fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value)
             "a scale of the scores other than the width of a head is not computed",
             None,
         ),
+        ("rope_interleaved" | "rope_traditional", _) => refuse(
+            value.as_bool() == Some(config.rope.interleave),
+            "the rotary embedding of this class pairs dimensions the other way",
+            Some("`rope_interleave` is the key that is read"),
+        ),
         ("use_sliding_window" | "max_window_layers", _) => Ok(()),
         ("sliding_window" | "layer_types", _) => windows(config),
         ("original_max_position_embeddings", _) => Ok(()),
@@ -437,7 +450,9 @@ fn windows(config: &ModelConfig) -> Result<(), ConfigError> {
         if !kinds.iter().any(|kind| kind == "sliding_attention") {
             return Ok(());
         }
-    } else if window.is_none() || (qwen && number("max_window_layers").unwrap_or(28.0) >= config.num_hidden_layers as f64) {
+    } else if window.is_none()
+        || (qwen && number("max_window_layers").unwrap_or(28.0) >= config.num_hidden_layers as f64)
+    {
         return Ok(());
     }
     match window {

@@ -111,7 +111,11 @@ impl RopeConfig {
 
     /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (as published); `interleaves` is the model
     /// class's own layout. Of the two spellings a file may have one, or both with the same content.
-    pub(crate) fn read(keys: &mut Keys, interleaves: bool, max_position_embeddings: usize) -> Result<Self, ConfigError> {
+    pub(crate) fn read(
+        keys: &mut Keys,
+        interleaves: bool,
+        max_position_embeddings: usize,
+    ) -> Result<Self, ConfigError> {
         const PARAMETERS: &str = "rope_parameters";
         const SCALING: &str = "rope_scaling";
         let interleave = keys.boolean("rope_interleave")?.unwrap_or(interleaves);
@@ -124,7 +128,8 @@ impl RopeConfig {
         };
         let (field, map) = match (object(PARAMETERS)?, object(SCALING)?) {
             (Some(parameters), Some(scaling)) => {
-                let differs = scaling.iter().any(|(key, value)| parameters.get(key).is_some_and(|other| other != value));
+                let differs =
+                    scaling.iter().any(|(key, value)| parameters.get(key).is_some_and(|other| other != value));
                 require(!differs, SCALING, || "and `rope_parameters` say different things".into())?;
                 let both = scaling.into_iter().chain(parameters).collect();
                 (SCALING, both)
@@ -237,9 +242,8 @@ impl RopeScaling {
 
 impl Llama3Config {
     fn read(keys: &mut Keys, original_max_position_embeddings: usize) -> Result<Self, ConfigError> {
-        let mut number = |field: &'static str, shown: &'static str| {
-            keys.number(field)?.ok_or(ConfigError::Missing { field: shown })
-        };
+        let mut number =
+            |field: &'static str, shown: &'static str| keys.number(field)?.ok_or(ConfigError::Missing { field: shown });
         Ok(Self {
             factor: number("factor", "rope_scaling.factor")?,
             low_freq_factor: number("low_freq_factor", "rope_scaling.low_freq_factor")?,
