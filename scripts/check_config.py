@@ -4,7 +4,7 @@
     python scripts/check_config.py --program target/release/moonlight --convert target/release/moonlight-convert
 
 For each variant of a configuration that is followed (rope scalings in both spellings, biases, heads, routers, tied and
-half-tied heads, windows that change nothing) a tiny random model is saved by transformers, and its log-probabilities are
+half-tied heads, sliding windows) a tiny random model is saved by transformers, and its log-probabilities are
 held to those of `moonlight score` (1e-4). For each that is not followed, `moonlight score` must refuse and name the key; the
 script prints how far transformers is from the same model without that key, where it reads it. FP8 matrices with a scale a
 tensor, a row and a block go through `moonlight-convert convert`, and are held to torch's product bit by bit.
@@ -87,6 +87,7 @@ FOLLOWED = {
     | {"rope_scaling": YARN | {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.3, "truncate": False}},
     "llama, yarn without its length": LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
     "llama, attention_bias": LLAMA | {"attention_bias": True},
+    "llama, mlp_bias": LLAMA | {"attention_bias": True, "mlp_bias": True},
     "llama, head_dim": LLAMA | {"head_dim": 18},
     "llama, tied": LLAMA | {"tie_word_embeddings": True},
     "qwen2": QWEN2,
@@ -96,6 +97,15 @@ FOLLOWED = {
     "qwen2, window as long as the context": QWEN2
     | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
     "qwen2, no layer with a window": QWEN2 | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 3},
+    "qwen2, window": QWEN2 | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+    "qwen2, window from a layer on": QWEN2 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    "qwen2, window of one token": QWEN2 | {"use_sliding_window": True, "sliding_window": 1, "max_window_layers": 1},
+    "qwen2, layer_types": QWEN2
+    | {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
     "deepseek_v3": V3,
     "deepseek_v3, norm_topk_prob false": V3 | {"norm_topk_prob": False},
     "deepseek_v3, q_lora_rank and attention_bias": V3 | {"q_lora_rank": 15, "attention_bias": True},
@@ -113,17 +123,9 @@ FOLLOWED = {
 
 # The base, what is laid over it, and the key that must be named.
 REFUSED = [
-    (QWEN2, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}, "sliding_window"),
-    (
-        QWEN2,
-        {
-            "use_sliding_window": True,
-            "sliding_window": 3,
-            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-        },
-        "sliding_window",
-    ),
-    (LLAMA, {"mlp_bias": True}, "mlp_bias"),
+    (LLAMA, {"sliding_window": 3}, "sliding_window"),
+    (QWEN2, {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+    (V2, {"mlp_bias": True}, "mlp_bias"),
     (LLAMA, {"hidden_act": "gelu"}, "hidden_act"),
     (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     (LLAMA, {"rope_scaling": LINEAR | {"partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor"),
@@ -209,6 +211,26 @@ def score(program, folder):
     return json.loads(ran.stdout)["logprobs"][1:], ran.stderr.strip()
 
 
+def greedy(program, name, folder):
+    """Text from a cache, token by token, against transformers'."""
+    prompt, new = tokens()[:9], 24
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        # Without transformers' cache: the whole sequence each time.
+        ids = list(prompt)
+        for _ in range(new):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    prompt = ",".join(map(str, prompt))
+    arguments = ["--model", folder, "--prompt-tokens", prompt, "--max-new-tokens", str(new), "--json"]
+    ran = subprocess.run([program, "generate", *arguments], capture_output=True, text=True)
+    if ran.returncode:
+        return expect(f"{name}, greedy", False, ran.stderr.strip())
+    ours, expected = json.loads(ran.stdout)["tokens"], ids[-new:]
+    end = BASE["eos_token_id"]
+    if ours != expected[: len(ours)] or (len(ours) < new and end not in expected[len(ours) - 1 : len(ours) + 1]):
+        expect(f"{name}, greedy", False, f"{ours}, not {expected}")
+
+
 def distance(a, b):
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
@@ -228,6 +250,7 @@ def followed(program, name, config, folder):
     if ours is None:
         return expect(name, False, said)
     expect(name, distance(ours, expected) < BUDGET, f"{distance(ours, expected):.1e}")
+    greedy(program, name, folder)
     # The same in the spelling of transformers 4, and as it was given.
     saved = json.loads((folder / "config.json").read_text())
     rope = saved.pop("rope_parameters", None) or {}

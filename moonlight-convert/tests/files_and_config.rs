@@ -266,10 +266,9 @@ fn a_prediction_layer_that_is_not_announced_is_left_out_and_said() {
 #[test]
 fn a_key_that_is_not_followed_is_named_with_the_file_and_the_way_out() {
     let home = tempfile::tempdir().unwrap();
-    let mut config = config_of("qwen2");
-    (config["use_sliding_window"], config["sliding_window"]) = (true.into(), 3.into());
-    config["max_window_layers"] = 0.into();
-    write_dir(home.path(), &config, &read_tensors(&fixture("qwen2")));
+    let mut config = config_of("llama");
+    config["sliding_window"] = 3.into();
+    write_dir(home.path(), &config, &read_tensors(&fixture("llama")));
     let error = Checkpoint::open(home.path()).unwrap_err();
     let said = error.to_string();
     assert!(

@@ -3,8 +3,8 @@
 
 #![recursion_limit = "512"] // long `json!`
 
-use moonlight_model::config::{RopeScaling, shape_keys};
-use moonlight_model::{ConfigError, ModelConfig};
+use moonlight_model::config::{AttentionShape, RopeScaling, SlidingWindow, WindowLayers, shape_keys};
+use moonlight_model::{AttentionConfig, ConfigError, ModelConfig};
 use serde_json::{Value, json};
 
 /// `base` with other values laid over it.
@@ -223,7 +223,9 @@ fn refusal(value: Value) -> ConfigError {
 #[test]
 fn keys_that_shape_the_computation_and_are_not_followed_are_refused_by_name() {
     let cases = [
-        (llama(), "mlp_bias", json!(true)),
+        (qwen2(), "mlp_bias", json!(true)),
+        (moonlight(), "mlp_bias", json!(true)),
+        (llama(), "use_bias", json!(true)),
         (llama(), "hidden_act", json!("gelu")),
         (llama(), "hidden_activation", json!("gelu_pytorch_tanh")),
         (llama(), "partial_rotary_factor", json!(0.5)),
@@ -300,28 +302,61 @@ fn keys_that_nobody_knows_are_refused_together() {
 /// As transformers 5.24 decides (`Qwen2Config.__post_init__`): layers from `max_window_layers` on, where
 /// `use_sliding_window` is true, or those of `layer_types`.
 #[test]
-fn a_sliding_window_is_refused_where_it_changes_something() {
-    let refused = |over: Value| {
-        let error = refusal(with(&qwen2(), over));
-        let ConfigError::NotFollowed { key, hint, .. } = error else { panic!("{error}") };
-        (key, hint.is_some())
+fn a_sliding_window_belongs_to_the_layers_that_transformers_gives_it_to() {
+    let windows = |over: &Value| {
+        let config =
+            ModelConfig::from_value(with(&qwen2(), over.clone())).unwrap_or_else(|error| panic!("{over}: {error}"));
+        assert_eq!(ModelConfig::from_json(&config.to_json()).unwrap(), config, "{over}");
+        [0, 1].map(|layer| match config.layer(layer).attention {
+            AttentionConfig::Gqa(attention) => attention.sliding_window,
+            AttentionConfig::Mla(_) => unreachable!("Qwen2 has grouped-query attention"),
+        })
     };
     let sliding = |window: Value, first: i32| json!({"use_sliding_window": true, "sliding_window": window, "max_window_layers": first});
-    assert_eq!(refused(sliding(json!(3), 0)), ("sliding_window".into(), true));
-    assert_eq!(refused(sliding(json!(63), 1)), ("sliding_window".into(), true));
     let types = json!({"use_sliding_window": true, "sliding_window": 3, "max_window_layers": 28,
-        "layer_types": ["full_attention", "sliding_attention"]});
-    assert_eq!(refused(types.clone()), ("sliding_window".into(), true));
-    assert_eq!(refused(json!({"layer_types": ["sliding_attention", "full_attention"]})), ("layer_types".into(), false));
-    for harmless in [
-        sliding(json!(64), 0), // no sequence is longer than 64
+        "layer_types": ["sliding_attention", "full_attention"]});
+    assert_eq!(windows(&sliding(json!(3), 0)), [Some(3); 2]);
+    assert_eq!(windows(&sliding(json!(63), 1)), [None, Some(63)]);
+    assert_eq!(windows(&types), [Some(3), None]);
+    for none in [
         sliding(json!(null), 0),
         sliding(json!(3), 2), // both layers are before the first with a window
         json!({"use_sliding_window": true, "sliding_window": 3}), // 28 by default
         json!({"sliding_window": 3, "max_window_layers": 0}), // not used by default
         with(&types, json!({"layer_types": ["full_attention", "full_attention"], "max_window_layers": 0})),
     ] {
-        ModelConfig::from_value(with(&qwen2(), harmless.clone())).unwrap_or_else(|error| panic!("{harmless}: {error}"));
+        assert_eq!(windows(&none), [None; 2], "{none}");
+    }
+    let refused = refusal(with(&qwen2(), json!({"layer_types": ["sliding_attention", "full_attention"]}))).to_string();
+    assert!(
+        refused.contains("`layer_types` has layers of `sliding_attention`, and no `sliding_window` is in use"),
+        "{refused}"
+    );
+    let refused = refusal(with(&qwen2(), json!({"layer_types": ["chunked_attention"]}))).to_string();
+    assert!(refused.contains("`layer_types` must be a list of `full_attention` and `sliding_attention`"), "{refused}");
+    // A window that is set in Rust is written, and one that is taken away is not.
+    let mut config = ModelConfig::from_value(with(&qwen2(), sliding(json!(3), 1))).unwrap();
+    let AttentionShape::Gqa(shape) = &mut config.attention else { unreachable!("Qwen2 has grouped-query attention") };
+    shape.sliding_window = None;
+    assert_eq!(config.to_value().get("sliding_window"), None);
+    let AttentionShape::Gqa(shape) = &mut config.attention else { unreachable!("Qwen2 has grouped-query attention") };
+    shape.sliding_window = Some(SlidingWindow { tokens: 5, layers: WindowLayers::Listed(vec![true, false]) });
+    let again = ModelConfig::from_json(&config.to_json()).unwrap();
+    assert_eq!(again.attention, config.attention);
+}
+
+/// The other classes have no window: one that is shorter than the context is refused, with the way to open the model.
+#[test]
+fn a_sliding_window_of_another_class_is_refused_where_it_changes_something() {
+    let error = refusal(with(&llama(), json!({"sliding_window": 63})));
+    assert!(error.to_string().contains("`sliding_window` is 63, shorter than the 64 tokens"), "{error}");
+    assert!(error.hint().unwrap().contains("`max_position_embeddings`"));
+    for harmless in [
+        json!({"sliding_window": 64}), // no sequence is longer than 64
+        json!({"sliding_window": 3, "use_sliding_window": false}),
+        json!({"sliding_window": 3, "layer_types": ["full_attention", "full_attention"]}),
+    ] {
+        ModelConfig::from_value(with(&llama(), harmless.clone())).unwrap_or_else(|error| panic!("{harmless}: {error}"));
     }
 }
 
@@ -394,9 +429,9 @@ fn the_wrapper_of_a_text_model_says_what_is_outside() {
     assert!(wrapped(json!({"tie_word_embeddings": true})).tie_word_embeddings);
     assert_eq!(wrapped(json!({"eos_token_id": [7], "bos_token_id": 3})).eos_token_id, [7]);
     assert!(
-        refusal(json!({"model_type": "x", "text_config": with(&llama(), json!({"mlp_bias": true}))}))
+        refusal(json!({"model_type": "x", "text_config": with(&llama(), json!({"use_bias": true}))}))
             .to_string()
-            .contains("mlp_bias")
+            .contains("use_bias")
     );
 }
 

@@ -96,6 +96,7 @@ const KEYS: &[&str] = &[
     "initializer_range",
     "intermediate_size",
     "max_position_embeddings",
+    "mlp_bias",
     "model_type",
     "num_attention_heads",
     "num_hidden_layers",
@@ -131,6 +132,13 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     let attention = AttentionShape::read(&mut keys, model_type, hidden_size, num_attention_heads)?;
     let rope = RopeConfig::read(&mut keys, attention.interleaves(), max_position_embeddings)?;
     let moe = if model_type.may_have_experts() { MoeShape::read(&mut keys, model_type)? } else { None };
+    let llama = model_type == ModelType::Llama;
+    let mlp_bias = keys.boolean("mlp_bias")?;
+    if let Some(other) = mlp_bias.filter(|bias| !(*bias && llama)) {
+        // False stays as it was; in a class that has none, true is refused with the other keys.
+        keys.map.insert("mlp_bias".into(), json!(other));
+    }
+    let mlp_bias = llama && mlp_bias == Some(true);
     let dtype = match keys.string("dtype")? {
         Some(dtype) => {
             keys.take("torch_dtype");
@@ -157,6 +165,7 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
         rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
         initializer_range: keys.number("initializer_range")?.unwrap_or(0.02),
         tie_word_embeddings: keys.boolean("tie_word_embeddings")?.unwrap_or(false),
+        mlp_bias,
         attention,
         rope,
         moe,
@@ -182,6 +191,9 @@ fn write(config: &ModelConfig, map: &mut Map<String, Value>) {
     put("rms_norm_eps", json!(config.rms_norm_eps));
     put("initializer_range", json!(config.initializer_range));
     put("tie_word_embeddings", json!(config.tie_word_embeddings));
+    if config.mlp_bias {
+        put("mlp_bias", json!(true));
+    }
     if !config.extra.contains_key("architectures") {
         put("architectures", json!([config.model_type.architecture()]));
     }
@@ -287,7 +299,7 @@ mod tests {
                 assert!(known.contains(&key.as_str()) != others.contains(&key.as_str()), "{key}");
             }
         }
-        assert_eq!(known.len(), 38);
+        assert_eq!(known.len(), 43);
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod presets;
 pub(crate) mod rope;
 mod validate;
 
-pub use crate::attention::gqa::GqaShape;
+pub use crate::attention::gqa::{GqaShape, SlidingWindow, WindowLayers};
 pub use crate::attention::mla::MlaShape;
 pub use crate::attention::{AttentionShape, AttentionWidths};
 pub use crate::moe::shape::{MoeShape, Scoring, TopkMethod};
@@ -55,6 +55,8 @@ pub struct ModelConfig {
     pub initializer_range: f64,
     /// Whether the head is the embedding, transposed.
     pub tie_word_embeddings: bool,
+    /// Biases on the three projections of dense MLPs (Llama).
+    pub mlp_bias: bool,
     /// Multi-head latent attention, or grouped-query attention.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub attention: AttentionShape,
@@ -112,6 +114,7 @@ impl ModelConfig {
             rms_norm_eps: 1e-6,
             initializer_range: 0.02,
             tie_word_embeddings: false,
+            mlp_bias: false,
             attention,
             rope,
             moe: None,
@@ -197,6 +200,8 @@ setters! {
     with_initializer_range: initializer_range, f64;
     /// Sets [`tie_word_embeddings`](Self::tie_word_embeddings); false by default.
     with_tie_word_embeddings: tie_word_embeddings, bool;
+    /// Sets [`mlp_bias`](Self::mlp_bias); false by default.
+    with_mlp_bias: mlp_bias, bool;
     /// Sets [`rope`](Self::rope); by default `theta` is 10,000, without scaling, in the layout of the model class.
     with_rope: rope, RopeConfig;
     /// Sets [`moe`](Self::moe); none by default.

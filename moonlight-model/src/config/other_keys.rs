@@ -311,7 +311,7 @@ const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
     (
         "biases there are not computed",
         Neutral::Off,
-        &["add_bias_linear", "ffn_bias", "lm_head_bias", "mlp_bias", "use_bias", "use_mlp_bias"],
+        &["add_bias_linear", "ffn_bias", "lm_head_bias", "use_bias", "use_mlp_bias"],
     ),
     (
         "layers of different shapes are not computed",
@@ -408,6 +408,8 @@ fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value)
             "the rotary embedding of this class pairs dimensions the other way",
             Some("`rope_interleave` is the key that is read"),
         ),
+        // Read with the attention, which leaves them for the file to have again.
+        ("layer_types" | "sliding_window", AttentionShape::Gqa(_)) if config.model_type == ModelType::Qwen2 => Ok(()),
         ("use_sliding_window" | "max_window_layers", _) => Ok(()),
         ("sliding_window" | "layer_types", _) => windows(config),
         ("original_max_position_embeddings", _) => Ok(()),
@@ -429,49 +431,42 @@ fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value)
     })
 }
 
-/// Sliding windows are not computed: refuses those that are shorter than the longest sequence. transformers' rules say which
-/// layers have one: those of `layer_types`, or from `max_window_layers` on in Qwen2, where `use_sliding_window` is true.
+/// Sliding windows are computed in Qwen2 alone: in the other classes, refuses those that are shorter than the longest
+/// sequence.
 fn windows(config: &ModelConfig) -> Result<(), ConfigError> {
-    let number = |key: &str| config.extra.get(key).and_then(Value::as_f64);
-    let qwen = config.model_type == ModelType::Qwen2;
-    let used = config.extra.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(!qwen);
-    let window = number("sliding_window").filter(|window| used && *window != 0.0);
+    let refuse = |key: &str, problem: String, hint| Err(ConfigError::NotFollowed { key: key.into(), problem, hint });
+    let used = config.extra.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(true);
+    let window = config.extra.get("sliding_window").and_then(Value::as_f64);
+    let window = window.filter(|window| used && *window != 0.0);
     let context = config.max_position_embeddings;
-    let types = config.extra.get("layer_types").filter(|types| !types.is_null());
-    if let Some(types) = types {
+    if let Some(types) = config.extra.get("layer_types").filter(|types| !types.is_null()) {
+        let is = |kind: &str| types.as_array().is_some_and(|types| types.iter().any(|layer| layer == kind));
         let known = |kind: &Value| matches!(kind.as_str(), Some("full_attention" | "sliding_attention"));
-        let Some(kinds) = types.as_array().filter(|kinds| kinds.iter().all(known)) else {
-            return Err(ConfigError::NotFollowed {
-                key: "layer_types".into(),
-                problem: format!("is {}: layers other than `full_attention` are not computed", shown(types)),
-                hint: None,
-            });
-        };
-        if !kinds.iter().any(|kind| kind == "sliding_attention") {
+        if !types.as_array().is_some_and(|types| types.iter().all(known)) {
+            let problem = format!("is {}: layers other than `full_attention` are not computed", shown(types));
+            return refuse("layer_types", problem, None);
+        }
+        if !is("sliding_attention") {
             return Ok(());
         }
-    } else if window.is_none()
-        || (qwen && number("max_window_layers").unwrap_or(28.0) >= config.num_hidden_layers as f64)
-    {
-        return Ok(());
+        if window.is_none() {
+            let problem = "has layers of `sliding_attention`, and no `sliding_window` is in use".into();
+            return refuse("layer_types", problem, None);
+        }
     }
     match window {
-        Some(window) if window >= context as f64 => Ok(()),
-        Some(window) => Err(ConfigError::NotFollowed {
-            key: "sliding_window".into(),
-            problem: format!(
-                "is {window}, shorter than the {context} tokens of `max_position_embeddings`: sliding windows are not computed"
+        Some(window) if window < context as f64 => refuse(
+            "sliding_window",
+            format!(
+                "is {window}, shorter than the {context} tokens of `max_position_embeddings`: sliding windows are computed \
+                 in Qwen2 alone"
             ),
-            hint: Some(
-                "a window changes nothing in sequences that are no longer: with `max_position_embeddings` set to the window the \
-                 model opens",
+            Some(
+                "a window changes nothing in sequences that are no longer: with `max_position_embeddings` set to the window \
+                 the model opens",
             ),
-        }),
-        None => Err(ConfigError::NotFollowed {
-            key: "layer_types".into(),
-            problem: "has layers of `sliding_attention`, and no `sliding_window` is in use".into(),
-            hint: None,
-        }),
+        ),
+        _ => Ok(()),
     }
 }
 
