@@ -5,6 +5,7 @@ use tokenizers::tokenizer::{NormalizedString, Normalizer};
 use tokenizers::{NormalizerWrapper, normalizers};
 
 use super::limits;
+use super::post_processor::Around;
 use crate::guard::unpanicked;
 
 /// What is said of a panic: the crate takes a file's word for much.
@@ -20,31 +21,30 @@ pub(super) struct HuggingFace {
     vocab_size: usize,
     /// Whether a text could grow so much while it is normalized that each is tried step by step first.
     watched: bool,
+    around: Around,
 }
 
 impl HuggingFace {
     /// Reads the file's bytes.
     pub(super) fn parse(contents: &[u8]) -> Result<Self, String> {
         // Before the crate sees them: what aborts cannot be caught.
-        let limits::Checked { json, watched } = limits::checked(contents)?;
-        let parse = || Self::parse_checked(&json, watched);
+        let limits::Checked { json, watched, around } = limits::checked(contents)?;
+        let parse = || Self::parse_checked(&json, watched, around);
         unpanicked(parse).unwrap_or_else(|| Err(FAILED.into()))
     }
 
-    fn parse_checked(json: &[u8], watched: bool) -> Result<Self, String> {
+    fn parse_checked(json: &[u8], watched: bool, around: Around) -> Result<Self, String> {
         let mut inner = Inner::from_bytes(json).map_err(|error| error.to_string())?;
         inner.set_encode_special_tokens(true);
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| error.to_string())?;
-        // It only adds special tokens, which are not wanted.
-        inner.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
         let vocab = inner.get_vocab(true);
         if let Some(token) = vocab.keys().find(|token| token.len() > limits::LONGEST_TOKEN) {
             let (bytes, most) = (token.len(), limits::LONGEST_TOKEN);
             return Err(format!("it has a token of {bytes} bytes, more than the limit of {most}"));
         }
         let vocab_size = vocab.into_values().max().map_or(0, |id| id as usize + 1);
-        let tokenizer = Self { inner, vocab_size, watched };
+        let tokenizer = Self { inner, vocab_size, watched, around };
         // A model that has neither bytes nor an unknown token fails on a character that it has not seen, and a table of
         // characters that is damaged at those that are in it. Say so now, not in the middle of the data.
         let ordinary: String = (' '..='~').chain('\u{A0}'..='\u{17F}').collect();
@@ -83,6 +83,11 @@ impl HuggingFace {
 
     pub(super) fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// What the file puts around a text.
+    pub(super) fn around(&self) -> &Around {
+        &self.around
     }
 
     pub(super) fn id(&self, text: &str) -> Option<u32> {

@@ -4,13 +4,33 @@
 //! that no UTF-8 holds are the tokens of a conversation), a Hugging Face `tokenizer.json`, and Moonlight's own
 //! `tiktoken.model`.
 //!
-//! Text that happens to spell a special token (`<|im_end|>`) is not special: [`Tokenizer::encode`] gives its
-//! characters, as one wants for text that others wrote. [`Tokenizer::special`] gives the id of a special token.
+//! # Added tokens
+//!
+//! A tokenizer has tokens beside those of its model: `added_tokens` of a `tokenizer.json`, `added_tokens_decoder` of a
+//! `tokenizer_config.json`. Each of them is *special* or not (`"special": true | false`), and the three kinds of tokenizer
+//! agree on what that means:
+//!
+//! | | special (`<|im_end|>`) | not special (`<think>`) |
+//! |---|---|---|
+//! | in a text ([`encode`](Tokenizer::encode)) | its characters | the token |
+//! | in a text with [`with_parse_special`](Tokenizer::with_parse_special) | the token | the token |
+//! | [`decode`](Tokenizer::decode), [`stream`](Tokenizer::stream) | nothing | its text |
+//! | [`special`](Tokenizer::special), [`specials`](Tokenizer::specials) | yes | no |
+//!
+//! transformers reads special tokens out of every text, unless `split_special_tokens` is set; here that takes a wish of its
+//! own, because texts that others wrote must not end a turn. With it the tokens are those of transformers.
+//!
+//! # What begins and ends a text
+//!
+//! [`encode`](Tokenizer::encode) adds nothing. [`encode_text`](Tokenizer::encode_text) adds what transformers does with
+//! `add_special_tokens = true`: the [`prefix`](Tokenizer::prefix) and the [`suffix`](Tokenizer::suffix) that the
+//! tokenizer's post-processor puts around a text, such as BOS. [`with_bos`](Tokenizer::with_bos) changes the prefix.
 
 mod bytes;
 mod error;
 mod hugging_face;
 mod limits;
+mod post_processor;
 mod stream;
 mod tiktoken;
 
@@ -43,10 +63,26 @@ const BESIDE: [&str; 4] =
 /// The longest `tiktoken.model`; the published one has 2,795,286 bytes.
 const LONGEST_RANKS: u64 = 100_000_000;
 
+/// Whether a text begins with the tokenizer's BOS token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum AddBos {
+    /// As the tokenizer's files say: what the post-processor of `tokenizer.json` puts before a text.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
 /// Text to tokens and back. Clones share everything.
 #[derive(Clone)]
 pub struct Tokenizer {
     kind: Kind,
+    prefix: Arc<[u32]>,
+    suffix: Arc<[u32]>,
+    /// Whether `encode_text` reads special tokens out of a text.
+    parse_special: bool,
     vocab_size: usize,
     bos: Option<u32>,
     eos: Option<u32>,
@@ -104,6 +140,9 @@ impl Tokenizer {
             companions: Arc::new(kind.companions()),
             fingerprint: fingerprint.into(),
             name: name.into(),
+            prefix: Arc::default(),
+            suffix: Arc::default(),
+            parse_special: false,
             kind: Kind::Bytes(kind),
         }
     }
@@ -177,6 +216,9 @@ impl Tokenizer {
             companions,
             fingerprint: fingerprint("tokenizer.json", &contents),
             name: name(path),
+            prefix: kind.around().before.as_slice().into(),
+            suffix: kind.around().behind.as_slice().into(),
+            parse_special: false,
             kind: Kind::HuggingFace(Arc::new(kind)),
         })
     }
@@ -193,6 +235,9 @@ impl Tokenizer {
             companions,
             fingerprint: fingerprint("tiktoken.model", &contents),
             name: name(path),
+            prefix: Arc::default(),
+            suffix: Arc::default(),
+            parse_special: false,
             kind: Kind::Tiktoken(Arc::new(kind)),
         })
     }
@@ -213,8 +258,65 @@ impl Tokenizer {
             companions: Arc::default(),
             fingerprint: fingerprint("tokenizer.json", contents),
             name: TOKENIZER_JSON.into(),
+            prefix: kind.around().before.as_slice().into(),
+            suffix: kind.around().behind.as_slice().into(),
+            parse_special: false,
             kind: Kind::HuggingFace(Arc::new(kind)),
         })
+    }
+
+    /// This tokenizer with [`encode_text`](Tokenizer::encode_text) beginning a text with BOS or not. With
+    /// [`AddBos::Never`] nothing is put before a text at all.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizerError::NoBos`] for [`AddBos::Always`] where the tokenizer has no BOS.
+    pub fn with_bos(mut self, bos: AddBos) -> Result<Self, TokenizerError> {
+        match bos {
+            AddBos::Auto => {}
+            AddBos::Never => self.prefix = Arc::default(),
+            AddBos::Always => {
+                let token = self.bos.ok_or_else(|| TokenizerError::NoBos(self.name().to_owned()))?;
+                if !self.prefix.contains(&token) {
+                    self.prefix = std::iter::once(token).chain(self.prefix.iter().copied()).collect();
+                }
+            }
+        }
+        Ok(self)
+    }
+
+    /// This tokenizer with [`encode_text`](Tokenizer::encode_text) reading special tokens out of a text that spells them,
+    /// as transformers does.
+    pub fn with_parse_special(self, parse_special: bool) -> Self {
+        Self { parse_special, ..self }
+    }
+
+    /// This tokenizer with [`encode_text`](Tokenizer::encode_text) adding nothing behind a text, which is to be continued.
+    pub fn for_prompts(self) -> Self {
+        Self { suffix: Arc::default(), ..self }
+    }
+
+    /// What [`encode_text`](Tokenizer::encode_text) puts before a text: BOS, as a rule, or nothing.
+    pub fn prefix(&self) -> &[u32] {
+        &self.prefix
+    }
+
+    /// What [`encode_text`](Tokenizer::encode_text) puts behind a text: nothing, as a rule.
+    pub fn suffix(&self) -> &[u32] {
+        &self.suffix
+    }
+
+    /// The tokens of a text by itself: [`prefix`](Tokenizer::prefix), those of [`encode`](Tokenizer::encode),
+    /// [`suffix`](Tokenizer::suffix), as transformers gives them with `add_special_tokens = true`.
+    ///
+    /// # Errors
+    ///
+    /// As [`encode`](Tokenizer::encode).
+    pub fn encode_text(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let mut tokens = self.prefix.to_vec();
+        tokens.extend(self.encode(text)?);
+        tokens.extend(self.suffix.iter());
+        Ok(tokens)
     }
 
     /// The tokens of a text, none added at its ends; what spells a special token is not special.
