@@ -3,7 +3,7 @@
 use aho_corasick::{AhoCorasick, MatchKind};
 
 use super::{ChatError, ChatTemplate, Conversation, Message, Turn};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Piece, Tokenizer};
 
 /// Characters of a private-use plane. The `n`th replaces the `n`th special token where a message spells it, so that the
 /// template may cut and trim the message as it likes, and the text is still distinguished from the template's own tokens.
@@ -99,13 +99,13 @@ impl ChatEncoder {
         Ok(result)
     }
 
-    /// The special token that ends what the assistant says, where the template has one: a model that was taught by it
-    /// should stop there.
+    /// The token that ends what the assistant says, where the template writes an added one there (`<|im_end|>`,
+    /// `<|eot_id|>`, `<end_of_turn>`), be it special or not: a model that was taught by it should stop there.
     pub fn end_token(&self) -> Option<u32> {
         let turn = |role: &str, weight| Turn { message: Message::new(role, "x"), weight };
         let WeightedTokens { tokens, weights } = self.weighted(&[turn("user", 0.0), turn("assistant", 1.0)]).ok()?;
         let last = weights.iter().rposition(|&weight| weight > 0.0)?;
-        self.specials.names.iter().map(|(_, id)| *id).find(|&id| id == tokens[last])
+        Some(tokens[last]).filter(|&token| self.tokenizer.is_added(token))
     }
 
     /// Where the last special token of a text ends, if only white space follows it.
@@ -171,19 +171,19 @@ impl Specials {
     }
 
     fn encode(&self, tokenizer: &Tokenizer, text: &str, tokens: &mut Vec<u32>) -> Result<(), ChatError> {
-        let mut end = 0;
         let ordinary = |text: &str, tokens: &mut Vec<u32>| -> Result<(), ChatError> {
             if !text.is_empty() {
                 tokens.extend(tokenizer.encode(&self.reveal(text))?);
             }
             Ok(())
         };
-        for found in self.finder.find_iter(text) {
-            ordinary(&text[end..found.start()], tokens)?;
-            tokens.push(self.names[found.pattern().as_usize()].1);
-            end = found.end();
+        for piece in tokenizer.split_special(text) {
+            match piece {
+                Piece::Text(text) => ordinary(text, tokens)?,
+                Piece::Token(token) => tokens.push(token),
+            }
         }
-        ordinary(&text[end..], tokens)
+        Ok(())
     }
 
     /// The words as they were.
