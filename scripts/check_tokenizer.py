@@ -44,7 +44,7 @@ PATTERN = "|".join(
 SPECIALS = 256
 # Of which these are not special, as Kimi K2 has them, and these have flags (tiktoken knows none).
 PLAIN = {11: "<|tool_calls_section_begin|>", 13: "<|tool_call_begin|>", 22: "<think>", 23: "</think>"}
-FLAGS = {24: {"content": "<|left|>", "lstrip": True}, 25: {"content": "<|right|>", "rstrip": True}, 26: {"content": "word", "single_word": True}}
+FLAGS = {24: {"content": "<|left|>", "lstrip": True}, 25: {"content": "<|right|>", "rstrip": True}, 26: {"content": "w_ord", "single_word": True}}
 NAMES = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 10: "<|im_system|>", 17: "<|im_middle|>"}
 TEXTS = [
     "",

@@ -114,10 +114,10 @@ impl ChatEncoder {
         text[end..].trim().is_empty().then_some(end)
     }
 
-    /// The length of the special token that a text begins with, white space before it included.
+    /// The length of the added token that a text begins with, special or not, white space before it included.
     pub(super) fn special_at_start(&self, text: &str) -> Option<usize> {
         let white = text.len() - text.trim_start().len();
-        let found = self.specials.finder.find(&text[white..])?;
+        let found = self.specials.added.find(&text[white..])?;
         (found.start() == 0).then_some(white + found.end())
     }
 
@@ -132,6 +132,8 @@ impl ChatEncoder {
 struct Specials {
     names: Vec<(String, u32)>,
     finder: AhoCorasick,
+    /// Those that are not special as well.
+    added: AhoCorasick,
 }
 
 impl Specials {
@@ -140,11 +142,12 @@ impl Specials {
         // One without a text would be found everywhere.
         names.retain(|(name, _)| !name.is_empty());
         names.truncate(STAND_INS);
-        let finder = AhoCorasick::builder()
-            .match_kind(MatchKind::LeftmostLongest)
-            .build(names.iter().map(|(name, _)| name))
-            .expect("a few hundred short names are no load for the automaton");
-        Self { names, finder }
+        let finder = |names: Vec<&str>| {
+            let finder = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(names);
+            finder.expect("a few hundred short names are no load for the automaton")
+        };
+        let added = finder(tokenizer.added_texts().take(STAND_INS).collect());
+        Self { finder: finder(names.iter().map(|(name, _)| name.as_str()).collect()), added, names }
     }
 
     /// Words with a stand-in for each special token that they spell. A stand-in or a mark that somebody wrote is
@@ -173,7 +176,9 @@ impl Specials {
     fn encode(&self, tokenizer: &Tokenizer, text: &str, tokens: &mut Vec<u32>) -> Result<(), ChatError> {
         let ordinary = |text: &str, tokens: &mut Vec<u32>| -> Result<(), ChatError> {
             if !text.is_empty() {
-                tokens.extend(tokenizer.encode(&self.reveal(text))?);
+                let words = self.reveal(text);
+                let first = tokens.is_empty();
+                tokens.extend(if first { tokenizer.encode(&words)? } else { tokenizer.encode_behind(&words)? });
             }
             Ok(())
         };

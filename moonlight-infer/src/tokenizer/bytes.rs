@@ -41,6 +41,11 @@ pub(super) enum Bytes {
 }
 
 impl Bytes {
+    /// The special tokens by their ids.
+    pub(super) fn names(self) -> &'static [(u32, &'static str)] {
+        self.table()
+    }
+
     fn table(self) -> &'static [(u32, &'static str)] {
         match self {
             Self::Plain => &SPECIALS,

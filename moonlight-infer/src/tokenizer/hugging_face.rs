@@ -30,15 +30,23 @@ pub(super) struct HuggingFace {
     added: AddedTokens,
     /// The same with special text being special: as large as the first, and made for those who ask for it.
     parsing: OnceLock<Box<Inner>>,
+    /// Whether the beginning of a text is encoded in another way than the same words behind others.
+    marks_first: bool,
+    /// The same with [`ANCHOR`] as a token, where that is so.
+    anchored: OnceLock<Box<Inner>>,
 }
+
+/// No character: a token before a text, so that the text is not at the beginning.
+const ANCHOR: char = '\u{10FFFF}';
 
 impl HuggingFace {
     /// Reads the file's bytes; `names` are the tokens that the files beside it name. What was wrong with them and is no
     /// reason not to go on is a sentence of `notes`.
     pub(super) fn parse(contents: &[u8], names: &SpecialNames, notes: &mut Vec<String>) -> Result<Self, String> {
         // Before the crate sees them: what aborts cannot be caught.
-        let limits::Checked { json, watched, around } = limits::checked(contents)?;
-        unpanicked(|| Self::parse_checked(&json, watched, around, names, notes)).unwrap_or_else(|| Err(FAILED.into()))
+        let limits::Checked { json, watched, marks_first, around } = limits::checked(contents)?;
+        let parsed = unpanicked(|| Self::parse_checked(&json, watched, around, names, notes));
+        parsed.unwrap_or_else(|| Err(FAILED.into())).map(|tokenizer| Self { marks_first, ..tokenizer })
     }
 
     fn parse_checked(
@@ -75,7 +83,8 @@ impl HuggingFace {
             )
         });
         let added = AddedTokens::new(added.collect())?;
-        let tokenizer = Self { inner, vocab_size, watched, around, added, parsing: OnceLock::new() };
+        let (parsing, anchored) = (OnceLock::new(), OnceLock::new());
+        let tokenizer = Self { inner, vocab_size, watched, around, added, parsing, marks_first: false, anchored };
         // A model that has neither bytes nor an unknown token fails on a character that it has not seen, and a table of
         // characters that is damaged at those that are in it. Say so now, not in the middle of the data.
         let ordinary: String = (' '..='~').chain('\u{A0}'..='\u{17F}').collect();
@@ -90,6 +99,27 @@ impl HuggingFace {
     pub(super) fn encode(&self, text: &str, parse_special: bool) -> Result<Vec<u32>, String> {
         let inner = if parse_special { self.parsing() } else { &self.inner };
         unpanicked(|| self.tokens(inner, text)).unwrap_or_else(|| Err(FAILED.into()))
+    }
+
+    /// The tokens of a text that follows others.
+    pub(super) fn encode_behind(&self, text: &str) -> Result<Vec<u32>, String> {
+        if !self.marks_first || text.contains(ANCHOR) {
+            return self.encode(text, false);
+        }
+        let anchored = self.anchored.get_or_init(|| {
+            let mut anchored = Box::new(self.inner.clone());
+            let token = tokenizers::AddedToken::from(ANCHOR, false).normalized(false);
+            // Without it the text is encoded as a beginning.
+            let _ = anchored.add_tokens([token]);
+            anchored
+        });
+        let tokens = unpanicked(|| self.tokens(anchored, &format!("{ANCHOR}{text}")));
+        let mut tokens = tokens.unwrap_or_else(|| Err(FAILED.into()))?;
+        match tokens.first() == anchored.token_to_id(&ANCHOR.to_string()).as_ref() {
+            true => tokens.remove(0),
+            false => return self.encode(text, false),
+        };
+        Ok(tokens)
     }
 
     fn parsing(&self) -> &Inner {

@@ -36,6 +36,8 @@ pub(super) struct Checked {
     pub(super) json: Vec<u8>,
     /// Whether its normalizer can make a text more than [`GROWTH`] times as long.
     pub(super) watched: bool,
+    /// Whether only the first words of a text begin with a space that is not in it.
+    pub(super) marks_first: bool,
     /// What its post-processor puts around a text. The crate is not given it.
     pub(super) around: Around,
 }
@@ -98,7 +100,16 @@ pub(super) fn checked(contents: &[u8]) -> Result<Checked, String> {
     });
     let around = Around::read(processor.transpose()?.as_ref())?;
     let json = serde_json::to_vec(&file).map_err(|error| error.to_string())?;
-    Ok(Checked { json, watched: normalizer > GROWTH, around })
+    let marks_first = marks_first(file.pre_tokenizer.as_ref());
+    Ok(Checked { json, watched: normalizer > GROWTH, marks_first, around })
+}
+
+/// Whether a pre-tokenizer is SentencePiece's `Metaspace` with `prepend_scheme = "first"`, or has it among its steps.
+fn marks_first(part: Option<&Value>) -> bool {
+    let Some(Value::Object(step)) = part else { return false };
+    let steps = step.get("pretokenizers").and_then(Value::as_array).into_iter().flatten();
+    step.get("prepend_scheme").is_some_and(|scheme| scheme == "first")
+        || steps.into_iter().any(|step| marks_first(Some(step)))
 }
 
 /// How many times its length a text can become, at most.

@@ -374,6 +374,21 @@ impl Tokenizer {
         self.encode_with(text, false)
     }
 
+    /// The tokens of a part of a text that follows others. They are those of [`encode`](Tokenizer::encode), but for a
+    /// SentencePiece tokenizer that puts a space before the first word of a text only (`prepend_scheme = "first"`).
+    ///
+    /// # Errors
+    ///
+    /// As [`encode`](Tokenizer::encode).
+    pub fn encode_behind(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        match &self.kind {
+            Kind::HuggingFace(kind) => kind
+                .encode_behind(text)
+                .map_err(|problem| TokenizerError::Encode { tokenizer: self.name().to_owned(), problem }),
+            _ => self.encode(text),
+        }
+    }
+
     fn encode_with(&self, text: &str, parse_special: bool) -> Result<Vec<u32>, TokenizerError> {
         match &self.kind {
             Kind::Bytes(kind) => Ok(kind.encode(text, parse_special)),
@@ -470,6 +485,13 @@ impl Tokenizer {
                 specials.map(|(id, text)| (text.to_owned(), id)).collect()
             }
         }
+    }
+
+    /// The texts of all added tokens, special or not.
+    pub fn added_texts(&self) -> impl Iterator<Item = &str> {
+        let bytes = if let Kind::Bytes(kind) = &self.kind { kind.names() } else { &[] };
+        let added = self.added_tokens().into_iter().flat_map(AddedTokens::all).map(|(_, token)| token.content.as_str());
+        bytes.iter().map(|(_, name)| *name).chain(added)
     }
 
     fn added_tokens(&self) -> Option<&AddedTokens> {

@@ -608,3 +608,26 @@ fn a_fingerprint_changes_with_what_a_text_becomes() {
     assert!(before[0] != after[0] && before[1] != after[1]);
     assert_eq!(after, prints(false));
 }
+
+/// As transformers encodes the text of a template (Llama 2, Mistral): a space before the first word only.
+#[test]
+fn a_space_before_the_first_word_is_not_before_the_others() {
+    use crate::chat::{ChatEncoder, ChatTemplate, Message};
+
+    let tokenizer = with(|json| {
+        json["pre_tokenizer"] =
+            json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+        json["decoder"] = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+        json["model"]["vocab"]["▁"] = json!(259);
+        json["model"]["vocab"]["<unk>"] = json!(260);
+        json["model"]["unk_token"] = json!("<unk>");
+    })
+    .unwrap();
+    let template = "{% for m in messages %}a<|bos|>{{ m.content }}<|eos|>{% endfor %}";
+    let encoder = ChatEncoder::new(ChatTemplate::of_source(template).unwrap(), tokenizer.clone());
+    let messages = [Message::new("user", "b c"), Message::new("assistant", "d")];
+    let expected = [259, 97, BOS, 98, 259, 99, EOS, 97, BOS, 100, EOS];
+    assert_eq!(encoder.tokens(&messages, false).unwrap(), expected);
+    let parsed = tokenizer.with_parse_special(true).encode_text("a<|bos|>b c<|eos|>a<|bos|>d<|eos|>").unwrap();
+    assert_eq!(parsed, expected);
+}

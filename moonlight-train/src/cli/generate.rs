@@ -151,6 +151,13 @@ struct Opened {
 
 impl Arguments {
     fn open(&self) -> Result<Opened, TrainError> {
+        if self.prompt_tokens.is_some() && (self.text.is_given() || self.parse.parse_special) {
+            return Err(TrainError::Request {
+                problem: "`--prompt-tokens` are taken as they are, and `--bos`, `--no-bos` and `--parse-special` are for texts"
+                    .into(),
+                hint: Some("give the prompt as `--prompt TEXT`".into()),
+            });
+        }
         let opened = self.model.open()?;
         let parse_special = self.parse.parse_special;
         let end_of_turn = opened.chat_encoder().ok().filter(|_| parse_special).and_then(|chat| chat.end_token());

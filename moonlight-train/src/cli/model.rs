@@ -41,6 +41,11 @@ pub(super) struct TextArguments {
 }
 
 impl TextArguments {
+    /// Whether there is a wish.
+    pub(super) fn is_given(&self) -> bool {
+        self.bos || self.no_bos
+    }
+
     /// The tokenizer for texts, which begins them as it is told.
     pub(super) fn tokenizer(&self, tokenizer: &Tokenizer) -> Result<Tokenizer, TrainError> {
         let bos = match (self.bos, self.no_bos) {
