@@ -16,9 +16,9 @@ pub(super) enum Change {
     Replace(TensorData),
     /// Less its best approximation of this rank (PiSSA, arXiv 2404.02948).
     WithoutPrincipal(usize),
-    /// Less `Q_r R_r` of the QR decomposition of its transpose (OLoRA, arXiv 2406.01775): what lies in the space of the
-    /// first `r` inputs' columns.
-    WithoutFirstColumns(usize),
+    /// Less `scale Q_r R_r` of the QR decomposition of its transpose (OLoRA, arXiv 2406.01775): what lies in the space of the
+    /// first `rank` inputs' columns.
+    WithoutFirstColumns { rank: usize, scale: f64 },
     /// `+ scale a b`.
     Add { a: TensorData, b: TensorData, scale: f64 },
     /// `m (W + scale a b) / |W + scale a b|`, the norm over the inputs of each output (DoRA, arXiv 2402.09353).
@@ -90,7 +90,9 @@ fn changed<const D: usize>(weight: Tensor<D>, change: Change) -> Tensor<D> {
     match change {
         Change::Replace(data) => Tensor::from_data(data, (&device, DType::F32)),
         Change::WithoutPrincipal(rank) => flat(on_host(two(weight), |weight| without_principal(weight, rank))),
-        Change::WithoutFirstColumns(rank) => flat(on_host(two(weight), |weight| without_first_columns(weight, rank))),
+        Change::WithoutFirstColumns { rank, scale } => {
+            flat(on_host(two(weight), |weight| without_first_columns(weight, rank, scale as f32)))
+        }
         Change::Add { a, b, scale } => flat(two(weight) + product(a, b, scale)),
         Change::Dora { a, b, scale, magnitude } => {
             let sum = two(weight) + product(a, b, scale);
@@ -143,11 +145,11 @@ fn without_principal(weight: MatRef<'_, f32>, rank: usize) -> Option<Mat<f32>> {
 }
 
 /// `weight` is `[in, out]`, the transpose of what is decomposed: its first rows span the space.
-fn without_first_columns(weight: MatRef<'_, f32>, rank: usize) -> Option<Mat<f32>> {
+fn without_first_columns(weight: MatRef<'_, f32>, rank: usize, scale: f32) -> Option<Mat<f32>> {
     let rank = rank.min(weight.nrows()).min(weight.ncols());
     let first = weight.get(..rank, ..).transpose().to_owned();
     let q = first.qr().compute_thin_Q();
-    Some(weight - (weight * &q) * q.transpose())
+    Some(weight - faer::Scale(scale) * ((weight * &q) * q.transpose()))
 }
 
 #[cfg(test)]
@@ -175,8 +177,10 @@ mod tests {
         // The first input's row is (1, 1): what the others have along it goes, too.
         let weight = || tensor(&[1.0, 1.0, 2.0, 0.0, 0.0, 4.0], [3, 2]);
         let left = [0.0, 0.0, 1.0, -1.0, -2.0, 2.0];
-        assert_near(values(changed(weight(), Change::WithoutFirstColumns(1))), &left);
-        assert_near(values(changed(weight(), Change::WithoutFirstColumns(5))), &[0.0; 6]);
+        let without = |rank, scale| values(changed(weight(), Change::WithoutFirstColumns { rank, scale }));
+        assert_near(without(1, 1.0), &left);
+        assert_near(without(5, 1.0), &[0.0; 6]);
+        assert_near(without(1, 0.5), &[0.5, 0.5, 1.5, -0.5, -1.0, 3.0]);
     }
 
     #[test]

@@ -91,7 +91,7 @@ pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, Ada
     let Contents { adapters, changes } = contents(model, dir)?;
     let what = |(path, changes): (&String, &Vec<Change>)| match changes.last() {
         Some(Change::WithoutPrincipal(_)) => "is PiSSA, which changes the base's weights".to_owned(),
-        Some(Change::WithoutFirstColumns(_)) => "is OLoRA, which changes the base's weights".to_owned(),
+        Some(Change::WithoutFirstColumns { .. }) => "is OLoRA, which changes the base's weights".to_owned(),
         Some(Change::Dora { .. }) => "is DoRA".to_owned(),
         Some(Change::Add { .. }) => format!("has an adapter of `{path}`"),
         _ => format!("has a `{path}` of its own"),
@@ -375,7 +375,7 @@ impl Reading {
     fn tied(&self, name: &str) -> AdapterError {
         self.hinted(
             format!("holds `{name}`, and the model's head is its embedding (`tie_word_embeddings`)"),
-            "in peft the two part; untie the model first, or train tokens by themselves (`trainable_token_indices`)",
+            "peft makes two weights of them; untie the model first, or train single tokens (`trainable_token_indices`)",
         )
     }
 
@@ -384,11 +384,11 @@ impl Reading {
     }
 
     /// Takes what peft takes off the base's weight.
-    fn without_initial(&mut self, path: &str, rank: usize) {
+    fn without_initial(&mut self, path: &str, rank: usize, scale: f64) {
         match self.config.initial {
             Initial::Nothing => {}
             Initial::Principal => self.change(path, Change::WithoutPrincipal(rank)),
-            Initial::FirstColumns => self.change(path, Change::WithoutFirstColumns(rank)),
+            Initial::FirstColumns => self.change(path, Change::WithoutFirstColumns { rank, scale }),
         }
     }
 
@@ -641,7 +641,7 @@ impl Reading {
         if shape.kind == Router && (self.config.dora || self.config.initial != Initial::Nothing) {
             return Err(self.no_plain_lora(module));
         }
-        self.without_initial(&shape.path, rank);
+        self.without_initial(&shape.path, rank, settings.scale(rank));
         let (a, b, scale) = self.turned_pair(module, a, b, settings)?;
         match (self.config.dora, magnitude) {
             (false, None) if shape.kind == Head => self.change(&shape.path, Change::Add { a, b, scale }),
