@@ -102,7 +102,8 @@ impl JsonlReader {
         Ok(Self { path: path.to_owned(), file: BufReader::new(file), buffer: Vec::new(), line: 0 })
     }
 
-    /// The tokens of the next line; `None` after the last. A line of text needs a tokenizer.
+    /// The tokens of the next line; `None` after the last. A line of text needs a tokenizer, which gives those of its
+    /// [`encode_text`](Tokenizer::encode_text).
     ///
     /// # Errors
     ///
@@ -178,7 +179,7 @@ fn tokens_of(line: &str, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, (Str
     match (line.tokens, line.text, tokenizer) {
         (Some(tokens), None, _) => Ok(tokens),
         (None, Some(text), Some(tokenizer)) => {
-            tokenizer.encode(&text).map_err(|error| (error.to_string(), error.hint()))
+            tokenizer.encode_text(&text).map_err(|error| (error.to_string(), error.hint()))
         }
         (None, Some(_), None) => {
             Err(("the model's directory has no tokenizer".into(), Some("give `tokens` in place of `text`".into())))

@@ -52,6 +52,8 @@ pub(super) struct TokenizeJob<'a> {
 struct Block {
     origin: Origin,
     bytes: Vec<u8>,
+    /// Whether the document begins here.
+    begins: bool,
     /// Whether the document ends here, and whether the end is the text's own.
     end: Option<End>,
 }
@@ -119,6 +121,12 @@ impl TokenizeJob<'_> {
             hash.bytes(self.chat.map(|chat| chat.template().text()).unwrap_or_default().as_bytes());
             hash.number(TEMPLATES);
             hash.bytes(self.tokenizer.map(Tokenizer::fingerprint).unwrap_or_default().as_bytes());
+            if let Some(tokenizer) = self.tokenizer.filter(|_| self.format == DataFormat::Text) {
+                for around in [tokenizer.prefix(), tokenizer.suffix()] {
+                    hash.number(around.len() as u64);
+                    around.iter().for_each(|&token| hash.number(token.into()));
+                }
+            }
             hash.number(self.vocab_size as u64);
             hash.number(self.max_tokens);
             for file in self.files {
@@ -200,9 +208,12 @@ impl TokenizeJob<'_> {
                 let text = String::from_utf8_lossy(&block.bytes);
                 // What a tokenizer has no tokens for would be missing from the data.
                 let refused = |error: TokenizerError| Refused { problem: error.to_string(), hint: error.hint() };
-                let mut tokens = tokenizer.encode(&text).map_err(|error| self.record(block, refused(error)))?;
+                let mut tokens = if block.begins { tokenizer.prefix().to_vec() } else { Vec::new() };
+                tokens.extend(tokenizer.encode(&text).map_err(|error| self.record(block, refused(error)))?);
                 if block.end == Some(End::Whole) {
-                    tokens.extend(tokenizer.eos());
+                    tokens.extend(tokenizer.suffix());
+                    // One of them ends the document, be it of the text or of the tokenizer.
+                    tokens.extend(tokenizer.eos().filter(|eos| tokenizer.suffix().last() != Some(eos)));
                 }
                 let replaced = matches!(text, std::borrow::Cow::Owned(_));
                 Ok(Tokenized { tokens, weights: Vec::new(), replaced, shape: None })
@@ -237,6 +248,7 @@ impl TokenizeJob<'_> {
         let mut reader = reader.take(limit);
         let mut left = limit;
         let mut bytes = Vec::new();
+        let mut begins = true;
         loop {
             let before = bytes.len();
             let read = reader.by_ref().take((BLOCK_BYTES - before.min(BLOCK_BYTES - 1)) as u64).read_to_end(&mut bytes);
@@ -246,11 +258,12 @@ impl TokenizeJob<'_> {
                 if cut {
                     bytes.truncate(whole_characters(&bytes));
                 }
-                round.add(Block { origin, bytes, end: Some(if cut { End::Cut } else { End::Whole }) });
+                round.add(Block { origin, bytes, begins, end: Some(if cut { End::Cut } else { End::Whole }) });
                 return full(round);
             }
             let rest = bytes.split_off(boundary(&bytes));
-            round.add(Block { origin, bytes: std::mem::replace(&mut bytes, rest), end: None });
+            round.add(Block { origin, bytes: std::mem::replace(&mut bytes, rest), begins, end: None });
+            begins = false;
             if full(round)? {
                 return Ok(true);
             }
@@ -284,7 +297,7 @@ impl TokenizeJob<'_> {
             }
             left -= bytes.len() as u64;
             if !bytes.trim_ascii().is_empty() {
-                round.add(Block { origin, bytes, end: Some(End::Whole) });
+                round.add(Block { origin, bytes, begins: true, end: Some(End::Whole) });
                 if full(round)? {
                     return Ok(true);
                 }
@@ -325,7 +338,7 @@ impl TokenizeJob<'_> {
             if bytes.len() > LONGEST_RECORD {
                 return Err(self.too_long(origin));
             }
-            round.add(Block { origin, bytes, end: Some(End::Whole) });
+            round.add(Block { origin, bytes, begins: true, end: Some(End::Whole) });
             if full(round)? {
                 return Ok(true);
             }
