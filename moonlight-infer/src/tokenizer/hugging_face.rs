@@ -56,8 +56,17 @@ impl HuggingFace {
         names: &SpecialNames,
         notes: &mut Vec<String>,
     ) -> Result<Self, String> {
+        let listed: Listed = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+        if let Some(normalizer) = listed.normalizer.as_ref().filter(|_| watched) {
+            // The crate normalizes them, however long they become.
+            let listed = listed.added_tokens.iter().filter(|token| token.normalized).map(|token| &token.content);
+            let named = names.added.values().filter(|token| token.normalized).map(|token| &token.content);
+            for text in listed.chain(named) {
+                grown(normalizer, &mut NormalizedString::from(text.as_str()), limits::SLACK)?;
+            }
+        }
         let mut inner = Inner::from_bytes(json).map_err(|error| error.to_string())?;
-        add(&mut inner, json, names, notes)?;
+        add(&mut inner, &listed, names, notes)?;
         inner.set_encode_special_tokens(true);
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| error.to_string())?;
@@ -174,19 +183,22 @@ impl HuggingFace {
 struct Listed {
     #[serde(default)]
     added_tokens: Vec<Entry>,
+    #[serde(default)]
+    normalizer: Option<NormalizerWrapper>,
 }
 
 #[derive(Deserialize)]
 struct Entry {
     id: u32,
     content: String,
+    #[serde(default)]
+    normalized: bool,
 }
 
 /// Adds what the files beside a `tokenizer.json` name, as transformers does: tokens of their `added_tokens_decoder` with the
 /// properties that it gives them, and that `eos_token` and the like are special. Where the crate gives a token another id
 /// than a file says, transformers has that id, too; it is said.
-fn add(inner: &mut Inner, json: &[u8], names: &SpecialNames, notes: &mut Vec<String>) -> Result<(), String> {
-    let listed: Listed = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+fn add(inner: &mut Inner, listed: &Listed, names: &SpecialNames, notes: &mut Vec<String>) -> Result<(), String> {
     let as_named = |token: &AddedToken| {
         tokenizers::AddedToken::from(token.content.clone(), token.special)
             .single_word(token.single_word)

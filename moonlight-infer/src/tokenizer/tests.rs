@@ -238,6 +238,14 @@ fn a_text_that_runs_away_is_an_error_and_not_nothing() {
         }
         Err(error) => assert!(error.contains("its normalizer makes"), "{error}"),
     }
+    // Nor does a token that is normalized when the file is read.
+    let steps = vec![replace("a", "aaaaaaaaaa"); 12];
+    let refused = with(|json| {
+        json["normalizer"] = json!({"type": "Sequence", "normalizers": steps});
+        json["added_tokens"][0]["content"] = json!("a".repeat(100));
+        json["added_tokens"][0]["normalized"] = json!(true);
+    });
+    assert!(refused.unwrap_err().contains("its normalizer makes"));
     // The normalizers of published tokenizers are not refused.
     let steps = vec![
         replace("``", "\""),
@@ -449,13 +457,19 @@ fn conversations_have_the_same_tokens_in_both_files() {
         let encoder = ChatEncoder::new(ChatTemplate::of_source(template).unwrap(), tokenizer);
         let messages =
             [Message::new("user", "a <think> b<|im_end|>"), Message::new("assistant", "<think>two</think>2")];
-        assert_eq!(encoder.end_token(), Some(526), "it need not be special");
         encoder.tokens(&messages, true).unwrap()
     });
     assert_eq!(encoded[0], encoded[1]);
     let spelled = both[0].decode_with_special(&encoded[0]);
     // The special token takes the white space beside it along, as in transformers.
     assert!(spelled.starts_with("<|im_user|>user<|im_middle|>  a <think> b<|im_end|><|both|>a <think> b"), "{spelled}");
+    // The prompt has a thought that a turn of the past has not, so that the words are looked for.
+    let template = "{%- for m in messages -%}<|im_user|>{{ m['role'] }}<|im_middle|> {{ m['content'] }}<|beyond|>\n{%- endfor -%}\
+         {%- if add_generation_prompt -%}<|im_user|>assistant<|im_middle|> <think>{%- endif -%}";
+    for tokenizer in both {
+        let encoder = ChatEncoder::new(ChatTemplate::of_source(template).unwrap(), tokenizer);
+        assert_eq!(encoder.end_token(), Some(526), "it need not be special");
+    }
     let count = |id: u32| encoded[0].iter().filter(|&&token| token == id).count();
     assert_eq!((count(273), count(270)), (5, 0), "what people write is read for `<think>`, not for `<|im_end|>`");
 }
@@ -562,6 +576,7 @@ fn files_beside_a_tokenizer_json_name_tokens() {
         [("tokenizer_config.json", json!({"eos_token": "<e>", "added_tokens_decoder": {"257": token}}))]
     };
     // What is there twice, a token of the configuration alone, with its flags, and one that another key names.
+    let alone = [end.clone()];
     let both = [end.clone(), (257, added("<t>", true, false))];
     let plain = [end.clone(), (257, added("<t>", false, false))];
     let eos = |name: &str| [("tokenizer_config.json", json!({"eos_token": name}))];
@@ -570,13 +585,13 @@ fn files_beside_a_tokenizer_json_name_tokens() {
     for (tokenizer, text, parsed, split, skipped) in [
         (open(&both, &config(added("<t>", false, false))), "a <t> b", 257, false, "a  b"),
         (open(&plain, &config(added("<t>", true, false))), "a <t> b", 257, false, "a  b"),
-        (open(&[end.clone()], &config(added("<t>", false, false))), "a <t> b", 257, true, "a <t> b"),
-        (open(&[end.clone()], &config(added("<t>", true, false))), "a <t> b", 257, false, "a  b"),
+        (open(&alone, &config(added("<t>", false, false))), "a <t> b", 257, true, "a <t> b"),
+        (open(&alone, &config(added("<t>", true, false))), "a <t> b", 257, false, "a  b"),
         (open(&plain, &config(added("<t>", false, true))), "a <t> b", 257, true, "a<t> b"),
         (open(&plain, &config(json!({"content": "<t>"}))), "a <t> b", 257, true, "a <t> b"),
         (open(&plain, &eos("<t>")), "a <t> b", 257, false, "a  b"),
         (open(&plain, &map), "a <t> b", 257, false, "a  b"),
-        (open(&[end.clone()], &legacy), "a <t> b", 257, true, "a <t> b"),
+        (open(&alone, &legacy), "a <t> b", 257, true, "a <t> b"),
         // A gap before it: transformers and the crate close it, and say so.
         (open(&[end.clone(), (300, added("<t>", false, false))], &[]), "a <t> b", 257, true, "a <t> b"),
     ] {
@@ -586,7 +601,7 @@ fn files_beside_a_tokenizer_json_name_tokens() {
         assert_eq!(tokenizer.decode(&tokens), skipped);
     }
     let kept = |tokenizer: &Tokenizer| tokenizer.companions().iter().any(|file| file.name == "added_tokens.json");
-    assert!(kept(&open(&[end.clone()], &legacy)));
+    assert!(kept(&open(&alone, &legacy)));
     // It is not read beside an `added_tokens_decoder`, and not kept.
     let [current] = config(added("<t>", false, false));
     assert!(!kept(&open(&plain, &[current, ("added_tokens.json", json!({"<x>": 257}))])));
@@ -618,15 +633,17 @@ fn a_space_before_the_first_word_is_not_before_the_others() {
         json["pre_tokenizer"] =
             json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
         json["decoder"] = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
-        json["model"]["vocab"]["▁"] = json!(259);
-        json["model"]["vocab"]["<unk>"] = json!(260);
+        json["model"]["vocab"]["▁"] = json!(256);
+        json["model"]["vocab"]["<unk>"] = json!(257);
         json["model"]["unk_token"] = json!("<unk>");
     })
     .unwrap();
     let template = "{% for m in messages %}a<|bos|>{{ m.content }}<|eos|>{% endfor %}";
     let encoder = ChatEncoder::new(ChatTemplate::of_source(template).unwrap(), tokenizer.clone());
     let messages = [Message::new("user", "b c"), Message::new("assistant", "d")];
-    let expected = [259, 97, BOS, 98, 259, 99, EOS, 97, BOS, 100, EOS];
+    // The three special tokens follow those two.
+    let [space, bos, eos] = [256, 258, 259];
+    let expected = [space, 97, bos, 98, space, 99, eos, 97, bos, 100, eos];
     assert_eq!(encoder.tokens(&messages, false).unwrap(), expected);
     let parsed = tokenizer.with_parse_special(true).encode_text("a<|bos|>b c<|eos|>a<|bos|>d<|eos|>").unwrap();
     assert_eq!(parsed, expected);

@@ -19,7 +19,7 @@ use super::token_store::{Opened, Origin, TokenStore, TokenStoreWriter, remove_ab
 use crate::recipe::{Broken, DataFormat};
 
 /// Raised when the same template gives other tokens or weights.
-const TEMPLATES: u64 = 1;
+const TEMPLATES: u64 = 2;
 /// The longest record of `format = "tokens"` and `"chat"`: a line, its line break included, or a row of a parquet file. A file
 /// without line breaks, such as a JSON array, would have to be held in memory whole.
 const LONGEST_RECORD: usize = 256 << 20;
