@@ -1,7 +1,8 @@
 //! Rows of parquet files as lines of JSON.
 //!
 //! Hugging Face keeps data sets in parquet: a column for each key of a record, lists of structs for `messages`. A row
-//! becomes the JSON of that record and goes the way of all lines; where a line has a number a row has its own, from 1.
+//! becomes the JSON of that record and goes the way of all [records](crate::records); where a line has a number a row has its
+//! own, from 1.
 //! Built in by the cargo feature `parquet`.
 
 use std::path::{Path, PathBuf};

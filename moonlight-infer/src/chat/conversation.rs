@@ -1,4 +1,4 @@
-//! Conversations as people keep them: one JSON record in any of three shapes.
+//! Conversations as people keep them: one [record](crate::records) in any of three shapes.
 //!
 //! | shape | a record |
 //! |---|---|

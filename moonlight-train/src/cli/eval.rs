@@ -15,7 +15,7 @@ use crate::error::TrainError;
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// JSONL with the rows of MMLU, ARC, HellaSwag, `{"text": "..."}` or conversations; may be given several times.
+    /// JSONL, a JSON array, CSV or parquet with the rows of MMLU, ARC, HellaSwag, `{"text": "..."}` or conversations; may be given several times.
     #[arg(long = "task", value_name = "FILE", required = true)]
     tasks: Vec<PathBuf>,
     /// What the rows are: auto, mmlu, arc, hellaswag, perplexity or chat.

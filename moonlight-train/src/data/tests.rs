@@ -879,7 +879,7 @@ fn a_run_without_data_says_why() {
 #[test]
 fn a_broken_record_of_an_array_ends_the_file_only_if_it_is_not_json() {
     let (good, bad) = (talk("q", "a"), "{\"messages\": 3}");
-    let open = |text: &str| {
+    let open = |text: &str| -> Result<(u64, String), String> {
         let dir = folder(&[("a.json", text)]);
         let mut config = chat_config(dir.path(), "*.json");
         config.broken = Broken::Skip;
@@ -889,7 +889,7 @@ fn a_broken_record_of_an_array_ends_the_file_only_if_it_is_not_json() {
             dataset.notes().iter().find(|note| note.contains("broken")).cloned().unwrap_or_default(),
         ))
     };
-    let (tokens, note): (u64, String) = open(&format!("[{good}, {bad}, {good}]")).unwrap();
+    let (tokens, note) = open(&format!("[{good}, {bad}, {good}]")).unwrap();
     assert_eq!(tokens, 12);
     assert!(note.contains("a.json:2:3 (`messages` is not a list"), "{note}");
     let error = open(&format!("[{good},\n {{\"messages\": x}},\n{good}]")).unwrap_err();

@@ -62,7 +62,7 @@ pub(super) struct TokenStore {
     /// Where the documents begin in the file.
     table: u64,
     vocab_size: usize,
-    report: Report,
+    report: Box<Report>,
 }
 
 /// What there is at a path.
@@ -125,7 +125,7 @@ impl TokenStore {
         if footer.key != key {
             return damaged("it was made from other data");
         }
-        let store = Self { file, path: path.to_owned(), footer, table, vocab_size, report: Report::default() };
+        let store = Self { file, path: path.to_owned(), footer, table, vocab_size, report: Box::default() };
         let mut hash = Xxh3Default::new();
         let mut foreign = None;
         store.each_chunk(0..tokens * width, |bytes| {
