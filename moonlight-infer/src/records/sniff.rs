@@ -56,7 +56,7 @@ const ARROW: &str = "write it as parquet or JSON Lines (datasets: `load_from_dis
 const EXPORT: &str = "export its rows as JSON Lines, CSV or parquet";
 const UTF_8: &str = "write it anew as UTF-8 (`iconv -f UTF-16 -t UTF-8`)";
 
-/// First bytes, where they are, what they say, and the way out.
+/// Bytes, where they are, what they say, and the way out. Each has one that no text has, or is longer than chance would have it.
 const MAGIC: &[(usize, &[u8], &str, &str)] = &[
     (
         0,
@@ -66,26 +66,27 @@ const MAGIC: &[(usize, &[u8], &str, &str)] = &[
     ),
     (0, b"PK\x03\x04", "a zip archive (as xlsx, npz and torch's files are, too)", UNPACK),
     (0, b"PK\x05\x06", "an empty zip archive", NO_TEXT),
-    (0, b"BZh", "packed by bzip2", "unpack it, or pack it by gzip or zstd"),
+    (4, b"1AY&SY", "packed by bzip2", "unpack it, or pack it by gzip or zstd"),
     (0, b"\xfd7zXZ\0", "packed by xz", "unpack it, or pack it by gzip or zstd"),
     (0, b"\x04\x22\x4d\x18", "packed by lz4", "unpack it, or pack it by gzip or zstd"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
-    (0, b"Rar!", "a rar archive", UNPACK),
-    (257, b"ustar", "a tar archive", UNPACK),
-    (0, b"ARROW1", "an Arrow (Feather) file", ARROW),
-    (0, b"FEA1", "a Feather file", ARROW),
+    (0, b"Rar!\x1a\x07", "a rar archive", UNPACK),
+    (257, b"ustar\0", "a tar archive", UNPACK),
+    (257, b"ustar  \0", "a tar archive", UNPACK),
+    (0, b"ARROW1\0\0", "an Arrow (Feather) file", ARROW),
+    (0, b"FEA1\0\0\0\0", "a Feather file", ARROW),
     (0, b"\xff\xff\xff\xff", "an Arrow stream, as datasets' `save_to_disk` writes", ARROW),
-    (0, b"ORC", "an ORC file", EXPORT),
     (0, b"Obj\x01", "an Avro file", EXPORT),
     (0, b"SQLite format 3\0", "an SQLite database", EXPORT),
     (0, b"\x89HDF\r\n", "an HDF5 file", EXPORT),
     (0, b"\x93NUMPY", "a NumPy array", EXPORT),
     (0, b"\xd0\xcf\x11\xe0", "an old Office document", EXPORT),
-    (0, b"GGUF", "a GGUF model", NO_TEXT),
+    (0, b"GGUF\x03\0\0\0", "a GGUF model", NO_TEXT),
     (0, b"%PDF-", "a PDF document", NO_TEXT),
     (0, b"\x89PNG\r\n", "a PNG image", NO_TEXT),
     (0, b"\xff\xd8\xff", "a JPEG image", NO_TEXT),
-    (0, b"GIF8", "a GIF image", NO_TEXT),
+    (0, b"GIF87a", "a GIF image", NO_TEXT),
+    (0, b"GIF89a", "a GIF image", NO_TEXT),
     (0, b"\x7fELF", "a program", NO_TEXT),
 ];
 
@@ -258,7 +259,7 @@ mod tests {
         let utf_16 = |text: &str, big| -> Vec<u8> {
             text.encode_utf16().flat_map(|unit| if big { unit.to_be_bytes() } else { unit.to_le_bytes() }).collect()
         };
-        let tar = [&[b'a'; 257][..], b"ustar  "].concat();
+        let tar = [&[b'a'; 257][..], b"ustar  \0"].concat();
         for (head, expected) in [
             (
                 &b"version https://git-lfs.github.com/spec/v1\noid sha256:"[..],

@@ -1,7 +1,7 @@
 //! The bytes of a file: decompressed where it is compressed, without a byte order mark.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Cursor, Read, Take};
+use std::io::{self, BufRead, BufReader, Chain, Cursor, Read, Take};
 use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
@@ -154,16 +154,17 @@ impl std::fmt::Display for Compression {
 fn compression(start: &[u8]) -> Option<Compression> {
     match start {
         [0x1f, 0x8b, ..] => Some(Compression::Gzip),
-        [0x28, 0xb5, 0x2f, 0xfd] => Some(Compression::Zstandard),
+        [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Some(Compression::Zstandard),
         _ => None,
     }
 }
 
-/// One zstd frame after the other, as the programs that compress in parallel write them.
+/// One zstd frame after the other, as the programs that compress in parallel write them; frames of other data, as `pzstd` puts
+/// between them, are passed over.
 struct Frames<R: Read> {
     /// The file, while no frame is open.
     file: Option<BufReader<R>>,
-    frame: Option<StreamingDecoder<BufReader<R>, FrameDecoder>>,
+    frame: Option<StreamingDecoder<Chain<Cursor<[u8; 4]>, BufReader<R>>, FrameDecoder>>,
 }
 
 impl<R: Read> Frames<R> {
@@ -181,13 +182,23 @@ impl<R: Read> Read for Frames<R> {
                     self.frame = Some(frame);
                     return Ok(read);
                 }
-                self.file = Some(frame.into_inner());
+                self.file = Some(frame.into_inner().into_inner().1);
             }
             let Some(mut file) = self.file.take() else { return Ok(0) };
             if file.fill_buf()?.is_empty() {
                 return Ok(0);
             }
+            let mut magic = [0; 4];
+            file.read_exact(&mut magic)?;
+            if matches!(magic, [0x50..=0x5f, 0x2a, 0x4d, 0x18]) {
+                let mut length = [0; 4];
+                file.read_exact(&mut length)?;
+                io::copy(&mut file.by_ref().take(u32::from_le_bytes(length).into()), &mut io::sink())?;
+                self.file = Some(file);
+                continue;
+            }
             let broken = |problem: String| io::Error::new(io::ErrorKind::InvalidData, problem);
+            let file = Cursor::new(magic).chain(file);
             self.frame = Some(StreamingDecoder::new(file).map_err(|error| broken(error.to_string()))?);
         }
     }
@@ -221,6 +232,9 @@ mod tests {
         let frame = |text: &str| ruzstd::encoding::compress_to_vec(text.as_bytes(), level);
         let path = dir.path().join("a.jsonl.zst");
         std::fs::write(&path, [frame(&words), frame("more")].concat()).unwrap();
+        assert_eq!(text(&path).unwrap(), format!("{words}more"));
+        let skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc";
+        std::fs::write(&path, [skipped, &frame(&words)[..], skipped, &frame("more"), skipped].concat()).unwrap();
         assert_eq!(text(&path).unwrap(), format!("{words}more"));
         let half = frame(&words);
         std::fs::write(&path, &half[..half.len() / 2]).unwrap();
