@@ -423,7 +423,7 @@ fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value)
             let class = config.model_type.as_str();
             refuse(
                 Neutral::Off.holds(value),
-                &format!("models of the type `{class}` do not have it"),
+                &format!("it is not computed in models of the type `{class}`"),
                 Some("the model is of another class than `model_type` says, or the key does not belong there"),
             )
         }
