@@ -132,6 +132,9 @@ fn in_fp8(family: &str, scale_shape: impl Fn(usize) -> Vec<usize>) -> (Tensors, 
     (quantised, plain)
 }
 
+/// The shape of a matrix's scales, by its rows.
+type ScaleShape = fn(usize) -> Vec<usize>;
+
 fn compressed(strategy: Option<&str>) -> Value {
     let mut config = json!({"quant_method": "compressed-tensors", "format": "float-quantized"});
     if let Some(strategy) = strategy {
@@ -145,7 +148,7 @@ fn compressed(strategy: Option<&str>) -> Value {
 fn fp8_with_a_scale_a_tensor_or_a_row_is_its_value_times_its_scale() {
     let home = tempfile::tempdir().unwrap();
     let family = "moonlight-like";
-    let shapes: [(&str, &str, fn(usize) -> Vec<usize>); 5] = [
+    let shapes: [(&str, &str, ScaleShape); 5] = [
         ("tensor", "one scale a tensor", |_| vec![1]),
         ("tensor", "one scale a tensor", |_| vec![]),
         ("tensor", "one scale a tensor", |_| vec![1, 1]),

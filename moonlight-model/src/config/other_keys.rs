@@ -305,13 +305,13 @@ const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
     ),
     (
         "activations other than silu are not computed",
-        Neutral::Named(&["silu", "swish"]),
-        &["activation_function", "hidden_activation"],
+        Neutral::Named(&["silu", "swish", "swiglu"]),
+        &["activation", "activation_function", "hidden_activation"],
     ),
     (
         "biases there are not computed",
         Neutral::Off,
-        &["add_bias_linear", "ffn_bias", "lm_head_bias", "use_bias", "use_mlp_bias"],
+        &["add_bias_linear", "bias", "ffn_bias", "lm_head_bias", "use_bias", "use_mlp_bias"],
     ),
     (
         "layers of different shapes are not computed",
@@ -423,7 +423,7 @@ fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value)
             let class = config.model_type.as_str();
             refuse(
                 Neutral::Off.holds(value),
-                &format!("models of the type `{class}` do not have it"),
+                &format!("it is not computed in models of the type `{class}`"),
                 Some("the model is of another class than `model_type` says, or the key does not belong there"),
             )
         }
@@ -484,19 +484,22 @@ fn architectures(value: &Value) -> Result<(), ConfigError> {
     })
 }
 
-/// A value for a message, cut short.
-fn shown(value: &Value) -> String {
-    const LONGEST: usize = 80;
-    // The first characters are enough, and the rest may be long.
-    let text = match value {
+/// A value for a message.
+pub(super) fn shown(value: &Value) -> String {
+    match value {
         Value::Object(_) => "an object".to_owned(),
         Value::Array(list) if list.len() > 4 => format!("a list of {}", list.len()),
-        value => value.to_string(),
-    };
-    if text.chars().count() <= LONGEST {
-        return text;
+        value => cut(&value.to_string()),
     }
-    text.chars().take(LONGEST).chain("…".chars()).collect()
+}
+
+/// A text for a message, cut short: a file's keys and values may be of any length.
+pub(super) fn cut(text: &str) -> String {
+    const LONGEST: usize = 80;
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
 }
 
 impl ModelConfig {

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::error::ConfigError;
 use super::keys::Keys;
 use super::limits::{LONGEST, positive_number, require, size};
+use super::other_keys::{cut, shown};
 
 /// transformers' default of `rope_theta` for every class of the family.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
@@ -160,7 +161,10 @@ impl RopeConfig {
             other => {
                 return Err(ConfigError::NotFollowed {
                     key: field.into(),
-                    problem: format!("has the type `{other}`; known are default, linear, dynamic, llama3 and yarn"),
+                    problem: format!(
+                        "has the type `{}`; known are default, linear, dynamic, llama3 and yarn",
+                        cut(other)
+                    ),
                     hint: None,
                 });
             }
@@ -176,8 +180,8 @@ impl RopeConfig {
             };
             if !harmless {
                 return Err(ConfigError::NotFollowed {
-                    key: format!("{field}.{key}"),
-                    problem: format!("is {value}, and the scaling `{kind}` knows no such key here"),
+                    key: format!("{field}.{}", cut(&key)),
+                    problem: format!("is {}, and the scaling `{kind}` knows no such key here", shown(&value)),
                     hint: Some("if it changes nothing that the model computes, remove it from config.json"),
                 });
             }
