@@ -323,7 +323,7 @@ fn a_text_with_bos_is_begun_twice_unless_that_is_fixed() {
 #[test]
 fn a_choice_that_is_longer_than_the_context_is_refused() {
     let (_dir, tokenizer) = tokenizer_with(&[], false);
-    let row = json!({"ctx": "x", "endings": ["a".repeat(80), "b".into()], "label": 0}).to_string();
+    let row = json!({"ctx": "x", "endings": ["a".repeat(80), "b".to_owned()], "label": 0}).to_string();
     let error = run_with(&tokenizer, &row, false).unwrap_err();
     assert!(error.to_string().ends_with("x.jsonl:1: a choice has 81 tokens, and the model's context 64"), "{error}");
 }
