@@ -234,8 +234,15 @@ impl Reading {
         let Found { pairs, embeddings, mut magnitudes, tokens, whole } = found;
         let mut held: HashSet<String> = pairs.keys().cloned().collect();
         // Weights that take the place of the model's come first: what follows may change them.
+        let by_key: HashMap<String, ParameterShape> = if whole.is_empty() {
+            HashMap::new()
+        } else {
+            let shapes = self.shapes.values().filter(|shape| shape.kind != ParameterKind::Experts);
+            let named = shapes.filter_map(|shape| Some((hugging_face_tensors(shape).into_iter().next()?, shape)));
+            named.map(|(tensor, shape)| (mapping::key(&tensor.name).to_owned(), shape.clone())).collect()
+        };
         for (key, (name, stored)) in &whole {
-            self.whole(key, name, stored)?;
+            self.whole(by_key.get(key), key, name, stored)?;
         }
         let mut singles: BTreeMap<(String, String), BTreeMap<usize, (Stored, Stored)>> = BTreeMap::new();
         let has_base_layer: HashSet<String> =
@@ -313,13 +320,15 @@ impl Reading {
     }
 
     /// A tensor in place of the model's.
-    fn whole(&mut self, key: &str, name: &str, stored: &Stored) -> Result<(), AdapterError> {
-        let parameter = self.shapes.values().find(|shape| {
-            shape.kind != ParameterKind::Experts
-                && hugging_face_tensors(shape).first().is_some_and(|tensor| mapping::key(&tensor.name) == key)
-        });
-        let Some(parameter) = parameter.cloned() else {
-            if mapping::key(crate::mapping::names::HEAD) == key && self.tied {
+    fn whole(
+        &mut self,
+        parameter: Option<&ParameterShape>,
+        key: &str,
+        name: &str,
+        stored: &Stored,
+    ) -> Result<(), AdapterError> {
+        let Some(parameter) = parameter else {
+            if mapping::HEAD == key && self.tied {
                 return Err(self.tied(name));
             }
             return Err(
