@@ -215,6 +215,11 @@ fn files_that_are_not_what_their_configuration_says_are_refused() {
         altered("bias-all", |config| config["bias"] = json!("lora_only"), all),
         "`base_model.model.model.layers.0.self_attn.k_proj.bias`",
     );
+    refused(
+        "qwen2",
+        altered("bias-all", |_| {}, without("layers.1.self_attn.v_proj.bias")),
+        "layers.1.self_attn.v_proj.bias",
+    );
     refused("llama", altered("dora", |_| {}, without("magnitude")), "holds no DoRA magnitudes of");
     refused(
         "llama",

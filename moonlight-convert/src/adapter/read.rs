@@ -342,11 +342,7 @@ impl Reading {
         // peft saves embedding and head beside adapters of them, and where tokens were added.
         let announced = targets.saves(&full)
             || matches!(parameter.kind, ParameterKind::Embedding | ParameterKind::Head)
-            || match self.config.biases {
-                Biases::None => false,
-                Biases::All => bias,
-                Biases::Adapted => bias && targets.has_module(&full),
-            };
+            || (bias && self.trains_bias(&full));
         if !announced {
             return Err(self.hinted(
                 format!("holds `{name}`, which `adapter_config.json` does not announce"),
@@ -379,6 +375,15 @@ impl Reading {
         }
         self.change(&parameter.path, Change::Replace(TensorData::new(values, parameter.shape.clone())));
         Ok(())
+    }
+
+    /// Whether the bias of a module, by its name in transformers, was trained.
+    fn trains_bias(&self, module: &str) -> bool {
+        match self.config.biases {
+            Biases::None => false,
+            Biases::All => true,
+            Biases::Adapted => self.config.targets.has_module(module),
+        }
     }
 
     fn tied(&self, name: &str) -> AdapterError {
@@ -547,7 +552,8 @@ impl Reading {
         let saved = self.shapes.values().filter(|shape| shape.kind != ParameterKind::Experts).filter_map(|shape| {
             let name = hugging_face_tensors(shape).into_iter().next()?.name;
             let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);
-            (targets.saves(module) && !whole.contains_key(mapping::key(&name))).then_some(name)
+            let asked = targets.saves(module) || shape.kind == ParameterKind::Bias && self.trains_bias(module);
+            (asked && !whole.contains_key(mapping::key(&name))).then_some(name)
         });
         match saved.into_iter().next() {
             Some(name) => Err(self.missing(&format!("`{name}`"), 0)),
