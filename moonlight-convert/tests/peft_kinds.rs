@@ -235,7 +235,12 @@ fn files_that_are_not_what_their_configuration_says_are_refused() {
     refused(
         "moonlight-like",
         altered("all-linear-moonlight", |_| {}, without("layers.1.mlp.experts")),
-        "holds no adapter of `layers.1.mlp.experts`",
+        "holds no adapter of `layers.1.mlp.experts.gate_up_proj`",
+    );
+    refused(
+        "moonlight-like",
+        altered("all-linear-moonlight", |_| {}, without("layers.2.mlp.experts.base_layer")),
+        "holds no adapter of `layers.2.mlp.experts.gate_up_proj`",
     );
     refused(
         "moonlight-like",

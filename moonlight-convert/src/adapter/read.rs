@@ -507,6 +507,28 @@ impl Reading {
         )
     }
 
+    /// A parameter of a stack of experts that the configuration targets and the file has nothing for. Where experts are kept
+    /// one by one, one of them is enough.
+    fn missing_of_stack(&self, stack: &str, held: &HashSet<String>) -> Option<String> {
+        let names = [names::GATE_UP, "down_proj"].map(|parameter| format!("{stack}.{parameter}"));
+        let asked = names.each_ref().map(|name| self.config.targets.has_parameter(&names::full(name)));
+        let single = |projections: &[&str]| {
+            held.iter()
+                .filter_map(|module| names::single_expert(module))
+                .any(|(of, _, projection)| of == stack && projections.contains(&projection))
+        };
+        let singles = [single(&["gate_proj", "up_proj"]), single(&["down_proj"])];
+        // Two in one file are told apart by the inner one's name; one alone is whichever is targeted.
+        let stacked = [format!("{stack}.base_layer"), stack.to_owned()].map(|module| held.contains(&module));
+        let there = match (asked, stacked) {
+            (_, [true, true]) => [true; 2],
+            ([true, true], [inner, outer]) => [inner, outer],
+            (_, [inner, outer]) => [inner || outer; 2],
+        };
+        let missing = (0..2).find(|&at| asked[at] && !there[at] && !singles[at])?;
+        names.into_iter().nth(missing)
+    }
+
     /// Refuses a file without what the configuration announces: peft would leave it as it was before training.
     fn all_there(
         &self,
@@ -536,17 +558,9 @@ impl Reading {
         if let Some((module, _)) = missing.next() {
             return Err(self.missing(&format!("adapter of `{module}`"), missing.count()));
         }
-        // Of experts, one is enough: peft may have chosen some.
         for stack in self.shapes.keys().filter_map(|module| module.strip_suffix(".gate_proj")) {
-            let stacks = stack.ends_with(".experts");
-            let asked = |parameter: &str| targets.has_parameter(&names::full(&format!("{stack}.{parameter}")));
-            if stacks
-                && (asked(names::GATE_UP) || asked("down_proj"))
-                && !held.iter().any(|module| {
-                    module.strip_prefix(stack).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-                })
-            {
-                return Err(self.missing(&format!("adapter of `{stack}`"), 0));
+            if let Some(missing) = stack.ends_with(".experts").then(|| self.missing_of_stack(stack, held)).flatten() {
+                return Err(self.missing(&format!("adapter of `{missing}`"), 0));
             }
         }
         let saved = self.shapes.values().filter(|shape| shape.kind != ParameterKind::Experts).filter_map(|shape| {
