@@ -2,17 +2,20 @@
 """Compares `moonlight eval` with lm-evaluation-harness, and the mask of chat data with transformers.
 
     pip install lm_eval                       # beside torch and transformers
-    python scripts/check_eval.py DIR --moonlight target/release/moonlight
+    python scripts/check_eval.py [DIR] --moonlight target/release/moonlight
 
-DIR is a checkpoint of a model of bytes with `bytes-chat` tokenizer files (as `moonlight train` writes them). The rows are
-made here, in the layouts of MMLU, ARC, HellaSwag and plain text, with awkward ones among them: letters beyond ASCII,
-WikiHow's marks, a text longer than the context. Every figure, every standard error that the harness gives, and every
-choice's log-likelihood must agree; the harness's own tasks are used, over these rows, with f32 weights. The mask: for
+The rows are made here, in the layouts of MMLU, ARC, HellaSwag and plain text, with awkward ones among them: letters beyond
+ASCII, WikiHow's marks, contexts and texts longer than the model's, empty ones, ones that spell BOS. Models are made here, too:
+Llamas of bytes whose tokenizers begin texts with BOS, or have tokens that reach from the end of a context into a choice; and
+DIR, a checkpoint of a model of bytes with `bytes-chat` tokenizer files (as `moonlight train` writes them), where it is given.
+Every figure, every standard error that the harness gives, and every choice's log-likelihood must agree; the harness's own
+tasks are used, over these rows, with f32 weights. What `--fix-harness` gives is held against torch. The mask (of DIR): for
 a template with `{% generation %}` blocks, the tokens that `moonlight data inspect` says are learned must be those of
-`apply_chat_template(return_assistant_tokens_mask=True)`. Exit code 0 if all of it holds, 1 if not.
+`apply_chat_template(return_assistant_tokens_mask=True)`. It prints the largest differences; exit code 0 if all of it holds.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import subprocess
@@ -20,11 +23,15 @@ import sys
 import tempfile
 
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 LOGPROB = 2e-3  # of a sum over a choice's tokens, f32
 FIGURE = 1e-4  # relative
 
+ROWS = 120
 WORDS = ["moon", "light", "é", "tensor", "a man", "borrow", "lifetime", "of the", "月", "fn", "impl", "is", "not"]
 
 
@@ -34,20 +41,27 @@ def words(seed, count):
 
 def rows():
     mmlu, arc, hellaswag, text = [], [], [], []
-    for n in range(24):
+    for n in range(ROWS):
         choices = [words(n + 5 * index, 1 + (n + index) % 3) + str(index) for index in range(4)]
-        mmlu.append({"question": f" {words(n, 4)}? ", "subject": "x_y", "choices": choices, "answer": n % 4})
+        question = f" {words(n, 4)}? " if n % 9 else f"{words(n, 60)}\n\n{words(n, 3)}?\t"
+        mmlu.append({"question": question, "subject": "x_y", "choices": choices, "answer": n % 4})
         labels = ["A", "B", "C", "D"] if n % 2 else ["1", "2", "3", "4"]
-        arc.append({"id": str(n), "question": words(n, 5) + "?", "choices": {"text": choices, "label": labels},
+        asked = ("<s>" if n % 13 == 5 else "") + words(n, 5 if n % 7 else 70) + "?"
+        arc.append({"id": str(n), "question": asked, "choices": {"text": choices, "label": labels},
                     "answerKey": labels[(n * 3) % 4]})
-        hellaswag.append({"activity_label": "Roof", "ctx_a": f"{words(n, 3)}. [header] {n}", "ctx_b": "the Man is",
-                          "ctx": "unused", "endings": [f"{c}. [title] More [step] x" for c in choices],
-                          "label": str(n % 4)})
-        text.append({"text": words(n, 3 + 12 * n)})
+        endings = [f"{c}. [title] More [step] x" for c in choices]
+        if n % 5 == 0:
+            # Choices that begin with what a token joins to the context, and others.
+            endings = ["C", "Cat", "dog", ": C"]
+        hellaswag.append({"activity_label": "Roof", "ctx_a": f"{words(n, 3)}. [header] {n}",
+                          "ctx_b": ["the Man is", "ßtart:", "ǆ \u2003:", "he\x1c said:"][n % 4],
+                          "ctx": "unused", "endings": endings, "label": str(n % 4)})
+        text.append({"text": ["", " ", "\n", "<s>", "a\u2028b\x1c c\u200b d", "月🌙 é\r\n"][n // 8 % 6] if n % 8 == 3
+                     else words(n, 3 + 2 * n) + "\n" * (n % 3)})
     return {"mmlu": mmlu, "arc": arc, "hellaswag": hellaswag, "perplexity": text}
 
 
-def harness(directory, folder, shots):
+def harness(directory, folder, shots, **options):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.hellaswag.utils import process_docs
@@ -78,28 +92,30 @@ def harness(directory, folder, shots):
         },
     ]
     model = HFLM(pretrained=str(directory), dtype="float32", device="cpu", batch_size=1,
-                 attn_implementation="eager", experts_implementation="eager")
-    result = lm_eval.simple_evaluate(model=model, tasks=tasks, log_samples=True, bootstrap_iters=0)
-    return result
+                 attn_implementation="eager", **options)
+    return model, lm_eval.simple_evaluate(model=model, tasks=tasks, log_samples=True, bootstrap_iters=10)
 
 
-def eval_ours(moonlight, directory, folder, name, shots):
+def eval_ours(moonlight, directory, folder, name, *more):
     output = folder / f"{name}.out"
     command = [moonlight, "eval", "--model", directory, "--dtype", "f32", "--device", "cpu", "--json",
-               "--format", name, "--task", folder / f"{name}.jsonl", "--output", output, "--shots", str(shots)]
-    found = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(found.stdout)["metrics"], [json.loads(line) for line in output.read_text().splitlines()]
+               "--format", name, "--task", folder / f"{name}.jsonl", "--output", output, *more]
+    found = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+    found = json.loads(found.stdout)
+    return found["metrics"], [json.loads(line) for line in output.read_text().splitlines()], found.get("notes", [])
 
 
-def check_eval(moonlight, directory, folder):
+def check_eval(moonlight, directory, folder, *more, **options):
+    """The worst differences from the harness; what it can be compared in; rows with a token across the seam."""
     worst = {"loglikelihood": 0.0, "figure": 0.0, "stderr": 0.0}
-    compared = 0
+    compared, notes = 0, []
     for name, lines in rows().items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    result = harness(directory, folder, shots=0)
+    model, result = harness(directory, folder, shots=0, **options)
     for name in rows():
-        ours, records = eval_ours(moonlight, directory, folder, name, 0)
+        ours, records, noted = eval_ours(moonlight, directory, folder, name, *more)
+        notes += [f"{name}: {note.split(':')[0]}" for note in noted]
         theirs = result["results"][name]
         for key, value in theirs.items():
             metric, _, _ = key.partition(",")
@@ -120,7 +136,76 @@ def check_eval(moonlight, directory, folder):
                 value = float(value[0]) if isinstance(value, (tuple, list)) else float(value)
                 worst["loglikelihood"] = max(worst["loglikelihood"], abs(mine - value) / max(1, abs(value) / 100))
                 compared += 1
+    worst["fixed"], fixed = check_fixed(moonlight, directory, folder, model, result, *more)
+    return worst, compared + fixed, notes
+
+
+@torch.no_grad()
+def check_fixed(moonlight, directory, folder, model, result, *more):
+    """`--fix-harness` against torch: whole texts, scored from the first token that any choice has otherwise than the
+    context; texts with one BOS."""
+
+    def score(tokens, start):
+        tokens = tokens[-(model.max_length + 1):]
+        start = max(1, start - max(0, score.length - model.max_length - 1))
+        logs = model.model(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)
+        return logs[start - 1:].gather(1, torch.tensor(tokens[start:])[:, None]).sum().item()
+
+    worst, compared = 0.0, 0
+    for name in ("mmlu", "arc", "hellaswag", "perplexity"):
+        _, records, _ = eval_ours(moonlight, directory, folder, name, "--fix-harness", *more)
+        samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
+        for record, sample in zip(records, samples, strict=True):
+            if name == "perplexity":
+                tokens = model.tok_encode(sample["arguments"][0][0])
+                tokens = tokens[tokens[:1] == [model.prefix_token_id]:]
+                if not 0 < len(tokens) <= model.max_length:
+                    continue
+                score.length = len(tokens) + 1
+                pairs = [(record["loglikelihood"], score([model.prefix_token_id, *tokens], 1))]
+            else:
+                wholes = [model.tok_encode(context + choice) for context, choice in sample["arguments"]]
+                alone = model.tok_encode(sample["arguments"][0][0].rstrip())
+                start = min(len(common(whole, alone)) for whole in wholes)
+                pairs = []
+                for mine, whole in zip(record["loglikelihoods"], wholes):
+                    score.length = len(whole)
+                    pairs.append((mine, score(whole, start)))
+            for mine, value in pairs:
+                worst = max(worst, abs(mine - value) / max(1, abs(value) / 100))
+                compared += 1
     return worst, compared
+
+
+def common(a, b):
+    return [x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b))]
+
+
+def make_models(home):
+    """Llamas of bytes whose tokenizers begin texts with BOS, join the end of a context to a choice, or both."""
+    alphabet = sorted(ByteLevel.alphabet())
+    joined = [(":", "\u0120"), (":\u0120", "C"), ("\u0120", "d"), ("e", "s")]
+    torch.manual_seed(1)
+    for name, merges, bos in [("bos", [], True), ("seam", joined, False), ("bos-seam", joined, True)]:
+        vocab = {token: index for index, token in enumerate(alphabet)}
+        for left, right in merges:
+            vocab[left + right] = len(vocab)
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<s>", "</s>"])
+        if bos:
+            begin = ("<s>", tokenizer.token_to_id("<s>"))
+            tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+        config = LlamaConfig(
+            vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=200, initializer_range=0.2,
+        )
+        LlamaForCausalLM(config).save_pretrained(home / name)
+        tokenizer.save(str(home / name / "tokenizer.json"))
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+        (home / name / "tokenizer_config.json").write_text(json.dumps(names))
+        yield home / name
 
 
 TEMPLATE = """{%- for message in messages %}
@@ -177,18 +262,30 @@ def check_mask(moonlight, directory, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=pathlib.Path)
+    parser.add_argument("directory", type=pathlib.Path, nargs="?")
     parser.add_argument("--moonlight", default="target/release/moonlight")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        conversations, different = check_mask(options.moonlight, options.directory, folder)
-        worst, compared = check_eval(options.moonlight, options.directory, folder)
-    ok = not different and conversations and compared > 100
-    ok &= worst["loglikelihood"] <= LOGPROB and worst["figure"] <= FIGURE and worst["stderr"] <= FIGURE
-    print(json.dumps({"conversations": conversations, "masks_that_differ": different, "compared": compared,
-                      "worst": worst, "ok": bool(ok)}))
+    program = pathlib.Path(options.moonlight).resolve()
+    with tempfile.TemporaryDirectory() as home:
+        home = pathlib.Path(home)
+        runs = [(directory, (), {}) for directory in make_models(home)]
+        runs.append((home / "bos", ("--no-bos",), {"add_bos_token": False}))
+        if options.directory:
+            runs.append((options.directory, (), {"experts_implementation": "eager"}))
+        ok = True
+        for directory, more, settings in runs:
+            worst, compared, notes = check_eval(program, directory, home, *more, **settings)
+            good = compared > 100 and max(worst["loglikelihood"], worst["fixed"]) <= LOGPROB
+            good &= worst["figure"] <= FIGURE and worst["stderr"] <= FIGURE
+            ok &= good
+            print(json.dumps({"model": directory.name, "options": more, "compared": compared, "worst": worst,
+                              "notes": notes, "ok": bool(good)}, ensure_ascii=False))
+        if options.directory:
+            conversations, different = check_mask(program, options.directory, home)
+            good = bool(conversations) and not different
+            ok &= good
+            print(json.dumps({"conversations": conversations, "masks_that_differ": different, "ok": good}))
     sys.exit(int(not ok))
 
 

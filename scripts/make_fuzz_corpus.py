@@ -49,7 +49,7 @@ def safetensors(tensors, metadata=None):
 def adapters():
     settings = {
         "peft_type": "LORA", "r": 1, "lora_alpha": 2, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "target_modules": ["q_proj"], "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+        "target_modules": ["layers.1.self_attn.q_proj"], "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
     }
     layer = "base_model.model.model.layers.1"
     query = {f"{layer}.self_attn.q_proj.lora_A.weight": [1, 16], f"{layer}.self_attn.q_proj.lora_B.weight": [24, 1]}
@@ -63,7 +63,20 @@ def adapters():
         "adapter",
         ours=joined(settings, safetensors(query, {"format": "pt", "moonlight_adapters": text(note)})),
         patterns=joined(patterns, safetensors(query)),
-        experts=joined({**settings, "target_parameters": ["mlp.experts.gate_up_proj"]}, safetensors(stack)),
+        experts=joined(
+            {**settings, "target_modules": [], "target_parameters": ["layers.1.mlp.experts.gate_up_proj"]},
+            safetensors(stack),
+        ),
+        dora=joined(
+            {**settings, "use_dora": True, "init_lora_weights": "pissa", "target_modules": r".*\.1\.self_attn\.q_proj"},
+            safetensors({**query, f"{layer}.self_attn.q_proj.lora_magnitude_vector": [24]}),
+        ),
+        saved=joined(
+            {**settings, "modules_to_save": ["model.norm"], "trainable_token_indices": {"embed_tokens": [1]},
+             "layers_to_transform": [1], "layers_pattern": "layers", "exclude_modules": ["o_proj"]},
+            safetensors({**query, "base_model.model.model.norm.weight": [16],
+                         "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": [1, 16]}),
+        ),
         empty=joined(settings, safetensors({f"{layer}.self_attn.q_proj.lora_A.weight": [0, 16]})),
     )
 

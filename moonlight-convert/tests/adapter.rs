@@ -188,7 +188,7 @@ fn what_is_wrong_is_named() {
     for (key, value, expected) in [
         ("peft_type", "LOHA".into(), "is of the type `LOHA`"),
         ("use_dora", true.into(), "DoRA"),
-        ("modules_to_save", serde_json::json!(["lm_head"]), "`modules_to_save`"),
+        ("modules_to_save", serde_json::json!(["lm_head"]), "holds no `lm_head.weight`"),
         ("rank_pattern", serde_json::json!({"(q|k)_proj": 2}), "has the pattern `(q|k)_proj`"),
         ("lora_alpha", "much".into(), "cannot be read"),
         ("r", 0.into(), "has a rank of 0"),

@@ -215,6 +215,11 @@ fn files_that_are_not_what_their_configuration_says_are_refused() {
         altered("bias-all", |config| config["bias"] = json!("lora_only"), all),
         "`base_model.model.model.layers.0.self_attn.k_proj.bias`",
     );
+    refused(
+        "qwen2",
+        altered("bias-all", |_| {}, without("layers.1.self_attn.v_proj.bias")),
+        "layers.1.self_attn.v_proj.bias",
+    );
     refused("llama", altered("dora", |_| {}, without("magnitude")), "holds no DoRA magnitudes of");
     refused(
         "llama",
@@ -230,7 +235,12 @@ fn files_that_are_not_what_their_configuration_says_are_refused() {
     refused(
         "moonlight-like",
         altered("all-linear-moonlight", |_| {}, without("layers.1.mlp.experts")),
-        "holds no adapter of `layers.1.mlp.experts`",
+        "holds no adapter of `layers.1.mlp.experts.gate_up_proj`",
+    );
+    refused(
+        "moonlight-like",
+        altered("all-linear-moonlight", |_| {}, without("layers.2.mlp.experts.base_layer")),
+        "holds no adapter of `layers.2.mlp.experts.gate_up_proj`",
     );
     refused(
         "moonlight-like",

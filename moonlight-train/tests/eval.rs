@@ -76,3 +76,21 @@ fn a_recipe_with_tasks_is_evaluated_before_and_after() {
     assert_fails(&nowhere, "nowhere.jsonl");
     assert!(!home.run("bad").exists());
 }
+
+/// The tokenizer of bytes has no token that reaches over a seam: the flag changes nothing, and nothing is noted.
+#[test]
+fn the_harness_is_fixed_where_one_asks_for_it() {
+    let home = Home::new();
+    let model =
+        home.trained("a", &["--set", "data.tokenizer=bytes-chat", "--set", "train.steps=1"]).display().to_string();
+    let task = home.path("mmlu.jsonl");
+    fs::write(&task, json!({"question": "Q?", "choices": ["a", "b", "c", "d"], "answer": 0}).to_string()).unwrap();
+    let eval = |more: &[&str]| {
+        let output = moonlight(&["eval", "--model", &model, "--json", "--task", task.to_str().unwrap()]);
+        let output = { output }.args(more).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let plain = eval(&[]);
+    assert_eq!((&eval(&["--fix-harness"]), &plain["notes"]), (&plain, &json!([])));
+}

@@ -202,3 +202,72 @@ fn what_is_frozen_stays_to_the_last_bit() {
         assert!(!home.run("refused").exists(), "{pattern}");
     }
 }
+
+/// peft's `all-linear` adapts routers, too; here a recipe names them.
+#[test]
+fn a_router_learns_where_the_recipe_names_it() {
+    let tuned = Tuned::new();
+    let run = tuned.home.trained("routed", &["--set", "lora.targets=[\"router\", \"attention\"]"]);
+    let dir = checkpoint(&run, 12);
+    let bytes = fs::read(dir.join("adapter_model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let moved = file.tensor("base_model.model.model.layers.1.mlp.gate.lora_B.weight").unwrap();
+    assert!(moved.data().iter().any(|&byte| byte != 0), "B begins as zero");
+    let config: Value = serde_json::from_slice(&fs::read(dir.join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(config["target_parameters"], serde_json::json!(["mlp.gate.weight"]));
+    // Merged, it does the same.
+    let (run, merged) = (run.display().to_string(), tuned.home.path("merged").display().to_string());
+    let output = moonlight(&["merge", "--adapter", &run, "--output", &merged, "--dtype", "f32"]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let data = tuned.home.path("data.jsonl");
+    fs::write(&data, "{\"text\": \"File 3 says 4 and\"}\n").unwrap();
+    let score = |model: &str| -> Vec<f64> {
+        let output = moonlight(&["score", "--data", data.to_str().unwrap(), "--model", model]).output().unwrap();
+        let line: Value = serde_json::from_str(text(&output.stdout).trim()).unwrap();
+        line["logprobs"].as_array().unwrap()[1..].iter().map(|value| value.as_f64().unwrap()).collect()
+    };
+    let apart = score(&run).into_iter().zip(score(&merged)).map(|(a, b)| (a - b).abs());
+    assert!(apart.fold(0.0, f64::max) < 1e-4);
+    // Training goes on from it.
+    let path = format!("lora.path={dir:?}");
+    tuned.home.trained("onwards", &["--set", &path, "--set", "train.steps=2", "--set", "schedule.warmup_steps=1"]);
+}
+
+/// Every command that reads an adapter says what is wrong with it.
+#[test]
+fn adapters_that_are_not_what_they_say_are_refused_everywhere() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
+    let llama = fixtures.join("llama").display().to_string();
+    let home = tempfile::tempdir().unwrap();
+    let at = |name: &str| home.path().join(name).display().to_string();
+    let (data, empty) = (at("data.jsonl"), home.path().join("empty"));
+    fs::write(&data, "{\"tokens\": [5, 9, 31]}\n").unwrap();
+    fs::create_dir(&empty).unwrap();
+    fs::copy(fixtures.join("lora/kinds/mica/adapter_config.json"), empty.join("adapter_config.json")).unwrap();
+    fs::write(empty.join("adapter_model.safetensors"), b"\x02\0\0\0\0\0\0\0{}").unwrap();
+    let empty = empty.display().to_string();
+    let alora = fixtures.join("lora/kinds/alora").display().to_string();
+    for (adapter, expected) in [(&empty, "holds no tensor at all"), (&alora, "`alora_invocation_tokens`")] {
+        let score = moonlight(&["score", "--model", &llama, "--adapter", adapter, "--data", &data]).output().unwrap();
+        assert_fails(&score, expected);
+        let merge = ["merge", "--model", &llama, "--adapter", adapter, "--output", &at("merged")];
+        assert_fails(&moonlight(&merge).output().unwrap(), expected);
+        assert!(!home.path().join("merged").exists());
+    }
+    // DoRA is merged; trained further it is not.
+    let dora = fixtures.join("lora/kinds/dora").display().to_string();
+    let merged =
+        moonlight(&["merge", "--model", &llama, "--adapter", &dora, "--output", &at("dora")]).output().unwrap();
+    assert!(merged.status.success(), "{}", text(&merged.stderr));
+    let recipe = format!(
+        "[run]\nname = \"x\"\ndir = {:?}\ndevice = \"cpu\"\n[model]\npath = {llama:?}\ndtype = \"f32\"\n[lora]\npath = \
+         {dora:?}\n[data]\ntrain = [{data:?}]\nformat = \"tokens\"\ntokenizer = \"none\"\nsequence_length = 2\npack = \
+         false\ncache_dir = {:?}\n[optimizer]\nname = \"adamw\"\nlearning_rate = 1e-3\n[train]\nsteps = 1\nbatch_size = 1\n",
+        at("runs"),
+        at("cache")
+    );
+    fs::write(at("recipe.toml"), recipe).unwrap();
+    let train = moonlight(&["train", &at("recipe.toml")]).output().unwrap();
+    assert_fails(&train, "and cannot be trained further");
+    assert!(text(&train.stderr).contains("merge it into its model first"));
+}

@@ -313,8 +313,10 @@ impl AdapterConfig {
             "layers_pattern" => {
                 self.targets.layers_patterns = targets::layer_patterns(&value(key, raw)?).map_err(with)?
             }
-            "target_parameters" => self.targets.parameters = targets::texts(&value(key, raw)?).map_err(with)?,
-            "modules_to_save" => self.targets.saved = targets::texts(&value(key, raw)?).map_err(with)?,
+            "target_parameters" => {
+                self.targets.parameters = targets::texts(&value(key, raw)?).map_err(with)?.into_iter().collect();
+            }
+            "modules_to_save" => self.targets.saved = targets::saved(&value(key, raw)?).map_err(with)?,
             "init_lora_weights" => self.initial = initial(&value(key, raw)?)?,
             "trainable_token_indices" => self.tokens = tokens(&value(key, raw)?).map_err(with)?,
             "bias" => {

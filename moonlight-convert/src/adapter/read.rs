@@ -234,8 +234,15 @@ impl Reading {
         let Found { pairs, embeddings, mut magnitudes, tokens, whole } = found;
         let mut held: HashSet<String> = pairs.keys().cloned().collect();
         // Weights that take the place of the model's come first: what follows may change them.
+        let by_key: HashMap<String, ParameterShape> = if whole.is_empty() {
+            HashMap::new()
+        } else {
+            let shapes = self.shapes.values().filter(|shape| shape.kind != ParameterKind::Experts);
+            let named = shapes.filter_map(|shape| Some((hugging_face_tensors(shape).into_iter().next()?, shape)));
+            named.map(|(tensor, shape)| (mapping::key(&tensor.name).to_owned(), shape.clone())).collect()
+        };
         for (key, (name, stored)) in &whole {
-            self.whole(key, name, stored)?;
+            self.whole(by_key.get(key), key, name, stored)?;
         }
         let mut singles: BTreeMap<(String, String), BTreeMap<usize, (Stored, Stored)>> = BTreeMap::new();
         let has_base_layer: HashSet<String> =
@@ -313,13 +320,15 @@ impl Reading {
     }
 
     /// A tensor in place of the model's.
-    fn whole(&mut self, key: &str, name: &str, stored: &Stored) -> Result<(), AdapterError> {
-        let parameter = self.shapes.values().find(|shape| {
-            shape.kind != ParameterKind::Experts
-                && hugging_face_tensors(shape).first().is_some_and(|tensor| mapping::key(&tensor.name) == key)
-        });
-        let Some(parameter) = parameter.cloned() else {
-            if mapping::key(crate::mapping::names::HEAD) == key && self.tied {
+    fn whole(
+        &mut self,
+        parameter: Option<&ParameterShape>,
+        key: &str,
+        name: &str,
+        stored: &Stored,
+    ) -> Result<(), AdapterError> {
+        let Some(parameter) = parameter else {
+            if mapping::HEAD == key && self.tied {
                 return Err(self.tied(name));
             }
             return Err(
@@ -333,11 +342,7 @@ impl Reading {
         // peft saves embedding and head beside adapters of them, and where tokens were added.
         let announced = targets.saves(&full)
             || matches!(parameter.kind, ParameterKind::Embedding | ParameterKind::Head)
-            || match self.config.biases {
-                Biases::None => false,
-                Biases::All => bias,
-                Biases::Adapted => bias && targets.has_module(&full),
-            };
+            || (bias && self.trains_bias(&full));
         if !announced {
             return Err(self.hinted(
                 format!("holds `{name}`, which `adapter_config.json` does not announce"),
@@ -370,6 +375,15 @@ impl Reading {
         }
         self.change(&parameter.path, Change::Replace(TensorData::new(values, parameter.shape.clone())));
         Ok(())
+    }
+
+    /// Whether the bias of a module, by its name in transformers, was trained.
+    fn trains_bias(&self, module: &str) -> bool {
+        match self.config.biases {
+            Biases::None => false,
+            Biases::All => true,
+            Biases::Adapted => self.config.targets.has_module(module),
+        }
     }
 
     fn tied(&self, name: &str) -> AdapterError {
@@ -493,6 +507,28 @@ impl Reading {
         )
     }
 
+    /// A parameter of a stack of experts that the configuration targets and the file has nothing for. Where experts are kept
+    /// one by one, one of them is enough.
+    fn missing_of_stack(&self, stack: &str, held: &HashSet<String>) -> Option<String> {
+        let names = [names::GATE_UP, "down_proj"].map(|parameter| format!("{stack}.{parameter}"));
+        let asked = names.each_ref().map(|name| self.config.targets.has_parameter(&names::full(name)));
+        let single = |projections: &[&str]| {
+            held.iter()
+                .filter_map(|module| names::single_expert(module))
+                .any(|(of, _, projection)| of == stack && projections.contains(&projection))
+        };
+        let singles = [single(&["gate_proj", "up_proj"]), single(&["down_proj"])];
+        // Two in one file are told apart by the inner one's name; one alone is whichever is targeted.
+        let stacked = [format!("{stack}.base_layer"), stack.to_owned()].map(|module| held.contains(&module));
+        let there = match (asked, stacked) {
+            (_, [true, true]) => [true; 2],
+            ([true, true], [inner, outer]) => [inner, outer],
+            (_, [inner, outer]) => [inner || outer; 2],
+        };
+        let missing = (0..2).find(|&at| asked[at] && !there[at] && !singles[at])?;
+        names.into_iter().nth(missing)
+    }
+
     /// Refuses a file without what the configuration announces: peft would leave it as it was before training.
     fn all_there(
         &self,
@@ -522,23 +558,16 @@ impl Reading {
         if let Some((module, _)) = missing.next() {
             return Err(self.missing(&format!("adapter of `{module}`"), missing.count()));
         }
-        // Of experts, one is enough: peft may have chosen some.
         for stack in self.shapes.keys().filter_map(|module| module.strip_suffix(".gate_proj")) {
-            let stacks = stack.ends_with(".experts");
-            let asked = |parameter: &str| targets.has_parameter(&names::full(&format!("{stack}.{parameter}")));
-            if stacks
-                && (asked(names::GATE_UP) || asked("down_proj"))
-                && !held.iter().any(|module| {
-                    module.strip_prefix(stack).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-                })
-            {
-                return Err(self.missing(&format!("adapter of `{stack}`"), 0));
+            if let Some(missing) = stack.ends_with(".experts").then(|| self.missing_of_stack(stack, held)).flatten() {
+                return Err(self.missing(&format!("adapter of `{missing}`"), 0));
             }
         }
         let saved = self.shapes.values().filter(|shape| shape.kind != ParameterKind::Experts).filter_map(|shape| {
             let name = hugging_face_tensors(shape).into_iter().next()?.name;
             let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);
-            (targets.saves(module) && !whole.contains_key(mapping::key(&name))).then_some(name)
+            let asked = targets.saves(module) || shape.kind == ParameterKind::Bias && self.trains_bias(module);
+            (asked && !whole.contains_key(mapping::key(&name))).then_some(name)
         });
         match saved.into_iter().next() {
             Some(name) => Err(self.missing(&format!("`{name}`"), 0)),

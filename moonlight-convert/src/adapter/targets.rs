@@ -9,9 +9,11 @@ use serde_json::Value;
 /// The longest expression that is read.
 const LONGEST: usize = 20_000;
 /// The most expressions of one list.
-const MOST: usize = 100;
+const MOST: usize = 10;
+/// The most names of `modules_to_save`, each of which is looked for at the end of each name.
+const MOST_SAVED: usize = 1_000;
 /// Steps back that an expression may take for one name.
-const BACKTRACKING: usize = 100_000;
+const BACKTRACKING: usize = 20_000;
 /// Bytes that a compiled expression may have.
 const COMPILED: usize = 1 << 20;
 /// peft's word for every linear layer but the head.
@@ -38,7 +40,7 @@ pub(super) struct Targets {
     /// `layers_pattern`.
     pub(super) layers_patterns: Vec<Regex>,
     /// `target_parameters`.
-    pub(super) parameters: Vec<String>,
+    pub(super) parameters: HashSet<String>,
     /// `modules_to_save`.
     pub(super) saved: Vec<String>,
 }
@@ -79,6 +81,15 @@ pub(super) fn texts(value: &Value) -> Result<Vec<String>, String> {
         Value::Null => Ok(Vec::new()),
         Value::Array(list) => list.iter().map(text).collect::<Option<_>>().ok_or("a list of more than names".into()),
         _ => Err("a value that is no list of names".into()),
+    }
+}
+
+/// `modules_to_save`. The error is the end of "has KEY with ...".
+pub(super) fn saved(value: &Value) -> Result<Vec<String>, String> {
+    let list = texts(value)?;
+    match list.len() {
+        count if count > MOST_SAVED => Err(format!("{count} names; up to {MOST_SAVED} are read")),
+        _ => Ok(list),
     }
 }
 
@@ -140,7 +151,7 @@ impl Targets {
 
     /// Whether the configuration asks for an adapter of the parameter, by its name in transformers.
     pub(super) fn has_parameter(&self, name: &str) -> bool {
-        ends(name).any(|end| self.parameters.iter().any(|parameter| parameter == end))
+        ends(name).any(|end| self.parameters.contains(end))
     }
 
     /// Whether the module, or one that it is in, was trained whole.

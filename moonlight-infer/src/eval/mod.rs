@@ -10,7 +10,18 @@
 //! bootstrap's. A context that is longer than the model's loses its beginning; a text is cut into windows that are each
 //! predicted from what the window holds before. Examples are the first rows of the file that `shots_from` names, of the same
 //! subject where rows have one (the harness does so for MMLU and draws them elsewhere).
+//!
+//! Texts become tokens as in the harness: the tokenizer puts BOS before a context where it puts one before texts
+//! ([`Tokenizer::prefix`]), a text without a context follows BOS, else EOS, and special tokens are read out of texts. Where
+//! the harness (0.4.13) is wrong, its figures are given all the same, with a note; [`Task::fix_harness`] does what is right:
+//!
+//! | the harness | with `fix_harness` |
+//! |---|---|
+//! | takes a choice's tokens from where those of the context end, though a token may reach over the seam: a choice with no token left has the log-likelihood 0, and wins; others follow a context that the tokenizer does not write | scores the tokens of context and choice as one text, from the first that any choice of the row has otherwise than the context |
+//! | puts a second BOS before a text of which the tokenizer has put one, and counts how well BOS predicts BOS | has one BOS, which is given |
 
+mod python;
+mod requests;
 mod statistics;
 mod task;
 #[cfg(test)]
@@ -27,6 +38,7 @@ use crate::chat::{ChatEncoder, ChatTemplate};
 use crate::error::InferError;
 use crate::score::{Scored, score_batch};
 use crate::tokenizer::{Tokenizer, TokenizerError};
+use requests::{Request, TextEncoder, windows};
 
 pub use statistics::Estimate;
 pub use task::TaskFormat;
@@ -52,6 +64,8 @@ pub struct Task {
     pub shots_from: Option<PathBuf>,
     /// Rows to take; 0 for all.
     pub limit: usize,
+    /// Whether to do what is right where lm-evaluation-harness is wrong (see the table above) instead of what it does.
+    pub fix_harness: bool,
 }
 
 /// What came of it.
@@ -67,6 +81,9 @@ pub struct Evaluation {
     pub shots: usize,
     /// The figures.
     pub metrics: Vec<Metric>,
+    /// What is to be known of the figures: where they are the harness's and wrong.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// A record for each row, in order.
     #[serde(skip)]
     pub records: Vec<Value>,
@@ -111,17 +128,22 @@ pub fn evaluate(reader: Reader<'_>, task: &Task) -> Result<Evaluation, InferErro
     if task.shots > 0 && !format.has_choices() {
         return Err(InferError::ShotsWithoutChoices { format: format.to_string() });
     }
-    let (metrics, records) = match format {
+    let Outcome { metrics, records, notes } = match format {
         TaskFormat::Mmlu | TaskFormat::Arc | TaskFormat::HellaSwag => choices(reader, task, format, &rows)?,
         TaskFormat::Perplexity => perplexity(reader, task, &rows)?,
         TaskFormat::Chat => conversations(reader, task, &rows)?,
     };
     let metrics = metrics.into_iter().map(|(name, estimate)| Metric { name: name.into(), estimate }).collect();
-    Ok(Evaluation { task: task.path.clone(), format, rows: rows.len(), shots: task.shots, metrics, records })
+    let (task, rows, shots) = (task.path.clone(), rows.len(), task.shots);
+    Ok(Evaluation { task, format, rows, shots, metrics, notes, records })
 }
 
-/// Figures by name, and a record for each row.
-type Outcome = (Vec<(&'static str, Estimate)>, Vec<Value>);
+/// Figures by name, a record for each row, and what is to be known of them.
+struct Outcome {
+    metrics: Vec<(&'static str, Estimate)>,
+    records: Vec<Value>,
+    notes: Vec<String>,
+}
 
 fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) -> Result<Outcome, InferError> {
     let read = |path: &Path, row: &Row| {
@@ -135,8 +157,10 @@ fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) ->
         }
         None => questions.clone(),
     };
-    let (mut requests, mut first) = (Vec::new(), Vec::new());
-    for question in &questions {
+    let encoder = TextEncoder::new(reader.tokenizer)?;
+    let context_length = reader.model.config().max_position_embeddings;
+    let (mut requests, mut first, mut merged) = (Vec::new(), Vec::new(), Vec::new());
+    for (question, row) in questions.iter().zip(rows) {
         let usable = examples.iter().filter(|example| example.subject == question.subject && *example != question);
         let shots: Vec<String> = usable.take(task.shots).map(|example| example.answered() + "\n\n").collect();
         if shots.len() < task.shots {
@@ -144,8 +168,22 @@ fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) ->
         }
         let context = format!("{}{}{}", question.description, shots.concat(), question.context);
         first.push(requests.len());
-        for choice in &question.choices {
-            requests.push(pair(reader, &context, &format!(" {choice}"))?);
+        let here = |problem: String, hint: Option<String>| InferError::line(&task.path, row.line, problem, hint);
+        let choices: Vec<String> = question.choices.iter().map(|choice| format!(" {choice}")).collect();
+        let encoded = match task.fix_harness {
+            true => encoder.choices(&context, &choices)?,
+            false => encoder.choices_as_harness(&context, &choices)?,
+        };
+        if encoded.iter().any(|choice| choice.crosses_seam) {
+            merged.push(row.line);
+        }
+        for choice in encoded {
+            let scored = choice.request.scored();
+            if scored > context_length {
+                let problem = format!("a choice has {scored} tokens, and the model's context {context_length}");
+                return Err(here(problem, Some("the harness refuses such rows, too".into())));
+            }
+            requests.push(choice.request.within(context_length));
         }
     }
     let scores = scored(reader.model, &requests)?;
@@ -169,13 +207,34 @@ fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) ->
         }));
     }
     let [acc, norm, bytes] = figures.map(|values| mean(&values));
-    Ok((vec![("acc", acc), ("acc_norm", norm), ("acc_bytes", bytes)], records))
+    let metrics = vec![("acc", acc), ("acc_norm", norm), ("acc_bytes", bytes)];
+    Ok(Outcome { metrics, records, notes: seam_note(&merged, task.fix_harness).into_iter().collect() })
 }
 
-/// numpy's `argmax`: the first of the largest.
+/// Of rows in which a token reaches from the context into a choice, by their lines.
+fn seam_note(lines: &[usize], fixed: bool) -> Option<String> {
+    let first = lines.first()?;
+    let count = lines.len();
+    let what = format!(
+        "in {count} rows (the first on line {first}) the tokenizer has one token for the end of the context and the beginning \
+         of a choice"
+    );
+    Some(match fixed {
+        true => format!("{what}; such tokens are counted with the choice"),
+        false => format!(
+            "{what}: lm-evaluation-harness leaves such tokens out, and a choice of which nothing is left wins with the \
+             log-likelihood 0; `--fix-harness` counts them"
+        ),
+    })
+}
+
+/// numpy's `argmax`: the first of the largest, NaN above all.
 fn first_largest(values: impl Iterator<Item = f64>) -> usize {
     let mut best = (0, f64::NEG_INFINITY);
     for (index, value) in values.enumerate() {
+        if value.is_nan() {
+            return index;
+        }
         if value > best.1 {
             best = (index, value);
         }
@@ -185,14 +244,20 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
 
 fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, InferError> {
     let context = reader.model.config().max_position_embeddings;
-    let mut requests = Vec::new();
+    let encoder = TextEncoder::new(reader.tokenizer)?;
+    let (mut requests, mut twice) = (Vec::new(), Vec::new());
     let mut documents = Vec::new();
     for row in rows {
         let text = row.fields.get("text").or_else(|| row.fields.get("page")).and_then(Value::as_str);
         let text = text.ok_or_else(|| InferError::line(&task.path, row.line, "the row has no `text`", None))?;
         let here = |error: TokenizerError| InferError::line(&task.path, row.line, &error, error.hint());
-        let tokens = reader.tokenizer.encode(text).map_err(here)?;
-        let windows = windows(&tokens, beginning(reader), context);
+        let tokens = encoder.encode(text).map_err(here)?;
+        let begun = encoder.beginning().is_some_and(|first| tokens.first() == Some(&first));
+        if begun && !task.fix_harness {
+            twice.push(row.line);
+        }
+        let tokens = if begun && task.fix_harness { &tokens[1..] } else { &tokens };
+        let windows = windows(tokens, encoder.beginning(), context);
         documents.push((text, requests.len()..requests.len() + windows.len()));
         requests.extend(windows);
     }
@@ -218,33 +283,21 @@ fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, 
         ("bits_per_byte", bits),
         ("token_perplexity", perplexity(&tokens)),
     ];
-    Ok((metrics, records))
+    let note = twice.first().map(|first| {
+        format!(
+            "{} texts (the first on line {first}) begin with a token that lm-evaluation-harness puts before texts once more: \
+             how well it predicts itself is counted, too; `--fix-harness` gives it once, and `--no-bos` keeps the tokenizer \
+             from adding it",
+            twice.len()
+        )
+    });
+    Ok(Outcome { metrics, records, notes: note.into_iter().collect() })
 }
 
 /// The pieces that Python's `re.split(r"\s+", text)` gives: one more than there are stretches of white space.
 fn words_of(text: &str) -> usize {
-    let white: Vec<bool> = text.chars().map(char::is_whitespace).collect();
+    let white: Vec<bool> = text.chars().map(python::is_space).collect();
     1 + white.chunk_by(|a, b| a == b).filter(|stretch| stretch[0]).count()
-}
-
-/// A text in windows of the model's context, each token in one of them (the harness's `get_rolling_token_windows` with
-/// `context_len = 1`): the first begins with `first`, each other with the token before it, and the last is as long as the
-/// context, so that its tokens are predicted from as much as there is.
-fn windows(tokens: &[u32], first: Option<u32>, context: usize) -> Vec<Request> {
-    let mut windows = Vec::new();
-    // Without a token to begin with, the text's own first token is given.
-    let mut at = tokens.len().min(context + usize::from(first.is_none()));
-    let begins: Vec<u32> = first.into_iter().chain(tokens[..at].iter().copied()).collect();
-    if begins.len() > 1 {
-        windows.push(Request { tokens: begins, from: 1 });
-    }
-    while at < tokens.len() {
-        let end = tokens.len().min(at + context);
-        let start = end - context - 1;
-        windows.push(Request { tokens: tokens[start..end].to_vec(), from: at - start });
-        at = end;
-    }
-    windows
 }
 
 fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, InferError> {
@@ -281,38 +334,8 @@ fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcom
         matches.extend(exact.iter().map(|&exact| f64::from(u8::from(exact))));
         records.push(json!({"line": row.line, "nll": sum / count, "exact_match": exact}));
     }
-    Ok((vec![("nll", ratio(&losses, |sum, count| sum / count)), ("exact_match", mean(&matches))], records))
-}
-
-/// Tokens of which those from `from` on are scored, given all before.
-#[derive(Debug, Clone, PartialEq)]
-struct Request {
-    tokens: Vec<u32>,
-    from: usize,
-}
-
-/// A context and its continuation, tokenized as one text (the harness's `_encode_pair`: spaces that end the context
-/// belong to what follows); a context that is too long loses its beginning.
-fn pair(reader: Reader<'_>, context: &str, continuation: &str) -> Result<Request, InferError> {
-    let whole = format!("{context}{continuation}");
-    let mut tokens = reader.tokenizer.encode(&whole)?;
-    let mut from = reader.tokenizer.encode(context.trim_end())?.len();
-    if from == 0 {
-        match beginning(reader) {
-            Some(first) => tokens.insert(0, first),
-            None => return Err(InferError::NothingToBeginWith),
-        }
-        from = 1;
-    }
-    let longest = reader.model.config().max_position_embeddings + 1;
-    let dropped = tokens.len().saturating_sub(longest);
-    tokens.drain(..dropped);
-    Ok(Request { tokens, from: from.saturating_sub(dropped).max(1) })
-}
-
-/// The token that is put before a text without a context: the one that begins a text, else the one that ends it.
-fn beginning(reader: Reader<'_>) -> Option<u32> {
-    reader.tokenizer.bos().or(reader.tokenizer.eos())
+    let metrics = vec![("nll", ratio(&losses, |sum, count| sum / count)), ("exact_match", mean(&matches))];
+    Ok(Outcome { metrics, records, notes: Vec::new() })
 }
 
 fn log_likelihood(scored: &[Scored]) -> f64 {
@@ -356,12 +379,12 @@ pub fn table(evaluations: &[Evaluation]) -> String {
     text
 }
 
-/// An evaluation as JSON: `{"task", "format", "rows", "shots", "metrics": {NAME: {"value", "stderr"}}}`.
+/// An evaluation as JSON: `{"task", "format", "rows", "shots", "metrics": {NAME: {"value", "stderr"}}, "notes": [TEXT]}`.
 pub fn to_json(evaluation: &Evaluation) -> Value {
     let metrics: Map<String, Value> =
         evaluation.metrics.iter().map(|metric| (metric.name.clone(), json!(metric.estimate))).collect();
     json!({
         "task": evaluation.task, "format": evaluation.format, "rows": evaluation.rows, "shots": evaluation.shots,
-        "metrics": metrics,
+        "metrics": metrics, "notes": evaluation.notes,
     })
 }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde_json::{Map, Value};
 
+use super::python;
 use crate::error::InferError;
 use crate::records::{Record, RecordReader, parse};
 
@@ -148,7 +149,7 @@ impl Question {
                     description: about.map_or(String::new(), |subject| {
                         format!("The following are multiple choice questions (with answers) about {subject}.\n\n")
                     }),
-                    context: format!("{}\n{}Answer:", text("question")?.trim(), lines.concat()),
+                    context: format!("{}\n{}Answer:", python::strip(text("question")?), lines.concat()),
                     gold: gold(row.get("answer"), &letters[..choices.len()])
                         .ok_or("`answer` is none of the choices")?,
                     choices: letters.into_iter().take(choices.len()).collect(),
@@ -175,7 +176,7 @@ impl Question {
                 let endings = strings(row.get("endings")).ok_or("`endings` is not a list of texts")?;
                 let context = match (row.get("ctx_a").and_then(Value::as_str), row.get("ctx_b").and_then(Value::as_str))
                 {
-                    (Some(a), Some(b)) => format!("{a} {}", capitalised(b)),
+                    (Some(a), Some(b)) => format!("{a} {}", python::capitalize(b)),
                     _ => text("ctx")?.to_owned(),
                 };
                 let context = match row.get("activity_label").and_then(Value::as_str) {
@@ -220,16 +221,9 @@ fn gold(value: Option<&Value>, labels: &[String]) -> Option<usize> {
     (index < labels.len()).then_some(index)
 }
 
-/// Python's `str.capitalize`: the first character large, the others small.
-fn capitalised(text: &str) -> String {
-    let mut characters = text.chars();
-    let first = characters.next().map(|character| character.to_uppercase().to_string());
-    first.unwrap_or_default() + &characters.as_str().to_lowercase()
-}
-
 /// HellaSwag's texts from WikiHow without the marks of their origin, as the harness cleans them.
 fn without_artifacts(text: &str) -> String {
-    let text = text.trim().replace(" [title]", ". ");
+    let text = python::strip(text).replace(" [title]", ". ");
     let mut clean = String::with_capacity(text.len());
     let mut rest = text.as_str();
     while let Some(open) = rest.find('[') {

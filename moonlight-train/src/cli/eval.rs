@@ -32,6 +32,10 @@ pub(super) struct Arguments {
     /// Take so many rows from the beginning; 0 for all.
     #[arg(long, default_value_t = 0)]
     limit: usize,
+    /// Do what is right where lm-evaluation-harness is wrong: count tokens that reach from the context into a choice, and give
+    /// BOS once. Without it the figures are the harness's, with a note where that matters.
+    #[arg(long)]
+    fix_harness: bool,
     /// Where a line of JSON for each row goes.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -64,8 +68,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
             shots: arguments.shots,
             shots_from: arguments.shots_from.clone(),
             limit: arguments.limit,
+            fix_harness: arguments.fix_harness,
         };
         let evaluation = evaluate(reader, &task)?;
+        for note in &evaluation.notes {
+            tracing::warn!("{}: {note}", path.display());
+        }
         if let Some(output) = &mut output {
             evaluation.records.iter().try_for_each(|record| output.line(record))?;
         }

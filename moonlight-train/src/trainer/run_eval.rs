@@ -29,6 +29,11 @@ pub(super) fn run_eval(
     })?;
     let reader = Reader { model, tokenizer, dir: None };
     let evaluations = tasks.iter().map(|task| evaluate(reader, task)).collect::<Result<Vec<_>, _>>()?;
+    for evaluation in &evaluations {
+        for note in &evaluation.notes {
+            tracing::warn!("{}: {note}", evaluation.task.display());
+        }
+    }
     Ok(Some((table(&evaluations), evaluations.iter().map(to_json).collect())))
 }
 
