@@ -28,7 +28,8 @@ impl JsonlReader {
         Ok(Self { records: RecordReader::open(path, &[], None)?, place: Place::default() })
     }
 
-    /// The tokens of the next record; `None` after the last. A record of text needs a tokenizer.
+    /// The tokens of the next record; `None` after the last. A record of text needs a tokenizer, which gives those of its
+    /// [`encode_text`](Tokenizer::encode_text).
     ///
     /// # Errors
     ///
@@ -87,7 +88,7 @@ fn tokens_of(record: Value, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, (
             tokens.iter().map(token).collect::<Option<_>>().ok_or_else(wrong)
         }
         (None, Some(Value::String(text)), Some(tokenizer)) => {
-            tokenizer.encode(text).map_err(|error| (error.to_string(), error.hint()))
+            tokenizer.encode_text(text).map_err(|error| (error.to_string(), error.hint()))
         }
         (None, Some(Value::String(_)), None) => {
             Err(("the model's directory has no tokenizer".into(), Some("give `tokens` in place of `text`".into())))

@@ -127,7 +127,7 @@ impl ChatTemplate {
             (text, TemplateSource::File(path))
         } else if let Some(text) = default_template(&config["chat_template"]) {
             (text.to_owned(), TemplateSource::File(dir.join(CONFIG)))
-        } else if MOONLIGHT_TOKENS.iter().all(|token| tokenizer.special(token).is_some()) {
+        } else if MOONLIGHT_TOKENS.iter().all(|token| tokenizer.added(token).is_some()) {
             (MOONLIGHT_TEMPLATE.to_owned(), TemplateSource::Moonlight)
         } else {
             return Err(ChatError::NoTemplate { dir: dir.to_owned() });

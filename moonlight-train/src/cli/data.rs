@@ -46,7 +46,7 @@ pub(super) struct Arguments {
 pub(super) fn run(command: &Command) -> Result<(), TrainError> {
     let Command::Inspect(arguments) = command;
     let recipe = Recipe::load(&arguments.recipe, &arguments.sets)?;
-    let tokenizer = recipe.data.tokenizer.open()?;
+    let tokenizer = recipe.data.open_tokenizer()?;
     let config = recipe.model.config_for(tokenizer.as_ref())?;
     let dataset = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
     let inspection = dataset.inspect(arguments.samples)?;

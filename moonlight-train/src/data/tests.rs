@@ -3,7 +3,7 @@ use std::path::Path;
 use moonlight_infer::tokenizer::Tokenizer;
 
 use super::*;
-use crate::recipe::{Broken, DataConfig, DataFormat, TokenizerName, TooLong};
+use crate::recipe::{Bos, Broken, DataConfig, DataFormat, TokenizerName, TooLong};
 
 const EOS: i32 = moonlight_infer::tokenizer::EOS as i32;
 
@@ -15,6 +15,7 @@ fn config(dir: &Path, glob: &str) -> DataConfig {
         format: DataFormat::Text,
         chat_template: Default::default(),
         tokenizer: TokenizerName::Bytes,
+        bos: Bos::Auto,
         sequence_length: 8,
         pack: true,
         shuffle: false,

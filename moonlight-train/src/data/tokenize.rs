@@ -22,7 +22,7 @@ use super::token_store::{Opened, Origin, TokenStore, TokenStoreWriter, remove_ab
 use crate::recipe::{Broken, DataFormat};
 
 /// Raised when the same template gives other tokens or weights.
-const TEMPLATES: u64 = 1;
+const TEMPLATES: u64 = 2;
 /// Raised when the same file gives other records or other text.
 const READERS: u64 = 1;
 /// Bytes of a text file that are tokenized at once.
@@ -48,6 +48,8 @@ pub(super) struct TokenizeJob<'a> {
 struct Block {
     origin: Origin,
     bytes: Vec<u8>,
+    /// Whether the document begins here.
+    begins: bool,
     /// Of a record with `format = "text"`, the field with the document.
     field: Option<&'static str>,
     /// Whether the document ends here, and whether the end is the text's own.
@@ -141,6 +143,12 @@ impl TokenizeJob<'_> {
             hash.number(TEMPLATES);
             hash.number(READERS);
             hash.bytes(self.tokenizer.map(Tokenizer::fingerprint).unwrap_or_default().as_bytes());
+            if let Some(tokenizer) = self.tokenizer.filter(|_| self.format == DataFormat::Text) {
+                for around in [tokenizer.prefix(), tokenizer.suffix()] {
+                    hash.number(around.len() as u64);
+                    around.iter().for_each(|&token| hash.number(token.into()));
+                }
+            }
             hash.number(self.vocab_size as u64);
             hash.number(self.max_tokens);
             for file in self.files {
@@ -276,9 +284,13 @@ impl TokenizeJob<'_> {
                 };
                 // What a tokenizer has no tokens for would be missing from the data.
                 let refused = |error: TokenizerError| Refused::new(error.to_string(), error.hint());
-                let mut tokens = tokenizer.encode(&text).map_err(|error| self.record(block, refused(error)))?;
-                if block.end == Some(End::Whole) && !(block.field.is_some() && text.is_empty()) {
-                    tokens.extend(tokenizer.eos());
+                let is_empty = block.field.is_some() && text.is_empty();
+                let mut tokens = if block.begins && !is_empty { tokenizer.prefix().to_vec() } else { Vec::new() };
+                tokens.extend(tokenizer.encode(&text).map_err(|error| self.record(block, refused(error)))?);
+                if block.end == Some(End::Whole) && !is_empty {
+                    tokens.extend(tokenizer.suffix());
+                    // One of them ends the document, be it of the text or of the tokenizer.
+                    tokens.extend(tokenizer.eos().filter(|eos| tokenizer.suffix().last() != Some(eos)));
                 }
                 let replaced = block.field.is_none() && matches!(text, std::borrow::Cow::Owned(_));
                 Ok(Tokenized { replaced, surrogates, ..Tokenized::new(tokens) })
@@ -307,7 +319,7 @@ impl TokenizeJob<'_> {
     ) -> Result<bool, DataError> {
         let io = |error: std::io::Error| DataError::io("read", &file.path, &error);
         let origin = Origin { file: index, line: 0, column: 0 };
-        let block = |bytes, end| Block { origin, bytes, field: None, end, skippable: false };
+        let block = |bytes, begins, end| Block { origin, bytes, begins, field: None, end, skippable: false };
         let cut = file.read < file.size;
         // What has been added to the file since it was looked at is not read.
         let limit = (cut || !source.is_packed()).then_some(file.read);
@@ -323,13 +335,13 @@ impl TokenizeJob<'_> {
                     bytes.truncate(whole_characters(&bytes));
                 }
                 if !(is_first && bytes.is_empty()) {
-                    reading.round.add(block(bytes, Some(if cut { End::Cut } else { End::Whole })));
+                    reading.round.add(block(bytes, is_first, Some(if cut { End::Cut } else { End::Whole })));
                 }
                 return self.is_enough(reading);
             }
-            is_first = false;
             let rest = bytes.split_off(boundary(&bytes));
-            reading.round.add(block(std::mem::replace(&mut bytes, rest), None));
+            reading.round.add(block(std::mem::replace(&mut bytes, rest), is_first, None));
+            is_first = false;
             if self.is_enough(reading)? {
                 return Ok(true);
             }
@@ -357,7 +369,7 @@ impl TokenizeJob<'_> {
             };
             let Record { json: bytes, place } = record;
             let origin = Origin { file: index, line: short(place.line), column: short(place.column) };
-            reading.round.add(Block { origin, bytes, field, end: Some(End::Whole), skippable });
+            reading.round.add(Block { origin, bytes, begins: true, field, end: Some(End::Whole), skippable });
             if self.is_enough(reading)? {
                 return Ok(true);
             }

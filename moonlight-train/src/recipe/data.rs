@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::check::Check;
 use super::run::path;
 use moonlight_infer::expand;
-use moonlight_infer::tokenizer::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Tokenizer, TokenizerError};
+use moonlight_infer::tokenizer::{AddBos, BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Tokenizer, TokenizerError};
 
 /// The value of `tokenizer` that stands for none at all, for data that are tokens already.
 pub const NO_TOKENIZER: &str = "none";
@@ -46,6 +46,28 @@ pub enum Broken {
     Error,
     /// Leave it out, count it, and name the first few.
     Skip,
+}
+
+/// Whether a document of text begins with BOS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Bos {
+    /// As the tokenizer's files say: what the post-processor of its `tokenizer.json` puts before a text.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+impl From<Bos> for AddBos {
+    fn from(bos: Bos) -> Self {
+        match bos {
+            Bos::Auto => Self::Auto,
+            Bos::Always => Self::Always,
+            Bos::Never => Self::Never,
+        }
+    }
 }
 
 /// How text becomes tokens.
@@ -138,6 +160,9 @@ pub struct DataConfig {
     /// `bytes`, `bytes-chat`, `none`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one. Default: that of
     /// `model.path`; else `bytes` for text, `bytes-chat` for chat and `none` for tokens.
     pub tokenizer: TokenizerName,
+    /// Whether a document of `format = "text"`, a row of `eval.tasks` and `sample.prompt` begin with the tokenizer's BOS; a
+    /// conversation begins as its template says.
+    pub bos: Bos,
     /// Tokens in a sequence. Default: 1024, or the model's longest where that is shorter.
     pub sequence_length: usize,
     /// Whether documents are laid end to end into full sequences, or, with `format = "chat"`, whole conversations together into
@@ -169,6 +194,7 @@ impl Default for DataConfig {
             format: DataFormat::Text,
             chat_template: PathBuf::new(),
             tokenizer: TokenizerName::Bytes,
+            bos: Bos::Auto,
             sequence_length: 1024,
             pack: true,
             shuffle: true,
@@ -183,6 +209,20 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
+    /// The tokenizer, which begins texts as `bos` says; `None` for data that are tokens already.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`TokenizerName::open`]; `bos = "always"` for a tokenizer without BOS.
+    pub fn open_tokenizer(&self) -> Result<Option<Tokenizer>, TokenizerError> {
+        let Some(tokenizer) = self.tokenizer.open()? else { return Ok(None) };
+        let is_read = self.format == DataFormat::Text && self.bos == Bos::Auto;
+        if let Some(note) = tokenizer.bos_note().filter(|_| is_read) {
+            tracing::warn!("{note}; `data.bos` decides");
+        }
+        tokenizer.with_bos(self.bos.into()).map(Some)
+    }
+
     pub(super) fn check(&self, check: &mut Check<'_>) {
         if check.has("data.train") {
             check.require("data.train", !self.train.is_empty(), || "names no files".into());
