@@ -865,11 +865,8 @@ fn a_run_without_data_says_why() {
     assert_eq!(hint.unwrap(), "raise data.sequence_length");
     let (message, _) = nothing(&long, |config| config.too_long = TooLong::Skip);
     assert_eq!(message, "... 1 record was longer than 16 tokens and left out: a.jsonl:1 (25 tokens)");
-    let (message, hint) = nothing("{\n", |config| config.broken = Broken::Skip);
-    assert_eq!(
-        message,
-        "... 1 record was broken and left out: a.jsonl:1:1 (the record is not JSON: EOF while parsing an object)"
-    );
+    let (message, hint) = nothing("{\"a\" 1}\n", |config| config.broken = Broken::Skip);
+    assert_eq!(message, "... 1 record was broken and left out: a.jsonl:1:6 (the record is not JSON: expected `:`)");
     assert!(hint.unwrap().contains("data.broken"));
     let (message, _) = nothing(&talk("q", "a"), |config| config.max_file_bytes = 9);
     assert_eq!(message, "... files larger than data.max_file_bytes are left out: 1, the first `a.jsonl`");

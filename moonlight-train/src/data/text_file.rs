@@ -48,7 +48,8 @@ impl TextFile {
             }
             "csv" | "tsv" => Self::records_or_plain(source, limit, true, "CSV as plain text"),
             _ => {
-                let looks = matches!(source.kind(), Ok(FileKind::JsonLines)) && is_record_of_text(source.head());
+                let looks = matches!(source.kind(), Ok(FileKind::JsonLines))
+                    && source.head().split(|byte| *byte == b'\n').next().is_some_and(is_record_of_text);
                 let what = if looks { "plain text that looks like JSON Lines (which end in .jsonl)" } else { PLAIN };
                 Ok(Self::Plain { source, what })
             }
@@ -60,9 +61,15 @@ impl TextFile {
         let Some(first) = reader.first() else {
             return Ok(Self::Records { reader, field: "text", unread: Vec::new() });
         };
-        let Ok(Value::Object(fields)) = parse(&first.json).map(|parsed| parsed.value) else {
+        let fields = match parse(&first.json).map(|parsed| parsed.value) {
+            Ok(Value::Object(fields)) => fields,
+            Ok(_) => {
+                let (path, problem) = (reader.path().to_owned(), "its records are not JSON objects".into());
+                let hint = Some("a record is {\"text\": \"...\"}".into());
+                return Err(RecordError::File { path, problem, hint }.into());
+            }
             // The record is broken, and dealt with as such.
-            return Ok(Self::Records { reader, field: "text", unread: Vec::new() });
+            Err(_) => return Ok(Self::Records { reader, field: "text", unread: Vec::new() }),
         };
         match field_of(&fields) {
             Some(field) => Ok(Self::Records { reader, field, unread: others(&fields, field) }),
@@ -94,10 +101,8 @@ impl TextFile {
         if !may_hold {
             return Ok(Self::Plain { source, what });
         }
-        match RecordReader::of(source, &[], limit).map_err(DataError::from).and_then(Self::records) {
-            Ok(Self::Records { reader, field, unread }) if reader.first().is_some() => {
-                Ok(Self::Records { reader, field, unread })
-            }
+        match RecordReader::of(source, &[], limit) {
+            Ok(reader) if reader.first().is_some_and(|first| is_record_of_text(&first.json)) => Self::records(reader),
             _ => Ok(Self::Plain { source: Source::open(&path)?, what }),
         }
     }
@@ -113,9 +118,8 @@ fn others(record: &Map<String, Value>, field: &str) -> Vec<String> {
     record.keys().filter(|name| *name != field).take(16).cloned().collect()
 }
 
-fn is_record_of_text(head: &[u8]) -> bool {
-    let line = head.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    match parse(line).map(|parsed| parsed.value) {
+fn is_record_of_text(record: &[u8]) -> bool {
+    match parse(record).map(|parsed| parsed.value) {
         Ok(Value::Object(record)) => field_of(&record).is_some(),
         _ => false,
     }

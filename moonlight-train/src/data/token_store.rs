@@ -688,7 +688,7 @@ mod tests {
         assert!(damage(&path, KEY, 300).contains("token 65535"));
         for end in [1u64 << 60, u64::MAX, 1] {
             write(&path, 300, &[&[1, 2, 3], &[4]]);
-            forge(&path, |bytes| bytes[8 + 16..8 + 24].copy_from_slice(&end.to_le_bytes()));
+            forge(&path, |bytes| bytes[8 + DOCUMENT_BYTES..16 + DOCUMENT_BYTES].copy_from_slice(&end.to_le_bytes()));
             assert!(damage(&path, KEY, 300).contains("documents"));
         }
     }
