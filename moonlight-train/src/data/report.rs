@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use moonlight_convert::Printable;
 use moonlight_infer::chat::Shape;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,56 @@ pub(super) struct Report {
     pub(super) shapes: BTreeMap<Shape, u64>,
     /// Records that were left out because they are wrong.
     pub(super) broken: Faults,
+    /// Fields that neither the chat template nor the reader of records read.
+    #[serde(default)]
+    pub(super) unread: Unread,
+}
+
+/// So many fields are named, and so long a name is kept.
+const FIELDS: usize = 200;
+const LONGEST_NAME: usize = 80;
+
+/// Fields of records that nobody read, and in how many records each is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Unread {
+    fields: BTreeMap<String, u64>,
+    /// Records with a field that is not named, as there are too many.
+    others: u64,
+}
+
+impl Unread {
+    /// Counts the fields of a record.
+    pub(super) fn add(&mut self, fields: Vec<String>) {
+        let mut others = false;
+        for field in fields {
+            let field: String = match field.char_indices().nth(LONGEST_NAME) {
+                Some((end, _)) => format!("{}…", &field[..end]),
+                None => field,
+            };
+            let is_room = self.fields.len() < FIELDS;
+            match self.fields.get_mut(&field) {
+                Some(count) => *count += 1,
+                None if is_room => drop(self.fields.insert(field, 1)),
+                None => others = true,
+            }
+        }
+        self.others += u64::from(others);
+    }
+
+    fn note(&self, key: &str) -> Option<String> {
+        if self.fields.is_empty() {
+            return None;
+        }
+        let mut named: Vec<String> =
+            self.fields.iter().map(|(field, count)| format!("`{}` ({count})", Printable(field))).collect();
+        if self.others > 0 {
+            named.push(format!("and more in {} records", self.others));
+        }
+        Some(format!(
+            "data.{key}: fields that neither the chat template nor this program reads, and in how many records: {}",
+            named.join(", ")
+        ))
+    }
 }
 
 /// Records with something wrong: all counted, the first few named.
@@ -87,6 +138,7 @@ impl Report {
                 self.shapes.iter().map(|(shape, count)| format!("{count} with {shape}")).collect();
             notes.push(format!("data.{key}: conversations: {}", shapes.join(", ")));
         }
+        notes.extend(self.unread.note(key));
         notes.extend(self.broken.note(key, "broken and left out", files));
         notes
     }

@@ -19,7 +19,7 @@ use super::token_store::{Opened, Origin, TokenStore, TokenStoreWriter, remove_ab
 use crate::recipe::{Broken, DataFormat};
 
 /// Raised when the same template gives other tokens or weights.
-const TEMPLATES: u64 = 1;
+const TEMPLATES: u64 = 2;
 /// The longest record of `format = "tokens"` and `"chat"`: a line, its line break included, or a row of a parquet file. A file
 /// without line breaks, such as a JSON array, would have to be held in memory whole.
 const LONGEST_RECORD: usize = 256 << 20;
@@ -69,6 +69,8 @@ pub(super) struct Tokenized {
     /// Whether bytes were not UTF-8.
     replaced: bool,
     shape: Option<Shape>,
+    /// Fields of the record that nobody read.
+    unread: Vec<String>,
 }
 
 /// A block that is left out.
@@ -116,7 +118,7 @@ impl TokenizeJob<'_> {
                 Broken::Error => 0,
                 Broken::Skip => 1,
             });
-            hash.bytes(self.chat.map(|chat| chat.template().text()).unwrap_or_default().as_bytes());
+            hash.bytes(self.chat.map(|chat| chat.template().fingerprint()).unwrap_or_default().as_bytes());
             hash.number(TEMPLATES);
             hash.bytes(self.tokenizer.map(Tokenizer::fingerprint).unwrap_or_default().as_bytes());
             hash.number(self.vocab_size as u64);
@@ -176,6 +178,7 @@ impl TokenizeJob<'_> {
             if let Some(shape) = tokenized.shape {
                 *found.report.shapes.entry(shape).or_default() += 1;
             }
+            found.report.unread.add(tokenized.unread);
             writer.extend(&tokenized.tokens, &tokenized.weights)?;
             if block.end.is_some() && writer.open_tokens() > 0 {
                 writer.end_document(block.origin);
@@ -205,7 +208,7 @@ impl TokenizeJob<'_> {
                     tokens.extend(tokenizer.eos());
                 }
                 let replaced = matches!(text, std::borrow::Cow::Owned(_));
-                Ok(Tokenized { tokens, weights: Vec::new(), replaced, shape: None })
+                Ok(Tokenized { tokens, weights: Vec::new(), replaced, shape: None, unread: Vec::new() })
             }
             DataFormat::Tokens => tokens_of(&block.bytes),
             DataFormat::Chat => conversation_of(&block.bytes, self.chat.ok_or(DataError::NoTokenizer)?),
@@ -373,15 +376,15 @@ pub(super) fn tokens_of(line: &[u8]) -> Result<Tokenized, Refused> {
     if parsed.tokens.is_empty() {
         return Err(Refused { problem: "the record has no tokens".into(), hint: None });
     }
-    Ok(Tokenized { tokens: parsed.tokens, weights: Vec::new(), replaced: false, shape: None })
+    Ok(Tokenized { tokens: parsed.tokens, weights: Vec::new(), replaced: false, shape: None, unread: Vec::new() })
 }
 
 /// The tokens and weights of a conversation.
 fn conversation_of(line: &[u8], chat: &ChatEncoder) -> Result<Tokenized, Refused> {
-    let read = chat.parse(line).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation.turns)?)));
+    let read = chat.parse(line).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation)?)));
     match read {
-        Ok((shape, WeightedTokens { tokens, weights })) => {
-            Ok(Tokenized { tokens, weights, replaced: false, shape: Some(shape) })
+        Ok((shape, WeightedTokens { tokens, weights, unread })) => {
+            Ok(Tokenized { tokens, weights, replaced: false, shape: Some(shape), unread })
         }
         Err(error) => Err(Refused { problem: error.to_string(), hint: error.hint() }),
     }
