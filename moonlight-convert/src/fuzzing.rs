@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::format::index::Index;
 use crate::format::shard;
-use crate::tokenizer::{Ranks, SpecialNames, special_tokens, tokenizer_json};
+use crate::tokenizer::{Ranks, SpecialNames, TextEnds, special_tokens, tokenizer_json};
 
 /// A header of a safetensors file, which `held` bytes follow: how many tensors it has.
 pub fn safetensors_header(header: &[u8], held: u64) -> Result<usize, String> {
@@ -21,8 +21,9 @@ pub fn index(text: &[u8]) -> Result<usize, String> {
 /// A `tiktoken.model` and the `tokenizer_config.json` beside it: the length of the `tokenizer.json` that they make.
 pub fn tiktoken(ranks: &[u8], config: &[u8]) -> Result<usize, String> {
     let ranks = Ranks::parse(ranks).map_err(|error| error.to_string())?;
-    let special = special_tokens(ranks.count(), &SpecialNames::parse(config, config, config).added);
-    tokenizer_json(&ranks, &special).map(|json| json.to_string().len())
+    let names = SpecialNames::parse([Some(config); 4]).map_err(|(_, problem)| problem)?;
+    let special = special_tokens(ranks.count(), &names.added)?;
+    tokenizer_json(&ranks, &special, &TextEnds::of(&names, &special)?).map(|json| json.to_string().len())
 }
 
 /// The Hub's list of a repository's files: how many of them a checkpoint is made of.

@@ -32,13 +32,13 @@ fn text(model: &str, prompt: &str) -> Result<(), Box<dyn Error>> {
     // The device is the first that this build has, the dtype f32 on the CPU and as stored elsewhere; an adapter or
     // quantization would be further options.
     let opened = OpenOptions::new().open(model)?;
-    let tokenizer = opened.tokenizer()?;
+    let tokenizer = opened.tokenizer()?.clone().for_prompts();
 
     let sampling = Sampling { temperature: 0.7, top_p: 0.95, ..Sampling::default() };
     // Characters can be longer than a token: the stream holds bytes back until they are whole.
     let mut stream = tokenizer.stream();
     print!("{prompt}");
-    generate(&opened.model, &tokenizer.encode(prompt)?, 200, sampling, &opened.eos, |token| {
+    generate(&opened.model, &tokenizer.encode_text(prompt)?, 200, sampling, &opened.eos, |token| {
         print!("{}", stream.push(token));
         // A closed pipe is no reason to stop the model half-way.
         let _ = std::io::stdout().flush();

@@ -74,7 +74,10 @@ impl OpenOptions {
         let adapter = self.adapter.as_deref().map(weights_in).transpose()?;
         let LoadedModel { model, dir } = load_model(&dir, adapter.as_deref(), &target.device, dtype, self.bits)?;
         let tokenizer = Tokenizer::from_model_dir(&dir)?;
-        let eos = generation_eos(&dir)?.unwrap_or_else(|| model.config().eos_token_id.clone());
+        let mut eos = generation_eos(&dir)?.unwrap_or_else(|| model.config().eos_token_id.clone());
+        if eos.is_empty() {
+            eos.extend(tokenizer.as_ref().and_then(Tokenizer::eos));
+        }
         Ok(OpenedModel { dir, model, tokenizer, eos })
     }
 }
@@ -88,7 +91,7 @@ pub struct OpenedModel {
     pub model: CausalLm,
     /// The tokenizer of its folder, where that has one.
     pub tokenizer: Option<Tokenizer>,
-    /// Tokens that end a text: those of `generation_config.json`, else of `config.json`.
+    /// Tokens that end a text: those of `generation_config.json`, else of `config.json`, else the tokenizer's EOS.
     pub eos: Vec<u32>,
 }
 
@@ -112,11 +115,17 @@ impl OpenedModel {
         Ok(ChatEncoder::new(ChatTemplate::of_model(&self.dir, tokenizer)?, tokenizer.clone()))
     }
 
-    /// The tokens that end an answer: [`eos`](Self::eos) and, since a base model's files do not name it, the token that
-    /// ends a turn (`<|im_end|>`).
-    pub fn end_of_turn(&self) -> Vec<u32> {
-        let turn = self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.special("<|im_end|>"));
-        self.eos.iter().copied().chain(turn).collect()
+    /// The tokens that end an answer in a chat: [`eos`](Self::eos), the tokenizer's EOS, and the token that ends a turn of
+    /// the chat template, whatever its name ([`ChatEncoder::end_token`]): the files of a base model do not name it.
+    pub fn end_of_turn(&self, chat: &ChatEncoder) -> Vec<u32> {
+        let tokenizer = self.tokenizer.as_ref().and_then(Tokenizer::eos);
+        let mut tokens = self.eos.clone();
+        for token in tokenizer.into_iter().chain(chat.end_token()) {
+            if !tokens.contains(&token) {
+                tokens.push(token);
+            }
+        }
+        tokens
     }
 }
 

@@ -1,13 +1,13 @@
 //! `tokenizer.json`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::alphabet::spell;
+use super::alphabet::{byte_to_char, spell};
 use super::merges::merges;
 use super::{AddedToken, Ranks, SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON, pattern, special_tokens};
 use crate::error::CheckpointError;
@@ -39,8 +39,10 @@ pub fn write_tokenizer_json(dir: impl AsRef<Path>, overwrite: bool) -> Result<Pa
     let model = dir.join(TIKTOKEN_MODEL);
     let unsound = |problem: String| CheckpointError::Tokenizer { path: model.clone(), problem };
     let ranks = Ranks::parse(&contents).map_err(|error| unsound(error.to_string()))?;
-    let special = special_tokens(ranks.count(), &SpecialNames::beside(&model).added);
-    let json = tokenizer_json(&ranks, &special).map_err(unsound)?;
+    let names = SpecialNames::beside(&model)?;
+    let special = special_tokens(ranks.count(), &names.added).map_err(unsound)?;
+    let around = TextEnds::of(&names, &special).map_err(unsound)?;
+    let json = tokenizer_json(&ranks, &special, &around).map_err(unsound)?;
 
     // Written beside and renamed, so that a crash leaves no half of one. An error removes what is there of it.
     let text = serde_json::to_vec(&json).expect("maps with strings as keys are JSON");
@@ -53,15 +55,67 @@ pub fn write_tokenizer_json(dir: impl AsRef<Path>, overwrite: bool) -> Result<Pa
     Ok(path)
 }
 
-/// The contents of `tokenizer.json` for ranks and the special tokens that follow them.
+/// The tokens at the ends of each text, where `tokenizer_config.json` says `add_bos_token` or `add_eos_token`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TextEnds {
+    /// Before a text.
+    pub bos: Option<u32>,
+    /// Behind a text.
+    pub eos: Option<u32>,
+}
+
+impl TextEnds {
+    /// What the files beside ranks ask for.
+    ///
+    /// # Errors
+    ///
+    /// A sentence, where they ask for a token that there is not.
+    pub fn of(names: &SpecialNames, special: &BTreeMap<u32, AddedToken>) -> Result<Self, String> {
+        let end = |add: Option<bool>, key: &str, name: &Option<String>, otherwise: &str| {
+            if add != Some(true) {
+                return Ok(None);
+            }
+            let name = name.as_deref().unwrap_or(otherwise);
+            let token = special.iter().find(|(_, token)| token.content == name).map(|(&id, _)| Some(id));
+            token.ok_or_else(|| format!("its tokenizer_config.json says `{key}`, and there is no token `{name}`"))
+        };
+        Ok(Self {
+            bos: end(names.add_bos, "add_bos_token", &names.bos, "[BOS]")?,
+            eos: end(names.add_eos, "add_eos_token", &names.eos, "[EOS]")?,
+        })
+    }
+
+    /// The post-processor that adds them, as transformers writes it.
+    fn post_processor(self, special: &BTreeMap<u32, AddedToken>) -> Value {
+        if self == Self::default() {
+            return Value::Null;
+        }
+        let name = |id: u32| special.get(&id).map_or("", |token| token.content.as_str());
+        let piece = |id: u32, text: u8| json!({"SpecialToken": {"id": name(id), "type_id": text}});
+        let part = |letter: &str, text: u8| {
+            let bos = self.bos.map(|id| piece(id, text));
+            let eos = self.eos.map(|id| piece(id, text));
+            bos.into_iter().chain([json!({"Sequence": {"id": letter, "type_id": text}})]).chain(eos).collect::<Vec<_>>()
+        };
+        let ids = [self.bos, self.eos].into_iter().flatten();
+        let tokens: Map<String, Value> =
+            ids.map(|id| (name(id).to_owned(), json!({"id": name(id), "ids": [id], "tokens": [name(id)]}))).collect();
+        let pair = [part("A", 0), part("B", 1)].concat();
+        json!({"type": "TemplateProcessing", "single": part("A", 0), "pair": pair, "special_tokens": tokens})
+    }
+}
+
+/// The contents of `tokenizer.json` for ranks, the added tokens that follow them, and what begins and ends a text.
 ///
 /// # Errors
 ///
-/// A sentence, where two tokens have the same text: such a file would not mean what the ranks mean.
-pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>) -> Result<Value, String> {
+/// A sentence, where two tokens have the same text, or a text that byte-level decoding would change: such a file would not
+/// mean what the ranks mean.
+pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: &TextEnds) -> Result<Value, String> {
     let spelled: Vec<String> = ranks.tokens().iter().map(|token| spell(token)).collect();
     let vocab: Map<String, Value> =
         spelled.iter().zip(0..ranks.count()).map(|(token, rank)| (token.clone(), rank.into())).collect();
+    let alphabet: HashSet<char> = (0..=u8::MAX).map(byte_to_char).collect();
     let mut contents: HashMap<&str, u32> = HashMap::new();
     for (&id, token) in special {
         let other = contents.insert(&token.content, id);
@@ -69,13 +123,18 @@ pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>) -> Res
         if let Some(other) = other.map(u64::from).or(ordinary) {
             return Err(format!("the tokens {other} and {id} are both called `{}`", token.content.escape_debug()));
         }
+        // The decoder takes a token whose characters all stand for bytes as those bytes.
+        if !token.content.is_ascii() && token.content.chars().all(|character| alphabet.contains(&character)) {
+            let content = token.content.escape_debug();
+            return Err(format!("a tokenizer.json would decode the token {id}, `{content}`, as other bytes"));
+        }
     }
     let added: Vec<Value> = special
         .iter()
         .map(|(id, token)| {
             json!({
                 "id": id, "content": token.content, "single_word": token.single_word, "lstrip": token.lstrip,
-                "rstrip": token.rstrip, "normalized": false, "special": token.special,
+                "rstrip": token.rstrip, "normalized": token.normalized, "special": token.special,
             })
         })
         .collect();
@@ -98,7 +157,7 @@ pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>) -> Res
                 byte_level,
             ],
         },
-        "post_processor": null,
+        "post_processor": ends.post_processor(special),
         "decoder": byte_level,
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
@@ -138,6 +197,27 @@ mod tests {
     }
 
     #[test]
+    fn what_ends_a_text_is_its_post_processor() {
+        let dir = directory();
+        let written = |config: &str| {
+            fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+            let path = write_tokenizer_json(dir.path(), true).map_err(|error| error.to_string())?;
+            Ok::<Value, String>(serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
+        };
+        assert_eq!(written(r#"{"add_bos_token": false}"#).unwrap()["post_processor"], Value::Null);
+        let processor = written(r#"{"add_bos_token": true, "add_eos_token": true}"#).unwrap()["post_processor"].take();
+        // As transformers 5.24 saves it.
+        let piece = |name: &str, text: u8| json!({"SpecialToken": {"id": name, "type_id": text}});
+        let text = |letter: &str, text: u8| json!({"Sequence": {"id": letter, "type_id": text}});
+        let single = [piece("[BOS]", 0), text("A", 0), piece("[EOS]", 0)];
+        let pair = [&single[..], &[piece("[BOS]", 1), text("B", 1), piece("[EOS]", 1)]].concat();
+        assert_eq!((&processor["single"], &processor["pair"]), (&json!(single), &json!(pair)));
+        assert_eq!(processor["special_tokens"]["[EOS]"], json!({"id": "[EOS]", "ids": [257], "tokens": ["[EOS]"]}));
+        let error = written(r#"{"add_bos_token": true, "bos_token": "<s>"}"#).unwrap_err();
+        assert!(error.contains("says `add_bos_token`, and there is no token `<s>`"), "{error}");
+    }
+
+    #[test]
     fn what_cannot_be_written_down_is_refused() {
         let dir = directory();
         let named = |text: &str| {
@@ -146,6 +226,8 @@ mod tests {
         };
         let twice = named(r#"{"added_tokens_decoder": {"300": {"content": "[EOS]"}}}"#);
         assert!(twice.contains("the tokens 257 and 300 are both called `[EOS]`"), "{twice}");
+        let latin = named(r#"{"added_tokens_decoder": {"300": {"content": "é"}}}"#);
+        assert!(latin.contains("would decode the token 300, `é`, as other bytes"), "{latin}");
         let byte = named(r#"{"added_tokens_decoder": {"300": {"content": "a"}}}"#);
         assert!(byte.contains("the tokens 97 and 300 are both called `a`"), "{byte}");
         fs::write(dir.path().join(TIKTOKEN_MODEL), "YQ== 0\n").unwrap();

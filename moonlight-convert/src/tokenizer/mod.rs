@@ -10,7 +10,8 @@
 //! | ranks | vocabulary, and [merges] recovered from them |
 //! | a piece that is a token as a whole is that token | `ignore_merges` |
 //! | the [`pattern`] | `Split`, each match a piece |
-//! | special tokens | `added_tokens`, by the names of `tokenizer_config.json` |
+//! | special tokens | `added_tokens`, by the names of `tokenizer_config.json`, each special or not as it says |
+//! | `add_bos_token`, `add_eos_token` | a `TemplateProcessing` |
 //!
 //! What has no counterpart: the published code cuts a text every 400,000 characters and in runs of more than 25,000
 //! characters of (or without) white space, and encodes the parts for themselves. Without such lengths the tokens are the
@@ -23,7 +24,7 @@ mod ranks;
 mod special;
 
 pub use alphabet::byte_to_char;
-pub use json::{tokenizer_json, write_tokenizer_json};
+pub use json::{TextEnds, tokenizer_json, write_tokenizer_json};
 pub use ranks::{RankError, Ranks};
 pub use special::{AddedToken, SPECIALS, SpecialNames, special_tokens};
 

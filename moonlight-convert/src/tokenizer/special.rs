@@ -1,10 +1,11 @@
 //! The special tokens: what the files beside a tokenizer say of them, and the names that those leave out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use serde_json::Value;
 
+use crate::error::CheckpointError;
 use crate::io::confined_dir::ConfinedDir;
 
 /// Special ids that follow the ranks. The published code names 258, of which the last two have no row in the embedding
@@ -23,8 +24,14 @@ const NAMES: [(u32, &str); 7] = [
     (17, "<|im_middle|>"),
 ];
 
+/// Ids behind those that the published code names which a `tokenizer_config.json` may still name.
+const MOST_MORE: u32 = 1 << 16;
+
 /// Longer than any file of settings; the published ones have a few kB.
 const LONGEST: u64 = 10_000_000;
+
+/// The files beside a tokenizer that name tokens.
+const FILES: [&str; 4] = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"];
 
 /// A token that is not made of merged bytes, as `added_tokens_decoder` describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,23 +46,36 @@ pub struct AddedToken {
     pub lstrip: bool,
     /// Takes the white space behind it along.
     pub rstrip: bool,
+    /// Looked for when the text has been normalized, and so behind those that are not.
+    pub normalized: bool,
 }
 
 impl AddedToken {
-    fn named(content: impl Into<String>) -> Self {
-        Self { content: content.into(), special: true, single_word: false, lstrip: false, rstrip: false }
+    /// A special token by its text alone.
+    pub fn named(content: impl Into<String>) -> Self {
+        Self::of(content.into(), true)
     }
 
-    /// An entry of `added_tokens_decoder`: an object, or the text alone.
+    fn of(content: String, special: bool) -> Self {
+        Self { content, special, single_word: false, lstrip: false, rstrip: false, normalized: !special }
+    }
+
+    /// An entry of `added_tokens_decoder`: an object, or the text alone. What it does not say is as in Hugging Face's
+    /// `AddedToken`: not special, and normalized unless special.
     fn read(value: &Value) -> Option<Self> {
-        let flag = |key: &str, otherwise: bool| value[key].as_bool().unwrap_or(otherwise);
         // A token without a text stands for nothing, and would be found everywhere.
+        let content = text_of(value).filter(|text| !text.is_empty())?;
+        if value.is_string() {
+            return Some(Self::named(content));
+        }
+        let flag = |key: &str, otherwise: bool| value[key].as_bool().unwrap_or(otherwise);
+        let token = Self::of(content, flag("special", false));
         Some(Self {
-            content: text_of(value).filter(|text| !text.is_empty())?,
-            special: flag("special", true),
             single_word: flag("single_word", false),
             lstrip: flag("lstrip", false),
             rstrip: flag("rstrip", false),
+            normalized: flag("normalized", token.normalized),
+            ..token
         })
     }
 }
@@ -63,49 +83,109 @@ impl AddedToken {
 /// The names and ids that the files beside a tokenizer give; all of them may be absent.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SpecialNames {
-    /// `bos_token` of `tokenizer_config.json`.
+    /// `bos_token`.
     pub bos: Option<String>,
-    /// `eos_token` of `tokenizer_config.json`.
+    /// `eos_token`.
     pub eos: Option<String>,
     /// `bos_token_id` of `config.json`.
     pub bos_id: Option<u32>,
     /// `eos_token_id` of `config.json`, the first of a list.
     pub eos_id: Option<u32>,
-    /// `added_tokens_decoder` of `tokenizer_config.json`.
+    /// `add_bos_token` of `tokenizer_config.json`.
+    pub add_bos: Option<bool>,
+    /// `add_eos_token` of `tokenizer_config.json`.
+    pub add_eos: Option<bool>,
+    /// `added_tokens_decoder` of `tokenizer_config.json`; without it, the tokens of `added_tokens.json`. Those that are named
+    /// by a key such as `eos_token` are special whatever is said of them there, as in transformers.
     pub added: BTreeMap<u32, AddedToken>,
+    /// Whether they are those of `added_tokens.json`.
+    pub from_added_tokens_json: bool,
+    /// The texts under keys such as `eos_token`, `pad_token` or `image_token`, which are those of special tokens.
+    pub named: BTreeSet<String>,
+    /// The texts of `additional_special_tokens` and `extra_special_tokens`.
+    pub additional: BTreeSet<String>,
 }
 
 impl SpecialNames {
-    /// Reads the files beside a tokenizer; one that is absent, not JSON or no plain file of the directory says nothing.
-    pub fn beside(path: &Path) -> Self {
+    /// Reads the files beside a tokenizer: `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`,
+    /// `config.json`. One that is absent says nothing.
+    ///
+    /// `special_tokens_map.json` and `added_tokens.json` are of earlier versions of transformers, which reads them only
+    /// where `tokenizer_config.json` has no `added_tokens_decoder`; so does this, and then the map has the last word.
+    ///
+    /// # Errors
+    ///
+    /// A file that is there and cannot be read, or is not JSON.
+    pub fn beside(path: &Path) -> Result<Self, CheckpointError> {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let confined = ConfinedDir::new(dir).ok();
-        let read = |name: &str| confined.as_ref().and_then(|dir| dir.read(name, LONGEST).ok().flatten());
-        let read = |name: &str| read(name).unwrap_or_default();
-        Self::parse(&read("tokenizer_config.json"), &read("special_tokens_map.json"), &read("config.json"))
+        let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
+        let mut texts: [Option<Vec<u8>>; 4] = Default::default();
+        for (text, name) in texts.iter_mut().zip(FILES) {
+            *text = confined.read(name, LONGEST)?;
+        }
+        Self::parse(texts.each_ref().map(Option::as_deref))
+            .map_err(|(name, problem)| CheckpointError::Tokenizer { path: dir.join(name), problem })
     }
 
-    /// What the contents of `tokenizer_config.json`, `special_tokens_map.json` and `config.json` say.
-    pub(crate) fn parse(config: &[u8], map: &[u8], model: &[u8]) -> Self {
-        let [config, map, model] =
-            [config, map, model].map(|text| serde_json::from_slice::<Value>(text).unwrap_or(Value::Null));
-        let name = |key: &str| {
-            [&config, &map].into_iter().find_map(|file| text_of(&file[key]).filter(|text| !text.is_empty()))
-        };
+    /// What the contents of [`FILES`] say; the error is a file's name and what is wrong with it.
+    pub(crate) fn parse(texts: [Option<&[u8]>; 4]) -> Result<Self, (&'static str, String)> {
+        let mut files: [Value; 4] = Default::default();
+        for ((file, text), name) in files.iter_mut().zip(texts).zip(FILES) {
+            if let Some(text) = text {
+                *file = serde_json::from_slice(text).map_err(|error| (name, format!("it is not JSON: {error}")))?;
+            }
+        }
+        let [config, map, added, model] = &files;
+        let decoder = &config["added_tokens_decoder"];
+        let order = if decoder.is_object() { [config, map] } else { [map, config] };
+        let name = |key: &str| order.iter().find_map(|file| text_of(&file[key]).filter(|text| !text.is_empty()));
         let id = |key: &str| {
             let value = &model[key];
             value.as_u64().or_else(|| value.get(0)?.as_u64()).and_then(|id| u32::try_from(id).ok())
         };
-        let added = config["added_tokens_decoder"].as_object().map(|tokens| {
-            tokens.iter().filter_map(|(id, token)| Some((id.parse().ok()?, AddedToken::read(token)?))).collect()
-        });
-        Self {
+        let entries = || order.iter().filter_map(|file| file.as_object()).flatten();
+        let named: BTreeSet<String> = entries()
+            .filter(|(key, _)| key.ends_with("_token"))
+            .filter_map(|(_, value)| text_of(value).filter(|text| !text.is_empty()))
+            .collect();
+        let additional = entries()
+            .filter(|(key, _)| ["additional_special_tokens", "extra_special_tokens"].contains(&key.as_str()))
+            .flat_map(|(_, value)| match value {
+                Value::Array(tokens) => tokens.iter().filter_map(text_of).collect(),
+                Value::Object(tokens) => tokens.values().filter_map(text_of).collect(),
+                _ => Vec::new(),
+            })
+            .filter(|text| !text.is_empty())
+            .collect();
+        let tokens: Vec<(u32, AddedToken)> = match (decoder.as_object(), added.as_object()) {
+            (Some(tokens), _) => {
+                tokens.iter().filter_map(|(id, token)| Some((id.parse().ok()?, AddedToken::read(token)?))).collect()
+            }
+            (None, Some(tokens)) => {
+                let token = |(content, id): (&String, &Value)| {
+                    let id = id.as_u64().and_then(|id| u32::try_from(id).ok())?;
+                    (!content.is_empty()).then(|| (id, AddedToken::of(content.clone(), false)))
+                };
+                tokens.iter().filter_map(token).collect()
+            }
+            (None, None) => Vec::new(),
+        };
+        let special = |(id, token): (u32, AddedToken)| {
+            let special = token.special || named.contains(&token.content);
+            (id, AddedToken { special, ..token })
+        };
+        Ok(Self {
             bos: name("bos_token"),
             eos: name("eos_token"),
             bos_id: id("bos_token_id"),
             eos_id: id("eos_token_id"),
-            added: added.unwrap_or_default(),
-        }
+            add_bos: config["add_bos_token"].as_bool(),
+            add_eos: config["add_eos_token"].as_bool(),
+            from_added_tokens_json: !decoder.is_object() && !tokens.is_empty(),
+            added: tokens.into_iter().map(special).collect(),
+            named,
+            additional,
+        })
     }
 }
 
@@ -114,81 +194,163 @@ fn text_of(value: &Value) -> Option<String> {
     value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
 }
 
-/// All [`SPECIALS`] tokens behind so many ranks, by their id: as `added` names them, as the published code does, or else
-/// `<|reserved_token_ID|>`. What `added` names elsewhere has no row in the embedding and is left out, and so is what it
-/// gives no text.
-pub fn special_tokens(ranks: u32, added: &BTreeMap<u32, AddedToken>) -> BTreeMap<u32, AddedToken> {
-    let ids = ranks..ranks.saturating_add(SPECIALS);
-    let mut tokens: BTreeMap<u32, AddedToken> =
-        ids.clone().map(|id| (id, AddedToken::named(format!("<|reserved_token_{id}|>")))).collect();
+/// The tokens behind so many ranks, by their id: as `added` names them, as the published code does, or else
+/// `<|reserved_token_ID|>`. There are [`SPECIALS`] of them without a gap, and more where `added` names more; a reserved token
+/// behind them has no row in the embedding of the published models and is left out.
+///
+/// # Errors
+///
+/// A sentence, where `added` names an id of the ranks or one far behind them, or two tokens have one text.
+pub fn special_tokens(ranks: u32, added: &BTreeMap<u32, AddedToken>) -> Result<BTreeMap<u32, AddedToken>, String> {
+    let reserved = |id: u32| AddedToken::named(format!("<|reserved_token_{id}|>"));
+    let first_more = ranks.saturating_add(SPECIALS);
+    let known = added.iter().filter(|(id, token)| {
+        !token.content.is_empty() && (**id < first_more || token.content != reserved(**id).content)
+    });
+    let known: BTreeMap<u32, AddedToken> = known.map(|(&id, token)| (id, token.clone())).collect();
+    let called = |id: u32| format!("the token {id}, `{}`", known[&id].content.escape_debug());
+    if let Some((&id, _)) = known.first_key_value().filter(|(id, _)| **id < ranks) {
+        return Err(format!(
+            "its tokenizer_config.json names {}, and tiktoken.model has a token {id}, too",
+            called(id)
+        ));
+    }
+    let last = known.last_key_value().map_or(0, |(&id, _)| id);
+    if last >= first_more.saturating_add(MOST_MORE) {
+        return Err(format!("its tokenizer_config.json names {}, and there are {ranks} ranks", called(last)));
+    }
+    let ids = ranks..first_more.max(last.saturating_add(1));
+    let mut tokens: BTreeMap<u32, AddedToken> = ids.map(|id| (id, reserved(id))).collect();
     tokens.extend(NAMES.iter().map(|&(distance, name)| (ranks.saturating_add(distance), AddedToken::named(name))));
-    let named = added.iter().filter(|(id, token)| ids.contains(id) && !token.content.is_empty());
-    tokens.extend(named.map(|(&id, token)| (id, token.clone())));
-    tokens
+    tokens.extend(known);
+    let mut ids: HashMap<&str, u32> = HashMap::new();
+    for (&id, token) in &tokens {
+        if let Some(other) = ids.insert(&token.content, id) {
+            return Err(format!("the tokens {other} and {id} are both called `{}`", token.content.escape_debug()));
+        }
+    }
+    Ok(tokens)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn beside(files: &[(&str, &str)]) -> SpecialNames {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        SpecialNames::beside(&dir.path().join("tiktoken.model")).unwrap()
+    }
+
     #[test]
     fn the_configuration_has_the_last_word() {
-        let dir = tempfile::tempdir().unwrap();
-        let config = r#"{"bos_token": "[BOS]", "eos_token": {"content": "<|im_end|>"}, "added_tokens_decoder": {
-            "1005": {"content": "<|tool|>", "special": false, "rstrip": true}, "1254": {"content": "[PAD]"},
+        let config = r#"{"bos_token": "[BOS]", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": true,
+            "added_tokens_decoder": {
+            "1005": {"content": "<|tool|>", "special": false, "rstrip": true}, "1254": {"content": "[PAD]", "special": true},
             "1256": "beyond", "x": "no id", "1007": 3}}"#;
-        std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
-        std::fs::write(dir.path().join("config.json"), r#"{"eos_token_id": [7, 8]}"#).unwrap();
-        let names = SpecialNames::beside(&dir.path().join("tiktoken.model"));
+        let names = beside(&[
+            ("tokenizer_config.json", config),
+            ("config.json", r#"{"eos_token_id": [7, 8]}"#),
+            ("special_tokens_map.json", r#"{"eos_token": "[EOS]", "pad_token": "[PAD]"}"#),
+        ]);
         assert_eq!((names.bos.as_deref(), names.eos.as_deref()), (Some("[BOS]"), Some("<|im_end|>")));
         assert_eq!((names.bos_id, names.eos_id), (None, Some(7)));
-        let tokens = special_tokens(1000, &names.added);
-        assert_eq!(tokens.keys().copied().collect::<Vec<_>>(), (1000..1256).collect::<Vec<_>>());
+        assert_eq!((names.add_bos, names.add_eos), (Some(true), None));
+        let tokens = special_tokens(1000, &names.added).unwrap();
+        assert_eq!(tokens.keys().copied().collect::<Vec<_>>(), (1000..1257).collect::<Vec<_>>());
         for (id, content) in [
             (1000, "[BOS]"),
             (1005, "<|tool|>"),
             (1017, "<|im_middle|>"),
             (1254, "[PAD]"),
             (1255, "<|reserved_token_1255|>"),
+            (1256, "beyond"),
         ] {
             assert_eq!(tokens[&id].content, content);
         }
         assert_eq!((tokens[&1005].special, tokens[&1005].rstrip, tokens[&1005].lstrip), (false, true, false));
+        assert_eq!((tokens[&1005].normalized, tokens[&1254].normalized), (true, false));
         assert!(tokens[&1254].special);
+    }
+
+    /// As transformers 5.24 has it: what is named `eos_token` is special, what is in the list of additional ones need not be.
+    #[test]
+    fn a_named_token_is_special() {
+        let config = r#"{"eos_token": "<end>", "image_token": "<img>", "additional_special_tokens": ["<think>"],
+            "added_tokens_decoder": {"1005": {"content": "<end>", "special": false},
+            "1006": {"content": "<think>", "special": false}, "1007": {"content": "<img>", "special": false}}}"#;
+        let names = beside(&[("tokenizer_config.json", config)]);
+        let special = |id: u32| names.added[&id].special;
+        assert_eq!((special(1005), special(1006), special(1007)), (true, false, true));
+    }
+
+    #[test]
+    fn files_of_earlier_versions_speak_where_the_configuration_does_not() {
+        let config = ("tokenizer_config.json", r#"{"eos_token": "a"}"#);
+        let map = ("special_tokens_map.json", r#"{"eos_token": "b", "additional_special_tokens": [{"content": "c"}]}"#);
+        let names = beside(&[config, map, ("added_tokens.json", r#"{"b": 1003, "<x>": 1004}"#)]);
+        assert_eq!(names.eos.as_deref(), Some("b"));
+        assert_eq!(names.additional.first().unwrap(), "c");
+        let special = names.added.iter().map(|(&id, token)| (id, token.content.as_str(), token.special));
+        assert_eq!(special.collect::<Vec<_>>(), [(1003, "b", true), (1004, "<x>", false)]);
+    }
+
+    #[test]
+    fn reserved_tokens_without_a_row_are_left_out_and_gaps_are_filled() {
+        let added = |tokens: &[(u32, &str)]| {
+            tokens.iter().map(|&(id, name)| (id, AddedToken::named(name))).collect::<BTreeMap<_, _>>()
+        };
+        // As a copy saved by transformers lists them.
+        let names = added(&[(1256, "<|reserved_token_1256|>"), (1257, "<|reserved_token_1257|>")]);
+        assert_eq!(special_tokens(1000, &names).unwrap().len(), 256);
+        let tokens = special_tokens(1000, &added(&[(1300, "<new>")])).unwrap();
+        assert_eq!((tokens.len(), tokens[&1299].content.as_str()), (301, "<|reserved_token_1299|>"));
+        let error = special_tokens(1000, &added(&[(4_000_000_000, "<far>")])).unwrap_err();
+        assert!(error.contains("the token 4000000000, `<far>`, and there are 1000 ranks"), "{error}");
+        let error = special_tokens(1000, &added(&[(7, "<x>")])).unwrap_err();
+        assert!(error.contains("names the token 7, `<x>`, and tiktoken.model has a token 7, too"), "{error}");
+        let error = special_tokens(1000, &added(&[(1100, "[EOS]")])).unwrap_err();
+        assert!(error.contains("the tokens 1001 and 1100 are both called `[EOS]`"), "{error}");
     }
 
     #[test]
     fn a_token_without_a_text_is_none() {
-        let dir = tempfile::tempdir().unwrap();
         let config = r#"{"bos_token": "", "eos_token": {"content": ""}, "added_tokens_decoder": {
             "1005": {"content": ""}, "1006": ""}}"#;
-        std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
-        let names = SpecialNames::beside(&dir.path().join("tiktoken.model"));
-        assert_eq!(names, SpecialNames::default());
+        assert_eq!(beside(&[("tokenizer_config.json", config)]), SpecialNames::default());
         let added = BTreeMap::from([(1005, AddedToken::named(""))]);
-        assert!(special_tokens(1000, &added).values().all(|token| !token.content.is_empty()));
+        assert!(special_tokens(1000, &added).unwrap().values().all(|token| !token.content.is_empty()));
     }
 
     #[cfg(unix)]
     #[test]
-    fn links_that_lead_out_and_pipes_say_nothing() {
+    fn links_that_lead_out_and_pipes_are_errors() {
         let dir = tempfile::tempdir().unwrap();
         let inside = dir.path().join("model");
         std::fs::create_dir(&inside).unwrap();
         std::fs::write(dir.path().join("config.json"), r#"{"eos_token_id": 7}"#).unwrap();
+        let error = || SpecialNames::beside(&inside.join("tiktoken.model")).unwrap_err().to_string();
         std::os::unix::fs::symlink("../config.json", inside.join("config.json")).unwrap();
+        assert!(error().contains("config.json"), "{}", error());
         std::os::unix::fs::symlink("/dev/zero", inside.join("special_tokens_map.json")).unwrap();
+        assert!(error().contains("special_tokens_map.json"), "{}", error());
         let made = std::process::Command::new("mkfifo").arg(inside.join("tokenizer_config.json")).status();
         assert!(made.unwrap().success());
-        assert_eq!(SpecialNames::beside(&inside.join("tiktoken.model")), SpecialNames::default());
+        assert!(error().contains("tokenizer_config.json"), "{}", error());
     }
 
     #[test]
-    fn files_that_are_none_say_nothing() {
+    fn a_file_that_is_not_json_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(SpecialNames::beside(&dir.path().join("x")), SpecialNames::default());
-        std::fs::write(dir.path().join("tokenizer_config.json"), "[1, 2").unwrap();
-        std::fs::write(dir.path().join("config.json"), b"\xFF").unwrap();
-        assert_eq!(SpecialNames::beside(&dir.path().join("x")), SpecialNames::default());
+        assert_eq!(SpecialNames::beside(&dir.path().join("x")).unwrap(), SpecialNames::default());
+        for name in FILES {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "[1, 2").unwrap();
+            let error = SpecialNames::beside(&dir.path().join("x")).unwrap_err().to_string();
+            assert!(error.contains(&format!("{name}` is not sound: it is not JSON")), "{error}");
+            std::fs::remove_file(path).unwrap();
+        }
     }
 }

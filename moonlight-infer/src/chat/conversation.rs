@@ -1,4 +1,4 @@
-//! Conversations as people keep them: one JSON record in any of four shapes.
+//! Conversations as people keep them: one [record](crate::records) in any of four shapes.
 //!
 //! | shape | a record |
 //! |---|---|
@@ -18,7 +18,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{ConversationError, Message};
-use crate::jsonl::{MOST_VALUES, has_too_many_values};
+use crate::records::parse;
 
 /// Which of the shapes a record has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -108,26 +108,15 @@ impl From<Vec<Turn>> for Conversation {
 }
 
 impl Conversation {
-    /// Reads a line of JSONL. `knows` says of a role beside `system`, `user` and `assistant`, or of a kind of a part, whether
+    /// Reads a record. `knows` says of a role beside `system`, `user` and `assistant`, or of a kind of a part, whether
     /// the template names it.
     ///
     /// # Errors
     ///
     /// [`ConversationError`]: bytes that are no UTF-8, text that is no JSON, none of the shapes, a role that nobody knows,
     /// a message without text, no message of the assistant's, nothing to learn.
-    pub fn parse(line: &[u8], knows: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
-        let text =
-            std::str::from_utf8(line).map_err(|error| ConversationError::NotUtf8 { byte: error.valid_up_to() + 1 })?;
-        if has_too_many_values(line) {
-            return Err(ConversationError::TooManyValues { most: MOST_VALUES });
-        }
-        let value: Value = serde_json::from_str(text).map_err(|error| {
-            // The parser counts lines too, but of this one line only.
-            let problem = error.to_string();
-            let problem = problem.split(" at line ").next().unwrap_or_default().to_owned();
-            ConversationError::NotJson { problem }
-        })?;
-        Self::from_json(&value, knows)
+    pub fn parse(record: &[u8], knows: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
+        Self::from_json(&parse(record)?.value, knows)
     }
 
     /// Like [`parse`](Conversation::parse), of JSON that was read already.

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::conversation::{is_empty, is_read_here};
 use super::given::{Given, REASONING, with_reasoning};
 use super::{ChatError, ChatTemplate, Conversation, ConversationError, Message, Turn, sandbox};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Piece, Tokenizer};
 
 /// Characters of a private-use plane. The `n`th replaces the `n`th special token where a message spells it, so that the
 /// template may cut and trim the message as it likes, and the text is still distinguished from the template's own tokens.
@@ -154,14 +154,14 @@ impl ChatEncoder {
         Ok(result)
     }
 
-    /// The special token that ends what the assistant says, where the template has one: a model that was taught by it
-    /// should stop there.
+    /// The token that ends what the assistant says, where the template writes an added one there (`<|im_end|>`,
+    /// `<|eot_id|>`, `<end_of_turn>`), be it special or not: a model that was taught by it should stop there.
     pub fn end_token(&self) -> Option<u32> {
         let turn = |role: &str, weight| Turn::new(Message::new(role, "x"), weight);
         let turns = vec![turn("user", 0.0), turn("assistant", 1.0)];
         let WeightedTokens { tokens, weights, .. } = self.weighted(&Conversation::from(turns)).ok()?;
         let last = weights.iter().rposition(|&weight| weight > 0.0)?;
-        self.core.specials.names.iter().map(|(_, id)| *id).find(|&id| id == tokens[last])
+        Some(tokens[last]).filter(|&token| self.tokenizer.is_added(token))
     }
 
     #[cfg(test)]
@@ -340,10 +340,10 @@ impl Finder<'_> {
         text[end..].trim().is_empty().then_some(end)
     }
 
-    /// The length of the special token that a text begins with, white space before it included.
+    /// The length of the added token that a text begins with, special or not, white space before it included.
     pub(super) fn special_at_start(&self, text: &str) -> Option<usize> {
         let white = text.len() - text.trim_start().len();
-        let found = self.specials.finder.find(&text[white..])?;
+        let found = self.specials.added.find(&text[white..])?;
         (found.start() == 0).then_some(white + found.end())
     }
 
@@ -360,6 +360,8 @@ impl Finder<'_> {
 struct Specials {
     names: Vec<(String, u32)>,
     finder: AhoCorasick,
+    /// Those that are not special as well.
+    added: AhoCorasick,
 }
 
 impl Specials {
@@ -368,11 +370,12 @@ impl Specials {
         // One without a text would be found everywhere.
         names.retain(|(name, _)| !name.is_empty());
         names.truncate(STAND_INS);
-        let finder = AhoCorasick::builder()
-            .match_kind(MatchKind::LeftmostLongest)
-            .build(names.iter().map(|(name, _)| name))
-            .expect("a few hundred short names are no load for the automaton");
-        Self { names, finder }
+        let finder = |names: Vec<&str>| {
+            let finder = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(names);
+            finder.expect("a few hundred short names are no load for the automaton")
+        };
+        let added = finder(tokenizer.added_texts().take(STAND_INS).collect());
+        Self { finder: finder(names.iter().map(|(name, _)| name.as_str()).collect()), added, names }
     }
 
     /// All that people wrote in a map, at any depth, keys included.
@@ -413,19 +416,21 @@ impl Specials {
     }
 
     fn encode(&self, tokenizer: &Tokenizer, text: &str, tokens: &mut Vec<u32>) -> Result<(), ChatError> {
-        let mut end = 0;
         let ordinary = |text: &str, tokens: &mut Vec<u32>| -> Result<(), ChatError> {
             if !text.is_empty() {
-                tokens.extend(tokenizer.encode(&self.reveal(text))?);
+                let words = self.reveal(text);
+                let first = tokens.is_empty();
+                tokens.extend(if first { tokenizer.encode(&words)? } else { tokenizer.encode_behind(&words)? });
             }
             Ok(())
         };
-        for found in self.finder.find_iter(text) {
-            ordinary(&text[end..found.start()], tokens)?;
-            tokens.push(self.names[found.pattern().as_usize()].1);
-            end = found.end();
+        for piece in tokenizer.split_special(text) {
+            match piece {
+                Piece::Text(text) => ordinary(text, tokens)?,
+                Piece::Token(token) => tokens.push(token),
+            }
         }
-        ordinary(&text[end..], tokens)
+        Ok(())
     }
 
     /// The words as they were.

@@ -7,6 +7,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use minijinja::value::{Enumerator, Object, Serde, Value};
 use serde_json::Map;
 
+use crate::records::non_finite;
+
+/// JSON as a value of the template engine; what stands for a number that JSON does not have is that number.
+pub(super) fn value_of(value: &serde_json::Value) -> Value {
+    match value {
+        serde_json::Value::Array(items) => items.iter().map(value_of).collect(),
+        serde_json::Value::Object(map) => match non_finite(value) {
+            Some(number) => Value::from(number),
+            None => Value::from_pairs(map.iter().map(|(name, value)| (name.as_str(), value_of(value)))),
+        },
+        value => Value::from(Serde(value)),
+    }
+}
+
 /// Names of fields, and whether a template has read them; shared by the messages of a conversation.
 #[derive(Debug, Default)]
 pub(super) struct FieldNames {
@@ -54,7 +68,7 @@ impl Fields {
         let mut entries = Vec::with_capacity(message.len());
         let mut places = HashMap::with_capacity(message.len());
         for (index, (name, value)) in message.iter().enumerate() {
-            entries.push((Value::from(name.as_str()), Value::from(Serde(value))));
+            entries.push((Value::from(name.as_str()), value_of(value)));
             places.insert(name.clone(), (names.names.get(name).copied().unwrap_or(usize::MAX), index));
         }
         Value::from_object(Self { names: names.clone(), entries, places })

@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use minijinja::value::{Serde, Value};
+use minijinja::value::Value;
 use serde_json::Map;
 
 use super::Message;
-use super::fields::{FieldNames, Fields};
+use super::fields::{FieldNames, Fields, value_of};
 use super::sandbox::Budget;
 
 /// The fields that hold what the assistant thinks, in the order in which they are looked at. transformers gives templates
@@ -37,7 +37,7 @@ impl Given {
         let names = FieldNames::of(&messages);
         let values = messages.iter().map(|message| Fields::value(&names, message)).collect();
         let mut variables: Vec<(String, Value)> =
-            variables.into_iter().map(|(name, value)| (name, Value::from(Serde(value)))).collect();
+            variables.into_iter().map(|(name, value)| (name, value_of(&value))).collect();
         for name in ["tools", "documents"] {
             // Templates ask whether they are none, not whether they are defined.
             if !variables.iter().any(|(known, _)| known == name) {

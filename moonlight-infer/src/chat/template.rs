@@ -147,7 +147,7 @@ impl ChatTemplate {
                 template.for_tools = Some(Box::new(Self::new(text.to_owned(), source, names)?));
             }
             return Ok(template);
-        } else if MOONLIGHT_TOKENS.iter().all(|token| tokenizer.special(token).is_some()) {
+        } else if MOONLIGHT_TOKENS.iter().all(|token| tokenizer.added(token).is_some()) {
             (MOONLIGHT_TEMPLATE.to_owned(), TemplateSource::Moonlight)
         } else {
             return Err(ChatError::NoTemplate { dir: dir.to_owned() });

@@ -57,7 +57,7 @@ pub fn generate_many(
                 writing.tokens.len() == max_new_tokens || cache.lengths()[sequence] + writing.unread.len() > room
             };
             if let Some(ended) = seat.take_if(|writing| full(writing)) {
-                each(ended.place, Generated { tokens: ended.tokens, stop: Stop::Length })?;
+                each(ended.place, Generated { tokens: ended.tokens, stop: Stop::Length, stop_token: None })?;
             }
         }
         let unread: Vec<&[u32]> = seats.iter().map(|seat| seat.as_ref().map_or(&[][..], |seat| &seat.unread)).collect();
@@ -75,7 +75,7 @@ pub fn generate_many(
             let next = writing.sampler.choose(&logits.next().expect("each text that is read has logits"))?;
             if eos.contains(&next) {
                 if let Some(ended) = seat.take() {
-                    each(ended.place, Generated { tokens: ended.tokens, stop: Stop::Eos })?;
+                    each(ended.place, Generated { tokens: ended.tokens, stop: Stop::Eos, stop_token: Some(next) })?;
                 }
             } else {
                 writing.tokens.push(next);

@@ -33,6 +33,8 @@ pub struct Generated {
     pub tokens: Vec<u32>,
     /// Why it ended.
     pub stop: Stop,
+    /// The token that ended the text, where one did ([`Stop::Eos`]).
+    pub stop_token: Option<u32>,
 }
 
 /// A model with a KV cache, and the tokens that are in it.
@@ -80,15 +82,15 @@ impl<'m> Session<'m> {
         while tokens.len() < max_new_tokens && self.read.len() + input.len() <= capacity {
             let next = sampler.choose(&self.read(&input))?;
             if eos.contains(&next) {
-                return Ok(Generated { tokens, stop: Stop::Eos });
+                return Ok(Generated { tokens, stop: Stop::Eos, stop_token: Some(next) });
             }
             tokens.push(next);
             if each(next).is_break() {
-                return Ok(Generated { tokens, stop: Stop::Interrupted });
+                return Ok(Generated { tokens, stop: Stop::Interrupted, stop_token: None });
             }
             input = vec![next];
         }
-        Ok(Generated { tokens, stop: Stop::Length })
+        Ok(Generated { tokens, stop: Stop::Length, stop_token: None })
     }
 
     /// Runs the model over tokens and returns the logits of the next one.

@@ -7,7 +7,7 @@
 use moonlight_convert::tokenizer::{TOKENIZER_JSON, byte_to_char};
 use serde_json::{Map, Value, json};
 
-use super::Companion;
+use super::{Companion, Piece};
 use crate::moonlight_template::MOONLIGHT_TEMPLATE;
 
 /// Begins a text, where a model wants that.
@@ -41,6 +41,11 @@ pub(super) enum Bytes {
 }
 
 impl Bytes {
+    /// The special tokens by their ids.
+    pub(super) fn names(self) -> &'static [(u32, &'static str)] {
+        self.table()
+    }
+
     fn table(self) -> &'static [(u32, &'static str)] {
         match self {
             Self::Plain => &SPECIALS,
@@ -48,14 +53,62 @@ impl Bytes {
         }
     }
 
-    fn is_special(self, token: u32) -> bool {
-        self.table().iter().any(|(id, _)| *id == token)
+    pub(super) fn is_special(self, token: u32) -> bool {
+        self.name(token).is_some()
     }
 
-    /// The bytes of the tokens; specials and ids that there are not have none.
-    pub(super) fn bytes(self, tokens: &[u32]) -> Vec<u8> {
-        let ordinary = tokens.iter().filter(|&&token| !self.is_special(token));
-        ordinary.filter_map(|&token| u8::try_from(token).ok()).collect()
+    fn name(self, token: u32) -> Option<&'static str> {
+        self.table().iter().find(|(id, _)| *id == token).map(|(_, name)| *name)
+    }
+
+    /// The tokens of a text, its special ones where `parse_special` says so.
+    pub(super) fn encode(self, text: &str, parse_special: bool) -> Vec<u32> {
+        let pieces = if parse_special { self.split(text) } else { vec![Piece::Text(text)] };
+        let mut tokens = Vec::with_capacity(text.len());
+        for piece in pieces {
+            match piece {
+                Piece::Text(text) => tokens.extend(text.bytes().map(u32::from)),
+                Piece::Token(token) => tokens.push(token),
+            }
+        }
+        tokens
+    }
+
+    /// A text in parts: its special tokens, and what is between them. None of their names begins another.
+    pub(super) fn split(self, text: &str) -> Vec<Piece<'_>> {
+        let mut pieces = Vec::new();
+        let (mut end, mut at) = (0, 0);
+        while let Some(found) = text[at..].find("<|") {
+            let start = at + found;
+            match self.table().iter().find(|(_, name)| text[start..].starts_with(name)) {
+                Some((id, name)) => {
+                    if end < start {
+                        pieces.push(Piece::Text(&text[end..start]));
+                    }
+                    pieces.push(Piece::Token(*id));
+                    at = start + name.len();
+                    end = at;
+                }
+                None => at = start + 1,
+            }
+        }
+        if end < text.len() {
+            pieces.push(Piece::Text(&text[end..]));
+        }
+        pieces
+    }
+
+    /// The bytes of the tokens; special ones have those of their names `with_special` only, and ids that there are not none.
+    pub(super) fn bytes(self, tokens: &[u32], with_special: bool) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(tokens.len());
+        for &token in tokens {
+            match self.name(token) {
+                Some(name) if with_special => bytes.extend_from_slice(name.as_bytes()),
+                Some(_) => {}
+                None => bytes.extend(u8::try_from(token)),
+            }
+        }
+        bytes
     }
 
     /// The id of a special token.

@@ -27,6 +27,9 @@ pub enum TokenizerError {
         /// Why.
         problem: String,
     },
+    /// BOS before each text, for a tokenizer without one.
+    #[error("the tokenizer `{}` has no token that begins a text (BOS)", Printable(.0))]
+    NoBos(String),
     /// A file cannot be written.
     #[error("the tokenizer file `{}` cannot be written: {problem}", Printable(path.display()))]
     Write {
@@ -46,6 +49,7 @@ impl TokenizerError {
                      them"
                     .into(),
             ),
+            Self::NoBos(_) => Some("name it as `bos_token` in its tokenizer_config.json, or add none".into()),
             Self::Read { .. } | Self::Encode { .. } | Self::Write { .. } => None,
         }
     }

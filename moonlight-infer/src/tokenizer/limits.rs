@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use super::post_processor::Around;
+
 /// The longest `tokenizer.json`; that of Gemma, with 262,144 tokens, has 33 MB.
 pub(super) const LONGEST_FILE: u64 = 100_000_000;
 /// The longest token.
@@ -16,6 +18,8 @@ pub(super) const LONGEST_TOKEN: usize = 65_536;
 const LONGEST_CONTENT: usize = 1024;
 /// The longest text that stands for a character in a table; in SentencePiece's own it is U+FDFA's, of 33 bytes.
 const LONGEST_REPLACEMENT: usize = 64;
+/// The longest post-processor, in bytes of JSON; that of Whisper, with a token for each language, has 12 kB.
+const LONGEST_PROCESSOR: usize = 1 << 20;
 /// Steps of a normalizer, a pre-tokenizer or a decoder, sequences in sequences included.
 const STEPS: usize = 32;
 /// How many times its length a text may grow to where it is not tried first, and as the product of what pre-tokenizers and
@@ -32,6 +36,10 @@ pub(super) struct Checked {
     pub(super) json: Vec<u8>,
     /// Whether its normalizer can make a text more than [`GROWTH`] times as long.
     pub(super) watched: bool,
+    /// Whether only the first words of a text begin with a space that is not in it.
+    pub(super) marks_first: bool,
+    /// What its post-processor puts around a text. The crate is not given it.
+    pub(super) around: Around,
 }
 
 /// The file's fields. Unknown ones are left out, and one that is there twice is an error.
@@ -55,9 +63,8 @@ struct File<'a> {
     #[serde(default, skip_serializing)]
     #[allow(dead_code, reason = "known, and not wanted")]
     padding: Option<IgnoredAny>,
-    #[serde(default, skip_serializing)]
-    #[allow(dead_code, reason = "known, and not wanted")]
-    post_processor: Option<IgnoredAny>,
+    #[serde(borrow, default, skip_serializing)]
+    post_processor: Option<&'a RawValue>,
 }
 
 /// The one field of a model that costs more than it is long.
@@ -87,8 +94,22 @@ pub(super) fn checked(contents: &[u8]) -> Result<Checked, String> {
             return Err(format!("its {name} can make a text {growth} times as long, past the limit of {GROWTH}"));
         }
     }
+    let processor = file.post_processor.map(|raw| match raw.get().len() > LONGEST_PROCESSOR {
+        true => Err(format!("its post_processor has more than {LONGEST_PROCESSOR} bytes")),
+        false => serde_json::from_str(raw.get()).map_err(|error| error.to_string()),
+    });
+    let around = Around::read(processor.transpose()?.as_ref())?;
     let json = serde_json::to_vec(&file).map_err(|error| error.to_string())?;
-    Ok(Checked { json, watched: normalizer > GROWTH })
+    let marks_first = marks_first(file.pre_tokenizer.as_ref());
+    Ok(Checked { json, watched: normalizer > GROWTH, marks_first, around })
+}
+
+/// Whether a pre-tokenizer is SentencePiece's `Metaspace` with `prepend_scheme = "first"`, or has it among its steps.
+fn marks_first(part: Option<&Value>) -> bool {
+    let Some(Value::Object(step)) = part else { return false };
+    let steps = step.get("pretokenizers").and_then(Value::as_array).into_iter().flatten();
+    step.get("prepend_scheme").is_some_and(|scheme| scheme == "first")
+        || steps.into_iter().any(|step| marks_first(Some(step)))
 }
 
 /// How many times its length a text can become, at most.

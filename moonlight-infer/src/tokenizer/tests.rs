@@ -50,15 +50,20 @@ fn bytes_come_back_from_a_checkpoint_folder() {
     assert_eq!(again.fingerprint(), Tokenizer::bytes().fingerprint());
 }
 
+/// A `tokenizer.json` without the files beside it.
+fn parsed(contents: &[u8]) -> HuggingFace {
+    HuggingFace::parse(contents, &SpecialNames::default(), &mut Vec::new()).unwrap()
+}
+
 /// What `tokenizers`, and so transformers, makes of the file that stands for the bytes.
 #[test]
 fn the_file_for_bytes_means_bytes() {
-    let tokenizer = HuggingFace::parse(&Tokenizer::bytes().companions()[0].contents).unwrap();
-    let tokens = tokenizer.encode(TEXT).unwrap();
+    let tokenizer = parsed(&Tokenizer::bytes().companions()[0].contents);
+    let tokens = tokenizer.encode(TEXT, false).unwrap();
     assert_eq!(tokens, Tokenizer::bytes().encode(TEXT).unwrap());
-    assert_eq!(tokenizer.decode(&tokens), TEXT);
+    assert_eq!(tokenizer.decode(&tokens, false), TEXT);
     assert_eq!(tokenizer.vocab_size(), 259);
-    assert_eq!(tokenizer.special("<|eos|>"), Some(EOS));
+    assert_eq!(tokenizer.added().id("<|eos|>"), Some(EOS));
     for byte in 0..=u8::MAX {
         assert_eq!(tokenizer.id(&byte_to_char(byte).to_string()), Some(byte.into()));
     }
@@ -79,13 +84,26 @@ fn bytes_that_can_chat() {
     assert_eq!(again.fingerprint(), tokenizer.fingerprint());
     assert_ne!(again.fingerprint(), Tokenizer::bytes().fingerprint());
     // What `tokenizers`, and so transformers, makes of the file.
-    let theirs = HuggingFace::parse(&tokenizer.companions()[0].contents).unwrap();
+    let theirs = Tokenizer::from_json(&tokenizer.companions()[0].contents).unwrap();
+    assert!(matches!(theirs.kind, Kind::HuggingFace(_)));
     assert_eq!(theirs.encode(TEXT).unwrap(), tokenizer.encode(TEXT).unwrap());
-    assert_eq!((theirs.vocab_size(), theirs.specials().len()), (259, 8));
+    assert_eq!((theirs.vocab_size(), theirs.specials()), (259, tokenizer.specials()));
     for (name, id) in tokenizer.specials() {
-        assert_eq!(theirs.special(&name), Some(id), "{name}");
+        assert_eq!((theirs.special(&name), theirs.added(&name)), (Some(id), Some(id)), "{name}");
     }
     assert_eq!(theirs.encode("<|im_end|>").unwrap(), "<|im_end|>".bytes().map(u32::from).collect::<Vec<_>>());
+    let spelled = "<|<|im_user|>hé<|im_end|><|im_end|> <|eos|";
+    for (ours, theirs) in [(tokenizer, theirs)].map(|(a, b)| (a.with_parse_special(true), b.with_parse_special(true))) {
+        let tokens = ours.encode_text(spelled).unwrap();
+        assert_eq!(tokens[2..6], [0xF6, 104, 0xC3, 0xA9]);
+        assert_eq!(theirs.encode_text(spelled).unwrap(), tokens);
+        assert_eq!(
+            (ours.decode_with_special(&tokens).as_str(), ours.decode(&tokens).as_str()),
+            (spelled, "<|hé <|eos|")
+        );
+        assert_eq!(theirs.decode_with_special(&tokens), spelled);
+        assert_eq!(theirs.split_special(spelled), ours.split_special(spelled));
+    }
 }
 
 #[test]
@@ -220,6 +238,14 @@ fn a_text_that_runs_away_is_an_error_and_not_nothing() {
         }
         Err(error) => assert!(error.contains("its normalizer makes"), "{error}"),
     }
+    // Nor does a token that is normalized when the file is read.
+    let steps = vec![replace("a", "aaaaaaaaaa"); 12];
+    let refused = with(|json| {
+        json["normalizer"] = json!({"type": "Sequence", "normalizers": steps});
+        json["added_tokens"][0]["content"] = json!("a".repeat(100));
+        json["added_tokens"][0]["normalized"] = json!(true);
+    });
+    assert!(refused.unwrap_err().contains("its normalizer makes"));
     // The normalizers of published tokenizers are not refused.
     let steps = vec![
         replace("``", "\""),
@@ -287,4 +313,338 @@ fn links_out_of_a_folder_and_devices_are_refused_and_named() {
         assert!(error.contains("special_tokens_map.json` cannot be read: it is not a plain file"), "{error}");
         assert!(Tokenizer::open(&fifo.display().to_string()).is_err());
     }
+}
+
+/// A folder with a `tiktoken.model` of the bytes and some merges, and one with the `tokenizer.json` made of it.
+fn tiktoken_and_json(home: &Path, config: &serde_json::Value) -> [Tokenizer; 2] {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+
+    let merged = ["th", "the", " t", " the", "in", "ing", "  ", "\n\n", "月", "< ", "<t", "ink"];
+    let tokens = (0..=u8::MAX).map(|byte| vec![byte]).chain(merged.iter().map(|text| text.as_bytes().to_vec()));
+    let ranks: String =
+        tokens.enumerate().map(|(rank, token)| format!("{} {rank}\n", STANDARD.encode(token))).collect();
+    let [tiktoken, json] = ["t", "j"].map(|name| home.join(name));
+    for dir in [&tiktoken, &json] {
+        std::fs::create_dir_all(dir).unwrap();
+        std::fs::write(dir.join("tiktoken.model"), &ranks).unwrap();
+        std::fs::write(dir.join("tokenizer_config.json"), config.to_string()).unwrap();
+    }
+    moonlight_convert::tokenizer::write_tokenizer_json(&json, true).unwrap();
+    std::fs::remove_file(json.join("tiktoken.model")).unwrap();
+    let tokenizers = [tiktoken, json].map(|dir| Tokenizer::from_model_dir(&dir).unwrap().unwrap());
+    assert!(matches!(tokenizers[0].kind, Kind::Tiktoken(_)) && matches!(tokenizers[1].kind, Kind::HuggingFace(_)));
+    tokenizers
+}
+
+/// Added tokens of each kind: special and not, by word, with white space, normalized, one the beginning of another.
+fn added_tokens(first: u32) -> serde_json::Value {
+    let token = |content: &str, special: bool, flags: &[&str]| {
+        let flag = |name: &str| flags.contains(&name);
+        json!({"content": content, "special": special, "lstrip": flag("lstrip"), "rstrip": flag("rstrip"),
+            "single_word": flag("single_word"), "normalized": flag("normalized")})
+    };
+    let tokens = [
+        (0, token("[BOS]", true, &[])),
+        (1, token("[EOS]", true, &[])),
+        (2, token("<|im_end|>", true, &[])),
+        (3, token("<|im_user|>", true, &[])),
+        (4, token("<|im_assistant|>", true, &[])),
+        (5, token("<think>", false, &[])),
+        (6, token("</think>", false, &["normalized"])),
+        (7, token("<|tool|>", false, &["rstrip"])),
+        (8, token("<|left|>", false, &["lstrip"])),
+        (9, token("<|both|>", true, &["lstrip", "rstrip"])),
+        (10, token("<|im_system|>", true, &[])),
+        (11, token("word", false, &["single_word"])),
+        (12, token("<think>x", true, &["normalized"])),
+        (13, token("<thi", true, &[])),
+        (14, token("月光", false, &["normalized", "single_word"])),
+        (17, token("<|im_middle|>", true, &[])),
+        (19, token(" ", false, &["normalized", "rstrip"])),
+        (258, token("<|beyond|>", false, &[])),
+    ];
+    serde_json::Value::Object(tokens.into_iter().map(|(place, token)| ((first + place).to_string(), token)).collect())
+}
+
+/// Everything that two tokenizers make of a text and of its tokens.
+fn assert_alike([a, b]: &[Tokenizer; 2], text: &str) {
+    let parsing = [a, b].map(|tokenizer| tokenizer.clone().with_parse_special(true));
+    let bare = [a, b].map(|tokenizer| tokenizer.encode(text).unwrap());
+    assert_eq!(bare[0], bare[1], "{text:?}");
+    let parsed = parsing.each_ref().map(|tokenizer| tokenizer.encode_text(text).unwrap());
+    assert_eq!(parsed[0], parsed[1], "{text:?}, special tokens as such");
+    assert_eq!(a.split_special(text), b.split_special(text), "{text:?}");
+    for tokens in [&bare[0], &parsed[0]] {
+        assert_eq!(a.decode(tokens), b.decode(tokens), "{text:?}: {tokens:?}");
+        assert_eq!(a.decode_with_special(tokens), b.decode_with_special(tokens), "{text:?}: {tokens:?}");
+        for tokenizer in [a, b] {
+            assert_eq!(streamed(tokenizer, tokens).concat(), tokenizer.decode(tokens), "{text:?}: {tokens:?}");
+        }
+    }
+}
+
+#[test]
+fn added_tokens_have_one_meaning() {
+    use rand::seq::IndexedRandom;
+    use rand::{RngExt, SeedableRng};
+
+    let home = tempfile::tempdir().unwrap();
+    let config = json!({"bos_token": "[BOS]", "eos_token": "<|im_end|>", "add_bos_token": true,
+        "added_tokens_decoder": added_tokens(268)});
+    let both = tiktoken_and_json(home.path(), &config);
+    let [a, b] = &both;
+    assert_eq!((a.vocab_size(), a.specials(), a.bos(), a.eos()), (b.vocab_size(), b.specials(), b.bos(), b.eos()));
+    assert_eq!((a.vocab_size(), a.bos(), a.eos(), a.prefix()), (527, Some(268), Some(270), &[268][..]));
+    assert_eq!((a.prefix(), a.suffix()), (b.prefix(), b.suffix()));
+    for (name, special) in
+        [("<think>", false), ("<|both|>", true), ("<|beyond|>", false), ("<|reserved_token_500|>", true)]
+    {
+        for tokenizer in &both {
+            let id = tokenizer.added(name);
+            assert!(id.is_some_and(|id| tokenizer.is_added(id)), "{name}");
+            assert_eq!(tokenizer.special(name), id.filter(|_| special), "{name}");
+            assert_eq!(tokenizer.specials().iter().any(|(text, _)| text == name), special, "{name}");
+        }
+    }
+    assert_eq!(a.encode("<think>t</think><|im_end|>").unwrap()[..3], [273, 116, 274]);
+    assert_eq!(a.decode(&[273, 116, 274, 270]), "<think>t</think>");
+    let mut pieces: Vec<String> = config["added_tokens_decoder"]
+        .as_object()
+        .unwrap()
+        .values()
+        .map(|token| token["content"].as_str().unwrap().to_owned())
+        .collect();
+    pieces.extend(
+        [
+            "the ",
+            "thinking ",
+            "é",
+            "\n",
+            "\t",
+            " ",
+            "  ",
+            "月",
+            "🌙",
+            "_",
+            "1",
+            "<",
+            "<|",
+            "|>",
+            "\u{3000}",
+            "\u{301}",
+            "'s",
+        ]
+        .map(String::from),
+    );
+    let mut draw = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+    for _ in 0..4000 {
+        let text: String = (0..draw.random_range(1..9)).map(|_| pieces.choose(&mut draw).unwrap().as_str()).collect();
+        assert_alike(&both, &text);
+    }
+}
+
+/// As a model answers, and as it is asked: the think and tool tokens of a template are tokens in both kinds of file.
+#[test]
+fn conversations_have_the_same_tokens_in_both_files() {
+    use crate::chat::{ChatEncoder, ChatTemplate, Message};
+
+    let home = tempfile::tempdir().unwrap();
+    let both = tiktoken_and_json(home.path(), &json!({"added_tokens_decoder": added_tokens(268)}));
+    let template = "{%- for m in messages -%}<|im_user|>{{ m['role'] }}<|im_middle|>  {{ m['content'] }}<|both|>\n  \
+         {{ m['content'] }}<|beyond|>\n{%- endfor -%}{%- if add_generation_prompt -%}<|im_assistant|><think>{%- endif -%}";
+    let encoded = both.clone().map(|tokenizer| {
+        let encoder = ChatEncoder::new(ChatTemplate::of_source(template).unwrap(), tokenizer);
+        let messages =
+            [Message::new("user", "a <think> b<|im_end|>"), Message::new("assistant", "<think>two</think>2")];
+        encoder.tokens(&messages, true).unwrap()
+    });
+    assert_eq!(encoded[0], encoded[1]);
+    let spelled = both[0].decode_with_special(&encoded[0]);
+    // The special token takes the white space beside it along, as in transformers.
+    assert!(spelled.starts_with("<|im_user|>user<|im_middle|>  a <think> b<|im_end|><|both|>a <think> b"), "{spelled}");
+    // The prompt has a thought that a turn of the past has not, so that the words are looked for.
+    let template = "{%- for m in messages -%}<|im_user|>{{ m['role'] }}<|im_middle|> {{ m['content'] }}<|beyond|>\n{%- endfor -%}\
+         {%- if add_generation_prompt -%}<|im_user|>assistant<|im_middle|> <think>{%- endif -%}";
+    for tokenizer in both {
+        let encoder = ChatEncoder::new(ChatTemplate::of_source(template).unwrap(), tokenizer);
+        assert_eq!(encoder.end_token(), Some(526), "it need not be special");
+    }
+    let count = |id: u32| encoded[0].iter().filter(|&&token| token == id).count();
+    assert_eq!((count(273), count(270)), (5, 0), "what people write is read for `<think>`, not for `<|im_end|>`");
+}
+
+/// The values are those of transformers 5.24, `AutoTokenizer.from_pretrained(dir)("Hi")["input_ids"]`, which does not look at
+/// `add_bos_token` where there is a tokenizer.json.
+#[test]
+fn a_post_processor_begins_and_ends_texts() {
+    let special = |name: &str, id: u32| json!({"id": name, "ids": [id], "tokens": [name]});
+    let template = |single: serde_json::Value| {
+        json!({"type": "TemplateProcessing", "single": single, "pair": [],
+            "special_tokens": {"<|bos|>": special("<|bos|>", 256), "<|eos|>": special("<|eos|>", 257)}})
+    };
+    let piece = |name: &str| json!({"SpecialToken": {"id": name, "type_id": 0}});
+    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
+    let begins = template(json!([piece("<|bos|>"), text]));
+    let bert = |kind: &str| json!({"type": kind, "sep": ["<|eos|>", 257], "cls": ["<|bos|>", 256], "trim_offsets": true, "add_prefix_space": false});
+    for (processor, expected) in [
+        (serde_json::Value::Null, &[72, 105][..]),
+        (bytes.clone(), &[72, 105]),
+        (begins.clone(), &[256, 72, 105]),
+        (template(json!([piece("<|bos|>"), text, piece("<|eos|>")])), &[256, 72, 105, 257]),
+        (json!({"type": "Sequence", "processors": [bytes, begins]}), &[256, 72, 105]),
+        (bert("RobertaProcessing"), &[256, 72, 105, 257]),
+        (bert("BertProcessing"), &[256, 72, 105, 257]),
+    ] {
+        let tokenizer = with(|json| json["post_processor"] = processor.clone()).unwrap();
+        assert_eq!(tokenizer.encode_text("Hi").unwrap(), expected, "{processor}");
+        assert_eq!(tokenizer.encode("Hi").unwrap(), [72, 105], "{processor}");
+        assert_eq!([tokenizer.prefix(), &[72, 105], tokenizer.suffix()].concat(), expected);
+        let prompt = tokenizer.clone().for_prompts().encode_text("Hi").unwrap();
+        assert_eq!(prompt, expected[..expected.len() - tokenizer.suffix().len()]);
+        let never = tokenizer.with_bos(AddBos::Never).unwrap();
+        assert!(never.prefix().is_empty());
+    }
+    let asks_twice = json!({"type": "Sequence", "processors": [begins, begins]});
+    for (processor, expected) in [
+        (asks_twice, "two parts that each add tokens"),
+        (template(json!([text, text])), "the text in it 2 times"),
+        (template(json!([piece("<|bos|>")])), "the text in it 0 times"),
+        (template(json!([piece("<s>"), text])), "adds the token `<s>`, and does not say its id"),
+        (template(json!([piece("<|bos|>"), {"Sequence": {"id": "B", "type_id": 0}}])), "asks for a second"),
+        (template(json!(vec![piece("<|bos|>"); 65])), "adds more than 64 tokens"),
+        (json!({"type": "Unheard"}), "the type `Unheard`, which is not known"),
+        (json!({"type": "BertProcessing", "cls": ["a", 1]}), "has no `sep`"),
+        (json!([]), "has no `type`"),
+    ] {
+        let error = with(|json| json["post_processor"] = processor).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn bos_is_added_where_it_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    write_tokenizer_json(dir.path());
+    let open = |config: serde_json::Value| {
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        Tokenizer::from_model_dir(dir.path()).unwrap().unwrap()
+    };
+    let none = open(json!({"eos_token": "<end>"}));
+    let error = none.with_bos(AddBos::Always).unwrap_err();
+    assert!(error.to_string().contains("has no token that begins a text (BOS)") && error.hint().is_some(), "{error}");
+    let silent = open(json!({"bos_token": "<end>"}));
+    assert_eq!(silent.bos_note(), None);
+    // DeepSeek's: the configuration says so, and the post-processor does not do it.
+    let tokenizer = open(json!({"bos_token": "<end>", "add_bos_token": true}));
+    assert_eq!(tokenizer.encode_text("a").unwrap(), [97]);
+    assert!(tokenizer.bos_note().unwrap().contains("says `add_bos_token: true`, but the post-processor"));
+    let always = tokenizer.with_bos(AddBos::Always).unwrap();
+    assert_eq!(always.encode_text("a").unwrap(), [258, 97]);
+    assert_eq!(always.clone().with_bos(AddBos::Always).unwrap().prefix(), [258], "once");
+    assert_eq!(always.with_parse_special(true).encode_text("<end>a").unwrap(), [258, 258, 97], "as in transformers");
+}
+
+/// The values are those of transformers 5.24.
+#[test]
+fn files_beside_a_tokenizer_json_name_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let added = |content: &str, special: bool, lstrip: bool| {
+        json!({"content": content, "special": special, "lstrip": lstrip, "rstrip": false, "single_word": false,
+            "normalized": false})
+    };
+    let mut json: serde_json::Value = serde_json::from_slice(&Tokenizer::bytes().companions()[0].contents).unwrap();
+    let mut open = |tokens: &[(u32, serde_json::Value)], files: &[(&str, serde_json::Value)]| {
+        let tokens = tokens.iter().map(|(id, token)| {
+            let mut token = token.clone();
+            token["id"] = json!(id);
+            token
+        });
+        json["added_tokens"] = tokens.collect();
+        std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        for name in ["tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"] {
+            let _ = std::fs::remove_file(dir.path().join(name));
+        }
+        for (name, value) in files {
+            std::fs::write(dir.path().join(name), value.to_string()).unwrap();
+        }
+        Tokenizer::from_model_dir(dir.path()).unwrap().unwrap()
+    };
+    let end = (256, added("<e>", true, false));
+    let config = |token: serde_json::Value| {
+        [("tokenizer_config.json", json!({"eos_token": "<e>", "added_tokens_decoder": {"257": token}}))]
+    };
+    // What is there twice, a token of the configuration alone, with its flags, and one that another key names.
+    let alone = [end.clone()];
+    let both = [end.clone(), (257, added("<t>", true, false))];
+    let plain = [end.clone(), (257, added("<t>", false, false))];
+    let eos = |name: &str| [("tokenizer_config.json", json!({"eos_token": name}))];
+    let map = [("special_tokens_map.json", json!({"eos_token": "<t>"}))];
+    let legacy = [("added_tokens.json", json!({"<t>": 257}))];
+    for (tokenizer, text, parsed, split, skipped) in [
+        (open(&both, &config(added("<t>", false, false))), "a <t> b", 257, false, "a  b"),
+        (open(&plain, &config(added("<t>", true, false))), "a <t> b", 257, false, "a  b"),
+        (open(&alone, &config(added("<t>", false, false))), "a <t> b", 257, true, "a <t> b"),
+        (open(&alone, &config(added("<t>", true, false))), "a <t> b", 257, false, "a  b"),
+        (open(&plain, &config(added("<t>", false, true))), "a <t> b", 257, true, "a<t> b"),
+        (open(&plain, &config(json!({"content": "<t>"}))), "a <t> b", 257, true, "a <t> b"),
+        (open(&plain, &eos("<t>")), "a <t> b", 257, false, "a  b"),
+        (open(&plain, &map), "a <t> b", 257, false, "a  b"),
+        (open(&alone, &legacy), "a <t> b", 257, true, "a <t> b"),
+        // A gap before it: transformers and the crate close it, and say so.
+        (open(&[end.clone(), (300, added("<t>", false, false))], &[]), "a <t> b", 257, true, "a <t> b"),
+    ] {
+        let tokens = tokenizer.clone().with_parse_special(true).encode_text(text).unwrap();
+        assert!(tokens.contains(&parsed), "{tokens:?}");
+        assert_eq!(tokenizer.encode(text).unwrap().contains(&parsed), split, "{text} {skipped}");
+        assert_eq!(tokenizer.decode(&tokens), skipped);
+    }
+    let kept = |tokenizer: &Tokenizer| tokenizer.companions().iter().any(|file| file.name == "added_tokens.json");
+    assert!(kept(&open(&alone, &legacy)));
+    // It is not read beside an `added_tokens_decoder`, and not kept.
+    let [current] = config(added("<t>", false, false));
+    assert!(!kept(&open(&plain, &[current, ("added_tokens.json", json!({"<x>": 257}))])));
+    // A damaged file is not one that says nothing.
+    std::fs::write(dir.path().join("tokenizer_config.json"), "{").unwrap();
+    let error = Tokenizer::from_model_dir(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("tokenizer_config.json` cannot be read: it is not JSON"), "{error}");
+}
+
+#[test]
+fn a_fingerprint_changes_with_what_a_text_becomes() {
+    let home = tempfile::tempdir().unwrap();
+    let prints = |special: bool| {
+        let token = json!({"content": "<think>", "special": special});
+        tiktoken_and_json(home.path(), &json!({"added_tokens_decoder": {"273": token}}))
+            .map(|t| t.fingerprint().to_owned())
+    };
+    let [before, after] = [prints(true), prints(false)];
+    assert!(before[0] != after[0] && before[1] != after[1]);
+    assert_eq!(after, prints(false));
+}
+
+/// As transformers encodes the text of a template (Llama 2, Mistral): a space before the first word only.
+#[test]
+fn a_space_before_the_first_word_is_not_before_the_others() {
+    use crate::chat::{ChatEncoder, ChatTemplate, Message};
+
+    let tokenizer = with(|json| {
+        json["pre_tokenizer"] =
+            json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+        json["decoder"] = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+        json["model"]["vocab"]["▁"] = json!(256);
+        json["model"]["vocab"]["<unk>"] = json!(257);
+        json["model"]["unk_token"] = json!("<unk>");
+    })
+    .unwrap();
+    let template = "{% for m in messages %}a<|bos|>{{ m.content }}<|eos|>{% endfor %}";
+    let encoder = ChatEncoder::new(ChatTemplate::of_source(template).unwrap(), tokenizer.clone());
+    let messages = [Message::new("user", "b c"), Message::new("assistant", "d")];
+    // The three special tokens follow those two.
+    let [space, bos, eos] = [256, 258, 259];
+    let expected = [space, 97, bos, 98, space, 99, eos, 97, bos, 100, eos];
+    assert_eq!(encoder.tokens(&messages, false).unwrap(), expected);
+    let parsed = tokenizer.with_parse_special(true).encode_text("a<|bos|>b c<|eos|>a<|bos|>d<|eos|>").unwrap();
+    assert_eq!(parsed, expected);
 }

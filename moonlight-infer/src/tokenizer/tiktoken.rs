@@ -1,58 +1,85 @@
 //! Moonlight's `tiktoken.model`, by the `tiktoken-rs` crate.
 //!
-//! The same as the published `tokenization_moonshot.py`, except that text which spells a special token stays text.
+//! The same as the published `tokenization_moonshot.py`, except that text which spells a special token stays text where
+//! nobody asks for more, and that added tokens are matched as `tokenizers` matches them: by word, with the white space beside
+//! them, where `tokenizer_config.json` says so.
 
-use std::collections::BTreeMap;
-
-use moonlight_convert::tokenizer::{AddedToken, Ranks, SPECIALS, pattern, special_tokens};
+use moonlight_convert::tokenizer::{Ranks, SpecialNames, TextEnds, pattern, special_tokens};
 use rustc_hash::FxHashMap;
 use tiktoken_rs::CoreBPE;
+
+use super::added::{AddedTokens, Piece};
+use super::post_processor::Around;
 
 /// Characters that are encoded at a time.
 const CHUNK: usize = 400_000;
 /// The longest run of white space, or of anything else, that is encoded at a time.
 const RUN: usize = 25_000;
 
-/// The byte-pair encoding and the special tokens.
+/// The byte-pair encoding and the added tokens.
 pub(super) struct Tiktoken {
     inner: CoreBPE,
     ranks: u32,
-    special: BTreeMap<String, u32>,
+    added: AddedTokens,
+    around: Around,
+    vocab_size: usize,
 }
 
 impl Tiktoken {
-    /// Reads the file's bytes; `added` are the special tokens that `tokenizer_config.json` names.
-    pub(super) fn parse(contents: &[u8], added: &BTreeMap<u32, AddedToken>) -> Result<Self, String> {
+    /// Reads the file's bytes; `names` are the added tokens that the files beside it name.
+    pub(super) fn parse(contents: &[u8], names: &SpecialNames) -> Result<Self, String> {
         let ranks = Ranks::parse(contents).map_err(|error| error.to_string())?;
-        let special = special_tokens(ranks.count(), added).into_iter().map(|(id, token)| (token.content, id));
-        // A token without a text stands for none.
-        let special = special.filter(|(name, _)| !name.is_empty()).collect();
+        let tokens = special_tokens(ranks.count(), &names.added)?;
+        let TextEnds { bos, eos } = TextEnds::of(names, &tokens)?;
+        let around = Around { before: bos.into_iter().collect(), behind: eos.into_iter().collect() };
+        let vocab_size = tokens.last_key_value().map_or(ranks.count(), |(&id, _)| id + 1) as usize;
         let encoder = ranks.tokens().iter().cloned().zip(0..).collect();
         let inner = CoreBPE::new(encoder, FxHashMap::default(), &pattern()).map_err(|error| error.to_string())?;
-        Ok(Self { inner, ranks: ranks.count(), special })
+        Ok(Self { inner, ranks: ranks.count(), added: AddedTokens::new(tokens)?, around, vocab_size })
     }
 
-    pub(super) fn encode(&self, text: &str) -> Vec<u32> {
-        pieces(text).flat_map(|piece| self.inner.encode_ordinary(piece)).collect()
+    /// The tokens of a text, its special ones where `parse_special` says so.
+    pub(super) fn encode(&self, text: &str, parse_special: bool) -> Vec<u32> {
+        let mut tokens = Vec::new();
+        for piece in self.added.split(text, |token| parse_special || !token.special) {
+            match piece {
+                Piece::Token(id) => tokens.push(id),
+                Piece::Text(text) => {
+                    tokens.extend(pieces(text).flat_map(|piece| self.inner.encode_ordinary(piece)));
+                }
+            }
+        }
+        tokens
     }
 
-    /// The bytes of the tokens; specials have none.
-    pub(super) fn bytes(&self, tokens: &[u32]) -> Vec<u8> {
-        let ordinary: Vec<u32> = tokens.iter().copied().filter(|&token| token < self.ranks).collect();
-        // Every rank has a token, as `parse` has seen.
-        self.inner.decode_bytes(&ordinary).unwrap_or_default()
+    /// The bytes of the tokens; special ones have theirs `with_special` only.
+    pub(super) fn bytes(&self, tokens: &[u32], with_special: bool) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for run in tokens.chunk_by(|a, b| (*a < self.ranks) == (*b < self.ranks)) {
+            if run[0] < self.ranks {
+                // Every rank has a token, as `parse` has seen.
+                bytes.extend(self.inner.decode_bytes(run).unwrap_or_default());
+                continue;
+            }
+            let added = run.iter().filter_map(|&id| self.added.get(id));
+            for token in added.filter(|token| with_special || !token.special) {
+                bytes.extend_from_slice(token.content.as_bytes());
+            }
+        }
+        bytes
+    }
+
+    /// What begins and ends a text.
+    pub(super) fn around(&self) -> &Around {
+        &self.around
     }
 
     pub(super) fn vocab_size(&self) -> usize {
-        (self.ranks + SPECIALS) as usize
+        self.vocab_size
     }
 
-    pub(super) fn special(&self, text: &str) -> Option<u32> {
-        self.special.get(text).copied()
-    }
-
-    pub(super) fn specials(&self) -> Vec<(String, u32)> {
-        self.special.iter().map(|(name, &id)| (name.clone(), id)).collect()
+    pub(super) fn added(&self) -> &AddedTokens {
+        &self.added
     }
 }
 

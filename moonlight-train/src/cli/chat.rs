@@ -104,10 +104,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     }
     let mut conversation = Conversation {
         session: Session::new(&opened.model, opened.model.config().max_position_embeddings),
+        eos: opened.end_of_turn(&encoder),
         encoder,
         tokenizer,
         sampler: Sampler::new(arguments.sampling.sampling()),
-        eos: opened.end_of_turn(),
         max_new_tokens: arguments.max_new_tokens,
         messages: system(arguments.system.as_deref()),
         answering,

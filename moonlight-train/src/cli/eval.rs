@@ -6,7 +6,7 @@ use clap::Args;
 use moonlight_convert::printable_lines;
 use moonlight_infer::eval::{Reader, Task, TaskFormat, evaluate, table, to_json};
 
-use super::model::ModelArguments;
+use super::model::{ModelArguments, TextArguments};
 use super::output::{JsonLines, print};
 use crate::error::TrainError;
 
@@ -15,7 +15,9 @@ use crate::error::TrainError;
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// JSONL with the rows of MMLU, ARC, HellaSwag, `{"text": "..."}` or conversations; may be given several times.
+    #[command(flatten)]
+    text: TextArguments,
+    /// JSONL, a JSON array, CSV or parquet with the rows of MMLU, ARC, HellaSwag, `{"text": "..."}` or conversations; may be given several times.
     #[arg(long = "task", value_name = "FILE", required = true)]
     tasks: Vec<PathBuf>,
     /// What the rows are: auto, mmlu, arc, hellaswag, perplexity or chat.
@@ -52,7 +54,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let inputs = || arguments.tasks.iter().chain(&arguments.shots_from);
     let mut output = arguments.output.as_deref().map(|path| JsonLines::create(Some(path), inputs())).transpose()?;
     let opened = arguments.model.open()?;
-    let reader = Reader { model: &opened.model, tokenizer: opened.tokenizer()?, dir: Some(&opened.dir) };
+    let tokenizer = arguments.text.tokenizer(opened.tokenizer()?)?;
+    let reader = Reader { model: &opened.model, tokenizer: &tokenizer, dir: Some(&opened.dir) };
     let mut evaluations = Vec::new();
     for path in &arguments.tasks {
         let task = Task {

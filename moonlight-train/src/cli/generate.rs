@@ -4,13 +4,15 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
+use moonlight_convert::Printable;
 use moonlight_infer::OpenedModel;
 use moonlight_infer::generate::{Generated, Sampling, check_prompt, generate, generate_many};
 use moonlight_infer::jsonl::JsonlReader;
 use moonlight_infer::tokenizer::Tokenizer;
+use moonlight_model::CausalLm;
 use serde_json::{Value, json};
 
-use super::model::ModelArguments;
+use super::model::{ModelArguments, ParseArguments, TextArguments};
 use super::output::{JsonLines, of_model, print};
 use crate::error::TrainError;
 
@@ -20,13 +22,17 @@ use crate::error::TrainError;
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
+    #[command(flatten)]
+    text: TextArguments,
+    #[command(flatten)]
+    parse: ParseArguments,
     /// The text to go on from.
     #[arg(long)]
     prompt: Option<String>,
     /// The tokens to go on from, e.g. `1,2,3`.
     #[arg(long, value_delimiter = ',', value_name = "TOKENS")]
     prompt_tokens: Option<Vec<u32>>,
-    /// JSONL of prompts, a line `{"text": "..."}` or `{"tokens": [...]}` each; the texts are printed as with `--json`, a line
+    /// JSONL (or a JSON array, CSV, parquet) of prompts, a record `{"text": "..."}` or `{"tokens": [...]}` each; the texts are printed as with `--json`, a line
     /// each, in the same order.
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
@@ -41,7 +47,8 @@ pub(super) struct Arguments {
     max_new_tokens: usize,
     #[command(flatten)]
     sampling: SamplingArguments,
-    /// Print one JSON object: prompt_tokens, tokens, text and stop.
+    /// Print one JSON object: prompt_tokens, tokens, text, stop (why it ended: eos or length) and stop_token (the token that
+    /// ended it, or null).
     #[arg(long)]
     json: bool,
 }
@@ -88,10 +95,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
         let output = JsonLines::create(arguments.output.as_deref(), [prompts])?;
         return run_many(JsonlReader::open(prompts)?, output, arguments);
     }
-    let OpenedModel { model, tokenizer, eos, .. } = arguments.model.open()?;
+    let Opened { model, tokenizer, eos, end_of_turn } = arguments.open()?;
     let prompt = match (&arguments.prompt_tokens, &arguments.prompt, &tokenizer) {
         (Some(tokens), ..) => tokens.clone(),
-        (None, Some(text), Some(tokenizer)) => tokenizer.encode(text)?,
+        (None, Some(text), Some(tokenizer)) => tokenizer.encode_text(text)?,
         (None, ..) => {
             return Err(TrainError::Request {
                 problem: "the model's directory has no tokenizer".into(),
@@ -99,6 +106,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
             });
         }
     };
+    let eos = with_end_of_turn(eos, end_of_turn, std::slice::from_ref(&prompt));
     let sampling = arguments.sampling.sampling();
     let mut stream = tokenizer.as_ref().map(|tokenizer| tokenizer.stream());
     let mut written = Ok(());
@@ -126,12 +134,60 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
 
 fn object(prompt: &[u32], generated: &Generated, tokenizer: Option<&Tokenizer>) -> Value {
     let text = tokenizer.map(|tokenizer| tokenizer.decode(&generated.tokens));
-    json!({"prompt_tokens": prompt, "tokens": generated.tokens, "text": text, "stop": generated.stop})
+    json!({
+        "prompt_tokens": prompt, "tokens": generated.tokens, "text": text, "stop": generated.stop,
+        "stop_token": generated.stop_token,
+    })
+}
+
+/// A model that is ready to go on from prompts.
+struct Opened {
+    model: CausalLm,
+    tokenizer: Option<Tokenizer>,
+    eos: Vec<u32>,
+    /// With `--parse-special`, the token that ends a turn of the chat template.
+    end_of_turn: Option<u32>,
+}
+
+impl Arguments {
+    fn open(&self) -> Result<Opened, TrainError> {
+        if self.prompt_tokens.is_some() && (self.text.is_given() || self.parse.parse_special) {
+            return Err(TrainError::Request {
+                problem: "`--prompt-tokens` are taken as they are, and `--bos`, `--no-bos` and `--parse-special` are for texts"
+                    .into(),
+                hint: Some("give the prompt as `--prompt TEXT`".into()),
+            });
+        }
+        let opened = self.model.open()?;
+        let parse_special = self.parse.parse_special;
+        let end_of_turn = opened.chat_encoder().ok().filter(|_| parse_special).and_then(|chat| chat.end_token());
+        let OpenedModel { model, tokenizer, eos, .. } = opened;
+        let has_text = self.prompt_tokens.is_none();
+        let tokenizer = match tokenizer {
+            Some(tokenizer) if has_text => {
+                let tokenizer = self.text.tokenizer(&tokenizer)?.with_parse_special(parse_special);
+                if let [end, ..] = *tokenizer.suffix() {
+                    let name = tokenizer.decode_with_special(&[end]);
+                    tracing::info!("the tokenizer ends texts with `{}`; a prompt is not ended", Printable(name));
+                }
+                Some(tokenizer.for_prompts())
+            }
+            tokenizer => tokenizer,
+        };
+        Ok(Opened { model, tokenizer, eos, end_of_turn })
+    }
+}
+
+/// Prompts that spell the end of a turn are conversations, and so is what continues them.
+fn with_end_of_turn(mut eos: Vec<u32>, end_of_turn: Option<u32>, prompts: &[Vec<u32>]) -> Vec<u32> {
+    let in_chat = |token: &u32| !prompts.is_empty() && prompts.iter().all(|prompt| prompt.contains(token));
+    eos.extend(end_of_turn.filter(in_chat));
+    eos
 }
 
 /// Goes on from the prompts of a file. A text is printed when it and all before it are there.
 fn run_many(file: JsonlReader, mut output: JsonLines, arguments: &Arguments) -> Result<(), TrainError> {
-    let OpenedModel { model, tokenizer, eos, .. } = arguments.model.open()?;
+    let Opened { model, tokenizer, eos, end_of_turn } = arguments.open()?;
     let config = model.config();
     let mut prompts = Vec::new();
     file.for_each(tokenizer.as_ref(), |prompt| {
@@ -139,6 +195,7 @@ fn run_many(file: JsonlReader, mut output: JsonLines, arguments: &Arguments) -> 
         prompts.push(prompt);
         Ok(())
     })?;
+    let eos = with_end_of_turn(eos, end_of_turn, &prompts);
     let mut texts: Vec<Option<Generated>> = vec![None; prompts.len()];
     let mut printed = 0;
     let (batch, sampling) = (arguments.batch.get(), arguments.sampling.sampling());

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use moonlight_infer::tokenizer::{AddBos, Tokenizer};
 use moonlight_infer::{OpenOptions, OpenedModel};
 use moonlight_model::QuantBits;
 
@@ -26,6 +27,45 @@ pub(super) struct ModelArguments {
     /// f32, bf16, f16, or auto: f32 on the CPU, as stored elsewhere.
     #[arg(long, default_value = "auto")]
     dtype: String,
+}
+
+/// How a text becomes tokens.
+#[derive(Debug, Args)]
+pub(super) struct TextArguments {
+    /// Begin each text with BOS, where the tokenizer does not.
+    #[arg(long, conflicts_with = "no_bos")]
+    bos: bool,
+    /// Put nothing before a text, where the tokenizer begins texts with BOS.
+    #[arg(long)]
+    no_bos: bool,
+}
+
+impl TextArguments {
+    /// Whether there is a wish.
+    pub(super) fn is_given(&self) -> bool {
+        self.bos || self.no_bos
+    }
+
+    /// The tokenizer for texts, which begins them as it is told.
+    pub(super) fn tokenizer(&self, tokenizer: &Tokenizer) -> Result<Tokenizer, TrainError> {
+        let bos = match (self.bos, self.no_bos) {
+            (true, _) => AddBos::Always,
+            (false, true) => AddBos::Never,
+            (false, false) => AddBos::Auto,
+        };
+        if let Some(note) = tokenizer.bos_note().filter(|_| bos == AddBos::Auto) {
+            tracing::warn!("{note}; `--bos` or `--no-bos` decides");
+        }
+        Ok(tokenizer.clone().with_bos(bos)?)
+    }
+}
+
+/// `--parse-special`.
+#[derive(Debug, Args)]
+pub(super) struct ParseArguments {
+    /// Read special tokens such as `<|im_end|>` out of texts that spell them; else they are the characters that they are.
+    #[arg(long)]
+    pub(super) parse_special: bool,
 }
 
 /// `--quantise`.

@@ -7,7 +7,7 @@ use moonlight_infer::jsonl::JsonlReader;
 use moonlight_infer::score::score;
 use serde_json::json;
 
-use super::model::ModelArguments;
+use super::model::{ModelArguments, ParseArguments, TextArguments};
 use super::output::JsonLines;
 use crate::error::TrainError;
 
@@ -16,7 +16,12 @@ use crate::error::TrainError;
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// JSONL: a line `{"tokens": [...]}` or `{"text": "..."}` for each sequence.
+    #[command(flatten)]
+    text: TextArguments,
+    #[command(flatten)]
+    parse: ParseArguments,
+    /// JSONL: a record `{"tokens": [...]}` or `{"text": "..."}` for each sequence; also a JSON array, CSV or parquet. Other fields are not
+    /// read.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Where the results go, a line `{"tokens": [...], "logprobs": [null, -1.2, ...]}` each; else to stdout.
@@ -28,7 +33,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let data = JsonlReader::open(&arguments.data)?;
     let mut output = JsonLines::create(arguments.output.as_deref(), [&arguments.data])?;
     let opened = arguments.model.open()?;
-    data.for_each(opened.tokenizer.as_ref(), |tokens| {
+    let tokenizer = opened.tokenizer.as_ref().map(|tokenizer| arguments.text.tokenizer(tokenizer)).transpose()?;
+    let tokenizer = tokenizer.map(|tokenizer| tokenizer.with_parse_special(arguments.parse.parse_special));
+    data.for_each(tokenizer.as_ref(), |tokens| {
         let logprobs = score(&opened.model, &tokens)?;
         output.line(&json!({"tokens": tokens, "logprobs": logprobs}))
     })?;

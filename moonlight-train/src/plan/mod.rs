@@ -105,7 +105,7 @@ impl Plan {
     ///
     /// A tokenizer, a model or a device that does not open.
     pub fn of_recipe(recipe: &Recipe, threads: Threads) -> Result<Self, TrainError> {
-        let tokenizer = recipe.data.tokenizer.open()?;
+        let tokenizer = recipe.data.open_tokenizer()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
         let cpu = Target::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
         let settings = MemorySettings::of_recipe(recipe, &config, cpu, threads)?;

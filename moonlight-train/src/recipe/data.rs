@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::check::Check;
 use super::run::path;
 use moonlight_infer::expand;
-use moonlight_infer::tokenizer::{BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Tokenizer, TokenizerError};
+use moonlight_infer::tokenizer::{AddBos, BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Tokenizer, TokenizerError};
 
 /// The value of `tokenizer` that stands for none at all, for data that are tokens already.
 pub const NO_TOKENIZER: &str = "none";
@@ -17,9 +17,10 @@ pub const NO_TOKENIZER: &str = "none";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DataFormat {
-    /// Each file is one document of UTF-8 text.
+    /// Each file is one document of UTF-8 text; of a file of records (`.jsonl`, `.ndjson`, parquet; `.json` and `.csv` where the first
+    /// record has one) each `text`, or else `content`, is one.
     Text,
-    /// Each line is one document: `{"tokens": [...]}`.
+    /// Each record is one document: `{"tokens": [...]}` (or `input_ids`).
     Tokens,
     /// Each record is one conversation, of which the assistant's words are learned.
     Chat,
@@ -45,6 +46,28 @@ pub enum Broken {
     Error,
     /// Leave it out, count it, and name the first few.
     Skip,
+}
+
+/// Whether a document of text begins with BOS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Bos {
+    /// As the tokenizer's files say: what the post-processor of its `tokenizer.json` puts before a text.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+impl From<Bos> for AddBos {
+    fn from(bos: Bos) -> Self {
+        match bos {
+            Bos::Auto => Self::Auto,
+            Bos::Always => Self::Always,
+            Bos::Never => Self::Never,
+        }
+    }
 }
 
 /// How text becomes tokens.
@@ -122,7 +145,8 @@ impl From<TokenizerName> for String {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
-    /// Globs of the training files; `~` and `$NAME` are expanded. Required.
+    /// Globs of the training files; `~` and `$NAME` are expanded. Records are read from JSON Lines, JSON arrays, CSV and TSV with a row of
+    /// names, and parquet, plain or compressed by gzip or zstd: what a file is its first bytes say. Required.
     pub train: Vec<String>,
     /// Globs of the validation files; a file that `train` matches as well is used for validation.
     pub valid: Vec<String>,
@@ -136,6 +160,9 @@ pub struct DataConfig {
     /// `bytes`, `bytes-chat`, `none`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one. Default: that of
     /// `model.path`; else `bytes` for text, `bytes-chat` for chat and `none` for tokens.
     pub tokenizer: TokenizerName,
+    /// Whether a document of `format = "text"`, a row of `eval.tasks` and `sample.prompt` begin with the tokenizer's BOS; a
+    /// conversation begins as its template says.
+    pub bos: Bos,
     /// Tokens in a sequence. Default: 1024, or the model's longest where that is shorter.
     pub sequence_length: usize,
     /// Whether documents are laid end to end into full sequences, or, with `format = "chat"`, whole conversations together into
@@ -145,7 +172,7 @@ pub struct DataConfig {
     pub shuffle: bool,
     /// What happens, with `pack = false` or `format = "chat"`, to a record longer than `sequence_length`.
     pub too_long: TooLong,
-    /// What happens to a line of `tokens` or `chat` that is wrong.
+    /// What happens to a record that is wrong. A file that is of another format, or ends too early, is an error whatever this says.
     pub broken: Broken,
     /// Bytes of files to take, spread by hash of their path, for training and again for validation; 0 for all.
     pub max_bytes: u64,
@@ -167,6 +194,7 @@ impl Default for DataConfig {
             format: DataFormat::Text,
             chat_template: PathBuf::new(),
             tokenizer: TokenizerName::Bytes,
+            bos: Bos::Auto,
             sequence_length: 1024,
             pack: true,
             shuffle: true,
@@ -181,6 +209,20 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
+    /// The tokenizer, which begins texts as `bos` says; `None` for data that are tokens already.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`TokenizerName::open`]; `bos = "always"` for a tokenizer without BOS.
+    pub fn open_tokenizer(&self) -> Result<Option<Tokenizer>, TokenizerError> {
+        let Some(tokenizer) = self.tokenizer.open()? else { return Ok(None) };
+        let is_read = self.format == DataFormat::Text && self.bos == Bos::Auto;
+        if let Some(note) = tokenizer.bos_note().filter(|_| is_read) {
+            tracing::warn!("{note}; `data.bos` decides");
+        }
+        tokenizer.with_bos(self.bos.into()).map(Some)
+    }
+
     pub(super) fn check(&self, check: &mut Check<'_>) {
         if check.has("data.train") {
             check.require("data.train", !self.train.is_empty(), || "names no files".into());

@@ -34,7 +34,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use data::{Broken, DataConfig, DataFormat, NO_TOKENIZER, TokenizerName, TooLong};
+pub use data::{Bos, Broken, DataConfig, DataFormat, NO_TOKENIZER, TokenizerName, TooLong};
 pub use distributed::DistributedRecipe;
 pub use error::RecipeError;
 pub use eval::EvalConfig;

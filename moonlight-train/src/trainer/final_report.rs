@@ -52,7 +52,8 @@ pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError>
     }
     let sample = &recipe.sample;
     if let Some(tokenizer) = tokenizer.filter(|_| !sample.prompt.is_empty()) {
-        let prompt = tokenizer.encode(&sample.prompt)?;
+        let tokenizer = tokenizer.for_prompts();
+        let prompt = tokenizer.encode_text(&sample.prompt)?;
         let sampling =
             Sampling { temperature: sample.temperature, top_p: sample.top_p, top_k: sample.top_k, seed: sample.seed };
         let eos: Vec<u32> = tokenizer.eos().into_iter().collect();

@@ -74,7 +74,7 @@ impl Setup {
             ResumePoint::Found(_) => None,
             from => Some(RunFolder::claim(&path, from == ResumePoint::Newest)?),
         };
-        let tokenizer = recipe.data.tokenizer.open()?;
+        let tokenizer = recipe.data.open_tokenizer()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
         check_memory(recipe, &config, target)?;
         let corpus = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
@@ -204,6 +204,9 @@ impl Setup {
             tracing::info!("steps: {} for {} epochs", recipe.train.steps, recipe.train.epochs);
         }
         for note in corpus.notes() {
+            tracing::info!("note: {note}");
+        }
+        for note in model.config().training_notes() {
             tracing::info!("note: {note}");
         }
         if state.step > 0 {

@@ -1,5 +1,8 @@
+use std::collections::BTreeMap;
+
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use moonlight_convert::tokenizer::AddedToken;
 
 use super::*;
 
@@ -46,7 +49,7 @@ fn text_falls_into_the_published_pieces() {
         let mut tokens: Vec<&str> = pieces.iter().copied().filter(|piece| piece.len() > 1).collect();
         tokens.sort_unstable();
         tokens.dedup();
-        let tokenizer = Tiktoken::parse(&file(&tokens), &BTreeMap::new()).unwrap();
+        let tokenizer = Tiktoken::parse(&file(&tokens), &SpecialNames::default()).unwrap();
         let expected: Vec<u32> = pieces
             .iter()
             .map(|piece| match piece.as_bytes() {
@@ -55,35 +58,43 @@ fn text_falls_into_the_published_pieces() {
             })
             .collect();
         let text = pieces.concat();
-        assert_eq!(tokenizer.encode(&text), expected, "{text:?}");
-        assert_eq!(tokenizer.bytes(&expected), text.as_bytes());
+        assert_eq!(tokenizer.encode(&text, false), expected, "{text:?}");
+        assert_eq!(tokenizer.bytes(&expected, false), text.as_bytes());
     }
 }
 
 #[test]
 fn pairs_of_the_lowest_rank_merge_first() {
-    let tokenizer = Tiktoken::parse(&file(&["bc", "ab", "abc"]), &BTreeMap::new()).unwrap();
-    assert_eq!(tokenizer.encode("abc"), [258]);
-    assert_eq!(tokenizer.encode("abcab"), [258, 257]);
-    assert_eq!(tokenizer.encode("xabcd"), [120, 258, 100]);
+    let tokenizer = Tiktoken::parse(&file(&["bc", "ab", "abc"]), &SpecialNames::default()).unwrap();
+    assert_eq!(tokenizer.encode("abc", false), [258]);
+    assert_eq!(tokenizer.encode("abcab", false), [258, 257]);
+    assert_eq!(tokenizer.encode("xabcd", false), [120, 258, 100]);
 }
 
 #[test]
 fn specials_follow_the_ranks() {
-    let named = |content: &str| {
-        let content = content.to_owned();
-        AddedToken { content, special: true, single_word: false, lstrip: false, rstrip: false }
-    };
-    let added = BTreeMap::from([(256 + 5, named("<|tool|>")), (9999, named("elsewhere"))]);
-    let tokenizer = Tiktoken::parse(&file(&[]), &added).unwrap();
-    assert_eq!(tokenizer.vocab_size(), 512);
-    for (name, id) in [("[BOS]", 256), ("[EOS]", 257), ("<|im_end|>", 258), ("<|im_middle|>", 273), ("<|tool|>", 261)] {
-        assert_eq!(tokenizer.special(name), Some(id), "{name}");
+    let added = BTreeMap::from([(256 + 5, AddedToken::named("<|tool|>")), (256 + 300, AddedToken::named("<more>"))]);
+    let tokenizer = Tiktoken::parse(&file(&[]), &SpecialNames { added, ..Default::default() }).unwrap();
+    assert_eq!(tokenizer.vocab_size(), 557);
+    let id = |name: &str| tokenizer.added().id(name);
+    for (name, token) in [
+        ("[BOS]", 256),
+        ("[EOS]", 257),
+        ("<|im_end|>", 258),
+        ("<|im_middle|>", 273),
+        ("<|tool|>", 261),
+        ("<|reserved_token_500|>", 500),
+        ("<|reserved_token_555|>", 555),
+        ("<more>", 556),
+    ] {
+        assert_eq!(id(name), Some(token), "{name}");
     }
-    assert_eq!(tokenizer.special("<|reserved_token_500|>"), Some(500));
-    // In a text they are characters, and in a decoded text they are nothing.
-    assert_eq!(tokenizer.encode("[EOS]"), "[EOS]".bytes().map(u32::from).collect::<Vec<_>>());
-    assert_eq!(tokenizer.bytes(&[104, 257, 105, 4000]), b"hi");
+    // In a text they are characters, and in a decoded text they are nothing, unless somebody asks for them.
+    assert_eq!(tokenizer.encode("[EOS]", false), "[EOS]".bytes().map(u32::from).collect::<Vec<_>>());
+    assert_eq!(tokenizer.encode("a[EOS]b", true), [97, 257, 98]);
+    assert_eq!(tokenizer.bytes(&[104, 257, 105, 4000], false), b"hi");
+    assert_eq!(tokenizer.bytes(&[104, 257, 105, 4000], true), b"h[EOS]i");
+    assert_eq!(Tiktoken::parse(&file(&[]), &SpecialNames::default()).unwrap().vocab_size(), 512);
 }
 
 #[test]
@@ -94,12 +105,12 @@ fn long_runs_are_cut() {
     let cut: Vec<&str> = pieces(&text).collect();
     assert_eq!((cut.len(), cut[1], cut.concat() == text), (2, "x", true));
     assert_eq!(pieces("").count(), 0);
-    let tokenizer = Tiktoken::parse(&file(&[]), &BTreeMap::new()).unwrap();
-    assert_eq!(tokenizer.encode(&" ".repeat(30_000)).len(), 30_000);
+    let tokenizer = Tiktoken::parse(&file(&[]), &SpecialNames::default()).unwrap();
+    assert_eq!(tokenizer.encode(&" ".repeat(30_000), false).len(), 30_000);
 }
 
 #[test]
 fn broken_files_say_where() {
-    let error = Tiktoken::parse(b"YQ== 0\nYQ==\n", &BTreeMap::new()).err().unwrap();
+    let error = Tiktoken::parse(b"YQ== 0\nYQ==\n", &SpecialNames::default()).err().unwrap();
     assert!(error.contains("line 2"), "{error}");
 }

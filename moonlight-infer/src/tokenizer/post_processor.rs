@@ -1,0 +1,109 @@
+//! What a `tokenizer.json` puts around a text: its `post_processor`.
+//!
+//! Read here and not by the `tokenizers` crate: that one asserts what a file says, and two templates in a sequence, or a
+//! template with a text in it twice, panic there or grow without bounds.
+
+use serde_json::Value;
+
+/// Tokens that a post-processor may put before or behind a text.
+const MOST_TOKENS: usize = 64;
+/// Sequences in sequences.
+const DEEPEST: usize = 8;
+
+/// The tokens around a text.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Around {
+    pub(super) before: Vec<u32>,
+    pub(super) behind: Vec<u32>,
+}
+
+impl Around {
+    /// Reads a post-processor as transformers applies it to a single text with `add_special_tokens = true`.
+    ///
+    /// # Errors
+    ///
+    /// What is not known of it, as part of a sentence.
+    pub(super) fn read(processor: Option<&Value>) -> Result<Self, String> {
+        let mut around = Self::default();
+        match processor {
+            None | Some(Value::Null) => {}
+            Some(processor) => around.add(processor, DEEPEST)?,
+        }
+        if around.before.len().max(around.behind.len()) > MOST_TOKENS {
+            return Err(format!("its post_processor adds more than {MOST_TOKENS} tokens to a text"));
+        }
+        Ok(around)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.before.is_empty() && self.behind.is_empty()
+    }
+
+    fn add(&mut self, processor: &Value, depth: usize) -> Result<(), String> {
+        let more = match processor["type"].as_str() {
+            // It moves offsets only.
+            Some("ByteLevel") => return Ok(()),
+            Some("Sequence") => {
+                let parts = processor["processors"].as_array().ok_or("its post_processor has no `processors`")?;
+                if depth == 0 {
+                    return Err(format!("its post_processor has sequences in more than {DEEPEST} others"));
+                }
+                return parts.iter().try_for_each(|part| self.add(part, depth - 1));
+            }
+            Some("TemplateProcessing") => template(processor)?,
+            // [CLS] text [SEP]
+            Some("BertProcessing" | "RobertaProcessing") => {
+                Self { before: vec![pair(processor, "cls")?], behind: vec![pair(processor, "sep")?] }
+            }
+            Some(other) => {
+                return Err(format!("its post_processor has the type `{}`, which is not known", other.escape_debug()));
+            }
+            None => return Err("its post_processor has no `type`".into()),
+        };
+        if more.is_empty() {
+            return Ok(());
+        }
+        if !self.is_empty() {
+            return Err("its post_processor has two parts that each add tokens to a text".into());
+        }
+        *self = more;
+        Ok(())
+    }
+}
+
+/// The `single` template: special tokens, the text once, special tokens.
+fn template(processor: &Value) -> Result<Around, String> {
+    let damaged = || "its post_processor has a template that is damaged".to_owned();
+    let pieces = processor["single"].as_array().ok_or_else(damaged)?;
+    let (mut around, mut texts) = (Around::default(), 0);
+    for piece in pieces {
+        if let Some(sequence) = piece.get("Sequence") {
+            if sequence["id"] != "A" {
+                return Err("its post_processor has a template for one text that asks for a second".into());
+            }
+            texts += 1;
+            continue;
+        }
+        let name = piece["SpecialToken"]["id"].as_str().ok_or_else(damaged)?;
+        let ids = processor["special_tokens"][name]["ids"].as_array().ok_or_else(|| {
+            format!("its post_processor adds the token `{}`, and does not say its id", name.escape_debug())
+        })?;
+        let side = if texts == 0 { &mut around.before } else { &mut around.behind };
+        for id in ids.iter().take(MOST_TOKENS + 1) {
+            side.push(id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(damaged)?);
+        }
+        if side.len() > MOST_TOKENS {
+            return Err(format!("its post_processor adds more than {MOST_TOKENS} tokens to a text"));
+        }
+    }
+    match texts {
+        1 => Ok(around),
+        _ => Err(format!("its post_processor has a template with the text in it {texts} times")),
+    }
+}
+
+/// `[token, id]`.
+fn pair(processor: &Value, key: &str) -> Result<u32, String> {
+    let id = processor[key].get(1).and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok());
+    id.ok_or_else(|| format!("its post_processor has no `{key}`"))
+}
