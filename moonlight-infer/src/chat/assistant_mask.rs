@@ -39,7 +39,9 @@ const ODD: usize = 16;
 /// Bytes before the part that is learned that must be the same in all turns, at most.
 const CONTEXT: usize = 256;
 /// Fields of a message, at any depth, that templates compare rather than write.
-const COMPARED: [&str; 5] = ["role", "type", "id", "index", "tool_call_id"];
+const COMPARED: [&str; 3] = ["role", "type", "index"];
+/// Those that some write, and some compare or measure.
+const IDS: [&str; 2] = ["id", "tool_call_id"];
 
 /// A message as JSON.
 type Fields = Map<String, Value>;
@@ -121,7 +123,8 @@ impl Finder<'_> {
         turns: &[usize],
         text: &str,
     ) -> Result<Option<Vec<Range<usize>>>, ChatError> {
-        let Some(words) = self.all_marked(given, turns, text) else { return Ok(None) };
+        let words = self.all_marked(given, turns, text, true).or_else(|| self.all_marked(given, turns, text, false));
+        let Some(words) = words else { return Ok(None) };
         let mut spans: Vec<Option<Range<usize>>> = vec![None; turns.len()];
         let last = turns.len() - 1;
         // A template may treat the first and the last in a way of their own.
@@ -134,32 +137,23 @@ impl Finder<'_> {
                 kinds.entry(kind_of(&given.messages[turns[index]])).or_default().push(index);
             }
         }
-        let mut patterns: HashMap<Vec<&str>, Pattern> = HashMap::new();
+        let mut patterns: HashMap<Vec<&str>, Vec<Pattern>> = HashMap::new();
         for (kind, indices) in kinds {
-            let mut pattern: Option<Pattern> = None;
-            for sample in 0..SAMPLES.min(indices.len()) {
-                let index = indices[sample * indices.len() / SAMPLES.min(indices.len())];
+            let known = patterns.entry(kind).or_default();
+            let samples = SAMPLES.min(indices.len());
+            for index in (0..samples).map(|sample| indices[sample * indices.len() / samples]) {
                 let (span, by_prompt) = self.exact_span(given, turns[index], text)?;
-                let seen = Pattern::of(text, &span, &words[index], by_prompt);
+                learn(known, Pattern::of(text, &span, &words[index], by_prompt));
                 spans[index] = Some(span);
-                pattern = match (pattern, seen) {
-                    (None, Some(seen)) if sample == 0 => Some(seen),
-                    (Some(known), Some(seen)) => known.and(seen),
-                    _ => None,
-                };
-                if pattern.is_none() {
-                    break;
-                }
             }
-            patterns.extend(pattern.map(|pattern| (kind, pattern)));
         }
         let mut odd = 0;
         for index in 0..turns.len() {
             if spans[index].is_some() {
                 continue;
             }
-            let kind = kind_of(&given.messages[turns[index]]);
-            spans[index] = patterns.get(&kind).and_then(|pattern| pattern.find(text, &words[index]));
+            let known = patterns.entry(kind_of(&given.messages[turns[index]])).or_default();
+            spans[index] = found(known, text, &words[index]);
             if spans[index].is_none() {
                 odd += 1;
                 if odd > ODD {
@@ -167,12 +161,7 @@ impl Finder<'_> {
                 }
                 let (span, by_prompt) = self.exact_span(given, turns[index], text)?;
                 // What it shows of white space at the ends of words is worth knowing.
-                let seen = Pattern::of(text, &span, &words[index], by_prompt);
-                if let Some(pattern) = patterns.get_mut(&kind)
-                    && let Some(closer) = seen.and_then(|seen| pattern.clone().and(seen))
-                {
-                    *pattern = closer;
-                }
+                learn(known, Pattern::of(text, &span, &words[index], by_prompt));
                 spans[index] = Some(span);
             }
         }
@@ -181,12 +170,12 @@ impl Finder<'_> {
 
     /// Where the words of all turns are in the text, by one rendering with numbered marks around them; `None` where the
     /// template does not keep the marks, or makes another text of marked words.
-    fn all_marked(&self, given: &Given, turns: &[usize], text: &str) -> Option<Vec<Words>> {
+    fn all_marked(&self, given: &Given, turns: &[usize], text: &str, ids: bool) -> Option<Vec<Words>> {
         let mut words: Vec<Words> = Vec::with_capacity(turns.len());
         let mut changed = Vec::with_capacity(turns.len());
         for (number, &turn) in turns.iter().enumerate() {
             let mut message = given.messages[turn].clone();
-            let (before, after) = mark_words(&mut message, &in_digits(number));
+            let (before, after) = mark_words(&mut message, &in_digits(number), ids);
             words.push(Words { place: 0..0, before, after });
             changed.push((turn, message));
         }
@@ -338,7 +327,7 @@ impl Finder<'_> {
     /// template does not keep the marks, or makes another text of marked words.
     fn marked(&self, given: &Given, turn: usize, messages: usize, text: &str) -> Result<Option<Words>, ChatError> {
         let message = &given.messages[turn];
-        let mut sets: Vec<Vec<&str>> = vec![Vec::new()];
+        let mut sets: Vec<Vec<&str>> = vec![Vec::new(), IDS.to_vec()];
         // A template may look into one of the texts, and take the marks amiss.
         let fields: Vec<&str> = message.keys().map(String::as_str).filter(|name| !COMPARED.contains(name)).collect();
         sets.push(vec!["content"]);
@@ -347,8 +336,9 @@ impl Finder<'_> {
         for set in sets {
             let mut message = message.clone();
             let (before, after) = match set.as_slice() {
-                [] => mark_all(&mut message, |_| true),
-                set => mark_all(&mut message, |name| set.contains(&name)),
+                [] => mark_all(&mut message, |_| true, true),
+                set if set == IDS => mark_all(&mut message, |_| true, false),
+                set => mark_all(&mut message, |name| set.contains(&name), false),
             };
             if message == given.messages[turn] {
                 continue;
@@ -385,12 +375,14 @@ fn without_marks(text: &str) -> String {
 }
 
 /// Marks the words of a message: its content, or else what it has in place of it. Gives the white space around the content.
-fn mark_words(message: &mut Fields, number: &str) -> (String, String) {
+fn mark_words(message: &mut Fields, number: &str, ids: bool) -> (String, String) {
     match message.get_mut("content") {
         Some(Value::String(text)) if !text.trim().is_empty() => mark_text(text, number),
         _ => {
             let before = message.clone();
-            mark_fields(message, number, &|name: &str| name != "content");
+            for (name, value) in message.iter_mut().filter(|(name, _)| name.as_str() != "content") {
+                mark_field(name, value, number, ids);
+            }
             if *message == before
                 && let Some(Value::String(text)) = message.get_mut("content")
             {
@@ -403,9 +395,12 @@ fn mark_words(message: &mut Fields, number: &str) -> (String, String) {
 
 /// Marks the texts of a message in the fields that are wanted; its content even where it is empty, if it is all there is.
 /// Gives the white space around the content, if nothing else is marked.
-fn mark_all(message: &mut Fields, wanted: impl Fn(&str) -> bool) -> (String, String) {
+fn mark_all(message: &mut Fields, wanted: impl Fn(&str) -> bool, ids: bool) -> (String, String) {
     let before = message.clone();
-    mark_fields(message, "", &|name: &str| name != "content" && wanted(name));
+    let other = |(name, _): &(&String, &mut Value)| name.as_str() != "content" && wanted(name);
+    for (name, value) in message.iter_mut().filter(other) {
+        mark_field(name, value, "", ids);
+    }
     let alone = *message == before;
     match message.get_mut("content") {
         Some(Value::String(text)) if wanted("content") && (alone || !text.trim().is_empty()) => {
@@ -413,26 +408,25 @@ fn mark_all(message: &mut Fields, wanted: impl Fn(&str) -> bool) -> (String, Str
             if alone { around } else { Default::default() }
         }
         Some(parts @ Value::Array(_)) if wanted("content") => {
-            mark_value(parts, "");
+            mark_value(parts, "", ids);
             Default::default()
         }
         _ => Default::default(),
     }
 }
 
-fn mark_fields(message: &mut Fields, number: &str, wanted: &dyn Fn(&str) -> bool) {
-    for (name, value) in message.iter_mut() {
-        if !COMPARED.contains(&name.as_str()) && wanted(name) {
-            mark_value(value, number);
-        }
+fn mark_field(name: &str, value: &mut Value, number: &str, ids: bool) {
+    if !COMPARED.contains(&name) && (ids || !IDS.contains(&name)) {
+        mark_value(value, number, ids);
     }
 }
 
-fn mark_value(value: &mut Value, number: &str) {
+/// Marks the texts in a value.
+fn mark_value(value: &mut Value, number: &str, ids: bool) {
     match value {
         Value::String(text) if !text.trim().is_empty() => drop(mark_text(text, number)),
-        Value::Array(items) => items.iter_mut().for_each(|item| mark_value(item, number)),
-        Value::Object(map) => mark_fields(map, number, &|_| true),
+        Value::Array(items) => items.iter_mut().for_each(|item| mark_value(item, number, ids)),
+        Value::Object(map) => map.iter_mut().for_each(|(name, value)| mark_field(name, value, number, ids)),
         _ => {}
     }
 }
@@ -545,6 +539,30 @@ impl Pattern {
         });
         Some(only(starts)?..only(ends)?)
     }
+}
+
+/// Patterns that a template may make of turns of a kind, at most: what stands before them may differ.
+const PATTERNS: usize = 8;
+
+/// What another turn shows, with the pattern that it fits or as one more.
+fn learn(patterns: &mut Vec<Pattern>, seen: Option<Pattern>) {
+    let Some(seen) = seen else { return };
+    for pattern in patterns.iter_mut() {
+        if let Some(closer) = pattern.clone().and(seen.clone()) {
+            *pattern = closer;
+            return;
+        }
+    }
+    if patterns.len() < PATTERNS {
+        patterns.push(seen);
+    }
+}
+
+/// The part around the words, where all patterns that fit say the same.
+fn found(patterns: &[Pattern], text: &str, words: &Words) -> Option<Range<usize>> {
+    let mut found = patterns.iter().filter_map(|pattern| pattern.find(text, words));
+    let first = found.next()?;
+    found.all(|other| other == first).then_some(first)
 }
 
 /// The one value that all are.

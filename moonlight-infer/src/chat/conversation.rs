@@ -152,9 +152,9 @@ impl Conversation {
             if !system.is_empty() {
                 turns.insert(0, Turn::of_text("system", system.as_str(), 0.0));
             }
-            fields.remove("system");
+            fields.shift_remove("system");
         }
-        if let Some(tools) = fields.remove("tools") {
+        if let Some(tools) = fields.shift_remove("tools") {
             fields.extend(tools_of(tools, shape)?.map(|tools| ("tools".to_owned(), tools)));
         }
         let mut of_assistant = turns.iter().filter(|turn| turn.message.role() == "assistant").peekable();
@@ -183,7 +183,7 @@ fn taken(
     key: &str,
     knows: &impl Fn(&str) -> bool,
 ) -> Result<Vec<Turn>, ConversationError> {
-    let Some(Value::Array(messages)) = fields.remove(key) else {
+    let Some(Value::Array(messages)) = fields.shift_remove(key) else {
         return Err(wrong(key, "is not a list of messages"));
     };
     let turn = |(index, message)| turn_of(format!("{key}[{index}]"), message, knows);
@@ -242,7 +242,7 @@ fn turn_of(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> Resu
             }
             // The same twice.
             Some(known) if *known == value => {
-                message.remove(other);
+                message.shift_remove(other);
             }
             Some(_) => return Err(wrong(place, format!("has both `{key}` and `{other}`, and they differ"))),
         }
@@ -293,15 +293,17 @@ fn calls_of_text(message: &mut Map<String, Value>) -> Result<(), String> {
 
 /// `tool_calls` of a message: a list, or the JSON of one; without the nulls that tables put into them.
 fn tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
-    let Some(mut calls) = message.remove("tool_calls") else { return Ok(()) };
-    if let Value::String(text) = &calls {
-        if text.trim().is_empty() {
-            return Ok(());
-        }
-        calls = serde_json::from_str(text).map_err(|_| "has `tool_calls` that are a text and not JSON".to_owned())?;
+    let Some(calls) = message.get_mut("tool_calls") else { return Ok(()) };
+    if let Value::String(text) = calls {
+        *calls = match text.trim() {
+            "" => Value::Null,
+            text => {
+                serde_json::from_str(text).map_err(|_| "has `tool_calls` that are a text and not JSON".to_owned())?
+            }
+        };
     }
-    match &mut calls {
-        Value::Null => return Ok(()),
+    match calls {
+        Value::Null => drop(message.shift_remove("tool_calls")),
         Value::Array(calls) => {
             for call in calls {
                 let Value::Object(call) = call else { return Err("has `tool_calls` that are no calls".into()) };
@@ -313,7 +315,6 @@ fn tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
         }
         _ => return Err("has `tool_calls` that are not a list".into()),
     }
-    message.insert("tool_calls".into(), calls);
     Ok(())
 }
 
@@ -441,7 +442,7 @@ fn alpaca(record: &mut Map<String, Value>) -> Result<Vec<Turn>, ConversationErro
     let weight = weight_of(record, true).map_err(|problem| wrong("the record", problem))?;
     record.retain(|key, _| !WEIGHTS.contains(&key.as_str()));
     let mut turns = Vec::new();
-    match record.remove("history") {
+    match record.shift_remove("history") {
         None => {}
         Some(Value::Array(pairs)) => {
             for pair in pairs {
@@ -457,7 +458,7 @@ fn alpaca(record: &mut Map<String, Value>) -> Result<Vec<Turn>, ConversationErro
     if record.get("system").is_some_and(|system| !system.is_string()) {
         return Err(wrong("system", "has content that is not text"));
     }
-    let mut text = |key: &str| match record.remove(key) {
+    let mut text = |key: &str| match record.shift_remove(key) {
         Some(Value::String(text)) => Ok(text),
         Some(_) => Err(wrong(key, "has content that is not text")),
         None => Err(wrong(key, "has no content")),

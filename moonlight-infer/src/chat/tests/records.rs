@@ -327,10 +327,10 @@ fn turns_that_are_rewritten_are_learned_as_they_are_written() {
     let of = |text: &str| read(&encoder(text), &record).unwrap().1;
     let written =
         "<call>{\"name\": \"w\", \"arguments\": {\"n\": 3, \"town\": \"Celle\", \"x\": 1.5e-07}}</call><|im_end|>";
-    assert_eq!(of(reasons), format!("{written}|<think>\nsecond\n</think>\n{written}"));
+    assert_eq!(of(reasons), format!("{written}|<think>\nsecond\n</think>{written}"));
     // The prompt begins to think, which no turn of the past does.
     let opens = reasons.replace("<|im_user|>assistant<|im_middle|>", "<|im_user|>assistant<|im_middle|><think>\n");
-    assert_eq!(of(&opens), format!("{written}|second\n</think>\n{written}"));
+    assert_eq!(of(&opens), format!("{written}|\nsecond\n</think>{written}"));
     let never = opens.replace("loop.index0 > ns.last", "false");
     assert_eq!(of(&never), format!("{written}|{written}"));
 }
