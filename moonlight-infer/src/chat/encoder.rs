@@ -190,10 +190,12 @@ fn unread_of_messages(turns: &[Turn], given: &Given) -> Result<Vec<String>, Chat
         });
         let calls =
             fields.iter().filter(of_use).map(|(name, _)| name).filter(|name| !["id", "name"].contains(&name.as_str()));
-        if says_nothing && turn.message.role() == "assistant" && !calls.clone().any(|name| is_read(name)) {
-            if let Some(field) = calls.cloned().next() {
-                return Err(ConversationError::Call { message: index + 1, field }.into());
-            }
+        if says_nothing
+            && turn.message.role() == "assistant"
+            && !calls.clone().any(|name| is_read(name))
+            && let Some(field) = calls.clone().next().cloned()
+        {
+            return Err(ConversationError::Call { message: index + 1, field }.into());
         }
     }
     Ok(unread.into_iter().collect())

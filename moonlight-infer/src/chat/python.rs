@@ -17,6 +17,8 @@ const DEEPEST: usize = 200;
 /// Characters of the planes for private use stand for special tokens that people spelled, or mark places. They are never
 /// escaped: see `encoder.rs`.
 const FIRST_PRIVATE: char = '\u{10_0000}';
+/// Characters by which JSON is indented, at most: they come before each value, once for each that it is in.
+const WIDEST: i64 = 100;
 /// Bytes that are written for one step.
 const STEP: usize = 16;
 
@@ -235,7 +237,7 @@ fn is_printable(character: char) -> bool {
     // The first character of a text is escaped where it would combine with what stands before it; the second is not.
     let mut pair = String::from("a");
     pair.push(character);
-    !pair.escape_debug().nth(1).is_some_and(|escaped| escaped == '\\')
+    pair.escape_debug().nth(1).is_none_or(|escaped| escaped != '\\')
 }
 
 /// Arguments by place or by name, as `names` has them in order; none that is left over.
@@ -272,9 +274,12 @@ fn tojson(state: &State, value: Value, arguments: Rest<ValueOrKwargs>) -> Result
         None => None,
         Some(indent) => Some(match indent.as_str() {
             Some(text) => text.to_owned(),
-            None => " ".repeat(usize::try_from(i64::try_from(indent)?.clamp(0, 64)).unwrap_or(0)),
+            None => " ".repeat(i64::try_from(indent)?.clamp(0, WIDEST + 1) as usize),
         }),
     };
+    if indent.as_ref().is_some_and(|indent| indent.len() > WIDEST as usize) {
+        return Err(refusal(format!("`indent` of `tojson` exceeds the limit of {WIDEST}")));
+    }
     let [mut between, mut after_key] = if indent.is_some() { [",", ": "] } else { [", ", ": "] }.map(String::from);
     if let Some(separators) = separators.filter(|separators| !separators.is_none()) {
         let texts: Vec<Value> = separators.try_iter()?.collect();
@@ -451,8 +456,9 @@ fn indent(state: &State, text: Value, arguments: Rest<ValueOrKwargs>) -> Result<
         },
     };
     let text = str_of(state, &text)? + "\n";
+    let breaks = text.chars().filter(|&character| is_line_break(character)).count();
+    state.consume_fuel((breaks.saturating_mul(32 + indent.len()) / STEP) as u64)?;
     let lines = lines_of(&text, false);
-    state.consume_fuel(((lines.len().saturating_mul(32 + indent.len())) / STEP) as u64)?;
     let mut indented = if first { indent.clone() } else { String::new() };
     for (index, line) in lines.into_iter().enumerate() {
         if index > 0 {
@@ -470,7 +476,7 @@ fn indent(state: &State, text: Value, arguments: Rest<ValueOrKwargs>) -> Result<
 pub(super) fn iterated(state: &State, value: Value) -> Result<Value, Error> {
     if let Some(text) = value.as_str() {
         // The engine does not know how many characters there are, and so no last one.
-        state.consume_fuel(text.len() as u64)?;
+        state.consume_fuel(text.len() as u64 / 2)?;
         return Ok(text.chars().map(Value::from).collect());
     }
     match value.kind() {
@@ -639,10 +645,9 @@ fn lines_of(text: &str, keep: bool) -> Vec<&str> {
 fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
     let pay = |bytes: usize| state.consume_fuel((bytes / STEP) as u64);
     pay(text.len() / 4)?;
-    let list = |parts: Vec<&str>| -> Result<Option<Value>, Error> {
-        pay(parts.len().saturating_mul(32))?;
-        Ok(Some(parts.into_iter().map(Value::from).collect()))
-    };
+    // Paid for before there are any.
+    let room = |parts: usize| pay(parts.saturating_mul(64));
+    let list = |parts: Vec<&str>| Ok(Some(parts.into_iter().map(Value::from).collect()));
     Ok(Some(match name {
         "strip" | "lstrip" | "rstrip" => {
             let (set,): (Option<&str>,) = from_args(arguments)?;
@@ -670,12 +675,19 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
             named.assert_all_used()?;
             let most = usize::try_from(most).map_or(usize::MAX, |most| most.saturating_add(1));
             return match separator {
-                None => list(split_at_spaces(text, most, name == "rsplit")),
+                None => {
+                    room(text.chars().filter(|&character| is_space(character)).count().min(most))?;
+                    list(split_at_spaces(text, most, name == "rsplit"))
+                }
                 Some(separator) => match separator.as_str() {
                     None => Err(refusal(format!("`{name}` takes a text"))),
                     Some("") => Err(refusal(format!("`{name}` takes no empty separator"))),
-                    Some(separator) if name == "split" => list(text.splitn(most, separator).collect()),
+                    Some(separator) if name == "split" => {
+                        room(text.matches(separator).count().min(most))?;
+                        list(text.splitn(most, separator).collect())
+                    }
                     Some(separator) => {
+                        room(text.matches(separator).count().min(most))?;
                         let mut parts: Vec<&str> = text.rsplitn(most, separator).collect();
                         parts.reverse();
                         list(parts)
@@ -703,6 +715,7 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
                 Some(keep) => keep.is_true(),
                 None => named.get::<Option<bool>>("keepends")?.unwrap_or(false),
             };
+            room(text.chars().filter(|&character| is_line_break(character)).count())?;
             return list(lines_of(text, keep));
         }
         "startswith" | "endswith" => {

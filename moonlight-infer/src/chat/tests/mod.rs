@@ -323,6 +323,17 @@ mod hostile {
             STEPS,
         );
         refused("{{ ('a'*3000000).split('a') }}", STEPS);
+        refused("{{ 'a'.center(9999999999) }}", STEPS);
+        refused("{{ 'a'.zfill(9999999999) }}", STEPS);
+        refused("{{ 'a\nb'|indent(9999999999) }}", STEPS);
+        refused("{{ [1]|tojson(indent=1000) }}", "exceeds the limit of 100");
+        refused("{{ ('a\n'*3000000).splitlines()|length }}{{ ('a\n'*3000000)|indent(100)|length }}", STEPS);
+        refused("{% for a in 'a'*9000000 %}{% endfor %}", STEPS);
+        refused("{{ messages|join('a'*9000000) }}{{ messages|tojson(separators=['a'*9000000, 'b']) }}", STEPS);
+        let nested = "{% set x = [1] %}".to_owned() + &"{% set x = {'a': x, 'b': x} %}".repeat(18);
+        for end in ["{{ x }}", "{{ x|tojson }}", "{{ x|string }}", "{{ 'a' ~ x }}", "{{ [x]|join }}"] {
+            refused(&format!("{nested}{}", end.repeat(20)), STEPS);
+        }
         let twice = "{% set x = [messages, messages] %}".to_owned() + &"{% set x = [x, x] %}".repeat(60);
         refused(&format!("{twice}{{{{ x }}}}"), "exceeds the limit of");
         refused(&format!("{twice}{{{{ x in 'abc' }}}}"), "exceeds the limit of");
