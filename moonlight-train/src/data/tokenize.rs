@@ -139,7 +139,7 @@ impl TokenizeJob<'_> {
                 Broken::Error => 0,
                 Broken::Skip => 1,
             });
-            hash.bytes(self.chat.map(|chat| chat.template().text()).unwrap_or_default().as_bytes());
+            hash.bytes(self.chat.map(|chat| chat.template().fingerprint()).unwrap_or_default().as_bytes());
             hash.number(TEMPLATES);
             hash.number(READERS);
             hash.bytes(self.tokenizer.map(Tokenizer::fingerprint).unwrap_or_default().as_bytes());
@@ -197,7 +197,7 @@ impl TokenizeJob<'_> {
                     }
                     TextFile::Records { reader, field, unread } => {
                         reading.found.count(format!("{} (a document in each `{field}`)", reader.kind()));
-                        reading.found.report.unread.extend(unread);
+                        reading.found.report.unread.name(unread);
                         self.read_records(index, reader, Some(field), reading)
                     }
                 };
@@ -247,9 +247,7 @@ impl TokenizeJob<'_> {
             if let Some(shape) = tokenized.shape {
                 *found.report.shapes.entry(shape).or_default() += 1;
             }
-            if found.report.unread.len() < MOST_UNREAD {
-                found.report.unread.extend(tokenized.unread);
-            }
+            found.report.unread.add(tokenized.unread);
             if block.field.is_some() && tokenized.tokens.is_empty() {
                 found.report.empty.add(fault(String::new(), here));
             }
@@ -418,9 +416,6 @@ struct Counts {
     broken: u64,
 }
 
-/// Fields that are named, at most (and those of one record more).
-const MOST_UNREAD: usize = 32;
-
 impl Found {
     fn count(&mut self, kind: String) {
         *self.report.kinds.entry(kind).or_default() += 1;
@@ -462,12 +457,11 @@ pub(super) fn tokens_of(record: &[u8]) -> Result<Tokenized, Refused> {
 
 /// The tokens and weights of a conversation.
 fn conversation_of(record: &[u8], chat: &ChatEncoder) -> Result<Tokenized, Refused> {
-    let read =
-        chat.parse(record).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation.turns)?)));
+    let read = chat.parse(record).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation)?)));
     match read {
-        Ok((shape, WeightedTokens { tokens, weights })) => {
+        Ok((shape, WeightedTokens { tokens, weights, unread })) => {
             let surrogates = lone_surrogates(record);
-            Ok(Tokenized { weights, surrogates, shape: Some(shape), ..Tokenized::new(tokens) })
+            Ok(Tokenized { weights, surrogates, shape: Some(shape), unread, ..Tokenized::new(tokens) })
         }
         Err(ChatError::Conversation(ConversationError::Json(error))) => Err(Refused::from(&error)),
         Err(error) => Err(Refused::new(error.to_string(), error.hint())),
