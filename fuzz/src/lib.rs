@@ -134,8 +134,8 @@ pub fn chat_template(data: &[u8]) {
     }
 }
 
-/// A letter for what the records are (`c`hat, to`k`ens, else text), one for the file's ending (`j`sonl, `g`z, `z`st, else txt),
-/// and the file.
+/// A letter for what the records are (`c`hat, to`k`ens, else text), one for the file's ending (`j`sonl, json for `a`rrays, cs`v`,
+/// `g`z, `z`st, else txt), and the file.
 pub fn data_records(data: &[u8]) {
     let [format, ending, contents @ ..] = data else { return };
     let (format, tokenizer) = match format {
@@ -145,6 +145,8 @@ pub fn data_records(data: &[u8]) {
     };
     let ending = match ending {
         b'j' => "jsonl",
+        b'a' => "json",
+        b'v' => "csv",
         b'g' => "jsonl.gz",
         b'z' => "jsonl.zst",
         _ => "txt",
@@ -182,7 +184,7 @@ pub fn data_records(data: &[u8]) {
         }
     }
     // The same file as it is scored.
-    if ending == "jsonl"
+    if matches!(ending, "jsonl" | "json" | "csv")
         && let Ok(reader) = JsonlReader::open(&file)
         && let Err(error) = reader.for_each(Some(&Tokenizer::bytes()), |_| Ok(()))
     {

@@ -8,7 +8,7 @@ use moonlight_convert::{CheckpointError, FileError, Printable};
 
 use crate::chat::ChatError;
 use crate::device::DeviceError;
-use crate::parquet::ParquetError;
+use crate::records::{JsonError, Place, RecordError};
 use crate::tokenizer::TokenizerError;
 
 /// Why a model cannot be opened, or cannot do what was asked of it. Every message is one sentence for the person who asked.
@@ -27,9 +27,9 @@ pub enum InferError {
     /// A conversation, or the template for it.
     #[error(transparent)]
     Chat(#[from] ChatError),
-    /// A parquet file.
+    /// A file of records.
     #[error(transparent)]
-    Parquet(#[from] ParquetError),
+    Records(#[from] RecordError),
     /// A device or a dtype.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -109,12 +109,12 @@ pub enum InferError {
         problem: String,
     },
     /// A line of a file that is wrong.
-    #[error("{}:{line}: {}", Printable(path.display()), Printable(problem))]
+    #[error("{}:{place}: {}", Printable(path.display()), Printable(problem))]
     Line {
         /// The file.
         path: PathBuf,
-        /// The line, counted from 1; in a parquet file the row.
-        line: usize,
+        /// The line, in a parquet file the row, and perhaps the column.
+        place: Place,
         /// What is wrong with it.
         problem: String,
         /// What to do, where we know.
@@ -133,7 +133,7 @@ impl InferError {
             Self::Adapter(error) => error.hint(),
             Self::Tokenizer(error) => error.hint(),
             Self::Chat(error) => error.hint(),
-            Self::Parquet(error) => error.hint(),
+            Self::Records(error) => error.hint(),
             Self::Device(error) => error.hint(),
             Self::AdapterOnAdapter(_) => Some("an adapter is put beside the model that it belongs to".into()),
             Self::NoTokenizer(_) => Some("put its tokenizer.json or tiktoken.model into the folder".into()),
@@ -149,21 +149,28 @@ impl InferError {
 
     /// The error of a line of a file: what is wrong with the tokens that the line holds is said with file and line, and
     /// every other error (a full disk, say) stays as it is.
-    pub fn at_line(self, path: &Path, line: usize) -> Self {
+    pub fn at_place(self, path: &Path, place: Place) -> Self {
         match self {
             Self::EmptyPrompt | Self::PromptTooLong { .. } | Self::TooManyTokens { .. } | Self::UnknownToken { .. } => {
-                Self::line(path, line, &self, self.hint())
+                Self::at(path, place, &self, self.hint())
             }
             error => error,
         }
     }
 
     pub(crate) fn line(path: &Path, line: usize, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
-        Self::Line { path: path.to_owned(), line, problem: problem.to_string(), hint }
+        Self::at(path, Place::line(line), problem, hint)
     }
 
-    pub(crate) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        FileError::read(path)
+    /// What is wrong at a place of a file.
+    pub(crate) fn at(path: &Path, place: Place, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
+        Self::Line { path: path.to_owned(), place, problem: problem.to_string(), hint }
+    }
+
+    /// A record at `place` that is not JSON.
+    pub(crate) fn json(path: &Path, place: Place, error: &JsonError, hint: Option<String>) -> Self {
+        let place = error.at().map_or(place, |at| place.within(at));
+        Self::at(path, place, error, error.hint().or(hint))
     }
 
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {

@@ -14,6 +14,7 @@ mod model_dir;
 mod moonlight_template;
 mod open;
 pub mod parquet;
+pub mod records;
 pub mod run_dir;
 pub mod score;
 pub mod tokenizer;

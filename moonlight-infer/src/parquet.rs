@@ -1,7 +1,8 @@
 //! Rows of parquet files as lines of JSON.
 //!
 //! Hugging Face keeps data sets in parquet: a column for each key of a record, lists of structs for `messages`. A row
-//! becomes the JSON of that record and goes the way of all lines; where a line has a number a row has its own, from 1.
+//! becomes the JSON of that record and goes the way of all [records](crate::records); where a line has a number a row has its
+//! own, from 1.
 //! Built in by the cargo feature `parquet`.
 
 use std::path::{Path, PathBuf};
@@ -49,19 +50,16 @@ impl ParquetError {
     }
 }
 
-/// Which columns are read: those of the first set whose first column the file has. No set at all reads everything.
-pub type Wanted = &'static [&'static [&'static str]];
+/// Columns of which the file has to have one; none at all if there are no names. All columns are read: what is of use among
+/// them is known where records are.
+pub type Wanted = &'static [&'static str];
 
 /// What a conversation is kept in, in each of its three shapes.
-pub const CONVERSATIONS: Wanted =
-    &[&["messages"], &["conversations"], &["instruction", "input", "output", "system", "history", "weight"]];
+pub const CONVERSATIONS: Wanted = &["messages", "conversations", "instruction"];
 /// What `format = "tokens"` reads.
-pub const TOKENS: Wanted = &[&["tokens"]];
-
-/// Whether a file is one of parquet, by its name's ending.
-pub fn is_parquet(path: &Path) -> bool {
-    path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("parquet"))
-}
+pub const TOKENS: Wanted = &["tokens", "input_ids"];
+/// What `format = "text"` reads.
+pub const TEXTS: Wanted = &["text", "content"];
 
 /// Says that this build has no reader.
 ///
@@ -83,17 +81,17 @@ pub use reader::rows;
 #[cfg(feature = "parquet")]
 mod reader {
     use std::fs::File;
-    use std::sync::Arc;
 
     use parquet::errors::ParquetError as ReaderError;
     use parquet::file::reader::{FileReader, SerializedFileReader};
     use parquet::record::reader::{ReaderIter, TreeBuilder};
     use parquet::record::{Field, Row};
-    use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
+    use parquet::schema::types::SchemaDescPtr;
     use serde_json::{Map, Value};
 
     use super::*;
     use crate::guard::unpanicked;
+    use crate::records::not_finite;
 
     /// The rows of a file, each as a JSON object. Behind the first that cannot be read there is none.
     ///
@@ -107,7 +105,8 @@ mod reader {
         let file = File::open(path).map_err(|error| ParquetError::file(path, error.to_string(), None))?;
         let file =
             guarded(|| SerializedFileReader::new(file)).map_err(|problem| ParquetError::file(path, problem, None))?;
-        let schema = chosen(path, file.metadata().file_metadata().schema_descr_ptr(), wanted)?;
+        let schema = file.metadata().file_metadata().schema_descr_ptr();
+        check(path, &schema, wanted)?;
         Ok(Rows { path: path.to_owned(), file, schema, group: 0, rows: None, row: 0, broken: false })
     }
 
@@ -120,26 +119,18 @@ mod reader {
         text.lines().next().unwrap_or_default().to_owned()
     }
 
-    /// The schema of the columns that are wanted.
-    fn chosen(path: &Path, whole: SchemaDescPtr, wanted: Wanted) -> Result<SchemaDescPtr, ParquetError> {
-        let root = whole.root_schema();
-        let columns = root.get_fields();
-        let has = |name: &str| columns.iter().any(|column| column.name() == name);
-        let set = wanted.iter().find(|set| set.first().is_some_and(|first| has(first)));
-        if set.is_none() && !wanted.is_empty() {
-            let quoted = |names: &mut dyn Iterator<Item = &str>| {
-                names.map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
-            };
-            let missing = quoted(&mut wanted.iter().filter_map(|set| set.first().copied()));
-            let present = quoted(&mut columns.iter().map(|column| column.name()));
-            let lacks = if wanted.len() > 1 { "none of the columns" } else { "no column" };
-            return Err(ParquetError::file(path, format!("it has {lacks} {missing}; it has {present}"), None));
+    /// Whether a file has one of the columns.
+    fn check(path: &Path, schema: &SchemaDescPtr, wanted: Wanted) -> Result<(), ParquetError> {
+        let columns = schema.root_schema().get_fields();
+        if wanted.is_empty() || columns.iter().any(|column| wanted.contains(&column.name())) {
+            return Ok(());
         }
-        let kept = columns.iter().filter(|column| set.is_none_or(|set| set.contains(&column.name())));
-        let kept: Vec<_> = kept.cloned().collect();
-        let schema =
-            || Ok(SchemaDescriptor::new(Arc::new(Type::group_type_builder(root.name()).with_fields(kept).build()?)));
-        Ok(Arc::new(guarded(schema).map_err(|problem| ParquetError::file(path, problem, None))?))
+        let quoted = |names: &mut dyn Iterator<Item = &str>| {
+            names.map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+        };
+        let missing = quoted(&mut wanted.iter().copied());
+        let present = quoted(&mut columns.iter().map(|column| column.name()));
+        Err(ParquetError::file(path, format!("it has none of the columns {missing}; it has {present}"), None))
     }
 
     /// What a read comes to. The parquet crate's record reader takes a file's word for much and panics where it was broken:
@@ -204,10 +195,15 @@ mod reader {
         row.into_columns().into_iter().map(|(name, field)| Ok((name, value(field)?))).collect()
     }
 
-    /// A field as JSON: bytes are text, times the numbers that they are kept as; a decimal is left out.
+    fn number(value: f64) -> Value {
+        if value.is_finite() { value.into() } else { not_finite(value) }
+    }
+
+    /// A field as JSON: bytes are text, times the numbers that they are kept as; a decimal is the text of its digits.
     fn value(field: Field) -> Result<Value, String> {
         Ok(match field {
-            Field::Null | Field::Decimal(_) => Value::Null,
+            Field::Null => Value::Null,
+            field @ Field::Decimal(_) => field.to_string().into(),
             Field::Bool(value) => value.into(),
             Field::Byte(value) => value.into(),
             Field::Short(value) => value.into(),
@@ -220,9 +216,11 @@ mod reader {
             Field::UShort(value) => value.into(),
             Field::UInt(value) => value.into(),
             Field::ULong(value) => value.into(),
-            Field::Float16(value) => value.to_f64().into(),
-            Field::Float(value) => value.into(),
-            Field::Double(value) => value.into(),
+            Field::Float16(value) => number(value.to_f64()),
+            // As JSON writes it: with as few digits as tell it from other numbers of 32 bits.
+            Field::Float(value) if value.is_finite() => value.into(),
+            Field::Float(value) => number(value.into()),
+            Field::Double(value) => number(value),
             Field::Str(text) => text.into(),
             Field::Bytes(bytes) => {
                 let text = std::str::from_utf8(bytes.data());
@@ -289,18 +287,16 @@ mod tests {
     }
 
     #[test]
-    fn columns_are_those_of_the_first_shape_that_the_file_has() {
-        let of = |name: &str, columns: &[&str]| {
-            assert_eq!(read(&fixture(name), CONVERSATIONS).unwrap(), expected(name, columns), "{name}");
-        };
-        of("messages-snappy.parquet", &["messages"]);
-        of("sharegpt-zstd.parquet", &["conversations"]);
-        of("alpaca-gzip.parquet", &["instruction", "input", "output", "history"]);
+    fn all_columns_are_read_of_a_file_that_has_one_of_those_wanted() {
+        for name in ["messages-snappy.parquet", "sharegpt-zstd.parquet", "alpaca-gzip.parquet"] {
+            assert_eq!(read(&fixture(name), CONVERSATIONS).unwrap(), expected(name, &[]), "{name}");
+        }
+        assert_eq!(read(&fixture("text.parquet"), TEXTS).unwrap(), expected("text.parquet", &[]));
         let error = read(&fixture("text.parquet"), CONVERSATIONS).unwrap_err().to_string();
         let lacks = "it has none of the columns `messages`, `conversations`, `instruction`; it has `id`, `text`";
         assert!(error.ends_with(lacks), "{error}");
         let error = read(&fixture("text.parquet"), TOKENS).unwrap_err().to_string();
-        assert!(error.ends_with("it has no column `tokens`; it has `id`, `text`"), "{error}");
+        assert!(error.ends_with("it has none of the columns `tokens`, `input_ids`; it has `id`, `text`"), "{error}");
     }
 
     /// A file with any of its bytes wrong, or without its end, is an error or other rows, and never the end of the program.

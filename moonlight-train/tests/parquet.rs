@@ -32,7 +32,7 @@ fn without_the_feature_the_error_names_it() {
     assert!(text(&output.stderr).contains("hint: build with `--features parquet`"), "{}", text(&output.stderr));
     assert!(!home.run("parquet").exists());
     let output = with_data(&mut home.train("parquet", &[]), &fixture("text.parquet"), &["data.format=text"]);
-    assert_fails(&output, "text.parquet`: a parquet file is no text");
+    assert_fails(&output, "text.parquet`: this build reads no parquet files");
 }
 
 // The name is what `.ci/run` chooses tests by.
@@ -76,6 +76,21 @@ mod parquet_built_in {
     }
 
     #[test]
+    fn texts_are_documents() {
+        let home = Home::new();
+        let sets = ["data.valid_fraction=0", "data.format=text", "data.tokenizer=bytes"];
+        let looked = |name: &str| {
+            let output = inspect(&home, &fixture(name), &sets);
+            assert!(output.status.success(), "{}", text(&output.stderr));
+            serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+        };
+        let [parquet, lines] = ["text.parquet", "text.jsonl"].map(looked);
+        assert_eq!(parquet["train"], lines["train"]);
+        let notes = parquet["notes"].to_string();
+        assert!(notes.contains("files by what they are: 1 parquet (a document in each `text`)"), "{notes}");
+    }
+
+    #[test]
     fn a_run_learns_from_them_and_is_evaluated_by_them() {
         let home = Home::new();
         let (data, task) = (fixture("messages-snappy.parquet"), fixture("sharegpt-zstd.parquet"));
@@ -110,7 +125,10 @@ mod parquet_built_in {
             &train(&fixture("text.parquet"), &[]),
             "text.parquet`: it has none of the columns `messages`, `conversations`, `instruction`; it has `id`, `text`",
         );
-        assert_fails(&train(&fixture("text.parquet"), &["data.format=text"]), "a parquet file is no text");
+        assert_fails(
+            &train(&fixture("messages-snappy.parquet"), &["data.format=text"]),
+            "messages-snappy.parquet`: it has none of the columns `text`, `content`; it has ",
+        );
         let whole = fs::read(fixture("messages-snappy.parquet")).unwrap();
         let half = home.path("half.parquet");
         fs::write(&half, &whole[..whole.len() / 2]).unwrap();

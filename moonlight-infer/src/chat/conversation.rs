@@ -1,4 +1,4 @@
-//! Conversations as people keep them: one JSON record in any of three shapes.
+//! Conversations as people keep them: one [record](crate::records) in any of three shapes.
 //!
 //! | shape | a record |
 //! |---|---|
@@ -11,7 +11,7 @@
 use serde_json::{Map, Value};
 
 use super::{ConversationError, Message};
-use crate::jsonl::{MOST_VALUES, has_too_many_values};
+use crate::records::parse;
 
 /// Which of the three shapes a record has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -62,25 +62,14 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    /// Reads a line of JSONL. `knows_role` says of a role beside `system`, `user` and `assistant` whether it is one.
+    /// Reads a record. `knows_role` says of a role beside `system`, `user` and `assistant` whether it is one.
     ///
     /// # Errors
     ///
     /// [`ConversationError`]: bytes that are no UTF-8, text that is no JSON, none of the shapes, a role that nobody knows,
     /// a message without text, no message of the assistant's, nothing to learn.
-    pub fn parse(line: &[u8], knows_role: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
-        let text =
-            std::str::from_utf8(line).map_err(|error| ConversationError::NotUtf8 { byte: error.valid_up_to() + 1 })?;
-        if has_too_many_values(line) {
-            return Err(ConversationError::TooManyValues { most: MOST_VALUES });
-        }
-        let value: Value = serde_json::from_str(text).map_err(|error| {
-            // The parser counts lines too, but of this one line only.
-            let problem = error.to_string();
-            let problem = problem.split(" at line ").next().unwrap_or_default().to_owned();
-            ConversationError::NotJson { problem }
-        })?;
-        Self::from_json(&value, knows_role)
+    pub fn parse(record: &[u8], knows_role: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
+        Self::from_json(&parse(record)?.value, knows_role)
     }
 
     /// Like [`parse`](Conversation::parse), of JSON that was read already.

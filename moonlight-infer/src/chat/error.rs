@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use moonlight_convert::Printable;
 
+use crate::records::JsonError;
 use crate::tokenizer::TokenizerError;
 
 /// Messages that are rendered for one conversation, all renderings together, before a template that rewrites earlier turns
@@ -86,30 +87,15 @@ impl ChatError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConversationError {
-    /// Bytes that are not UTF-8.
-    #[error("the record is not UTF-8: its byte {byte} is wrong")]
-    NotUtf8 {
-        /// The first that is wrong, from 1.
-        byte: usize,
-    },
-    /// Text that is not JSON.
-    #[error("the record is not JSON: {}", Printable(problem))]
-    NotJson {
-        /// What the parser said.
-        problem: String,
-    },
+    /// Bytes that are not JSON.
+    #[error(transparent)]
+    Json(#[from] JsonError),
     /// None of the shapes.
     #[error("{}", if keys.is_empty() { "the record is not a JSON object".to_owned() } else {
         format!("the record is no conversation: it has {}", list(keys)) })]
     Shape {
         /// The keys that it has.
         keys: Vec<String>,
-    },
-    /// More than a record can hold.
-    #[error("the record has more than {most} values")]
-    TooManyValues {
-        /// The limit.
-        most: usize,
     },
     /// Someone whom neither we nor the template know.
     #[error("`{place}` has the unknown role `{}`", Printable(role))]
@@ -139,6 +125,7 @@ impl ConversationError {
     /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
+            Self::Json(error) => error.hint(),
             Self::Shape { .. } => Some(
                 "a record has `messages` (OpenAI), `conversations` (ShareGPT), or `instruction` and `output` (Alpaca)"
                     .into(),

@@ -42,7 +42,7 @@ const BATCH: usize = 32;
 /// What to evaluate, and how.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Task {
-    /// The file, JSONL.
+    /// The file, of any [kind](crate::records).
     pub path: PathBuf,
     /// What its rows are; without it the keys of the first row decide.
     pub format: Option<TaskFormat>,

@@ -1,16 +1,13 @@
 //! Rows of a task file in the layouts that the data sets have on the Hub, and the prompts that lm-evaluation-harness
 //! makes of them (its tasks `mmlu`, `arc_easy`/`arc_challenge` and `hellaswag`, version 0.4).
 
-use std::fs::File;
-use std::io::BufReader;
 use std::path::Path;
 use std::str::FromStr;
 
 use serde_json::{Map, Value};
 
 use crate::error::InferError;
-use crate::jsonl::{MOST_VALUES, has_too_many_values, next_line};
-use crate::parquet;
+use crate::records::{Record, RecordReader, parse};
 
 /// What the rows of a task file are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -83,7 +80,7 @@ impl TaskFormat {
 /// A row of a file.
 #[derive(Debug, Clone)]
 pub(super) struct Row {
-    /// Its line, from 1; in a parquet file its row.
+    /// The line that it begins in, from 1; in a parquet file its row.
     pub(super) line: usize,
     /// As the file has it; of a parquet file as JSON.
     pub(super) text: String,
@@ -93,38 +90,26 @@ pub(super) struct Row {
 /// The rows of a file, empty lines left out, at most `limit` (0 for all).
 pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, InferError> {
     let limit = if limit == 0 { usize::MAX } else { limit };
-    let rows = if parquet::is_parquet(path) {
-        let rows = (1..).zip(parquet::rows(path, &[])?).take(limit);
-        rows.map(|(row, text)| read(path, row, text?)).collect::<Result<Vec<_>, _>>()?
-    } else {
-        let mut file = BufReader::new(File::open(path).map_err(InferError::read(path))?);
-        let (mut rows, mut buffer, mut number) = (Vec::new(), Vec::new(), 0);
-        while rows.len() < limit
-            && let Some(line) = next_line(path, &mut file, &mut buffer, &mut number)?
-        {
-            if !line.trim().is_empty() {
-                rows.push(read(path, number, line.to_owned())?);
-            }
-        }
-        rows
-    };
+    let mut records = RecordReader::open(path, &[], None)?;
+    let mut rows = Vec::new();
+    while rows.len() < limit
+        && let Some(record) = records.next_record()?
+    {
+        rows.push(read(path, record)?);
+    }
     if rows.is_empty() {
         return Err(InferError::NoRows(path.to_owned()));
     }
     Ok(rows)
 }
 
-fn read(path: &Path, line: usize, text: String) -> Result<Row, InferError> {
-    let here = |problem: String| InferError::line(path, line, problem, None);
-    if has_too_many_values(text.as_bytes()) {
-        return Err(here(format!("the row has more than {MOST_VALUES} values")));
-    }
-    let value: Value = serde_json::from_str(&text).map_err(|error| {
-        here(format!("the row is not JSON: {}", error.to_string().split(" at line ").next().unwrap_or_default()))
-    })?;
-    match value {
-        Value::Object(fields) => Ok(Row { line, text, fields }),
-        _ => Err(here("the row is not a JSON object".into())),
+fn read(path: &Path, Record { json, place }: Record) -> Result<Row, InferError> {
+    match parse(&json).map_err(|error| InferError::json(path, place, &error, None))?.value {
+        // What was parsed is UTF-8.
+        Value::Object(fields) => {
+            Ok(Row { line: place.line, text: String::from_utf8_lossy(&json).into_owned(), fields })
+        }
+        _ => Err(InferError::at(path, place, "the record is not a JSON object", None)),
     }
 }
 

@@ -191,7 +191,7 @@ fn what_is_wrong_is_named_by_line() {
     };
     assert_eq!(fault("{}\n", |_| {}), ":1: the row has the keys of no format");
     assert_eq!(fault("{\"text\": \"a\"}\n{\"text\": 3}\n", |_| {}), ":2: the row has no `text`");
-    assert_eq!(fault("{\"text\": \"a\"}\n\n{\n", |_| {}), ":3: the row is not JSON: EOF while parsing an object");
+    assert_eq!(fault("{\"text\": \"a\"}\n\n{\n", |_| {}), ":3:1: the record is not JSON: EOF while parsing an object");
     assert_eq!(fault("\n", |_| {}), "` has no rows");
     assert_eq!(fault("{\"messages\": []}\n", |_| {}), ":1: the conversation has no assistant message");
     let as_arc: fn(&mut Task) = |task| task.format = Some(TaskFormat::Arc);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use moonlight_convert::{Printable, printable, printable_lines};
+use moonlight_infer::records::Place;
 use moonlight_infer::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
@@ -86,7 +87,7 @@ fn as_json(inspection: &Inspection, notes: &[String]) -> Value {
     };
     let sample = |sample: &Sample| {
         let (tokens, weights): (Vec<u32>, Vec<f32>) = sample.tokens.iter().copied().unzip();
-        json!({"path": sample.path.display().to_string(), "line": sample.line, "tokens": tokens, "weights": weights})
+        json!({"path": sample.path.display().to_string(), "line": sample.line, "column": sample.column, "tokens": tokens, "weights": weights})
     };
     json!({
         "train": figures(&inspection.train),
@@ -131,10 +132,13 @@ struct Show<'a> {
 }
 
 impl Show<'_> {
-    fn sample(&self, Sample { path, line, tokens }: &Sample) -> String {
+    fn sample(&self, Sample { path, line, column, tokens }: &Sample) -> String {
         let learned = tokens.iter().skip(1).filter(|(_, weight)| *weight > 0.0).count();
         let path = Printable(path.display());
-        let place = if *line > 0 { format!("{path}:{line}") } else { path.to_string() };
+        let place = match (*line, *column) {
+            (0, _) => path.to_string(),
+            (line, column) => format!("{path}:{}", Place { line: line as usize, column: column as usize }),
+        };
         let mut text = format!("\n{place}: {} tokens, {learned} learned\n", tokens.len());
         let shown = &tokens[..tokens.len().min(self.longest)];
         for part in shown.chunk_by(|a, b| a.1 == b.1) {

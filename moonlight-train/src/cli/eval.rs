@@ -17,7 +17,7 @@ pub(super) struct Arguments {
     model: ModelArguments,
     #[command(flatten)]
     text: TextArguments,
-    /// JSONL with the rows of MMLU, ARC, HellaSwag, `{"text": "..."}` or conversations; may be given several times.
+    /// JSONL, a JSON array, CSV or parquet with the rows of MMLU, ARC, HellaSwag, `{"text": "..."}` or conversations; may be given several times.
     #[arg(long = "task", value_name = "FILE", required = true)]
     tasks: Vec<PathBuf>,
     /// What the rows are: auto, mmlu, arc, hellaswag, perplexity or chat.

@@ -32,7 +32,7 @@ pub(super) struct Arguments {
     /// The tokens to go on from, e.g. `1,2,3`.
     #[arg(long, value_delimiter = ',', value_name = "TOKENS")]
     prompt_tokens: Option<Vec<u32>>,
-    /// JSONL of prompts, a line `{"text": "..."}` or `{"tokens": [...]}` each; the texts are printed as with `--json`, a line
+    /// JSONL (or a JSON array, CSV, parquet) of prompts, a record `{"text": "..."}` or `{"tokens": [...]}` each; the texts are printed as with `--json`, a line
     /// each, in the same order.
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,

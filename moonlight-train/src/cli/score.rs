@@ -20,7 +20,8 @@ pub(super) struct Arguments {
     text: TextArguments,
     #[command(flatten)]
     parse: ParseArguments,
-    /// JSONL: a line `{"tokens": [...]}` or `{"text": "..."}` for each sequence.
+    /// JSONL: a record `{"tokens": [...]}` or `{"text": "..."}` for each sequence; also a JSON array, CSV or parquet. Other fields are not
+    /// read.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Where the results go, a line `{"tokens": [...], "logprobs": [null, -1.2, ...]}` each; else to stdout.

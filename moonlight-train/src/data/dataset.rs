@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use moonlight_infer::chat::{ChatEncoder, ChatError, ChatTemplate};
+use moonlight_infer::records::Place;
 use moonlight_infer::tokenizer::{Companion, Tokenizer};
 
 use super::bigram::bigram_loss;
@@ -65,6 +66,8 @@ impl Dataset {
         train_files.retain(|file| !of_valid.contains(&file.id));
         let (mut documents, mut notes) = (Vec::new(), Vec::new());
         let mut files_of_train = Vec::new();
+        // What to say of each part if there is nothing in it.
+        let mut nothing: Vec<(&str, String, Option<String>)> = Vec::new();
         if let Some(chat) = &chat {
             notes.push(format!("data: chat template: {}", chat.template().source()));
         }
@@ -72,14 +75,20 @@ impl Dataset {
             if files.is_empty() && key == "valid" {
                 continue;
             }
-            let files = choose(files, config);
+            let Chosen { files, note } = choose(files, config);
+            notes.extend(note.iter().map(|note| format!("data.{key}: {note}")));
             let (max_tokens, broken) = (config.max_tokens, config.broken);
             let (format, chat) = (config.format, chat.as_ref());
             let reading = TokenizeJob { key, files: &files, format, tokenizer, chat, broken, vocab_size, max_tokens };
             let store = reading.store(&config.cache_dir)?;
             notes.extend(store.report().notes(key, &files));
-            let UsedDocuments { parts, notes: more } = parts(key, &store, &files, config)?;
-            notes.extend(more);
+            let UsedDocuments { parts, notes: more, left_out, hint } = parts(&store, &files, config)?;
+            notes.extend(more.iter().map(|note| format!("data.{key}: {note}")));
+            let mut reasons = store.report().left_out(&files);
+            reasons.extend(left_out.into_iter().chain(note));
+            let broken = "data.broken = \"error\" stops at the first record that is broken";
+            let hint = hint.or((store.report().broken.count > 0).then(|| broken.into()));
+            nothing.push((key, nothing_in(&files, &reasons), hint));
             if key == "train" {
                 files_of_train = files;
             }
@@ -89,18 +98,26 @@ impl Dataset {
         let sequences = |key, store: Arc<TokenStore>, parts| {
             let sequences = Sequences::new(store, parts, config.sequence_length, packing(config));
             match sequences.predicted()? {
-                0 => Err(DataError::Nothing { key, problem: format!("{} tokens in all", sequences.tokens()) }),
+                0 => {
+                    let found = nothing.iter().find(|(of, ..)| *of == key).or(nothing.first());
+                    let (problem, hint) = found.map(|(_, problem, hint)| (problem.clone(), hint.clone())).unzip();
+                    let mut problem = problem.unwrap_or_default();
+                    if problem.is_empty() {
+                        problem = format!("{} tokens in all", sequences.tokens());
+                    }
+                    Err(DataError::Nothing { key, problem, hint: hint.flatten() })
+                }
                 _ => Ok(sequences),
             }
         };
         let Some((_, store, mut train)) = documents.next() else {
-            return Err(DataError::Nothing { key: "train", problem: "no file".into() });
+            return Err(DataError::Nothing { key: "train", problem: "no file".into(), hint: None });
         };
         let (mut valid, mut valid_data) = (None, 0);
         if config.valid_fraction > 0.0 {
             if config.format == DataFormat::Chat && train.len() == 1 {
                 let problem = "one conversation cannot be divided".into();
-                return Err(DataError::Nothing { key: "valid_fraction", problem });
+                return Err(DataError::Nothing { key: "valid_fraction", problem, hint: None });
             }
             let parts = split(&mut train, config.valid_fraction);
             valid_data = hash_of(&store, &parts).finish();
@@ -233,11 +250,33 @@ fn until_fault<D>(
     documents.map_while(|document| document.map_err(|error| *result = Err(error)).ok())
 }
 
-fn choose(mut files: Vec<SourceFile>, config: &DataConfig) -> Vec<SourceFile> {
-    if config.max_file_bytes > 0 {
-        files.retain(|file| file.size <= config.max_file_bytes);
+/// The files that are read.
+struct Chosen {
+    files: Vec<SourceFile>,
+    /// Which of them are not.
+    note: Option<String>,
+}
+
+fn choose(mut files: Vec<SourceFile>, config: &DataConfig) -> Chosen {
+    let most = config.max_file_bytes;
+    let mut note = None;
+    if most > 0 {
+        let large: Vec<SourceFile> = files.extract_if(.., |file| file.size > most).collect();
+        if let Some(first) = large.first() {
+            let (count, first) = (large.len(), first.path.display());
+            note = Some(format!("files larger than data.max_file_bytes are left out: {count}, the first `{first}`"));
+        }
     }
-    files::limit(files, config.max_bytes)
+    Chosen { files: files::limit(files, config.max_bytes), note }
+}
+
+/// Why there is nothing in files; empty where nobody knows.
+fn nothing_in(files: &[SourceFile], reasons: &[String]) -> String {
+    match (reasons, files) {
+        ([], []) => "no file".into(),
+        ([], _) => String::new(),
+        (reasons, _) => reasons.join("; "),
+    }
 }
 
 /// The template and the tokenizer of `format = "chat"`.
@@ -289,10 +328,14 @@ fn learned(key: &str, sequences: &Sequences) -> Result<String, DataError> {
 struct UsedDocuments {
     parts: Vec<(u64, u64)>,
     notes: Vec<String>,
+    /// Those of the notes that are on documents which are not used.
+    left_out: Vec<String>,
+    /// What to do where no document is used.
+    hint: Option<String>,
 }
 
 /// The span of each document, checked against the sequence length where it is not to be cut into sequences.
-fn parts(key: &str, store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Result<UsedDocuments, DataError> {
+fn parts(store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Result<UsedDocuments, DataError> {
     let longest = config.sequence_length as u64;
     let mut parts = Vec::with_capacity(store.documents());
     let [mut skipped, mut cut, mut unlearned] = [(); 3].map(|()| Faults::default());
@@ -303,13 +346,13 @@ fn parts(key: &str, store: &TokenStore, files: &[SourceFile], config: &DataConfi
             parts.push((span.start, span.end));
             return Ok(());
         }
-        let Origin { file, line } = store.origin(document)?;
-        let fault = Fault { file, line, problem: format!("{length} tokens") };
+        let Origin { file, line, column } = store.origin(document)?;
+        let fault = Fault { file, line, column, problem: format!("{length} tokens") };
         match config.too_long {
             TooLong::Error => {
                 return Err(DataError::Record {
                     path: files.get(file as usize).map(|file| file.path.clone()).unwrap_or_default(),
-                    line: line as usize,
+                    place: Place { line: line as usize, column: column as usize },
                     problem: format!("the record has {length} tokens; data.sequence_length is {longest}"),
                     hint: Some(match config.format {
                         DataFormat::Chat => {
@@ -334,12 +377,12 @@ fn parts(key: &str, store: &TokenStore, files: &[SourceFile], config: &DataConfi
         }
         Ok(())
     })?;
-    let notes = [
-        skipped.note(key, &format!("longer than {longest} tokens and left out"), files),
-        cut.note(key, &format!("longer than {longest} tokens and cut"), files),
-        unlearned.note(key, &format!("left out, as nothing in the first {longest} tokens is learned"), files),
-    ];
-    Ok(UsedDocuments { parts, notes: notes.into_iter().flatten().collect() })
+    let skipped = skipped.said(&format!("longer than {longest} tokens and left out"), files);
+    let cut = cut.said(&format!("longer than {longest} tokens and cut"), files);
+    let unlearned = unlearned.said(&format!("left out, as nothing in the first {longest} tokens is learned"), files);
+    let left_out: Vec<String> = skipped.iter().chain(&unlearned).cloned().collect();
+    let hint = (!left_out.is_empty()).then(|| "raise data.sequence_length".into());
+    Ok(UsedDocuments { parts, notes: [skipped, cut, unlearned].into_iter().flatten().collect(), left_out, hint })
 }
 
 /// Takes documents, in the order of a hash of their numbers, until they hold `fraction` of the tokens; never all of

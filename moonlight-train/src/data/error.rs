@@ -1,8 +1,9 @@
 //! What can be wrong with data.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use moonlight_infer::parquet::ParquetError;
+use moonlight_infer::expand;
+use moonlight_infer::records::{Place, RecordError};
 
 /// Data that cannot be read, or that does not fit the recipe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,16 +51,16 @@ pub enum DataError {
         /// Tokens of each.
         length: usize,
     },
-    /// A parquet file that cannot be read.
+    /// A file that cannot be read, or not on.
     #[error(transparent)]
-    Parquet(#[from] ParquetError),
+    Records(#[from] RecordError),
     /// A record that is wrong.
-    #[error("{}:{line}: {problem}", path.display())]
+    #[error("{}:{place}: {problem}", path.display())]
     Record {
         /// The file.
         path: PathBuf,
-        /// Its line, in a parquet file its row, counted from 1.
-        line: usize,
+        /// Its line, in a parquet file its row, and perhaps its column.
+        place: Place,
         /// What is wrong.
         problem: String,
         /// What to do about it.
@@ -72,6 +73,8 @@ pub enum DataError {
         key: &'static str,
         /// What was found.
         problem: String,
+        /// What to do about it.
+        hint: Option<String>,
     },
     /// Text without a tokenizer.
     #[error("`data.format` is text or chat, but there is no tokenizer")]
@@ -98,11 +101,14 @@ impl DataError {
     /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
+            Self::EmptyGlob { glob, .. } if expand(glob).is_ok_and(|folder| Path::new(&folder).is_dir()) => {
+                Some(format!("it is a folder; its files are `{}/**/*.jsonl`, for example", glob.trim_end_matches('/')))
+            }
             Self::EmptyGlob { .. } => {
                 Some("globs are relative to the working directory; `**` matches any depth".into())
             }
-            Self::Record { hint, .. } | Self::Template { hint, .. } => hint.clone(),
-            Self::Parquet(error) => error.hint(),
+            Self::Record { hint, .. } | Self::Template { hint, .. } | Self::Nothing { hint, .. } => hint.clone(),
+            Self::Records(error) => error.hint(),
             Self::NoTokenizer => Some("write data.tokenizer = \"bytes\", or the path of one".into()),
             Self::CacheChanged { .. } => {
                 Some("start again (a run: with `--resume`): the cache is made anew if it is damaged".into())

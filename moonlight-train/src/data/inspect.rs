@@ -42,6 +42,8 @@ pub struct Sample {
     pub path: PathBuf,
     /// Its line, from 1; 0 where the document is the whole file.
     pub line: u32,
+    /// The column that it begins in, from 1, where several documents may stand in a line; else 0.
+    pub column: u32,
     /// Its tokens and how much each counts in the loss when it is predicted.
     pub tokens: Vec<(u32, f32)>,
 }
@@ -68,7 +70,7 @@ impl Dataset {
         let origin = store.origin_at(part.start)?;
         let path = self.files.get(origin.file as usize).map(|file| file.path.clone()).unwrap_or_default();
         let tokens = store.reader(0).read(part.start..part.end)?.collect();
-        Ok(Sample { path, line: origin.line, tokens })
+        Ok(Sample { path, line: origin.line, column: origin.column, tokens })
     }
 }
 

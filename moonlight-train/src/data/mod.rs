@@ -1,7 +1,7 @@
 //! What the model reads: files to tokens, tokens to sequences, sequences to batches.
 //!
 //! * `files.rs`: globs to files.
-//! * `source_reader.rs`: the bytes of a file, decompressed where it is compressed.
+//! * `text_file.rs`: how a file of texts is read: whole, or a document in each record.
 //! * `tokenize.rs`: files to documents of tokens, in parallel; conversations with a weight for each token.
 //! * `report.rs`: what was found while reading.
 //! * `token_store.rs`: the documents on disk, kept for the next run and checked when they are opened.
@@ -29,8 +29,8 @@ mod prefetch;
 mod report;
 mod sequences;
 mod shuffle;
-mod source_reader;
 mod stream;
+mod text_file;
 mod token_store;
 mod tokenize;
 

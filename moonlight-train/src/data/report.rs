@@ -1,8 +1,9 @@
 //! What was found while data were read, kept with the tokens so that a later run can say it again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use moonlight_infer::chat::Shape;
+use moonlight_infer::records::Place;
 use serde::{Deserialize, Serialize};
 
 use super::files::SourceFile;
@@ -13,12 +14,24 @@ const NAMED: usize = 5;
 /// What was found.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Report {
+    /// Files by how they were read; those that were read as one expects by the format are under `usual`.
+    pub(super) kinds: BTreeMap<String, u64>,
+    /// What the format's files usually are.
+    pub(super) usual: String,
     /// Files whose bytes were not all UTF-8.
     pub(super) replaced: u64,
+    /// Records in which half of a surrogate pair was read as U+FFFD.
+    pub(super) surrogates: Faults,
     /// Conversations of each shape.
     pub(super) shapes: BTreeMap<Shape, u64>,
+    /// Fields of records that nothing reads.
+    pub(super) unread: BTreeSet<String>,
+    /// Records without a text.
+    pub(super) empty: Faults,
     /// Records that were left out because they are wrong.
     pub(super) broken: Faults,
+    /// Files of which every record is wrong, and how many they have.
+    pub(super) hopeless: Vec<(u32, u64)>,
 }
 
 /// Records with something wrong: all counted, the first few named.
@@ -35,6 +48,8 @@ pub(super) struct Fault {
     pub(super) file: u32,
     /// Its line, from 1.
     pub(super) line: u32,
+    /// Its column, from 1; 0 where the line says enough.
+    pub(super) column: u32,
     /// What is wrong; may be empty where the context says it.
     pub(super) problem: String,
 }
@@ -47,8 +62,8 @@ impl Faults {
         }
     }
 
-    /// `data.KEY: 7 records WHAT: a.jsonl:3 (no content), a.jsonl:9 (...), and 5 more`; nothing where there are none.
-    pub(super) fn note(&self, key: &str, what: &str, files: &[SourceFile]) -> Option<String> {
+    /// `7 records were WHAT: a.jsonl:3 (no content), a.jsonl:9 (...), and 5 more`; nothing where there are none.
+    pub(super) fn said(&self, what: &str, files: &[SourceFile]) -> Option<String> {
         if self.count == 0 {
             return None;
         }
@@ -58,36 +73,62 @@ impl Faults {
             named.push(format!("and {left} more"));
         }
         let records = if self.count == 1 { "record was" } else { "records were" };
-        Some(format!("data.{key}: {} {records} {what}: {}", self.count, named.join(", ")))
+        Some(format!("{} {records} {what}: {}", self.count, named.join(", ")))
     }
 }
 
 impl Fault {
     fn named(&self, files: &[SourceFile]) -> String {
-        let path = files.get(self.file as usize).map(|file| file.path.display().to_string()).unwrap_or_default();
+        let path = path_of(self.file, files);
+        let place = Place { line: self.line as usize, column: self.column as usize };
         match self.problem.as_str() {
-            "" => format!("{path}:{}", self.line),
-            problem => format!("{path}:{} ({problem})", self.line),
+            "" => format!("{path}:{place}"),
+            problem => format!("{path}:{place} ({problem})"),
         }
     }
+}
+
+fn path_of(file: u32, files: &[SourceFile]) -> String {
+    files.get(file as usize).map(|file| file.path.display().to_string()).unwrap_or_default()
 }
 
 impl Report {
     /// What a reader of the run should know of it.
     pub(super) fn notes(&self, key: &str, files: &[SourceFile]) -> Vec<String> {
         let mut notes = Vec::new();
-        if self.replaced > 0 {
-            notes.push(format!(
-                "data.{key}: bytes that are not UTF-8 were read as U+FFFD; files that have such: {}",
-                self.replaced
-            ));
+        if self.kinds.keys().any(|kind| *kind != self.usual) {
+            let kinds: Vec<String> = self.kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+            notes.push(format!("files by what they are: {}", kinds.join(", ")));
         }
+        if self.replaced > 0 {
+            notes
+                .push(format!("bytes that are not UTF-8 were read as U+FFFD; files that have such: {}", self.replaced));
+        }
+        notes.extend(self.surrogates.said("read with U+FFFD in place of half a surrogate pair", files));
         if !self.shapes.is_empty() {
             let shapes: Vec<String> =
                 self.shapes.iter().map(|(shape, count)| format!("{count} with {shape}")).collect();
-            notes.push(format!("data.{key}: conversations: {}", shapes.join(", ")));
+            notes.push(format!("conversations: {}", shapes.join(", ")));
         }
-        notes.extend(self.broken.note(key, "broken and left out", files));
-        notes
+        if !self.unread.is_empty() {
+            let names: Vec<String> = self.unread.iter().map(|name| format!("`{name}`")).collect();
+            notes.push(format!("fields of the records that are not read: {}", names.join(", ")));
+        }
+        notes.extend(self.left_out(files));
+        for &(file, count) in &self.hopeless {
+            notes.push(format!(
+                "all {count} records of `{}` are broken: it may be no file of this format",
+                path_of(file, files)
+            ));
+        }
+        notes.into_iter().map(|note| format!("data.{key}: {note}")).collect()
+    }
+
+    /// Which records were left out, and why.
+    pub(super) fn left_out(&self, files: &[SourceFile]) -> Vec<String> {
+        [self.empty.said("empty and left out", files), self.broken.said("broken and left out", files)]
+            .into_iter()
+            .flatten()
+            .collect()
     }
 }

@@ -120,8 +120,11 @@ fn wrong_records_are_named_by_file_and_line() {
         let message = error.to_string();
         message.strip_prefix(&format!("{}/a.jsonl:", dir.path().display())).unwrap_or(&message).to_owned()
     };
-    assert_eq!(fault("{\"tokens\": [1]}\n\n{\"tokens\": [1,"), "3: EOF while parsing a value");
-    assert_eq!(fault("{\"tokens\": [1, -1]}"), "1: invalid value: integer `-1`, expected u32");
+    assert_eq!(
+        fault("{\"tokens\": [1]}\n\n{\"tokens\": [1,"),
+        "3:14: the record is not JSON: EOF while parsing a value"
+    );
+    assert_eq!(fault("{\"tokens\": [1, -1]}"), "1:17: invalid value: integer `-1`, expected u32");
     assert_eq!(fault("{\"text\": \"x\"}"), "1: missing field `tokens`");
     assert_eq!(fault("{\"tokens\": []}"), "1: the record has no tokens");
     assert_eq!(fault("{\"tokens\": [1]}\n{\"tokens\": [10]}"), "2: token 10 is outside the model's vocabulary of 10");
@@ -469,7 +472,7 @@ fn broken_conversations_are_named_or_left_out() {
     for (line, expected) in bad.iter().zip([
         "2: the conversation has no assistant message",
         "2: `messages[0]` has the unknown role `robot`",
-        "2: the record is not JSON: EOF while parsing a list",
+        "2:14: the record is not JSON: EOF while parsing a list",
         "2: the record is no conversation: it has `text`",
         "2: `messages[0]` has no content",
     ]) {
@@ -722,4 +725,233 @@ fn a_record_has_a_longest_size() {
         config.max_bytes = 1000;
         assert_eq!(Dataset::open(&config, None, 10, 0).unwrap().train_tokens(), 2, "{name}");
     }
+}
+
+/// Documents of a file of text: what `open` reads, with `$` for the end of each.
+fn documents_of(name: &str, text: &[u8], change: fn(&mut DataConfig)) -> Result<(String, Vec<String>), DataError> {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join(name), text).unwrap();
+    let mut config = config(dir.path(), name);
+    config.sequence_length = 1000;
+    change(&mut config);
+    let dataset = open(&config)?;
+    let tokens = dataset.train_stream(1).next_batch()?.tokens;
+    let bytes = tokens[..dataset.train_tokens() as usize].iter();
+    let bytes = bytes.map(|&token| if token == EOS { b'$' } else { token as u8 }).collect();
+    let shown = |note: &String| note.replace(&format!("{}/", dir.path().display()), "");
+    Ok((String::from_utf8(bytes).unwrap(), dataset.notes().iter().map(shown).collect()))
+}
+
+#[test]
+fn records_of_text_are_documents() {
+    let lines = "{\"text\": \"one\", \"id\": NaN}\n\n{\"id\": 7, \"text\": \"two\\nthree\"}\n";
+    let array = "[{\"text\": \"one\", \"id\": NaN},\n{\"id\": 7, \"text\": \"two\\nthree\"}]";
+    let csv = "\u{feff}id,text\r\n,one\r\n7,\"two\nthree\"\r\n";
+    for (name, text, kind) in [
+        ("a.jsonl", lines, "JSON Lines"),
+        ("a.ndjson", lines, "JSON Lines"),
+        ("a.json", lines, "JSON Lines"),
+        ("a.json", array, "JSON array"),
+        ("a.jsonl", array, "JSON array"),
+        ("a.csv", csv, "CSV"),
+    ] {
+        let (documents, notes) = documents_of(name, text.as_bytes(), |_| {}).unwrap();
+        assert_eq!(documents, "one$two\nthree$", "{name}");
+        assert_eq!(
+            notes,
+            [
+                format!("data.train: files by what they are: 1 {kind} (a document in each `text`)"),
+                "data.train: fields of the records that are not read: `id`".into(),
+            ]
+        );
+    }
+    // Sets of code have `content`; a record without a text is none.
+    let code = b"{\"content\": \"a\"}\n{\"content\": null}\n{\"content\": \"b\"}\n{\"content\": \"\"}\n";
+    let (documents, notes) = documents_of("a.jsonl", code, |_| {}).unwrap();
+    assert_eq!(documents, "a$b$");
+    assert_eq!(notes[1], "data.train: 2 records were empty and left out: a.jsonl:2, a.jsonl:4");
+    let cut = b"{\"text\": \"a \\ud83d b\"}\n";
+    let (documents, notes) = documents_of("a.jsonl", cut, |_| {}).unwrap();
+    assert_eq!(documents, "a \u{fffd} b$");
+    assert_eq!(notes[1], "data.train: 1 record was read with U+FFFD in place of half a surrogate pair: a.jsonl:1");
+    let broken = b"{\"text\": \"a\"}\n{\"text\": 3}\n{\"text\": NaN}\n{\"txt\": \"b\"}\n{\n";
+    let error = documents_of("a.jsonl", broken, |_| {}).unwrap_err();
+    assert!(error.to_string().ends_with("a.jsonl:2: `text` is not a text"), "{error}");
+    let (documents, notes) = documents_of("a.jsonl", broken, |config| config.broken = Broken::Skip).unwrap();
+    assert_eq!(documents, "a$");
+    assert_eq!(
+        notes[1],
+        "data.train: 4 records were broken and left out: a.jsonl:2 (`text` is not a text), a.jsonl:3 (`text` is not a \
+         text), a.jsonl:4 (the record has no `text`), a.jsonl:5:1 (the record is not JSON: EOF while parsing an object)"
+    );
+}
+
+#[test]
+fn files_of_plain_text_stay_what_they_are() {
+    let usual: &[String] = &[];
+    for (name, text) in [
+        ("a.txt", "some words"),
+        ("a.py", "print([1])"),
+        ("a.html", "<!doctype html>\n<p>Hi</p>"),
+        ("a.txt", "[1] a note"),
+        ("a", "{\n  not JSON"),
+    ] {
+        assert_eq!(
+            documents_of(name, text.as_bytes(), |_| {}).unwrap(),
+            (format!("{text}$"), usual.to_vec()),
+            "{name}"
+        );
+    }
+    let note = |kind: &str| vec![format!("data.train: files by what they are: 1 {kind}")];
+    for (name, text, kind) in [
+        ("a.json", "{\n  \"name\": \"package\"\n}", "JSON as plain text"),
+        ("a.json", "{\n  \"text\": \"package\"\n}", "JSON as plain text"),
+        ("a.json", "[\"text\"]", "JSON as plain text"),
+        ("a.csv", "a,b\n1,2", "CSV as plain text"),
+        ("a.txt", "{\"text\": \"a\"}\n", "plain text that looks like JSON Lines (which end in .jsonl)"),
+    ] {
+        assert_eq!(documents_of(name, text.as_bytes(), |_| {}).unwrap(), (format!("{text}$"), note(kind)), "{name}");
+    }
+    assert_eq!(documents_of("a.txt", b"\xef\xbb\xbfwords", |_| {}).unwrap().0, "words$");
+    assert_eq!(documents_of("a.txt", b"\xef\xbb\xbfwords", |config| config.max_bytes = 5).unwrap().0, "wo");
+}
+
+#[test]
+fn files_that_hold_no_text_are_named() {
+    let lines = |value: serde_json::Value| format!("{value}\n").into_bytes();
+    for (name, text, expected, hint) in [
+        (
+            "a.jsonl",
+            lines(serde_json::json!({"messages": [], "id": 1})),
+            "its records have neither `text` nor `content`; the first has `messages`, `id`",
+            "data.format = \"chat\"",
+        ),
+        ("a.jsonl", lines(serde_json::json!({"tokens": [1]})), "the first has `tokens`", "data.format = \"tokens\""),
+        ("a.jsonl", lines(serde_json::json!({"article": "x"})), "the first has `article`", "the name `text`"),
+        ("a.txt", b"PK\x03\x04".to_vec(), "it is a zip archive", "unpack"),
+        ("a.txt", b"\xff\xfea\0b\0".to_vec(), "it is UTF-16 text", "UTF-8"),
+        (
+            "a.txt",
+            b"version https://git-lfs.github.com/spec/v1\noid".to_vec(),
+            "it is a git-lfs pointer",
+            "git lfs pull",
+        ),
+        ("a.txt", b"%PDF-1.7".to_vec(), "it is a PDF document", "glob"),
+    ] {
+        for broken in [|_: &mut DataConfig| {}, |config: &mut DataConfig| config.broken = Broken::Skip] {
+            let error = documents_of(name, &text, broken).unwrap_err();
+            assert!(error.to_string().starts_with("cannot read `") && error.to_string().contains(expected), "{error}");
+            assert!(error.hint().unwrap().contains(hint), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_run_without_data_says_why() {
+    let nothing = |text: &str, change: fn(&mut DataConfig)| {
+        let dir = folder(&[("a.jsonl", text)]);
+        let mut config = chat_config(dir.path(), "*.jsonl");
+        change(&mut config);
+        let error = open_chat(&config).err().unwrap();
+        let message = error.to_string().replace(&format!("{}/", dir.path().display()), "");
+        (message.replace("the files of `data.train` hold nothing to learn from: ", "... "), error.hint())
+    };
+    let long = talk(&"long".repeat(5), "a");
+    let (message, hint) = nothing(&long, |config| config.too_long = TooLong::Truncate);
+    assert_eq!(
+        message,
+        "... 1 record was left out, as nothing in the first 16 tokens is learned: a.jsonl:1 (25 tokens)"
+    );
+    assert_eq!(hint.unwrap(), "raise data.sequence_length");
+    let (message, _) = nothing(&long, |config| config.too_long = TooLong::Skip);
+    assert_eq!(message, "... 1 record was longer than 16 tokens and left out: a.jsonl:1 (25 tokens)");
+    let (message, hint) = nothing("{\n", |config| config.broken = Broken::Skip);
+    assert_eq!(
+        message,
+        "... 1 record was broken and left out: a.jsonl:1:1 (the record is not JSON: EOF while parsing an object)"
+    );
+    assert!(hint.unwrap().contains("data.broken"));
+    let (message, _) = nothing(&talk("q", "a"), |config| config.max_file_bytes = 9);
+    assert_eq!(message, "... files larger than data.max_file_bytes are left out: 1, the first `a.jsonl`");
+    assert_eq!(nothing("", |_| {}).0, "... 0 tokens in all");
+}
+
+/// A file of a list has no lines to go on by: what is not JSON ends it, whatever is done about broken records.
+#[test]
+fn a_broken_record_of_an_array_ends_the_file_only_if_it_is_not_json() {
+    let (good, bad) = (talk("q", "a"), "{\"messages\": 3}");
+    let open = |text: &str| -> Result<(u64, String), String> {
+        let dir = folder(&[("a.json", text)]);
+        let mut config = chat_config(dir.path(), "*.json");
+        config.broken = Broken::Skip;
+        let dataset = open_chat(&config).map_err(|error| error.to_string())?;
+        Ok((
+            dataset.train_tokens(),
+            dataset.notes().iter().find(|note| note.contains("broken")).cloned().unwrap_or_default(),
+        ))
+    };
+    let (tokens, note) = open(&format!("[{good}, {bad}, {good}]")).unwrap();
+    assert_eq!(tokens, 12);
+    assert!(note.contains("a.json:2:3 (`messages` is not a list"), "{note}");
+    let error = open(&format!("[{good},\n {{\"messages\": x}},\n{good}]")).unwrap_err();
+    assert!(error.ends_with("a.json:3:15: the record is not JSON: expected value"), "{error}");
+    // Of the file's own faults the first is told.
+    let error = open(&format!("[{good} {good}")).unwrap_err();
+    assert!(error.ends_with("a.json:2:2: expected `,` or `]` behind an element of the array"), "{error}");
+}
+
+#[test]
+fn a_file_without_a_sound_record_is_named() {
+    let dir = folder(&[("a.jsonl", &talk("q", "a")), ("b.jsonl", "{\"a\": 1}\n{\"a\": 2}\n")]);
+    let mut config = chat_config(dir.path(), "*.jsonl");
+    config.broken = Broken::Skip;
+    for _ in 0..2 {
+        let dataset = open_chat(&config).unwrap();
+        let note = dataset.notes().iter().find(|note| note.contains("all 2 records of `")).unwrap();
+        assert!(note.contains("b.jsonl` are broken"), "{note}");
+    }
+}
+
+#[test]
+fn documents_of_an_array_have_their_column() {
+    let talks = [talk("q", "a"), talk("q", &"long".repeat(5))].map(|talk| talk.trim().to_owned());
+    let dir = folder(&[("a.json", &format!("[{}, {}]", talks[0], talks[1]))]);
+    let config = chat_config(dir.path(), "*.json");
+    let error = open_chat(&config).err().unwrap().to_string();
+    let column = talks[0].len() + 4;
+    assert!(
+        error.ends_with(&format!("a.json:1:{column}: the record has 25 tokens; data.sequence_length is 16")),
+        "{error}"
+    );
+    let config = DataConfig { too_long: TooLong::Truncate, ..config };
+    let samples = open_chat(&config).unwrap().inspect(2).unwrap().samples;
+    assert_eq!(
+        samples.iter().map(|sample| (sample.line, sample.column as usize)).collect::<Vec<_>>(),
+        [(1, 2), (1, column)]
+    );
+}
+
+#[test]
+fn a_mask_beside_tokens_is_refused() {
+    let dir = folder(&[("a.jsonl", "{\"input_ids\": [1, 2], \"attention_mask\": [1, 1]}\n")]);
+    let mut config = config(dir.path(), "*.jsonl");
+    config.format = DataFormat::Tokens;
+    let dataset = Dataset::open(&config, None, 10, 0).unwrap();
+    assert_eq!(dataset.train_tokens(), 2);
+    assert_eq!(dataset.notes(), ["data.train: fields of the records that are not read: `attention_mask`"]);
+    std::fs::write(dir.path().join("a.jsonl"), "{\"tokens\": [1, 2], \"labels\": [-100, 2]}\n").unwrap();
+    let error = Dataset::open(&config, None, 10, 0).err().unwrap().to_string();
+    assert!(error.contains("a.jsonl:1: the record has `labels`, which says what is learned"), "{error}");
+}
+
+#[test]
+fn a_folder_in_place_of_a_glob_is_told() {
+    let dir = folder(&[("a.txt", "x")]);
+    let glob = dir.path().display().to_string();
+    let mut config = config(dir.path(), "*.txt");
+    config.train = vec![glob.clone()];
+    assert_eq!(
+        open(&config).err().unwrap().hint().unwrap(),
+        format!("it is a folder; its files are `{glob}/**/*.jsonl`, for example")
+    );
 }

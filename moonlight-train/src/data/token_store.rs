@@ -3,8 +3,8 @@
 //! A file is written once, under a name of its own beside its place, and renamed into it. It is checked whole when it is
 //! opened; from then on it is read piece by piece and never mapped, so that a file that is cut meanwhile is an error and no
 //! signal that ends the program. Layout, little-endian: the tokens (16 bits each where the vocabulary allows, else 32; where
-//! they have weights, 32 bits and the weight as an f32), zeros up to 8 bytes, 16 bytes for each document (end in tokens u64,
-//! file u32, line u32), the [report](Report) as JSON, zeros up to 8 bytes, then the [footer](Footer).
+//! they have weights, 32 bits and the weight as an f32), zeros up to 8 bytes, 24 bytes for each document (end in tokens u64,
+//! file u32, line u32, column u32, 0 u32), the [report](Report) as JSON, zeros up to 8 bytes, then the [footer](Footer).
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, ErrorKind, Write};
@@ -19,16 +19,16 @@ use super::hash::Hash;
 use super::report::Report;
 use crate::output_file::{Unfinished, temporary};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"moontok3");
-/// Of files without a checksum, which are made anew.
-const MAGIC_BEFORE: u64 = u64::from_le_bytes(*b"moontok2");
+const MAGIC: u64 = u64::from_le_bytes(*b"moontok4");
+/// Of files without a checksum or without columns, which are made anew.
+const MAGIC_BEFORE: [u64; 2] = [u64::from_le_bytes(*b"moontok2"), u64::from_le_bytes(*b"moontok3")];
 const FOOTER_WORDS: usize = 9;
 const FOOTER_BYTES: usize = 8 * FOOTER_WORDS;
-const DOCUMENT_BYTES: usize = 16;
+const DOCUMENT_BYTES: usize = 24;
 /// Bytes of a token with a weight.
 const WEIGHTED: u64 = 8;
 /// Bytes that are read at once where a file is read from one end to the other; a multiple of all that is in it.
-const CHUNK_BYTES: usize = 1 << 20;
+const CHUNK_BYTES: usize = 3 << 19;
 /// Letters of a temporary file's name that are drawn.
 const DRAWN: usize = 12;
 
@@ -62,7 +62,7 @@ pub(super) struct TokenStore {
     /// Where the documents begin in the file.
     table: u64,
     vocab_size: usize,
-    report: Report,
+    report: Box<Report>,
 }
 
 /// What there is at a path.
@@ -82,6 +82,8 @@ pub(super) struct Origin {
     pub(super) file: u32,
     /// Line of the record, from 1; 0 where the document is the whole file.
     pub(super) line: u32,
+    /// Its column, from 1; 0 where the line says enough.
+    pub(super) column: u32,
 }
 
 impl TokenStore {
@@ -113,7 +115,7 @@ impl TokenStore {
         let [key_0, key_1, documents, tokens, width, report, content, checksum, magic] = words;
         match magic {
             MAGIC => {}
-            MAGIC_BEFORE => return Ok(Err(Wrong::Earlier)),
+            before if MAGIC_BEFORE.contains(&before) => return Ok(Err(Wrong::Earlier)),
             _ => return damaged("its end is not that of such a file"),
         }
         let footer = Footer { key: [key_0, key_1], documents, tokens, width, report, content };
@@ -123,7 +125,7 @@ impl TokenStore {
         if footer.key != key {
             return damaged("it was made from other data");
         }
-        let store = Self { file, path: path.to_owned(), footer, table, vocab_size, report: Report::default() };
+        let store = Self { file, path: path.to_owned(), footer, table, vocab_size, report: Box::default() };
         let mut hash = Xxh3Default::new();
         let mut foreign = None;
         store.each_chunk(0..tokens * width, |bytes| {
@@ -233,7 +235,8 @@ impl TokenStore {
         let at = self.table + (DOCUMENT_BYTES * document) as u64;
         read_exact_at(&self.file, &mut entry, at).map_err(|error| self.fault(&error))?;
         let packed = u64_at(&entry, 8);
-        Ok((u64_at(&entry, 0), Origin { file: packed as u32, line: (packed >> 32) as u32 }))
+        let origin = Origin { file: packed as u32, line: (packed >> 32) as u32, column: u64_at(&entry, 16) as u32 };
+        Ok((u64_at(&entry, 0), origin))
     }
 
     /// A reader of spans of tokens. Where spans follow each other, it reads `ahead` tokens at once; 0 reads no more than is
@@ -489,8 +492,8 @@ impl TokenStoreWriter {
         self.write(&vec![0; padding as usize])?;
         let documents = std::mem::take(&mut self.documents);
         for (end, origin) in &documents {
-            let origin = u64::from(origin.file) | u64::from(origin.line) << 32;
-            self.write(&[end.to_le_bytes(), origin.to_le_bytes()].concat())?;
+            let place = u64::from(origin.file) | u64::from(origin.line) << 32;
+            self.write(&[*end, place, origin.column.into()].map(u64::to_le_bytes).concat())?;
         }
         // Numbers and names: nothing in it that JSON has not.
         let mut report = serde_json::to_vec(report).unwrap_or_default();
@@ -530,7 +533,7 @@ mod tests {
             writer.extend(left, &[]).unwrap();
             writer.extend(right, &[]).unwrap();
             assert_eq!(writer.open_tokens(), tokens.len() as u64);
-            writer.end_document(Origin { file: 7, line: index as u32 });
+            writer.end_document(Origin { file: 7, line: index as u32, column: 9 });
         }
         writer.finish(KEY, &Report { replaced: 5, ..Report::default() }).unwrap();
     }
@@ -586,7 +589,7 @@ mod tests {
             assert_eq!((store.documents(), store.report().replaced, store.is_weighted()), (3, 5, false));
             for (index, (span, expected)) in spans(&store).into_iter().zip(documents).enumerate() {
                 assert_eq!(tokens(&store, span), expected);
-                assert_eq!(store.origin(index).unwrap(), Origin { file: 7, line: index as u32 });
+                assert_eq!(store.origin(index).unwrap(), Origin { file: 7, line: index as u32, column: 9 });
             }
             assert_eq!(store.origin_at(2).unwrap().line, 0);
             assert_eq!(store.origin_at(3).unwrap().line, 2);
@@ -618,7 +621,7 @@ mod tests {
             let mut writer = TokenStoreWriter::create(&path, 300, true).unwrap();
             writer.extend(&[7, 8], &weights[..2]).unwrap();
             writer.extend(&[9], &weights[2..]).unwrap();
-            writer.end_document(Origin { file: 0, line: 1 });
+            writer.end_document(Origin { file: 0, line: 1, column: 0 });
             writer.finish(KEY, &Report::default()).unwrap();
             let store = opened(&path, 300);
             assert!(store.is_weighted());
@@ -735,7 +738,7 @@ mod tests {
         let path = dir.path().join("train-0123456789abcdef.tokens");
         let begin = || TokenStoreWriter::create(&path, 300, false).unwrap();
         let end = |mut writer: TokenStoreWriter| {
-            writer.end_document(Origin { file: 0, line: 1 });
+            writer.end_document(Origin { file: 0, line: 1, column: 0 });
             writer.finish(KEY, &Report::default()).unwrap();
             assert_eq!(tokens(&opened(&path, 300), 0..4), [1, 2, 3, 4]);
         };

@@ -1,38 +1,34 @@
 //! Files to documents of tokens: read in blocks one after the other, tokenized in parallel, written in order.
 
-use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Read};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, Read};
 use std::path::Path;
 
-use moonlight_infer::chat::{ChatEncoder, Shape, WeightedTokens};
-use moonlight_infer::parquet::{self, ParquetError, is_parquet};
+use moonlight_infer::chat::{ChatEncoder, ChatError, ConversationError, Shape, WeightedTokens};
+use moonlight_infer::parquet;
+use moonlight_infer::records::{
+    FileKind, JsonError, Parsed, Place, Record, RecordReader, Source, lone_surrogates, parse, parse_tokens,
+};
 use moonlight_infer::tokenizer::{Tokenizer, TokenizerError};
 use rayon::prelude::*;
-use serde::Deserialize;
+use serde_json::Value;
 
 use super::DataError;
 use super::files::SourceFile;
 use super::hash::Hash;
 use super::report::{Fault, Report};
-use super::source_reader::{SourceReader, open};
+use super::text_file::{PLAIN, TextFile};
 use super::token_store::{Opened, Origin, TokenStore, TokenStoreWriter, remove_abandoned};
 use crate::recipe::{Broken, DataFormat};
 
 /// Raised when the same template gives other tokens or weights.
 const TEMPLATES: u64 = 2;
-/// The longest record of `format = "tokens"` and `"chat"`: a line, its line break included, or a row of a parquet file. A file
-/// without line breaks, such as a JSON array, would have to be held in memory whole.
-const LONGEST_RECORD: usize = 256 << 20;
+/// Raised when the same file gives other records or other text.
+const READERS: u64 = 1;
 /// Bytes of a text file that are tokenized at once.
 const BLOCK_BYTES: usize = 4 << 20;
 /// Bytes that are read before the blocks are shared out; bounds the memory.
 const ROUND_BYTES: usize = 32 << 20;
-
-/// A parquet file where text is wanted.
-fn parquet_is_not_text(path: &Path) -> DataError {
-    let hint = "`data.format = \"chat\"` reads conversations from parquet files, `\"tokens\"` lists of tokens";
-    ParquetError::file(path, "a parquet file is no text, and `data.format` is `text`", Some(hint)).into()
-}
 
 /// What is read, and how.
 pub(super) struct TokenizeJob<'a> {
@@ -52,10 +48,14 @@ pub(super) struct TokenizeJob<'a> {
 struct Block {
     origin: Origin,
     bytes: Vec<u8>,
+    /// Of a record with `format = "text"`, the field with the document.
+    field: Option<&'static str>,
     /// Whether the document begins here.
     begins: bool,
     /// Whether the document ends here, and whether the end is the text's own.
     end: Option<End>,
+    /// Whether what follows is known where this is not JSON.
+    skippable: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -70,19 +70,40 @@ pub(super) struct Tokenized {
     weights: Vec<f32>,
     /// Whether bytes were not UTF-8.
     replaced: bool,
+    /// Halves of surrogate pairs that were replaced.
+    surrogates: usize,
     shape: Option<Shape>,
+    /// Fields that nothing reads.
+    unread: Vec<String>,
+}
+
+impl Tokenized {
+    fn new(tokens: Vec<u32>) -> Self {
+        Self { tokens, weights: Vec::new(), replaced: false, surrogates: 0, shape: None, unread: Vec::new() }
+    }
 }
 
 /// A block that is left out.
+#[derive(Debug)]
 pub(super) struct Refused {
     problem: String,
     hint: Option<String>,
+    /// The line and column within the record.
+    at: Option<(usize, usize)>,
+    /// Whether it is not even known where the record ends.
+    is_no_json: bool,
 }
 
-/// A line of `format = "tokens"`.
-#[derive(Deserialize)]
-struct Record {
-    tokens: Vec<u32>,
+impl Refused {
+    fn new(problem: impl Into<String>, hint: Option<String>) -> Self {
+        Self { problem: problem.into(), hint, at: None, is_no_json: false }
+    }
+}
+
+impl From<&JsonError> for Refused {
+    fn from(error: &JsonError) -> Self {
+        Self { problem: error.to_string(), hint: error.hint(), at: error.at(), is_no_json: error.is_no_json() }
+    }
 }
 
 impl TokenizeJob<'_> {
@@ -120,6 +141,7 @@ impl TokenizeJob<'_> {
             });
             hash.bytes(self.chat.map(|chat| chat.template().text()).unwrap_or_default().as_bytes());
             hash.number(TEMPLATES);
+            hash.number(READERS);
             hash.bytes(self.tokenizer.map(Tokenizer::fingerprint).unwrap_or_default().as_bytes());
             if let Some(tokenizer) = self.tokenizer.filter(|_| self.format == DataFormat::Text) {
                 for around in [tokenizer.prefix(), tokenizer.suffix()] {
@@ -140,49 +162,96 @@ impl TokenizeJob<'_> {
     }
 
     fn write(&self, path: &Path, digest: [u64; 2]) -> Result<(), DataError> {
-        let mut writer = TokenStoreWriter::create(path, self.vocab_size, self.format == DataFormat::Chat)?;
-        let mut found = Found::default();
-        let mut round = Round { blocks: Vec::new(), bytes: 0 };
+        let mut reading = Reading {
+            writer: TokenStoreWriter::create(path, self.vocab_size, self.format == DataFormat::Chat)?,
+            round: Round { blocks: Vec::new(), bytes: 0 },
+            found: Found::default(),
+        };
+        let mut is_enough = false;
         for (index, file) in self.files.iter().enumerate() {
-            let mut full = |round: &mut Round| {
-                if round.bytes < ROUND_BYTES { Ok(false) } else { self.flush(round, &mut writer, &mut found) }
-            };
-            let done = match self.format {
-                DataFormat::Text if is_parquet(&file.path) => return Err(parquet_is_not_text(&file.path)),
-                DataFormat::Text => self.read_text(index as u32, file, &mut round, &mut full)?,
-                DataFormat::Tokens | DataFormat::Chat if is_parquet(&file.path) => {
-                    self.read_rows(index as u32, file, &mut round, &mut full)?
-                }
-                DataFormat::Tokens | DataFormat::Chat => self.read_lines(index as u32, file, &mut round, &mut full)?,
-            };
-            if done {
-                return writer.finish(digest, &found.report());
+            is_enough = self.read(index as u32, file, &mut reading)?;
+            if is_enough {
+                break;
             }
         }
-        self.flush(&mut round, &mut writer, &mut found)?;
-        writer.finish(digest, &found.report())
+        if !is_enough {
+            self.flush(&mut reading)?;
+        }
+        let usual = if self.format == DataFormat::Text { PLAIN.to_owned() } else { FileKind::JsonLines.to_string() };
+        let Reading { writer, found, .. } = reading;
+        writer.finish(digest, &found.report(usual))
+    }
+
+    /// Reads a file; says whether there are tokens enough.
+    fn read(&self, index: u32, file: &SourceFile, reading: &mut Reading) -> Result<bool, DataError> {
+        // Where `max_bytes` ends in a file it is of the unpacked bytes, and of a parquet file of the records.
+        let limit = (file.read < file.size).then_some(file.read);
+        let wanted = match self.format {
+            DataFormat::Chat => parquet::CONVERSATIONS,
+            DataFormat::Tokens => parquet::TOKENS,
+            DataFormat::Text => {
+                return match TextFile::open(&file.path, limit)? {
+                    TextFile::Plain { source, what } => {
+                        reading.found.count(what.into());
+                        self.read_text(index, file, source, reading)
+                    }
+                    TextFile::Records { reader, field, unread } => {
+                        reading.found.count(format!("{} (a document in each `{field}`)", reader.kind()));
+                        reading.found.report.unread.extend(unread);
+                        self.read_records(index, reader, Some(field), reading)
+                    }
+                };
+            }
+        };
+        let reader = RecordReader::open(&file.path, wanted, limit)?;
+        reading.found.count(reader.kind().to_string());
+        self.read_records(index, reader, None, reading)
+    }
+
+    /// Tokenises the blocks if they are many; says whether there are tokens enough.
+    fn is_enough(&self, reading: &mut Reading) -> Result<bool, DataError> {
+        if reading.round.bytes < ROUND_BYTES { Ok(false) } else { self.flush(reading) }
     }
 
     /// Tokenises the blocks of a round and writes them; says whether there are tokens enough.
-    fn flush(&self, round: &mut Round, writer: &mut TokenStoreWriter, found: &mut Found) -> Result<bool, DataError> {
+    fn flush(&self, Reading { writer, round, found }: &mut Reading) -> Result<bool, DataError> {
         round.bytes = 0;
         let blocks = std::mem::take(&mut round.blocks);
         let tokenized: Vec<_> = blocks.par_iter().map(|block| self.tokenize(block)).collect();
         for (block, tokenized) in blocks.iter().zip(tokenized) {
-            let Origin { file, line } = block.origin;
+            let Origin { file, line, column } = block.origin;
+            let fault = |problem: String, place: Place| Fault {
+                file,
+                line: short(place.line),
+                column: short(place.column),
+                problem,
+            };
+            let here = Place { line: line as usize, column: column as usize };
             let tokenized = match tokenized? {
                 Ok(tokenized) => tokenized,
-                Err(Refused { problem, .. }) if self.broken == Broken::Skip => {
-                    found.report.broken.add(Fault { file, line, problem });
+                Err(refused) if self.broken == Broken::Skip && (block.skippable || !refused.is_no_json) => {
+                    let place = refused.at.map_or(here, |at| here.within(at));
+                    found.report.broken.add(fault(refused.problem, place));
+                    found.of_file.entry(file).or_default().broken += 1;
                     continue;
                 }
                 Err(refused) => return Err(self.record(block, refused)),
             };
+            found.of_file.entry(file).or_default().sound += 1;
             if tokenized.replaced {
                 found.replaced.insert(file);
             }
+            if tokenized.surrogates > 0 {
+                found.report.surrogates.add(fault(String::new(), here));
+            }
             if let Some(shape) = tokenized.shape {
                 *found.report.shapes.entry(shape).or_default() += 1;
+            }
+            if found.report.unread.len() < MOST_UNREAD {
+                found.report.unread.extend(tokenized.unread);
+            }
+            if block.field.is_some() && tokenized.tokens.is_empty() {
+                found.report.empty.add(fault(String::new(), here));
             }
             writer.extend(&tokenized.tokens, &tokenized.weights)?;
             if block.end.is_some() && writer.open_tokens() > 0 {
@@ -195,9 +264,10 @@ impl TokenizeJob<'_> {
         Ok(false)
     }
 
-    fn record(&self, block: &Block, Refused { problem, hint }: Refused) -> DataError {
+    fn record(&self, block: &Block, Refused { problem, hint, at, .. }: Refused) -> DataError {
         let path = self.files[block.origin.file as usize].path.clone();
-        DataError::Record { path, line: block.origin.line as usize, problem, hint }
+        let place = Place { line: block.origin.line as usize, column: block.origin.column as usize };
+        DataError::Record { path, place: at.map_or(place, |at| place.within(at)), problem, hint }
     }
 
     /// The tokens of a block, or why it is left out; what concerns all blocks is an error.
@@ -205,18 +275,26 @@ impl TokenizeJob<'_> {
         let tokenized = match self.format {
             DataFormat::Text => {
                 let tokenizer = self.tokenizer.ok_or(DataError::NoTokenizer)?;
-                let text = String::from_utf8_lossy(&block.bytes);
+                let (text, surrogates) = match block.field {
+                    None => (String::from_utf8_lossy(&block.bytes), 0),
+                    Some(field) => match text_of(&block.bytes, field) {
+                        Ok((text, surrogates)) => (text.into(), surrogates),
+                        Err(refused) => return Ok(Err(refused)),
+                    },
+                };
                 // What a tokenizer has no tokens for would be missing from the data.
-                let refused = |error: TokenizerError| Refused { problem: error.to_string(), hint: error.hint() };
-                let mut tokens = if block.begins { tokenizer.prefix().to_vec() } else { Vec::new() };
+                let refused = |error: TokenizerError| Refused::new(error.to_string(), error.hint());
+                // A record without text is no document.
+                let is_document = !(block.field.is_some() && text.is_empty());
+                let mut tokens = if block.begins && is_document { tokenizer.prefix().to_vec() } else { Vec::new() };
                 tokens.extend(tokenizer.encode(&text).map_err(|error| self.record(block, refused(error)))?);
-                if block.end == Some(End::Whole) {
+                if block.end == Some(End::Whole) && is_document {
                     tokens.extend(tokenizer.suffix());
                     // One of them ends the document, be it of the text or of the tokenizer.
                     tokens.extend(tokenizer.eos().filter(|eos| tokenizer.suffix().last() != Some(eos)));
                 }
-                let replaced = matches!(text, std::borrow::Cow::Owned(_));
-                Ok(Tokenized { tokens, weights: Vec::new(), replaced, shape: None })
+                let replaced = block.field.is_none() && matches!(text, std::borrow::Cow::Owned(_));
+                Ok(Tokenized { replaced, surrogates, ..Tokenized::new(tokens) })
             }
             DataFormat::Tokens => tokens_of(&block.bytes),
             DataFormat::Chat => conversation_of(&block.bytes, self.chat.ok_or(DataError::NoTokenizer)?),
@@ -226,7 +304,7 @@ impl TokenizeJob<'_> {
             Some(token) => {
                 let problem = format!("token {token} is outside the model's vocabulary of {}", self.vocab_size);
                 let hint = Some("the data or the tokenizer belong to another model".into());
-                Err(self.record(block, Refused { problem, hint }))
+                Err(self.record(block, Refused::new(problem, hint)))
             }
             None => Ok(tokenized),
         }
@@ -237,114 +315,78 @@ impl TokenizeJob<'_> {
         &self,
         index: u32,
         file: &SourceFile,
-        round: &mut Round,
-        full: &mut impl FnMut(&mut Round) -> Result<bool, DataError>,
+        source: Source,
+        reading: &mut Reading,
     ) -> Result<bool, DataError> {
-        if file.read == 0 {
-            return Ok(false);
-        }
-        let origin = Origin { file: index, line: 0 };
-        let SourceReader { reader, limit, cut } = open(file)?;
-        let mut reader = reader.take(limit);
-        let mut left = limit;
+        let io = |error: std::io::Error| DataError::io("read", &file.path, &error);
+        let origin = Origin { file: index, line: 0, column: 0 };
+        let block = |bytes, begins, end| Block { origin, bytes, field: None, begins, end, skippable: false };
+        let cut = file.read < file.size;
+        // What has been added to the file since it was looked at is not read.
+        let limit = (cut || !source.is_packed()).then_some(file.read);
+        let mut reader = source.into_reader(limit);
         let mut bytes = Vec::new();
-        let mut begins = true;
+        let mut is_first = true;
         loop {
-            let before = bytes.len();
-            let read = reader.by_ref().take((BLOCK_BYTES - before.min(BLOCK_BYTES - 1)) as u64).read_to_end(&mut bytes);
-            left -= read.map_err(|error| DataError::io("read", &file.path, &error))? as u64;
-            // A file that has shrunk since it was looked at ends early.
-            if left == 0 || bytes.len() == before {
+            let wanted = (BLOCK_BYTES - bytes.len().min(BLOCK_BYTES - 1)) as u64;
+            let read = reader.by_ref().take(wanted).read_to_end(&mut bytes).map_err(io)?;
+            if (read as u64) < wanted || reader.fill_buf().map_err(io)?.is_empty() {
+                let cut = cut && reader.is_cut();
                 if cut {
                     bytes.truncate(whole_characters(&bytes));
                 }
-                round.add(Block { origin, bytes, begins, end: Some(if cut { End::Cut } else { End::Whole }) });
-                return full(round);
+                if !(is_first && bytes.is_empty()) {
+                    reading.round.add(block(bytes, is_first, Some(if cut { End::Cut } else { End::Whole })));
+                }
+                return self.is_enough(reading);
             }
             let rest = bytes.split_off(boundary(&bytes));
-            round.add(Block { origin, bytes: std::mem::replace(&mut bytes, rest), begins, end: None });
-            begins = false;
-            if full(round)? {
+            reading.round.add(block(std::mem::replace(&mut bytes, rest), is_first, None));
+            is_first = false;
+            if self.is_enough(reading)? {
                 return Ok(true);
             }
         }
     }
 
-    /// Reads a file of records, one a line.
-    fn read_lines(
+    /// Reads a file of records.
+    fn read_records(
         &self,
         index: u32,
-        file: &SourceFile,
-        round: &mut Round,
-        full: &mut impl FnMut(&mut Round) -> Result<bool, DataError>,
+        mut reader: RecordReader,
+        field: Option<&'static str>,
+        reading: &mut Reading,
     ) -> Result<bool, DataError> {
-        let SourceReader { reader, limit, .. } = open(file)?;
-        let mut reader = BufReader::with_capacity(1 << 20, reader);
-        let mut left = limit;
-        for line in 1.. {
-            let origin = Origin { file: index, line };
-            // A byte more than is taken tells a line that is too long from one that ends there.
-            let most = left.min(LONGEST_RECORD as u64);
-            let mut bytes = Vec::new();
-            let read = reader.by_ref().take(most.saturating_add(1)).read_until(b'\n', &mut bytes);
-            read.map_err(|error| DataError::io("read", &file.path, &error))?;
-            // `max_bytes` takes whole records only.
-            if bytes.is_empty() || bytes.len() as u64 > left {
-                break;
-            }
-            if bytes.len() > LONGEST_RECORD {
-                return Err(self.too_long(origin));
-            }
-            left -= bytes.len() as u64;
-            if !bytes.trim_ascii().is_empty() {
-                round.add(Block { origin, bytes, begins: true, end: Some(End::Whole) });
-                if full(round)? {
-                    return Ok(true);
+        let skippable = reader.kind().ends_records();
+        loop {
+            let record = match reader.next_record() {
+                Ok(Some(record)) => record,
+                Ok(None) => return Ok(false),
+                Err(error) => {
+                    // What is wrong with the records before it comes first.
+                    self.flush(reading)?;
+                    return Err(error.into());
                 }
-            }
-        }
-        Ok(false)
-    }
-
-    /// A record that is not even read to its end, whatever becomes of broken ones.
-    fn too_long(&self, origin: Origin) -> DataError {
-        DataError::Record {
-            path: self.files[origin.file as usize].path.clone(),
-            line: origin.line as usize,
-            problem: format!("the record is longer than {} MiB", LONGEST_RECORD >> 20),
-            hint: Some("a record is a line; a JSON array of records has to be written as JSONL, one a line".into()),
-        }
-    }
-
-    /// Reads a parquet file, a record a row.
-    fn read_rows(
-        &self,
-        index: u32,
-        file: &SourceFile,
-        round: &mut Round,
-        full: &mut impl FnMut(&mut Round) -> Result<bool, DataError>,
-    ) -> Result<bool, DataError> {
-        let wanted = if self.format == DataFormat::Chat { parquet::CONVERSATIONS } else { parquet::TOKENS };
-        // As with lines that are compressed, `max_bytes` are those of the records that are read.
-        let limit = if file.read < file.size { file.read } else { u64::MAX };
-        let mut position = 0;
-        for (row, record) in (1..).zip(parquet::rows(&file.path, wanted)?) {
-            let bytes = record?.into_bytes();
-            position += bytes.len() as u64;
-            if position > limit {
-                break;
-            }
-            let origin = Origin { file: index, line: row };
-            if bytes.len() > LONGEST_RECORD {
-                return Err(self.too_long(origin));
-            }
-            round.add(Block { origin, bytes, begins: true, end: Some(End::Whole) });
-            if full(round)? {
+            };
+            let Record { json: bytes, place } = record;
+            let origin = Origin { file: index, line: short(place.line), column: short(place.column) };
+            reading.round.add(Block { origin, bytes, field, begins: true, end: Some(End::Whole), skippable });
+            if self.is_enough(reading)? {
                 return Ok(true);
             }
         }
-        Ok(false)
     }
+}
+
+fn short(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+/// What is read, on its way to the disk.
+struct Reading {
+    writer: TokenStoreWriter,
+    round: Round,
+    found: Found,
 }
 
 /// Blocks that are tokenized together.
@@ -367,36 +409,69 @@ struct Found {
     report: Report,
     /// The files whose bytes were not all UTF-8.
     replaced: BTreeSet<u32>,
+    of_file: BTreeMap<u32, Counts>,
 }
+
+/// Records of a file.
+#[derive(Default)]
+struct Counts {
+    sound: u64,
+    broken: u64,
+}
+
+/// Fields that are named, at most (and those of one record more).
+const MOST_UNREAD: usize = 32;
 
 impl Found {
-    fn report(self) -> Report {
-        Report { replaced: self.replaced.len() as u64, ..self.report }
+    fn count(&mut self, kind: String) {
+        *self.report.kinds.entry(kind).or_default() += 1;
+    }
+
+    fn report(self, usual: String) -> Report {
+        let hopeless = self.of_file.iter().filter(|(_, counts)| counts.sound == 0);
+        let hopeless = hopeless.map(|(file, counts)| (*file, counts.broken)).collect();
+        Report { usual, hopeless, replaced: self.replaced.len() as u64, ..self.report }
     }
 }
 
-/// The tokens of a line of `format = "tokens"`.
-pub(super) fn tokens_of(line: &[u8]) -> Result<Tokenized, Refused> {
-    let parsed: Record = serde_json::from_slice(line).map_err(|error| {
-        // The parser counts lines too, but of this one line only.
-        let problem = error.to_string();
-        let problem = problem.split(" at line 1 column").next().unwrap_or_default().to_owned();
-        Refused { problem, hint: Some("a line is {\"tokens\": [1, 2, 3]}".into()) }
-    })?;
-    if parsed.tokens.is_empty() {
-        return Err(Refused { problem: "the record has no tokens".into(), hint: None });
+/// The document in a record of `format = "text"`.
+fn text_of(record: &[u8], field: &str) -> Result<(String, usize), Refused> {
+    let Parsed { value, replaced } = parse(record).map_err(|error| Refused::from(&error))?;
+    match value {
+        Value::Object(mut fields) => match fields.remove(field) {
+            Some(Value::String(text)) => Ok((text, replaced)),
+            // As data sets have it where there is no text.
+            Some(Value::Null) => Ok((String::new(), 0)),
+            Some(_) => Err(Refused::new(format!("`{field}` is not a text"), None)),
+            None => Err(Refused::new(format!("the record has no `{field}`"), None)),
+        },
+        _ => Err(Refused::new("the record is not a JSON object", None)),
     }
-    Ok(Tokenized { tokens: parsed.tokens, weights: Vec::new(), replaced: false, shape: None })
+}
+
+/// The tokens of a record of `format = "tokens"`.
+pub(super) fn tokens_of(record: &[u8]) -> Result<Tokenized, Refused> {
+    let read = parse_tokens(record).map_err(|error| {
+        let hint = error.hint().or_else(|| Some("a record is {\"tokens\": [1, 2, 3]}".into()));
+        Refused { hint, ..Refused::from(&error) }
+    })?;
+    if read.tokens.is_empty() {
+        return Err(Refused::new("the record has no tokens", None));
+    }
+    Ok(Tokenized { unread: read.unread, ..Tokenized::new(read.tokens) })
 }
 
 /// The tokens and weights of a conversation.
-fn conversation_of(line: &[u8], chat: &ChatEncoder) -> Result<Tokenized, Refused> {
-    let read = chat.parse(line).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation.turns)?)));
+fn conversation_of(record: &[u8], chat: &ChatEncoder) -> Result<Tokenized, Refused> {
+    let read =
+        chat.parse(record).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation.turns)?)));
     match read {
         Ok((shape, WeightedTokens { tokens, weights })) => {
-            Ok(Tokenized { tokens, weights, replaced: false, shape: Some(shape) })
+            let surrogates = lone_surrogates(record);
+            Ok(Tokenized { weights, surrogates, shape: Some(shape), ..Tokenized::new(tokens) })
         }
-        Err(error) => Err(Refused { problem: error.to_string(), hint: error.hint() }),
+        Err(ChatError::Conversation(ConversationError::Json(error))) => Err(Refused::from(&error)),
+        Err(error) => Err(Refused::new(error.to_string(), error.hint())),
     }
 }
 

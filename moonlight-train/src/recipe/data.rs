@@ -17,9 +17,10 @@ pub const NO_TOKENIZER: &str = "none";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DataFormat {
-    /// Each file is one document of UTF-8 text.
+    /// Each file is one document of UTF-8 text; of a file of records (`.jsonl`, `.ndjson`, parquet; `.json` and `.csv` where the first
+    /// record has one) each `text`, or else `content`, is one.
     Text,
-    /// Each line is one document: `{"tokens": [...]}`.
+    /// Each record is one document: `{"tokens": [...]}` (or `input_ids`).
     Tokens,
     /// Each record is one conversation, of which the assistant's words are learned.
     Chat,
@@ -144,7 +145,8 @@ impl From<TokenizerName> for String {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
-    /// Globs of the training files; `~` and `$NAME` are expanded. Required.
+    /// Globs of the training files; `~` and `$NAME` are expanded. Records are read from JSON Lines, JSON arrays, CSV and TSV with a row of
+    /// names, and parquet, plain or compressed by gzip or zstd: what a file is its first bytes say. Required.
     pub train: Vec<String>,
     /// Globs of the validation files; a file that `train` matches as well is used for validation.
     pub valid: Vec<String>,
@@ -170,7 +172,7 @@ pub struct DataConfig {
     pub shuffle: bool,
     /// What happens, with `pack = false` or `format = "chat"`, to a record longer than `sequence_length`.
     pub too_long: TooLong,
-    /// What happens to a line of `tokens` or `chat` that is wrong.
+    /// What happens to a record that is wrong. A file that is of another format, or ends too early, is an error whatever this says.
     pub broken: Broken,
     /// Bytes of files to take, spread by hash of their path, for training and again for validation; 0 for all.
     pub max_bytes: u64,

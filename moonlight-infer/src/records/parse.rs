@@ -1,0 +1,523 @@
+//! A record to JSON, as Python writes and reads it.
+//!
+//! Beyond the standard, as Python's `json` does: `NaN`, `Infinity` and `-Infinity` are values (see [`not_finite`]); half of a
+//! surrogate pair, which is no character, is read as U+FFFD and counted; of a key that comes twice the last value counts. Records
+//! are nested 127 deep at most.
+
+use std::ops::Range;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::{Map, Value};
+
+use moonlight_convert::Printable;
+
+/// Values in a record, at most: each takes many times its length when it is read.
+pub const MOST_VALUES: usize = 4 << 20;
+
+/// The key of what stands for a number that JSON does not have.
+const NOT_FINITE: &str = "$float";
+
+/// Why a record is not JSON. Places are within the record, from 1; columns count characters.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum JsonError {
+    /// Bytes that are not UTF-8.
+    #[error("the record is not UTF-8: its byte {byte} is wrong")]
+    NotUtf8 {
+        /// The first that is wrong, from 1.
+        byte: usize,
+        /// Its line and column.
+        at: (usize, usize),
+    },
+    /// Text that is not JSON.
+    #[error("the record is not JSON: {}", Printable(problem))]
+    NotJson {
+        /// What the parser said.
+        problem: String,
+        /// The line and column.
+        at: (usize, usize),
+    },
+    /// JSON of another shape than is wanted.
+    #[error("{}", Printable(problem))]
+    Shape {
+        /// What is wrong.
+        problem: String,
+        /// The line and column, where there is one.
+        at: Option<(usize, usize)>,
+    },
+    /// More than a record can hold.
+    #[error("the record has more than {MOST_VALUES} values")]
+    TooManyValues,
+}
+
+impl JsonError {
+    /// The line and the column within the record, where there is one.
+    pub fn at(&self) -> Option<(usize, usize)> {
+        match self {
+            Self::NotUtf8 { at, .. } | Self::NotJson { at, .. } => Some(*at),
+            Self::Shape { at, .. } => *at,
+            Self::TooManyValues => None,
+        }
+    }
+
+    /// Whether it is not even known where the record ends.
+    pub fn is_no_json(&self) -> bool {
+        matches!(self, Self::NotJson { .. } | Self::NotUtf8 { .. })
+    }
+
+    /// What is wrong, without what it is wrong with.
+    pub fn problem(&self) -> String {
+        match self {
+            Self::NotJson { problem, .. } | Self::Shape { problem, .. } => problem.clone(),
+            error => error.to_string(),
+        }
+    }
+
+    /// What to do about it, where we know.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::NotUtf8 { .. } => {
+                Some("write the file anew as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)".into())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A record as JSON.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Parsed {
+    /// Its value.
+    pub value: Value,
+    /// Halves of surrogate pairs that were read as U+FFFD.
+    pub replaced: usize,
+}
+
+/// Reads a record.
+///
+/// # Errors
+///
+/// [`JsonError`].
+pub fn parse(json: &[u8]) -> Result<Parsed, JsonError> {
+    let repaired = Repaired::of(json)?;
+    if repaired.values > MOST_VALUES {
+        return Err(JsonError::TooManyValues);
+    }
+    let value = match repaired.numbers.is_empty() {
+        true => serde_json::from_str(repaired.text()),
+        false => {
+            let mut deserializer = serde_json::Deserializer::from_str(repaired.text());
+            let read = serde::de::DeserializeSeed::deserialize(Seed(&repaired), &mut deserializer);
+            read.and_then(|value| deserializer.end().map(|()| value))
+        }
+    };
+    match value {
+        Ok(value) => Ok(Parsed { value, replaced: repaired.replaced }),
+        Err(error) => Err(repaired.error(&error)),
+    }
+}
+
+/// Halves of surrogate pairs in a record, each of which is read as U+FFFD.
+pub fn lone_surrogates(json: &[u8]) -> usize {
+    // Nearly all records have none.
+    match memchr::memmem::find(json, b"\\u") {
+        None => 0,
+        Some(_) => Repaired::of(json).map_or(0, |repaired| repaired.replaced),
+    }
+}
+
+/// What stands for `NaN`, `Infinity` and `-Infinity` in the JSON of a record: an object, so that nothing that wants a text, a
+/// number or a list takes it for one.
+pub fn not_finite(number: f64) -> Value {
+    let name = if number.is_nan() {
+        "NaN"
+    } else if number > 0.0 {
+        "Infinity"
+    } else {
+        "-Infinity"
+    };
+    Value::Object(Map::from_iter([(NOT_FINITE.to_owned(), name.into())]))
+}
+
+/// The number that [`not_finite`] stands for.
+pub fn non_finite(value: &Value) -> Option<f64> {
+    let object = value.as_object().filter(|object| object.len() == 1)?;
+    match object.get(NOT_FINITE)?.as_str()? {
+        "NaN" => Some(f64::NAN),
+        "Infinity" => Some(f64::INFINITY),
+        "-Infinity" => Some(f64::NEG_INFINITY),
+        _ => None,
+    }
+}
+
+/// A record of tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokensRecord {
+    /// `tokens`, or `input_ids` where there are no `tokens`.
+    pub tokens: Vec<u32>,
+    /// Other fields, each once, a few.
+    pub unread: Vec<String>,
+}
+
+/// Other fields of a record of tokens that are named, at most.
+const MOST_UNREAD: usize = 16;
+/// Fields that say which tokens are learned.
+const MASKS: [&str; 6] = ["labels", "loss_mask", "weights", "completion_mask", "assistant_masks", "assistant_mask"];
+
+/// Reads `{"tokens": [...]}`, with at most one value in memory for each token.
+///
+/// # Errors
+///
+/// [`JsonError`]; a field that says which tokens are learned is one, as all are.
+pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
+    let repaired = Repaired::of(json)?;
+    let fields: TokensFields = serde_json::from_str(repaired.text()).map_err(|error| match error.classify() {
+        serde_json::error::Category::Data => {
+            JsonError::Shape { problem: without_place(&error), at: Some(repaired.place(&error)) }
+        }
+        _ => repaired.error(&error),
+    })?;
+    let shape = |problem: String| JsonError::Shape { problem, at: None };
+    if let Some(mask) = fields.others.iter().find(|name| MASKS.contains(&name.as_str())) {
+        return Err(shape(format!(
+            "the record has `{mask}`, which says what is learned; with `format = \"tokens\"` every token is"
+        )));
+    }
+    match fields.tokens.or(fields.input_ids) {
+        Some(tokens) => Ok(TokensRecord { tokens, unread: fields.others }),
+        None => Err(shape("missing field `tokens`".into())),
+    }
+}
+
+/// The fields of a record of tokens. Not derived: of a field that comes twice the last counts.
+#[derive(Default)]
+struct TokensFields {
+    tokens: Option<Vec<u32>>,
+    input_ids: Option<Vec<u32>>,
+    others: Vec<String>,
+}
+
+impl<'de> Deserialize<'de> for TokensFields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+        impl<'de> Visitor<'de> for Fields {
+            type Value = TokensFields;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("an object with `tokens`")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<TokensFields, A::Error> {
+                let mut fields = TokensFields::default();
+                while let Some(key) = map.next_key::<String>()? {
+                    match key.as_str() {
+                        "tokens" => fields.tokens = map.next_value()?,
+                        "input_ids" => fields.input_ids = map.next_value()?,
+                        _ => {
+                            let counts = MASKS.contains(&key.as_str()) || fields.others.len() < MOST_UNREAD;
+                            // A mask that is null in every record is none.
+                            let absent = map.next_value::<Option<IgnoredAny>>()?.is_none();
+                            if counts && !absent && !fields.others.contains(&key) {
+                                fields.others.push(key);
+                            }
+                        }
+                    }
+                }
+                Ok(fields)
+            }
+        }
+        deserializer.deserialize_map(Fields)
+    }
+}
+
+/// What a parser says, without the place that it adds: it counts the lines of the record, not of the file.
+fn without_place(error: &serde_json::Error) -> String {
+    let problem = error.to_string();
+    problem.split(" at line ").next().unwrap_or_default().to_owned()
+}
+
+/// A record in the JSON of the standard, every byte in its place.
+struct Repaired<'a> {
+    text: std::borrow::Cow<'a, str>,
+    /// Where `NaN` and the like were, for which texts of the same length stand.
+    numbers: Vec<(Range<usize>, f64)>,
+    replaced: usize,
+    /// Values, at least.
+    values: usize,
+}
+
+impl<'a> Repaired<'a> {
+    fn of(json: &'a [u8]) -> Result<Self, JsonError> {
+        let text = std::str::from_utf8(json).map_err(|error| JsonError::NotUtf8 {
+            byte: error.valid_up_to() + 1,
+            at: place_of(json, error.valid_up_to()),
+        })?;
+        let (mut numbers, mut lone, mut values) = (Vec::new(), Vec::new(), 0);
+        let (mut at, mut quoted) = (0, false);
+        while at < json.len() {
+            match json[at] {
+                b'"' => quoted = !quoted,
+                b'\\' if quoted => match surrogate(&json[at..]) {
+                    Some(0xD800..=0xDBFF) if matches!(surrogate(&json[at + 6..]), Some(0xDC00..=0xDFFF)) => at += 11,
+                    Some(0xD800..=0xDFFF) => {
+                        lone.push(at);
+                        at += 5;
+                    }
+                    _ => at += 1,
+                },
+                b',' | b':' | b'[' | b'{' if !quoted => values += 1,
+                b'N' | b'I' | b'-' if !quoted => {
+                    if let Some((length, number)) = number(&json[at..]) {
+                        numbers.push((at..at + length, number));
+                        at += length - 1;
+                    }
+                }
+                _ => {}
+            }
+            at += 1;
+        }
+        let replaced = lone.len();
+        if numbers.is_empty() && lone.is_empty() {
+            return Ok(Self { text: text.into(), numbers, replaced, values });
+        }
+        let mut bytes = json.to_owned();
+        for at in lone {
+            bytes[at..at + 6].copy_from_slice(b"\\ufffd");
+        }
+        for (range, _) in &numbers {
+            bytes[range.clone()].fill(b'?');
+            (bytes[range.start], bytes[range.end - 1]) = (b'"', b'"');
+        }
+        let text = String::from_utf8(bytes).map_err(|_| JsonError::NotUtf8 { byte: 1, at: (1, 1) })?;
+        Ok(Self { text: text.into(), numbers, replaced, values })
+    }
+
+    fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The number for which a text of the parser's stands.
+    fn number(&self, text: &str) -> Option<f64> {
+        // Behind the quotation mark; elsewhere in memory it is another text.
+        let at = (text.as_ptr() as usize).checked_sub(self.text.as_ptr() as usize)?.checked_sub(1)?;
+        let index = self.numbers.binary_search_by_key(&at, |(range, _)| range.start).ok()?;
+        Some(self.numbers[index].1)
+    }
+
+    fn place(&self, error: &serde_json::Error) -> (usize, usize) {
+        let line = self.text.split('\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
+        // The parser counts bytes.
+        let bytes = error.column().saturating_sub(1).min(line.len());
+        (error.line().max(1), 1 + characters(&line.as_bytes()[..bytes]))
+    }
+
+    fn error(&self, error: &serde_json::Error) -> JsonError {
+        JsonError::NotJson { problem: without_place(error), at: self.place(error) }
+    }
+}
+
+fn characters(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|byte| **byte & 0xC0 != 0x80).count()
+}
+
+/// The line and the column of a byte.
+fn place_of(bytes: &[u8], at: usize) -> (usize, usize) {
+    let before = &bytes[..at];
+    let start = memchr::memrchr(b'\n', before).map_or(0, |line_break| line_break + 1);
+    (1 + memchr::memchr_iter(b'\n', before).count(), 1 + characters(&before[start..]))
+}
+
+/// The code unit that `\uXXXX` stands for.
+fn surrogate(bytes: &[u8]) -> Option<u16> {
+    let digits = bytes.strip_prefix(b"\\u")?.get(..4)?;
+    let digits = std::str::from_utf8(digits).ok().filter(|digits| !digits.starts_with('+'))?;
+    u16::from_str_radix(digits, 16).ok()
+}
+
+/// `NaN`, `Infinity` or `-Infinity` where a value is, and its length.
+fn number(bytes: &[u8]) -> Option<(usize, f64)> {
+    let known = [(&b"NaN"[..], f64::NAN), (b"Infinity", f64::INFINITY), (b"-Infinity", f64::NEG_INFINITY)];
+    let (word, number) = known.into_iter().find(|(word, _)| bytes.starts_with(word))?;
+    let rest = bytes[word.len()..].trim_ascii_start();
+    matches!(rest.first(), None | Some(b',' | b'}' | b']')).then_some((word.len(), number))
+}
+
+/// Reads a value in which texts stand for numbers that JSON does not have.
+#[derive(Clone, Copy)]
+struct Seed<'a>(&'a Repaired<'a>);
+
+impl<'de> serde::de::DeserializeSeed<'de> for Seed<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Seed<'_> {
+    type Value = Value;
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("any value")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Value, E> {
+        Ok(self.0.number(text).map_or_else(|| text.into(), not_finite))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Value, E> {
+        Ok(text.into())
+    }
+
+    fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut sequence: A) -> Result<Value, A::Error> {
+        let mut values = Vec::new();
+        while let Some(value) = sequence.next_element_seed(self)? {
+            values.push(value);
+        }
+        Ok(values.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut object = Map::new();
+        while let Some(key) = map.next_key::<String>()? {
+            object.insert(key, map.next_value_seed(self)?);
+        }
+        Ok(object.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(json: &str) -> Value {
+        parse(json.as_bytes()).unwrap().value
+    }
+
+    fn fault(json: &[u8]) -> (String, Option<(usize, usize)>) {
+        let error = parse(json).unwrap_err();
+        (error.to_string(), error.at())
+    }
+
+    /// What Python 3's `json.loads` gives, but for half a pair, which it keeps.
+    #[test]
+    fn json_is_read_as_python_reads_it() {
+        assert_eq!(read(r#"{"a": 1, "b": 2, "a": 3}"#).to_string(), r#"{"a":3,"b":2}"#);
+        assert_eq!(
+            read(r#" {"a": [1.5, "x\"y\u00e4", null, true, -3]} "#),
+            json!({"a": [1.5, "x\"yä", null, true, -3]})
+        );
+        assert_eq!(read(r#""\ud83d\ude00 \\ud83d""#), json!("😀 \\ud83d"));
+    }
+
+    #[test]
+    fn numbers_that_json_does_not_have_are_no_text_and_no_number() {
+        let value = read(r#"{"a": NaN, "b": [-Infinity, Infinity ], "c": "NaN", "d": "?", "e\n": "\"?\"", "f": 2}"#);
+        assert!(non_finite(&value["a"]).unwrap().is_nan());
+        assert_eq!(non_finite(&value["b"][0]), Some(f64::NEG_INFINITY));
+        assert_eq!(non_finite(&value["b"][1]), Some(f64::INFINITY));
+        assert_eq!((&value["c"], &value["d"], &value["e\n"]), (&json!("NaN"), &json!("?"), &json!("\"?\"")));
+        assert!(value["a"].is_object() && non_finite(&value["c"]).is_none());
+        for wrong in ["{NaN: 1}", "[NaNa]", "[nan]", "[+Infinity]", "[- Infinity]", "{\"a\": NaN \"b\"}", "[NaN] 1"] {
+            assert!(parse(wrong.as_bytes()).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn halves_of_pairs_are_replaced_and_counted() {
+        for (json, expected, count) in [
+            (r#""cut \ud83d here""#, "cut \u{fffd} here", 1),
+            (r#""\udc00\ud83d\ud83d\ude00\ud83d""#, "\u{fffd}\u{fffd}😀\u{fffd}", 3),
+            (r#""\\\ud83d""#, "\\\u{fffd}", 1),
+            (r#""\\ud83d""#, "\\ud83d", 0),
+            (r#""\uD83D\n""#, "\u{fffd}\n", 1),
+        ] {
+            let parsed = parse(json.as_bytes()).unwrap();
+            assert_eq!((parsed.value, parsed.replaced), (json!(expected), count), "{json}");
+            assert_eq!(lone_surrogates(json.as_bytes()), count);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_has_its_line_and_column() {
+        assert_eq!(fault(b"{"), ("the record is not JSON: EOF while parsing an object".into(), Some((1, 1))));
+        assert_eq!(
+            fault("{\"ü\": \"é\" x".as_bytes()),
+            ("the record is not JSON: expected `,` or `}`".into(), Some((1, 11)))
+        );
+        assert_eq!(fault(b"{\n  \"a\": x}"), ("the record is not JSON: expected value".into(), Some((2, 8))));
+        assert_eq!(fault(b"{} {}"), ("the record is not JSON: trailing characters".into(), Some((1, 4))));
+        assert_eq!(fault(b"{\n\"\xff"), ("the record is not UTF-8: its byte 4 is wrong".into(), Some((2, 2))));
+        let deep = "[".repeat(1000) + &"]".repeat(1000);
+        assert_eq!(fault(deep.as_bytes()).0, "the record is not JSON: recursion limit exceeded");
+        let deep = format!("[NaN,{deep}]");
+        assert_eq!(fault(deep.as_bytes()).0, "the record is not JSON: recursion limit exceeded");
+        let many = format!("[{}1]", "1,".repeat(MOST_VALUES));
+        assert_eq!(fault(many.as_bytes()), (format!("the record has more than {MOST_VALUES} values"), None));
+        let text = format!("[\"\\\"{}\"]", "1,".repeat(MOST_VALUES));
+        assert!(parse(text.as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn tokens_are_read_by_their_names() {
+        let read = |json: &str| parse_tokens(json.as_bytes()).map_err(|error| (error.to_string(), error.at()));
+        let tokens = |tokens: &[u32], unread: &[&str]| {
+            let unread = unread.iter().map(ToString::to_string).collect();
+            Ok(TokensRecord { tokens: tokens.to_vec(), unread })
+        };
+        assert_eq!(
+            read(r#"{"tokens": [1, 2], "id": NaN, "a": {"tokens": 3}, "labels": null}"#),
+            tokens(&[1, 2], &["id", "a"])
+        );
+        assert_eq!(read(r#"{"input_ids": [3], "attention_mask": [1]}"#), tokens(&[3], &["attention_mask"]));
+        assert_eq!(read(r#"{"tokens": [1], "tokens": [2]}"#), tokens(&[2], &[]));
+        assert_eq!(read(r#"{"text": "x"}"#), Err(("missing field `tokens`".into(), None)));
+        assert_eq!(read(r#"{"tokens": [1, -1]}"#).unwrap_err().0, "invalid value: integer `-1`, expected u32");
+        assert!(read(r#"{"tokens": [1, NaN]}"#).is_err() && read(r#"{"tokens": NaN}"#).is_err());
+        assert!(read(r#"{"tokens": [1], "labels": [1]}"#).unwrap_err().0.starts_with("the record has `labels`"));
+        assert!(read("[1]").is_err() && read("{\"tokens\": [1]} x").is_err());
+    }
+
+    proptest! {
+        /// What the standard knows is read as serde_json reads it.
+        #[test]
+        fn json_of_the_standard_is_read_alike(text in r#"[\[\]{}",:\\ \na1.\-eu0Nü]{0,40}"#) {
+            let expected: Result<Value, _> = serde_json::from_str(&text);
+            match (parse(text.as_bytes()), expected) {
+                (Ok(parsed), Ok(expected)) => prop_assert_eq!(parsed.value, expected),
+                // More is read than the standard has, never less.
+                (read, expected) => prop_assert!(expected.is_err(), "{:?}", read),
+            }
+        }
+
+        #[test]
+        fn bytes_of_any_kind_are_read_or_refused(bytes: Vec<u8>, text in r#"[\\ud8Dc0"N aIfinty,\[\]-]{0,40}"#) {
+            drop((parse(&bytes), parse_tokens(&bytes)));
+            drop((parse(text.as_bytes()), parse_tokens(text.as_bytes())));
+        }
+    }
+}

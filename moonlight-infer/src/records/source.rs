@@ -1,0 +1,259 @@
+//! The bytes of a file: decompressed where it is compressed, without a byte order mark.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Chain, Cursor, Read, Take};
+use std::path::{Path, PathBuf};
+
+use flate2::read::MultiGzDecoder;
+use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
+
+use super::RecordError;
+use super::sniff::{self, FileKind};
+
+/// Bytes by which a file is recognised.
+const HEAD: usize = 64 << 10;
+/// The UTF-8 byte order mark.
+const MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// An opened file. Reading it gives the unpacked bytes behind the byte order mark.
+pub struct Source {
+    path: PathBuf,
+    head: Vec<u8>,
+    /// Behind the head.
+    rest: Box<dyn Read + Send>,
+    mark: usize,
+    packed: bool,
+}
+
+impl Source {
+    /// Opens a file. Its first bytes say whether gzip or zstd packed it; a name that ends so on other bytes is an error.
+    ///
+    /// # Errors
+    ///
+    /// [`RecordError::File`].
+    pub fn open(path: &Path) -> Result<Self, RecordError> {
+        let io = |error: io::Error| RecordError::io(path, &error);
+        let mut file = File::open(path).map_err(io)?;
+        let mut start = Vec::new();
+        file.by_ref().take(4).read_to_end(&mut start).map_err(io)?;
+        let packed = compression(&start);
+        let named = path.extension().and_then(|ending| ending.to_str()).and_then(Compression::of_ending);
+        if let (None, Some(named), false) = (packed, named, start.is_empty()) {
+            let hint = "take the ending off its name if it is unpacked already; else fetch it again";
+            return Err(RecordError::file(path, format!("its name says {named}, its bytes do not"), hint));
+        }
+        // Not by seeking: it may be a pipe.
+        let file = Cursor::new(start).chain(file);
+        let mut rest: Box<dyn Read + Send> = match packed {
+            None => Box::new(file),
+            Some(Compression::Gzip) => Box::new(MultiGzDecoder::new(file)),
+            Some(Compression::Zstandard) => Box::new(Frames::new(file)),
+        };
+        let mut head = Vec::new();
+        rest.by_ref().take(HEAD as u64).read_to_end(&mut head).map_err(io)?;
+        let mark = if head.starts_with(MARK) { MARK.len() } else { 0 };
+        head.drain(..mark);
+        Ok(Self { path: path.to_owned(), head, rest, mark, packed: packed.is_some() })
+    }
+
+    /// Whether its size is not that of its contents: it is compressed.
+    pub fn is_packed(&self) -> bool {
+        self.packed
+    }
+
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The first bytes, as far as the file has them.
+    pub fn head(&self) -> &[u8] {
+        &self.head
+    }
+
+    /// Refuses what is no text at all: archives, images, pointers to data, UTF-16.
+    ///
+    /// # Errors
+    ///
+    /// [`RecordError::File`], which says what the file is.
+    pub fn refuse_foreign(&self) -> Result<(), RecordError> {
+        match sniff::foreign(&self.head) {
+            Some(foreign) => Err(RecordError::file(&self.path, format!("it is {}", foreign.what), foreign.hint)),
+            None => Ok(()),
+        }
+    }
+
+    /// How its records are kept.
+    ///
+    /// # Errors
+    ///
+    /// [`RecordError::File`] for a file of another kind, which it names.
+    pub fn kind(&self) -> Result<FileKind, RecordError> {
+        sniff::kind(&self.path, &self.head)
+    }
+
+    /// The bytes, at most `limit` of the file's where there is one, its mark counted.
+    pub fn into_reader(self, limit: Option<u64>) -> Limited {
+        let bytes = limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.mark as u64));
+        let whole: Box<dyn Read + Send> = Box::new(Cursor::new(self.head).chain(self.rest));
+        Limited(BufReader::with_capacity(1 << 18, whole.take(bytes)))
+    }
+}
+
+/// Bytes up to a limit.
+pub struct Limited(BufReader<Take<Box<dyn Read + Send>>>);
+
+impl Limited {
+    /// Whether all bytes up to the limit were taken from the file: it may have more.
+    pub fn is_cut(&self) -> bool {
+        self.0.get_ref().limit() == 0
+    }
+}
+
+impl Read for Limited {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl BufRead for Limited {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.0.fill_buf()
+    }
+
+    fn consume(&mut self, bytes: usize) {
+        self.0.consume(bytes);
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Compression {
+    Gzip,
+    Zstandard,
+}
+
+impl Compression {
+    fn of_ending(ending: &str) -> Option<Self> {
+        match ending.to_ascii_lowercase().as_str() {
+            "gz" => Some(Self::Gzip),
+            "zst" | "zstd" => Some(Self::Zstandard),
+            _ => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Compression {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Gzip => "gzip",
+            Self::Zstandard => "zstd",
+        })
+    }
+}
+
+fn compression(start: &[u8]) -> Option<Compression> {
+    match start {
+        [0x1f, 0x8b, ..] => Some(Compression::Gzip),
+        [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Some(Compression::Zstandard),
+        _ => None,
+    }
+}
+
+/// One zstd frame after the other, as the programs that compress in parallel write them; frames of other data, as `pzstd` puts
+/// between them, are passed over.
+struct Frames<R: Read> {
+    /// The file, while no frame is open.
+    file: Option<BufReader<R>>,
+    frame: Option<StreamingDecoder<Chain<Cursor<[u8; 4]>, BufReader<R>>, FrameDecoder>>,
+}
+
+impl<R: Read> Frames<R> {
+    fn new(file: R) -> Self {
+        Self { file: Some(BufReader::with_capacity(1 << 20, file)), frame: None }
+    }
+}
+
+impl<R: Read> Read for Frames<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if let Some(mut frame) = self.frame.take() {
+                let read = frame.read(buffer)?;
+                if read > 0 || buffer.is_empty() {
+                    self.frame = Some(frame);
+                    return Ok(read);
+                }
+                self.file = Some(frame.into_inner().into_inner().1);
+            }
+            let Some(mut file) = self.file.take() else { return Ok(0) };
+            if file.fill_buf()?.is_empty() {
+                return Ok(0);
+            }
+            let mut magic = [0; 4];
+            file.read_exact(&mut magic)?;
+            if matches!(magic, [0x50..=0x5f, 0x2a, 0x4d, 0x18]) {
+                let mut length = [0; 4];
+                file.read_exact(&mut length)?;
+                io::copy(&mut file.by_ref().take(u32::from_le_bytes(length).into()), &mut io::sink())?;
+                self.file = Some(file);
+                continue;
+            }
+            let broken = |problem: String| io::Error::new(io::ErrorKind::InvalidData, problem);
+            let file = Cursor::new(magic).chain(file);
+            self.frame = Some(StreamingDecoder::new(file).map_err(|error| broken(error.to_string()))?);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn text(path: &Path) -> Result<String, String> {
+        let source = Source::open(path).map_err(|error| error.to_string())?;
+        let mut text = String::new();
+        source.into_reader(None).read_to_string(&mut text).map_err(|error| error.to_string())?;
+        Ok(text)
+    }
+
+    #[test]
+    fn compressed_files_read_as_their_contents_whatever_their_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let words: String = (0..50_000).map(|n| format!("line {n}\n")).collect();
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        gzip.write_all(words.as_bytes()).unwrap();
+        let gzip = gzip.finish().unwrap();
+        for name in ["a.jsonl.gz", "a.jsonl"] {
+            std::fs::write(dir.path().join(name), &gzip).unwrap();
+            assert_eq!(text(&dir.path().join(name)).unwrap(), words);
+        }
+        let level = ruzstd::encoding::CompressionLevel::Fastest;
+        let frame = |text: &str| ruzstd::encoding::compress_to_vec(text.as_bytes(), level);
+        let path = dir.path().join("a.jsonl.zst");
+        std::fs::write(&path, [frame(&words), frame("more")].concat()).unwrap();
+        assert_eq!(text(&path).unwrap(), format!("{words}more"));
+        let skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc";
+        std::fs::write(&path, [skipped, &frame(&words)[..], skipped, &frame("more"), skipped].concat()).unwrap();
+        assert_eq!(text(&path).unwrap(), format!("{words}more"));
+        let half = frame(&words);
+        std::fs::write(&path, &half[..half.len() / 2]).unwrap();
+        assert!(text(&path).is_err());
+        std::fs::write(&path, "not zstd").unwrap();
+        assert!(text(&path).unwrap_err().ends_with("a.jsonl.zst`: its name says zstd, its bytes do not"));
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_passed_over_and_a_limit_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.txt");
+        std::fs::write(&path, b"\xef\xbb\xbfwords").unwrap();
+        assert_eq!(text(&path).unwrap(), "words");
+        for (limit, expected, cut) in [(Some(5), "wo", true), (Some(100), "words", false), (None, "words", false)] {
+            let mut reader = Source::open(&path).unwrap().into_reader(limit);
+            let mut text = String::new();
+            reader.read_to_string(&mut text).unwrap();
+            assert_eq!((text.as_str(), reader.is_cut()), (expected, cut));
+        }
+    }
+}

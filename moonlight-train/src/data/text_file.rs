@@ -1,0 +1,122 @@
+//! How a file is read with `format = "text"`: as one document, or, where it holds records, each record's `text` as one.
+
+use std::path::Path;
+
+use moonlight_infer::parquet::TEXTS;
+use moonlight_infer::records::{FileKind, RecordError, RecordReader, Source, ending, parse};
+use serde_json::{Map, Value};
+
+use super::DataError;
+
+/// An opened file of texts.
+pub(super) enum TextFile {
+    /// One document.
+    Plain {
+        source: Source,
+        /// What it is, as the notes name it.
+        what: &'static str,
+    },
+    /// A document in each record.
+    Records {
+        reader: RecordReader,
+        /// The field that holds it.
+        field: &'static str,
+        /// Other fields of the first record.
+        unread: Vec<String>,
+    },
+}
+
+/// What the notes call a file that is as one expects.
+pub(super) const PLAIN: &str = "plain text";
+
+impl TextFile {
+    /// Opens a file; of records only what lies in the first `limit` bytes is read.
+    pub(super) fn open(path: &Path, limit: Option<u64>) -> Result<Self, DataError> {
+        let source = Source::open(path)?;
+        let is_parquet = matches!(source.kind(), Ok(FileKind::Parquet));
+        if !is_parquet {
+            source.refuse_foreign()?;
+        }
+        let ending = ending(path);
+        match ending.as_str() {
+            _ if is_parquet => Self::records(RecordReader::of(source, TEXTS, limit)?),
+            "jsonl" | "ndjson" => Self::records(RecordReader::of(source, &[], limit)?),
+            // Source files end so as well as data.
+            "json" => {
+                let may_hold = matches!(source.kind(), Ok(FileKind::JsonLines | FileKind::JsonArray));
+                Self::records_or_plain(source, limit, may_hold, "JSON as plain text")
+            }
+            "csv" | "tsv" => Self::records_or_plain(source, limit, true, "CSV as plain text"),
+            _ => {
+                let looks = matches!(source.kind(), Ok(FileKind::JsonLines)) && is_record_of_text(source.head());
+                let what = if looks { "plain text that looks like JSON Lines (which end in .jsonl)" } else { PLAIN };
+                Ok(Self::Plain { source, what })
+            }
+        }
+    }
+
+    /// The records of a file that must hold texts.
+    fn records(reader: RecordReader) -> Result<Self, DataError> {
+        let Some(first) = reader.first() else {
+            return Ok(Self::Records { reader, field: "text", unread: Vec::new() });
+        };
+        let Ok(Value::Object(fields)) = parse(&first.json).map(|parsed| parsed.value) else {
+            // The record is broken, and dealt with as such.
+            return Ok(Self::Records { reader, field: "text", unread: Vec::new() });
+        };
+        match field_of(&fields) {
+            Some(field) => Ok(Self::Records { reader, field, unread: others(&fields, field) }),
+            None => {
+                let has = |name: &str| fields.contains_key(name);
+                let hint = if has("messages") || has("conversations") || has("instruction") {
+                    "conversations are read by data.format = \"chat\""
+                } else if has("tokens") || has("input_ids") {
+                    "tokens are read by data.format = \"tokens\""
+                } else {
+                    "give the field with the document the name `text`; a file that is learned as it stands ends otherwise (.txt)"
+                };
+                let names: Vec<String> = fields.keys().take(8).map(|name| format!("`{name}`")).collect();
+                let has = if names.is_empty() { "nothing".into() } else { names.join(", ") };
+                let problem = format!("its records have neither `text` nor `content`; the first has {has}");
+                Err(RecordError::File { path: reader.path().to_owned(), problem, hint: Some(hint.into()) }.into())
+            }
+        }
+    }
+
+    /// The records of a file, if the first has a text.
+    fn records_or_plain(
+        source: Source,
+        limit: Option<u64>,
+        may_hold: bool,
+        what: &'static str,
+    ) -> Result<Self, DataError> {
+        let path = source.path().to_owned();
+        if !may_hold {
+            return Ok(Self::Plain { source, what });
+        }
+        match RecordReader::of(source, &[], limit).map_err(DataError::from).and_then(Self::records) {
+            Ok(Self::Records { reader, field, unread }) if reader.first().is_some() => {
+                Ok(Self::Records { reader, field, unread })
+            }
+            _ => Ok(Self::Plain { source: Source::open(&path)?, what }),
+        }
+    }
+}
+
+/// The field of a record that holds its document: `text`, or `content`, as sets of code name it.
+fn field_of(record: &Map<String, Value>) -> Option<&'static str> {
+    let is_text = |name: &str| matches!(record.get(name), Some(Value::String(_) | Value::Null));
+    ["text", "content"].into_iter().find(|name| is_text(name))
+}
+
+fn others(record: &Map<String, Value>, field: &str) -> Vec<String> {
+    record.keys().filter(|name| *name != field).take(16).cloned().collect()
+}
+
+fn is_record_of_text(head: &[u8]) -> bool {
+    let line = head.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    match parse(line).map(|parsed| parsed.value) {
+        Ok(Value::Object(record)) => field_of(&record).is_some(),
+        _ => false,
+    }
+}
