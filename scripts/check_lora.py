@@ -11,7 +11,12 @@ For each architecture of fixtures/ the first form trains adapters of every proje
 * merges them (`moonlight merge`) and holds what transformers makes of the result to the same;
 * has peft save the adapter anew, and `moonlight score` that.
 
-The second form makes the fixture of moonlight-train/tests/parity_lora.rs: an adapter as peft initialises and saves it, and
+Then it has peft make an adapter of each kind that its configuration knows (PiSSA, OLoRA, DoRA, `all-linear`, trained embeddings,
+biases, tokens, patterns, ...), and holds `moonlight score` and what transformers makes of `moonlight merge` to
+`PeftModel.from_pretrained`: it prints the largest difference, or how the program refuses it.
+
+The second form makes the fixtures of moonlight-convert/tests/peft_kinds.rs (DIR/kinds: an adapter of each kind with the
+log-probabilities that peft gives) and of moonlight-train/tests/parity_lora.rs: an adapter as peft initialises and saves it, and
 what forty steps of torch's AdamW do to the loss (attention, dense and shared MLPs, and the experts' down projections; the
 experts' gate and up share one A in peft and have one each here, so that they train otherwise).
 
@@ -40,6 +45,66 @@ BUDGET = 1e-4
 SEED = 11
 RATE = {"learning_rate": 0.02, "final_learning_rate": 0.002}
 
+LLAMA, QWEN2, MOONLIGHT, DEEPSEEK = "llama", "qwen2", "moonlight-like", "deepseek-v3-like"
+QO = ["q_proj", "o_proj"]
+# Name: (base, the configuration beside r=2, lora_alpha=4, target_modules=QO; part of the refusal, where there is one).
+KINDS = {
+    "plain": (LLAMA, {}),
+    "rslora": (LLAMA, {"use_rslora": True, "r": 3}),
+    "gaussian": (LLAMA, {"init_lora_weights": "gaussian"}),
+    "orthogonal": (LLAMA, {"init_lora_weights": "orthogonal"}),
+    "mica": (LLAMA, {"init_lora_weights": "mica"}),
+    "pissa": (LLAMA, {"init_lora_weights": "pissa"}),
+    "pissa-rslora": (QWEN2, {"init_lora_weights": "pissa", "use_rslora": True, "r": 3, "target_modules": "all-linear"}),
+    "olora": (LLAMA, {"init_lora_weights": "olora", "target_modules": "all-linear"}),
+    "olora-mla": (DEEPSEEK, {"init_lora_weights": "olora", "target_modules": ["q_a_proj", "kv_b_proj", "o_proj"]}),
+    "dora": (LLAMA, {"use_dora": True}),
+    "dora-bias": (QWEN2, {"use_dora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "dora-pissa": (LLAMA, {"use_dora": True, "init_lora_weights": "pissa"}),
+    "dora-head": (LLAMA, {"use_dora": True, "target_modules": ["q_proj", "lm_head"]}),
+    "all-linear": (LLAMA, {"target_modules": "all-linear"}),
+    "all-linear-qwen2": (QWEN2, {"target_modules": "all-linear"}),
+    "all-linear-moonlight": (MOONLIGHT, {"target_modules": "all-linear"}),
+    "all-linear-deepseek": (DEEPSEEK, {"target_modules": "all-linear"}),
+    "latents": (DEEPSEEK, {"target_modules": ["q_a_proj", "kv_a_proj_with_mqa"]}),
+    "router": (MOONLIGHT, {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
+    "parameters": (
+        MOONLIGHT,
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight", "shared_experts.gate_proj.weight",
+                                                             "experts.down_proj", "experts.gate_up_proj"]},
+    ),
+    "patterns": (
+        LLAMA,
+        {"target_modules": ["q_proj", "k_proj", "up_proj"], "rank_pattern": {"k_proj": 4, r".*\.1\..*up_proj": 3},
+         "alpha_pattern": {"self_attn.q_proj": 9, "up_proj": 1}},
+    ),
+    "layers": (LLAMA, {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    "expression": (LLAMA, {"target_modules": r".*\.(?:0|2)\.self_attn\.(?:q|v)_proj"}),
+    "exclude": (LLAMA, {"exclude_modules": ["layers.0.self_attn.q_proj"]}),
+    "modules-to-save": (LLAMA, {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
+    "modules-to-save-projection": (MOONLIGHT, {"target_modules": ["o_proj"], "modules_to_save": ["kv_b_proj", "mlp.gate"]}),
+    "bias-all": (QWEN2, {"bias": "all"}),
+    "bias-lora-only": (QWEN2, {"bias": "lora_only"}),
+    "embedding": (LLAMA, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "tokens": (LLAMA, {"trainable_token_indices": [12, 44]}),
+    "tokens-by-module": (LLAMA, {"trainable_token_indices": {"embed_tokens": [12, 3], "lm_head": [5]}}),
+    "tokens-tied": ("tied", {"trainable_token_indices": [12, 44]}),
+    "alora": (LLAMA, {"alora_invocation_tokens": [12, 44]}, "`alora_invocation_tokens`"),
+    "pissa-niter": (LLAMA, {"init_lora_weights": "pissa_niter_4"}, "`pissa_niter_4`"),
+    "lora-bias": (QWEN2, {"target_modules": ["q_proj"], "lora_bias": True}, "`lora_bias`"),
+    "layer-replication": (LLAMA, {"layer_replication": [(0, 2), (1, 3)]}, "`layer_replication`"),
+    "embedding-tied": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}, "`tie_word_embeddings`"),
+    "pissa-experts": (
+        MOONLIGHT, {"init_lora_weights": "olora", "target_modules": ["q_proj", "gate"]}, "neither DoRA nor PiSSA"
+    ),
+}
+# What the repository keeps of them.
+KEPT = [
+    "pissa-rslora", "olora", "olora-mla", "dora", "dora-bias", "dora-pissa", "dora-head", "all-linear-moonlight",
+    "all-linear-deepseek", "router", "patterns", "layers", "expression", "modules-to-save", "modules-to-save-projection",
+    "bias-all", "bias-lora-only", "embedding", "tokens", "tokens-by-module", "alora", "mica",
+]
+
 failures = []
 
 
@@ -52,8 +117,10 @@ def main():
     print(f"peft {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
     if arguments.write:
         write_reference(arguments.write)
+        write_kinds(arguments.write / "kinds")
     if arguments.program:
         with tempfile.TemporaryDirectory() as home:
+            check_kinds(arguments.program.resolve(), pathlib.Path(home) / "kinds")
             for family in FAMILIES:
                 check(arguments.program.resolve(), family, pathlib.Path(home) / family.replace("/", "-"))
     if not arguments.write and not arguments.program:
@@ -175,6 +242,78 @@ def logprobs(model, sequences):
 
 def apart(a, b):
     return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True) if len(x))
+
+
+# --- every kind of adapter that peft makes ----------------------------------------------------------------------------
+
+SAMPLE = [5, 9, 31, 7, 12, 44, 3, 8, 61, 2]
+
+
+def base_of_kind(family, home):
+    """The folder of a base; `tied` is Llama's with its embedding as the head."""
+    if family != "tied":
+        return FIXTURES / family
+    folder = home / "tied"
+    if not folder.exists():
+        model = load(FIXTURES / LLAMA)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        model.save_pretrained(folder)
+    return folder
+
+
+def make_kind(name, home):
+    """Has peft make the adapter and move all that it trains; what peft makes of it on a fresh base."""
+    family, change = KINDS[name][:2]
+    base = base_of_kind(family, home)
+    torch.manual_seed(SEED)
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": QO, "task_type": "CAUSAL_LM"} | change
+    model = peft.get_peft_model(load(base), peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for _, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.peft_config["default"].base_model_name_or_path = f"../../../{family}"
+    model.save_pretrained(home / name)
+    (home / name / "README.md").unlink(missing_ok=True)
+    loaded = peft.PeftModel.from_pretrained(load(base), home / name).eval()
+    return base, logprobs(loaded, [SAMPLE])[0]
+
+
+def check_kinds(program, home):
+    home.mkdir()
+    data = home / "data.jsonl"
+    data.write_text(json.dumps({"tokens": SAMPLE}) + "\n")
+    for name, (_, _, *refusal) in KINDS.items():
+        base, theirs = make_kind(name, home)
+        arguments = ["score", "--model", base, "--adapter", home / name, "--data", data, "--dtype", "f32"]
+        done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+        if refusal:
+            said = " ".join(done.stderr.split())
+            expect(f"peft's {name} is refused", done.returncode != 0 and refusal[0] in said, said)
+            continue
+        if done.returncode:
+            expect(f"peft's {name}", False, " ".join(done.stderr.split()))
+            continue
+        ours = torch.tensor(json.loads(done.stdout)["logprobs"][1:])
+        plain = torch.tensor(json.loads(run(program, "score", "--model", base, "--data", data, "--dtype", "f32"))["logprobs"][1:])
+        distance, moved = (ours - theirs).abs().max().item(), (ours - plain).abs().max().item()
+        expect(f"peft's {name}", distance < BUDGET and moved > 1e-2, f"{distance:.1e} (it moves them by {moved:.1e})")
+        merged = home / f"{name}-merged"
+        run(program, "merge", "--model", base, "--adapter", home / name, "--output", merged, "--dtype", "f32")
+        distance = (logprobs(load(merged), [SAMPLE])[0] - theirs).abs().max().item()
+        expect(f"peft's {name} merged, in transformers", distance < BUDGET, f"{distance:.1e}")
+
+
+def write_kinds(out):
+    """The adapters that the repository keeps, each with what peft makes of it."""
+    out.mkdir()
+    expected = {}
+    for name in KEPT:
+        _, found = make_kind(name, out)
+        expected[name] = {"base": KINDS[name][0], "logprobs": found.tolist()}
+    head = {"tokens": SAMPLE, "versions": versions() | {"peft": peft.__version__}}
+    write_json(out / "expected.json", head | {"kinds": expected})
 
 
 # --- peft's training --------------------------------------------------------------------------------------------------

@@ -20,8 +20,10 @@ import random
 import subprocess
 import sys
 import tempfile
+import warnings
 
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+warnings.filterwarnings("ignore")
 import datasets
 import pandas
 

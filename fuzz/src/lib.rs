@@ -129,7 +129,7 @@ pub fn chat_template(data: &[u8]) {
             check(&error);
         }
     }
-    if let Err(error) = encoder.weighted(&conversation.turns) {
+    if let Err(error) = encoder.weighted(&conversation) {
         check(&error);
     }
 }

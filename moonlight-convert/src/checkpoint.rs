@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use moonlight_model::{ConfigError, ModelConfig};
 use rayon::prelude::*;
 
+use crate::dtype::conversion::WeightDtype;
+use crate::dtype::quant::scales;
 use crate::error::CheckpointError;
 use crate::format::burnpack::BURNPACK;
 use crate::format::index::{Index, SINGLE};
@@ -42,6 +44,35 @@ pub struct Checkpoint {
     burnpack: bool,
     /// The keys of tensors that should lie in files that cannot be read; `None` where that may be any.
     pub(crate) unread: Option<HashSet<String>>,
+    tied_head: TiedHead,
+}
+
+/// What the files hold for a head that `config.json` ties to the embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TiedHead {
+    /// It is not tied, or the embedding alone is there, as it should be.
+    #[default]
+    Nothing,
+    /// A head that repeats the embedding.
+    Repeated,
+    /// A head that differs from the embedding. It is used, and the model is one without a tied head.
+    Own,
+    /// A head alone, which is the embedding too.
+    Alone,
+}
+
+impl TiedHead {
+    /// What to say of it.
+    pub fn describe(self) -> Option<&'static str> {
+        match self {
+            Self::Nothing | Self::Repeated => None,
+            Self::Own => Some(
+                "`tie_word_embeddings` is true in config.json, and the files hold a head that differs from the embedding: the \
+                 head is used, as transformers 5 does",
+            ),
+            Self::Alone => Some("the files hold no embedding: the head stands for it, to which config.json ties it"),
+        }
+    }
 }
 
 /// A file of weights.
@@ -84,7 +115,9 @@ impl Checkpoint {
     /// folder of a model in the Hub's cache stands for its newest snapshot, and so does `org/name` where there is no such
     /// directory ([`hub::resolve`]).
     ///
-    /// No weight is read. Files that are absent or broken are no error yet: [`problems`](Checkpoint::problems) lists
+    /// No weight is read, but for one case: where `tie_word_embeddings` is true and the files hold a head beside the embedding,
+    /// the two are compared. If they differ, the head is used as transformers 5 uses it, and
+    /// [`config`](Checkpoint::config) says that it is not tied. Files that are absent or broken are no error yet: [`problems`](Checkpoint::problems) lists
     /// them beside what does not fit the model, and [`load`](crate::load) refuses all of it in one error.
     ///
     /// # Errors
@@ -108,6 +141,7 @@ impl Checkpoint {
             broken: Vec::new(),
             burnpack: false,
             unread: Some(HashSet::new()),
+            tied_head: TiedHead::Nothing,
         };
         if confined.file(SINGLE)?.is_some() {
             checkpoint.open_files(&confined, vec![SINGLE.to_owned()]);
@@ -126,7 +160,59 @@ impl Checkpoint {
             return Err(CheckpointError::NoWeights { others: other_weights(&checkpoint.dir), dir: checkpoint.dir });
         }
         checkpoint.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        if checkpoint.config.tie_word_embeddings && !checkpoint.burnpack {
+            checkpoint.tied_head = checkpoint.find_tied_head()?;
+            checkpoint.config.tie_word_embeddings = checkpoint.tied_head != TiedHead::Own;
+        }
         Ok(checkpoint)
+    }
+
+    /// What the files hold for a head that `config.json` ties to the embedding.
+    pub fn tied_head(&self) -> TiedHead {
+        self.tied_head
+    }
+
+    fn find_tied_head(&self) -> Result<TiedHead, CheckpointError> {
+        let find = |key: &str| self.tensors.iter().find(|tensor| names::key(&tensor.name) == key);
+        let absent = |key: &str| self.unread.as_ref().is_some_and(|unread| !unread.contains(key));
+        let packed = names::packed(names::HEAD).values;
+        Ok(match (find(names::EMBEDDING), find(names::HEAD)) {
+            _ if find(&packed).is_some() => TiedHead::Own,
+            (Some(embedding), Some(head)) => {
+                if self.equal_values(embedding, head)? {
+                    TiedHead::Repeated
+                } else {
+                    TiedHead::Own
+                }
+            }
+            (None, Some(_)) if absent(names::EMBEDDING) => TiedHead::Alone,
+            _ => TiedHead::Nothing,
+        })
+    }
+
+    /// Whether two tensors of plain values hold the same numbers, in whatever dtypes.
+    fn equal_values(&self, a: &StoredTensor, b: &StoredTensor) -> Result<bool, CheckpointError> {
+        /// Values that are read at a time.
+        const CHUNK: usize = 1 << 19;
+        let dtypes = [a, b].map(|tensor| WeightDtype::from_safetensors(tensor.dtype));
+        let ([Some(first), Some(second)], true) = (dtypes, a.shape == b.shape) else { return Ok(false) };
+        let count: usize = a.shape.iter().product();
+        let read = |tensor: &StoredTensor, dtype: WeightDtype, values: Range<usize>| {
+            let start = tensor.range.start;
+            let range = start + values.start * dtype.size()..start + values.end * dtype.size();
+            let mut bytes = vec![0; range.len()];
+            self.read_part(&FileRange { shard: tensor.shard, range }, &mut bytes)?;
+            Ok::<_, CheckpointError>(bytes)
+        };
+        for start in (0..count).step_by(CHUNK) {
+            let values = start..count.min(start + CHUNK);
+            let [left, right] = [read(a, first, values.clone())?, read(b, second, values)?];
+            let equal = if first == second { left == right } else { scales(&left, first) == scales(&right, second) };
+            if !equal {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The directory; for the top folder of a model in the Hub's cache, that of the snapshot.

@@ -259,6 +259,7 @@ impl CheckpointError {
                 }
             },
             Self::Misfit { problems, .. } => problems.hint(),
+            Self::Config { source, .. } => source.hint().map(str::to_owned),
             Self::Overflow { .. } => Some("bf16 and f32 have the range; try one of them".into()),
             Self::DeviceDtype { .. } => Some("load the weights as f32".into()),
             Self::Dtype { .. } => Some("the dtypes of weights are f32, bf16 and f16".into()),

@@ -54,7 +54,7 @@ pub mod report;
 mod save;
 pub mod tokenizer;
 
-pub use checkpoint::{Checkpoint, StoredTensor, WeightFile};
+pub use checkpoint::{Checkpoint, StoredTensor, TiedHead, WeightFile};
 pub use dtype::conversion::WeightDtype;
 pub use error::CheckpointError;
 pub use format::sidecars::sidecars_in;

@@ -85,6 +85,7 @@ impl Checkpoint {
     /// Those of [`load`](crate::load).
     pub fn load(&self, device: &Device, dtype: Option<DType>) -> Result<Loaded, CheckpointError> {
         let plan = self.checked_plan(Scope::Whole)?;
+        self.warn(&plan);
         let (model, report) = self.fill(self.config().init(device), "", &plan, device, dtype)?;
         Ok(Loaded { model, report })
     }
@@ -101,6 +102,7 @@ impl Checkpoint {
         dtype: Option<DType>,
         bits: QuantBits,
     ) -> Result<CausalLm, CheckpointError> {
+        self.warn(&self.checked_plan(Scope::Whole)?);
         let mut model = self.config().init(device);
         model.embed_tokens = self.load_part(model.embed_tokens, "embed_tokens", device, dtype)?.0;
         model.norm = self.load_part(model.norm, "norm", device, dtype)?.0;
@@ -157,6 +159,16 @@ impl Checkpoint {
             return Err(CheckpointError::NoSuchPart { path: path.to_owned() });
         }
         self.fill(module, path, &plan, device, dtype)
+    }
+
+    /// Logs what the configuration does not lead one to expect.
+    fn warn(&self, plan: &LoadPlan) {
+        if let Some(head) = self.tied_head().describe() {
+            tracing::warn!("{head}");
+        }
+        if let Some(names) = plan.skipped.get(&SkipReason::UnannouncedPrediction) {
+            tracing::warn!("{} tensors are left out: {}", names.len(), SkipReason::UnannouncedPrediction.describe());
+        }
     }
 
     fn fill<M: Module>(

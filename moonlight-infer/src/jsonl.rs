@@ -28,8 +28,8 @@ impl JsonlReader {
         Ok(Self { records: RecordReader::open(path, &[], None)?, place: Place::default() })
     }
 
-    /// The tokens of the next record; `None` after the last. A record of text needs a tokenizer, which gives those of
-    /// its [`encode_text`](Tokenizer::encode_text).
+    /// The tokens of the next record; `None` after the last. A record of text needs a tokenizer, which gives those of its
+    /// [`encode_text`](Tokenizer::encode_text).
     ///
     /// # Errors
     ///

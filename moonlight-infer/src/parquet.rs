@@ -54,8 +54,8 @@ impl ParquetError {
 /// them is known where records are.
 pub type Wanted = &'static [&'static str];
 
-/// What a conversation is kept in, in each of its three shapes.
-pub const CONVERSATIONS: Wanted = &["messages", "conversations", "instruction"];
+/// What a conversation is kept in, in each of its shapes.
+pub const CONVERSATIONS: Wanted = &["messages", "conversations", "prompt", "instruction"];
 /// What `format = "tokens"` reads.
 pub const TOKENS: Wanted = &["tokens", "input_ids"];
 /// What `format = "text"` reads.
@@ -293,7 +293,8 @@ mod tests {
         }
         assert_eq!(read(&fixture("text.parquet"), TEXTS).unwrap(), expected("text.parquet", &[]));
         let error = read(&fixture("text.parquet"), CONVERSATIONS).unwrap_err().to_string();
-        let lacks = "it has none of the columns `messages`, `conversations`, `instruction`; it has `id`, `text`";
+        let lacks =
+            "it has none of the columns `messages`, `conversations`, `prompt`, `instruction`; it has `id`, `text`";
         assert!(error.ends_with(lacks), "{error}");
         let error = read(&fixture("text.parquet"), TOKENS).unwrap_err().to_string();
         assert!(error.ends_with("it has none of the columns `tokens`, `input_ids`; it has `id`, `text`"), "{error}");

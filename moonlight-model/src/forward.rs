@@ -108,9 +108,15 @@ impl ForwardContext {
         self.rotation.as_ref().expect("attention needs a context with positions: `ForwardContext::new`")
     }
 
-    /// For each token the start of its document, where sequences are packed.
-    pub(crate) fn starts(&self) -> Option<&[u32]> {
-        self.starts.as_ref().map(|starts| starts.as_slice())
+    /// For each token the first that it sees in its sequence: the start of its document or, with a window, the first of that
+    /// many tokens that end with it; `None` where every token sees back to the start of its sequence.
+    pub(crate) fn first_keys(&self, window: Option<usize>) -> Option<Arc<Vec<u32>>> {
+        let Some(window) = window.filter(|window| *window < self.sequence) else { return self.starts.clone() };
+        let first = |token: usize| {
+            let document = self.starts.as_ref().map_or(0, |starts| starts[token]);
+            document.max((token % self.sequence + 1).saturating_sub(window) as u32)
+        };
+        Some(Arc::new((0..self.batch * self.sequence).map(first).collect()))
     }
 
     /// Which tokens are padding and count for nothing.
@@ -126,8 +132,8 @@ impl ForwardContext {
         self.probe.attention_logits
     }
 
-    pub(crate) fn attention_spec(&self, scale: f64) -> AttentionSpec {
-        AttentionSpec { scale: scale as f32, starts: self.starts.clone() }
+    pub(crate) fn attention_spec(&self, scale: f64, window: Option<usize>) -> AttentionSpec {
+        AttentionSpec { scale: scale as f32, starts: self.first_keys(window) }
     }
 
     /// # Panics

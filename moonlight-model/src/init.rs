@@ -54,7 +54,7 @@ impl<'a> Init<'a> {
 
     /// A router's matrix, `[hidden, experts]`.
     pub(crate) fn router(self, shape: [usize; 2], deviation: f64) -> Param<Tensor<2>> {
-        self.normal(ParameterKind::Router, None, shape, deviation)
+        self.normal(ParameterKind::Router, Some(ProjectionRole::Router), shape, deviation)
     }
 
     /// A router's correction bias, which no gradient reaches.

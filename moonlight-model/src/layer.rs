@@ -77,6 +77,7 @@ impl ModelConfig {
         assert!(layer < self.num_hidden_layers, "the model has {} layers", self.num_hidden_layers);
         let (hidden_size, initializer_range) = (self.hidden_size, self.initializer_range);
         let attention = self.attention.config(&ModelWidths {
+            layer,
             hidden_size,
             num_attention_heads: self.num_attention_heads,
             rope: &self.rope,
@@ -85,7 +86,9 @@ impl ModelConfig {
         let feed_forward = match self.moe_of_layer(layer) {
             Some(moe) => FeedForwardConfig::Moe(moe.config(hidden_size, initializer_range)),
             None => FeedForwardConfig::Dense(
-                MlpConfig::new(hidden_size, self.intermediate_size).with_initializer_range(initializer_range),
+                MlpConfig::new(hidden_size, self.intermediate_size)
+                    .with_bias(self.mlp_bias)
+                    .with_initializer_range(initializer_range),
             ),
         };
         DecoderLayerConfig { attention, feed_forward, rms_norm_eps: self.rms_norm_eps }

@@ -16,6 +16,9 @@ pub struct MlpConfig {
     pub hidden_size: usize,
     /// Width between the projections.
     pub intermediate_size: usize,
+    /// Biases on all three projections.
+    #[config(default = false)]
+    pub bias: bool,
     /// Standard deviation of fresh weights.
     #[config(default = 0.02)]
     pub initializer_range: f64,
@@ -29,7 +32,7 @@ impl MlpConfig {
 
     pub(crate) fn build(&self, init: Init<'_>, role: impl Fn(MlpRole) -> ProjectionRole) -> Mlp {
         let (hidden, width) = (self.hidden_size, self.intermediate_size);
-        let projection = |part, shape| init.projection(role(part), shape, false, self.initializer_range);
+        let projection = |part, shape| init.projection(role(part), shape, self.bias, self.initializer_range);
         Mlp {
             gate_proj: projection(MlpRole::Gate, [hidden, width]),
             up_proj: projection(MlpRole::Up, [hidden, width]),

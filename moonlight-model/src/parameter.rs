@@ -51,6 +51,13 @@ pub enum ParameterKind {
     CorrectionBias,
 }
 
+impl ParameterKind {
+    /// Whether it is a weight that may have an adapter: a projection, a stack of experts', a router.
+    pub fn is_projection(self) -> bool {
+        matches!(self, Self::Matrix | Self::Experts | Self::Router)
+    }
+}
+
 /// What a projection does, and in which part of its layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProjectionRole {
@@ -62,6 +69,8 @@ pub enum ProjectionRole {
     SharedExperts(MlpRole),
     /// In the routed experts.
     Experts(MlpRole),
+    /// The matrix that chooses among the routed experts; it is never quantized.
+    Router,
 }
 
 /// What a projection of an attention makes.
@@ -105,6 +114,7 @@ impl ProjectionRole {
                 !matches!(role, AttentionRole::QueryUp | AttentionRole::KeyValueUp | AttentionRole::Output)
             }
             Self::Mlp(role) | Self::SharedExperts(role) | Self::Experts(role) => role != MlpRole::Down,
+            Self::Router => true,
         }
     }
 

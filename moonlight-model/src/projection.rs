@@ -66,14 +66,16 @@ impl Projection {
 
 /// The quantized form and the adapter of a weight, where it has them.
 pub(crate) struct WeightRef<'a, const D: usize> {
-    pub(crate) quantized: &'a Option<QuantizedWeight>,
+    /// `None` for a weight that is never quantized.
+    pub(crate) quantized: Option<&'a Option<QuantizedWeight>>,
     pub(crate) lora: &'a Option<LowRank<D>>,
 }
 
 /// A weight with its quantized form and its adapter.
 pub(crate) struct WeightMut<'a, const D: usize> {
     pub(crate) weight: &'a mut Param<Tensor<D>>,
-    pub(crate) quantized: &'a mut Option<QuantizedWeight>,
+    /// `None` for a weight that is never quantized.
+    pub(crate) quantized: Option<&'a mut Option<QuantizedWeight>>,
     pub(crate) lora: &'a mut Option<LowRank<D>>,
 }
 
@@ -109,13 +111,13 @@ pub(crate) trait Projections {
 impl Projections for Projection {
     fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>) {
         let Self { quantized, lora, role, .. } = self;
-        let projection = ProjectionRef::Matrix(WeightRef { quantized, lora });
+        let projection = ProjectionRef::Matrix(WeightRef { quantized: Some(quantized), lora });
         list.push(Placed { fields: path.clone(), role: *role, projection });
     }
 
     fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>) {
         let Self { weight, quantized, lora, role, .. } = self;
-        let projection = ProjectionMut::Matrix(WeightMut { weight, quantized, lora });
+        let projection = ProjectionMut::Matrix(WeightMut { weight, quantized: Some(quantized), lora });
         list.push(Placed { fields: path.clone(), role: *role, projection });
     }
 }

@@ -38,7 +38,7 @@ impl<P> ModelProjection<P> {
 impl<const D: usize> WeightMut<'_, D> {
     /// The shape of the weight, quantized or not.
     pub(crate) fn dims(&self) -> [usize; D] {
-        match &*self.quantized {
+        match self.quantized.as_deref().and_then(Option::as_ref) {
             None => self.weight.lazy_shape().dims(),
             Some(quantized) => last(quantized.dims()),
         }
@@ -50,19 +50,19 @@ impl<const D: usize> WeightMut<'_, D> {
         if lora.is_none() {
             return;
         }
-        dequantize(weight, quantized);
+        if let Some(quantized) = quantized {
+            dequantize(weight, quantized);
+        }
         let Some(lora) = lora.take() else { return };
         replace(weight, |old| lora.merged_into(old));
     }
 
     fn quantize(self, bits: QuantBits) {
-        if self.quantized.is_some() {
-            return;
-        }
         let dims: [usize; D] = self.dims();
+        let Some(quantized) = self.quantized.filter(|quantized| quantized.is_none()) else { return };
         let mut stack = [1; 3];
         stack[3 - D..].copy_from_slice(&dims);
-        *self.quantized = Some(QuantizedWeight::new(self.weight.val().reshape(stack), bits));
+        *quantized = Some(QuantizedWeight::new(self.weight.val().reshape(stack), bits));
         replace(self.weight, |old| Tensor::zeros([1; D], (&old.device(), old.dtype())));
         *self.weight = self.weight.clone().set_require_grad(false);
     }
@@ -115,8 +115,13 @@ impl CausalLm {
     pub fn dequantized(mut self) -> Self {
         for each in self.projections_mut() {
             match each.projection {
-                ProjectionMut::Matrix(WeightMut { weight, quantized, .. }) => dequantize(weight, quantized),
-                ProjectionMut::Experts(WeightMut { weight, quantized, .. }) => dequantize(weight, quantized),
+                ProjectionMut::Matrix(WeightMut { weight, quantized: Some(quantized), .. }) => {
+                    dequantize(weight, quantized);
+                }
+                ProjectionMut::Experts(WeightMut { weight, quantized: Some(quantized), .. }) => {
+                    dequantize(weight, quantized);
+                }
+                ProjectionMut::Matrix(_) | ProjectionMut::Experts(_) => {}
             }
         }
         self
@@ -142,13 +147,13 @@ impl CausalLm {
     /// Bytes of all weights in few bits, with their scales.
     pub fn quantized_bytes(&self) -> usize {
         let quantized = self.projections().into_iter().filter_map(|each| match each.projection {
-            ProjectionRef::Matrix(weight) => weight.quantized.as_ref(),
-            ProjectionRef::Experts(weight) => weight.quantized.as_ref(),
+            ProjectionRef::Matrix(weight) => weight.quantized.and_then(Option::as_ref),
+            ProjectionRef::Experts(weight) => weight.quantized.and_then(Option::as_ref),
         });
         quantized.map(QuantizedWeight::bytes).sum()
     }
 
-    /// Every projection of the decoder's layers. Embedding, head, routers and norms are none.
+    /// Every projection of the decoder's layers, routers included. Embedding, head and norms are none.
     pub(crate) fn projections(&self) -> Vec<ModelProjection<ProjectionRef<'_>>> {
         let of_layer = |(layer, module): (usize, _)| {
             let mut list = Vec::new();
@@ -173,7 +178,7 @@ impl CausalLm {
 mod tests {
     use burn::tensor::Device;
 
-    use crate::config::{ModelConfig, PRESETS, ParameterKind};
+    use crate::config::{ModelConfig, PRESETS};
 
     /// A projection that a module forgets to name in `projections_of_fields!` would be neither quantized nor adapted.
     #[test]
@@ -183,7 +188,7 @@ mod tests {
             let listed: Vec<_> = config
                 .parameter_shapes()
                 .into_iter()
-                .filter(|parameter| matches!(parameter.kind, ParameterKind::Matrix | ParameterKind::Experts))
+                .filter(|parameter| parameter.kind.is_projection())
                 .map(|parameter| (parameter.path.trim_end_matches(".weight").to_owned(), parameter.role.unwrap()))
                 .collect();
             let mut model = config.init(&Device::default());

@@ -1,8 +1,8 @@
-//! Rotary position embedding, plain and with YaRN.
+//! Rotary position embedding, plain and scaled for longer contexts.
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::config::rope::{RopeConfig, YarnConfig, yarn_mscale};
+use crate::config::rope::{Llama3Config, RopeConfig, RopeScaling, YarnConfig, yarn_mscale};
 use crate::kernels::{RotationSpec, rotate};
 
 /// The frequencies of a model's rotary embedding.
@@ -24,12 +24,14 @@ pub struct Rotation {
 }
 
 impl RotaryEmbedding {
-    /// Frequencies `theta^(-2i / dim)`, for `i` below `dim / 2`, adjusted by YaRN where the configuration has it.
+    /// Frequencies `theta^(-2i / dim)`, for `i` below `dim / 2`, changed as the configuration's scaling says.
     pub fn new(config: &RopeConfig, dim: usize) -> Self {
         let plain = (0..dim / 2).map(|i| config.theta.powf(-2.0 * i as f64 / dim as f64));
-        let (frequencies, scale): (Vec<f64>, f64) = match &config.yarn {
-            None => (plain.collect(), 1.0),
-            Some(yarn) => {
+        let (frequencies, scale): (Vec<f64>, f64) = match &config.scaling {
+            None | Some(RopeScaling::Dynamic { .. }) => (plain.collect(), 1.0),
+            Some(RopeScaling::Linear { factor }) => (plain.map(|f| f / factor).collect(), 1.0),
+            Some(RopeScaling::Llama3(llama)) => (plain.map(|f| llama3_frequency(llama, f)).collect(), 1.0),
+            Some(RopeScaling::Yarn(yarn)) => {
                 let ramp = yarn_ramp(yarn, config.theta, dim);
                 let mixed = plain.zip(ramp).map(|(f, ramp)| f / yarn.factor * ramp + f * (1.0 - ramp)).collect();
                 (mixed, yarn_attention_factor(yarn))
@@ -90,6 +92,15 @@ fn yarn_ramp(yarn: &YarnConfig, theta: f64, dim: usize) -> impl Iterator<Item = 
     (0..dim / 2).map(move |i| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0))
 }
 
+/// Llama 3.1's change of one frequency.
+fn llama3_frequency(llama: &Llama3Config, frequency: f64) -> f64 {
+    // How often the frequency turns over the original context.
+    let turns = llama.original_max_position_embeddings as f64 * frequency / (2.0 * std::f64::consts::PI);
+    // 0 where it takes the whole divisor, 1 where it is kept.
+    let kept = ((turns - llama.low_freq_factor) / (llama.high_freq_factor - llama.low_freq_factor)).clamp(0.0, 1.0);
+    (1.0 - kept) * frequency / llama.factor + kept * frequency
+}
+
 fn yarn_attention_factor(yarn: &YarnConfig) -> f64 {
     match (yarn.attention_factor, yarn.mscale, yarn.mscale_all_dim) {
         (Some(factor), _, _) => factor,
@@ -118,7 +129,7 @@ mod tests {
     fn yarn_keeps_fast_frequencies_and_divides_slow_ones() {
         let config = ModelConfig::preset("deepseek-v3").unwrap();
         let yarn = RotaryEmbedding::new(&config.rope, 64);
-        let plain = RotaryEmbedding::new(&RopeConfig { yarn: None, ..config.rope.clone() }, 64);
+        let plain = RotaryEmbedding::new(&RopeConfig { scaling: None, ..config.rope.clone() }, 64);
         assert_eq!(yarn.inverse_frequencies[0], plain.inverse_frequencies[0]);
         let ratio = plain.inverse_frequencies[31] / yarn.inverse_frequencies[31];
         assert!((ratio - 40.0).abs() < 1e-4, "{ratio}");
@@ -129,7 +140,8 @@ mod tests {
     #[test]
     fn equal_betas_make_a_step() {
         let mut config = ModelConfig::preset("deepseek-v3").unwrap();
-        config.rope.yarn.as_mut().unwrap().beta_fast = 1.0;
+        let Some(RopeScaling::Yarn(yarn)) = &mut config.rope.scaling else { panic!("DeepSeek-V3 has YaRN") };
+        yarn.beta_fast = 1.0;
         let yarn = RotaryEmbedding::new(&config.rope, 64);
         assert!(yarn.inverse_frequencies.iter().all(|f| f.is_finite()));
     }

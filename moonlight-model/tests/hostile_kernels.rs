@@ -272,9 +272,14 @@ fn call_cached_attention(arguments: &mut Arguments) -> Outcome {
         let [sequence, start, count] = [sequence, start, count].map(|number| arguments.number(number));
         spans.push(CacheSpan { sequence, start, count });
     }
+    let window = arguments.plan.seed.is_multiple_of(3).then_some(1 + count);
     let (keys, values) = (0..arguments.number(width), arguments.number(width)..arguments.number(width + 3));
     outcome(
-        cached_attention(query, cache, CachedAttentionSpec { scale: 0.7, keys, values, spans: Arc::new(spans) }),
+        cached_attention(
+            query,
+            cache,
+            CachedAttentionSpec { scale: 0.7, keys, values, window, spans: Arc::new(spans) },
+        ),
         vec![],
     )
 }

@@ -33,7 +33,18 @@ fn family() -> Vec<(&'static str, ModelConfig)> {
                 "norm_topk_prob": false, "routed_scaling_factor": 1.0, "n_shared_experts": 1})),
         ),
         ("llama", dense("llama", false)),
+        ("llama with biases", {
+            let mut value = dense("llama", false).to_value();
+            (value["attention_bias"], value["mlp_bias"]) = (true.into(), true.into());
+            ModelConfig::from_value(value).unwrap()
+        }),
         ("qwen2", dense("qwen2", true)),
+        ("qwen2 with a window", {
+            let mut value = dense("qwen2", true).to_value();
+            (value["use_sliding_window"], value["sliding_window"]) = (true.into(), 4.into());
+            value["max_window_layers"] = 1.into();
+            ModelConfig::from_value(value).unwrap()
+        }),
     ]
 }
 

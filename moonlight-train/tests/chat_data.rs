@@ -156,3 +156,50 @@ fn broken_conversations_are_one_line() {
     let kept = fs::read_to_string(home.run("bad").join("data.txt")).unwrap();
     assert!(kept.contains(note.strip_prefix("note: ").unwrap()) && kept.contains("talk.jsonl:2 ("), "{kept}");
 }
+
+/// What of a record nobody reads is said once, with counts, on the console and in `data.txt`.
+#[test]
+fn fields_that_nobody_reads_are_named() {
+    let (home, sets) = home();
+    let template = home.path("tools.jinja");
+    let source = "{% for m in messages %}<|im_user|>{{ m.get('name') or m.role }}<|im_middle|>{{ m.content }}{% for c in m.tool_calls %}\
+                <call>{{ c.function.name }} {{ c.function.arguments }}</call>{% endfor %}<|im_end|>{% endfor %}\
+                {% if add_generation_prompt %}<|im_user|>assistant<|im_middle|>{% endif %}";
+    fs::write(&template, source).unwrap();
+    let record = |more: serde_json::Value| {
+        let mut record = json!({"id": 1, "messages": [
+            {"role": "user", "name": "Ada", "content": "Weather?", "time": "noon"},
+            {"role": "assistant", "content": null, "tool_calls": [
+                {"id": "w:0", "type": "function", "function": {"name": "w", "arguments": "{\"town\":\"Celle\"}"}}]},
+            {"role": "tool", "tool_call_id": "w:0", "content": "7"},
+            {"role": "assistant", "content": "Seven.", "train": false}]});
+        record.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        format!("{record}\n")
+    };
+    let lines = [
+        record(json!({})),
+        record(json!({"tools": [{"type": "function"}]})),
+        record(json!({"source": "x", "score": null})),
+    ];
+    fs::write(home.path("talk.jsonl"), lines.concat()).unwrap();
+    let set = format!("data.chat_template={}", template.display());
+    let more =
+        ["--set", &set, "--set", "data.valid_fraction=0", "--set", "train.steps=1", "--set", "train.validate_every=0"];
+    let output = home.train("noted", &arguments(&sets, &more)).output().unwrap();
+    assert!(output.status.success(), "{}", text_of(&output));
+    let note = "data.train: fields that nothing reads, and in how many records: `id` (3), \
+                `messages[].time` (3), `messages[].tool_call_id` (3), `source` (1), `tools` (1)";
+    assert!(text_of(&output).contains(note), "{}", text_of(&output));
+    let kept = fs::read_to_string(home.run("noted").join("data.txt")).unwrap();
+    assert_eq!(kept.matches(note).count(), 1, "{kept}");
+    // The turn that calls is learned as the template writes it, and that which is marked is not.
+    let mut command = moonlight(&["data", "inspect", "--samples", "1"]);
+    let output = command.arg(home.path("recipe.toml")).args(arguments(&sets, &more[..4])).output().unwrap();
+    let shown = text(&output.stdout);
+    let learned = "<|im_middle|>]<call>w {\"town\":\"Celle\"}</call><|im_end|>[<|im_user|>";
+    assert!(shown.contains(learned) && shown.ends_with("<|im_middle|>Seven.<|im_end|>]\n"), "{shown}");
+}
+
+fn text_of(output: &std::process::Output) -> String {
+    text(&output.stderr)
+}

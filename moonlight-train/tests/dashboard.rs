@@ -40,14 +40,25 @@ impl OnTerminal {
 
     /// With `control` the terminal is the one that the program is controlled by, and its end a SIGHUP.
     fn open(home: &Home, name: &str, control: bool) -> Self {
+        Self::with(home, name, control, true, 1_000_000)
+    }
+
+    /// Without `keys` stdin is no terminal.
+    fn with(home: &Home, name: &str, control: bool, keys: bool, steps: u64) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
         let terminal = ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         tcsetwinsize(&terminal, Winsize { ws_row: 40, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
         let stdio = || Stdio::from(terminal.try_clone().unwrap());
-        let mut command = home.train(name, &["--set", "train.steps=1000000", "--set", "train.checkpoint_every=0"]);
-        command.stdin(stdio()).stdout(stdio()).stderr(stdio()).env("TERM", "xterm").env_remove("NO_COLOR");
+        let mut command =
+            home.train(name, &["--set", &format!("train.steps={steps}"), "--set", "train.checkpoint_every=0"]);
+        command
+            .stdin(if keys { stdio() } else { Stdio::null() })
+            .stdout(stdio())
+            .stderr(stdio())
+            .env("TERM", "xterm")
+            .env_remove("NO_COLOR");
         // SAFETY: both calls are system calls and allocate nothing.
         unsafe {
             command.pre_exec(move || {
@@ -215,4 +226,14 @@ fn a_terminal_that_nobody_is_told_of_costs_the_picture_alone() {
     let status = run.end();
     assert_eq!(status.code(), Some(130), "{status:?}");
     assert_eq!(checkpoints(&home.run("unseen")).len(), 1);
+}
+
+/// `docker run -t` without `-i`, or a service with a terminal for its output: nothing can be pressed.
+#[test]
+fn a_terminal_without_keys_gets_log_lines() {
+    let home = Home::new();
+    let mut run = OnTerminal::with(&home, "no-keys", false, false, 3);
+    let said = run.wait_for(&["step:      3"]);
+    assert!(!said.contains("\x1b[?1049h") && !said.contains("panicked"), "{said}");
+    assert_eq!(run.end(), Some(0));
 }

@@ -123,7 +123,7 @@ mod parquet_built_in {
         assert_fails(&train(&fixture("not-utf8.parquet"), &[]), "not-utf8.parquet:2: the row cannot be read: ");
         assert_fails(
             &train(&fixture("text.parquet"), &[]),
-            "text.parquet`: it has none of the columns `messages`, `conversations`, `instruction`; it has `id`, `text`",
+            "text.parquet`: it has none of the columns `messages`, `conversations`, `prompt`, `instruction`; it has `id`, `text`",
         );
         assert_fails(
             &train(&fixture("messages-snappy.parquet"), &["data.format=text"]),

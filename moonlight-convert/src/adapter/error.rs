@@ -28,6 +28,8 @@ pub enum AdapterError {
         path: PathBuf,
         /// What is wrong with it, as the rest of a sentence.
         problem: String,
+        /// What to do about it, where we know.
+        hint: Option<String>,
     },
     /// The directory has no `adapter_model.safetensors`.
     #[error("`{}` has no `adapter_model.safetensors`", OneLine(dir.display()))]
@@ -42,6 +44,24 @@ pub enum AdapterError {
         path: PathBuf,
         /// What is wrong with it, as the rest of a sentence.
         problem: String,
+        /// What to do about it, where we know.
+        hint: Option<String>,
+    },
+    /// The adapter changes more than projections, as DoRA or trained embeddings do: it can be used and merged, not trained.
+    #[error("the adapter `{}` {}, and cannot be trained further", OneLine(dir.display()), OneLine(what))]
+    NotTrainable {
+        /// The adapter.
+        dir: PathBuf,
+        /// What it does, as the middle of a sentence.
+        what: String,
+    },
+    /// The adapter changes weights that are in few bits.
+    #[error("the adapter `{}` changes `{}` itself, which is in few bits", OneLine(dir.display()), OneLine(path))]
+    Quantized {
+        /// The adapter.
+        dir: PathBuf,
+        /// The weight.
+        path: String,
     },
     /// Matrices of another rank than the configuration names.
     #[error(
@@ -88,11 +108,18 @@ impl AdapterError {
                 Some("an adapter is a directory as peft saves it, with `adapter_config.json`".into())
             }
             Self::NoWeights { dir } if dir.join("adapter_model.bin").exists() => {
-                Some("`adapter_model.bin` is there: only safetensors files are read; save it anew with peft".into())
+                Some("`adapter_model.bin` is there: only safetensors files are read; load it in peft and save it anew with `save_pretrained(..., safe_serialization=True)`".into())
             }
             Self::NoBase { .. } => Some("name the base model beside the adapter".into()),
             Self::Rank { .. } => Some("the two files are not of one adapter".into()),
             Self::Misfit { source, .. } => source.hint(),
+            Self::Config { hint, .. } | Self::Weights { hint, .. } => hint.clone(),
+            Self::NotTrainable { .. } => {
+                Some("merge it into its model first, and train a new adapter on what comes of that".into())
+            }
+            Self::Quantized { .. } => {
+                Some("merge the adapter into its model in full first, and quantize what comes of that".into())
+            }
             _ => None,
         }
     }

@@ -10,11 +10,13 @@
 //! for the experts' (`_convert_peft_config_moe`, peft 0.21), so adapters of dense and shared MLPs are named as
 //! *parameters* (`mlp.gate_proj.weight`); beside those peft refuses a dropout, so that it is written as 0.
 
+mod change;
 mod config;
 mod error;
 mod names;
 mod pattern;
 mod read;
+mod targets;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -64,7 +66,7 @@ pub fn is_adapter(dir: &Path) -> bool {
 /// Reads an `adapter_config.json` for fuzzing: `Err` is the rest of a sentence that begins with the file's name.
 #[doc(hidden)]
 pub fn read_adapter_config(bytes: &[u8]) -> Result<(), String> {
-    let config = AdapterConfig::parse(bytes)?;
+    let config = AdapterConfig::parse(bytes).map_err(|problem| problem.text)?;
     let names = ["model.layers.1.mlp.experts.7.up_proj", "model.layers.0.self_attn.q_proj.weight"];
     config.of(&names.map(str::to_owned)).map(drop)
 }
@@ -76,10 +78,15 @@ pub fn read_adapter_config(bytes: &[u8]) -> Result<(), String> {
 ///
 /// [`AdapterError`] for a configuration that cannot be read, and [`AdapterError::NoBase`].
 pub fn base_of(dir: &Path) -> Result<PathBuf, AdapterError> {
-    let base = AdapterConfig::read(dir)?.base_model_name_or_path.filter(|base| !base.is_empty());
+    let config = AdapterConfig::read(dir)?;
+    let (base, revision) = (config.base.filter(|base| !base.is_empty()), config.revision);
     let found = base.as_ref().and_then(|base| {
         let beside = dir.join(base);
-        let candidates = [Some(PathBuf::from(base)), Some(beside), hub::resolve(base).ok()];
+        let cached = match &revision {
+            Some(revision) if !base.contains('@') => hub::resolve(format!("{base}@{revision}")),
+            _ => hub::resolve(base),
+        };
+        let candidates = [Some(PathBuf::from(base)), Some(beside), cached.ok()];
         candidates.into_iter().flatten().find(|path| path.is_dir())
     });
     found.ok_or_else(|| AdapterError::NoBase { dir: dir.to_path_buf(), base })

@@ -1,48 +1,107 @@
 //! Names of peft's, and which of them an adapter of ours goes by. No other file spells one.
 //!
-//! | adapter of | file, each with `.lora_A.weight` and `.lora_B.weight` behind it |
+//! | what | file, with `base_model.model.model.` before it |
 //! |---|---|
-//! | `layers.L.self_attn.q_proj`, dense and shared MLPs | `base_model.model.model.layers.L.self_attn.q_proj` |
-//! | `layers.L.mlp.experts.gate_proj` and `up_proj` | `….mlp.experts.base_layer`, or `….mlp.experts` without the next |
-//! | `layers.L.mlp.experts.down_proj` | `….mlp.experts` |
-//! | the same three, as transformers 4 and vLLM name them (read only) | `….mlp.experts.E.gate_proj` and so on |
+//! | adapter of `layers.L.self_attn.q_proj`, dense and shared MLPs | `layers.L.self_attn.q_proj.lora_A.weight` and `.lora_B.weight` |
+//! | of `layers.L.mlp.router` | `layers.L.mlp.gate`, both |
+//! | of `layers.L.mlp.experts.gate_proj` and `up_proj` | `….mlp.experts.base_layer`, or `….mlp.experts` without the next, both |
+//! | of `layers.L.mlp.experts.down_proj` | `….mlp.experts`, both |
+//! | of the same three, as transformers 4 and vLLM name them (read only) | `….mlp.experts.E.gate_proj` and so on, both |
+//! | of the head | `lm_head` (with `base_model.model.` before it), both |
+//! | of the embedding | `embed_tokens.lora_embedding_A` and `.lora_embedding_B` |
+//! | DoRA's magnitudes | `….lora_magnitude_vector` |
+//! | rows of the embedding that were trained by themselves | `embed_tokens.token_adapter.trainable_tokens_delta` |
+//! | weights, norms and biases that were trained whole | their own names, a `.base_layer` in them left out |
 //!
 //! transformers 5 keeps a layer's experts in two parameters, `gate_up_proj` and `down_proj`, and peft wraps one around the
 //! other; the inner one is the `base_layer`.
+
+use crate::mapping::names::key;
 
 /// What stands before every module.
 const PREFIX: &str = "base_model.model.";
 const MODEL: &str = "model.";
 pub(super) const GATE_UP: &str = "gate_up_proj";
+pub(super) const EMBEDDING: &str = "embed_tokens";
+pub(super) const HEAD: &str = "lm_head";
+/// The router, as we and as checkpoints call it.
+const ROUTER: (&str, &str) = (".mlp.router", ".mlp.gate");
 
-/// Which of an adapter's two matrices.
+/// What a tensor of the file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
+    /// `[rank, in]`.
     A,
+    /// `[out, rank]`.
     B,
+    /// `[rank, vocab]`.
+    EmbeddingA,
+    /// `[hidden, rank]`.
+    EmbeddingB,
+    /// DoRA's, `[out]`.
+    Magnitude,
+    /// `[tokens, hidden]`.
+    Tokens,
+    /// A tensor of the model itself.
+    Whole,
 }
 
-/// A tensor's module below the decoder (`layers.3.mlp.experts.base_layer`), and which matrix it is; `None` for any other
-/// tensor.
-pub(super) fn parse(tensor: &str) -> Option<(&str, Part)> {
+/// A tensor's module below the decoder (`layers.3.mlp.experts.base_layer`) and what it is of it. For
+/// [`Part::Whole`] it is the name of a checkpoint's tensor instead.
+pub(super) fn parse(tensor: &str) -> (String, Part) {
     let name = tensor.strip_prefix(PREFIX).unwrap_or(tensor);
-    let name = name.strip_suffix(".weight")?;
-    let name = name.strip_suffix(".default").unwrap_or(name);
-    let (module, part) = match name.strip_suffix(".lora_A") {
-        Some(module) => (module, Part::A),
-        None => (name.strip_suffix(".lora_B")?, Part::B),
-    };
-    Some((crate::mapping::names::key(module), part))
+    let bare = name.strip_suffix(".weight").unwrap_or(name);
+    let bare = bare.strip_suffix(".default").unwrap_or(bare);
+    let suffixes = [
+        (".lora_A", Part::A),
+        (".lora_B", Part::B),
+        (".lora_embedding_A", Part::EmbeddingA),
+        (".lora_embedding_B", Part::EmbeddingB),
+        (".lora_magnitude_vector", Part::Magnitude),
+        (".token_adapter.trainable_tokens_delta", Part::Tokens),
+        (".trainable_tokens_delta", Part::Tokens),
+    ];
+    match suffixes.iter().find_map(|(suffix, part)| Some((bare.strip_suffix(suffix)?, *part))) {
+        Some((module, part)) => (ours(key(module)), part),
+        None => {
+            let name = [".base_layer", ".token_adapter", ".modules_to_save.default", ".original_module"]
+                .iter()
+                .fold(name.to_owned(), |name, wrapper| name.replace(&format!("{wrapper}."), "."));
+            (key(&name).to_owned(), Part::Whole)
+        }
+    }
+}
+
+/// A module of ours by the name that the file has for it.
+fn ours(module: &str) -> String {
+    match module.strip_suffix(ROUTER.1) {
+        Some(layer) => format!("{layer}{}", ROUTER.0),
+        None => module.to_owned(),
+    }
+}
+
+/// A module of ours as the file names it.
+pub(super) fn theirs(module: &str) -> String {
+    match module.strip_suffix(ROUTER.0) {
+        Some(layer) => format!("{layer}{}", ROUTER.1),
+        None => module.to_owned(),
+    }
 }
 
 /// The two tensors of a module below the decoder.
 pub(super) fn tensors(module: &str) -> [String; 2] {
+    let module = theirs(module);
     ["A", "B"].map(|part| format!("{PREFIX}{MODEL}{module}.lora_{part}.weight"))
 }
 
 /// The module as transformers names it.
 pub(super) fn full(module: &str) -> String {
-    format!("{MODEL}{module}")
+    if module == HEAD { HEAD.into() } else { format!("{MODEL}{}", theirs(module)) }
+}
+
+/// What a parameter of a module is called in peft's lists of parameters, without `model.`.
+pub(super) fn as_parameter(module: &str) -> String {
+    format!("{}.weight", theirs(module))
 }
 
 /// The names under which peft's configuration may know a projection: the module, and its weight as a parameter.

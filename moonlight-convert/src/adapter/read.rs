@@ -11,14 +11,19 @@ use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::lora::{Adapter, LoraError, LowRankSettings};
 use moonlight_model::{CausalLm, ModelConfig};
 
-use super::config::{AdapterConfig, check_scale};
+use super::change::{self, Change, Changes};
+use super::config::{ADAPTER_CONFIG, AdapterConfig, Biases, Initial, MERGE_IN_PEFT, Tokens, check_scale};
 use super::error::AdapterError;
 use super::names::{self, Part};
+use super::targets::Names;
 use super::{ADAPTER_WEIGHTS, Note};
 use crate::dtype::conversion::{WeightDtype, convert_bytes};
 use crate::error::CheckpointError;
 use crate::format::shard::Shard;
+use crate::format::tensor_entry::TensorEntry;
 use crate::io::confined_dir::ConfinedDir;
+use crate::mapping::names as mapping;
+use crate::mapping::names::hugging_face_tensors;
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 1 << 20;
@@ -27,7 +32,7 @@ const LONGEST_NOTE: usize = 20_000_000;
 /// An adapter may have so many values whatever its model, and more only where the model has more itself.
 const ALWAYS_ALLOWED: u64 = 1 << 26;
 
-/// A matrix of the file, which has not been read.
+/// A tensor of the file, which has not been read; a vector is a matrix of one row.
 #[derive(Debug, Clone)]
 struct Stored {
     rows: usize,
@@ -44,15 +49,57 @@ struct Pair {
     b: Option<Stored>,
 }
 
-/// Loads the adapter of a directory into a model: ours, or one that peft wrote, for any of the model's projections.
+/// What the file holds, by modules.
+#[derive(Debug, Default)]
+struct Found {
+    pairs: BTreeMap<String, Pair>,
+    embeddings: BTreeMap<String, Pair>,
+    magnitudes: BTreeMap<String, Stored>,
+    tokens: BTreeMap<String, Stored>,
+    /// By the name of a checkpoint's tensor, with the name in the file.
+    whole: BTreeMap<String, (String, Stored)>,
+}
+
+/// What an adapter comes to beside its model.
+#[derive(Debug)]
+struct Contents {
+    adapters: Vec<Adapter>,
+    changes: Changes,
+}
+
+/// Loads the adapter of a directory into a model: ours, or one that peft wrote, for any of the model's projections, embedding
+/// and head. What is no LoRA of a projection (DoRA, a trained embedding, the residual of PiSSA) changes the weights
+/// themselves, once.
 ///
 /// # Errors
 ///
-/// [`AdapterError`]: files that are absent or broken, ranks that are not those of the configuration, tensors and shapes
-/// that do not belong to the model.
+/// [`AdapterError`]: files that are absent or broken, ranks that are not those of the configuration, a configuration with
+/// what is not known here, tensors and shapes that do not belong to the model, weights in few bits that are to be changed.
 pub fn load_adapter(model: CausalLm, dir: &Path) -> Result<CausalLm, AdapterError> {
-    let adapters = read_adapter(model.config(), dir)?;
+    let Contents { adapters, changes } = contents(model.config(), dir)?;
+    let model =
+        change::apply(model, changes).map_err(|path| AdapterError::Quantized { dir: dir.to_path_buf(), path })?;
     model.with_adapters(adapters).map_err(|source| AdapterError::Misfit { dir: dir.to_path_buf(), source })
+}
+
+/// The adapters of a directory for a model of this configuration, to be trained further.
+///
+/// # Errors
+///
+/// Those of [`load_adapter`], and [`AdapterError::NotTrainable`] for one that changes weights beside its projections'.
+pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, AdapterError> {
+    let Contents { adapters, changes } = contents(model, dir)?;
+    let what = |(path, changes): (&String, &Vec<Change>)| match changes.last() {
+        Some(Change::WithoutPrincipal(_)) => "is PiSSA, which changes the base's weights".to_owned(),
+        Some(Change::WithoutFirstColumns { .. }) => "is OLoRA, which changes the base's weights".to_owned(),
+        Some(Change::Dora { .. }) => "is DoRA".to_owned(),
+        Some(Change::Add { .. }) => format!("has an adapter of `{path}`"),
+        _ => format!("has a `{path}` of its own"),
+    };
+    match changes.iter().next() {
+        None => Ok(adapters),
+        Some(first) => Err(AdapterError::NotTrainable { dir: dir.to_path_buf(), what: what(first) }),
+    }
 }
 
 /// The file's tensors, and how they become the model's.
@@ -63,93 +110,107 @@ struct Reading {
     config: AdapterConfig,
     /// Whether the configuration names `gate_up_proj` among its parameters.
     targets_gate_up: bool,
+    tied: bool,
     shapes: BTreeMap<String, ParameterShape>,
     notes: HashMap<String, Note>,
     adapters: Vec<Adapter>,
+    changes: Changes,
     /// The most values of the whole adapter.
     most: u64,
     /// Those of them that may still be asked for.
     allowed: u64,
 }
 
-/// The adapters of a directory for a model of this configuration, as [`load_adapter`] hands them to the model.
-///
-/// # Errors
-///
-/// Those of [`load_adapter`].
-pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, AdapterError> {
-    let config = AdapterConfig::read(dir)?;
+fn contents(model: &ModelConfig, dir: &Path) -> Result<Contents, AdapterError> {
+    let mut config = AdapterConfig::read(dir)?;
+    if config.targets.modules.is_none() && config.targets.parameters.is_empty() {
+        config.targets.modules = Some(default_targets(model).ok_or_else(|| AdapterError::Config {
+            path: dir.join(ADAPTER_CONFIG),
+            problem: "does not say which modules it is for".into(),
+            hint: Some("`target_modules` names them, as peft writes it".into()),
+        })?);
+    }
     let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
     let Some(path) = confined.file(ADAPTER_WEIGHTS)? else {
         return Err(AdapterError::NoWeights { dir: dir.to_path_buf() });
     };
-    let wrong = |problem: String| AdapterError::Weights { path: path.clone(), problem };
+    let wrong = |problem: String| AdapterError::Weights { path: path.clone(), problem, hint: None };
     let mut shard = Shard::open(&path).map_err(wrong)?;
     let notes = shard.note.take().map_or(Ok(HashMap::new()), |note| read_notes(&note)).map_err(wrong)?;
-    let mut pairs: BTreeMap<String, Pair> = BTreeMap::new();
-    for tensor in std::mem::take(&mut shard.tensors) {
-        let name = &tensor.name;
-        let Some((module, part)) = names::parse(name) else {
-            return Err(wrong(format!("holds `{name}`, which is no part of a LoRA adapter")));
-        };
-        let &[rows, columns] = tensor.shape.as_slice() else {
-            return Err(wrong(format!("holds `{name}` of shape {:?}; it must be a matrix", tensor.shape)));
-        };
-        let Some(dtype) = WeightDtype::from_safetensors(tensor.dtype) else {
-            return Err(wrong(format!("holds `{name}` as {}; f32, bf16 and f16 are read", tensor.dtype)));
-        };
-        let pair = pairs.entry(module.to_owned()).or_default();
-        let matrix = match part {
-            Part::A => &mut pair.a,
-            Part::B => &mut pair.b,
-        };
-        if matrix.replace(Stored { rows, columns, dtype, range: tensor.range }).is_some() {
-            return Err(wrong(format!("holds `{name}` twice, under two names")));
-        }
+    let tensors = std::mem::take(&mut shard.tensors);
+    if tensors.is_empty() {
+        let hint = "it was saved from a model without an adapter, or by a training run whose parts were not gathered";
+        let problem = "holds no tensor at all".into();
+        return Err(AdapterError::Weights { path, problem, hint: Some(hint.into()) });
     }
+    let found = sorted(tensors).map_err(wrong)?;
     let shapes = model.parameter_shapes().into_iter();
-    let shapes = shapes
-        .filter(|shape| matches!(shape.kind, ParameterKind::Matrix | ParameterKind::Experts))
-        .map(|shape| (shape.path.strip_suffix(".weight").unwrap_or(&shape.path).to_owned(), shape))
-        .collect();
-    let mut targets = config.target_parameters.iter().flatten();
+    let shapes =
+        shapes.map(|shape| (shape.path.strip_suffix(".weight").unwrap_or(&shape.path).to_owned(), shape)).collect();
+    let mut targets = config.targets.parameters.iter();
     let targets_gate_up = targets.any(|target| target.rsplit('.').next() == Some(names::GATE_UP));
     let most = model.parameter_count().total.max(ALWAYS_ALLOWED);
-    let mut reading = Reading {
+    let reading = Reading {
         path: path.clone(),
         dir: dir.to_path_buf(),
         shard,
         config,
         targets_gate_up,
+        tied: model.tie_word_embeddings,
         shapes,
         notes,
         adapters: Vec::new(),
+        changes: Changes::new(),
         most,
         allowed: most,
     };
-    let mut singles: BTreeMap<(String, String), BTreeMap<usize, (Stored, Stored)>> = BTreeMap::new();
-    let has_base_layer: HashSet<String> =
-        pairs.keys().filter_map(|module| Some(module.strip_suffix(".base_layer")?.to_owned())).collect();
-    for (module, Pair { a, b }) in pairs {
-        let (Some(a), Some(b)) = (a, b) else {
-            return Err(wrong(format!("holds only one of the two matrices of `{module}`")));
+    reading.read(found)
+}
+
+/// What peft takes where a configuration does not say (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`).
+fn default_targets(model: &ModelConfig) -> Option<Names> {
+    let known = matches!(model.model_type.as_str(), "llama" | "qwen2");
+    known.then(|| Names::List(["q_proj", "v_proj"].map(str::to_owned).into()))
+}
+
+/// The tensors by what they are. The error is the rest of a sentence that begins with the file's name.
+fn sorted(tensors: Vec<TensorEntry>) -> Result<Found, String> {
+    let mut found = Found::default();
+    for tensor in tensors {
+        let name = &tensor.name;
+        let (module, part) = names::parse(name);
+        let (rows, columns) = match (part, tensor.shape.as_slice()) {
+            (Part::Magnitude | Part::Whole, &[columns]) => (1, columns),
+            // Releases before 0.9 kept a magnitude as a column.
+            (Part::Magnitude, &[columns, 1]) => (1, columns),
+            (Part::Magnitude, shape) => return Err(format!("holds `{name}` of shape {shape:?}; it must be a vector")),
+            (_, &[rows, columns]) => (rows, columns),
+            (_, shape) => return Err(format!("holds `{name}` of shape {shape:?}; it must be a matrix")),
         };
-        if let Some((stack, expert, projection)) = names::single_expert(&module) {
-            let stack = (stack.to_owned(), projection.to_owned());
-            if singles.entry(stack).or_default().insert(expert, (a, b)).is_some() {
-                return Err(wrong(format!("holds two adapters of `{module}`")));
-            }
-        } else if let Some((stack, inner)) = names::whole_stack(&module) {
-            let has_inner = inner || has_base_layer.contains(stack);
-            reading.stack(stack, &module, (inner, has_inner), &a, &b)?;
-        } else {
-            reading.plain(&module, &a, &b)?;
+        let Some(dtype) = WeightDtype::from_safetensors(tensor.dtype) else {
+            return Err(format!("holds `{name}` as {}; f32, bf16 and f16 are read", tensor.dtype));
+        };
+        let stored = Stored { rows, columns, dtype, range: tensor.range };
+        let Found { pairs, embeddings, magnitudes, tokens, whole } = &mut found;
+        let twice = match part {
+            Part::A => pairs.entry(module).or_default().a.replace(stored).is_some(),
+            Part::B => pairs.entry(module).or_default().b.replace(stored).is_some(),
+            Part::EmbeddingA => embeddings.entry(module).or_default().a.replace(stored).is_some(),
+            Part::EmbeddingB => embeddings.entry(module).or_default().b.replace(stored).is_some(),
+            Part::Magnitude => magnitudes.insert(module, stored).is_some(),
+            Part::Tokens => tokens.insert(module, stored).is_some(),
+            Part::Whole => whole.insert(module, (name.clone(), stored)).is_some(),
+        };
+        if twice {
+            return Err(format!("holds `{name}` twice, under two names"));
         }
     }
-    for ((stack, projection), experts) in singles {
-        reading.singles(&stack, &projection, &experts)?;
-    }
-    Ok(reading.adapters)
+    Ok(found)
+}
+
+/// A matrix on its side.
+fn turned(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    (0..rows * columns).map(|at| values[(at % rows) * columns + at / rows]).collect()
 }
 
 /// Our note of a file, by the adapters' paths. The error is the rest of a sentence that begins with the file's name.
@@ -169,8 +230,320 @@ fn read_notes(note: &str) -> Result<HashMap<String, Note>, String> {
 }
 
 impl Reading {
+    fn read(mut self, found: Found) -> Result<Contents, AdapterError> {
+        let Found { pairs, embeddings, mut magnitudes, tokens, whole } = found;
+        let mut held: HashSet<String> = pairs.keys().cloned().collect();
+        // Weights that take the place of the model's come first: what follows may change them.
+        for (key, (name, stored)) in &whole {
+            self.whole(key, name, stored)?;
+        }
+        let mut singles: BTreeMap<(String, String), BTreeMap<usize, (Stored, Stored)>> = BTreeMap::new();
+        let has_base_layer: HashSet<String> =
+            pairs.keys().filter_map(|module| Some(module.strip_suffix(".base_layer")?.to_owned())).collect();
+        for (module, pair) in pairs {
+            let (a, b) = self.both(&module, pair)?;
+            if let Some((stack, expert, projection)) = names::single_expert(&module) {
+                self.announced(&module, &[format!("{stack}.{projection}")], &[self.stacked(stack, projection)])?;
+                let stack = (stack.to_owned(), projection.to_owned());
+                if singles.entry(stack).or_default().insert(expert, (a, b)).is_some() {
+                    return Err(self.wrong(format!("holds two adapters of `{module}`")));
+                }
+            } else if let Some((stack, inner)) = names::whole_stack(&module) {
+                let has_inner = inner || has_base_layer.contains(stack);
+                self.stack(stack, &module, (inner, has_inner), &a, &b)?;
+            } else {
+                self.plain(&module, &a, &b, magnitudes.remove(&module))?;
+            }
+        }
+        for ((stack, projection), experts) in singles {
+            self.singles(&stack, &projection, &experts)?;
+        }
+        for (module, pair) in embeddings {
+            let (a, b) = self.both(&module, pair)?;
+            self.embedding(&module, &a, &b)?;
+            held.insert(module);
+        }
+        if let Some(module) = magnitudes.keys().next() {
+            return Err(self.hinted(
+                format!("holds a DoRA magnitude of `{module}`, which has no adapter of a plain projection"),
+                MERGE_IN_PEFT,
+            ));
+        }
+        self.tokens(&tokens)?;
+        self.all_there(&held, &whole)?;
+        Ok(Contents { adapters: self.adapters, changes: self.changes })
+    }
+
+    fn both(&self, module: &str, Pair { a, b }: Pair) -> Result<(Stored, Stored), AdapterError> {
+        match (a, b) {
+            (Some(a), Some(b)) => Ok((a, b)),
+            _ => Err(self.wrong(format!("holds only one of the two matrices of `{module}`"))),
+        }
+    }
+
     fn wrong(&self, problem: String) -> AdapterError {
-        AdapterError::Weights { path: self.path.clone(), problem }
+        AdapterError::Weights { path: self.path.clone(), problem, hint: None }
+    }
+
+    fn hinted(&self, problem: String, hint: &str) -> AdapterError {
+        AdapterError::Weights { path: self.path.clone(), problem, hint: Some(hint.to_owned()) }
+    }
+
+    /// The parameter of transformers 5 that has a projection of a stack.
+    fn stacked(&self, stack: &str, projection: &str) -> String {
+        let parameter = if projection == "down_proj" { "down_proj" } else { names::GATE_UP };
+        names::full(&format!("{stack}.{parameter}"))
+    }
+
+    /// Refuses an adapter that the configuration does not ask for, under any of the names that it may have as a module, or
+    /// as a parameter: peft passes such tensors over.
+    fn announced(&self, module: &str, modules: &[String], parameters: &[String]) -> Result<(), AdapterError> {
+        let targets = &self.config.targets;
+        let own = [names::full(module)];
+        let named = own.iter().cloned().chain(modules.iter().map(|module| names::full(module)));
+        if named.into_iter().any(|name| targets.has_module(&name))
+            || parameters.iter().any(|parameter| targets.has_parameter(parameter))
+        {
+            return Ok(());
+        }
+        Err(self.hinted(
+            format!("holds an adapter of `{module}`, which `adapter_config.json` does not target"),
+            "peft would leave it out; add the module to `target_modules`, or take the tensors out of the file",
+        ))
+    }
+
+    /// A tensor in place of the model's.
+    fn whole(&mut self, key: &str, name: &str, stored: &Stored) -> Result<(), AdapterError> {
+        let parameter = self.shapes.values().find(|shape| {
+            shape.kind != ParameterKind::Experts
+                && hugging_face_tensors(shape).first().is_some_and(|tensor| mapping::key(&tensor.name) == key)
+        });
+        let Some(parameter) = parameter.cloned() else {
+            if mapping::key(crate::mapping::names::HEAD) == key && self.tied {
+                return Err(self.tied(name));
+            }
+            return Err(
+                self.wrong(format!("holds `{name}`, which is no part of a LoRA adapter and no weight of the model"))
+            );
+        };
+        let module = key.rsplit_once('.').map_or(key, |(module, _)| module);
+        let full = if parameter.kind == ParameterKind::Head { module.to_owned() } else { format!("model.{module}") };
+        let targets = &self.config.targets;
+        let bias = parameter.kind == ParameterKind::Bias || parameter.kind == ParameterKind::CorrectionBias;
+        // peft saves embedding and head beside adapters of them, and where tokens were added.
+        let announced = targets.saves(&full)
+            || matches!(parameter.kind, ParameterKind::Embedding | ParameterKind::Head)
+            || match self.config.biases {
+                Biases::None => false,
+                Biases::All => bias,
+                Biases::Adapted => bias && targets.has_module(&full),
+            };
+        if !announced {
+            return Err(self.hinted(
+                format!("holds `{name}`, which `adapter_config.json` does not announce"),
+                "`modules_to_save` or `bias` would; peft passes it over otherwise",
+            ));
+        }
+        if self.tied && parameter.kind == ParameterKind::Embedding {
+            return Err(self.tied(name));
+        }
+        let mut shape = parameter.shape.clone();
+        let transposed = mapping::transposed(parameter.kind);
+        if transposed {
+            shape.reverse();
+        }
+        let found =
+            if shape.len() == 1 && stored.rows == 1 { vec![stored.columns] } else { vec![stored.rows, stored.columns] };
+        if found != shape {
+            let hint = match parameter.kind {
+                ParameterKind::Embedding | ParameterKind::Head => {
+                    "tokens were added to its base, or taken away: merge it in peft, on a base that was resized likewise"
+                }
+                _ => "the adapter was made for another model, or damaged",
+            };
+            return Err(self.hinted(format!("holds `{name}` of shape {found:?}; the model's is {shape:?}"), hint));
+        }
+        self.spend(name, parameter.count())?;
+        let mut values = self.values(name, stored)?;
+        if transposed {
+            values = turned(&values, stored.rows, stored.columns);
+        }
+        self.change(&parameter.path, Change::Replace(TensorData::new(values, parameter.shape.clone())));
+        Ok(())
+    }
+
+    fn tied(&self, name: &str) -> AdapterError {
+        self.hinted(
+            format!("holds `{name}`, and the model's head is its embedding (`tie_word_embeddings`)"),
+            "peft makes two weights of them; untie the model first, or train single tokens (`trainable_token_indices`)",
+        )
+    }
+
+    fn change(&mut self, path: &str, change: Change) {
+        self.changes.entry(path.to_owned()).or_default().push(change);
+    }
+
+    /// Takes what peft takes off the base's weight.
+    fn without_initial(&mut self, path: &str, rank: usize, scale: f64) {
+        match self.config.initial {
+            Initial::Nothing => {}
+            Initial::Principal => self.change(path, Change::WithoutPrincipal(rank)),
+            Initial::FirstColumns => self.change(path, Change::WithoutFirstColumns { rank, scale }),
+        }
+    }
+
+    /// An adapter of the embedding: `A` is `[rank, vocab]` and `B` `[hidden, rank]`.
+    fn embedding(&mut self, module: &str, a: &Stored, b: &Stored) -> Result<(), AdapterError> {
+        let shape = self.shapes.get(module).filter(|shape| shape.kind == ParameterKind::Embedding);
+        let Some(shape) = shape.cloned() else { return Err(self.unknown(module)) };
+        self.announced(module, &[], &[])?;
+        if self.tied {
+            return Err(self.tied(module));
+        }
+        if self.config.dora || self.config.initial != Initial::Nothing {
+            return Err(self.hinted("holds an adapter of the embedding that is no plain LoRA".into(), MERGE_IN_PEFT));
+        }
+        let settings = self.rank(module, &names::names_of(module), a.rows, b.columns)?;
+        if shape.shape != [a.columns, b.rows] {
+            return Err(self.misfit(module, [a.columns, a.rows, b.rows], &shape.shape));
+        }
+        let (a, b, scale) = self.turned_pair(module, a, b, settings)?;
+        self.change(&shape.path, Change::Add { a, b, scale });
+        Ok(())
+    }
+
+    /// `A` and `B` as we have them, `[in, rank]` and `[rank, out]`, and their scale.
+    fn turned_pair(
+        &mut self,
+        module: &str,
+        a: &Stored,
+        b: &Stored,
+        settings: LowRankSettings,
+    ) -> Result<(TensorData, TensorData, f64), AdapterError> {
+        let (input, rank, output) = (a.columns, a.rows, b.rows);
+        let mut ours = self.zeros(module, 1, [input, rank, output])?;
+        let (a, b) = (self.values(module, a)?, self.values(module, b)?);
+        for k in 0..rank {
+            (0..input).for_each(|i| ours.0[i * rank + k] = a[k * input + i]);
+            (0..output).for_each(|o| ours.1[k * output + o] = b[o * rank + k]);
+        }
+        let (a, b) = (TensorData::new(ours.0, [input, rank]), TensorData::new(ours.1, [rank, output]));
+        Ok((a, b, settings.scale(rank)))
+    }
+
+    fn misfit(&self, module: &str, [input, rank, output]: [usize; 3], weight: &[usize]) -> AdapterError {
+        let (path, a, b) = (module.to_owned(), vec![input, rank], vec![rank, output]);
+        let source = LoraError::Shape { path, a, b, weight: weight.to_vec() };
+        AdapterError::Misfit { dir: self.dir.clone(), source }
+    }
+
+    /// Rows of the embedding, and columns of the head, that were trained by themselves.
+    fn tokens(&mut self, found: &BTreeMap<String, Stored>) -> Result<(), AdapterError> {
+        let by_module = match &self.config.tokens {
+            Tokens::None => Vec::new(),
+            Tokens::Embedding(tokens) => vec![(names::EMBEDDING.to_owned(), tokens.clone())],
+            Tokens::ByModule(list) => list.clone(),
+        };
+        let short = |module: &str| module.rsplit('.').next().unwrap_or_default().to_owned();
+        let announced: BTreeMap<String, Vec<usize>> =
+            by_module.into_iter().map(|(module, tokens)| (short(&module), tokens)).collect();
+        for (module, stored) in found {
+            let Some(tokens) = announced.get(module) else {
+                return Err(self.hinted(
+                    format!("holds trained tokens of `{module}`, which `adapter_config.json` does not announce"),
+                    "`trainable_token_indices` says which tokens they are",
+                ));
+            };
+            let head = module == names::HEAD;
+            if head && self.tied {
+                return Err(self.tied(module));
+            }
+            let shape = self.shapes.get(module).cloned();
+            let shape = shape.filter(|shape| matches!(shape.kind, ParameterKind::Embedding | ParameterKind::Head));
+            let Some(shape) = shape else { return Err(self.unknown(module)) };
+            let (vocab, hidden) =
+                if head { (shape.shape[1], shape.shape[0]) } else { (shape.shape[0], shape.shape[1]) };
+            if let Some(token) = tokens.iter().find(|token| **token >= vocab) {
+                return Err(self.wrong(format!("holds a token {token} of `{module}`; the model has {vocab}")));
+            }
+            if (stored.rows, stored.columns) != (tokens.len(), hidden) {
+                return Err(self.wrong(format!(
+                    "holds trained tokens of `{module}` as [{}, {}]; {} of {hidden} are announced",
+                    stored.rows,
+                    stored.columns,
+                    tokens.len()
+                )));
+            }
+            self.spend(module, (stored.rows as u64).saturating_mul(stored.columns as u64))?;
+            let values = TensorData::new(self.values(module, stored)?, [stored.rows, stored.columns]);
+            let tokens = tokens.clone();
+            self.change(&shape.path, if head { Change::Columns(tokens, values) } else { Change::Rows(tokens, values) });
+        }
+        match announced.keys().find(|module| !found.contains_key(*module)) {
+            Some(module) => Err(self.missing(&format!("trained tokens of `{module}`"), 0)),
+            None => Ok(()),
+        }
+    }
+
+    fn missing(&self, what: &str, more: usize) -> AdapterError {
+        let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
+        self.hinted(
+            format!("holds no {what}{more}, which `adapter_config.json` announces"),
+            "the file is not whole, or is another adapter's",
+        )
+    }
+
+    /// Refuses a file without what the configuration announces: peft would leave it as it was before training.
+    fn all_there(
+        &self,
+        held: &HashSet<String>,
+        whole: &BTreeMap<String, (String, Stored)>,
+    ) -> Result<(), AdapterError> {
+        let targets = &self.config.targets;
+        let moe = self.shapes.values().any(|shape| shape.kind == ParameterKind::Experts);
+        // In a model with experts peft beside transformers 5 takes these names for the experts' alone, peft beside
+        // transformers 4 for those of dense layers and shared experts, too.
+        let unclear = |module: &str| moe && module.contains(".mlp") && !module.ends_with(".router");
+        let has = |module: &String, shape: &ParameterShape| match shape.kind {
+            ParameterKind::Matrix | ParameterKind::Router => {
+                let full = names::full(module);
+                let all_linear = matches!(targets.modules, Some(Names::AllLinear));
+                let by_module = targets.has_module(&full) && !unclear(module);
+                (by_module && !(all_linear && shape.kind == ParameterKind::Router))
+                    || targets.has_parameter(&format!("{full}.weight"))
+            }
+            ParameterKind::Head | ParameterKind::Embedding => {
+                matches!(targets.modules, Some(Names::List(_) | Names::Expression(_)))
+                    && targets.has_module(&names::full(module))
+            }
+            _ => false,
+        };
+        let mut missing = self.shapes.iter().filter(|(module, shape)| has(module, shape) && !held.contains(*module));
+        if let Some((module, _)) = missing.next() {
+            return Err(self.missing(&format!("adapter of `{module}`"), missing.count()));
+        }
+        // Of experts, one is enough: peft may have chosen some.
+        for stack in self.shapes.keys().filter_map(|module| module.strip_suffix(".gate_proj")) {
+            let stacks = stack.ends_with(".experts");
+            let asked = |parameter: &str| targets.has_parameter(&names::full(&format!("{stack}.{parameter}")));
+            if stacks
+                && (asked(names::GATE_UP) || asked("down_proj"))
+                && !held.iter().any(|module| {
+                    module.strip_prefix(stack).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+                })
+            {
+                return Err(self.missing(&format!("adapter of `{stack}`"), 0));
+            }
+        }
+        let saved = self.shapes.values().filter(|shape| shape.kind != ParameterKind::Experts).filter_map(|shape| {
+            let name = hugging_face_tensors(shape).into_iter().next()?.name;
+            let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);
+            (targets.saves(module) && !whole.contains_key(mapping::key(&name))).then_some(name)
+        });
+        match saved.into_iter().next() {
+            Some(name) => Err(self.missing(&format!("`{name}`"), 0)),
+            None => Ok(()),
+        }
     }
 
     fn unknown(&self, module: &str) -> AdapterError {
@@ -178,8 +551,8 @@ impl Reading {
     }
 
     fn settings(&self, names: &[String]) -> Result<(usize, LowRankSettings), AdapterError> {
-        let path = || self.dir.join(super::config::ADAPTER_CONFIG);
-        self.config.of(names).map_err(|problem| AdapterError::Config { path: path(), problem })
+        let path = || self.dir.join(ADAPTER_CONFIG);
+        self.config.of(names).map_err(|problem| AdapterError::Config { path: path(), problem, hint: None })
     }
 
     /// The rank that a module's matrices have, checked against each other and the configuration.
@@ -202,12 +575,17 @@ impl Reading {
         [input, rank, output]: [usize; 3],
     ) -> Result<(Vec<f32>, Vec<f32>), AdapterError> {
         let count = |width: usize| (experts as u64).saturating_mul(width as u64).saturating_mul(rank as u64);
-        let wanted = count(input).saturating_add(count(output));
+        self.spend(module, count(input).saturating_add(count(output)))?;
+        Ok((vec![0.0; experts * input * rank], vec![0.0; experts * rank * output]))
+    }
+
+    /// Notes that so many values more are held.
+    fn spend(&mut self, module: &str, wanted: u64) -> Result<(), AdapterError> {
         let Some(left) = self.allowed.checked_sub(wanted) else {
             return Err(self.larger_than_its_model(module, wanted));
         };
         self.allowed = left;
-        Ok((vec![0.0; experts * input * rank], vec![0.0; experts * rank * output]))
+        Ok(())
     }
 
     fn larger_than_its_model(&self, module: &str, values: u64) -> AdapterError {
@@ -246,24 +624,54 @@ impl Reading {
         self.adapters.push(Adapter { path, a: TensorData::new(a.0, a.1), b: TensorData::new(b.0, b.1), settings });
     }
 
-    fn plain(&mut self, module: &str, a: &Stored, b: &Stored) -> Result<(), AdapterError> {
-        let shape = self.shapes.get(module).filter(|shape| shape.kind == ParameterKind::Matrix);
-        let Some(weight) = shape.map(|shape| shape.shape.clone()) else { return Err(self.unknown(module)) };
-        let settings = self.rank(module, &names::names_of(module), a.rows, b.columns)?;
+    fn plain(&mut self, module: &str, a: &Stored, b: &Stored, magnitude: Option<Stored>) -> Result<(), AdapterError> {
+        use ParameterKind::{Head, Matrix, Router};
+        let shape = self.shapes.get(module).filter(|shape| matches!(shape.kind, Matrix | Router | Head)).cloned();
+        let Some(shape) = shape else {
+            return Err(if module == names::HEAD && self.tied { self.tied(module) } else { self.unknown(module) });
+        };
+        let known = names::names_of(module);
+        self.announced(module, &[], &known[1..])?;
+        let settings = self.rank(module, &known, a.rows, b.columns)?;
         let (input, rank, output) = (a.columns, a.rows, b.rows);
-        if weight != [input, output] {
-            let (path, a, b) = (module.to_owned(), vec![input, rank], vec![rank, output]);
-            let source = LoraError::Shape { path, a, b, weight };
-            return Err(AdapterError::Misfit { dir: self.dir.clone(), source });
+        if shape.shape != [input, output] {
+            return Err(self.misfit(module, [input, rank, output], &shape.shape));
         }
-        let mut ours = self.zeros(module, 1, [input, rank, output])?;
-        let (a, b) = (self.values(module, a)?, self.values(module, b)?);
-        for k in 0..rank {
-            (0..input).for_each(|i| ours.0[i * rank + k] = a[k * input + i]);
-            (0..output).for_each(|o| ours.1[k * output + o] = b[o * rank + k]);
+        // What peft wraps as a parameter, where it knows neither DoRA nor PiSSA.
+        if shape.kind == Router && (self.config.dora || self.config.initial != Initial::Nothing) {
+            return Err(self.no_plain_lora(module));
         }
-        self.push(module.to_owned(), (ours.0, vec![input, rank]), (ours.1, vec![rank, output]), settings);
+        self.without_initial(&shape.path, rank, settings.scale(rank));
+        let (a, b, scale) = self.turned_pair(module, a, b, settings)?;
+        match (self.config.dora, magnitude) {
+            (false, None) if shape.kind == Head => self.change(&shape.path, Change::Add { a, b, scale }),
+            (false, None) => {
+                let settings = self.noted(module).map_or(settings, Note::settings);
+                self.adapters.push(Adapter { path: module.to_owned(), a, b, settings });
+            }
+            (true, Some(magnitude)) => {
+                if magnitude.columns != output {
+                    return Err(self.wrong(format!(
+                        "holds {} magnitudes of `{module}`, which has {output} outputs",
+                        magnitude.columns
+                    )));
+                }
+                let magnitude = TensorData::new(self.values(module, &magnitude)?, [output]);
+                self.change(&shape.path, Change::Dora { a, b, scale, magnitude });
+            }
+            (true, None) => return Err(self.missing(&format!("DoRA magnitudes of `{module}`"), 0)),
+            (false, Some(_)) => {
+                return Err(self.wrong(format!(
+                    "holds DoRA magnitudes of `{module}`, and `adapter_config.json` has no `use_dora`"
+                )));
+            }
+        }
         Ok(())
+    }
+
+    fn no_plain_lora(&self, module: &str) -> AdapterError {
+        let problem = format!("holds an adapter of `{module}`, for which peft has neither DoRA nor PiSSA nor OLoRA");
+        self.hinted(problem, MERGE_IN_PEFT)
     }
 
     /// A stack as transformers 5 keeps it. `(inner, has_inner)`: whether this is the inner of two, and whether there are
@@ -277,6 +685,9 @@ impl Reading {
         b: &Stored,
     ) -> Result<(), AdapterError> {
         let shape = |projection: &str| self.shapes.get(&format!("{stack}.{projection}")).map(|s| s.shape.clone());
+        if self.config.dora || self.config.initial != Initial::Nothing {
+            return Err(self.no_plain_lora(module));
+        }
         let (Some(gate), Some(down)) = (shape("gate_proj"), shape("down_proj")) else {
             return Err(self.unknown(module));
         };
@@ -310,6 +721,8 @@ impl Reading {
         let rank = a.rows / experts;
         let parameter = if is_gate_up { names::GATE_UP } else { "down_proj" };
         let name = names::full(&format!("{stack}.{parameter}"));
+        let modules: Vec<String> = parts.iter().map(|part| format!("{stack}.{part}")).collect();
+        self.announced(module, &modules, std::slice::from_ref(&name))?;
         let settings = self.rank(module, &[name], rank, b.columns / experts)?;
         // In our own files each part has ranks of its own; in peft's, all parts share all of them.
         let noted: Vec<_> = parts.iter().map(|part| self.noted(&format!("{stack}.{part}")).cloned()).collect();
@@ -357,6 +770,9 @@ impl Reading {
         let path = format!("{stack}.{projection}");
         let shape = self.shapes.get(&path).map(|shape| shape.shape.clone());
         let Some(&[experts, input, output]) = shape.as_deref() else { return Err(self.unknown(&path)) };
+        if self.config.dora || self.config.initial != Initial::Nothing {
+            return Err(self.no_plain_lora(&path));
+        }
         let (_, settings) = self.settings(&names::names_of(&path))?;
         let Some(rank) = found.values().next().map(|(a, _)| a.rows) else { return Ok(()) };
         for (&expert, (a, b)) in found {

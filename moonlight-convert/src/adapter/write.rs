@@ -123,7 +123,7 @@ fn plain(adapter: &Adapter, parameter: bool) -> Module {
         (0..input).for_each(|i| file_a.set(k, i, a[i * rank + k]));
         (0..output).for_each(|o| file_b.set(o, k, b[k * output + o]));
     }
-    let target = if parameter { format!("{}.weight", adapter.path) } else { adapter.path.clone() };
+    let target = if parameter { names::as_parameter(&adapter.path) } else { adapter.path.clone() };
     let alpha = adapter.settings.alpha;
     Module { name: adapter.path.clone(), target, parameter, rank, alpha, a: file_a, b: file_b }
 }
@@ -225,7 +225,9 @@ fn candidates(model: &CausalLm) -> Vec<String> {
     let mut seen = BTreeSet::new();
     for parameter in model.config().parameter_shapes() {
         let path = match parameter.kind {
-            ParameterKind::Matrix => parameter.path.strip_suffix(".weight").unwrap_or(&parameter.path).to_owned(),
+            ParameterKind::Matrix | ParameterKind::Router => {
+                names::theirs(parameter.path.strip_suffix(".weight").unwrap_or(&parameter.path))
+            }
             ParameterKind::Experts => parameter
                 .path
                 .replace("experts.gate_proj", "experts.gate_up_proj")

@@ -94,7 +94,8 @@ pub(crate) fn run(arguments: Convert) -> Result<ExitCode, Failure> {
         partial,
     };
     let start = Instant::now();
-    Checkpoint::open(src)?.convert_with(&dst, &options, &Bar::new())?;
+    let source = Checkpoint::open(src)?;
+    source.convert_with(&dst, &options, &Bar::new())?;
     let seconds = start.elapsed().as_secs_f64();
     let written = Checkpoint::open(&dst)?;
     let bytes: u64 = written.files().iter().map(|file| file.bytes).sum();
@@ -104,6 +105,12 @@ pub(crate) fn run(arguments: Convert) -> Result<ExitCode, Failure> {
         written.files().len(),
         bytes as f64 / 1e6 / seconds
     ));
+    if let Some(head) = source.tied_head().describe() {
+        note(format_args!("{head}"));
+    }
+    for (reason, tensors) in source.skipped() {
+        note(format_args!("left out: {} tensors: {}", tensors.len(), reason.describe()));
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -89,6 +89,9 @@ fn print(summary: &Summary, output: &mut Output) {
     if let Some(method) = &summary.quantization {
         line(format_args!("quantised      {method}"));
     }
+    for form in &summary.quantized_forms {
+        line(format_args!("               {}: {} matrices", form.form, form.tensors));
+    }
     for dtype in &summary.dtypes {
         line(format_args!("dtype          {}: {} tensors, {} bytes", dtype.dtype, dtype.tensors, dtype.bytes));
     }
@@ -113,6 +116,12 @@ fn print(summary: &Summary, output: &mut Output) {
     }
     for skipped in &summary.skipped {
         line(format_args!("not needed     {} tensors: {}", skipped.tensors.len(), skipped.reason));
+    }
+    for (reason, keys) in &summary.keys_passed_over {
+        line(format_args!("passed over    {} ({reason})", keys.join(", ")));
+    }
+    for note in &summary.notes {
+        line(format_args!("note           {note}"));
     }
     for name in &summary.unfinished {
         line(format_args!("on its way     {name}"));

@@ -1,12 +1,13 @@
 //! `moonlight-convert verify`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 use moonlight_convert::manifest::{Depth, MANIFEST, Manifest};
-use moonlight_convert::report::check_digests;
-use moonlight_convert::{Checkpoint, printable};
+use moonlight_convert::report::{UnusedDifference, UnusedTensor, check_digests};
+use moonlight_convert::{Checkpoint, SkipReason, printable};
 
 use super::output::{Output, note};
 use super::progress::Bar;
@@ -30,14 +31,17 @@ pub(crate) struct Verify {
     /// Compare what is there, where files are absent.
     #[arg(long, conflicts_with = "sha256")]
     partial: bool,
+    /// Compare only the tensors that the model uses: no vision tower, no multi-token-prediction layers.
+    #[arg(long, conflicts_with = "sha256")]
+    model_only: bool,
 }
 
 /// Exit code 0 where all is equal or whole, 1 where it is not.
 pub(crate) fn run(arguments: Verify) -> Result<ExitCode, Failure> {
-    let Verify { a, b, sha256, tolerance, partial } = arguments;
+    let Verify { a, b, sha256, tolerance, partial, model_only } = arguments;
     match (b, sha256) {
         (_, Some(list)) => digests(&a, &list),
-        (Some(b), None) => compare(&Checkpoint::open(a)?, &Checkpoint::open(b)?, tolerance, partial),
+        (Some(b), None) => compare(&Checkpoint::open(a)?, &Checkpoint::open(b)?, tolerance, partial, model_only),
         (None, None) => manifest(&a),
     }
 }
@@ -59,7 +63,13 @@ fn manifest(dir: &Path) -> Result<ExitCode, Failure> {
     Ok(if damages.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn compare(a: &Checkpoint, b: &Checkpoint, tolerance: f64, partial: bool) -> Result<ExitCode, Failure> {
+fn compare(
+    a: &Checkpoint,
+    b: &Checkpoint,
+    tolerance: f64,
+    partial: bool,
+    model_only: bool,
+) -> Result<ExitCode, Failure> {
     let mut incomplete = false;
     if !partial {
         for checkpoint in [a, b] {
@@ -74,10 +84,29 @@ fn compare(a: &Checkpoint, b: &Checkpoint, tolerance: f64, partial: bool) -> Res
     for difference in &comparison.differences {
         output.line(format_args!("{difference}"));
     }
+    let [redundant, lost]: [Vec<&UnusedTensor>; 2] = {
+        let (redundant, lost) = comparison.unused.iter().partition(|unused| unused.reason.is_redundant());
+        [redundant, lost]
+    };
+    if !model_only {
+        for unused in &lost {
+            output.line(format_args!("{unused}"));
+        }
+    }
     let count = comparison.differences.len();
     if count > 0 {
         output.finish()?;
         note(format_args!("error: {count} of {} tensors differ", comparison.tensors.max(count)));
+        return Ok(ExitCode::FAILURE);
+    }
+    if !lost.is_empty() && !model_only {
+        output.finish()?;
+        note(format_args!(
+            "error: the model's {} tensors are equal, and {} that it does not use are not",
+            comparison.tensors,
+            lost.len()
+        ));
+        note(format_args!("hint: --model-only leaves out what the model does not use"));
         return Ok(ExitCode::FAILURE);
     }
     if incomplete {
@@ -87,6 +116,19 @@ fn compare(a: &Checkpoint, b: &Checkpoint, tolerance: f64, partial: bool) -> Res
     match comparison.dtypes_differ {
         0 => output.line(format_args!("equal: {} tensors", comparison.tensors)),
         some => output.line(format_args!("equal: {} tensors, {some} of them in different dtypes", comparison.tensors)),
+    }
+    let left_out = if model_only { &comparison.unused.iter().collect() } else { &redundant };
+    let mut reasons: BTreeMap<(SkipReason, UnusedDifference), usize> = BTreeMap::new();
+    for unused in left_out {
+        *reasons.entry((unused.reason, unused.difference)).or_default() += 1;
+    }
+    for ((reason, difference), tensors) in reasons {
+        let place = match difference {
+            UnusedDifference::OnlyInFirst => "only in the first",
+            UnusedDifference::OnlyInSecond => "only in the second",
+            UnusedDifference::Bytes => "different",
+        };
+        output.line(format_args!("not counted: {tensors} tensors {place}: {}", reason.describe()));
     }
     output.finish()?;
     Ok(ExitCode::SUCCESS)

@@ -68,6 +68,18 @@ impl SourceTensor {
         FileRange { shard: self.part.shard, range: start + rows.start * row..start + rows.end * row }
     }
 
+    /// How a quantised tensor is kept, in words; `None` for plain values.
+    pub(crate) fn quantised_form(&self) -> Option<String> {
+        let &[rows, columns] = self.tensor.shape.as_slice() else { return None };
+        Some(match self.encoding {
+            Encoding::Plain(_) => return None,
+            Encoding::Fp8 { block, .. } if block == [rows, columns] => "FP8, one scale a tensor".into(),
+            Encoding::Fp8 { block: [1, width], .. } if width == columns => "FP8, one scale a row".into(),
+            Encoding::Fp8 { block: [height, width], .. } => format!("FP8, one scale a block of {height} x {width}"),
+            Encoding::Int4 { group, .. } => format!("INT4, one scale a group of {group}"),
+        })
+    }
+
     /// Every part of a file that has to be read for it.
     pub(crate) fn parts(&self) -> impl Iterator<Item = &FileRange> {
         let scale = match &self.encoding {

@@ -1,4 +1,5 @@
-//! Quantised matrices: FP8 in blocks (DeepSeek-V3, Kimi-K2), INT4 in groups (Kimi-K2-Thinking, Kimi-K2.5).
+//! Quantised matrices: FP8 in blocks (DeepSeek-V3, Kimi-K2), by row or as a whole (compressed-tensors' `float-quantized`),
+//! INT4 in groups (Kimi-K2-Thinking, Kimi-K2.5).
 //!
 //! Both are a small number times a scale. The product is taken in f32 and rounded once, to the dtype asked for, which is
 //! what torch computes: `(fp8.float() * scale).to(bfloat16)`, and compressed-tensors' bf16 times bf16.
@@ -23,21 +24,26 @@ pub(crate) struct QuantScheme {
     pub(crate) method: Option<String>,
     /// Rows and columns that one FP8 scale is for.
     block: Option<[usize; 2]>,
+    /// What the configuration says that FP8 scales are for; empty where it does not.
+    strategies: Vec<Strategy>,
     /// Why packed weights of this checkpoint cannot be read, as the rest of a sentence.
     pub(crate) unreadable_packing: Option<String>,
 }
 
 impl QuantScheme {
     pub(crate) fn of(config: &ModelConfig) -> Self {
-        let Some(quantisation) = config.extra.get("quantization_config") else { return Self::default() };
+        let Some(quantisation) = quantisation(config) else { return Self::default() };
         let method = quantisation.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
         let groups = quantisation.get("config_groups").and_then(Value::as_object);
         let weights: Vec<&Value> =
             groups.map(|groups| groups.values().filter_map(|group| group.get("weights")).collect()).unwrap_or_default();
         let own = quantisation.get("weight_block_size").and_then(block);
+        let mut strategies: Vec<Strategy> = weights.iter().filter_map(|weights| Strategy::of(weights)).collect();
+        strategies.extend(own.map(|_| Strategy::Block));
         Self {
             method: Some(method.to_owned()),
             block: own.or_else(|| weights.iter().find_map(|weights| block(weights.get("block_structure")?))),
+            strategies,
             unreadable_packing: weights.iter().find_map(|weights| unreadable(weights)),
         }
     }
@@ -45,6 +51,107 @@ impl QuantScheme {
     pub(crate) fn block(&self) -> [usize; 2] {
         self.block.unwrap_or(DEFAULT_BLOCK)
     }
+
+    /// Rows and columns that one scale of an FP8 matrix is for, and the shape of its scales, by the shape that they are found
+    /// in. Where no strategy has such a shape, the one that the configuration names is asked for.
+    ///
+    /// # Errors
+    ///
+    /// The rest of a sentence about the matrix, where its scales are another strategy's than the configuration names.
+    pub(crate) fn fp8_block(
+        &self,
+        matrix @ [rows, columns]: [usize; 2],
+        found: Option<&[usize]>,
+    ) -> Result<([usize; 2], Vec<usize>), String> {
+        let block = self.block();
+        let fits = |strategy: &Strategy| found.is_some_and(|found| strategy.fits(matrix, block, found));
+        let declared = self.strategies.first().copied();
+        let every = [Strategy::Tensor, Strategy::Row, Strategy::Block];
+        let strategy = match self.strategies.iter().chain(&every).find(|strategy| fits(strategy)) {
+            Some(strategy) if declared.is_none() || self.strategies.contains(strategy) => *strategy,
+            Some(strategy) => {
+                let declared = declared.map_or("", Strategy::name);
+                return Err(format!("has {}, and `quantization_config` says `{declared}`", strategy.describe()));
+            }
+            None => declared.unwrap_or(Strategy::Block),
+        };
+        let shape = found.filter(|_| fits(&strategy)).map(<[usize]>::to_vec);
+        Ok(match strategy {
+            Strategy::Tensor => (matrix, shape.unwrap_or_else(|| vec![1])),
+            Strategy::Row => ([1, columns], shape.unwrap_or_else(|| vec![rows, 1])),
+            Strategy::Group(group) => ([1, group], vec![rows, columns.div_ceil(group)]),
+            Strategy::Block => (block, vec![rows.div_ceil(block[0]), columns.div_ceil(block[1])]),
+        })
+    }
+}
+
+/// What one scale of an FP8 matrix is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Strategy {
+    Tensor,
+    Row,
+    /// So many values of a row.
+    Group(usize),
+    Block,
+}
+
+impl Strategy {
+    /// That of a group of `config_groups`, where it is one of floats.
+    fn of(weights: &Value) -> Option<Self> {
+        if weights.get("type").is_some_and(|kind| kind != "float") {
+            return None;
+        }
+        match weights.get("strategy")?.as_str()? {
+            "tensor" => Some(Self::Tensor),
+            "channel" => Some(Self::Row),
+            "block" => Some(Self::Block),
+            "group" => {
+                let group = usize::try_from(weights.get("group_size")?.as_u64()?).ok()?;
+                (group > 0).then_some(Self::Group(group))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether the scales of a matrix may have a shape.
+    fn fits(self, [rows, columns]: [usize; 2], block: [usize; 2], found: &[usize]) -> bool {
+        match self {
+            Self::Tensor => found.len() <= 2 && found.iter().all(|&side| side == 1),
+            Self::Row => found == [rows] || found == [rows, 1],
+            Self::Group(group) => found == [rows, columns.div_ceil(group)],
+            Self::Block => found == [rows.div_ceil(block[0]), columns.div_ceil(block[1])],
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tensor => "tensor",
+            Self::Row => "channel",
+            Self::Group(_) => "group",
+            Self::Block => "block",
+        }
+    }
+
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Tensor => "one scale",
+            Self::Row => "a scale a row",
+            Self::Group(_) => "a scale a group of a row",
+            Self::Block => "a scale a block",
+        }
+    }
+}
+
+/// What the configuration says of quantised weights, under the name of today or compressed-tensors' first one.
+pub(crate) const QUANTISATION: [&str; 2] = ["quantization_config", "compression_config"];
+
+fn quantisation(config: &ModelConfig) -> Option<&Value> {
+    QUANTISATION.iter().find_map(|key| config.extra.get(*key).filter(|value| !value.is_null()))
+}
+
+/// Whether the configuration speaks of quantised weights.
+pub(crate) fn is_quantised(config: &ModelConfig) -> bool {
+    quantisation(config).is_some()
 }
 
 /// `[128, 128]`, neither of them zero.

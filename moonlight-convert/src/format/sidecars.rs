@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoint::CONFIG;
 use crate::dtype::conversion::WeightDtype;
+use crate::dtype::quant::QUANTISATION;
 use crate::error::CheckpointError;
 use crate::format::burnpack::BURNPACK;
 use crate::format::index::INDEX;
@@ -133,7 +134,9 @@ pub(crate) fn write(
 fn saved_config(config: &ModelConfig, dtype: WeightDtype, sidecars: &[String]) -> ModelConfig {
     let mut config = config.clone();
     config.dtype = Some(dtype.torch_name().to_owned());
-    config.extra.remove("quantization_config");
+    for key in QUANTISATION {
+        config.extra.remove(key);
+    }
     for key in PREDICTION_LAYERS {
         if let Some(layers) = config.extra.get_mut(key) {
             *layers = json!(0);

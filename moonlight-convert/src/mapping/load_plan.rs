@@ -7,7 +7,7 @@ use moonlight_model::ModelConfig;
 use moonlight_model::config::{ParameterKind, ParameterShape};
 use safetensors::Dtype;
 
-use crate::checkpoint::{Checkpoint, StoredTensor};
+use crate::checkpoint::{Checkpoint, StoredTensor, TiedHead};
 use crate::dtype::conversion::WeightDtype;
 use crate::dtype::dequantize::{Encoding, Layout, SourceTensor};
 use crate::dtype::quant::{NIBBLES_PER_WORD, QuantScheme};
@@ -70,10 +70,23 @@ impl Checkpoint {
         }
     }
 
-    /// The names of tensors that loading passes over. Empty where the checkpoint has
-    /// [`problems`](Checkpoint::problems).
+    /// The names of tensors that loading passes over, by reason; where files or tensors are absent, those of what is there.
+    /// Empty where the checkpoint has other [`problems`](Checkpoint::problems).
     pub fn skipped(&self) -> BTreeMap<SkipReason, Vec<String>> {
-        self.plan(Scope::Whole).map(|plan| plan.skipped).unwrap_or_default()
+        let plan = self.plan(Scope::Whole).or_else(|_| self.plan(Scope::Present));
+        plan.map(|plan| plan.skipped).unwrap_or_default()
+    }
+
+    /// How many matrices are kept in each quantised form, in words.
+    pub(crate) fn quantised_forms(&self) -> BTreeMap<String, usize> {
+        let mut forms = BTreeMap::new();
+        let Ok(plan) = self.plan(Scope::Present) else { return forms };
+        for source in plan.parameters.iter().flat_map(|planned| &planned.sources) {
+            if let Some(form) = source.quantised_form() {
+                *forms.entry(form).or_default() += 1;
+            }
+        }
+        forms
     }
 
     /// The `quant_method` of the configuration, where the weights are quantised.
@@ -288,6 +301,14 @@ impl<'a> TensorMatcher<'a> {
     }
 
     fn take_whole(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
+        if self.checkpoint.tied_head() == TiedHead::Alone && names::key(&tensor.name) == names::EMBEDDING {
+            let head = HfTensor { name: names::HEAD.into(), shape: tensor.shape.clone() };
+            return self.take_named(head, transposed).map(|source| SourceTensor { tensor, ..source });
+        }
+        self.take_named(tensor, transposed)
+    }
+
+    fn take_named(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
         let packed = names::packed(&tensor.name);
         let key = names::key(&tensor.name);
         if !self.by_key.contains_key(key) && self.knows(names::key(&packed.values)) {
@@ -308,7 +329,7 @@ impl<'a> TensorMatcher<'a> {
         })
     }
 
-    /// An FP8 matrix and the scales of its blocks.
+    /// An FP8 matrix and its scales: one, one a row, or one a block.
     fn take_fp8(
         &mut self,
         tensor: HfTensor,
@@ -320,11 +341,20 @@ impl<'a> TensorMatcher<'a> {
             self.wrong_dtype(self.stored(stored_index));
             return None;
         };
-        let block = self.scheme.block();
         let [deepseek, compressed] = names::fp8_scales(&tensor.name);
         let other = self.by_key.contains_key(names::key(&compressed));
         let name = if other { compressed } else { deepseek };
-        let shape = vec![rows.div_ceil(block[0]), columns.div_ceil(block[1])];
+        let found = self.by_key.get(names::key(&name)).map(|&scale| self.stored(scale).shape.as_slice());
+        let (block, shape) = match self.scheme.fp8_block([rows, columns], found) {
+            Ok(known) => known,
+            Err(problem) => {
+                let matrix = self.stored(stored_index);
+                let (tensor, file) = (matrix.name.clone(), matrix.file.clone());
+                self.problems.push(Problem::Packing { tensor, file, problem });
+                self.used[self.by_key[names::key(&name)]] = true;
+                return None;
+            }
+        };
         let scale = self.take_scale(HfTensor { name, shape })?;
         Some(SourceTensor {
             tensor,
@@ -440,10 +470,15 @@ impl<'a> TensorMatcher<'a> {
     /// Sorts what no parameter took into skipped and unexpected.
     fn rest(&mut self) -> BTreeMap<SkipReason, Vec<String>> {
         let mut skipped: BTreeMap<SkipReason, Vec<String>> = BTreeMap::new();
+        let tensors = self.checkpoint.tensor_list();
+        let config = self.checkpoint.config();
+        let predicting = names::predicting_layers(tensors.iter().map(|tensor| tensor.name.as_str()), config);
+        let unannounced = |name: &str| names::layer_of_tensor(name).is_some_and(|layer| predicting.contains(&layer));
         for (tensor, _) in self.checkpoint.tensor_list().iter().zip(&self.used).filter(|(_, used)| !**used) {
             let reason = match self.checkpoint.is_burnpack() {
                 true => None,
-                false => names::skip_reason(&tensor.name, self.checkpoint.config()),
+                false => names::skip_reason(&tensor.name, config)
+                    .or_else(|| unannounced(&tensor.name).then_some(SkipReason::UnannouncedPrediction)),
             };
             match reason {
                 Some(reason) => skipped.entry(reason).or_default().push(tensor.name.clone()),

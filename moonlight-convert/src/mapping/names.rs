@@ -16,17 +16,36 @@
 //! A prefix `language_model.` (Kimi-VL, Kimi-K2.5) is dropped, with or without the `model.` after it, and a lone
 //! `model.` may be absent.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use moonlight_model::ModelConfig;
 use moonlight_model::config::{ParameterKind, ParameterShape};
 
+use crate::dtype::quant::is_quantised;
+
 /// What stands before every tensor of the decoder.
 const MODEL: &str = "model.";
 const LANGUAGE_MODEL: [&str; 2] = ["language_model.", "model.language_model."];
 pub(crate) const HEAD: &str = "lm_head.weight";
+/// The key of the embedding.
+pub(crate) const EMBEDDING: &str = "embed_tokens.weight";
 const VISION: [&str; 3] = ["vision_tower.", "multi_modal_projector.", "mm_projector."];
-const INV_FREQ: &str = ".rotary_emb.inv_freq";
+const INV_FREQ: &str = "rotary_emb.inv_freq";
+/// How a tensor ends that a multi-token-prediction layer has and no other layer does.
+const PREDICTION_MARK: &str = ".eh_proj.weight";
+/// How the scales of quantised activations and caches end.
+const ACTIVATION_SCALES: [&str; 9] = [
+    ".input_scale",
+    ".input_zero_point",
+    ".output_scale",
+    ".output_zero_point",
+    ".kv_scale",
+    ".q_scale",
+    ".k_scale",
+    ".v_scale",
+    ".prob_output_scale",
+];
 
 /// The suffixes that differ: of the module path, of the file.
 const RENAMED: [(&str, &str); 2] = [
@@ -41,10 +60,14 @@ pub enum SkipReason {
     InverseFrequencies,
     /// A layer after the last one, for multi-token prediction.
     MultiTokenPrediction,
+    /// The same, in a configuration that does not announce one.
+    UnannouncedPrediction,
     /// A vision tower or its projector.
     Vision,
-    /// An `lm_head.weight` beside a configuration that ties it to the embedding.
+    /// An `lm_head.weight` that repeats the embedding, to which the configuration ties it.
     TiedHead,
+    /// A scale by which activations or the cache would be quantised; here they are not.
+    ActivationScales,
 }
 
 impl SkipReason {
@@ -52,9 +75,21 @@ impl SkipReason {
     pub fn describe(self) -> &'static str {
         match self {
             Self::InverseFrequencies => "stale rotary frequencies (computed instead)",
-            Self::MultiTokenPrediction => "multi-token-prediction layers",
-            Self::Vision => "vision tower and projector",
-            Self::TiedHead => "output head (tied to the embedding)",
+            Self::MultiTokenPrediction => "multi-token-prediction layers (not computed)",
+            Self::UnannouncedPrediction => {
+                "multi-token-prediction layers that config.json does not announce (not computed)"
+            }
+            Self::Vision => "vision tower and projector (not computed)",
+            Self::TiedHead => "output head (repeats the embedding, to which it is tied)",
+            Self::ActivationScales => "scales of quantised activations (activations are not quantised here)",
+        }
+    }
+
+    /// Whether such tensors hold nothing that the rest of the checkpoint does not.
+    pub fn is_redundant(self) -> bool {
+        match self {
+            Self::InverseFrequencies | Self::TiedHead => true,
+            Self::MultiTokenPrediction | Self::UnannouncedPrediction | Self::Vision | Self::ActivationScales => false,
         }
     }
 }
@@ -179,7 +214,23 @@ pub(crate) fn skip_reason(name: &str, config: &ModelConfig) -> Option<SkipReason
             return Some(SkipReason::InverseFrequencies);
         }
     }
+    if key == INV_FREQ {
+        return Some(SkipReason::InverseFrequencies);
+    }
+    if is_quantised(config) && ACTIVATION_SCALES.iter().any(|end| key.ends_with(end)) {
+        return Some(SkipReason::ActivationScales);
+    }
     (config.tie_word_embeddings && key == HEAD).then_some(SkipReason::TiedHead)
+}
+
+/// Layers after the last one that hold what only multi-token-prediction layers do, whatever the configuration announces.
+pub(crate) fn predicting_layers<'a>(names: impl Iterator<Item = &'a str>, config: &ModelConfig) -> BTreeSet<usize> {
+    names
+        .map(key)
+        .filter(|key| key.ends_with(PREDICTION_MARK))
+        .filter_map(layer_of)
+        .filter(|layer| *layer >= config.num_hidden_layers)
+        .collect()
 }
 
 /// The number of layers after the last one that are for multi-token prediction.

@@ -5,12 +5,14 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Mutex, PoisonError};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, StoredTensor};
 use crate::dtype::conversion::{Weight, with_weight};
 use crate::dtype::dequantize::{Layout, SourceTensor};
 use crate::error::CheckpointError;
+use crate::format::shard::FileRange;
 use crate::io::parallel_copy::{Buffers, Prefetcher, in_order, row_chunks};
 use crate::mapping::load_plan::{LoadPlan, Scope};
+use crate::mapping::names::{self, SkipReason};
 use crate::progress::Progress;
 
 /// What a comparison found.
@@ -24,6 +26,49 @@ pub struct Comparison {
     pub bytes: u64,
     /// Every difference, in the order of the tensors' names.
     pub differences: Vec<TensorDifference>,
+    /// Tensors that the model does not use ([`SkipReason`]) and in which the two differ, in the order of their names.
+    pub unused: Vec<UnusedTensor>,
+}
+
+impl Comparison {
+    /// Whether neither lacks a tensor that the other has, and all values agree. Tensors that hold nothing of their own
+    /// ([`SkipReason::is_redundant`]) do not count.
+    pub fn is_equal(&self) -> bool {
+        self.differences.is_empty() && self.unused.iter().all(|unused| unused.reason.is_redundant())
+    }
+}
+
+/// A tensor that the model does not use, and in which two checkpoints differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnusedTensor {
+    /// Its name in the file.
+    pub tensor: String,
+    /// Why the model does not use it.
+    pub reason: SkipReason,
+    /// How the two differ in it.
+    pub difference: UnusedDifference,
+}
+
+/// How two checkpoints differ in a tensor that the model does not use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum UnusedDifference {
+    /// The second does not have it.
+    OnlyInFirst,
+    /// The first does not have it.
+    OnlyInSecond,
+    /// Dtype, shape or bytes differ.
+    Bytes,
+}
+
+impl fmt::Display for UnusedTensor {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let difference = match self.difference {
+            UnusedDifference::OnlyInFirst => "only in the first",
+            UnusedDifference::OnlyInSecond => "only in the second",
+            UnusedDifference::Bytes => "differs",
+        };
+        write!(formatter, "{}: {difference}: {}", self.tensor, self.reason.describe())
+    }
 }
 
 /// How two checkpoints differ in one tensor.
@@ -131,7 +176,8 @@ impl Checkpoint {
     /// dtype are equal when they are so bit by bit; others, and all where `tolerance` is above 0, when no value is further
     /// away than `tolerance`.
     ///
-    /// What loading skips is left out, and so is what both lack; [`problems`](Checkpoint::problems) names the latter.
+    /// What loading skips is compared byte by byte and reported apart ([`Comparison::unused`]). What both lack is left out;
+    /// [`problems`](Checkpoint::problems) names it.
     /// Memory stays small, and all threads take part.
     ///
     /// # Errors
@@ -179,7 +225,62 @@ impl Checkpoint {
             dtypes_differ: pairs.iter().filter(|(a, b)| a.dtype != b.dtype).count(),
             bytes,
             differences: differences.into_values().collect(),
+            unused: self.unused(other, &plans)?,
         })
+    }
+
+    /// The tensors that no model uses, as far as the two differ in them.
+    fn unused(&self, other: &Self, plans: &[LoadPlan; 2]) -> Result<Vec<UnusedTensor>, CheckpointError> {
+        let of = |checkpoint: &Self, plan: &LoadPlan| -> BTreeMap<String, (SkipReason, StoredTensor)> {
+            let reasons: BTreeMap<&str, SkipReason> = plan
+                .skipped
+                .iter()
+                .flat_map(|(reason, names)| names.iter().map(|name| (name.as_str(), *reason)))
+                .collect();
+            let stored = checkpoint.tensor_list().iter();
+            stored
+                .filter_map(|tensor| Some((tensor, *reasons.get(tensor.name.as_str())?)))
+                .map(|(tensor, reason)| (names::key(&tensor.name).to_owned(), (reason, tensor.clone())))
+                .collect()
+        };
+        let [first, mut second] = [of(self, &plans[0]), of(other, &plans[1])];
+        let mut found = BTreeMap::new();
+        for (key, (reason, tensor)) in first {
+            let difference = match second.remove(&key) {
+                None => Some(UnusedDifference::OnlyInFirst),
+                Some((_, theirs)) => (!self.equal_bytes(&tensor, other, &theirs)?).then_some(UnusedDifference::Bytes),
+            };
+            if let Some(difference) = difference {
+                found.insert(key, UnusedTensor { tensor: tensor.name, reason, difference });
+            }
+        }
+        for (key, (reason, tensor)) in second {
+            let difference = UnusedDifference::OnlyInSecond;
+            found.insert(key, UnusedTensor { tensor: tensor.name, reason, difference });
+        }
+        Ok(found.into_values().collect())
+    }
+
+    fn equal_bytes(&self, ours: &StoredTensor, other: &Self, theirs: &StoredTensor) -> Result<bool, CheckpointError> {
+        /// Bytes that are read at a time.
+        const CHUNK: usize = 1 << 20;
+        if ours.dtype != theirs.dtype || ours.shape != theirs.shape {
+            return Ok(false);
+        }
+        for start in (0..ours.range.len()).step_by(CHUNK) {
+            let length = CHUNK.min(ours.range.len() - start);
+            let read = |checkpoint: &Self, tensor: &StoredTensor| {
+                let first = tensor.range.start + start;
+                let mut bytes = vec![0; length];
+                checkpoint
+                    .read_part(&FileRange { shard: tensor.shard, range: first..first + length }, &mut bytes)
+                    .map(|()| bytes)
+            };
+            if read(self, ours)? != read(other, theirs)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn sums<'p>(

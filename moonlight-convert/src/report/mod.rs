@@ -12,10 +12,10 @@ pub(crate) mod digests;
 pub(crate) mod summary;
 pub(crate) mod validation;
 
-pub use compare::{Comparison, TensorDifference, ValueDistance};
+pub use compare::{Comparison, TensorDifference, UnusedDifference, UnusedTensor, ValueDistance};
 pub use digests::{CheckedFile, check_digests};
 pub use summary::{
-    CheckpointState, DtypeSummary, FileSummary, ParameterCounts, ReportedProblem, SkippedTensors, Summary,
-    unfinished_downloads,
+    CheckpointState, DtypeSummary, FileSummary, ParameterCounts, QuantizedForm, ReportedProblem, SkippedTensors,
+    Summary, unfinished_downloads,
 };
 pub use validation::{Problem, ProblemList};

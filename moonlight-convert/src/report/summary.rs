@@ -64,6 +64,12 @@ pub struct Summary {
     pub sidecars: Vec<String>,
     /// What loading passes over.
     pub skipped: Vec<SkippedTensors>,
+    /// The forms that quantised matrices are kept in, and how many of each.
+    pub quantized_forms: Vec<QuantizedForm>,
+    /// The keys of `config.json` that change nothing and are passed over, by reason.
+    pub keys_passed_over: BTreeMap<&'static str, Vec<String>>,
+    /// What a reader of `config.json` might not expect.
+    pub notes: Vec<String>,
     /// Files that are still being fetched.
     pub unfinished: Vec<String>,
     /// Everything that is wrong.
@@ -112,6 +118,15 @@ pub struct SkippedTensors {
     pub reason: &'static str,
     /// Their names.
     pub tensors: Vec<String>,
+}
+
+/// Quantised matrices that are kept in one form.
+#[derive(Debug, Clone, Serialize)]
+pub struct QuantizedForm {
+    /// The form.
+    pub form: String,
+    /// How many matrices.
+    pub tensors: usize,
 }
 
 /// One thing that is wrong.
@@ -178,6 +193,13 @@ impl Checkpoint {
                 .into_iter()
                 .map(|(reason, tensors)| SkippedTensors { reason: reason.describe(), tensors })
                 .collect(),
+            quantized_forms: self
+                .quantised_forms()
+                .into_iter()
+                .map(|(form, tensors)| QuantizedForm { form, tensors })
+                .collect(),
+            keys_passed_over: self.keys_passed_over(),
+            notes: self.notes(),
             unfinished,
             problems: problems
                 .iter()
@@ -187,6 +209,22 @@ impl Checkpoint {
                 })
                 .collect(),
         })
+    }
+}
+
+impl Checkpoint {
+    fn keys_passed_over(&self) -> BTreeMap<&'static str, Vec<String>> {
+        let mut keys: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
+        for (key, reason) in self.config().keys_passed_over() {
+            keys.entry(reason).or_default().push(key.to_owned());
+        }
+        keys
+    }
+
+    /// What a reader of `config.json` might not expect of how the checkpoint is used.
+    pub fn notes(&self) -> Vec<String> {
+        let head = self.tied_head().describe().map(str::to_owned);
+        head.into_iter().chain(self.config().training_notes()).collect()
     }
 }
 

@@ -63,7 +63,7 @@ pub enum Problem {
         /// The dtype as safetensors spells it.
         dtype: String,
     },
-    /// Packed weights in a way that is not read.
+    /// Quantised weights in a way that is not read.
     Packing {
         /// The tensor's name.
         tensor: String,
@@ -153,13 +153,13 @@ impl fmt::Display for Problem {
                 write!(formatter, "`{tensor}` in `{file}` is {found:?}; `config.json` asks for {expected:?}")
             }
             Self::WrongDtype { tensor, file, dtype } => {
-                write!(formatter, "`{tensor}` in `{file}` is {dtype}; weights are read from F32, BF16 and F16")
-            }
-            Self::Packing { tensor, file, problem } => {
                 write!(
                     formatter,
-                    "`{tensor}` in `{file}` {problem}; packed weights are read from 4 bits without zero points"
+                    "`{tensor}` in `{file}` is {dtype}; weights are read from F32, BF16, F16 and FP8 (E4M3)"
                 )
+            }
+            Self::Packing { tensor, file, problem } => {
+                write!(formatter, "`{tensor}` in `{file}` {problem}")
             }
             Self::Twice { tensor, other } => write!(formatter, "`{tensor}` and `{other}` are the same parameter"),
             Self::Implausible { problem } => formatter.write_str(problem),
@@ -193,9 +193,10 @@ impl Kind {
             Self::Unexpected => plural("tensor is unexpected", "tensors are unexpected"),
             Self::Misshapen => plural("tensor has the wrong shape", "tensors have the wrong shape"),
             Self::WrongDtype => plural("tensor has a dtype that is not read", "tensors have a dtype that is not read"),
-            Self::Packing => {
-                plural("tensor is packed in a way that is not read", "tensors are packed in a way that is not read")
-            }
+            Self::Packing => plural(
+                "tensor is quantised in a way that is not read",
+                "tensors are quantised in a way that is not read",
+            ),
             Self::Twice => plural("parameter is there twice", "parameters are there twice"),
         }
     }
@@ -217,13 +218,17 @@ impl ProblemList {
 
     pub(crate) fn hint(&self) -> Option<String> {
         let any = |kind| self.list.iter().any(|problem| problem.kind() == kind);
+        let all = |kinds: &[Kind]| self.list.iter().all(|problem| kinds.contains(&problem.kind()));
         if let Some(method) = &self.quantised
             && (any(Kind::WrongDtype) || any(Kind::Packing) || any(Kind::Unexpected))
         {
             return Some(format!(
-                "the weights are quantised (`quant_method` `{method}` in `config.json`); of quantised weights FP8 in \
-                 blocks and INT4 in groups are read"
+                "the configuration speaks of quantised weights (`quant_method` `{method}`); read are FP8 (E4M3) with a scale a \
+                 tensor, a row or a block, and INT4 in groups as compressed-tensors packs it"
             ));
+        }
+        if any(Kind::WrongDtype) {
+            return Some("weights are read from F32, BF16 and F16, and FP8 (E4M3) matrices beside their scales".into());
         }
         if any(Kind::MissingFile) || any(Kind::BrokenFile) {
             return Some("a download that was cut short looks like this: fetch these files again".into());
@@ -233,7 +238,22 @@ impl ProblemList {
         if self.list.len() == 1 && self.list.iter().any(head_missing) {
             return Some("if the head is the embedding, set `tie_word_embeddings` to true in `config.json`".into());
         }
-        Some("`config.json` describes another model than these files hold; take both from the same place".into())
+        if all(&[Kind::Unexpected]) {
+            return Some(
+                "the model that `config.json` describes has no place for these tensors: it may be another model's, or the files \
+                 hold parts that are not computed here"
+                    .into(),
+            );
+        }
+        if all(&[Kind::Missing]) {
+            return Some(
+                "the files hold less than the model that `config.json` describes; are all of them there?".into(),
+            );
+        }
+        if all(&[Kind::Missing, Kind::Unexpected, Kind::Misshapen, Kind::Implausible]) {
+            return Some("`config.json` and the files disagree; are both of the same model?".into());
+        }
+        None
     }
 }
 

@@ -1,19 +1,26 @@
-//! Conversations as people keep them: one [record](crate::records) in any of three shapes.
+//! Conversations as people keep them: one [record](crate::records) in any of four shapes.
 //!
 //! | shape | a record |
 //! |---|---|
 //! | OpenAI's | `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "...", "weight": 0}]}` |
 //! | ShareGPT's | `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}` |
+//! | TRL's | `{"prompt": [{"role": "user", ...}], "completion": [{"role": "assistant", ...}]}` |
 //! | Alpaca's | `{"instruction": "...", "input": "...", "output": "..."}` |
 //!
-//! The keys decide the shape. Keys that are not named here are ignored: data sets carry ids and sources.
+//! The first of these keys that holds something decides the shape; a null, which tables have where another row has a value,
+//! is as if the key were not there. Messages keep all their fields, and what the record holds beside them is kept, too
+//! (`tools`, `documents`, `chat_template_kwargs`): a template is given it where it asks for it. What nobody asks for is
+//! reported, see [`WeightedTokens::unread`](super::WeightedTokens::unread).
+//!
+//! ShareGPT's records become OpenAI's, as LLaMA-Factory reads them: `function_call` is a turn of the assistant's with
+//! `tool_calls`, `observation` a `tool` that answers, `system` the first message, and a tool that is a bare function is wrapped.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{ConversationError, Message};
 use crate::records::parse;
 
-/// Which of the three shapes a record has.
+/// Which of the shapes a record has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Shape {
@@ -23,6 +30,8 @@ pub enum Shape {
     ShareGpt,
     /// `instruction`, perhaps `input`, and `output`; perhaps `system` and `history`.
     Alpaca,
+    /// `prompt` and `completion`, lists of messages of which the second is learned.
+    PromptCompletion,
 }
 
 impl std::fmt::Display for Shape {
@@ -31,6 +40,7 @@ impl std::fmt::Display for Shape {
             Self::Messages => "`messages` (OpenAI)",
             Self::ShareGpt => "`conversations` (ShareGPT)",
             Self::Alpaca => "`instruction` (Alpaca)",
+            Self::PromptCompletion => "`prompt` and `completion` (TRL)",
         })
     }
 }
@@ -46,9 +56,14 @@ pub struct Turn {
 }
 
 impl Turn {
-    fn new(role: &str, content: impl Into<String>, weight: f32) -> Self {
-        let weight = if role == "assistant" { weight } else { 0.0 };
-        Self { message: Message::new(role, content), weight }
+    /// A message that counts so much where it is the assistant's.
+    pub fn new(message: Message, weight: f32) -> Self {
+        let weight = if message.role() == "assistant" { weight } else { 0.0 };
+        Self { message, weight }
+    }
+
+    fn of_text(role: &str, content: impl Into<String>, weight: f32) -> Self {
+        Self::new(Message::new(role, content), weight)
     }
 }
 
@@ -59,17 +74,49 @@ pub struct Conversation {
     pub shape: Shape,
     /// What was said, in order.
     pub turns: Vec<Turn>,
+    /// What the record holds beside that: `tools` and other variables of templates, and what may be of no use.
+    pub fields: Map<String, Value>,
+}
+
+/// Fields of a message that say whether it is learned: OpenAI's, axolotl's two names, LoongForge's and ms-swift's.
+const WEIGHTS: [&str; 5] = ["weight", "train", "training", "loss_mask", "loss"];
+/// axolotl's parts of a message that are learned or not, in characters.
+const DETAILS: [&str; 2] = ["train_detail", "training_detail"];
+/// Parts of a message that no text can stand for.
+const MEDIA: [&str; 10] = [
+    "image",
+    "image_url",
+    "input_image",
+    "audio",
+    "audio_url",
+    "input_audio",
+    "video",
+    "video_url",
+    "file",
+    "input_file",
+];
+
+/// Fields of messages that are read here, whatever a template reads.
+pub(super) fn is_read_here(field: &str) -> bool {
+    ["role", "content", "from", "value"].contains(&field) || WEIGHTS.contains(&field)
+}
+
+impl From<Vec<Turn>> for Conversation {
+    fn from(turns: Vec<Turn>) -> Self {
+        Self { shape: Shape::Messages, turns, fields: Map::new() }
+    }
 }
 
 impl Conversation {
-    /// Reads a record. `knows_role` says of a role beside `system`, `user` and `assistant` whether it is one.
+    /// Reads a record. `knows` says of a role beside `system`, `user` and `assistant`, or of a kind of a part, whether
+    /// the template names it.
     ///
     /// # Errors
     ///
     /// [`ConversationError`]: bytes that are no UTF-8, text that is no JSON, none of the shapes, a role that nobody knows,
     /// a message without text, no message of the assistant's, nothing to learn.
-    pub fn parse(record: &[u8], knows_role: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
-        Self::from_json(&parse(record)?.value, knows_role)
+    pub fn parse(record: &[u8], knows: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
+        Self::from_json(&parse(record)?.value, knows)
     }
 
     /// Like [`parse`](Conversation::parse), of JSON that was read already.
@@ -77,25 +124,47 @@ impl Conversation {
     /// # Errors
     ///
     /// As [`parse`](Conversation::parse), but for the first two.
-    pub fn from_json(value: &Value, knows_role: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
+    pub fn from_json(value: &Value, knows: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
         let Value::Object(record) = value else { return Err(ConversationError::Shape { keys: Vec::new() }) };
-        let (shape, turns) = if let Some(messages) = record.get("messages") {
-            (Shape::Messages, messages_of("messages", messages, &knows_role)?)
-        } else if let Some(messages) = record.get("conversations") {
-            (Shape::ShareGpt, messages_of("conversations", messages, &knows_role)?)
-        } else if record.contains_key("instruction") {
-            (Shape::Alpaca, alpaca(record)?)
+        let mut fields: Map<String, Value> = record
+            .iter()
+            .filter(|(_, value)| !value.is_null())
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
+        let has = |key: &str| fields.get(key).is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty()));
+        let of_prompt = has("prompt") && (has("completion") || has("chosen") || has("rejected"));
+        let (shape, mut turns) = if has("messages") {
+            (Shape::Messages, taken(&mut fields, "messages", &knows)?)
+        } else if has("conversations") {
+            (Shape::ShareGpt, taken(&mut fields, "conversations", &knows)?)
+        } else if of_prompt || has("chosen") || has("rejected") {
+            (Shape::PromptCompletion, prompt_and_completion(&mut fields, &knows)?)
+        } else if has("instruction") {
+            (Shape::Alpaca, alpaca(&mut fields)?)
+        } else if fields.contains_key("messages") || fields.contains_key("conversations") {
+            return Err(ConversationError::NoAssistant);
         } else {
-            return Err(ConversationError::Shape { keys: record.keys().cloned().collect() });
+            return Err(ConversationError::Shape { keys: fields.keys().cloned().collect() });
         };
-        let mut of_assistant = turns.iter().filter(|turn| turn.message.role == "assistant").peekable();
+        if let Some(Value::String(system)) = fields.get("system")
+            && turns.first().is_none_or(|turn| turn.message.role() != "system")
+        {
+            if !system.is_empty() {
+                turns.insert(0, Turn::of_text("system", system.as_str(), 0.0));
+            }
+            fields.remove("system");
+        }
+        if let Some(tools) = fields.remove("tools") {
+            fields.extend(tools_of(tools, shape)?.map(|tools| ("tools".to_owned(), tools)));
+        }
+        let mut of_assistant = turns.iter().filter(|turn| turn.message.role() == "assistant").peekable();
         if of_assistant.peek().is_none() {
             return Err(ConversationError::NoAssistant);
         }
         if of_assistant.all(|turn| turn.weight == 0.0) {
             return Err(ConversationError::NothingLearned);
         }
-        Ok(Self { shape, turns })
+        Ok(Self { shape, turns, fields })
     }
 
     /// The messages alone.
@@ -104,97 +173,307 @@ impl Conversation {
     }
 }
 
-fn messages_of(key: &str, value: &Value, knows_role: &impl Fn(&str) -> bool) -> Result<Vec<Turn>, ConversationError> {
-    let wrong = |place: String, problem: &str| ConversationError::Message { place, problem: problem.into() };
-    let Value::Array(messages) = value else { return Err(wrong(key.into(), "is not a list of messages")) };
-    let mut turns = Vec::with_capacity(messages.len());
-    for (index, message) in messages.iter().enumerate() {
-        let place = format!("{key}[{index}]");
-        let Value::Object(message) = message else { return Err(wrong(place, "is not a message")) };
-        let Some(Value::String(role)) = message.get("role").or_else(|| message.get("from")) else {
-            return Err(wrong(place, "does not say who speaks: it lacks `role` (or `from`)"));
-        };
-        let role = match role.as_str() {
-            // The names that ShareGPT's exports and those that followed them use.
-            "human" => "user",
-            "gpt" | "chatgpt" | "bot" | "model" => "assistant",
-            role @ ("system" | "user" | "assistant") => role,
-            role if knows_role(role) => role,
-            role => return Err(ConversationError::Role { place, role: role.into() }),
-        };
-        let content = message.get("content").or_else(|| message.get("value"));
-        let content = text_of(content).map_err(|problem| wrong(place.clone(), problem))?;
-        let weight = weight_of(message).map_err(|problem| wrong(place, problem))?;
-        turns.push(Turn::new(role, content, weight));
+fn wrong(place: impl Into<String>, problem: impl Into<String>) -> ConversationError {
+    ConversationError::Message { place: place.into(), problem: problem.into() }
+}
+
+/// The messages of a field of the record.
+fn taken(
+    fields: &mut Map<String, Value>,
+    key: &str,
+    knows: &impl Fn(&str) -> bool,
+) -> Result<Vec<Turn>, ConversationError> {
+    let Some(Value::Array(messages)) = fields.remove(key) else {
+        return Err(wrong(key, "is not a list of messages"));
+    };
+    let turn = |(index, message)| turn_of(format!("{key}[{index}]"), message, knows);
+    messages.into_iter().enumerate().map(turn).collect()
+}
+
+/// TRL's records of a prompt and what is learned after it.
+fn prompt_and_completion(
+    fields: &mut Map<String, Value>,
+    knows: &impl Fn(&str) -> bool,
+) -> Result<Vec<Turn>, ConversationError> {
+    for key in ["chosen", "rejected"] {
+        if fields.contains_key(key) {
+            return Err(ConversationError::Preference { key });
+        }
     }
+    if fields.get("label").is_some_and(Value::is_boolean) {
+        return Err(ConversationError::Preference { key: "label" });
+    }
+    for key in ["prompt", "completion"] {
+        if fields.get(key).is_some_and(Value::is_string) {
+            return Err(ConversationError::Texts { key });
+        }
+    }
+    let mut turns = taken(fields, "prompt", knows)?;
+    turns.iter_mut().for_each(|turn| turn.weight = 0.0);
+    turns.extend(taken(fields, "completion", knows)?);
     Ok(turns)
 }
 
-/// A text, or OpenAI's list of parts that are texts.
-fn text_of(content: Option<&Value>) -> Result<String, &'static str> {
-    match content {
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(Value::Array(parts)) => parts
-            .iter()
-            .map(|part| match part["type"].as_str() {
-                Some("text") => part["text"].as_str().ok_or("has a part without text"),
-                _ => Err("has a part that is not text"),
-            })
-            .collect(),
-        None | Some(Value::Null) => Err("has no content"),
-        Some(_) => Err("has content that is not text"),
+/// The names that ShareGPT's exports and those that followed them use. A template that names one of the last rows itself is
+/// given it as it is.
+fn role_of<'a>(role: &'a str, knows: &impl Fn(&str) -> bool) -> Option<&'a str> {
+    Some(match role {
+        "human" => "user",
+        "gpt" | "chatgpt" | "bot" | "model" => "assistant",
+        "system" | "user" | "assistant" => role,
+        _ if knows(role) => role,
+        "function_call" | "tool_call" => "assistant",
+        "observation" | "tool_response" | "function_response" if knows("tool") => "tool",
+        _ => return None,
+    })
+}
+
+fn turn_of(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> Result<Turn, ConversationError> {
+    let Value::Object(mut message) = message else { return Err(wrong(place, "is not a message")) };
+    message.retain(|_, value| !value.is_null());
+    for (key, other) in [("role", "from"), ("content", "value")] {
+        let Some(value) = message.get(other).cloned() else { continue };
+        match message.get(key) {
+            None => {
+                message = message
+                    .into_iter()
+                    .map(|(name, value)| (if name == other { key.to_owned() } else { name }, value))
+                    .collect();
+            }
+            // The same twice.
+            Some(known) if *known == value => {
+                message.remove(other);
+            }
+            Some(_) => return Err(wrong(place, format!("has both `{key}` and `{other}`, and they differ"))),
+        }
+    }
+    let Some(Value::String(said)) = message.get("role") else {
+        return Err(wrong(place, "does not say who speaks: it lacks `role` (or `from`)"));
+    };
+    let calls = ["function_call", "tool_call"].contains(&said.as_str()) && !knows(said);
+    let Some(role) = role_of(said, knows).map(str::to_owned) else {
+        return Err(ConversationError::Role { place, role: said.clone() });
+    };
+    message.insert("role".into(), Value::String(role.clone()));
+    if calls {
+        calls_of_text(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
+    }
+    tool_calls(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
+    content(&mut message, &role, knows).map_err(|problem| wrong(place.clone(), problem))?;
+    let weight = weight_of(&message, role == "assistant").map_err(|problem| wrong(place, problem))?;
+    Ok(Turn::new(Message(message), weight))
+}
+
+/// `tool_calls` from the text of a ShareGPT turn: a call as JSON, or a list of them, perhaps behind what was thought.
+fn calls_of_text(message: &mut Map<String, Value>) -> Result<(), String> {
+    let Some(Value::String(text)) = message.get("content") else { return Err("has no call".into()) };
+    let mut call = text.trim();
+    let mut thought = None;
+    if let Some((inner, rest)) = call.strip_prefix("<think>").and_then(|text| text.split_once("</think>")) {
+        (thought, call) = (Some(inner.trim().to_owned()), rest.trim());
+    }
+    let read: Value = serde_json::from_str(call)
+        .map_err(|_| "is a call that is not JSON, as `{\"name\": \"...\", \"arguments\": {...}}` is".to_owned())?;
+    let calls = match read {
+        Value::Array(calls) => calls,
+        call => vec![call],
+    };
+    if calls.is_empty() || calls.iter().any(|call| !call["name"].is_string()) {
+        return Err("has a call without a `name`".into());
+    }
+    let wrapped: Vec<Value> =
+        calls.into_iter().map(|function| json!({"type": "function", "function": function})).collect();
+    message.insert("content".into(), "".into());
+    if let Some(thought) = thought {
+        message.insert("reasoning_content".into(), thought.into());
+    }
+    message.insert("tool_calls".into(), wrapped.into());
+    Ok(())
+}
+
+/// `tool_calls` of a message: a list, or the JSON of one; without the nulls that tables put into them.
+fn tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
+    let Some(mut calls) = message.remove("tool_calls") else { return Ok(()) };
+    if let Value::String(text) = &calls {
+        if text.trim().is_empty() {
+            return Ok(());
+        }
+        calls = serde_json::from_str(text).map_err(|_| "has `tool_calls` that are a text and not JSON".to_owned())?;
+    }
+    match &mut calls {
+        Value::Null => return Ok(()),
+        Value::Array(calls) => {
+            for call in calls {
+                let Value::Object(call) = call else { return Err("has `tool_calls` that are no calls".into()) };
+                call.retain(|_, value| !value.is_null());
+                if let Some(Value::Object(function)) = call.get_mut("function") {
+                    function.retain(|_, value| !value.is_null());
+                }
+            }
+        }
+        _ => return Err("has `tool_calls` that are not a list".into()),
+    }
+    message.insert("tool_calls".into(), calls);
+    Ok(())
+}
+
+/// Looks at what was said: a text, OpenAI's list of parts, or nothing where something else stands for it.
+fn content(message: &mut Map<String, Value>, role: &str, knows: &impl Fn(&str) -> bool) -> Result<(), String> {
+    let is_called = !["system", "user", "assistant"].contains(&role);
+    match message.get_mut("content") {
+        Some(Value::String(_)) => Ok(()),
+        Some(Value::Array(parts)) => {
+            for part in parts {
+                match part {
+                    Value::String(_) => {}
+                    Value::Object(part) => {
+                        part.retain(|_, value| !value.is_null());
+                        match part.get("type").and_then(Value::as_str) {
+                            Some("text") if part.get("text").is_some_and(Value::is_string) => {}
+                            Some("text") => return Err("has a part without text".into()),
+                            Some(kind) if MEDIA.contains(&kind) => {
+                                return Err(format!("has a part of the type `{kind}`; only text is learned from"));
+                            }
+                            Some(kind) if knows(kind) || is_called => {}
+                            Some(kind) => {
+                                return Err(format!(
+                                    "has a part of the type `{kind}`, which the chat template does not name"
+                                ));
+                            }
+                            None if is_called => {}
+                            None => return Err("has a part that does not say its `type`".into()),
+                        }
+                    }
+                    _ if is_called => {}
+                    _ => return Err("has a part that is not text".into()),
+                }
+            }
+            Ok(())
+        }
+        // What a tool answers may be anything.
+        Some(_) if is_called => Ok(()),
+        Some(_) => Err("has content that is not text".into()),
+        None => {
+            let stands_for_it = |(name, value): (&String, &Value)| {
+                !is_read_here(name) && !matches!(name.as_str(), "id" | "name") && !is_empty(value)
+            };
+            match message.iter().any(stands_for_it) {
+                true => Ok(()),
+                false => Err("has no content".into()),
+            }
+        }
     }
 }
 
-fn weight_of(message: &Map<String, Value>) -> Result<f32, &'static str> {
-    match message.get("weight") {
-        None | Some(Value::Null) => Ok(1.0),
-        Some(Value::Bool(learned)) => Ok(f32::from(u8::from(*learned))),
-        Some(value) => match value.as_f64() {
-            Some(weight) if weight >= 0.0 => match weight as f32 {
-                0.0 if weight > 0.0 => Err("has a `weight` that is smaller than an f32 can be (1.4e-45)"),
-                weight if weight.is_infinite() => Err("has a `weight` that is larger than an f32 can be (3.4e38)"),
-                weight => Ok(weight),
+/// Nothing, and nobody misses it.
+pub(super) fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+/// How much a message counts: 0 where any of the fields that say it does.
+fn weight_of(message: &Map<String, Value>, of_assistant: bool) -> Result<f32, String> {
+    for key in DETAILS {
+        if message.contains_key(key) {
+            return Err(format!("has `{key}`: parts of a message cannot be left out, only all of it (`train`)"));
+        }
+    }
+    let mut whole = 1.0;
+    for key in WEIGHTS {
+        let weight = match message.get(key) {
+            None | Some(Value::Null) => continue,
+            Some(Value::Bool(learned)) => f32::from(u8::from(*learned)),
+            Some(value) => match value.as_f64() {
+                Some(weight) if weight >= 0.0 => match weight as f32 {
+                    0.0 if weight > 0.0 => {
+                        return Err(format!("has a `{key}` that is smaller than an f32 can be (1.4e-45)"));
+                    }
+                    weight if weight.is_infinite() => {
+                        return Err(format!("has a `{key}` that is larger than an f32 can be (3.4e38)"));
+                    }
+                    weight => weight,
+                },
+                _ => return Err(format!("has a `{key}` that is not a number from 0")),
             },
-            _ => Err("has a `weight` that is not a number from 0"),
-        },
+        };
+        if !of_assistant && key != "weight" && weight != 0.0 {
+            return Err(format!(
+                "is to be learned by its `{key}`, and is not the assistant's: only its words are learned"
+            ));
+        }
+        whole *= weight;
+    }
+    Ok(whole)
+}
+
+/// The tools of a record: a list, or the JSON of one. ShareGPT's are bare functions.
+fn tools_of(tools: Value, shape: Shape) -> Result<Option<Value>, ConversationError> {
+    let tools = match tools {
+        Value::String(text) if text.trim().is_empty() => return Ok(None),
+        Value::String(text) => serde_json::from_str(&text).map_err(|_| wrong("tools", "is a text that is not JSON"))?,
+        tools => tools,
+    };
+    match tools {
+        Value::Null => Ok(None),
+        Value::Array(mut tools) => {
+            for tool in &mut tools {
+                if !tool.is_object() {
+                    return Err(wrong("tools", "has an entry that is not a tool"));
+                }
+                if shape == Shape::ShareGpt && tool["function"].is_null() && tool["name"].is_string() {
+                    *tool = json!({"type": "function", "function": tool.take()});
+                }
+            }
+            Ok(Some(Value::Array(tools)))
+        }
+        _ => Err(wrong("tools", "is not a list of tools")),
     }
 }
 
 /// Alpaca's record: the instruction and the input, a line break between them, are what the user says (as LLaMA-Factory
-/// reads it); `history` holds earlier pairs.
-fn alpaca(record: &Map<String, Value>) -> Result<Vec<Turn>, ConversationError> {
-    let wrong =
-        |place: &str, problem: &str| ConversationError::Message { place: place.into(), problem: problem.into() };
-    let text = |key: &str| text_of(record.get(key)).map_err(|problem| wrong(key, problem));
-    let absent = |key: &str| matches!(record.get(key), None | Some(Value::Null));
-    let weight = weight_of(record).map_err(|problem| wrong("the record", problem))?;
+/// reads it); `history` holds earlier pairs. The system prompt is that of all shapes.
+fn alpaca(record: &mut Map<String, Value>) -> Result<Vec<Turn>, ConversationError> {
+    let weight = weight_of(record, true).map_err(|problem| wrong("the record", problem))?;
+    record.retain(|key, _| !WEIGHTS.contains(&key.as_str()));
     let mut turns = Vec::new();
-    if !absent("system") {
-        let system = text("system")?;
-        if !system.is_empty() {
-            turns.push(Turn::new("system", system, 0.0));
+    match record.remove("history") {
+        None => {}
+        Some(Value::Array(pairs)) => {
+            for pair in pairs {
+                let [Some(question), Some(answer)] = [0, 1].map(|index| pair.get(index).and_then(Value::as_str)) else {
+                    return Err(wrong("history", "has an entry that is not a question and its answer"));
+                };
+                turns.push(Turn::of_text("user", question, 0.0));
+                turns.push(Turn::of_text("assistant", answer, weight));
+            }
         }
+        Some(_) => return Err(wrong("history", "is not a list of pairs")),
     }
-    if !absent("history") {
-        let pairs = record["history"].as_array().ok_or_else(|| wrong("history", "is not a list of pairs"))?;
-        for pair in pairs {
-            let [Some(question), Some(answer)] = [0, 1].map(|index| pair.get(index).and_then(Value::as_str)) else {
-                return Err(wrong("history", "has an entry that is not a question and its answer"));
-            };
-            turns.push(Turn::new("user", question, 0.0));
-            turns.push(Turn::new("assistant", answer, weight));
-        }
+    if record.get("system").is_some_and(|system| !system.is_string()) {
+        return Err(wrong("system", "has content that is not text"));
     }
+    let mut text = |key: &str| match record.remove(key) {
+        Some(Value::String(text)) => Ok(text),
+        Some(_) => Err(wrong(key, "has content that is not text")),
+        None => Err(wrong(key, "has no content")),
+    };
     let mut question = text("instruction")?;
-    if !absent("input") {
-        let input = text("input")?;
-        if !input.is_empty() {
-            question = if question.is_empty() { input } else { format!("{question}\n{input}") };
-        }
+    let answer = text("output")?;
+    let input = match text("input") {
+        Ok(input) => input,
+        Err(ConversationError::Message { problem, .. }) if problem == "has no content" => String::new(),
+        Err(error) => return Err(error),
+    };
+    if !input.is_empty() {
+        question = if question.is_empty() { input } else { format!("{question}\n{input}") };
     }
-    turns.push(Turn::new("user", question, 0.0));
-    turns.push(Turn::new("assistant", text("output")?, weight));
+    turns.push(Turn::of_text("user", question, 0.0));
+    turns.push(Turn::of_text("assistant", answer, weight));
     Ok(turns)
 }
 
@@ -209,7 +488,9 @@ mod tests {
     /// Role, words and weight of each turn.
     fn turns(line: &str) -> Vec<(String, String, f32)> {
         let turns = parse(line).unwrap().turns.into_iter();
-        turns.map(|turn| (turn.message.role, turn.message.content, turn.weight)).collect()
+        turns
+            .map(|turn| (turn.message.role().into(), turn.message.text().unwrap_or("(no text)").into(), turn.weight))
+            .collect()
     }
 
     fn turn(role: &str, content: &str, weight: f32) -> (String, String, f32) {
@@ -298,6 +579,6 @@ mod tests {
         let line = r#"{"messages": [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "three"}]}"#;
         assert!(parse(line).is_err());
         let read = Conversation::parse(line.as_bytes(), |role| role == "tool").unwrap();
-        assert_eq!(read.messages()[0], Message::new("tool", "3"));
+        assert_eq!(read.messages()[0].role(), "tool");
     }
 }

@@ -1,8 +1,14 @@
 //! From the text of a template to tokens: what the template spells is special, what people say is not.
 
-use aho_corasick::{AhoCorasick, MatchKind};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{ChatError, ChatTemplate, Conversation, Message, Turn};
+use aho_corasick::{AhoCorasick, MatchKind};
+use serde_json::{Map, Value, json};
+
+use super::conversation::{is_empty, is_read_here};
+use super::given::{Given, REASONING, with_reasoning};
+use super::{ChatError, ChatTemplate, Conversation, ConversationError, Message, Turn, sandbox};
 use crate::tokenizer::{Piece, Tokenizer};
 
 /// Characters of a private-use plane. The `n`th replaces the `n`th special token where a message spells it, so that the
@@ -16,12 +22,43 @@ pub(super) const MARKS: [char; 2] = ['\u{10FFFA}', '\u{10FFFB}'];
 pub(super) const DIGITS: [char; 8] =
     ['\u{10FFF0}', '\u{10FFF1}', '\u{10FFF2}', '\u{10FFF3}', '\u{10FFF4}', '\u{10FFF5}', '\u{10FFF6}', '\u{10FFF7}'];
 
+/// Variables that a record cannot set: transformers' own, and what the environment has.
+const RESERVED: [&str; 19] = [
+    "messages",
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_assistant_tokens_mask",
+    "raise_exception",
+    "strftime_now",
+    "range",
+    "dict",
+    "namespace",
+    "cycler",
+    "joiner",
+    "loop",
+    "self",
+    "caller",
+    "tools",
+    "documents",
+];
+
 /// A template and a tokenizer that turn conversations into tokens.
 #[derive(Debug)]
 pub struct ChatEncoder {
-    template: ChatTemplate,
+    core: Arc<Core>,
     tokenizer: Tokenizer,
+}
+
+/// What finds the assistant's words in a text, on a thread of the sandbox.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) template: ChatTemplate,
     specials: Specials,
+    /// Whether the template writes the parts of a list that is the content of a message of a role; asked once.
+    takes_parts: Mutex<HashMap<(String, bool), bool>>,
 }
 
 /// Tokens, and how much each counts in the loss when it is predicted.
@@ -31,21 +68,24 @@ pub struct WeightedTokens {
     pub tokens: Vec<u32>,
     /// A weight for each; 0 for what is given and not learned.
     pub weights: Vec<f32>,
+    /// Fields of the record, and `messages[].NAME` of its messages, that hold something and that neither the template nor
+    /// the reader of records has read.
+    pub unread: Vec<String>,
 }
 
 impl ChatEncoder {
     /// Prepares the search for special tokens, which is kept.
     pub fn new(template: ChatTemplate, tokenizer: Tokenizer) -> Self {
         let specials = Specials::new(&tokenizer);
-        Self { template, tokenizer, specials }
+        Self { core: Arc::new(Core { template, specials, takes_parts: Mutex::default() }), tokenizer }
     }
 
     /// The template.
     pub fn template(&self) -> &ChatTemplate {
-        &self.template
+        &self.core.template
     }
 
-    /// The tokens of a conversation; with `add_generation_prompt` they end where the assistant begins to speak.
+    /// The tokens of messages; with `add_generation_prompt` they end where the assistant begins to speak.
     ///
     /// Words of a message that spell a special token are encoded as the text that they are.
     ///
@@ -53,9 +93,10 @@ impl ChatEncoder {
     ///
     /// Those of [`ChatTemplate::render`], and [`ChatError::Tokenizer`] for a text without tokens.
     pub fn tokens(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<u32>, ChatError> {
-        let text = self.template.render(&self.disguised(messages), add_generation_prompt)?;
+        let given = self.core.given(messages.iter(), Map::new())?;
+        let text = self.core.template.render_given(&given, &given.values, add_generation_prompt, ["", ""])?;
         let mut tokens = Vec::new();
-        self.specials.encode(&self.tokenizer, &text, &mut tokens)?;
+        self.core.specials.encode(&self.tokenizer, &text, &mut tokens)?;
         Ok(tokens)
     }
 
@@ -65,11 +106,12 @@ impl ChatEncoder {
     ///
     /// Those of [`Conversation::parse`].
     pub fn parse(&self, line: &[u8]) -> Result<Conversation, ChatError> {
-        Ok(Conversation::parse(line, |role| self.template.knows_role(role))?)
+        Ok(Conversation::parse(line, |name| self.core.template.knows_role(name))?)
     }
 
     /// The tokens of a conversation with a weight for each: the turn's for the assistant's words and the special token
-    /// that ends them, 0 for everything else.
+    /// that ends them, 0 for everything else. Its words are all that the template writes for the turn after the prompt for
+    /// it: what it thinks and the tools that it calls included.
     ///
     /// Where the assistant begins to speak the text is cut before it is encoded, so that the tokens before are those
     /// that the model is given when it speaks itself; a token that would cross the cut (two line breaks that would be
@@ -78,21 +120,34 @@ impl ChatEncoder {
     /// # Errors
     ///
     /// [`ChatError::Refused`] where the template fails, [`ChatError::NoSpan`] and [`ChatError::TooManyTurns`] where the
-    /// assistant's words cannot be found in what it makes, [`ChatError::Tokenizer`] for a text without tokens.
-    pub fn weighted(&self, turns: &[Turn]) -> Result<WeightedTokens, ChatError> {
-        let messages: Vec<Message> = turns.iter().map(|turn| turn.message.clone()).collect();
-        let (text, spans) = self.spans(&self.disguised(&messages))?;
-        let of_assistant = turns.iter().filter(|turn| turn.message.role == "assistant");
-        let mut result = WeightedTokens { tokens: Vec::new(), weights: Vec::new() };
+    /// assistant's words cannot be found in what it makes, [`ChatError::Tokenizer`] for a text without tokens,
+    /// [`ChatError::Conversation`] for a call that the template does not write.
+    pub fn weighted(&self, conversation: &Conversation) -> Result<WeightedTokens, ChatError> {
+        let turns = &conversation.turns;
+        let (variables, mut unread) = self.core.variables(&conversation.fields)?;
+        let tools = !variables["tools"].is_null();
+        let messages = turns.iter().map(|turn| &turn.message);
+        let given = Arc::new(self.core.given(messages, variables)?);
+        // All renderings are one job of the sandbox.
+        let (core, of_job) = (self.core.clone(), given.clone());
+        let found = sandbox::run(given.budget.time(), move || core.of_tools(tools).spans(&of_job));
+        let (text, spans) = found.map_err(|overrun| self.core.template.of_tools(tools).overrun(overrun)).flatten()?;
+        unread.extend(unread_of_messages(turns, &given)?);
+        let mut result = WeightedTokens { tokens: Vec::new(), weights: Vec::new(), unread };
         let mut add = |text: &str, weight: f32| -> Result<(), ChatError> {
-            self.specials.encode(&self.tokenizer, text, &mut result.tokens)?;
+            self.core.specials.encode(&self.tokenizer, text, &mut result.tokens)?;
             result.weights.resize(result.tokens.len(), weight);
             Ok(())
         };
+        let weights: Vec<f32> =
+            turns.iter().filter(|turn| turn.message.role() == "assistant").map(|turn| turn.weight).collect();
+        if spans.len() != weights.len() && weights.iter().any(|weight| *weight != weights[0]) {
+            return Err(ChatError::Blocks { blocks: spans.len(), turns: weights.len() });
+        }
         let mut end = 0;
-        for (span, turn) in spans.into_iter().zip(of_assistant) {
+        for (index, span) in spans.into_iter().enumerate() {
             add(&text[end..span.start], 0.0)?;
-            add(&text[span.clone()], turn.weight)?;
+            add(&text[span.clone()], weights.get(index).or(weights.first()).copied().unwrap_or_default())?;
             end = span.end;
         }
         add(&text[end..], 0.0)?;
@@ -102,12 +157,183 @@ impl ChatEncoder {
     /// The token that ends what the assistant says, where the template writes an added one there (`<|im_end|>`,
     /// `<|eot_id|>`, `<end_of_turn>`), be it special or not: a model that was taught by it should stop there.
     pub fn end_token(&self) -> Option<u32> {
-        let turn = |role: &str, weight| Turn { message: Message::new(role, "x"), weight };
-        let WeightedTokens { tokens, weights } = self.weighted(&[turn("user", 0.0), turn("assistant", 1.0)]).ok()?;
+        let turn = |role: &str, weight| Turn::new(Message::new(role, "x"), weight);
+        let turns = vec![turn("user", 0.0), turn("assistant", 1.0)];
+        let WeightedTokens { tokens, weights, .. } = self.weighted(&Conversation::from(turns)).ok()?;
         let last = weights.iter().rposition(|&weight| weight > 0.0)?;
         Some(tokens[last]).filter(|&token| self.tokenizer.is_added(token))
     }
 
+    #[cfg(test)]
+    pub(super) fn core(&self) -> &Core {
+        &self.core
+    }
+}
+
+/// Fields of messages that hold something and that nobody has read.
+fn unread_of_messages(turns: &[Turn], given: &Given) -> Result<Vec<String>, ChatError> {
+    let is_read = |name: &str| match REASONING.contains(&name) {
+        // They are given under each other's names.
+        true => REASONING.iter().any(|name| given.names.is_read(name)),
+        false => given.names.is_read(name),
+    };
+    let mut unread = BTreeSet::new();
+    for (index, turn) in turns.iter().enumerate() {
+        let fields = turn.message.fields();
+        let of_use = |(name, value): &(&String, &Value)| !is_read_here(name) && !is_empty(value);
+        let missed = fields.iter().filter(of_use).map(|(name, _)| name).filter(|name| !is_read(name));
+        unread.extend(missed.clone().map(|name| format!("messages[].{name}")));
+        // A turn that says nothing, but for what is not written, would be learned as an empty answer.
+        let says_nothing = fields.get("content").is_none_or(|content| match content {
+            Value::String(text) => text.trim().is_empty(),
+            content => is_empty(content),
+        });
+        let calls =
+            fields.iter().filter(of_use).map(|(name, _)| name).filter(|name| !["id", "name"].contains(&name.as_str()));
+        if says_nothing && turn.message.role() == "assistant" && !calls.clone().any(|name| is_read(name)) {
+            if let Some(field) = calls.cloned().next() {
+                return Err(ConversationError::Call { message: index + 1, field }.into());
+            }
+        }
+    }
+    Ok(unread.into_iter().collect())
+}
+
+impl Core {
+    /// The messages as templates are given them: with their reasoning under each of its names, with parts joined where the
+    /// template takes none, and in disguise.
+    pub(super) fn given<'a>(
+        &self,
+        messages: impl Iterator<Item = &'a Message>,
+        variables: Map<String, Value>,
+    ) -> Result<Given, ChatError> {
+        let tools = variables.get("tools").is_some_and(|tools| !tools.is_null());
+        let mut given = Vec::new();
+        for message in messages {
+            let mut fields = message.fields().clone();
+            if let Some(Value::Array(parts)) = fields.get("content")
+                && let Some(joined) = joined(parts)
+                && !self.takes_parts(message.role(), tools)
+            {
+                fields.insert("content".into(), joined.into());
+            }
+            given.push(self.specials.disguised_map(with_reasoning(fields)));
+        }
+        Ok(Given::new(given, self.specials.disguised_map(variables)))
+    }
+
+    /// The variables of a record, and the names of its fields that are none.
+    fn variables(&self, fields: &Map<String, Value>) -> Result<(Map<String, Value>, Vec<String>), ChatError> {
+        let mut variables = Map::new();
+        let mut unread = Vec::new();
+        let tools = fields.get("tools").cloned().unwrap_or_default();
+        let template = self.template.of_tools(!tools.is_null());
+        let wrong = |problem: &str| ConversationError::Message {
+            place: "chat_template_kwargs".into(),
+            problem: problem.into(),
+        };
+        let documents = fields.get("documents").filter(|_| template.names_variable("documents"));
+        if documents.is_some_and(|list| list.as_array().is_none_or(|list| !list.iter().all(Value::is_object))) {
+            let problem = "is not a list of documents, each a map".into();
+            return Err(ConversationError::Message { place: "documents".into(), problem }.into());
+        }
+        for (name, value) in fields {
+            let named = template.names_variable(name);
+            match name.as_str() {
+                "chat_template_kwargs" => {
+                    let Value::Object(given) = value else { return Err(wrong("is not a map of variables").into()) };
+                    for (name, value) in given.iter().filter(|(_, value)| !value.is_null()) {
+                        if RESERVED.contains(&name.as_str()) || is_name_of_token(name) || name.starts_with("moonlight_")
+                        {
+                            return Err(ConversationError::Variable { name: name.clone() }.into());
+                        }
+                        match template.names_variable(name) {
+                            true => drop(variables.insert(name.clone(), value.clone())),
+                            false => unread.push(format!("chat_template_kwargs.{name}")),
+                        }
+                    }
+                }
+                "tools" | "documents" if named => {}
+                _ if named && !RESERVED.contains(&name.as_str()) && !is_name_of_token(name) => {
+                    variables.entry(name.clone()).or_insert_with(|| value.clone());
+                }
+                _ if is_empty(value) => {}
+                _ => unread.push(name.clone()),
+            }
+        }
+        variables.insert("tools".into(), tools);
+        variables.insert("documents".into(), documents.cloned().unwrap_or_default());
+        Ok((variables, unread))
+    }
+
+    /// Whether the template writes the parts of a content that is a list; else it would print the list.
+    fn takes_parts(&self, role: &str, tools: bool) -> bool {
+        let key = (role.to_owned(), tools);
+        let known = || self.takes_parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&takes) = known().get(&key) {
+            return takes;
+        }
+        const PROBE: &str = "moonlightprobe";
+        let template = self.template.of_tools(tools);
+        let message = |role: &str, content: Value| {
+            Message::from_fields(Map::from_iter([("role".into(), role.into()), ("content".into(), content)]))
+        };
+        let rendered = |content: Value| -> Option<String> {
+            let probed = message(role, content)?;
+            let messages = match role {
+                "user" => vec![probed],
+                "system" | "developer" => vec![probed, Message::new("user", "x")],
+                _ => vec![Message::new("user", "x"), probed],
+            };
+            template.render(&messages, false).ok()
+        };
+        let of_parts = rendered(json!([{"type": "text", "text": PROBE}]));
+        // Where neither goes it is the template's to say what is wrong.
+        let takes = match (of_parts, rendered(PROBE.into())) {
+            (Some(parts), Some(text)) => {
+                parts == text || (parts.contains(PROBE) && !parts.contains("'type'") && !parts.contains("\"type\""))
+            }
+            (None, Some(_)) => false,
+            _ => true,
+        };
+        known().insert(key, takes);
+        takes
+    }
+
+    /// What finds the words in what the template for tools makes, or the other.
+    fn of_tools(&self, tools: bool) -> Finder<'_> {
+        Finder { template: self.template.of_tools(tools), specials: &self.specials }
+    }
+
+    #[cfg(test)]
+    pub(super) fn finder(&self) -> Finder<'_> {
+        self.of_tools(false)
+    }
+}
+
+/// `bos_token` and the like.
+fn is_name_of_token(name: &str) -> bool {
+    name.ends_with("_token")
+}
+
+/// Parts that are all texts as one.
+fn joined(parts: &[Value]) -> Option<String> {
+    let text = |part: &Value| match part {
+        Value::String(text) => Some(text.clone()),
+        part if part["type"] == "text" => part["text"].as_str().map(str::to_owned),
+        _ => None,
+    };
+    parts.iter().map(text).collect()
+}
+
+/// A template and the special tokens in its text.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Finder<'a> {
+    pub(super) template: &'a ChatTemplate,
+    specials: &'a Specials,
+}
+
+impl Finder<'_> {
     /// Where the last special token of a text ends, if only white space follows it.
     pub(super) fn end_of_last_special(&self, text: &str) -> Option<usize> {
         let end = self.specials.finder.find_iter(text).last()?.end();
@@ -121,9 +347,11 @@ impl ChatEncoder {
         (found.start() == 0).then_some(white + found.end())
     }
 
-    pub(super) fn disguised(&self, messages: &[Message]) -> Vec<Message> {
-        let disguise = |message: &Message| Message::new(message.role.clone(), self.specials.disguise(&message.content));
-        messages.iter().map(disguise).collect()
+    /// Where special tokens of a text end, the last first.
+    pub(super) fn ends_of_specials(&self, text: &str) -> Vec<usize> {
+        let mut ends: Vec<usize> = self.specials.finder.find_iter(text).map(|found| found.end()).collect();
+        ends.reverse();
+        ends
     }
 }
 
@@ -148,6 +376,20 @@ impl Specials {
         };
         let added = finder(tokenizer.added_texts().take(STAND_INS).collect());
         Self { finder: finder(names.iter().map(|(name, _)| name.as_str()).collect()), added, names }
+    }
+
+    /// All that people wrote in a map, at any depth, keys included.
+    fn disguised_map(&self, map: Map<String, Value>) -> Map<String, Value> {
+        map.into_iter().map(|(name, value)| (self.disguise(&name), self.disguised(value))).collect()
+    }
+
+    fn disguised(&self, value: Value) -> Value {
+        match value {
+            Value::String(text) => self.disguise(&text).into(),
+            Value::Array(items) => items.into_iter().map(|item| self.disguised(item)).collect(),
+            Value::Object(map) => Value::Object(self.disguised_map(map)),
+            value => value,
+        }
     }
 
     /// Words with a stand-in for each special token that they spell. A stand-in or a mark that somebody wrote is

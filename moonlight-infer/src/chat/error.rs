@@ -58,6 +58,17 @@ pub enum ChatError {
         /// All messages.
         messages: usize,
     },
+    /// `{% generation %}` blocks that are not one for each message, of messages that do not all count the same.
+    #[error(
+        "the chat template has {blocks} `{{% generation %}}` blocks for {turns} messages of the assistant's, of which not \
+             all are learned alike: there is no telling which is which"
+    )]
+    Blocks {
+        /// The blocks.
+        blocks: usize,
+        /// The assistant's messages.
+        turns: usize,
+    },
     /// Words that the tokenizer has no tokens for.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -73,7 +84,7 @@ impl ChatError {
             Self::NoTemplate { .. } => {
                 Some("give a base model a text to continue, or put its `chat_template.jinja` into the folder".into())
             }
-            Self::NoSpan { .. } | Self::TooManyTurns { .. } => Some(
+            Self::NoSpan { .. } | Self::TooManyTurns { .. } | Self::Blocks { .. } => Some(
                 "put `{% generation %}` and `{% endgeneration %}` around the assistant's words in the template".into(),
             ),
             Self::Conversation(error) => error.hint(),
@@ -113,6 +124,32 @@ pub enum ConversationError {
         /// What is wrong, as the rest of a sentence.
         problem: String,
     },
+    /// A record of TRL's for learning from preferences.
+    #[error("the record is one of preferences (it has `{key}`), and those are not learned from")]
+    Preference {
+        /// What tells it.
+        key: &'static str,
+    },
+    /// A prompt and its completion that are texts, and no messages.
+    #[error("`{key}` is a text and not a list of messages")]
+    Texts {
+        /// Which of the two.
+        key: &'static str,
+    },
+    /// A turn in which a tool is called, by a template that does not write calls.
+    #[error("message {message} says nothing but calls a tool, and the chat template does not read its `{field}`")]
+    Call {
+        /// Its number, from 1.
+        message: usize,
+        /// The field.
+        field: String,
+    },
+    /// A variable that is not the record's to set.
+    #[error("`chat_template_kwargs` sets `{}`, which is not its to set", Printable(name))]
+    Variable {
+        /// Its name.
+        name: String,
+    },
     /// Nobody to learn from.
     #[error("the conversation has no assistant message")]
     NoAssistant,
@@ -127,11 +164,21 @@ impl ConversationError {
         match self {
             Self::Json(error) => error.hint(),
             Self::Shape { .. } => Some(
-                "a record has `messages` (OpenAI), `conversations` (ShareGPT), or `instruction` and `output` (Alpaca)"
+                "a record has `messages` (OpenAI), `conversations` (ShareGPT), `prompt` and `completion` (TRL), or \
+                 `instruction` and `output` (Alpaca)"
                     .into(),
             ),
+            Self::Preference { .. } => {
+                Some("write the answer that is to be learned as the last of its `messages`".into())
+            }
+            Self::Texts { .. } => Some(
+                "write `messages`, or rename `prompt` to `instruction` and `completion` to `output` (Alpaca)".into(),
+            ),
+            Self::Call { .. } => Some("name a chat template that knows tools by data.chat_template".into()),
             Self::Role { .. } => Some(
-                "roles are system, user (human) and assistant (gpt), and others that the chat template names".into(),
+                "roles are system, user (human) and assistant (gpt), and others that the chat template names, as `tool`; \
+                 name one that knows the role by data.chat_template"
+                    .into(),
             ),
             _ => None,
         }

@@ -12,17 +12,20 @@
 //! * **Time.** Where all this fails to stop a template the clock does: it runs on a thread of its own, which is given up
 //!   ([`run`]).
 
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SendError, Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use minijinja::machinery::{Token, tokenize};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Value, ValueKind};
+use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State};
 
-use super::Message;
+use super::fields::Fields;
+use super::python;
 use crate::guard::unpanicked;
 
 /// The longest source, in bytes; published templates have a few thousand, the longest some 40,000.
@@ -42,12 +45,12 @@ const LARGEST_VALUE: u64 = 64 << 20;
 const DEEPEST_VALUE: usize = 64;
 /// What a slot of a list counts for, in bytes.
 const SLOT: u64 = 32;
-/// Bytes that one step of the engine's fuel pays for.
-const STEP: u64 = 64;
 
 const CHECKED: &str = "moonlight_checked";
 const KEPT: &str = "moonlight_kept";
 const REPEATED: &str = "moonlight_repeated";
+const ITERATED: &str = "moonlight_iterated";
+const WRITTEN: &str = "moonlight_written";
 
 /// What a template may use for a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,11 +71,11 @@ const STEPS_OF_A_MESSAGE: u64 = 1000;
 const BYTES_OF_A_STEP: u64 = 4;
 
 impl Budget {
-    /// For a conversation: in proportion to its messages and its text, so that long ones pass and no template gets more
-    /// than they need. Sixteen million steps, a billion bytes, are the end.
-    pub(super) fn of(messages: &[Message]) -> Self {
-        let bytes: u64 = messages.iter().map(|message| (message.role.len() + message.content.len()) as u64).sum();
-        let count = messages.len() as u64;
+    /// For a conversation of so many messages, with so many bytes of JSON handed over in all, tools and documents included:
+    /// in proportion to both, so that long ones pass and no template gets more than they need. Sixteen million steps, a
+    /// billion bytes, are the end.
+    pub(super) fn of(messages: usize, bytes: usize) -> Self {
+        let (count, bytes) = (messages as u64, bytes as u64);
         let steps = LADDER[0] + count * STEPS_OF_A_MESSAGE + bytes / BYTES_OF_A_STEP;
         let rung = LADDER.iter().position(|&rung| rung >= steps).unwrap_or(LADDER.len() - 1);
         // Hundreds of times what it takes on a slow machine.
@@ -119,14 +122,32 @@ impl std::fmt::Display for Overrun {
 
 /// Runs `job` on a thread with a stack of a known size, and waits for it no longer than `time`.
 ///
+/// A job that runs jobs itself, as the renderings of one conversation are, runs them where it is: going to another thread
+/// and back takes longer than most of them. The time is then that of each of them, and begins anew with the next.
+///
 /// Threads are kept for the next job: making one takes longer than most renderings. One that does not answer in time is left
 /// to itself, and ends with its job.
 pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + Send + 'static) -> Result<T, Overrun> {
+    thread_local! {
+        /// On a thread of the sandbox: how many jobs were begun or ended within the one that it runs.
+        static INSIDE: RefCell<Option<Arc<AtomicU64>>> = const { RefCell::new(None) };
+    }
+    if let Some(beats) = INSIDE.with_borrow(Clone::clone) {
+        beats.fetch_add(1, Ordering::Relaxed);
+        let answer = unpanicked(job);
+        beats.fetch_add(1, Ordering::Relaxed);
+        return answer.ok_or(Overrun::Panic);
+    }
     let idle = || IDLE.lock().unwrap_or_else(PoisonError::into_inner);
     let (answer, answers) = channel();
+    let beats = Arc::new(AtomicU64::new(0));
+    let within = beats.clone();
     let mut job: Job = Box::new(move || {
+        INSIDE.set(Some(within));
+        let result = unpanicked(job);
+        INSIDE.set(None);
         // Nobody listens any more when the time is over.
-        let _ = answer.send(unpanicked(job));
+        let _ = answer.send(result);
     });
     let thread = loop {
         let kept = idle().pop();
@@ -138,14 +159,19 @@ pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + S
     };
     // In slices: a process that was stopped for an hour has lost one of them, not its time.
     let slices = 50;
-    for _ in 0..slices {
+    let (mut slice, mut seen) = (0, 0);
+    while slice < slices {
         match answers.recv_timeout(time / slices) {
             Ok(answer) => {
                 idle().push(thread);
                 return answer.ok_or(Overrun::Panic);
             }
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => slice += 1,
             Err(RecvTimeoutError::Disconnected) => return Err(Overrun::Panic),
+        }
+        let now = beats.load(Ordering::Relaxed);
+        if now != seen {
+            (slice, seen) = (0, now);
         }
     }
     Err(Overrun::Time)
@@ -186,6 +212,11 @@ pub(super) fn prepared(source: &str, syntax: &SyntaxConfig) -> Result<String, St
         if begins {
             tag.clear();
         }
+        if matches!(token, Token::Str(_) | Token::String(_))
+            && let Some(escape) = unknown_escape(&source[span.start_offset as usize..span.end_offset as usize])
+        {
+            return Err(format!("`\\{escape}` in a text is not known (line {})", span.start_line));
+        }
         tag.push(Lexed { token, start: span.start_offset as usize, end: span.end_offset as usize });
         if tag.len() > TOKENS_OF_A_TAG + 2 {
             return Err(format!("a tag exceeds the limit of {TOKENS_OF_A_TAG} tokens (line {})", span.start_line));
@@ -211,6 +242,20 @@ pub(super) fn prepared(source: &str, syntax: &SyntaxConfig) -> Result<String, St
     Ok(prepared)
 }
 
+/// An escape in a text that Python reads and the engine does not, or reads otherwise.
+fn unknown_escape(text: &str) -> Option<char> {
+    let mut characters = text.chars();
+    while let Some(character) = characters.next() {
+        if character == '\\' {
+            let escape = characters.next()?;
+            if matches!(escape, 'a' | 'v' | 'N' | 'U' | '/' | '1'..='7') {
+                return Some(escape);
+            }
+        }
+    }
+    None
+}
+
 struct Lexed<'a> {
     token: Token<'a>,
     start: usize,
@@ -222,7 +267,11 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
     let mut open: Vec<(usize, bool)> = Vec::new();
     let is_set = matches!(tag[0].token, Token::BlockStart)
         && matches!(tag.get(1), Some(Lexed { token: Token::Ident("set"), .. }));
+    let is_loop = matches!(tag[0].token, Token::BlockStart)
+        && matches!(tag.get(1), Some(Lexed { token: Token::Ident("for"), .. }));
     let (mut dotted, mut assigned, mut filtered) = (false, false, false);
+    // Whether what a loop goes over has begun, and whether it has ended.
+    let (mut looped, mut ended) = (false, false);
     for (index, lexed) in tag.iter().enumerate() {
         match &lexed.token {
             Token::BracketOpen | Token::BraceOpen | Token::ParenOpen => {
@@ -244,6 +293,32 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
                     insertions.push((tag[last].end, "|moonlight_repeated "));
                 }
             }
+            Token::Tilde => {
+                if is_whole_operand(tag, index) {
+                    insertions.push((lexed.start, "|moonlight_written "));
+                }
+                if let Some(last) = end_of_operand(tag, index + 1)
+                    && !matches!(tag.get(index + 1), Some(Lexed { token: Token::Minus | Token::Plus, .. }))
+                    && !matches!(
+                        tag.get(last + 1),
+                        Some(Lexed {
+                            token: Token::Tilde | Token::Pow | Token::Mul | Token::Div | Token::FloorDiv | Token::Mod,
+                            ..
+                        })
+                    )
+                {
+                    insertions.push((tag[last].end, "|moonlight_written "));
+                }
+            }
+            Token::Ident("in") if is_loop && !looped && open.is_empty() => {
+                looped = true;
+                insertions.push((lexed.end, " ("));
+            }
+            Token::Ident("if" | "recursive") if looped && !ended && open.is_empty() => {
+                ended = true;
+                insertions.push((lexed.start, ")|moonlight_iterated "));
+            }
+            Token::BlockEnd if looped && !ended => insertions.push((lexed.start, ")|moonlight_iterated ")),
             Token::Dot if is_set && !assigned && !filtered => dotted = true,
             Token::Assign if is_set && !assigned && !filtered && open.is_empty() => {
                 assigned = true;
@@ -272,6 +347,34 @@ fn begins_a_value(before: &Token<'_>) -> bool {
         Token::BracketClose | Token::BraceClose | Token::ParenClose => false,
         _ => true,
     }
+}
+
+/// Whether what stands before the operator at `index` is a name, a constant or a bracket with what is called on it, and
+/// nothing that binds closer than the operator.
+fn is_whole_operand(tag: &[Lexed<'_>], index: usize) -> bool {
+    let mut at = index;
+    let mut depth = 0_usize;
+    while at > 1 {
+        let inner = &tag[at - 1].token;
+        match inner {
+            Token::BracketClose | Token::BraceClose | Token::ParenClose => depth += 1,
+            Token::BracketOpen | Token::BraceOpen | Token::ParenOpen => match depth.checked_sub(1) {
+                Some(less) => depth = less,
+                None => return true,
+            },
+            _ if depth > 0 => {}
+            Token::Ident("in" | "and" | "or" | "if" | "else" | "elif" | "set") => return true,
+            Token::Ident("is" | "not") => return false,
+            Token::Ident(_) | Token::Str(_) | Token::String(_) | Token::Dot => {}
+            Token::Int(_) | Token::Int128(_) | Token::Float(_) | Token::Pipe => {}
+            Token::Mul | Token::Div | Token::FloorDiv | Token::Mod | Token::Pow | Token::Minus | Token::Plus => {
+                return false;
+            }
+            _ => return true,
+        }
+        at -= 1;
+    }
+    true
 }
 
 /// The last token of the operand that begins at `index`.
@@ -316,6 +419,7 @@ pub(super) fn guard(environment: &mut Environment<'static>) {
     // Not of Jinja, and both give what they are given many times over without a measure.
     environment.remove_filter("chain");
     environment.remove_filter("zip");
+    python::install(environment);
     environment.add_filter(CHECKED, |state: &State, value: Value| -> Result<Value, Error> {
         measured(state, &value)?;
         Ok(value)
@@ -328,10 +432,17 @@ pub(super) fn guard(environment: &mut Environment<'static>) {
         true => Err(refusal("`*` repeats a list, and there is no limit to that")),
         false => Ok(value),
     });
+    environment.add_filter(ITERATED, |state: &State, value: Value| python::iterated(state, value));
+    environment.add_filter(WRITTEN, |state: &State, value: Value| -> Result<Value, Error> {
+        match value.as_str() {
+            Some(_) => Ok(value),
+            None => python::str_of(state, &value).map(Value::from),
+        }
+    });
     environment.set_unknown_method_callback(method);
 }
 
-fn refusal(problem: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+pub(super) fn refusal(problem: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, problem)
 }
 
@@ -360,6 +471,14 @@ fn measure(state: &State, value: &Value, size: &mut u64, depth: usize) -> Result
     if depth >= DEEPEST_VALUE {
         return Err(refusal(format!("lists exceed the limit of {DEEPEST_VALUE} in each other")));
     }
+    if let Some(fields) = value.downcast_object_ref::<Fields>() {
+        // What is measured is not read.
+        for (_, item) in fields.entries() {
+            state.consume_fuel(1)?;
+            measure(state, item, size, depth + 1)?;
+        }
+        return Ok(());
+    }
     let is_map = value.kind() == ValueKind::Map;
     for item in value.try_iter()? {
         state.consume_fuel(1)?;
@@ -376,48 +495,42 @@ fn copied(value: &Value, depth: usize) -> Result<Value, Error> {
     if depth > DEEPEST_VALUE {
         return Err(refusal(format!("lists exceed the limit of {DEEPEST_VALUE} in each other")));
     }
+    if value.downcast_object_ref::<Fields>().is_some() {
+        return Ok(value.clone());
+    }
     Ok(match value.kind() {
         ValueKind::Seq | ValueKind::Iterable => {
-            let items = value.try_iter()?.map(|item| copied(&item, depth + 1));
-            Value::from(items.collect::<Result<Vec<_>, _>>()?)
+            let items = value.try_iter()?.map(|item| copied(&item, depth + 1)).collect::<Result<Vec<_>, _>>()?;
+            match value.downcast_object_ref::<Tuple>() {
+                Some(_) => Value::from(Tuple::from(items)),
+                None => Value::from(items),
+            }
         }
         ValueKind::Map => {
             let pairs = value.try_iter()?.map(|key| {
                 let item = copied(&value.get_item(&key)?, depth + 1)?;
                 Ok((key, item))
             });
-            pairs.collect::<Result<Vec<(Value, Value)>, Error>>()?.into_iter().collect()
+            Value::from_pairs(pairs.collect::<Result<Vec<(Value, Value)>, Error>>()?)
         }
         _ => value.clone(),
     })
 }
 
-/// Python's methods, those that can make much of little after they are paid for.
+/// Python's methods; those that can make much of little after they are paid for.
 fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
-    let pay = |bytes: usize| state.consume_fuel(bytes as u64 / STEP);
-    let text = value.as_str();
-    let given = arguments.first().and_then(Value::as_str);
-    match (text, name) {
-        // Each character of the one is looked for among those of the other.
-        (Some(text), "strip" | "lstrip" | "rstrip") => {
-            pay(text.len().saturating_mul(given.map_or(1, |given| given.chars().count())))?;
-        }
-        (Some(text), "split") => {
-            let parts = match given {
-                Some("") => text.len(),
-                Some(given) => text.matches(given).count(),
-                None => text.split_whitespace().count(),
-            };
-            pay(parts.saturating_mul(SLOT as usize))?;
-        }
-        (Some(text), "splitlines") => pay(text.matches('\n').count().saturating_mul(SLOT as usize))?,
-        (Some(text), "join") => return joined(state, text, arguments),
+    if let Some(result) = python::method(state, value, name, arguments)? {
+        return Ok(result);
+    }
+    match (value.as_str(), name) {
         (Some(text), "format") => {
             let digits = text.as_bytes().chunk_by(|a, b| a.is_ascii_digit() && b.is_ascii_digit());
             if text.contains(":{") || digits.into_iter().any(|run| run.len() > 4 && run[0].is_ascii_digit()) {
                 return Err(refusal("a width in `format` exceeds the limit of four digits"));
             }
-            if arguments.iter().any(is_container) {
+            let (positional, named): (&[Value], Kwargs) = from_args(arguments)?;
+            let named: Vec<Value> = named.args().map(|name| named.get(name)).collect::<Result<_, _>>()?;
+            if positional.iter().chain(&named).any(is_container) {
                 return Err(refusal("`format` takes texts and numbers"));
             }
         }
@@ -429,23 +542,6 @@ fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> 
         _ => {}
     }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments)
-}
-
-fn joined(state: &State, separator: &str, arguments: &[Value]) -> Result<Value, Error> {
-    let [items] = arguments else { return Err(refusal("`join` takes one list")) };
-    let mut whole = String::new();
-    for (index, item) in items.try_iter()?.enumerate() {
-        if is_container(&item) {
-            return Err(refusal("`join` takes texts"));
-        }
-        let item = item.to_string();
-        state.consume_fuel(1 + (separator.len() + item.len()) as u64 / STEP)?;
-        if index > 0 {
-            whole.push_str(separator);
-        }
-        whole.push_str(&item);
-    }
-    Ok(Value::from(whole))
 }
 
 #[cfg(test)]
@@ -467,10 +563,9 @@ mod tests {
 
     #[test]
     fn a_budget_grows_with_the_conversation() {
-        let messages = |count: usize, text: &str| vec![Message::new("user", text); count];
-        assert_eq!(Budget::of(&messages(0, "")).steps(), 500_000);
-        assert_eq!(Budget::of(&messages(3_000, "")).steps(), 4_000_000);
-        assert_eq!(Budget::of(&messages(10, &"x".repeat(1_000_000))).steps(), 4_000_000);
-        assert_eq!(Budget::of(&messages(100_000, "")).steps(), 16_000_000);
+        assert_eq!(Budget::of(0, 0).steps(), 500_000);
+        assert_eq!(Budget::of(3_000, 12_000).steps(), 4_000_000);
+        assert_eq!(Budget::of(10, 10_000_000).steps(), 4_000_000);
+        assert_eq!(Budget::of(100_000, 400_000).steps(), 16_000_000);
     }
 }

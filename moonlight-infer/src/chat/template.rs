@@ -1,20 +1,22 @@
 //! The chat template of a model: a Jinja program that turns messages into text.
 //!
 //! transformers knows a tag of its own, `{% generation %} ... {% endgeneration %}`, around what the assistant says. Here
-//! it becomes a condition that is always true, with a variable at either end: empty, or a mark where the assistant's
-//! words are looked for.
+//! it becomes a block of its own scope, with a variable at either end: empty, or a mark where the assistant's words are
+//! looked for.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use chrono::{DateTime, Local};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind};
 use moonlight_convert::{Printable, printable};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::sandbox::{self, Budget, LADDER, LONGEST_SOURCE, Overrun, PARSING};
+use super::given::Given;
+use super::sandbox::{self, LADDER, LONGEST_SOURCE, Overrun, PARSING};
 use super::{ChatError, Message};
 use crate::files::{self, ModelFiles};
 use crate::moonlight_template::{MOONLIGHT_TEMPLATE, MOONLIGHT_TOKENS};
@@ -28,6 +30,7 @@ const GENERATION: [&str; 2] = ["moonlight_generation_begin", "moonlight_generati
 
 const JINJA: &str = "chat_template.jinja";
 const CONFIG: &str = "tokenizer_config.json";
+const TOKENS_MAP: &str = "special_tokens_map.json";
 
 /// Where a template came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +62,11 @@ pub struct ChatTemplate {
     text: String,
     /// `bos_token`, `eos_token` and the like, which templates may write.
     names: Vec<(&'static str, String)>,
+    /// The variables that it asks for.
+    variables: HashSet<String>,
+    /// The template for conversations with tools, where there is another: of several in `tokenizer_config.json` the one
+    /// that is called `tool_use`.
+    for_tools: Option<Box<ChatTemplate>>,
 }
 
 impl ChatTemplate {
@@ -73,7 +81,8 @@ impl ChatTemplate {
         let unreadable = |(path, problem): (PathBuf, String)| ChatError::Broken { path, problem };
         let jinja = files.read(JINJA, LONGEST_SOURCE as u64).map_err(unreadable)?;
         let config = files.read(CONFIG, files::LONGEST_SETTINGS).map_err(unreadable)?;
-        Self::from_parts(dir, jinja.as_deref(), config.as_deref(), tokenizer)
+        let map = files.read(TOKENS_MAP, files::LONGEST_SETTINGS).map_err(unreadable)?;
+        Self::from_parts(dir, [jinja.as_deref(), config.as_deref(), map.as_deref()], tokenizer)
     }
 
     /// The template that belongs to a tokenizer: of the files beside it, in the order of
@@ -85,7 +94,7 @@ impl ChatTemplate {
     pub fn of_tokenizer(tokenizer: &Tokenizer) -> Result<Self, ChatError> {
         let files = tokenizer.companions();
         let file = |name| files.iter().find(|file| file.name == name).map(|file| file.contents.as_slice());
-        Self::from_parts(Path::new(tokenizer.name()), file(JINJA), file(CONFIG), tokenizer)
+        Self::from_parts(Path::new(tokenizer.name()), [JINJA, CONFIG, TOKENS_MAP].map(file), tokenizer)
     }
 
     /// The template of a file, which is not the tokenizer's own.
@@ -98,9 +107,11 @@ impl ChatTemplate {
         let text = files::read_named(path, LONGEST_SOURCE as u64).map_err(broken)?;
         let text = String::from_utf8(text).map_err(|error| broken(error.to_string()))?;
         let files = tokenizer.companions();
-        let config = files.iter().find(|file| file.name == CONFIG).map(|file| file.contents.as_slice());
-        let config = read(config).map_err(|problem| ChatError::Broken { path: CONFIG.into(), problem })?;
-        Self::new(text, TemplateSource::File(path.into()), names(&config))
+        let [config, map] = [CONFIG, TOKENS_MAP].map(|name| {
+            let file = files.iter().find(|file| file.name == name).map(|file| file.contents.as_slice());
+            read(file).map_err(|problem| ChatError::Broken { path: name.into(), problem })
+        });
+        Self::new(text, TemplateSource::File(path.into()), names(&config?, &map?))
     }
 
     /// A template from its source, for tests that feed it anything.
@@ -115,24 +126,33 @@ impl ChatTemplate {
 
     fn from_parts(
         dir: &Path,
-        jinja: Option<&[u8]>,
-        config: Option<&[u8]>,
+        [jinja, config, map]: [Option<&[u8]>; 3],
         tokenizer: &Tokenizer,
     ) -> Result<Self, ChatError> {
-        let config = read(config).map_err(|problem| ChatError::Broken { path: dir.join(CONFIG), problem })?;
+        let broken = |name: &str, problem| ChatError::Broken { path: dir.join(name), problem };
+        let config = read(config).map_err(|problem| broken(CONFIG, problem))?;
+        let map = read(map).map_err(|problem| broken(TOKENS_MAP, problem))?;
+        let names = names(&config, &map);
         let (text, source) = if let Some(jinja) = jinja {
             let path = dir.join(JINJA);
             let text = String::from_utf8(jinja.to_owned());
             let text = text.map_err(|error| ChatError::Broken { path: path.clone(), problem: error.to_string() })?;
             (text, TemplateSource::File(path))
-        } else if let Some(text) = default_template(&config["chat_template"]) {
-            (text.to_owned(), TemplateSource::File(dir.join(CONFIG)))
+        } else if let Some(text) = named_template(&config["chat_template"], "default") {
+            let source = TemplateSource::File(dir.join(CONFIG));
+            let mut template = Self::new(text.to_owned(), source.clone(), names.clone())?;
+            if config["chat_template"].is_array()
+                && let Some(text) = named_template(&config["chat_template"], "tool_use")
+            {
+                template.for_tools = Some(Box::new(Self::new(text.to_owned(), source, names)?));
+            }
+            return Ok(template);
         } else if MOONLIGHT_TOKENS.iter().all(|token| tokenizer.added(token).is_some()) {
             (MOONLIGHT_TEMPLATE.to_owned(), TemplateSource::Moonlight)
         } else {
             return Err(ChatError::NoTemplate { dir: dir.to_owned() });
         };
-        Self::new(text, source, names(&config))
+        Self::new(text, source, names)
     }
 
     fn new(text: String, source: TemplateSource, names: Vec<(&'static str, String)>) -> Result<Self, ChatError> {
@@ -147,15 +167,22 @@ impl ChatTemplate {
             return Err(broken(format!("it has {} bytes, more than the limit of {LONGEST_SOURCE}", text.len())));
         }
         let marked = with_marks(&text);
-        let environment = sandbox::run(PARSING, move || environment(&marked));
-        let environment = environment.map_err(|overrun| overrun.to_string()).flatten().map_err(broken)?;
+        let parsed = sandbox::run(PARSING, move || {
+            let environment = environment(&marked)?;
+            let template = environment.get_template(NAME).map_err(|error| sentence(&error))?;
+            let variables = template.undeclared_variables(false);
+            Ok((environment, variables))
+        });
+        let parsed = parsed.map_err(|overrun| overrun.to_string()).flatten();
+        let (environment, variables) = parsed.map_err(broken)?;
         let with = |&steps: &u64| {
             let mut environment = environment.clone();
             environment.set_fuel(Some(steps));
             Arc::new(environment)
         };
         let environments = LADDER.iter().map(with).collect();
-        Ok(Self { environments, given_up: AtomicBool::new(false), source, text, names })
+        let given_up = AtomicBool::new(false);
+        Ok(Self { environments, given_up, source, text, names, variables, for_tools: None })
     }
 
     /// Where the template came from.
@@ -173,10 +200,40 @@ impl ChatTemplate {
         matches!(self.source, TemplateSource::File(_))
     }
 
-    /// Whether the template names a role, in quotes as templates do.
+    /// All that the text of a conversation depends on, beside the conversation: for caches of what came of it.
+    pub fn fingerprint(&self) -> String {
+        let names: Vec<String> = self.names.iter().map(|(key, name)| format!("\0{key}\0{name}")).collect();
+        let for_tools = self.for_tools.as_ref().map_or("", |template| &template.text);
+        format!("{}\0{for_tools}{}", self.text, names.concat())
+    }
+
+    /// Whether it writes the date of the day on which it is rendered.
+    pub fn writes_the_date(&self) -> bool {
+        let templates = [Some(self), self.for_tools.as_deref()];
+        templates.into_iter().flatten().any(|template| template.names_variable("strftime_now"))
+    }
+
+    /// The template for a conversation with tools or without.
+    pub(super) fn of_tools(&self, tools: bool) -> &Self {
+        self.for_tools.as_deref().filter(|_| tools).unwrap_or(self)
+    }
+
+    /// Whether the template names a role, in quotes as templates do; `tool` and other roles beside `system`, `user` and
+    /// `assistant` also where it tells no roles apart.
     pub fn knows_role(&self, role: &str) -> bool {
-        !role.contains(['\'', '"'])
-            && ['\'', '"'].iter().any(|quote| self.text.contains(&format!("{quote}{role}{quote}")))
+        self.names_text(role)
+            || self.for_tools.as_ref().is_some_and(|template| template.names_text(role))
+            || (["tool", "developer", "function"].contains(&role) && !self.names_text("user"))
+    }
+
+    fn names_text(&self, text: &str) -> bool {
+        !text.contains(['\'', '"'])
+            && ['\'', '"'].iter().any(|quote| self.text.contains(&format!("{quote}{text}{quote}")))
+    }
+
+    /// Whether the template asks for a variable that it does not set itself.
+    pub(super) fn names_variable(&self, name: &str) -> bool {
+        self.variables.contains(name)
     }
 
     /// Whether the template heeds `add_generation_prompt`.
@@ -195,47 +252,55 @@ impl ChatTemplate {
     ///
     /// [`ChatError::Refused`] where the template fails, on purpose or not.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
-        self.render_marked(messages, add_generation_prompt, ["", ""])
+        let given = Given::of_messages(messages);
+        self.render_given(&given, &given.values, add_generation_prompt, ["", ""])
     }
 
-    /// Like [`render`](ChatTemplate::render), with `marks` around what `{% generation %}` blocks make.
-    pub(super) fn render_marked(
+    /// Like [`render`](ChatTemplate::render), of some of the messages that are given, or of changed ones, with `marks`
+    /// around what `{% generation %}` blocks make.
+    pub(super) fn render_given(
         &self,
-        messages: &[Message],
+        given: &Given,
+        messages: &[minijinja::Value],
         add_generation_prompt: bool,
         marks: [&str; 2],
     ) -> Result<String, ChatError> {
+        use minijinja::Value;
         let refused = |problem: String| ChatError::Refused { problem };
         if self.given_up.load(Ordering::Relaxed) {
             return Err(refused("it exceeded the limit of time before, and is not asked again".into()));
         }
-        let budget = Budget::of(messages);
-        let mut context = serde_json::Map::new();
-        context.insert("messages".into(), json!(messages));
-        context.insert("add_generation_prompt".into(), add_generation_prompt.into());
-        context.extend(self.names.iter().map(|(key, name)| ((*key).to_owned(), name.as_str().into())));
+        let named = self.names.iter().map(|(key, name)| ((*key).to_owned(), Value::from(name.as_str())));
+        let mut context: Vec<(String, Value)> = named.collect();
+        context.extend(given.variables.iter().cloned());
+        context.push(("messages".into(), Value::from(messages.to_vec())));
+        context.push(("add_generation_prompt".into(), add_generation_prompt.into()));
         context.extend(GENERATION.iter().zip(marks).map(|(key, mark)| ((*key).to_owned(), mark.into())));
-        let environment = self.environments[budget.rung()].clone();
-        let rendered = sandbox::run(budget.time(), move || {
+        let environment = self.environments[given.budget.rung()].clone();
+        let rendered = sandbox::run(given.budget.time(), move || {
             // The engine's error stays on the thread: it may hold values of the template.
-            let rendered = environment.get_template(NAME).and_then(|template| template.render(Serde(context)));
+            let context = Value::from_pairs(context);
+            let rendered = environment.get_template(NAME).and_then(|template| template.render(context));
             rendered.map_err(|error| (error.kind() == ErrorKind::OutOfFuel, sentence(&error)))
         });
         match rendered {
             Ok(Ok(text)) => Ok(text),
             Ok(Err((true, _))) => Err(refused(format!(
                 "it exceeds the limit of {} steps for {} messages (an instruction, or 64 bytes of text, is a step)",
-                budget.steps(),
+                given.budget.steps(),
                 messages.len()
             ))),
             Ok(Err((false, problem))) => Err(refused(problem)),
-            Err(overrun) => {
-                if overrun == Overrun::Time {
-                    self.given_up.store(true, Ordering::Relaxed);
-                }
-                Err(refused(overrun.to_string()))
-            }
+            Err(overrun) => Err(self.overrun(overrun)),
         }
+    }
+
+    /// Notes that the template was given up.
+    pub(super) fn overrun(&self, overrun: Overrun) -> ChatError {
+        if overrun == Overrun::Time {
+            self.given_up.store(true, Ordering::Relaxed);
+        }
+        ChatError::Refused { problem: overrun.to_string() }
     }
 }
 
@@ -252,8 +317,21 @@ fn environment(source: &str) -> Result<Environment<'static>, String> {
         let message = message.as_str().unwrap_or("it raises an exception").to_owned();
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
+    // One day for all conversations that are rendered with it.
+    let now = Local::now();
+    environment.add_function("strftime_now", move |format: &str| formatted(&now, format));
     environment.add_template_owned(NAME, source).map_err(|error| sentence(&error))?;
     Ok(environment)
+}
+
+/// Python's `strftime` of a time.
+fn formatted(time: &DateTime<Local>, format: &str) -> Result<String, minijinja::Error> {
+    use std::fmt::Write;
+    let mut text = String::new();
+    match write!(text, "{}", time.format(format)) {
+        Ok(()) => Ok(text),
+        Err(_) => Err(sandbox::refusal(format!("`strftime_now` does not know a part of `{format}`"))),
+    }
 }
 
 /// `tokenizer_config.json`; nothing where there is none.
@@ -262,12 +340,14 @@ fn read(config: Option<&[u8]>) -> Result<Value, String> {
     config.map_or(Ok(Value::Null), read)
 }
 
-/// The special tokens that templates may write by name.
-fn names(config: &Value) -> Vec<(&'static str, String)> {
-    let names = ["bos_token", "eos_token", "pad_token", "unk_token"].into_iter().filter_map(|key| {
-        let value = &config[key];
-        let text = value.as_str().or_else(|| value["content"].as_str())?;
-        Some((key, text.to_owned()))
+/// The special tokens that templates may write by name: of `tokenizer_config.json`, and what that does not say of
+/// `special_tokens_map.json`.
+fn names(config: &Value, map: &Value) -> Vec<(&'static str, String)> {
+    const NAMES: [&str; 7] =
+        ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+    let names = NAMES.into_iter().filter_map(|key| {
+        let text = |value: &Value| value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned);
+        Some((key, text(&config[key]).or_else(|| text(&map[key]))?))
     });
     names.collect()
 }
@@ -298,17 +378,18 @@ fn tags(text: &str) -> impl Iterator<Item = Tag> + '_ {
     })
 }
 
-/// The template with conditions and marks in the place of `{% generation %}` blocks.
+/// The template with blocks and marks in the place of `{% generation %}` blocks.
 fn with_marks(text: &str) -> String {
     let mut marked = String::with_capacity(text.len());
     let mut end = 0;
     for Tag { place, ends, signs: [left, right] } in tags(text) {
         let [begin_mark, end_mark] = GENERATION;
         marked.push_str(&text[end..place.start]);
-        // Two conditions, so that both of the tag's ends keep their control of the white space around it.
+        // Two blocks, so that both of the tag's ends keep their control of the white space around it; the outer one so
+        // that what is set within is not seen without.
         marked.push_str(&match ends {
-            false => format!("{{%{left} if true %}}{{{{ {begin_mark} }}}}{{% if true {right}%}}"),
-            true => format!("{{%{left} endif %}}{{{{ {end_mark} }}}}{{% endif {right}%}}"),
+            false => format!("{{%{left} with %}}{{{{ {begin_mark} }}}}{{% if true {right}%}}"),
+            true => format!("{{%{left} endif %}}{{{{ {end_mark} }}}}{{% endwith {right}%}}"),
         });
         end = place.end;
     }
@@ -316,9 +397,9 @@ fn with_marks(text: &str) -> String {
     marked
 }
 
-/// `chat_template` is a text, or a list of named ones of which `default` is meant.
-fn default_template(value: &Value) -> Option<&str> {
-    let named = |entry: &&Value| entry["name"] == "default";
+/// `chat_template` is a text, or a list of named ones.
+fn named_template<'a>(value: &'a Value, name: &str) -> Option<&'a str> {
+    let named = |entry: &&Value| entry["name"] == name;
     value.as_str().or_else(|| value.as_array()?.iter().find(named)?["template"].as_str())
 }
 

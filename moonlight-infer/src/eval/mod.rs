@@ -257,7 +257,7 @@ fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcom
     let (mut requests, mut weights) = (Vec::new(), Vec::new());
     for row in rows {
         let here = |problem: String, hint| InferError::line(&task.path, row.line, problem, hint);
-        let read = encoder.parse(row.text.as_bytes()).and_then(|conversation| encoder.weighted(&conversation.turns));
+        let read = encoder.parse(row.text.as_bytes()).and_then(|conversation| encoder.weighted(&conversation));
         let read = read.map_err(|error| here(error.to_string(), error.hint()))?;
         if read.tokens.len() > context + 1 {
             let problem = format!("{} tokens are more than the model's context of {context}", read.tokens.len());

@@ -158,7 +158,7 @@ fn answers_are_exact_where_greedy_decoding_gives_them() {
     // Each conversation's loss by hand.
     let line = turns("yes").to_string();
     let conversation = encoder.parse(line.as_bytes()).unwrap();
-    let read = encoder.weighted(&conversation.turns).unwrap();
+    let read = encoder.weighted(&conversation).unwrap();
     let scores = crate::score::score(&model, &read.tokens).unwrap();
     let learned: Vec<f64> = scores
         .iter()

@@ -159,12 +159,15 @@ fn compression(start: &[u8]) -> Option<Compression> {
     }
 }
 
+/// A frame behind its first four bytes, which were read to know it.
+type Frame<R> = StreamingDecoder<Chain<Cursor<[u8; 4]>, BufReader<R>>, FrameDecoder>;
+
 /// One zstd frame after the other, as the programs that compress in parallel write them; frames of other data, as `pzstd` puts
 /// between them, are passed over.
 struct Frames<R: Read> {
     /// The file, while no frame is open.
     file: Option<BufReader<R>>,
-    frame: Option<StreamingDecoder<Chain<Cursor<[u8; 4]>, BufReader<R>>, FrameDecoder>>,
+    frame: Option<Frame<R>>,
 }
 
 impl<R: Read> Frames<R> {

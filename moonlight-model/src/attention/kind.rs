@@ -39,6 +39,8 @@ impl AttentionWidths {
 
 /// The widths of a model that its attention depends on.
 pub(crate) struct ModelWidths<'a> {
+    /// The layer that the attention is for.
+    pub(crate) layer: usize,
     pub(crate) hidden_size: usize,
     pub(crate) num_attention_heads: usize,
     pub(crate) rope: &'a RopeConfig,

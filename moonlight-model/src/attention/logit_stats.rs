@@ -19,7 +19,15 @@ pub(crate) struct LogitStats {
 }
 
 /// Measures `scale * query key^T`; both are `[batch, sequence, heads, width]` and are not differentiated.
-pub(crate) fn measure(query: Tensor<4>, key: Tensor<4>, scale: f64, context: &ForwardContext) -> LogitStats {
+pub(crate) fn measure(
+    query: Tensor<4>,
+    key: Tensor<4>,
+    scale: f64,
+    window: Option<usize>,
+    context: &ForwardContext,
+) -> LogitStats {
+    let starts = context.first_keys(window);
+    let starts = starts.as_ref().map(|starts| starts.as_slice());
     let device = query.device();
     let query = query.detach().swap_dims(1, 2); // [batch, heads, sequence, width]
     let key = key.detach().swap_dims(1, 2).swap_dims(2, 3);
@@ -29,7 +37,7 @@ pub(crate) fn measure(query: Tensor<4>, key: Tensor<4>, scale: f64, context: &Fo
     let mut visible_pairs = 0u64;
     for first in (0..context.sequence()).step_by(BLOCK) {
         let rows = first..context.sequence().min(first + BLOCK);
-        let (hidden, visible) = hidden(context, rows.clone(), &device);
+        let (hidden, visible) = hidden(context, starts, rows.clone(), &device);
         visible_pairs += visible * heads as u64;
         let block = query.clone().slice_dim(2, rows).matmul(key.clone()).cast(burn::tensor::DType::F32) * scale;
         let shape = block.dims();
@@ -46,12 +54,17 @@ pub(crate) fn measure(query: Tensor<4>, key: Tensor<4>, scale: f64, context: &Fo
 }
 
 /// True where query `rows[i]` may not see a key, `[batch, 1, rows, sequence]`, and the number of pairs that are seen.
-fn hidden(context: &ForwardContext, rows: std::ops::Range<usize>, device: &Device) -> (Tensor<4, Bool>, u64) {
+fn hidden(
+    context: &ForwardContext,
+    starts: Option<&[u32]>,
+    rows: std::ops::Range<usize>,
+    device: &Device,
+) -> (Tensor<4, Bool>, u64) {
     let mut hidden = Vec::with_capacity(context.batch() * rows.len() * context.sequence());
     let mut visible = 0;
     for batch in 0..context.batch() {
         for row in rows.clone() {
-            let start = context.starts().map_or(0, |starts| starts[batch * context.sequence() + row] as usize);
+            let start = starts.map_or(0, |starts| starts[batch * context.sequence() + row] as usize);
             visible += (row - start + 1) as u64;
             hidden.extend((0..context.sequence()).map(|key| key < start || key > row));
         }

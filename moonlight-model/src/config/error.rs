@@ -1,5 +1,7 @@
 //! What can be wrong with a configuration.
 
+use std::fmt;
+
 use super::model_type::KNOWN_MODEL_TYPES;
 
 /// The names that [`ModelConfig::preset`](super::ModelConfig::preset) knows.
@@ -33,6 +35,22 @@ pub enum ConfigError {
         /// What is wrong, as the rest of a sentence.
         problem: String,
     },
+    /// A key that shapes what a model computes, with a value that is not followed here.
+    #[error("the model configuration's `{key}` {problem}")]
+    NotFollowed {
+        /// The key's name in `config.json`.
+        key: String,
+        /// What is wrong, as the rest of a sentence.
+        problem: String,
+        /// How to go on, where there is a way.
+        hint: Option<&'static str>,
+    },
+    /// Keys that are not known, and so may shape what the model computes.
+    #[error("the model configuration has {}", Unknown(keys))]
+    Unknown {
+        /// Their names.
+        keys: Vec<String>,
+    },
     /// The `model_type` is not one of the family.
     #[error("`model_type` `{0}` is not supported (known: {KNOWN_MODEL_TYPES})")]
     UnknownModelType(String),
@@ -51,7 +69,36 @@ pub enum ConfigError {
     },
 }
 
+/// `the unknown key `a``, or `the unknown keys `a`, `b` and 3 more`.
+struct Unknown<'a>(&'a [String]);
+
+impl fmt::Display for Unknown<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SPELLED_OUT: usize = 8;
+        const LONGEST: usize = 64;
+        let name = |key: &String| format!("`{}`", key.chars().take(LONGEST).collect::<String>());
+        let names: Vec<String> = self.0.iter().take(SPELLED_OUT).map(name).collect();
+        let keys = if self.0.len() == 1 { "key" } else { "keys" };
+        write!(formatter, "the unknown {keys} {}", names.join(", "))?;
+        match self.0.len().saturating_sub(SPELLED_OUT) {
+            0 => Ok(()),
+            more => write!(formatter, " and {more} more"),
+        }
+    }
+}
+
 impl ConfigError {
+    /// What to do about it, where we know.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::NotFollowed { hint, .. } => *hint,
+            Self::Unknown { .. } => Some(
+                "a key that is not known may shape what the model computes; if it changes nothing, remove it from config.json",
+            ),
+            _ => None,
+        }
+    }
+
     pub(super) fn file(path: &std::path::Path, action: &'static str, error: &std::io::Error) -> Self {
         Self::File { path: path.display().to_string(), action, problem: error.to_string() }
     }

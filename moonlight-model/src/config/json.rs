@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use super::error::ConfigError;
 use super::keys::Keys;
 use super::model_type::ModelType;
+use super::other_keys;
 use super::rope::RopeConfig;
 use super::{AttentionShape, ModelConfig, MoeShape};
 
@@ -12,8 +13,12 @@ impl ModelConfig {
     /// Reads a `config.json` and checks it.
     ///
     /// Both spellings are understood: `rope_theta` and `rope_scaling`, or `rope_parameters`; `torch_dtype` or `dtype`;
-    /// one `eos_token_id` or a list. A `kimi_vl` or `kimi_k25` file gives its `text_config`. Keys that do not shape the model are
-    /// kept in [`extra`](ModelConfig::extra) and written back by [`to_json`](ModelConfig::to_json).
+    /// one `eos_token_id` or a list. A `kimi_vl` or `kimi_k25` file gives its `text_config`; the keys beside it are about
+    /// images, but for those that transformers lets stand on either side. Keys that do not shape the model are kept in
+    /// [`extra`](ModelConfig::extra) and written back by [`to_json`](ModelConfig::to_json).
+    ///
+    /// Every other key is an error: one that shapes the computation and is not followed ([`ConfigError::NotFollowed`], where
+    /// its value does not leave it off), and one that is not known ([`ConfigError::Unknown`]).
     ///
     /// # Errors
     ///
@@ -38,11 +43,11 @@ impl ModelConfig {
             let Value::Object(mut text) = text else {
                 return Err(ConfigError::Json("its `text_config` is not an object".into()));
             };
-            for key in ["quantization_config", "torch_dtype", "dtype"] {
-                if let Some(value) = map.remove(key)
-                    && !text.contains_key(key)
-                {
-                    text.insert(key.into(), value);
+            for key in OUTSIDE {
+                let Some(value) = map.remove(*key).filter(|value| !value.is_null()) else { continue };
+                // The head is the wrapper's.
+                if *key == "tie_word_embeddings" || text.get(*key).is_none_or(Value::is_null) {
+                    text.insert((*key).into(), value);
                 }
             }
             text.entry("model_type").or_insert_with(|| json!("deepseek_v3"));
@@ -50,6 +55,7 @@ impl ModelConfig {
         }
         let config = read(Keys { map })?;
         config.validate()?;
+        other_keys::check(&config)?;
         Ok(config)
     }
 
@@ -69,6 +75,18 @@ impl ModelConfig {
     }
 }
 
+/// The keys that may stand beside `text_config` and are about the text model.
+const OUTSIDE: &[&str] = &[
+    "bos_token_id",
+    "compression_config",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+];
+
 /// The keys of `config.json` that belong to no part of the model.
 const KEYS: &[&str] = &[
     "bos_token_id",
@@ -78,6 +96,7 @@ const KEYS: &[&str] = &[
     "initializer_range",
     "intermediate_size",
     "max_position_embeddings",
+    "mlp_bias",
     "model_type",
     "num_attention_heads",
     "num_hidden_layers",
@@ -99,19 +118,27 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     let name = keys.string("model_type")?.ok_or(ConfigError::Missing { field: "model_type" })?;
     let model_type = ModelType::from_name(&name).ok_or(ConfigError::UnknownModelType(name))?;
     if let Some(activation) = keys.string("hidden_act")?
-        && activation != "silu"
+        && !["silu", "swish"].contains(&activation.as_str())
     {
-        return Err(ConfigError::Invalid {
-            field: "hidden_act",
+        return Err(ConfigError::NotFollowed {
+            key: "hidden_act".into(),
             problem: format!("is `{activation}`; the family has `silu`"),
+            hint: None,
         });
     }
     let hidden_size = keys.size("hidden_size")?;
     let num_attention_heads = keys.size("num_attention_heads")?;
     let max_position_embeddings = keys.size("max_position_embeddings")?;
     let attention = AttentionShape::read(&mut keys, model_type, hidden_size, num_attention_heads)?;
-    let rope = RopeConfig::read(&mut keys, attention.interleaves())?;
+    let rope = RopeConfig::read(&mut keys, attention.interleaves(), max_position_embeddings)?;
     let moe = if model_type.may_have_experts() { MoeShape::read(&mut keys, model_type)? } else { None };
+    let llama = model_type == ModelType::Llama;
+    let mlp_bias = keys.boolean("mlp_bias")?;
+    if let Some(other) = mlp_bias.filter(|bias| !(*bias && llama)) {
+        // False stays as it was; in a class that has none, true is refused with the other keys.
+        keys.map.insert("mlp_bias".into(), json!(other));
+    }
+    let mlp_bias = llama && mlp_bias == Some(true);
     let dtype = match keys.string("dtype")? {
         Some(dtype) => {
             keys.take("torch_dtype");
@@ -138,6 +165,7 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
         rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
         initializer_range: keys.number("initializer_range")?.unwrap_or(0.02),
         tie_word_embeddings: keys.boolean("tie_word_embeddings")?.unwrap_or(false),
+        mlp_bias,
         attention,
         rope,
         moe,
@@ -163,6 +191,9 @@ fn write(config: &ModelConfig, map: &mut Map<String, Value>) {
     put("rms_norm_eps", json!(config.rms_norm_eps));
     put("initializer_range", json!(config.initializer_range));
     put("tie_word_embeddings", json!(config.tie_word_embeddings));
+    if config.mlp_bias {
+        put("mlp_bias", json!(true));
+    }
     if !config.extra.contains_key("architectures") {
         put("architectures", json!([config.model_type.architecture()]));
     }
@@ -268,7 +299,7 @@ mod tests {
                 assert!(known.contains(&key.as_str()) != others.contains(&key.as_str()), "{key}");
             }
         }
-        assert_eq!(known.len(), 38);
+        assert_eq!(known.len(), 43);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! * [`ModelConfig`] holds the numbers, grouped by the part of the model that they shape; each part's keys are read,
 //!   written and checked beside the part: attention in `attention/*/shape.rs`, experts in `moe/shape.rs`, the rotary
 //!   embedding in `rope.rs`.
-//! * `json.rs` reads and writes the published spelling(s); `validate.rs` refuses impossible combinations.
+//! * `json.rs` reads and writes the published spelling(s); `other_keys.rs` lists the keys that change nothing and refuses the
+//!   rest; `validate.rs` refuses impossible combinations.
 //! * `presets.rs` has the published shapes by name.
 
 pub(crate) mod error;
@@ -11,11 +12,12 @@ mod json;
 pub(crate) mod keys;
 pub(crate) mod limits;
 pub(crate) mod model_type;
+mod other_keys;
 mod presets;
 pub(crate) mod rope;
 mod validate;
 
-pub use crate::attention::gqa::GqaShape;
+pub use crate::attention::gqa::{GqaShape, SlidingWindow, WindowLayers};
 pub use crate::attention::mla::MlaShape;
 pub use crate::attention::{AttentionShape, AttentionWidths};
 pub use crate::moe::shape::{MoeShape, Scoring, TopkMethod};
@@ -23,7 +25,8 @@ pub use crate::parameter::{AttentionRole, MlpRole, ParameterCount, ParameterKind
 pub use error::{ConfigError, PRESETS};
 pub use json::shape_keys;
 pub use model_type::ModelType;
-pub use rope::{RopeConfig, YarnConfig};
+pub use other_keys::passed_over;
+pub use rope::{Llama3Config, RopeConfig, RopeScaling, YarnConfig};
 
 /// The shape of a decoder-only language model of the Moonlight family.
 ///
@@ -52,6 +55,8 @@ pub struct ModelConfig {
     pub initializer_range: f64,
     /// Whether the head is the embedding, transposed.
     pub tie_word_embeddings: bool,
+    /// Biases on the three projections of dense MLPs (Llama).
+    pub mlp_bias: bool,
     /// Multi-head latent attention, or grouped-query attention.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub attention: AttentionShape,
@@ -69,7 +74,7 @@ pub struct ModelConfig {
     /// The dtype that the weights were published in (`torch_dtype` or `dtype`), as spelled there.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub dtype: Option<String>,
-    /// Every other key of the file, kept so that saving loses nothing.
+    /// Every other key of the file, kept so that saving loses nothing. Reading refuses keys that may shape the computation.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub extra: serde_json::Map<String, serde_json::Value>,
 }
@@ -109,6 +114,7 @@ impl ModelConfig {
             rms_norm_eps: 1e-6,
             initializer_range: 0.02,
             tie_word_embeddings: false,
+            mlp_bias: false,
             attention,
             rope,
             moe: None,
@@ -194,7 +200,9 @@ setters! {
     with_initializer_range: initializer_range, f64;
     /// Sets [`tie_word_embeddings`](Self::tie_word_embeddings); false by default.
     with_tie_word_embeddings: tie_word_embeddings, bool;
-    /// Sets [`rope`](Self::rope); by default `theta` is 10,000, without YaRN, in the layout of the model class.
+    /// Sets [`mlp_bias`](Self::mlp_bias); false by default.
+    with_mlp_bias: mlp_bias, bool;
+    /// Sets [`rope`](Self::rope); by default `theta` is 10,000, without scaling, in the layout of the model class.
     with_rope: rope, RopeConfig;
     /// Sets [`moe`](Self::moe); none by default.
     with_moe: moe, Option<MoeShape>;

@@ -30,8 +30,17 @@ pub struct CachedAttentionSpec {
     pub keys: Range<usize>,
     /// Which are the value; they may be a part of the key.
     pub values: Range<usize>,
+    /// How many of the last keys a query sees, its own among them, at least 1; `None` for all.
+    pub window: Option<usize>,
     /// The new tokens in order: at most one span of a sequence, by increasing sequence.
     pub spans: Arc<Vec<CacheSpan>>,
+}
+
+impl CachedAttentionSpec {
+    /// The first key that a query at a position sees.
+    pub(crate) fn first_key(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
 }
 
 /// The first span, if every one of the `batch` sequences has one, in order, and all are of one length at one position.

@@ -62,6 +62,7 @@ impl Check {
     /// Spans hold all `tokens`, and lie in a cache of `batch` sequences of `capacity` tokens with rows of `row` values.
     #[track_caller]
     pub(super) fn cache_spans(self, spec: &CachedAttentionSpec, tokens: usize, [batch, _, capacity, row]: [usize; 4]) {
+        self.rule(spec.window != Some(0), "a window has no key");
         let inside = |range: &std::ops::Range<usize>| range.start < range.end && range.end <= row;
         self.rule(inside(&spec.keys), "the key is no part of a row of the cache");
         self.rule(inside(&spec.values), "the value is no part of a row of the cache");

@@ -367,11 +367,12 @@ fn attend_span<B: Backend>(
     let query = B::float_reshape(B::float_swap_dims(query, 1, 2), Shape::new([batch, key_heads, count * group, width]));
     let scores = f32_of::<B>(B::float_matmul(query, B::float_transpose(key)));
     let mut scores = B::float_mul_scalar(scores, spec.scale.into());
-    if count > 1 {
+    if count > 1 || spec.first_key(span.start) > 0 {
         let hidden: Vec<f32> = (0..count * group)
             .flat_map(|row| {
                 let last = span.start + row / group;
-                (0..span.end()).map(move |key| if key > last { f32::NEG_INFINITY } else { 0.0 })
+                let seen = spec.first_key(last)..=last;
+                (0..span.end()).map(move |key| if seen.contains(&key) { 0.0 } else { f32::NEG_INFINITY })
             })
             .collect();
         let hidden = TensorData::new(hidden, [1, 1, count * group, span.end()]);

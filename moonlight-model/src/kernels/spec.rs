@@ -8,7 +8,8 @@ pub struct AttentionSpec {
     /// Factor on the scores.
     pub scale: f32,
     /// For each query, `batch * sequence` entries, the first key that it may see: where its document starts in its
-    /// sequence. Never after the query, and never decreasing along a sequence. `None` where each sequence is one document.
+    /// sequence, or a sliding window. Never after the query, and never decreasing along a sequence. `None` where each sequence is one document without a
+    /// window.
     pub starts: Option<Arc<Vec<u32>>>,
 }
 

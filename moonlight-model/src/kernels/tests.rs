@@ -54,14 +54,18 @@ fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
 }
 
 /// Documents of several lengths in each of `batch` sequences, or none.
-fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 2] {
+fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 3] {
     let starts: Vec<u32> = (0..batch)
         .flat_map(|row| {
             let length = 3 + 5 * row;
             (0..sequence).map(move |index| (index / length * length) as u32)
         })
         .collect();
-    [AttentionSpec { scale: 0.3, starts: None }, AttentionSpec { scale: 0.3, starts: Some(Arc::new(starts)) }]
+    // A sliding window of 5 tokens, cut short where a document starts.
+    let windows = starts.iter().enumerate().map(|(at, &start)| start.max((at % sequence).saturating_sub(4) as u32));
+    let windows = Some(Arc::new(windows.collect()));
+    let spec = |starts| AttentionSpec { scale: 0.3, starts };
+    [spec(None), spec(windows), spec(Some(Arc::new(starts)))]
 }
 
 /// Picks one input's gradient.
@@ -368,7 +372,21 @@ mod flex_against_reference {
             for (heads, key_heads, keys, values) in [(4, 1, 0..19, 0..15), (6, 2, 0..7, 7..14)] {
                 let query = numbers([tokens, heads, keys.len()], 1);
                 let cache = numbers([batch, key_heads, 640, keys.end.max(values.end)], 2);
-                let spec = CachedAttentionSpec { scale: 0.7, keys, values, spans: Arc::new(spans.clone()) };
+                let spec = |window| CachedAttentionSpec {
+                    scale: 0.7,
+                    keys: keys.clone(),
+                    values: values.clone(),
+                    window,
+                    spans: Arc::new(spans.clone()),
+                };
+                // Windows of one key, of less than one stretch of keys, of more than one, and wider than all.
+                for window in [Some(1), Some(3), Some(20), Some(290), Some(1000)] {
+                    close(
+                        Flex::cached_attention_forward(query.clone(), cache.clone(), &spec(window)),
+                        reference::cached_attention_forward::<Flex>(query.clone(), cache.clone(), &spec(window)),
+                    );
+                }
+                let spec = spec(None);
                 close(
                     Flex::cached_attention_forward(query.clone(), cache.clone(), &spec),
                     reference::cached_attention_forward::<Flex>(query.clone(), cache.clone(), &spec),

@@ -54,8 +54,8 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// The share of an adapter's inputs that is dropped in training.
     pub dropout: f64,
-    /// What is adapted: `attention`, `mlp` (of dense layers), `shared_experts`, `experts`, `all`, or ends of paths as globs
-    /// (`q_proj`, `shared_experts.*`, `layers.[0-9].**`).
+    /// What is adapted: `attention`, `mlp` (of dense layers), `shared_experts`, `experts`, `all` of these, `router`, or ends
+    /// of paths as globs (`q_proj`, `shared_experts.*`, `layers.[0-9].**`).
     pub targets: Vec<String>,
     /// Whether the scale is `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
     pub rslora: bool,
@@ -198,7 +198,7 @@ impl LoraConfig {
         let shapes = config.parameter_shapes().into_iter().filter_map(|parameter| {
             let (role, layer) = (parameter.role?, parameter.layer?);
             let path = match parameter.kind {
-                ParameterKind::Matrix => parameter.path.strip_suffix(".weight")?.to_owned(),
+                ParameterKind::Matrix | ParameterKind::Router => parameter.path.strip_suffix(".weight")?.to_owned(),
                 ParameterKind::Experts => parameter.path,
                 _ => return None,
             };

@@ -4,13 +4,15 @@ use crate::parameter::ProjectionRole;
 use crate::pattern::{NamePattern, PatternError};
 
 /// The words that stand for a kind of projection.
-pub const TARGET_GROUPS: [&str; 5] = ["attention", "mlp", "shared_experts", "experts", "all"];
+pub const TARGET_GROUPS: [&str; 6] = ["attention", "mlp", "shared_experts", "experts", "all", "router"];
 
 /// One target: a word of [`TARGET_GROUPS`], or the end of a projection's path as a glob.
 #[derive(Debug, Clone)]
 pub(super) enum Target {
     Group(&'static str),
     Path(NamePattern),
+    /// The end of a router's path.
+    Router(NamePattern),
 }
 
 impl Target {
@@ -20,15 +22,24 @@ impl Target {
         }
         // `q_proj` is every layer's, as peft reads it; a checkpoint's names begin with `model.`.
         let end = text.strip_prefix("model.").unwrap_or(text);
-        NamePattern::new(&format!("**.{end}")).map(Self::Path)
+        // A checkpoint calls the router `gate`.
+        let router = match end.strip_suffix("gate") {
+            Some(front) if front.is_empty() || front.ends_with('.') => Some(format!("{front}router")),
+            _ => (end == "router" || end.ends_with(".router")).then(|| end.to_owned()),
+        };
+        let pattern = NamePattern::new(&format!("**.{}", router.as_deref().unwrap_or(end)))?;
+        Ok(if router.is_some() { Self::Router(pattern) } else { Self::Path(pattern) })
     }
 
     /// Whether a projection is meant, at `path`, say `layers.3.mlp.shared_experts.up_proj`.
     pub(super) fn matches(&self, path: &str, role: ProjectionRole) -> bool {
         match self {
-            Self::Group("all") => true,
+            Self::Group("all") => role != ProjectionRole::Router,
             Self::Group(group) => group_of(role) == *group,
-            Self::Path(pattern) => pattern.matches(path),
+            // A router learns where its name is written and not because a glob like `layers.1.**` happens to fit: adapters
+            // of routers unbalance the experts.
+            Self::Path(pattern) => role != ProjectionRole::Router && pattern.matches(path),
+            Self::Router(pattern) => role == ProjectionRole::Router && pattern.matches(path),
         }
     }
 }
@@ -39,6 +50,7 @@ fn group_of(role: ProjectionRole) -> &'static str {
         ProjectionRole::Mlp(_) => "mlp",
         ProjectionRole::SharedExperts(_) => "shared_experts",
         ProjectionRole::Experts(_) => "experts",
+        ProjectionRole::Router => "router",
     }
 }
 
@@ -58,18 +70,22 @@ mod tests {
             ("layers.0.mlp.gate_proj", ProjectionRole::Mlp(MlpRole::Gate)),
             ("layers.1.mlp.shared_experts.gate_proj", ProjectionRole::SharedExperts(MlpRole::Gate)),
             ("layers.1.mlp.experts.gate_proj", ProjectionRole::Experts(MlpRole::Gate)),
+            ("layers.1.mlp.router", ProjectionRole::Router),
         ];
         let found = |target: &str| all.map(|projection| matches(target, projection));
-        assert_eq!(found("attention"), [true, false, false, false]);
-        assert_eq!(found("mlp"), [false, true, false, false]);
-        assert_eq!(found("shared_experts"), [false, false, true, false]);
-        assert_eq!(found("experts"), [false, false, false, true]);
-        assert_eq!(found("all"), [true; 4]);
-        assert_eq!(found("gate_proj"), [false, true, true, true]);
-        assert_eq!(found("mlp.gate_proj"), [false, true, false, false]);
-        assert_eq!(found("*_proj"), [true; 4]);
-        assert_eq!(found("model.layers.1.**"), [false, false, true, true]);
-        assert_eq!(found("proj"), [false; 4]);
+        assert_eq!(found("attention"), [true, false, false, false, false]);
+        assert_eq!(found("mlp"), [false, true, false, false, false]);
+        assert_eq!(found("shared_experts"), [false, false, true, false, false]);
+        assert_eq!(found("experts"), [false, false, false, true, false]);
+        assert_eq!(found("all"), [true, true, true, true, false]);
+        assert_eq!(found("gate_proj"), [false, true, true, true, false]);
+        assert_eq!(found("mlp.gate_proj"), [false, true, false, false, false]);
+        assert_eq!(found("*_proj"), [true, true, true, true, false]);
+        assert_eq!(found("model.layers.1.**"), [false, false, true, true, false]);
+        assert_eq!(found("proj"), [false; 5]);
+        for router in ["router", "gate", "mlp.gate", "model.layers.1.mlp.gate", "layers.*.mlp.router"] {
+            assert_eq!(found(router), [false, false, false, false, true], "{router}");
+        }
         assert!(Target::new("layers.[0").is_err());
     }
 }

@@ -96,7 +96,7 @@ impl Projections for Experts {
             ("up_proj", MlpRole::Up, up_quantized, up_lora),
             ("down_proj", MlpRole::Down, down_quantized, down_lora),
         ] {
-            list.push(placed(path, name, role, ProjectionRef::Experts(WeightRef { quantized, lora })));
+            list.push(placed(path, name, role, ProjectionRef::Experts(WeightRef { quantized: Some(quantized), lora })));
         }
     }
 
@@ -107,7 +107,12 @@ impl Projections for Experts {
             ("up_proj", MlpRole::Up, up_proj, &mut self.up_quantized, &mut self.up_lora),
             ("down_proj", MlpRole::Down, down_proj, &mut self.down_quantized, &mut self.down_lora),
         ] {
-            list.push(placed(path, name, role, ProjectionMut::Experts(WeightMut { weight, quantized, lora })));
+            list.push(placed(
+                path,
+                name,
+                role,
+                ProjectionMut::Experts(WeightMut { weight, quantized: Some(quantized), lora }),
+            ));
         }
     }
 }

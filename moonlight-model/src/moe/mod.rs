@@ -96,7 +96,7 @@ pub struct Moe {
     pub shared_experts: Option<Mlp>,
 }
 
-projections_of_fields!(Moe { experts, shared_experts });
+projections_of_fields!(Moe { router, experts, shared_experts });
 
 /// What comes out of a mixture layer.
 #[derive(Debug)]

@@ -9,6 +9,9 @@ use rayon::prelude::*;
 use super::shape::{Scoring, TopkMethod};
 use crate::config::limits::MOST_EXPERTS;
 use crate::init::Init;
+use crate::lora::low_rank::LowRank;
+use crate::parameter::ProjectionRole;
+use crate::projection::{Placed, ProjectionMut, ProjectionRef, Projections, WeightMut, WeightRef};
 
 /// Tokens that one task chooses for.
 const TOKENS_PER_TASK: usize = 64;
@@ -64,6 +67,7 @@ impl RouterConfig {
         let corrected = self.topk_method == TopkMethod::NoauxTc;
         Router {
             weight: init.router([self.hidden_size, experts], self.initializer_range),
+            lora: None,
             e_score_correction_bias: corrected.then(|| init.correction_bias(experts)),
             rule: Rule {
                 experts,
@@ -86,6 +90,8 @@ impl RouterConfig {
 pub struct Router {
     /// `[hidden, experts]`.
     pub weight: Param<Tensor<2>>,
+    /// The adapter that is trained in place of the weight.
+    pub lora: Option<LowRank<2>>,
     /// Joins in the choice of experts, not in their weights; f32 `[experts]`, moved by a rule and not by a gradient.
     /// Only `noaux_tc` routers have it.
     pub e_score_correction_bias: Option<Param<Tensor<1>>>,
@@ -144,7 +150,11 @@ impl Router {
     /// The choice is made on the host: the dispatch needs the counts there in any case.
     pub(super) fn route(&self, x: Tensor<2>) -> Routed {
         let tokens = x.dims()[0];
-        let logits = x.cast(DType::F32).matmul(self.weight.val().cast(DType::F32));
+        let x = x.cast(DType::F32);
+        let mut logits = x.clone().matmul(self.weight.val().cast(DType::F32));
+        if let Some(lora) = &self.lora {
+            logits = logits + lora.forward(x);
+        }
         let scores = match self.rule.scoring {
             Scoring::Sigmoid => sigmoid(logits),
             Scoring::Softmax => softmax(logits, 1),
@@ -160,6 +170,19 @@ impl Router {
             weights = weights.clone() / (weights.sum_dim(1) + 1e-20);
         }
         Routed { choices, k, weights: weights * self.rule.scale, scores, scoring: self.rule.scoring, host_scores }
+    }
+}
+
+impl Projections for Router {
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>) {
+        let projection = ProjectionRef::Matrix(WeightRef { quantized: None, lora: &self.lora });
+        list.push(Placed { fields: path.clone(), role: ProjectionRole::Router, projection });
+    }
+
+    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>) {
+        let Self { weight, lora, .. } = self;
+        let projection = ProjectionMut::Matrix(WeightMut { weight, quantized: None, lora });
+        list.push(Placed { fields: path.clone(), role: ProjectionRole::Router, projection });
     }
 }
 

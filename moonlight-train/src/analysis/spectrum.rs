@@ -47,6 +47,7 @@ impl MatrixGroup {
                 ProjectionRole::Experts(_) => Self::Experts,
                 ProjectionRole::SharedExperts(_) => Self::SharedExperts,
                 ProjectionRole::Mlp(_) => Self::Dense,
+                ProjectionRole::Router => Self::Router,
             }),
             _ => None,
         }

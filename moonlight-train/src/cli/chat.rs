@@ -142,7 +142,7 @@ impl Conversation<'_> {
         match word {
             "/exit" | "/quit" => return Ok(ControlFlow::Break(())),
             "/help" => tracing::info!("{HELP}"),
-            "/reset" => self.messages.retain(|message| message.role == "system"),
+            "/reset" => self.messages.retain(|message| message.role() == "system"),
             "/system" => self.messages = system(Some(rest.trim()).filter(|text| !text.is_empty())),
             // What goes wrong in a conversation does not end it.
             "/save" => match self.save(Path::new(rest.trim())) {

@@ -52,6 +52,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
         unfinished = Some(Unfinished::new(new));
         write_into(&model.merge(), new, &options)
     })?;
-    tracing::info!("{count} adapters merged into `{}`", arguments.output.display());
+    let output = arguments.output.display();
+    match count {
+        // It changes the weights themselves, as DoRA does.
+        0 => tracing::info!("the adapter is merged into `{output}`"),
+        _ => tracing::info!("{count} adapters merged into `{output}`"),
+    }
     Ok(())
 }

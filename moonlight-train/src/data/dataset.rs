@@ -70,6 +70,11 @@ impl Dataset {
         let mut nothing: Vec<(&str, String, Option<String>)> = Vec::new();
         if let Some(chat) = &chat {
             notes.push(format!("data: chat template: {}", chat.template().source()));
+            if chat.template().writes_the_date() {
+                notes.push(
+                    "data: the chat template writes the date: that of the day on which the records were read".into(),
+                );
+            }
         }
         for (key, files) in [("train", train_files), ("valid", valid_files)] {
             if files.is_empty() && key == "valid" {

@@ -1,7 +1,8 @@
 //! What was found while data were read, kept with the tokens so that a later run can say it again.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
+use moonlight_convert::Printable;
 use moonlight_infer::chat::Shape;
 use moonlight_infer::records::Place;
 use serde::{Deserialize, Serialize};
@@ -24,14 +25,71 @@ pub(super) struct Report {
     pub(super) surrogates: Faults,
     /// Conversations of each shape.
     pub(super) shapes: BTreeMap<Shape, u64>,
-    /// Fields of records that nothing reads.
-    pub(super) unread: BTreeSet<String>,
+    /// Fields of records that nothing reads, neither this program nor a chat template.
+    pub(super) unread: Unread,
     /// Records without a text.
     pub(super) empty: Faults,
     /// Records that were left out because they are wrong.
     pub(super) broken: Faults,
     /// Files of which every record is wrong, and how many they have.
     pub(super) hopeless: Vec<(u32, u64)>,
+}
+
+/// So many fields are named, and so long a name is kept.
+const FIELDS: usize = 200;
+const LONGEST_NAME: usize = 80;
+
+/// Fields of records that nobody read, and in how many records each is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Unread {
+    fields: BTreeMap<String, u64>,
+    /// Records with a field that is not named, as there are too many.
+    others: u64,
+}
+
+impl Unread {
+    /// Counts the fields of a record.
+    pub(super) fn add(&mut self, fields: Vec<String>) {
+        self.take(fields, 1);
+    }
+
+    /// Notes fields of a file of which the records are not counted.
+    pub(super) fn name(&mut self, fields: impl IntoIterator<Item = String>) {
+        self.take(fields, 0);
+    }
+
+    fn take(&mut self, fields: impl IntoIterator<Item = String>, records: u64) {
+        let mut others = false;
+        for field in fields {
+            let field: String = match field.char_indices().nth(LONGEST_NAME) {
+                Some((end, _)) => format!("{}…", &field[..end]),
+                None => field,
+            };
+            let is_room = self.fields.len() < FIELDS;
+            match self.fields.get_mut(&field) {
+                Some(count) => *count += records,
+                None if is_room => drop(self.fields.insert(field, records)),
+                None => others = true,
+            }
+        }
+        self.others += u64::from(others);
+    }
+
+    fn note(&self) -> Option<String> {
+        if self.fields.is_empty() {
+            return None;
+        }
+        let named = self.fields.iter().map(|(field, count)| match count {
+            0 => format!("`{}`", Printable(field)),
+            count => format!("`{}` ({count})", Printable(field)),
+        });
+        let mut named: Vec<String> = named.collect();
+        if self.others > 0 {
+            named.push(format!("and more in {} records", self.others));
+        }
+        let counted = if self.fields.values().any(|&count| count > 0) { ", and in how many records" } else { "" };
+        Some(format!("fields that nothing reads{counted}: {}", named.join(", ")))
+    }
 }
 
 /// Records with something wrong: all counted, the first few named.
@@ -110,10 +168,7 @@ impl Report {
                 self.shapes.iter().map(|(shape, count)| format!("{count} with {shape}")).collect();
             notes.push(format!("conversations: {}", shapes.join(", ")));
         }
-        if !self.unread.is_empty() {
-            let names: Vec<String> = self.unread.iter().map(|name| format!("`{name}`")).collect();
-            notes.push(format!("fields of the records that are not read: {}", names.join(", ")));
-        }
+        notes.extend(self.unread.note());
         notes.extend(self.left_out(files));
         for &(file, count) in &self.hopeless {
             notes.push(format!(

@@ -48,10 +48,10 @@ pub(super) struct TokenizeJob<'a> {
 struct Block {
     origin: Origin,
     bytes: Vec<u8>,
-    /// Of a record with `format = "text"`, the field with the document.
-    field: Option<&'static str>,
     /// Whether the document begins here.
     begins: bool,
+    /// Of a record with `format = "text"`, the field with the document.
+    field: Option<&'static str>,
     /// Whether the document ends here, and whether the end is the text's own.
     end: Option<End>,
     /// Whether what follows is known where this is not JSON.
@@ -139,7 +139,7 @@ impl TokenizeJob<'_> {
                 Broken::Error => 0,
                 Broken::Skip => 1,
             });
-            hash.bytes(self.chat.map(|chat| chat.template().text()).unwrap_or_default().as_bytes());
+            hash.bytes(self.chat.map(|chat| chat.template().fingerprint()).unwrap_or_default().as_bytes());
             hash.number(TEMPLATES);
             hash.number(READERS);
             hash.bytes(self.tokenizer.map(Tokenizer::fingerprint).unwrap_or_default().as_bytes());
@@ -197,7 +197,7 @@ impl TokenizeJob<'_> {
                     }
                     TextFile::Records { reader, field, unread } => {
                         reading.found.count(format!("{} (a document in each `{field}`)", reader.kind()));
-                        reading.found.report.unread.extend(unread);
+                        reading.found.report.unread.name(unread);
                         self.read_records(index, reader, Some(field), reading)
                     }
                 };
@@ -247,9 +247,7 @@ impl TokenizeJob<'_> {
             if let Some(shape) = tokenized.shape {
                 *found.report.shapes.entry(shape).or_default() += 1;
             }
-            if found.report.unread.len() < MOST_UNREAD {
-                found.report.unread.extend(tokenized.unread);
-            }
+            found.report.unread.add(tokenized.unread);
             if block.field.is_some() && tokenized.tokens.is_empty() {
                 found.report.empty.add(fault(String::new(), here));
             }
@@ -284,11 +282,10 @@ impl TokenizeJob<'_> {
                 };
                 // What a tokenizer has no tokens for would be missing from the data.
                 let refused = |error: TokenizerError| Refused::new(error.to_string(), error.hint());
-                // A record without text is no document.
-                let is_document = !(block.field.is_some() && text.is_empty());
-                let mut tokens = if block.begins && is_document { tokenizer.prefix().to_vec() } else { Vec::new() };
+                let is_empty = block.field.is_some() && text.is_empty();
+                let mut tokens = if block.begins && !is_empty { tokenizer.prefix().to_vec() } else { Vec::new() };
                 tokens.extend(tokenizer.encode(&text).map_err(|error| self.record(block, refused(error)))?);
-                if block.end == Some(End::Whole) && is_document {
+                if block.end == Some(End::Whole) && !is_empty {
                     tokens.extend(tokenizer.suffix());
                     // One of them ends the document, be it of the text or of the tokenizer.
                     tokens.extend(tokenizer.eos().filter(|eos| tokenizer.suffix().last() != Some(eos)));
@@ -320,7 +317,7 @@ impl TokenizeJob<'_> {
     ) -> Result<bool, DataError> {
         let io = |error: std::io::Error| DataError::io("read", &file.path, &error);
         let origin = Origin { file: index, line: 0, column: 0 };
-        let block = |bytes, begins, end| Block { origin, bytes, field: None, begins, end, skippable: false };
+        let block = |bytes, begins, end| Block { origin, bytes, begins, field: None, end, skippable: false };
         let cut = file.read < file.size;
         // What has been added to the file since it was looked at is not read.
         let limit = (cut || !source.is_packed()).then_some(file.read);
@@ -370,7 +367,7 @@ impl TokenizeJob<'_> {
             };
             let Record { json: bytes, place } = record;
             let origin = Origin { file: index, line: short(place.line), column: short(place.column) };
-            reading.round.add(Block { origin, bytes, field, begins: true, end: Some(End::Whole), skippable });
+            reading.round.add(Block { origin, bytes, begins: true, field, end: Some(End::Whole), skippable });
             if self.is_enough(reading)? {
                 return Ok(true);
             }
@@ -419,9 +416,6 @@ struct Counts {
     broken: u64,
 }
 
-/// Fields that are named, at most (and those of one record more).
-const MOST_UNREAD: usize = 32;
-
 impl Found {
     fn count(&mut self, kind: String) {
         *self.report.kinds.entry(kind).or_default() += 1;
@@ -463,12 +457,11 @@ pub(super) fn tokens_of(record: &[u8]) -> Result<Tokenized, Refused> {
 
 /// The tokens and weights of a conversation.
 fn conversation_of(record: &[u8], chat: &ChatEncoder) -> Result<Tokenized, Refused> {
-    let read =
-        chat.parse(record).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation.turns)?)));
+    let read = chat.parse(record).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation)?)));
     match read {
-        Ok((shape, WeightedTokens { tokens, weights })) => {
+        Ok((shape, WeightedTokens { tokens, weights, unread })) => {
             let surrogates = lone_surrogates(record);
-            Ok(Tokenized { weights, surrogates, shape: Some(shape), ..Tokenized::new(tokens) })
+            Ok(Tokenized { weights, surrogates, shape: Some(shape), unread, ..Tokenized::new(tokens) })
         }
         Err(ChatError::Conversation(ConversationError::Json(error))) => Err(Refused::from(&error)),
         Err(error) => Err(Refused::new(error.to_string(), error.hint())),

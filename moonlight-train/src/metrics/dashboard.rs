@@ -15,7 +15,7 @@ use burn::train::metric::{
 use burn::train::renderer::{MetricState, MetricsRenderer, default_renderer};
 
 use super::stderr::HeldStderr;
-use super::{METRICS, Metric, Metrics, Reporter, Split};
+use super::{ConsoleLines, LogEvery, METRICS, Metric, Metrics, Reporter, Split};
 use crate::error::TrainError;
 use crate::trainer::terminal;
 
@@ -30,6 +30,8 @@ pub(crate) struct Progress {
     pub(crate) steps: u64,
     /// Steps between two validations; 0 for one at the end only.
     pub(crate) validate_every: u64,
+    /// Steps between two log lines, where the dashboard is lost.
+    pub(crate) log_every: u64,
 }
 
 impl Progress {
@@ -52,6 +54,9 @@ pub(crate) struct Dashboard {
     metrics: Option<Sender<Metrics>>,
     thread: Option<JoinHandle<()>>,
     stderr: Option<HeldStderr>,
+    lines: LogEvery<ConsoleLines>,
+    /// The terminal is gone, or was none to draw on: log lines take the dashboard's place.
+    lost: bool,
 }
 
 /// The start of the message of the renderer's panic for a kill.
@@ -63,9 +68,10 @@ impl Dashboard {
         terminal::remember();
         let stderr = HeldStderr::hold();
         let (metrics, received) = channel();
+        let lines = LogEvery { every: progress.log_every, last_step: progress.steps, reporter: ConsoleLines };
         // Made there: taking over a terminal that is gone panics as well.
         let thread = spawn(move || show(default_renderer(interrupter, None), &progress, &received));
-        Self { metrics: Some(metrics), thread: Some(thread), stderr }
+        Self { metrics: Some(metrics), thread: Some(thread), stderr, lines, lost: false }
     }
 
     /// Waits until the terminal is given back.
@@ -73,6 +79,9 @@ impl Dashboard {
         self.metrics = None;
         let Some(thread) = self.thread.take() else { return Ok(()) };
         let joined = thread.join();
+        if joined.is_err() {
+            terminal::leave_screen(); // before stderr is shown again, which would be lost with the other screen
+        }
         self.stderr = None;
         let Err(panic) = joined else { return Ok(()) };
         // `keep_interrupt_key` may have changed the mode while the renderer restored it.
@@ -81,7 +90,9 @@ impl Dashboard {
         if message.is_some_and(|message| message.starts_with(KILL)) {
             return Err(TrainError::Killed);
         }
-        tracing::warn!("the dashboard is gone ({}); the run goes on", message.unwrap_or("for no reason that it gave"));
+        self.lost = true;
+        let reason = message.unwrap_or("it gave no reason");
+        tracing::warn!("the dashboard has failed ({reason}); the run continues with log lines");
         Ok(())
     }
 }
@@ -93,7 +104,10 @@ impl Reporter for Dashboard {
 
     fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
         let sent = self.metrics.as_ref().is_some_and(|sender| sender.send(metrics.clone()).is_ok());
-        if sent { Ok(()) } else { self.close() }
+        if !sent {
+            self.close()?;
+        }
+        if self.lost { self.lines.report(metrics) } else { Ok(()) }
     }
 
     fn finish(&mut self) -> Result<(), TrainError> {
@@ -295,7 +309,7 @@ mod tests {
     #[test]
     fn an_epoch_is_the_steps_between_two_validations() {
         let recorder = Recorder::default();
-        let progress = Progress { label: "run".into(), first: 2, steps: 5, validate_every: 2 };
+        let progress = Progress { label: "run".into(), first: 2, steps: 5, validate_every: 2, log_every: 1 };
         let (sender, received) = channel();
         let metrics = |split, step, loss| Metrics { split, step, loss: Some(loss), ..Metrics::default() };
         for (split, step, loss) in [
@@ -340,6 +354,11 @@ mod tests {
         assert_eq!(*recorder.0.lock().unwrap(), expected);
     }
 
+    fn dashboard(metrics: Sender<Metrics>, thread: JoinHandle<()>) -> Dashboard {
+        let lines = LogEvery { every: 1, last_step: 1, reporter: ConsoleLines };
+        Dashboard { metrics: Some(metrics), thread: Some(thread), stderr: None, lines, lost: false }
+    }
+
     #[test]
     fn the_kill_key_ends_the_run() {
         let (metrics, received) = channel::<Metrics>();
@@ -347,7 +366,7 @@ mod tests {
             let _received = received;
             std::panic::resume_unwind(Box::new("Killing training from user input.")); // without the panic's message
         });
-        let mut dashboard = Dashboard { metrics: Some(metrics), thread: Some(thread), stderr: None };
+        let mut dashboard = dashboard(metrics, thread);
         let error = loop {
             if let Err(error) = dashboard.report(&Metrics::default()) {
                 break error;
@@ -363,10 +382,12 @@ mod tests {
             let _received = received;
             std::panic::resume_unwind(Box::new("Input/output error".to_owned()));
         });
-        let mut dashboard = Dashboard { metrics: Some(metrics), thread: Some(thread), stderr: None };
+        let mut dashboard = dashboard(metrics, thread);
         while dashboard.thread.is_some() {
+            assert!(!dashboard.lost);
             dashboard.report(&Metrics::default()).unwrap();
         }
+        assert!(dashboard.lost, "log lines take its place");
         dashboard.report(&Metrics::default()).unwrap();
         dashboard.finish().unwrap();
     }

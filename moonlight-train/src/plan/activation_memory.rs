@@ -77,7 +77,7 @@ fn of_adapters(config: &ModelConfig, layer: usize, n: u64, (rank, adapters): (us
     };
     let of_mlp = |role| match role {
         ProjectionRole::Mlp(part) | ProjectionRole::SharedExperts(part) => Some(part),
-        ProjectionRole::Attention(_) | ProjectionRole::Experts(_) => None,
+        ProjectionRole::Attention(_) | ProjectionRole::Experts(_) | ProjectionRole::Router => None,
     };
     if !any(&|role| matches!(of_mlp(role), Some(MlpRole::Gate | MlpRole::Up))) {
         less += n * hidden;

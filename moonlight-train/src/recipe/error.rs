@@ -74,6 +74,7 @@ impl RecipeError {
             Self::UnknownKey { known, .. } if !known.is_empty() => Some(format!("known here: {}", known.join(", "))),
             Self::Missing { hint, .. } => Some(hint.clone()).filter(|hint| !hint.is_empty()),
             Self::Invalid { hint, .. } => hint.clone(),
+            Self::Model { source, .. } => source.hint().map(str::to_owned),
             Self::Read { .. } => Some("the recipes that come with the source are in configs/".into()),
             _ => None,
         }

@@ -3,9 +3,10 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
+use moonlight_convert::Checkpoint;
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_infer::{ModelDir, resolve_model};
-use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, shape_keys};
+use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, passed_over, shape_keys};
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -231,7 +232,10 @@ impl ModelRecipe {
                     problem: format!("is `{}`, but `{}` cannot be read: {error}", folder.display(), file.display()),
                     hint: Some("it must be a folder with config.json and safetensors files".into()),
                 })?;
-                ModelConfig::from_json(&text).map_err(model)?
+                let config = ModelConfig::from_json(&text).map_err(model)?;
+                // Whether a head is tied is also the files' to say; what is wrong with them is said where they are loaded.
+                let opened = config.tie_word_embeddings.then(|| Checkpoint::open(folder).ok()).flatten();
+                opened.map_or(config, |checkpoint| checkpoint.config().clone())
             }
             None => {
                 let mut shape = self.shape.clone();
@@ -315,6 +319,11 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     if let Some(key) = shape.keys().find(|key| is_toml && !keys.contains(&key.as_str())) {
         return Err(format!("`{name}` has the unknown key `{key}`"));
     }
-    shape.retain(|key, value| keys.contains(&key.as_str()) && !value.is_null());
+    if shape.contains_key("text_config") {
+        let config = ModelConfig::from_value(Value::Object(shape)).map_err(|error| format!("`{name}`: {error}"))?;
+        return Ok(shape_of(&config, &[]));
+    }
+    // Keys that are not known are kept, for the configuration to refuse. The name of the class follows from `model_type`.
+    shape.retain(|key, value| key != "architectures" && passed_over(key).is_none() && !value.is_null());
     Ok(shape)
 }

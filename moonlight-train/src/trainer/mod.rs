@@ -60,14 +60,14 @@ use process_group::{Display, ProcessGroup};
 /// Trains as a recipe says, from its start or, with `resume`, from the newest complete checkpoint of the run. If the recipe
 /// or a launcher (`mpirun`, `srun`) asks for several ranks, this process runs its share of them.
 ///
-/// Metrics go to the dashboard if stdout and stderr are a terminal, else to the log, a line a step. Stopping `interrupter`
-/// ends the run after the current step, with a checkpoint.
+/// Metrics go to the dashboard if stdout and stderr are a terminal and keys can be read, else to the log, a line a step.
+/// Stopping `interrupter` ends the run after the current step, with a checkpoint.
 ///
 /// # Errors
 ///
 /// [`TrainError`]. The newest checkpoint is complete in every case.
 pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: &Interrupter) -> Result<Outcome, TrainError> {
-    let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
+    let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal() && terminal::has_keys();
     let display = if terminal && draws(|name| std::env::var_os(name)) { Display::Dashboard } else { Display::Lines };
     ProcessGroup::open(recipe)?.train(recipe, target, resume, display, interrupter)
 }

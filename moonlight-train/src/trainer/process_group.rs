@@ -191,6 +191,7 @@ impl ProcessGroup {
             first: setup.state.step,
             steps: setup.recipe.train.steps,
             validate_every: setup.recipe.train.validate_every,
+            log_every: setup.recipe.train.log_every,
         };
         let workers = self.workers(&targets, across);
         let ranks: Vec<(Worker, Target)> = workers.into_iter().zip(targets).collect();

@@ -206,6 +206,9 @@ impl Setup {
         for note in corpus.notes() {
             tracing::info!("note: {note}");
         }
+        for note in model.config().training_notes() {
+            tracing::info!("note: {note}");
+        }
         if state.step > 0 {
             tracing::info!("resuming from step {}", state.step);
         }

@@ -1,6 +1,7 @@
 //! The terminal under the dashboard: its interrupt key, and its mode before.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
 
 use rustix::stdio::stdin;
@@ -13,6 +14,12 @@ pub(crate) fn remember() {
     if let Ok(state) = tcgetattr(stdin()) {
         BEFORE.get_or_init(|| state);
     }
+}
+
+/// Whether keys can be read: from stdin, or else from the terminal that controls this process. Under a service manager or
+/// `docker run -t` without `-i` stdout may be a terminal while there is neither, and the dashboard would fail at its start.
+pub(crate) fn has_keys() -> bool {
+    std::io::stdin().is_terminal() || File::options().read(true).write(true).open("/dev/tty").is_ok()
 }
 
 /// Makes Ctrl-C a signal again. The dashboard reads keys in raw mode, where Ctrl-C is a key like any other, and ignores
@@ -37,9 +44,12 @@ pub(crate) fn restore_mode() {
 pub fn restore() {
     if BEFORE.get().is_some() {
         restore_mode();
-        // Mouse reports off, the main screen, the cursor: what the dashboard switched.
-        let _ =
-            std::io::stdout().write_all(b"\x1b[?1006l\x1b[?1015l\x1b[?1003l\x1b[?1002l\x1b[?1000l\x1b[?1049l\x1b[?25h");
-        let _ = std::io::stdout().flush();
+        leave_screen();
     }
+}
+
+/// Switches back what the dashboard has switched: mouse reports, the other screen, the hidden cursor.
+pub(crate) fn leave_screen() {
+    let _ = std::io::stdout().write_all(b"\x1b[?1006l\x1b[?1015l\x1b[?1003l\x1b[?1002l\x1b[?1000l\x1b[?1049l\x1b[?25h");
+    let _ = std::io::stdout().flush();
 }

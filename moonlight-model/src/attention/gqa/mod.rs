@@ -15,7 +15,7 @@ use crate::kernels::{CachedAttentionSpec, cached_attention, grouped_attention};
 use crate::parameter::{AttentionRole, ProjectionRole};
 use crate::projection::{Projection, projections_of_fields};
 
-pub use shape::GqaShape;
+pub use shape::{GqaShape, SlidingWindow, WindowLayers};
 
 /// The configuration of a [`GroupedQueryAttention`], by the names of `config.json`.
 #[derive(Config, Debug, PartialEq)]
@@ -36,6 +36,8 @@ pub struct GroupedQueryAttentionConfig {
     /// Bias on the output projection.
     #[config(default = false)]
     pub o_bias: bool,
+    /// How many of the last tokens a token sees, itself among them; all of them by default.
+    pub sliding_window: Option<usize>,
     /// Standard deviation of fresh weights.
     #[config(default = 0.02)]
     pub initializer_range: f64,
@@ -46,7 +48,7 @@ impl GroupedQueryAttentionConfig {
     ///
     /// # Panics
     ///
-    /// When the key heads do not divide the query heads, or `head_dim` is odd: positions turn pairs.
+    /// When the key heads do not divide the query heads, `head_dim` is odd (positions turn pairs), or a window is empty.
     pub fn init(&self, device: &Device) -> GroupedQueryAttention {
         self.build(Init::new(device))
     }
@@ -56,6 +58,7 @@ impl GroupedQueryAttentionConfig {
             (self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim);
         assert!(heads.is_multiple_of(key_heads), "{key_heads} key heads do not divide {heads} heads");
         assert!(width.is_multiple_of(2), "head_dim is {width}: positions turn pairs");
+        assert!(self.sliding_window != Some(0), "a sliding window of no token");
         let (queries, keys) = (heads * width, key_heads * width);
         let projection =
             |role, shape, bias| init.projection(ProjectionRole::Attention(role), shape, bias, self.initializer_range);
@@ -68,6 +71,7 @@ impl GroupedQueryAttentionConfig {
             key_heads,
             width,
             scale: self.softmax_scale.unwrap_or_else(|| (width as f64).powf(-0.5)),
+            window: self.sliding_window,
         }
     }
 }
@@ -89,6 +93,7 @@ pub struct GroupedQueryAttention {
     key_heads: usize,
     width: usize,
     scale: f64,
+    window: Option<usize>,
 }
 
 impl GroupedQueryAttention {
@@ -122,9 +127,10 @@ impl GroupedQueryAttention {
             let key = key_value.clone().slice_dim(3, 0..self.width);
             let key = key.reshape([batch, sequence, self.key_heads, 1, self.width]);
             let key = key.expand([batch, sequence, self.key_heads, group, self.width]);
-            measure(query.clone(), key.reshape([batch, sequence, self.heads, self.width]), self.scale, context)
+            let key = key.reshape([batch, sequence, self.heads, self.width]);
+            measure(query.clone(), key, self.scale, self.window, context)
         });
-        let output = grouped_attention(query, key_value, context.attention_spec(self.scale));
+        let output = grouped_attention(query, key_value, context.attention_spec(self.scale, self.window));
         (self.o_proj.forward(output.reshape([batch * sequence, self.heads * self.width])), statistics)
     }
 
@@ -158,8 +164,13 @@ impl AttentionModule for GroupedQueryAttention {
         }
         let (query, key_value) = self.project(x, &new.tokens);
         cache.write(key_value.reshape(row), &new.spans);
-        let scale = self.scale as f32;
-        let spec = CachedAttentionSpec { scale, keys: 0..width, values: width..2 * width, spans: new.spans.clone() };
+        let spec = CachedAttentionSpec {
+            scale: self.scale as f32,
+            keys: 0..width,
+            values: width..2 * width,
+            window: self.window,
+            spans: new.spans.clone(),
+        };
         let output = cached_attention(query.reshape([count, self.heads, width]), cache.past(), spec);
         self.o_proj.forward(output.reshape([count, self.heads * width]))
     }

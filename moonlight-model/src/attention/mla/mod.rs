@@ -153,9 +153,9 @@ impl MultiHeadLatentAttention {
             let own = key_value.clone().slice_dim(3, 0..self.nope);
             let shared = shared_key.clone().reshape([batch, sequence, 1, self.rope]);
             let shared = shared.expand([batch, sequence, self.heads, self.rope]);
-            measure(query.clone(), Tensor::cat(vec![own, shared], 3), self.scale, context)
+            measure(query.clone(), Tensor::cat(vec![own, shared], 3), self.scale, None, context)
         });
-        let output = latent_attention(query, key_value, shared_key, context.attention_spec(self.scale));
+        let output = latent_attention(query, key_value, shared_key, context.attention_spec(self.scale, None));
         let output = output.reshape([batch * sequence, self.heads * self.value]);
         (self.o_proj.forward(output), statistics)
     }
@@ -235,6 +235,7 @@ impl AttentionModule for MultiHeadLatentAttention {
             scale: self.scale as f32,
             keys: 0..latent + rope,
             values: 0..latent,
+            window: None,
             spans: new.spans.clone(),
         };
         let mixed = cached_attention(query, cache.past(), spec); // [count, heads, latent]

@@ -132,7 +132,7 @@ impl AttentionKind for MlaShape {
 
     fn softmax_scale(&self, rope: &RopeConfig) -> f64 {
         let scale = ((self.qk_nope_head_dim + self.qk_rope_head_dim) as f64).powf(-0.5);
-        match rope.yarn.as_ref().and_then(|yarn| Some((yarn.factor, yarn.mscale_all_dim?))) {
+        match rope.yarn().and_then(|yarn| Some((yarn.factor, yarn.mscale_all_dim?))) {
             Some((factor, all_dim)) if all_dim != 0.0 => scale * yarn_mscale(factor, all_dim).powi(2),
             _ => scale,
         }

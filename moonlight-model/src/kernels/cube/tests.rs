@@ -170,14 +170,18 @@ fn a_grouped_product_reads_tensors_as_they_lie() {
 }
 
 /// Documents of several lengths in each of `batch` sequences, or none.
-fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 2] {
+fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 3] {
     let starts: Vec<u32> = (0..batch)
         .flat_map(|row| {
             let length = 7 + 40 * row;
             (0..sequence).map(move |index| (index / length * length) as u32)
         })
         .collect();
-    [AttentionSpec { scale: 0.3, starts: None }, AttentionSpec { scale: 0.3, starts: Some(Arc::new(starts)) }]
+    // A sliding window of 5 tokens, cut short where a document starts.
+    let windows = starts.iter().enumerate().map(|(at, &start)| start.max((at % sequence).saturating_sub(4) as u32));
+    let windows = Some(Arc::new(windows.collect()));
+    let spec = |starts| AttentionSpec { scale: 0.3, starts };
+    [spec(None), spec(windows), spec(Some(Arc::new(starts)))]
 }
 
 fn attention_agrees(query: &TensorData, key_value: &TensorData, shared: Option<&TensorData>, spec: &AttentionSpec) {

@@ -57,6 +57,8 @@ struct Task {
     key_head: usize,
     rows: Range<usize>,
     keys: Range<usize>,
+    /// Whether the keys are further ones of the queries of the task before.
+    further: bool,
 }
 
 /// Sums over some keys, not yet divided by the softmax denominator.
@@ -82,7 +84,7 @@ fn forward<E: Element>(query: &FlexTensor, cache: &FlexTensor, spec: &CachedAtte
     let mut output = vec![0.0; tokens * heads * width];
     let mut parts = tasks.iter().zip(partials).peekable();
     while let Some((task, mut whole)) = parts.next() {
-        while let Some((_, part)) = parts.next_if(|(next, _)| next.keys.start > 0) {
+        while let Some((_, part)) = parts.next_if(|(next, _)| next.further) {
             whole.add(part, width);
         }
         for (index, row) in task.rows.clone().enumerate() {
@@ -104,14 +106,17 @@ impl<E: Element> Problem<'_, E> {
             for key_head in 0..self.key_heads {
                 for first in (0..rows).step_by(QUERIES) {
                     let block = first..rows.min(first + QUERIES);
-                    let end = self.visible(span, block.end - 1);
+                    // A window moves on with the queries: the first of them sees furthest back.
+                    let from = self.visible(span, block.start).start;
+                    let end = self.visible(span, block.end - 1).end;
                     let segment = if rows <= QUERIES { KEYS } else { end };
-                    tasks.extend((0..end).step_by(segment).map(|start| Task {
+                    tasks.extend((from..end).step_by(segment).map(|start| Task {
                         span,
                         token,
                         key_head,
                         rows: block.clone(),
                         keys: start..end.min(start + segment),
+                        further: start > from,
                     }));
                 }
             }
@@ -125,9 +130,10 @@ impl<E: Element> Problem<'_, E> {
         self.heads / self.key_heads
     }
 
-    /// How many keys the query `row` of a span sees.
-    fn visible(&self, span: CacheSpan, row: usize) -> usize {
-        span.start + row / self.group() + 1
+    /// The keys that the query `row` of a span sees.
+    fn visible(&self, span: CacheSpan, row: usize) -> Range<usize> {
+        let position = span.start + row / self.group();
+        self.spec.first_key(position)..position + 1
     }
 
     /// Where the query `row` of a task lies among all queries, `[tokens, heads]`.
@@ -164,9 +170,15 @@ impl<E: Element> Problem<'_, E> {
                 Write::Set,
             );
             for (index, scores) in scores.chunks_exact_mut(count).enumerate() {
-                let visible = self.visible(task.span, task.rows.start + index).saturating_sub(start).min(count);
-                let (seen, unseen) = scores.split_at_mut(visible);
-                unseen.fill(0.0);
+                let visible = self.visible(task.span, task.rows.start + index);
+                let last = visible.end.saturating_sub(start).min(count);
+                let first = visible.start.saturating_sub(start).min(last);
+                scores[..first].fill(0.0);
+                scores[last..].fill(0.0);
+                let seen = &mut scores[first..last];
+                if seen.is_empty() {
+                    continue;
+                }
                 whole.rescale(index, largest(seen).max(whole.largest[index]), value_width);
                 whole.sum[index] += exp_in_place(seen, whole.largest[index]);
             }
@@ -192,6 +204,9 @@ impl Partial {
     /// Takes in the sums over further keys.
     fn add(&mut self, other: Self, width: usize) {
         for index in 0..self.sum.len() {
+            if other.sum[index] == 0.0 {
+                continue; // a query that sees none of these keys
+            }
             self.rescale(index, other.largest[index], width);
             let factor = (other.largest[index] - self.largest[index]).exp();
             self.sum[index] += factor * other.sum[index];

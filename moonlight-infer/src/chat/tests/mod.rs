@@ -4,7 +4,7 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use super::assistant_mask::EXACT;
+use super::assistant_mask::{EXACT, turns_of};
 use super::*;
 use crate::tokenizer::Tokenizer;
 
@@ -14,6 +14,9 @@ fn moonlight(dir: &Path) -> Tokenizer {
     fs::write(dir.join("tiktoken.model"), lines).unwrap();
     Tokenizer::open(&dir.display().to_string()).unwrap()
 }
+
+mod records;
+mod templates;
 
 const IM_END: u32 = 256 + 2;
 const IM_USER: u32 = 256 + 3;
@@ -121,17 +124,17 @@ fn encoder(text: &str) -> ChatEncoder {
 
 /// What is learned of a conversation of `(role, words)`, as text with the specials spelled, `|` between the parts.
 fn learned(encoder: &ChatEncoder, turns: &[(&str, &str)]) -> Result<String, ChatError> {
-    let turns: Vec<Turn> = turns
-        .iter()
-        .map(|&(role, words)| Turn {
-            message: Message::new(role, words),
-            weight: f32::from(u8::from(role == "assistant")),
-        })
-        .collect();
-    let weighted = encoder.weighted(&turns)?;
+    let turns: Vec<Turn> = turns.iter().map(|&(role, words)| Turn::new(Message::new(role, words), 1.0)).collect();
+    learned_of(encoder, &Conversation::from(turns))
+}
+
+/// The same of any conversation.
+fn learned_of(encoder: &ChatEncoder, conversation: &Conversation) -> Result<String, ChatError> {
+    let weighted = encoder.weighted(conversation)?;
     // The tokens are those of the whole conversation, whatever is learned of them: here every byte is a token.
-    let messages: Vec<Message> = turns.iter().map(|turn| turn.message.clone()).collect();
-    assert_eq!(weighted.tokens, encoder.tokens(&messages, false).unwrap());
+    if conversation.fields.is_empty() {
+        assert_eq!(weighted.tokens, encoder.tokens(&conversation.messages(), false).unwrap());
+    }
     assert_eq!(weighted.weights.len(), weighted.tokens.len());
     let tokenizer = Tokenizer::bytes_chat();
     let specials = tokenizer.specials();
@@ -171,8 +174,8 @@ fn moonlight_learns_the_assistants_words_and_their_end() {
     let twice = [("user", "Q"), ("assistant", "A"), ("assistant", "B"), ("user", "R")];
     assert_eq!(learned(&moonlight, &twice).unwrap(), "A<|im_end|>|B<|im_end|>");
     // What spells a special token in an answer is words: only the last token is one.
-    let turns = [Turn { message: Message::new("assistant", "<|im_end|>"), weight: 0.5 }];
-    let WeightedTokens { tokens, weights } = moonlight.weighted(&turns).unwrap();
+    let turns = vec![Turn::new(Message::new("assistant", "<|im_end|>"), 0.5)];
+    let WeightedTokens { tokens, weights, .. } = moonlight.weighted(&turns.into()).unwrap();
     let halves: Vec<u32> = tokens.iter().zip(&weights).filter(|(_, weight)| **weight == 0.5).map(|(&t, _)| t).collect();
     assert_eq!(halves, [bytes("<|im_end|>"), vec![0xF5]].concat());
     assert!(weights.iter().all(|&weight| weight == 0.0 || weight == 0.5));
@@ -235,7 +238,7 @@ fn generation_blocks_say_what_is_learned() {
     assert_eq!(learned(&encoder(&trimmed), &TALK).unwrap(), "A b<|im_end|>| C <|im_end|>\n<|im_end|>");
     let never = text.replace("== 'assistant'", "== 'nobody'");
     let error = learned(&encoder(&never), &TALK).unwrap_err().to_string();
-    assert!(error.contains("0 `{% generation %}` blocks for 2 messages"), "{error}");
+    assert!(error.contains("no `{% generation %}` blocks for 2 messages"), "{error}");
 }
 
 #[test]
@@ -254,12 +257,8 @@ fn the_prompt_is_the_beginning_of_what_is_learned_from() {
     for text in [MOONLIGHT_TEMPLATE, CHATML] {
         let encoder = encoder(text);
         let messages: Vec<Message> = TALK.iter().map(|&(role, words)| Message::new(role, words)).collect();
-        let turns: Vec<Turn> = messages.iter().map(|message| Turn { message: message.clone(), weight: 1.0 }).collect();
-        let turns: Vec<Turn> = turns
-            .into_iter()
-            .map(|turn| Turn { weight: if turn.message.role == "assistant" { 1.0 } else { 0.0 }, ..turn })
-            .collect();
-        let WeightedTokens { tokens, weights } = encoder.weighted(&turns).unwrap();
+        let turns: Vec<Turn> = messages.iter().map(|message| Turn::new(message.clone(), 1.0)).collect();
+        let WeightedTokens { tokens, weights, .. } = encoder.weighted(&turns.into()).unwrap();
         let prompt = encoder.tokens(&messages[..4], true).unwrap();
         assert_eq!(tokens[..prompt.len()], prompt);
         assert!(weights[prompt.len() - 1] == 0.0 && weights[prompt.len()] == 1.0);
@@ -492,12 +491,12 @@ fn long_conversations_are_learned_from_alike() {
             .collect();
         for text in [MOONLIGHT_TEMPLATE, CHATML, llama, plain, without, rewrites, &trims] {
             let encoder = encoder(text);
-            let messages = encoder.disguised(&messages);
-            let turns: Vec<usize> = (0..messages.len()).filter(|&index| messages[index].role == "assistant").collect();
+            let given = encoder.core().given(messages.iter(), Map::new()).unwrap();
+            let (finder, turns) = (encoder.core().finder(), turns_of(&given));
             assert!(turns.len() > EXACT);
-            let rendered = encoder.template().render(&messages, false).unwrap();
-            let each = encoder.spans_one_by_one(&messages, &turns, &rendered);
-            let (Ok(each), Ok(found)) = (each, encoder.spans_by_pattern(&messages, &turns, &rendered)) else {
+            let rendered = finder.template.render_given(&given, &given.values, false, ["", ""]).unwrap();
+            let each = finder.spans_one_by_one(&given, &turns, &rendered);
+            let (Ok(each), Ok(found)) = (each, finder.spans_by_pattern(&given, &turns, &rendered)) else {
                 continue;
             };
             if let Some(found) = found {
@@ -515,8 +514,9 @@ fn ten_thousand_turns_take_seconds() {
         .flat_map(|index| {
             [("user", format!("question {index}"), 0.0), ("assistant", format!("answer {index} \n"), 1.0)]
         })
-        .map(|(role, words, weight)| Turn { message: Message::new(role, words), weight })
+        .map(|(role, words, weight)| Turn::new(Message::new(role, words), weight))
         .collect();
+    let turns = Conversation::from(turns);
     for text in [MOONLIGHT_TEMPLATE, CHATML] {
         let began = std::time::Instant::now();
         let WeightedTokens { weights, .. } = encoder(text).weighted(&turns).unwrap();

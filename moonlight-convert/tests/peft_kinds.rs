@@ -1,0 +1,289 @@
+//! Adapters of every kind that peft makes, held against what peft makes of them (`scripts/check_lora.py --write
+//! fixtures/lora`); and files that are not what their configuration says.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use moonlight_convert::adapter::{AdapterError, base_of, load_adapter, read_adapter, write_adapter};
+use moonlight_convert::{Checkpoint, SaveOptions, load, save};
+use moonlight_model::lora::LoraConfig;
+use moonlight_model::{CausalLm, QuantBits};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+#[derive(Deserialize)]
+struct Expected {
+    tokens: Vec<u32>,
+    kinds: BTreeMap<String, Kind>,
+}
+
+#[derive(Deserialize)]
+struct Kind {
+    base: String,
+    logprobs: Vec<f32>,
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").join(name)
+}
+
+fn kind(name: &str) -> PathBuf {
+    fixture("lora/kinds").join(name)
+}
+
+fn expected() -> Expected {
+    serde_json::from_str(&fs::read_to_string(kind("expected.json")).unwrap()).unwrap()
+}
+
+fn base(name: &str) -> CausalLm {
+    load(&fixture(name), &Device::default(), Some(DType::F32)).unwrap().model
+}
+
+/// The log-probability of each token but the first.
+fn logprobs(model: &CausalLm, tokens: &[u32]) -> Vec<f32> {
+    let count = tokens.len();
+    let ids: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, count]), &Device::default());
+    let logits = model.logits(ids, None);
+    let vocab = logits.dims()[2];
+    let logs: Vec<f32> = log_softmax(logits, 2).into_data().iter::<f32>().collect();
+    (1..count).map(|at| logs[(at - 1) * vocab + tokens[at] as usize]).collect()
+}
+
+fn apart(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn each_kind_does_what_it_does_in_peft() {
+    let Expected { tokens, kinds } = expected();
+    for (name, Kind { base: family, logprobs: theirs }) in &kinds {
+        if name == "alora" {
+            continue; // refused, below
+        }
+        let model = load_adapter(base(family), &kind(name)).unwrap();
+        let distance = apart(&logprobs(&model, &tokens), theirs);
+        println!("{name}: {distance:.1e}");
+        assert!(distance < 1e-4, "{name}: {distance:.1e}");
+        assert!(apart(&logprobs(&base(family), &tokens), theirs) > 1e-2, "{name} does something");
+        // And merged into its model.
+        let home = tempfile::tempdir().unwrap();
+        let merged = home.path().join("merged");
+        save(&model.merge(), &merged, &SaveOptions::default()).unwrap();
+        let merged = load(&merged, &Device::default(), None).unwrap().model;
+        let distance = apart(&logprobs(&merged, &tokens), theirs);
+        assert!(distance < 1e-4, "{name}, merged: {distance:.1e}");
+        assert_eq!(base_of(&kind(name)).unwrap().canonicalize().unwrap(), fixture(family).canonicalize().unwrap());
+    }
+}
+
+#[test]
+fn an_activated_adapter_is_refused_by_name() {
+    let error = load_adapter(base("llama"), &kind("alora")).unwrap_err();
+    assert!(error.to_string().contains("`alora_invocation_tokens`: it is activated LoRA"), "{error}");
+    assert!(error.hint().unwrap().contains("run it in peft"));
+}
+
+/// What changes the weights themselves can be used and merged; trained further it would be saved as what it is not.
+#[test]
+fn what_changes_weights_is_not_trained_further() {
+    for (family, name, what) in [
+        ("llama", "dora", "is DoRA"),
+        ("llama", "olora", "is OLoRA"),
+        ("qwen2", "pissa-rslora", "is PiSSA"),
+        ("llama", "embedding", "has a `embed_tokens.weight` of its own"),
+        ("qwen2", "bias-all", "has a `layers.0.self_attn.k_proj.bias` of its own"),
+        ("llama", "tokens", "has a `embed_tokens.weight` of its own"),
+    ] {
+        let error = read_adapter(base(family).config(), &kind(name)).unwrap_err();
+        let AdapterError::NotTrainable { what: found, .. } = &error else { panic!("{name}: {error}") };
+        // Which change comes first is the order of names.
+        assert!(found == what || name == "embedding" || name == "dora", "{name}: {found}");
+        assert!(error.hint().unwrap().contains("merge it into its model first"));
+    }
+    for name in ["mica", "patterns", "layers"] {
+        assert!(!read_adapter(base("llama").config(), &kind(name)).unwrap().is_empty());
+    }
+}
+
+#[test]
+fn weights_in_few_bits_are_not_changed() {
+    let checkpoint = Checkpoint::open(fixture("llama")).unwrap();
+    let packed = || checkpoint.load_packed(&Device::default(), Some(DType::F32), QuantBits::Eight).unwrap();
+    let error = load_adapter(packed(), &kind("dora")).unwrap_err();
+    assert!(matches!(error, AdapterError::Quantized { .. }), "{error}");
+    assert!(error.hint().unwrap().contains("merge the adapter into its model in full first"));
+    // What is beside the weights is, and embeddings are never packed.
+    load_adapter(packed(), &kind("layers")).unwrap();
+    load_adapter(packed(), &kind("tokens")).unwrap();
+}
+
+/// Trained here, a router's adapter has peft's names.
+#[test]
+fn a_routers_adapter_goes_to_files_and_back() {
+    let config = LoraConfig { rank: 2, targets: vec!["router".into(), "q_proj".into()], ..LoraConfig::default() };
+    let model = base("moonlight-like").with_lora(&config, 1).unwrap();
+    let adapters = model.adapters();
+    let routers = adapters.iter().filter(|adapter| adapter.path.ends_with(".mlp.router")).count();
+    assert_eq!((routers, adapters.len()), (2, 5));
+    let dir = tempfile::tempdir().unwrap();
+    write_adapter(&model, dir.path(), &fixture("moonlight-like"), None).unwrap();
+    let written: Value =
+        serde_json::from_str(&fs::read_to_string(dir.path().join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(written["target_parameters"], json!(["mlp.gate.weight"]));
+    let bytes = fs::read(dir.path().join("adapter_model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("base_model.model.model.layers.1.mlp.gate.lora_A.weight").unwrap().shape(), [2, 40]);
+    assert_eq!(file.tensor("base_model.model.model.layers.1.mlp.gate.lora_B.weight").unwrap().shape(), [10, 2]);
+    let back = load_adapter(base("moonlight-like"), dir.path()).unwrap();
+    assert_eq!(back.adapters(), adapters);
+    // `all` are the projections; a router is asked for by its name.
+    let config = LoraConfig { targets: vec!["all".into()], ..config };
+    let all = base("moonlight-like").with_lora(&config, 1).unwrap().adapters();
+    assert!(all.iter().all(|adapter| !adapter.path.ends_with("router")));
+}
+
+/// A copy of one of the kinds, with another configuration and other tensors.
+fn altered(name: &str, config: impl FnOnce(&mut Value), keep: impl Fn(&str) -> Option<String>) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let mut value: Value =
+        serde_json::from_str(&fs::read_to_string(kind(name).join("adapter_config.json")).unwrap()).unwrap();
+    config(&mut value);
+    fs::write(dir.path().join("adapter_config.json"), value.to_string()).unwrap();
+    let bytes = fs::read(kind(name).join("adapter_model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensors: Vec<_> = file.tensors().into_iter().filter_map(|(name, view)| Some((keep(&name)?, view))).collect();
+    safetensors::serialize_to_file(tensors, None, &dir.path().join("adapter_model.safetensors")).unwrap();
+    dir
+}
+
+fn all(name: &str) -> Option<String> {
+    Some(name.to_owned())
+}
+
+#[test]
+fn files_that_are_not_what_their_configuration_says_are_refused() {
+    let refused = |family: &str, dir: tempfile::TempDir, expected: &str| {
+        let error = load_adapter(base(family), dir.path()).unwrap_err();
+        assert!(error.to_string().contains(expected), "{expected}: {error}");
+        assert!(error.hint().is_some(), "{error}");
+    };
+    let without = |part: &'static str| move |name: &str| (!name.contains(part)).then(|| name.to_owned());
+    refused("llama", altered("layers", |_| {}, |_| None), "holds no tensor at all");
+    refused(
+        "llama",
+        altered("mica", |_| {}, without("layers.1.self_attn.o_proj")),
+        "holds no adapter of `layers.1.self_attn.o_proj`, which `adapter_config.json` announces",
+    );
+    refused("llama", altered("mica", |_| {}, without("o_proj")), "`layers.0.self_attn.o_proj` (and 2 more)");
+    refused(
+        "llama",
+        altered("mica", |config| config["target_modules"] = json!(["q_proj"]), all),
+        "an adapter of `layers.0.self_attn.o_proj`, which `adapter_config.json` does not target",
+    );
+    refused(
+        "llama",
+        altered("layers", |config| config["layers_to_transform"] = json!([0]), all),
+        "`layers.1.self_attn.o_proj`, which `adapter_config.json` does not target",
+    );
+    refused(
+        "llama",
+        altered("mica", |config| config["exclude_modules"] = json!(["layers.2.self_attn.q_proj"]), all),
+        "`layers.2.self_attn.q_proj`, which `adapter_config.json` does not target",
+    );
+    refused(
+        "llama",
+        altered("modules-to-save", |config| config["modules_to_save"] = json!(["embed_tokens", "lm_head"]), all),
+        "`base_model.model.model.layers.0.input_layernorm.weight`, which `adapter_config.json` does not announce",
+    );
+    refused(
+        "llama",
+        altered("modules-to-save", |_| {}, without("model.norm.weight")),
+        "holds no `model.norm.weight`, which `adapter_config.json` announces",
+    );
+    refused(
+        "qwen2",
+        altered("bias-all", |config| config["bias"] = json!("none"), all),
+        "k_proj.bias`, which `adapter_config.json` does not announce",
+    );
+    refused(
+        "qwen2",
+        altered("bias-all", |config| config["bias"] = json!("lora_only"), all),
+        "`base_model.model.model.layers.0.self_attn.k_proj.bias`",
+    );
+    refused("llama", altered("dora", |_| {}, without("magnitude")), "holds no DoRA magnitudes of");
+    refused(
+        "llama",
+        altered("tokens", |config| config["trainable_token_indices"] = json!(null), all),
+        "holds trained tokens of `embed_tokens`, which `adapter_config.json` does not announce",
+    );
+    refused("llama", altered("tokens", |_| {}, without("tokens_delta")), "holds no trained tokens of `embed_tokens`");
+    refused(
+        "moonlight-like",
+        altered("router", |_| {}, without("layers.2")),
+        "holds no adapter of `layers.2.mlp.router`",
+    );
+    refused(
+        "moonlight-like",
+        altered("all-linear-moonlight", |_| {}, without("layers.1.mlp.experts")),
+        "holds no adapter of `layers.1.mlp.experts`",
+    );
+    refused(
+        "moonlight-like",
+        altered(
+            "all-linear-moonlight",
+            |config| config["target_parameters"] = json!(["gate.weight", "down_proj"]),
+            all,
+        ),
+        "`layers.1.mlp.experts.base_layer`, which `adapter_config.json` does not target",
+    );
+    refused("llama", altered("mica", |config| config["target_modules"] = json!("(q|o_proj"), all), "an expression");
+    refused("llama", altered("mica", |config| config["use_something_new"] = json!(true), all), "`use_something_new`");
+
+    // Magnitudes that nobody asked for.
+    let dir = altered("dora", |config| config["use_dora"] = json!(false), all);
+    let error = load_adapter(base("llama"), dir.path()).unwrap_err().to_string();
+    assert!(error.contains("has no `use_dora`"), "{error}");
+    // A tensor of nothing that is known.
+    let dir = altered("layers", |_| {}, |name| Some(name.replace("q_proj.lora_A.weight", "q_proj.lora_C.weight")));
+    let error = load_adapter(base("llama"), dir.path()).unwrap_err().to_string();
+    assert!(error.contains("lora_C.weight` of shape") || error.contains("lora_C.weight`, which is no part"), "{error}");
+    // A file that pickle made.
+    let dir = altered("layers", |_| {}, all);
+    fs::rename(dir.path().join("adapter_model.safetensors"), dir.path().join("adapter_model.bin")).unwrap();
+    let error = load_adapter(base("llama"), dir.path()).unwrap_err();
+    assert!(error.hint().unwrap().contains("safe_serialization"), "{error}");
+}
+
+/// peft's own ways to say the same thing.
+#[test]
+fn other_ways_to_name_the_targets_are_read() {
+    let expected = expected();
+    let same = |name: &str, change: &dyn Fn(&mut Value)| {
+        let dir = altered(name, change, all);
+        let Kind { base: family, logprobs: theirs } = &expected.kinds[name];
+        let model = load_adapter(base(family), dir.path()).unwrap();
+        assert!(apart(&logprobs(&model, &expected.tokens), theirs) < 1e-4, "{name}");
+    };
+    same("mica", &|config| config["target_modules"] = json!(r".*\.self_attn\.(q|o)_proj"));
+    same("mica", &|config| config["target_modules"] = json!(r"^(?!.*vision).*(?:q_proj|o_proj)$"));
+    same("layers", &|config| config["layers_pattern"] = Value::Null);
+    same("layers", &|config| {
+        config["layers_to_transform"] = Value::Null;
+        config["target_modules"] = json!(["layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"]);
+    });
+    same("all-linear-moonlight", &|config| {
+        // As beside transformers 4.
+        config["target_modules"] =
+            json!(["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj"]);
+        config["target_parameters"] = Value::Null;
+    });
+    same("all-linear-moonlight", &|config| {
+        config["target_modules"] = json!("all-linear");
+        config["target_parameters"] = Value::Null;
+    });
+}

@@ -1,0 +1,390 @@
+//! Records as people keep them: what of them reaches the template, what is learned, and what is refused.
+
+use serde_json::{Value, json};
+
+use super::*;
+
+/// In the manner of templates that know tools and reasoning.
+const TOOLS: &str = "{%- if tools -%}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson }}<|im_end|>{%- endif -%}\
+    {%- for m in messages -%}{%- if m['role'] == 'user' -%}<|im_user|>{%- elif m['role'] == 'assistant' -%}<|im_assistant|>\
+    {%- else -%}<|im_system|>{%- endif -%}{{- m.get('name') or m['role'] -}}<|im_middle|>\
+    {%- if m['role'] == 'tool' -%}## Return of {{ m.get('tool_call_id') }}: {% endif -%}\
+    {%- if m.get('reasoning_content') -%}<think>{{ m['reasoning_content'] }}</think>{%- endif -%}\
+    {%- if m['content'] -%}{{ m['content'] }}{%- endif -%}{%- for c in m.get('tool_calls') or [] -%}\
+    <call>{{ c['id'] }} {{ c['function']['name'] }} {{ c['function']['arguments'] }}</call>{%- endfor -%}<|im_end|>{%- endfor -%}\
+    {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}";
+
+fn read(encoder: &ChatEncoder, record: &Value) -> Result<(String, String, Vec<String>), String> {
+    let conversation = encoder.parse(record.to_string().as_bytes()).map_err(|error| error.to_string())?;
+    let learned = learned_of(encoder, &conversation).map_err(|error| error.to_string())?;
+    let weighted = encoder.weighted(&conversation).unwrap();
+    let specials = Tokenizer::bytes_chat().specials();
+    let mut text = Vec::new();
+    for token in weighted.tokens {
+        match specials.iter().find(|(_, id)| *id == token) {
+            Some((name, _)) => text.extend(name.bytes()),
+            None => text.push(token as u8),
+        }
+    }
+    Ok((String::from_utf8(text).unwrap(), learned, weighted.unread))
+}
+
+#[test]
+fn every_field_of_a_message_reaches_the_template() {
+    let encoder = encoder(TOOLS);
+    let mut record = json!({
+        "id": 7,
+        "tools": [{"type": "function", "function": {"name": "w"}}],
+        "messages": [
+            {"role": "user", "name": "Ada", "content": "Weather?", "time": "noon"},
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"id": "w:0", "type": "function", "function": {"name": "w", "arguments": "{\"town\":\"Celle\"}"}}]},
+            {"role": "tool", "tool_call_id": "w:0", "content": "7"},
+            {"role": "assistant", "reasoning_content": "it says 7", "content": "Seven."}],
+    });
+    let (text, learned, unread) = read(&encoder, &record).unwrap();
+    assert_eq!(
+        text,
+        "<|im_system|>tool_declare<|im_middle|>[{\"type\": \"function\", \"function\": {\"name\": \"w\"}}]<|im_end|>\
+         <|im_user|>Ada<|im_middle|>Weather?<|im_end|><|im_assistant|>assistant<|im_middle|><call>w:0 w {\"town\":\"Celle\"}\
+         </call><|im_end|><|im_system|>tool<|im_middle|>## Return of w:0: 7<|im_end|><|im_assistant|>assistant<|im_middle|>\
+         <think>it says 7</think>Seven.<|im_end|>"
+    );
+    assert_eq!(learned, "<call>w:0 w {\"town\":\"Celle\"}</call><|im_end|>|<think>it says 7</think>Seven.<|im_end|>");
+    assert_eq!(unread, ["id", "messages[].time"]);
+    // OpenAI's own form of a turn that calls, and its reasoning by another name; tools and calls as texts of JSON.
+    for content in [json!(null), json!("")] {
+        record["messages"][1]["content"] = content;
+        assert_eq!(read(&encoder, &record).unwrap(), (text.clone(), learned.clone(), unread.clone()));
+    }
+    record["messages"][1].as_object_mut().unwrap().remove("content");
+    let thought = record["messages"][3].as_object_mut().unwrap().remove("reasoning_content").unwrap();
+    record["messages"][3]["reasoning"] = thought;
+    record["tools"] = record["tools"].to_string().into();
+    record["messages"][1]["tool_calls"] = record["messages"][1]["tool_calls"].to_string().into();
+    assert_eq!(read(&encoder, &record).unwrap(), (text.clone(), learned.clone(), unread.clone()));
+    // Nulls of tables, in messages and calls, are as if they were not there.
+    record["documents"] = Value::Null;
+    record["conversations"] = Value::Null;
+    for message in record["messages"].as_array_mut().unwrap() {
+        for name in ["name", "tool_calls", "reasoning_content", "function_call", "weight"] {
+            message.as_object_mut().unwrap().entry(name).or_insert(Value::Null);
+        }
+    }
+    assert_eq!(read(&encoder, &record).unwrap(), (text, learned, unread));
+}
+
+/// What a template without tools would leave out of what is learned is refused; what it leaves out elsewhere is reported.
+#[test]
+fn a_call_that_the_template_does_not_write_is_refused() {
+    let encoder = encoder(&CHATML.replace("m.content", "(m.content or '')"));
+    let call = json!([{"type": "function", "function": {"name": "w", "arguments": {}}}]);
+    let of = |content: Value| json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": content, "tool_calls": call}]});
+    for content in [json!(""), json!(null)] {
+        let error = read(&encoder, &of(content)).unwrap_err();
+        let expected = "message 2 says nothing but calls a tool, and the chat template does not read its `tool_calls`";
+        assert_eq!(error, expected);
+    }
+    assert_eq!(read(&encoder, &of("I look".into())).unwrap().2, ["messages[].tool_calls"]);
+    let nothing =
+        json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": null, "id": 3}]});
+    assert_eq!(read(&encoder, &nothing).unwrap_err(), "`messages[1]` has no content");
+}
+
+#[test]
+fn sharegpt_becomes_openais_form() {
+    let encoder = encoder(TOOLS);
+    let tools = "[{\"name\": \"w\", \"description\": \"d\"}]";
+    let record = json!({
+        "system": "S",
+        "tools": tools,
+        "conversations": [
+            {"from": "human", "value": "Weather?"},
+            {"from": "function_call", "value": "{\"name\": \"w\", \"arguments\": {\"town\": \"Celle\"}}"},
+            {"from": "observation", "value": "7"},
+            {"from": "gpt", "value": "Seven."}],
+    });
+    let (text, learned, unread) = read(&encoder, &record).unwrap();
+    assert_eq!(
+        text,
+        "<|im_system|>tool_declare<|im_middle|>[{\"type\": \"function\", \"function\": {\"name\": \"w\", \"description\": \"d\"}}]\
+         <|im_end|><|im_system|>system<|im_middle|>S<|im_end|><|im_user|>user<|im_middle|>Weather?<|im_end|>\
+         <|im_assistant|>assistant<|im_middle|><call> w {'town': 'Celle'}</call><|im_end|><|im_system|>tool<|im_middle|>\
+         ## Return of : 7<|im_end|><|im_assistant|>assistant<|im_middle|>Seven.<|im_end|>"
+            .replace("Return of :", "Return of None:")
+    );
+    assert_eq!(learned, "<call> w {'town': 'Celle'}</call><|im_end|>|Seven.<|im_end|>");
+    assert!(unread.is_empty(), "{unread:?}");
+    let with = |from: &str, value: &str| json!({"conversations": [{"from": "human", "value": "Q"}, {"from": from, "value": value}]});
+    assert!(
+        read(&encoder, &with("function_call", "<think>so</think>\n[{\"name\": \"a\"}, {\"name\": \"b\"}]"))
+            .unwrap()
+            .1
+            .starts_with("<think>so</think><call> a </call><call> b </call>")
+    );
+    let error = read(&encoder, &with("function_call", "w(1)")).unwrap_err();
+    assert!(error.starts_with("`conversations[1]` is a call that is not JSON"), "{error}");
+    // A system prompt of the conversation's own comes first, and that of the record is reported.
+    let mut both = with("gpt", "A");
+    both["system"] = "other".into();
+    both["conversations"].as_array_mut().unwrap().insert(0, json!({"from": "system", "value": "S"}));
+    let (text, _, unread) = read(&encoder, &both).unwrap();
+    assert!(text.starts_with("<|im_system|>system<|im_middle|>S<|im_end|><|im_user|>"), "{text}");
+    assert_eq!(unread, ["system"]);
+    // A template that knows no tools knows no answers of them.
+    let plain = encoder_of_moonlight();
+    assert!(read(&plain, &record).unwrap_err().contains("unknown role `observation`"));
+}
+
+fn encoder_of_moonlight() -> ChatEncoder {
+    encoder(MOONLIGHT_TEMPLATE)
+}
+
+#[test]
+fn a_system_prompt_beside_the_messages_is_their_first() {
+    for key in ["messages", "conversations"] {
+        let record = json!({"system": "Answer in one word.", key: [
+            {"role": "user", "content": "Capital of Spain?"}, {"role": "assistant", "content": "Madrid."}]});
+        let (text, learned, unread) = read(&encoder_of_moonlight(), &record).unwrap();
+        assert!(text.starts_with("<|im_system|>system<|im_middle|>Answer in one word.<|im_end|>"), "{text}");
+        assert_eq!((learned.as_str(), unread.len()), ("Madrid.<|im_end|>", 0));
+    }
+}
+
+#[test]
+fn turns_that_are_marked_are_not_learned() {
+    let of = |mark: Value| {
+        let mut old = json!({"role": "assistant", "content": "old"});
+        old.as_object_mut().unwrap().extend(mark.as_object().unwrap().clone());
+        json!({"messages": [{"role": "user", "content": "Q"}, old, {"role": "user", "content": "R", "train": false},
+            {"role": "assistant", "content": "new", "train": true, "loss_mask": 1}]})
+    };
+    for mark in [
+        json!({"train": false}),
+        json!({"training": false}),
+        json!({"loss_mask": 0}),
+        json!({"weight": 0}),
+        json!({"loss": false}),
+        json!({"train": false, "weight": 1}),
+        json!({"train": false, "loss_mask": 0}),
+    ] {
+        let (_, learned, unread) = read(&encoder_of_moonlight(), &of(mark.clone())).unwrap();
+        assert_eq!((learned.as_str(), unread.len()), ("new<|im_end|>", 0), "{mark}");
+    }
+    let (_, learned, _) = read(&encoder_of_moonlight(), &of(json!({"train": null, "weight": null}))).unwrap();
+    assert_eq!(learned, "old<|im_end|>|new<|im_end|>");
+    let detail = of(json!({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": false}]}));
+    assert!(read(&encoder_of_moonlight(), &detail).unwrap_err().contains("`messages[1]` has `train_detail`"));
+    let mut user = of(json!({}));
+    user["messages"][0]["train"] = true.into();
+    let error = read(&encoder_of_moonlight(), &user).unwrap_err();
+    assert!(error.contains("`messages[0]` is to be learned by its `train`"), "{error}");
+}
+
+#[test]
+fn a_prompt_is_given_and_its_completion_learned() {
+    let record = json!({
+        "prompt": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "R"}],
+        "completion": [{"role": "assistant", "content": "B"}],
+    });
+    let (text, learned, _) = read(&encoder_of_moonlight(), &record).unwrap();
+    assert!(text.contains("A<|im_end|>"), "{text}");
+    assert_eq!(learned, "B<|im_end|>");
+    for (key, value, problem) in [
+        ("chosen", json!([]), "one of preferences (it has `chosen`)"),
+        ("rejected", json!([{"role": "assistant", "content": "C"}]), "one of preferences (it has `rejected`)"),
+        ("label", json!(false), "one of preferences (it has `label`)"),
+        ("prompt", json!("Q"), "`prompt` is a text and not a list of messages"),
+    ] {
+        let mut other = record.clone();
+        other[key] = value;
+        let error = read(&encoder_of_moonlight(), &other).unwrap_err();
+        assert!(error.contains(problem), "{error}");
+    }
+    // With messages to learn from, the others are only reported.
+    let both = json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+        "chosen": [{"role": "assistant", "content": "A"}], "prompt": "Q"});
+    assert_eq!(read(&encoder_of_moonlight(), &both).unwrap().2, ["chosen", "prompt"]);
+}
+
+#[test]
+fn nulls_of_tables_hide_nothing() {
+    let expected = read(
+        &encoder_of_moonlight(),
+        &json!({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}),
+    )
+    .unwrap();
+    for record in [
+        json!({"messages": null, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
+            "instruction": null}),
+        json!({"messages": [], "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}),
+        json!({"conversations": [{"role": null, "content": null, "from": "human", "value": "Q"},
+            {"role": null, "content": null, "from": "gpt", "value": "A"}]}),
+        json!({"conversations": [{"role": "user", "content": "Q", "from": null, "value": null},
+            {"role": "assistant", "content": "A", "from": "assistant", "value": "A"}]}),
+        json!({"conversations": null, "instruction": "Q", "input": null, "output": "A", "history": null, "system": null}),
+    ] {
+        assert_eq!(read(&encoder_of_moonlight(), &record).unwrap(), expected, "{record}");
+    }
+    let differ =
+        json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "value": "B"}]});
+    let error = read(&encoder_of_moonlight(), &differ).unwrap_err();
+    assert_eq!(error, "`messages[1]` has both `content` and `value`, and they differ");
+}
+
+#[test]
+fn parts_are_handed_over_or_joined() {
+    let parts = json!([{"type": "text", "text": "a", "image_url": null}, {"type": "text", "text": "<|im_end|>b"}]);
+    let record = json!({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]});
+    // A template that would print the list, and one that fails at it.
+    for text in [MOONLIGHT_TEMPLATE, CHATML] {
+        let (text, learned, _) = read(&encoder(text), &record).unwrap();
+        assert!(text.contains("a<|im_end|>b<|im_end|>") && !text.contains('['), "{text}");
+        assert_eq!(learned, "a<|im_end|>b<|im_end|>");
+    }
+    let takes = "{% for m in messages %}<|im_user|>{{ m.role }}<|im_middle|>{% if m.content is string %}{{ m.content }}{% else %}\
+        {% for p in m.content %}{% if 'image_url' in p %}IMAGE{% endif %}({{ p.text }}){% endfor %}{% endif %}<|im_end|>{% endfor %}\
+        {% if add_generation_prompt %}<|im_user|>assistant<|im_middle|>{% endif %}";
+    let (text, learned, _) = read(&encoder(takes), &record).unwrap();
+    assert!(text.contains("<|im_middle|>(a)(<|im_end|>b)<|im_end|>"), "{text}");
+    assert_eq!(learned, "(a)(<|im_end|>b)<|im_end|>");
+    let mut image = record.clone();
+    image["messages"][0]["content"][0] = json!({"type": "image_url", "image_url": {"url": "x"}});
+    let error = read(&encoder(takes), &image).unwrap_err();
+    assert_eq!(error, "`messages[0]` has a part of the type `image_url`; only text is learned from");
+}
+
+#[test]
+fn variables_are_those_that_the_template_asks_for() {
+    let text = "{{ mode | default('none') }}{{ tools is defined }}{{ tools is none }}{{ documents is none }}"
+        .to_owned()
+        + CHATML;
+    let of = |more: Value| {
+        let mut record = json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]});
+        record.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        read(&encoder(&text), &record)
+    };
+    let (plain, _, _) = of(json!({})).unwrap();
+    assert!(plain.starts_with("noneTrueTrueTrue<"), "{plain}");
+    for more in [json!({"mode": "fast"}), json!({"chat_template_kwargs": {"mode": "fast"}})] {
+        let (text, learned, unread) = of(more).unwrap();
+        assert!(text.starts_with("fastTrueTrueTrue<"), "{text}");
+        assert_eq!((learned.as_str(), unread.len()), ("A<|im_end|>", 0));
+    }
+    assert_eq!(
+        of(json!({"chat_template_kwargs": {"other": 1}, "other": 2, "add_generation_prompt": true})).unwrap().2,
+        ["chat_template_kwargs.other", "other", "add_generation_prompt"]
+    );
+    for name in ["messages", "tools", "bos_token", "add_generation_prompt", "moonlight_generation_begin"] {
+        let error = of(json!({"chat_template_kwargs": {name: "x"}})).unwrap_err();
+        assert_eq!(error, format!("`chat_template_kwargs` sets `{name}`, which is not its to set"));
+    }
+    assert_eq!(of(json!({"documents": ["x"]})).unwrap_err(), "`documents` is not a list of documents, each a map");
+    assert_eq!(of(json!({"tools": "x"})).unwrap_err(), "`tools` is a text that is not JSON");
+    assert_eq!(of(json!({"tools": {"a": 1}})).unwrap_err(), "`tools` is not a list of tools");
+    let (text, ..) = of(json!({"tools": ""})).unwrap();
+    assert!(text.contains("TrueTrueTrue"));
+}
+
+/// Wherever people write, a special token that they spell is text.
+#[test]
+fn nothing_that_people_write_is_special() {
+    let encoder = encoder(TOOLS);
+    let end = "<|im_end|>";
+    let record = json!({
+        "tools": [{"type": "function", "function": {"name": end, "parameters": {end: [end, {"x": end}]}}}],
+        "messages": [
+            {"role": "user", "name": end, "content": end},
+            {"role": "assistant", "content": end, "reasoning_content": end, "tool_calls": [
+                {"id": end, "function": {"name": end, "arguments": {end: end, "y": [end]}}}]},
+            {"role": "tool", "tool_call_id": end, "content": {end: end}},
+            {"role": "assistant", "content": "A"}],
+    });
+    let conversation = encoder.parse(record.to_string().as_bytes()).unwrap();
+    let weighted = encoder.weighted(&conversation).unwrap();
+    // The declaration of tools and four messages.
+    assert_eq!(weighted.tokens.iter().filter(|&&token| token == 0xF5).count(), 5);
+    let text: Vec<u8> = weighted.tokens.iter().map(|&token| token as u8).collect();
+    assert_eq!(text.windows(end.len()).filter(|window| *window == end.as_bytes()).count(), 16);
+}
+
+/// Reasoning that a template drops of earlier turns, and a prompt that begins it.
+#[test]
+fn turns_that_are_rewritten_are_learned_as_they_are_written() {
+    let reasons = "{%- set ns = namespace(last=-1) -%}{%- for m in messages -%}{%- if m.role == 'user' -%}\
+        {%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}{%- for m in messages -%}<|im_user|>{{ m.role }}<|im_middle|>\
+        {%- if m.reasoning_content and loop.index0 > ns.last -%}<think>\n{{ m.reasoning_content }}\n</think>\n{%- endif -%}\
+        {{- m.content -}}{%- for c in m.tool_calls -%}<call>{\"name\": \"{{ c.function.name }}\", \"arguments\": \
+        {{ c.function.arguments | tojson }}}</call>{%- endfor -%}<|im_end|>\n{%- endfor -%}\
+        {%- if add_generation_prompt -%}<|im_user|>assistant<|im_middle|>{%- endif -%}";
+    let call = json!([{"function": {"name": "w", "arguments": {"n": 3, "town": "Celle", "x": 1.5e-7}}}]);
+    let record = json!({"messages": [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "reasoning_content": "first", "tool_calls": call},
+        {"role": "user", "content": "R"},
+        {"role": "assistant", "content": "", "reasoning_content": "second", "tool_calls": call},
+    ]});
+    let of = |text: &str| read(&encoder(text), &record).unwrap().1;
+    let written =
+        "<call>{\"name\": \"w\", \"arguments\": {\"n\": 3, \"town\": \"Celle\", \"x\": 1.5e-07}}</call><|im_end|>";
+    assert_eq!(of(reasons), format!("{written}|<think>\nsecond\n</think>\n{written}"));
+    // The prompt begins to think, which no turn of the past does.
+    let opens = reasons.replace("<|im_user|>assistant<|im_middle|>", "<|im_user|>assistant<|im_middle|><think>\n");
+    assert_eq!(of(&opens), format!("{written}|second\n</think>\n{written}"));
+    let never = opens.replace("loop.index0 > ns.last", "false");
+    assert_eq!(of(&never), format!("{written}|{written}"));
+}
+
+#[test]
+fn long_conversations_with_calls_are_learned_from_alike() {
+    let mut messages = Vec::new();
+    for index in 0..60 {
+        messages.push(json!({"role": "user", "content": format!("Q{index}")}));
+        messages.push(match index % 3 {
+            0 => json!({"role": "assistant", "content": "", "tool_calls": [{"id": format!("c{index}"),
+                "function": {"name": "w", "arguments": format!("{{\"n\": {index}}}")}}]}),
+            1 => json!({"role": "assistant", "content": format!("A{index}"), "reasoning_content": "so"}),
+            _ => json!({"role": "assistant", "content": format!(" B{index}\n")}),
+        });
+    }
+    let encoder = encoder(TOOLS);
+    let record = json!({ "messages": messages });
+    let conversation = encoder.parse(record.to_string().as_bytes()).unwrap();
+    let given = encoder.core().given(conversation.messages().iter(), Map::new()).unwrap();
+    let (finder, turns) = (encoder.core().finder(), turns_of(&given));
+    assert!(turns.len() > EXACT);
+    let text = finder.template.render_given(&given, &given.values, false, ["", ""]).unwrap();
+    let each = finder.spans_one_by_one(&given, &turns, &text).unwrap();
+    assert_eq!(finder.spans_by_pattern(&given, &turns, &text).unwrap(), Some(each));
+}
+
+#[test]
+fn blocks_that_are_not_one_for_each_turn() {
+    let text = "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.reasoning_content %}<|im_user|>{% generation %}\
+        {% set x = 'in' %}{{ m.reasoning_content }}{% endgeneration %}{{ x }}{% endif %}<|im_middle|>{% generation %}{{ m.content }}\
+        {% endgeneration %}{% else %}[{{ m.content }}]{% endif %}{% endfor %}";
+    let mut record = json!({"messages": [{"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A", "reasoning_content": "so"}, {"role": "user", "content": "R"},
+        {"role": "assistant", "content": "B"}]});
+    assert_eq!(read(&encoder(text), &record).unwrap().1, "so|A|B");
+    record["messages"][1]["weight"] = 0.into();
+    let error = read(&encoder(text), &record).unwrap_err();
+    assert!(error.contains("3 `{% generation %}` blocks for 2 messages"), "{error}");
+}
+
+#[test]
+fn the_template_for_tools_is_the_one_that_is_called_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let config =
+        json!({"chat_template": [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOLS}]});
+    fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    fs::write(dir.path().join("special_tokens_map.json"), json!({"bos_token": {"content": "<s>"}}).to_string())
+        .unwrap();
+    let template = ChatTemplate::of_model(dir.path(), &Tokenizer::bytes_chat()).unwrap();
+    assert!(template.fingerprint().contains("tool_declare") && template.fingerprint().contains("<s>"));
+    let encoder = ChatEncoder::new(template, Tokenizer::bytes_chat());
+    let mut record = json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]});
+    assert!(read(&encoder, &record).unwrap().0.starts_with("<|im_middle|>user\nQ"));
+    record["tools"] = json!([{"type": "function"}]);
+    assert!(read(&encoder, &record).unwrap().0.starts_with("<|im_system|>tool_declare"));
+}

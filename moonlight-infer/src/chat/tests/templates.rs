@@ -1,0 +1,132 @@
+//! Templates in the manner of published ones, and expressions, held against what transformers makes of them
+//! (`scripts/check_templates.py` writes it down).
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use super::super::given::Given;
+use super::*;
+
+fn folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fixtures/templates")
+}
+
+fn rendered() -> Value {
+    serde_json::from_slice(&fs::read(folder().join("rendered.json")).unwrap()).unwrap()
+}
+
+/// A tokenizer's folder with the names of its tokens, and an encoder of a template in it.
+fn encoder_of(source: &str, tokens: &Value) -> ChatEncoder {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("tokenizer_config.json"), tokens.to_string()).unwrap();
+    fs::write(dir.path().join("chat_template.jinja"), source).unwrap();
+    let template = ChatTemplate::of_model(dir.path(), &Tokenizer::bytes_chat()).unwrap();
+    ChatEncoder::new(template, Tokenizer::bytes_chat())
+}
+
+/// Messages and variables of a record, as they are.
+fn given(record: &Map<String, Value>) -> Given {
+    let mut variables = record.clone();
+    let messages = variables.remove("messages").unwrap();
+    variables.insert("date_string".into(), "26 Jul 2024".into());
+    let fields = |message: &Value| message.as_object().unwrap().clone();
+    let messages = messages.as_array().unwrap().iter().map(|message| Message::from_fields(fields(message)).unwrap());
+    let messages = messages.map(|message| super::super::given::with_reasoning(message.fields().clone())).collect();
+    Given::new(messages, variables)
+}
+
+#[test]
+fn templates_are_rendered_as_transformers_renders_them() {
+    let all = rendered();
+    let (mut count, mut refused, mut masks) = (0, 0, 0);
+    for (name, cases) in all["templates"].as_object().unwrap() {
+        let source = fs::read_to_string(folder().join(name).with_extension("jinja")).unwrap();
+        let encoder = encoder_of(&source, &all["tokens"]);
+        for (conversation, cases) in cases.as_object().unwrap() {
+            let given = given(all["conversations"][conversation].as_object().unwrap());
+            for (prompt, expected) in [false, true].into_iter().zip(cases.as_array().unwrap()) {
+                let ours = encoder.template().render_given(&given, &given.values, prompt, ["", ""]);
+                count += 1;
+                match (ours, expected["text"].as_str()) {
+                    (Ok(text), Some(expected)) => assert_eq!(text, expected, "{name}: {conversation}"),
+                    (Err(_), None) => refused += 1,
+                    (ours, _) => panic!("{name}: {conversation}: {ours:?} and {expected}"),
+                }
+                let Some(spans) = expected["spans"].as_array().filter(|spans| !spans.is_empty()) else { continue };
+                let (text, ours) = encoder.core().finder().spans(&given).unwrap();
+                let characters = |at: usize| text[..at].chars().count() as u64;
+                let ours: Vec<[u64; 2]> = ours.iter().map(|span| [span.start, span.end].map(characters)).collect();
+                assert_eq!(serde_json::json!(ours), serde_json::json!(spans), "{name}: {conversation}");
+                masks += 1;
+            }
+        }
+    }
+    println!("{count} renderings equal, {refused} of them refused by both; {masks} masks equal");
+    assert!(count > 2000 && masks > 20, "{count} {masks}");
+}
+
+#[test]
+fn expressions_are_what_they_are_in_python() {
+    let all = rendered();
+    let (mut equal, mut known) = (0, 0);
+    for case in all["expressions"].as_array().unwrap() {
+        let source = case["source"].as_str().unwrap();
+        let variables = all["variables"].as_object().unwrap().clone();
+        let given = Given::new(Vec::new(), variables);
+        let ours = ChatTemplate::of_source(source)
+            .and_then(|template| template.render_given(&given, &given.values, false, ["", ""]));
+        let is = match (&ours, case["text"].as_str()) {
+            (Ok(text), Some(expected)) if text == expected => None,
+            (Err(_), None) => None,
+            (Err(_), Some(_)) => Some("refused"),
+            (Ok(_), _) => Some("differs"),
+        };
+        assert_eq!(is, case["ours"].as_str(), "{source}\n{ours:?}\n{case}");
+        *(if is.is_none() { &mut equal } else { &mut known }) += 1;
+    }
+    println!("{equal} expressions equal, {known} known to be refused or to differ");
+    assert!(equal > 250, "{equal}");
+}
+
+#[test]
+fn every_template_is_learned_from_or_says_why_not() {
+    let all = rendered();
+    let mut learned_from = 0;
+    for name in all["templates"].as_object().unwrap().keys() {
+        let source = fs::read_to_string(folder().join(name).with_extension("jinja")).unwrap();
+        let encoder = encoder_of(&source, &all["tokens"]);
+        for (conversation, record) in all["conversations"].as_object().unwrap() {
+            let Ok(read) = encoder.parse(record.to_string().as_bytes()) else { continue };
+            let Ok(weighted) = encoder.weighted(&read) else { continue };
+            learned_from += 1;
+            let ours: Vec<u8> = weighted
+                .tokens
+                .iter()
+                .zip(&weighted.weights)
+                .filter(|(_, weight)| **weight > 0.0)
+                .map(|(token, _)| *token as u8)
+                .collect();
+            let ours = String::from_utf8_lossy(&ours).into_owned();
+            // The last words of the assistant are in what is learned.
+            let last = read.turns.iter().rfind(|turn| turn.message.role() == "assistant").unwrap();
+            if let Some(words) = last.message.text() {
+                let words = words.rsplit("</think>").next().unwrap().trim();
+                assert!(ours.contains(words), "{name}: {conversation}: {ours}");
+            }
+        }
+    }
+    println!("{learned_from} records learned from");
+    assert!(learned_from > 600, "{learned_from}");
+}
+
+#[test]
+fn the_date_is_todays() {
+    let render = |format: &str| {
+        ChatTemplate::of_source(&format!("{{{{ strftime_now('{format}') }}}}")).unwrap().render(&[], false)
+    };
+    assert_eq!(render("%Y-%m-%d").unwrap(), chrono::Local::now().format("%Y-%m-%d").to_string());
+    assert!(render("%Q").unwrap_err().to_string().contains("does not know a part of `%Q`"));
+    assert!(ChatTemplate::of_source("{{ strftime_now('%d %b %Y') }}").unwrap().writes_the_date());
+    assert!(!ChatTemplate::of_source(MOONLIGHT_TEMPLATE).unwrap().writes_the_date());
+}

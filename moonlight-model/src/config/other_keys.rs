@@ -1,0 +1,529 @@
+//! The keys of `config.json` that [`ModelConfig`] has no field for. Each is known not to matter, or may have a value that
+//! changes nothing, or is refused by name: a key that nobody here knows may shape the computation.
+
+use serde_json::Value;
+
+use super::error::ConfigError;
+use super::json::shape_keys;
+use super::{AttentionShape, ModelConfig, ModelType};
+
+/// Keys that change nothing of what the model computes from tokens, with the reason.
+const PASSED_OVER: &[(&str, &[&str])] = &[
+    (
+        "how transformers generates",
+        &[
+            "assistant_confidence_threshold",
+            "assistant_lookbehind",
+            "bad_words_ids",
+            "begin_suppress_tokens",
+            "cache_implementation",
+            "diversity_penalty",
+            "do_sample",
+            "early_stopping",
+            "encoder_no_repeat_ngram_size",
+            "encoder_repetition_penalty",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "exponential_decay_length_penalty",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "generation_config",
+            "length_penalty",
+            "max_length",
+            "max_new_tokens",
+            "min_length",
+            "min_new_tokens",
+            "min_p",
+            "no_repeat_ngram_size",
+            "num_assistant_tokens",
+            "num_assistant_tokens_schedule",
+            "num_beam_groups",
+            "num_beams",
+            "num_return_sequences",
+            "prefix",
+            "remove_invalid_values",
+            "renormalize_logits",
+            "repetition_penalty",
+            "suppress_tokens",
+            "target_lookbehind",
+            "temperature",
+            "top_k",
+            "top_p",
+            "typical_p",
+        ],
+    ),
+    (
+        "training in other programs",
+        &[
+            "attention_dropout",
+            "attention_probs_dropout_prob",
+            "attn_dropout",
+            "attn_pdrop",
+            "aux_loss_alpha",
+            "classifier_dropout",
+            "dropout",
+            "embd_pdrop",
+            "gradient_checkpointing",
+            "hidden_dropout",
+            "hidden_dropout_prob",
+            "initializer_factor",
+            "output_router_logits",
+            "resid_pdrop",
+            "router_aux_loss_coef",
+            "router_jitter_noise",
+            "router_z_loss_coef",
+            "seq_aux",
+            "unsloth_fixed",
+            "unsloth_training",
+            "unsloth_version",
+        ],
+    ),
+    (
+        "bookkeeping of transformers and of who saved the file",
+        &[
+            "_attn_implementation",
+            "_attn_implementation_autoset",
+            "_attn_implementation_internal",
+            "_commit_hash",
+            "_experts_implementation",
+            "_experts_implementation_internal",
+            "_flash_attn_2_enabled",
+            "_name_or_path",
+            "_output_attentions",
+            "_pre_quantization_dtype",
+            "auto_map",
+            "chunk_size_feed_forward",
+            "custom_pipelines",
+            "dtype",
+            "is_decoder",
+            "license",
+            "max_seq_len",
+            "max_seq_length",
+            "max_sequence_length",
+            "model_max_length",
+            "model_name",
+            "name_or_path",
+            "output_attentions",
+            "output_hidden_states",
+            "output_scores",
+            "return_dict",
+            "return_dict_in_generate",
+            "seq_length",
+            "tf_legacy_loss",
+            "tokenizer_class",
+            "torch_dtype",
+            "torchscript",
+            "transformers.js_config",
+            "transformers_version",
+            "use_bfloat16",
+            "use_cache",
+        ],
+    ),
+    (
+        "how a program computes the same thing",
+        &[
+            "attn_implementation",
+            "base_model_ep_plan",
+            "base_model_fsdp_plan",
+            "base_model_pp_plan",
+            "base_model_tp_plan",
+            "ep_size",
+            "experts_implementation",
+            "fsdp",
+            "pretraining_tp",
+            "tensor_parallel",
+            "tp_size",
+            "use_flash_attention",
+            "use_flash_attention_2",
+            "use_flash_attn",
+        ],
+    ),
+    (
+        "heads and tasks other than language modelling",
+        &["finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params"],
+    ),
+    (
+        "ids of tokens that the model computes like any other",
+        &[
+            "audio_token_id",
+            "boi_token_id",
+            "cls_token_id",
+            "decoder_start_token_id",
+            "eoi_token_id",
+            "image_token_id",
+            "image_token_index",
+            "mask_token_id",
+            "media_placeholder_token_id",
+            "pad_token_id",
+            "sep_token_id",
+            "unk_token_id",
+            "video_token_id",
+            "vision_end_token_id",
+            "vision_start_token_id",
+            "vision_token_id",
+        ],
+    ),
+    (
+        "multi-token-prediction layers, which follow the last layer and are not computed",
+        &["mtp_layer_types", "mtp_loss_factor", "num_mtp_layers", "num_nextn_predict_layers"],
+    ),
+    ("how the files keep weights: read with them", &["compression_config", "quantization_config"]),
+];
+
+/// A value of a key that changes nothing.
+#[derive(Debug, Clone, Copy)]
+enum Neutral {
+    /// Null, false, zero, or empty.
+    Off,
+    /// Null or true.
+    On,
+    /// Null or one.
+    One,
+    /// Null or the name of what is computed here.
+    Named(&'static [&'static str]),
+    /// A list of ones or trues: every layer has what the key may take away.
+    AllOnes,
+}
+
+impl Neutral {
+    fn holds(self, value: &Value) -> bool {
+        match self {
+            Self::Off => match value {
+                Value::Bool(value) => !value,
+                Value::Number(number) => number.as_f64() == Some(0.0),
+                Value::String(text) => text.is_empty(),
+                Value::Array(list) => list.is_empty(),
+                Value::Object(map) => map.is_empty(),
+                Value::Null => true,
+            },
+            Self::On => value == &Value::Bool(true),
+            Self::One => value.as_f64() == Some(1.0),
+            Self::Named(names) => value.as_str().is_some_and(|name| names.contains(&name)),
+            Self::AllOnes => value.as_array().is_some_and(|list| {
+                list.iter().all(|layer| layer == &Value::Bool(true) || layer.as_f64() == Some(1.0))
+            }),
+        }
+    }
+}
+
+/// Keys that shape the computation of other models, by what they switch on, and the values that leave it off.
+const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
+    (
+        "norms of queries and keys are not computed",
+        Neutral::Off,
+        &["attention_qk_norm", "qk_layernorm", "qk_norm", "use_qk_norm", "use_query_key_norm"],
+    ),
+    (
+        "limits of scores or logits are not computed",
+        Neutral::Off,
+        &[
+            "attn_logit_softcap",
+            "attn_logit_softcapping",
+            "clip_qkv",
+            "final_logit_softcap",
+            "final_logit_softcapping",
+            "logit_soft_cap",
+            "logits_soft_cap",
+        ],
+    ),
+    (
+        "factors on embeddings, residuals, scores or logits are not computed",
+        Neutral::One,
+        &[
+            "embedding_multiplier",
+            "embedding_scale",
+            "logit_scale",
+            "logits_scaling",
+            "lm_head_multiplier",
+            "mup_scale",
+            "mup_width_multiplier",
+            "residual_multiplier",
+            "scale_emb",
+        ],
+    ),
+    (
+        "other factors on scores and residuals are not computed",
+        Neutral::Off,
+        &[
+            "attention_multiplier",
+            "attn_scale",
+            "attn_temperature_tuning",
+            "dim_model_base",
+            "floor_scale",
+            "scale_depth",
+        ],
+    ),
+    (
+        "attention to a part of the context is not computed",
+        Neutral::Off,
+        &[
+            "attention_chunk_size",
+            "attention_sink",
+            "attention_window_size",
+            "dual_chunk_attention_config",
+            "index_head_dim",
+            "index_n_heads",
+            "index_topk",
+            "linear_attn_config",
+            "local_attention_window",
+            "sliding_window_pattern",
+            "sliding_window_size",
+            "sparse_attention_config",
+            "use_attention_sinks",
+        ],
+    ),
+    ("attention to later tokens is not computed", Neutral::On, &["causal", "is_causal", "use_causal_mask"]),
+    ("models that are no Llama are not computed in its class", Neutral::On, &["is_llama_config"]),
+    (
+        "encoders and cross attention are not computed",
+        Neutral::Off,
+        &[
+            "add_cross_attention",
+            "cross_attention_hidden_size",
+            "is_encoder_decoder",
+            "pruned_heads",
+            "tie_encoder_decoder",
+            "use_bidirectional_attention",
+        ],
+    ),
+    ("layers without positions are not computed", Neutral::AllOnes, &["no_rope_layers"]),
+    (
+        "layers without positions are not computed",
+        Neutral::Off,
+        &["mla_use_nope", "no_rope_layer_interval", "nope_layer_interval"],
+    ),
+    ("positions in a part of a head are not computed", Neutral::One, &["partial_rotary_factor", "rotary_pct"]),
+    (
+        "positions other than the rotary embedding's are not computed",
+        Neutral::Named(&["rope", "rotary"]),
+        &["position_embedding_type"],
+    ),
+    (
+        "other positions are not computed",
+        Neutral::Off,
+        &["alibi", "mrope_section", "rope_local_base_freq", "use_alibi", "use_mrope"],
+    ),
+    (
+        "activations other than silu are not computed",
+        Neutral::Named(&["silu", "swish"]),
+        &["activation_function", "hidden_activation"],
+    ),
+    (
+        "biases there are not computed",
+        Neutral::Off,
+        &["add_bias_linear", "ffn_bias", "lm_head_bias", "use_bias", "use_mlp_bias"],
+    ),
+    (
+        "layers of different shapes are not computed",
+        Neutral::Off,
+        &["block_configs", "mlp_only_layers", "per_layer_config"],
+    ),
+    (
+        "such experts are not computed in this class",
+        Neutral::Off,
+        &["moe_num_experts", "num_experts", "num_local_experts", "zero_expert_num"],
+    ),
+    ("weights quantised by MLX are not read", Neutral::Off, &["quantization"]),
+    ("draft models are not computed", Neutral::Off, &["draft_vocab_size", "eagle_config"]),
+];
+
+/// How to go on where a key is not known.
+const REMOVE: &str = "if it changes nothing that the model computes, remove it from config.json";
+
+/// Why a key of `config.json` changes nothing that a model computes, whatever its value; `None` for every other key.
+pub fn passed_over(key: &str) -> Option<&'static str> {
+    PASSED_OVER.iter().find(|(_, keys)| keys.contains(&key)).map(|(reason, _)| *reason)
+}
+
+/// Refuses the keys that [`ModelConfig`] did not read and that may shape what the model computes.
+pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
+    let mut unknown = Vec::new();
+    let shapes = shape_keys();
+    for (key, value) in config.extra.iter().filter(|(_, value)| !value.is_null()) {
+        if passed_over(key).is_some() {
+            continue;
+        }
+        match of_the_class(config, &shapes, key, value) {
+            Some(Ok(())) => continue,
+            Some(Err(error)) => return Err(error),
+            None => {}
+        }
+        match NOT_COMPUTED.iter().find(|(_, _, keys)| keys.contains(&key.as_str())) {
+            Some((_, neutral, _)) if neutral.holds(value) => {}
+            Some((what, ..)) => {
+                return Err(ConfigError::NotFollowed {
+                    key: key.clone(),
+                    problem: format!("is {}: {what}", shown(value)),
+                    hint: Some(REMOVE),
+                });
+            }
+            None => unknown.push(key.clone()),
+        }
+    }
+    if unknown.is_empty() { Ok(()) } else { Err(ConfigError::Unknown { keys: unknown }) }
+}
+
+/// A key whose meaning depends on the others; `None` for any other key.
+fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value) -> Option<Result<(), ConfigError>> {
+    let refuse = |holds: bool, problem: &str, hint: Option<&'static str>| {
+        let problem = format!("is {}: {problem}", shown(value));
+        if holds { Ok(()) } else { Err(ConfigError::NotFollowed { key: key.to_owned(), problem, hint }) }
+    };
+    let is = |number: usize| value.as_u64() == Some(number as u64);
+    Some(match (key, &config.attention) {
+        // The size of heads in transformers' own terms; what the DeepSeek family computes follows from its own keys.
+        ("head_dim", AttentionShape::Mla(mla)) => refuse(
+            [mla.qk_rope_head_dim, mla.qk_nope_head_dim, mla.qk_nope_head_dim + mla.qk_rope_head_dim]
+                .into_iter()
+                .chain(config.hidden_size.checked_div(config.num_attention_heads))
+                .any(is),
+            "the heads of this class have the widths `qk_rope_head_dim`, `qk_nope_head_dim` and `v_head_dim`",
+            Some(REMOVE),
+        ),
+        ("qk_head_dim", AttentionShape::Mla(mla)) => refuse(
+            is(mla.qk_nope_head_dim + mla.qk_rope_head_dim),
+            "it is not the sum of `qk_nope_head_dim` and `qk_rope_head_dim`",
+            Some(REMOVE),
+        ),
+        ("num_key_value_heads", AttentionShape::Mla(_)) => refuse(
+            is(config.num_attention_heads),
+            "latent attention has as many of them as `num_attention_heads`",
+            None,
+        ),
+        // The class has biases on query, key and value whatever its file says.
+        ("attention_bias", AttentionShape::Gqa(_)) if config.model_type == ModelType::Qwen2 => Ok(()),
+        // `num_experts` and `num_local_experts` are transformers' other names for it.
+        ("num_experts" | "num_local_experts", _) if config.moe.is_some() => refuse(
+            config.moe.as_ref().is_some_and(|moe| is(moe.n_routed_experts)),
+            "it is not `n_routed_experts`",
+            None,
+        ),
+        ("query_pre_attn_scalar", _) => refuse(
+            is(config.qk_head_dim()),
+            "a scale of the scores other than the width of a head is not computed",
+            None,
+        ),
+        ("rope_interleaved" | "rope_traditional", _) => refuse(
+            value.as_bool() == Some(config.rope.interleave),
+            "the rotary embedding of this class pairs dimensions the other way",
+            Some("`rope_interleave` is the key that is read"),
+        ),
+        // Read with the attention, which leaves them for the file to have again.
+        ("layer_types" | "sliding_window", AttentionShape::Gqa(_)) if config.model_type == ModelType::Qwen2 => Ok(()),
+        ("use_sliding_window" | "max_window_layers", _) => Ok(()),
+        ("sliding_window" | "layer_types", _) => windows(config),
+        ("original_max_position_embeddings", _) => Ok(()),
+        ("architectures", _) => architectures(value),
+        _ if shapes.contains(&key) => {
+            // A key of another class. The ones about experts mean nothing without experts.
+            let dense = config.moe.is_none() && config.model_type.may_have_experts();
+            if dense && super::MoeShape::KEYS.contains(&key) {
+                return Some(Ok(()));
+            }
+            let class = config.model_type.as_str();
+            refuse(
+                Neutral::Off.holds(value),
+                &format!("models of the type `{class}` do not have it"),
+                Some("the model is of another class than `model_type` says, or the key does not belong there"),
+            )
+        }
+        _ => return None,
+    })
+}
+
+/// Sliding windows are computed in Qwen2 alone: in the other classes, refuses those that are shorter than the longest
+/// sequence.
+fn windows(config: &ModelConfig) -> Result<(), ConfigError> {
+    let refuse = |key: &str, problem: String, hint| Err(ConfigError::NotFollowed { key: key.into(), problem, hint });
+    let used = config.extra.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(true);
+    let window = config.extra.get("sliding_window").and_then(Value::as_f64);
+    let window = window.filter(|window| used && *window != 0.0);
+    let context = config.max_position_embeddings;
+    if let Some(types) = config.extra.get("layer_types").filter(|types| !types.is_null()) {
+        let is = |kind: &str| types.as_array().is_some_and(|types| types.iter().any(|layer| layer == kind));
+        let known = |kind: &Value| matches!(kind.as_str(), Some("full_attention" | "sliding_attention"));
+        if !types.as_array().is_some_and(|types| types.iter().all(known)) {
+            let problem = format!("is {}: layers other than `full_attention` are not computed", shown(types));
+            return refuse("layer_types", problem, None);
+        }
+        if !is("sliding_attention") {
+            return Ok(());
+        }
+        if window.is_none() {
+            let problem = "has layers of `sliding_attention`, and no `sliding_window` is in use".into();
+            return refuse("layer_types", problem, None);
+        }
+    }
+    match window {
+        Some(window) if window < context as f64 => refuse(
+            "sliding_window",
+            format!(
+                "is {window}, shorter than the {context} tokens of `max_position_embeddings`: sliding windows are computed \
+                 in Qwen2 alone"
+            ),
+            Some(
+                "a window changes nothing in sequences that are no longer: with `max_position_embeddings` set to the window \
+                 the model opens",
+            ),
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// A class with another head computes something else.
+fn architectures(value: &Value) -> Result<(), ConfigError> {
+    let named = |class: &Value| class.as_str().is_some_and(|class| class.ends_with("ForCausalLM"));
+    let holds = value.as_array().is_some_and(|classes| classes.is_empty() || classes.iter().any(named));
+    if holds {
+        return Ok(());
+    }
+    Err(ConfigError::NotFollowed {
+        key: "architectures".into(),
+        problem: format!("is {}: only language models (`…ForCausalLM`) are computed", shown(value)),
+        hint: Some("if the files hold a language model all the same, correct the name in config.json"),
+    })
+}
+
+/// A value for a message, cut short.
+fn shown(value: &Value) -> String {
+    const LONGEST: usize = 80;
+    // The first characters are enough, and the rest may be long.
+    let text = match value {
+        Value::Object(_) => "an object".to_owned(),
+        Value::Array(list) if list.len() > 4 => format!("a list of {}", list.len()),
+        value => value.to_string(),
+    };
+    if text.chars().count() <= LONGEST {
+        return text;
+    }
+    text.chars().take(LONGEST).chain("…".chars()).collect()
+}
+
+impl ModelConfig {
+    /// The keys of the file that were passed over, each with the reason why it does not matter, in the order of their names.
+    pub fn keys_passed_over(&self) -> Vec<(&str, &'static str)> {
+        let mut keys: Vec<_> = self.extra.keys().filter_map(|key| Some((key.as_str(), passed_over(key)?))).collect();
+        keys.sort_unstable();
+        keys
+    }
+
+    /// What the file asks for in training that training here does not do, as sentences.
+    pub fn training_notes(&self) -> Vec<String> {
+        const DROPOUTS: [&str; 9] = [
+            "attention_dropout",
+            "attention_probs_dropout_prob",
+            "attn_dropout",
+            "attn_pdrop",
+            "dropout",
+            "embd_pdrop",
+            "hidden_dropout",
+            "hidden_dropout_prob",
+            "resid_pdrop",
+        ];
+        DROPOUTS
+            .iter()
+            .filter_map(|key| Some((key, self.extra.get(*key).filter(|value| !Neutral::Off.holds(value))?)))
+            .map(|(key, value)| format!("`{key}` is {} in config.json; training here has no dropout", shown(value)))
+            .collect()
+    }
+}

@@ -1,0 +1,344 @@
+#!/usr/bin/env python3
+"""Holds what `moonlight` makes of a config.json to what transformers makes of it.
+
+    python scripts/check_config.py --program target/release/moonlight --convert target/release/moonlight-convert
+
+For each variant of a configuration that is followed (rope scalings in both spellings, biases, heads, routers, tied and
+half-tied heads, sliding windows) a tiny random model is saved by transformers, and its log-probabilities are
+held to those of `moonlight score` (1e-4). For each that is not followed, `moonlight score` must refuse and name the key; the
+script prints how far transformers is from the same model without that key, where it reads it. FP8 matrices with a scale a
+tensor, a row and a block go through `moonlight-convert convert`, and are held to torch's product bit by bit.
+
+Run it with each release of transformers that matters; it prints which it was. Exit code 0 if all of it holds.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+BUDGET = 1e-4
+LENGTH = 40
+VOCABULARY = 97
+
+BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+LLAMA = BASE | {"model_type": "llama", "num_key_value_heads": 2}
+QWEN2 = BASE | {"model_type": "qwen2", "num_key_value_heads": 2}
+V3 = BASE | {
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 9,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.446,
+    "num_nextn_predict_layers": 0,
+}
+V2 = V3 | {"model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": False, "routed_scaling_factor": 1.0}
+del V2["num_nextn_predict_layers"]
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DEEPSEEK_YARN = YARN | {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.7}
+
+FOLLOWED = {
+    "llama": LLAMA,
+    "llama, linear": LLAMA | {"rope_scaling": LINEAR},
+    "llama, dynamic": LLAMA | {"rope_scaling": DYNAMIC},
+    "llama, llama3": LLAMA | {"rope_scaling": LLAMA3, "rope_theta": 5e5},
+    "llama, yarn": LLAMA | {"rope_scaling": YARN},
+    "llama, yarn with every key": LLAMA
+    | {"rope_scaling": YARN | {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.3, "truncate": False}},
+    "llama, yarn without its length": LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    "llama, attention_bias": LLAMA | {"attention_bias": True},
+    "llama, mlp_bias": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "llama, head_dim": LLAMA | {"head_dim": 18},
+    "llama, tied": LLAMA | {"tie_word_embeddings": True},
+    "qwen2": QWEN2,
+    "qwen2, yarn": QWEN2 | {"rope_scaling": YARN, "rope_theta": 1e6},
+    "qwen2, attention_bias false": QWEN2 | {"attention_bias": False},
+    "qwen2, window off": QWEN2 | {"use_sliding_window": False, "sliding_window": 3, "max_window_layers": 0},
+    "qwen2, window as long as the context": QWEN2
+    | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
+    "qwen2, no layer with a window": QWEN2 | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 3},
+    "qwen2, window": QWEN2 | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+    "qwen2, window from a layer on": QWEN2 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    "qwen2, window of one token": QWEN2 | {"use_sliding_window": True, "sliding_window": 1, "max_window_layers": 1},
+    "qwen2, layer_types": QWEN2
+    | {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "deepseek_v3": V3,
+    "deepseek_v3, norm_topk_prob false": V3 | {"norm_topk_prob": False},
+    "deepseek_v3, q_lora_rank and attention_bias": V3 | {"q_lora_rank": 15, "attention_bias": True},
+    "deepseek_v3, groups": V3 | {"n_group": 4, "topk_group": 2},
+    "deepseek_v3, rope_interleave false": V3 | {"rope_interleave": False},
+    "deepseek_v3, yarn": V3 | {"rope_scaling": DEEPSEEK_YARN},
+    "deepseek_v3, linear": V3 | {"rope_scaling": LINEAR},
+    "deepseek_v3, llama3": V3 | {"rope_scaling": LLAMA3},
+    "deepseek_v3, tied": V3 | {"tie_word_embeddings": True},
+    "deepseek_v2": V2,
+    "deepseek_v2, groups": V2 | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "deepseek_v2, yarn": V2 | {"rope_scaling": DEEPSEEK_YARN},
+    "deepseek_v2, q_lora_rank and attention_bias": V2 | {"q_lora_rank": 15, "attention_bias": True},
+}
+
+# The base, what is laid over it, and the key that must be named.
+REFUSED = [
+    (LLAMA, {"sliding_window": 3}, "sliding_window"),
+    (QWEN2, {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+    (V2, {"mlp_bias": True}, "mlp_bias"),
+    (LLAMA, {"hidden_act": "gelu"}, "hidden_act"),
+    (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    (LLAMA, {"rope_scaling": LINEAR | {"partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor"),
+    (LLAMA, {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}}, "rope_scaling"),
+    (LLAMA, {"rope_scaling": YARN | {"alpha": 8.0}}, "rope_scaling.alpha"),
+    (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    (LLAMA, {"logits_scaling": 8.0}, "logits_scaling"),
+    (LLAMA, {"embedding_multiplier": 12.0}, "embedding_multiplier"),
+    (LLAMA, {"use_qk_norm": True}, "use_qk_norm"),
+    (LLAMA, {"is_causal": False}, "is_causal"),
+    (LLAMA, {"attention_chunk_size": 8}, "attention_chunk_size"),
+    (LLAMA, {"no_rope_layers": [1, 1, 0]}, "no_rope_layers"),
+    (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+    (V3, {"head_dim": 7}, "head_dim"),
+    (LLAMA, {"a_key_of_next_year": 1}, "a_key_of_next_year"),
+]
+
+failures = []
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", type=pathlib.Path, required=True, help="the built `moonlight`")
+    parser.add_argument("--convert", type=pathlib.Path, required=True, help="the built `moonlight-convert`")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    program, convert = arguments.program.resolve(), arguments.convert.resolve()
+    with tempfile.TemporaryDirectory() as home:
+        home = pathlib.Path(home)
+        for number, (name, config) in enumerate(FOLLOWED.items()):
+            followed(program, name, config, home / str(number))
+        half_tied(program, convert, home)
+        for number, (base, over, key) in enumerate(REFUSED):
+            refused(program, base, over, key, home / f"refused-{number}")
+        for shape in ["tensor", "row", "block"]:
+            quantised(convert, shape, home)
+    for failure in failures:
+        print(f"FAILED {failure}")
+    sys.exit(bool(failures))
+
+
+def expect(name, holds, detail=""):
+    print(f"{'ok    ' if holds else 'FAILED'} {name}{f': {detail}' if detail != '' else ''}")
+    if not holds:
+        failures.append(name)
+
+
+def tokens():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(2, VOCABULARY, (LENGTH,), generator=generator).tolist()
+
+
+def build(config, folder):
+    """A random model of a configuration, saved by transformers."""
+    torch.manual_seed(7)
+    keys = json.loads(json.dumps(config))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), **keys))
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith((".bias", "correction_bias")):
+                value.copy_(torch.randn_like(value) * 0.3)
+            elif "norm" in name:
+                value.add_(torch.randn_like(value) * 0.1)
+    model.save_pretrained(folder)
+
+
+def theirs(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = tokens()
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+    return [logprobs[at, ids[at + 1]].item() for at in range(len(ids) - 1)]
+
+
+def score(program, folder):
+    data = folder.parent / "tokens.jsonl"
+    data.write_text(json.dumps({"tokens": tokens()}) + "\n")
+    ran = subprocess.run([program, "score", "--model", folder, "--data", data], capture_output=True, text=True)
+    if ran.returncode:
+        return None, ran.stderr.strip()
+    return json.loads(ran.stdout)["logprobs"][1:], ran.stderr.strip()
+
+
+def greedy(program, name, folder):
+    """Text from a cache, token by token, against transformers'."""
+    prompt, new = tokens()[:9], 24
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        # Without transformers' cache: the whole sequence each time.
+        ids = list(prompt)
+        for _ in range(new):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    prompt = ",".join(map(str, prompt))
+    arguments = ["--model", folder, "--prompt-tokens", prompt, "--max-new-tokens", str(new), "--json"]
+    ran = subprocess.run([program, "generate", *arguments], capture_output=True, text=True)
+    if ran.returncode:
+        return expect(f"{name}, greedy", False, ran.stderr.strip())
+    ours, expected = json.loads(ran.stdout)["tokens"], ids[-new:]
+    end = BASE["eos_token_id"]
+    if ours != expected[: len(ours)] or (len(ours) < new and end not in expected[len(ours) - 1 : len(ours) + 1]):
+        expect(f"{name}, greedy", False, f"{ours}, not {expected}")
+
+
+def distance(a, b):
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def change(folder, over, without=()):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for key in without:
+        config.pop(key, None)
+    file.write_text(json.dumps(config | over, indent=2))
+
+
+def followed(program, name, config, folder):
+    build(config, folder)
+    expected = theirs(folder)
+    ours, said = score(program, folder)
+    if ours is None:
+        return expect(name, False, said)
+    expect(name, distance(ours, expected) < BUDGET, f"{distance(ours, expected):.1e}")
+    greedy(program, name, folder)
+    # The same in the spelling of transformers 4, and as it was given.
+    saved = json.loads((folder / "config.json").read_text())
+    rope = saved.pop("rope_parameters", None) or {}
+    theta = rope.pop("rope_theta", 10000.0)
+    scaling = None if rope.get("rope_type") == "default" else rope | {"type": rope["rope_type"]}
+    old = saved | {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": saved.pop("dtype", None)}
+    for spelling, content in {"transformers 4's spelling": old, "as given": config}.items():
+        (folder / "config.json").write_text(json.dumps(content))
+        again, said = score(program, folder)
+        if again is None:
+            expect(f"{name}, {spelling}", False, said)
+        elif distance(again, ours) != 0:
+            expect(f"{name}, {spelling}", False, f"{distance(again, ours):.1e}")
+
+
+def half_tied(program, convert, home):
+    """`tie_word_embeddings` beside a head that differs, one that repeats the embedding, and one without an embedding."""
+    for name in ["a head that differs", "a head that repeats", "a head alone"]:
+        folder = home / name.replace(" ", "-")
+        build(LLAMA, folder)
+        change(folder, {"tie_word_embeddings": True})
+        weights = load_file(folder / "model.safetensors")
+        if name != "a head that differs":
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        if name == "a head alone":
+            del weights["model.embed_tokens.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        expected = theirs(folder)
+        for which in ["", " converted"]:
+            if which:
+                subprocess.run([convert, "convert", folder, f"{folder}-converted"], capture_output=True, check=True)
+                folder = pathlib.Path(f"{folder}-converted")
+                expect(f"tied, {name}, converted, in transformers", distance(theirs(folder), expected) < BUDGET)
+            ours, said = score(program, folder)
+            far = "" if ours is None else f"{distance(ours, expected):.1e}"
+            expect(f"tied, {name}{which}", ours is not None and distance(ours, expected) < BUDGET, far or said)
+
+
+def refused(program, base, over, key, folder):
+    build(base, folder)
+    plain = theirs(folder)
+    # What the file says already would win.
+    change(folder, over, without=["rope_parameters"] if "rope_scaling" in over else ["layer_types"])
+    try:
+        moved = f"transformers moves by {distance(theirs(folder), plain):.1e}"
+    except Exception as error:
+        moved = f"transformers: {str(error).splitlines()[0][:60] if str(error) else type(error).__name__}"
+    ours, said = score(program, folder)
+    expect(f"refused: {json.dumps(over)}", ours is None and f"`{key}`" in said, f"{said or ours} [{moved}]")
+
+
+def quantised(convert, shape, home):
+    """FP8 matrices as compressed-tensors and DeepSeek keep them, against torch's own product."""
+    folder = home / f"fp8-{shape}"
+    build(V3 | {"q_lora_rank": 15}, folder)
+    weights, expected = {}, {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        if not name.endswith("proj.weight"):
+            weights[name] = expected[name] = value
+            continue
+        rows, columns = value.shape
+        if shape == "tensor":
+            scale = (value.abs().max() / 448).reshape(1)
+            wide = scale
+        elif shape == "row":
+            scale = wide = value.abs().amax(1, keepdim=True) / 448
+        else:
+            high, across = -(-rows // 16), -(-columns // 16)
+            scale = torch.rand(high, across) * 0.01 + 0.001
+            wide = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)[:rows, :columns]
+        small = (value / wide).to(torch.float8_e4m3fn)
+        weights[name] = small
+        weights[name + ("_scale_inv" if shape == "block" else "_scale")] = scale
+        expected[name] = (small.float() * wide).to(torch.bfloat16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    strategy = {"tensor": "tensor", "row": "channel"}.get(shape)
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": strategy}}}
+    config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    if shape == "block":
+        config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    change(folder, {"quantization_config": config})
+    ran = subprocess.run([convert, "convert", folder, f"{folder}-plain"], capture_output=True, text=True)
+    if ran.returncode:
+        return expect(f"FP8, a scale a {shape}", False, ran.stderr)
+    written = load_file(f"{folder}-plain/model.safetensors")
+    wrong = [name for name, value in expected.items() if not torch.equal(written[name], value)]
+    expect(f"FP8, a scale a {shape}, {len(expected)} tensors bit by bit", not wrong, wrong[:3] or "")
+
+
+if __name__ == "__main__":
+    main()
