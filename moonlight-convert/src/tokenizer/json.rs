@@ -226,8 +226,8 @@ mod tests {
         };
         let twice = named(r#"{"added_tokens_decoder": {"300": {"content": "[EOS]"}}}"#);
         assert!(twice.contains("the tokens 257 and 300 are both called `[EOS]`"), "{twice}");
-        let latin = named(r#"{"added_tokens_decoder": {"300": {"content": "é"}}}"#);
-        assert!(latin.contains("would decode the token 300, `é`, as other bytes"), "{latin}");
+        let latin = named(r#"{"added_tokens_decoder": {"300": {"content": "éé"}}}"#);
+        assert!(latin.contains("would decode the token 300, `éé`, as other bytes"), "{latin}");
         let byte = named(r#"{"added_tokens_decoder": {"300": {"content": "a"}}}"#);
         assert!(byte.contains("the tokens 97 and 300 are both called `a`"), "{byte}");
         fs::write(dir.path().join(TIKTOKEN_MODEL), "YQ== 0\n").unwrap();
