@@ -197,7 +197,7 @@ fn fields_that_nobody_reads_are_named() {
     let output = command.arg(home.path("recipe.toml")).args(arguments(&sets, &more[..4])).output().unwrap();
     let shown = text(&output.stdout);
     let learned = "<|im_middle|>]<call>w {\"town\":\"Celle\"}</call><|im_end|>[<|im_user|>";
-    assert!(shown.contains(learned) && shown.ends_with("<|im_middle|>Seven.<|im_end|>]\n"), "{shown}");
+    assert!(shown.contains(learned) && shown.contains("<|im_middle|>Seven.<|im_end|>]"), "{shown}");
 }
 
 fn text_of(output: &std::process::Output) -> String {
