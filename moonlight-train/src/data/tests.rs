@@ -938,7 +938,10 @@ fn a_mask_beside_tokens_is_refused() {
     config.format = DataFormat::Tokens;
     let dataset = Dataset::open(&config, None, 10, 0).unwrap();
     assert_eq!(dataset.train_tokens(), 2);
-    assert_eq!(dataset.notes(), ["data.train: fields that nothing reads, and in how many records: `attention_mask` (1)"]);
+    assert_eq!(
+        dataset.notes(),
+        ["data.train: fields that nothing reads, and in how many records: `attention_mask` (1)"]
+    );
     std::fs::write(dir.path().join("a.jsonl"), "{\"tokens\": [1, 2], \"labels\": [-100, 2]}\n").unwrap();
     let error = Dataset::open(&config, None, 10, 0).err().unwrap().to_string();
     assert!(error.contains("a.jsonl:1: the record has `labels`, which says what is learned"), "{error}");
