@@ -137,8 +137,8 @@ fn broken_conversations_are_one_line() {
     assert_fails(&run(user, &[]), "talk.jsonl:2: the conversation has no assistant message");
     let robot = br#"{"messages": [{"role": "robot", "content": "Q"}]}"#;
     assert_fails(&run(robot, &[]), "talk.jsonl:2: `messages[0]` has the unknown role `robot`");
-    assert_fails(&run(b"{\"messages\": \"\xff\"}", &[]), "talk.jsonl:2: the record is not UTF-8");
-    assert_fails(&run(b"{\"messages\": [", &[]), "talk.jsonl:2: the record is not JSON");
+    assert_fails(&run(b"{\"messages\": \"\xff\"}", &[]), "talk.jsonl:2:15: the record is not UTF-8");
+    assert_fails(&run(b"{\"messages\": [", &[]), "talk.jsonl:2:14: the record is not JSON");
     let set = ["--set", &template];
     assert_fails(
         &run(b"", &set),
