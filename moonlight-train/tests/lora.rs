@@ -261,7 +261,7 @@ fn adapters_that_are_not_what_they_say_are_refused_everywhere() {
     assert!(merged.status.success(), "{}", text(&merged.stderr));
     let recipe = format!(
         "[run]\nname = \"x\"\ndir = {:?}\ndevice = \"cpu\"\n[model]\npath = {llama:?}\ndtype = \"f32\"\n[lora]\npath = \
-         {dora:?}\n[data]\ntrain = [{data:?}]\nformat = \"tokens\"\ntokenizer = \"none\"\nsequence_length = 2\npack = \
+         {dora:?}\n[data]\ntrain = [{data:?}]\nformat = \"tokens\"\ntokenizer = \"none\"\nsequence_length = 8\npack = \
          false\ncache_dir = {:?}\n[optimizer]\nname = \"adamw\"\nlearning_rate = 1e-3\n[train]\nsteps = 1\nbatch_size = 1\n",
         at("runs"),
         at("cache")

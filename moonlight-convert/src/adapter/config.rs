@@ -296,7 +296,10 @@ impl AdapterConfig {
 
     /// Takes the value of a key that is read.
     fn take(&mut self, key: &str, raw: &RawValue) -> Result<(), Problem> {
-        let with = |problem: String| -> Problem { format!("has `{key}` with {problem}").into() };
+        let with = |problem: String| {
+            let hint = "peft writes a list there; where it takes an expression, name the modules instead";
+            Problem::with_hint(format!("has `{key}` with {problem}"), hint)
+        };
         match key {
             "base_model_name_or_path" => self.base = value(key, raw)?,
             "revision" => self.revision = value(key, raw)?,

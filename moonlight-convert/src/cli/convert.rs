@@ -108,8 +108,8 @@ pub(crate) fn run(arguments: Convert) -> Result<ExitCode, Failure> {
     if let Some(head) = source.tied_head().describe() {
         note(format_args!("{head}"));
     }
-    for (reason, tensors) in source.skipped() {
-        note(format_args!("left out: {} tensors: {}", tensors.len(), reason.describe()));
+    for skipped in source.skipped_notes() {
+        note(format_args!("{skipped}"));
     }
     Ok(ExitCode::SUCCESS)
 }

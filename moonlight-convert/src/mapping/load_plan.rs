@@ -77,6 +77,14 @@ impl Checkpoint {
         plan.map(|plan| plan.skipped).unwrap_or_default()
     }
 
+    /// What [`skipped`](Checkpoint::skipped) is, a sentence a reason: what a model that is loaded and saved again has lost.
+    pub fn skipped_notes(&self) -> Vec<String> {
+        let note = |(reason, tensors): (SkipReason, Vec<String>)| {
+            format!("left out: {} tensors: {}", tensors.len(), reason.describe())
+        };
+        self.skipped().into_iter().map(note).collect()
+    }
+
     /// How many matrices are kept in each quantised form, in words.
     pub(crate) fn quantised_forms(&self) -> BTreeMap<String, usize> {
         let mut forms = BTreeMap::new();

@@ -339,7 +339,8 @@ fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcom
 }
 
 fn log_likelihood(scored: &[Scored]) -> f64 {
-    scored.iter().map(|scored| f64::from(scored.logprob)).sum()
+    // The sum of nothing is -0 otherwise.
+    scored.iter().fold(0.0, |sum, scored| sum + f64::from(scored.logprob))
 }
 
 /// The scored tokens of each request, in the order of the requests; batches are made of requests of like length.

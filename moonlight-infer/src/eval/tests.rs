@@ -232,16 +232,16 @@ fn tokenizer_with(merges: &[[&str; 2]], bos: bool) -> (tempfile::TempDir, Tokeni
     (dir, tokenizer)
 }
 
-fn run_with(tokenizer: &Tokenizer, lines: &str, fix_harness: bool) -> Result<Evaluation, InferError> {
+fn run_with(model: &CausalLm, tokenizer: &Tokenizer, lines: &str, fix_harness: bool) -> Result<Evaluation, InferError> {
     let dir = tempfile::tempdir().unwrap();
     let task = Task { path: dir.path().join("x.jsonl"), fix_harness, ..Task::default() };
     std::fs::write(&task.path, lines).unwrap();
-    evaluate(Reader { model: &model(), tokenizer, dir: None }, &task)
+    evaluate(Reader { model, tokenizer, dir: None }, &task)
 }
 
 /// The log-likelihood of the tokens from `from` on.
-fn sum_from(tokens: &[u32], from: usize) -> f64 {
-    let scores = crate::score::score(&model(), tokens).unwrap();
+fn sum_from(model: &CausalLm, tokens: &[u32], from: usize) -> f64 {
+    let scores = crate::score::score(model, tokens).unwrap();
     scores[from..].iter().map(|score| f64::from(score.unwrap())).sum()
 }
 
@@ -258,72 +258,76 @@ fn assert_likelihoods(evaluation: &Evaluation, expected: &[f64]) {
 /// lm_eval 0.4.13 gives (0.0, True) for such a choice; see `scripts/check_eval.py`.
 #[test]
 fn a_choice_without_a_token_of_its_own() {
+    let model = model();
     let (_dir, tokenizer) = tokenizer_with(&[[":", " "], [": ", "C"]], false);
     let row = json!({"question": "Q?", "choices": ["a", "b", "c", "d"], "answer": 0}).to_string();
     let context = "Q?\nA. a\nB. b\nC. c\nD. d\nAnswer:";
     let alone = tokenizer.encode(context).unwrap();
     let whole = |letter: &str| tokenizer.encode(&format!("{context} {letter}")).unwrap();
     assert_eq!((whole("C").len(), whole("A").len()), (alone.len(), alone.len() + 1));
-    let harness = run_with(&tokenizer, &row, false).unwrap();
+    let harness = run_with(&model, &tokenizer, &row, false).unwrap();
     // The letter alone is left, behind a context without its space.
-    let letter = |text: &str| sum_from(&[&alone[..], &tokenizer.encode(text).unwrap()].concat(), alone.len());
+    let letter = |text: &str| sum_from(&model, &[&alone[..], &tokenizer.encode(text).unwrap()].concat(), alone.len());
     assert_likelihoods(&harness, &[letter("A"), letter("B"), 0.0, letter("D")]);
     assert_eq!(harness.records[0]["choice"], 2);
     assert!(harness.notes[0].contains("in 1 rows (the first on line 1)"), "{:?}", harness.notes);
     assert!(harness.notes[0].contains("`--fix-harness` counts them"));
-    let fixed = run_with(&tokenizer, &row, true).unwrap();
+    let fixed = run_with(&model, &tokenizer, &row, true).unwrap();
     let from = alone.len() - 1;
-    assert_likelihoods(&fixed, &["A", "B", "C", "D"].map(|letter| sum_from(&whole(letter), from)));
+    assert_likelihoods(&fixed, &["A", "B", "C", "D"].map(|letter| sum_from(&model, &whole(letter), from)));
     assert!(fixed.notes[0].contains("counted with the choice"));
     // Without such a token both are one, and nothing is to be said.
     let (_dir, plain) = tokenizer_with(&[], false);
-    let [a, b] = [false, true].map(|fix| run_with(&plain, &row, fix).unwrap());
+    let [a, b] = [false, true].map(|fix| run_with(&model, &plain, &row, fix).unwrap());
     assert_eq!((&a.records, a.notes.len(), b.notes.len()), (&b.records, 0, 0));
 }
 
 #[test]
 fn a_context_begins_as_the_tokenizer_begins_texts() {
+    let model = model();
     let (_dir, tokenizer) = tokenizer_with(&[], true);
     let row = |question: &str| json!({"question": question, "choices": ["a", "b"], "answer": 0}).to_string();
     let by_hand = |text: &str, bos: bool| {
         let mut tokens = tokenizer.encode(text).unwrap();
         tokens.splice(0..0, bos.then_some(0));
-        sum_from(&tokens, tokens.len() - 2)
+        sum_from(&model, &tokens, tokens.len() - 2)
     };
     let text = "Q?\nA. a\nB. b\nAnswer:";
     let expected = |bos| ["A", "B"].map(|letter| by_hand(&format!("{text} {letter}"), bos));
-    assert_likelihoods(&run_with(&tokenizer, &row("Q?"), false).unwrap(), &expected(true));
+    assert_likelihoods(&run_with(&model, &tokenizer, &row("Q?"), false).unwrap(), &expected(true));
     let without = tokenizer.clone().with_bos(crate::tokenizer::AddBos::Never).unwrap();
-    assert_likelihoods(&run_with(&without, &row("Q?"), false).unwrap(), &expected(false));
+    assert_likelihoods(&run_with(&model, &without, &row("Q?"), false).unwrap(), &expected(false));
     // One that spells BOS has no second.
     let spelt = ["A", "B"].map(|letter| by_hand(&format!("{} {letter}", text.replace("Q?", "Q")), true));
-    assert_likelihoods(&run_with(&tokenizer, &row("<s>Q"), false).unwrap(), &spelt);
+    assert_likelihoods(&run_with(&model, &tokenizer, &row("<s>Q"), false).unwrap(), &spelt);
 }
 
 /// The harness puts BOS before a text that has it already, and counts how well BOS predicts itself.
 #[test]
 fn a_text_with_bos_is_begun_twice_unless_that_is_fixed() {
+    let model = model();
     let (_dir, tokenizer) = tokenizer_with(&[], true);
     let letters = tokenizer.encode("moon").unwrap();
-    let twice = sum_from(&[&[0, 0], &letters[..]].concat(), 1);
-    let once = sum_from(&[&[0], &letters[..]].concat(), 1);
+    let twice = sum_from(&model, &[&[0, 0], &letters[..]].concat(), 1);
+    let once = sum_from(&model, &[&[0], &letters[..]].concat(), 1);
     let line = json!({"text": "moon"}).to_string();
     for (fix, expected, tokens, notes) in [(false, twice, 5, 1), (true, once, 4, 0)] {
-        let evaluation = run_with(&tokenizer, &line, fix).unwrap();
+        let evaluation = run_with(&model, &tokenizer, &line, fix).unwrap();
         let record = &evaluation.records[0];
         assert!((record["loglikelihood"].as_f64().unwrap() - expected).abs() < 1e-4, "{record} is not {expected}");
         assert_eq!((&record["tokens"], &record["bytes"], evaluation.notes.len()), (&json!(tokens), &json!(4), notes));
     }
     let without = tokenizer.with_bos(crate::tokenizer::AddBos::Never).unwrap();
-    let evaluation = run_with(&without, &line, false).unwrap();
+    let evaluation = run_with(&model, &without, &line, false).unwrap();
     assert!((evaluation.records[0]["loglikelihood"].as_f64().unwrap() - once).abs() < 1e-4);
     assert!(evaluation.notes.is_empty());
 }
 
 #[test]
 fn a_choice_that_is_longer_than_the_context_is_refused() {
+    let model = model();
     let (_dir, tokenizer) = tokenizer_with(&[], false);
     let row = json!({"ctx": "x", "endings": ["a".repeat(80), "b".to_owned()], "label": 0}).to_string();
-    let error = run_with(&tokenizer, &row, false).unwrap_err();
+    let error = run_with(&model, &tokenizer, &row, false).unwrap_err();
     assert!(error.to_string().ends_with("x.jsonl:1: a choice has 81 tokens, and the model's context 64"), "{error}");
 }

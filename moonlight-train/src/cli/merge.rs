@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use burn::tensor::DType;
 use clap::Args;
 use moonlight_convert::adapter::base_of;
-use moonlight_convert::{CheckpointError, SaveOptions, replace_directory, write_into};
+use moonlight_convert::{Checkpoint, CheckpointError, SaveOptions, replace_directory, write_into};
 use moonlight_infer::device::{self, Target};
 use moonlight_infer::{LoadedModel, load_model, resolve_model, weights_in};
 
@@ -52,6 +52,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
         unfinished = Some(Unfinished::new(new));
         write_into(&model.merge(), new, &options)
     })?;
+    // Said here, and not by whoever opens it: what is written lacks them.
+    for note in Checkpoint::open(&base)?.skipped_notes() {
+        tracing::info!("note: {note}");
+    }
     let output = arguments.output.display();
     match count {
         // It changes the weights themselves, as DoRA does.

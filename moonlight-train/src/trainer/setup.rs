@@ -7,7 +7,7 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
 use moonlight_convert::adapter::{AdapterError, read_adapter};
-use moonlight_convert::{CheckpointError, ConfinedDir, load};
+use moonlight_convert::{Checkpoint, CheckpointError, ConfinedDir, load};
 use moonlight_infer::device::{self, Target};
 use moonlight_infer::tokenizer::{Companion, Tokenizer};
 use moonlight_infer::{InferError, load_base};
@@ -208,6 +208,12 @@ impl Setup {
         }
         for note in model.config().training_notes() {
             tracing::info!("note: {note}");
+        }
+        // What is saved lacks these, so that a run says so. A checkpoint of adapters holds nothing of the base in any case.
+        if let Some(base) = recipe.model.path.as_deref().filter(|_| !model.has_adapters()) {
+            for note in Checkpoint::open(base).map(|base| base.skipped_notes()).unwrap_or_default() {
+                tracing::info!("note: {note}");
+            }
         }
         if state.step > 0 {
             tracing::info!("resuming from step {}", state.step);
