@@ -152,7 +152,7 @@ mod tests {
             ("layers.3.self_attn.kv_a_proj_with_mqa.weight", (&[7168, 576], Matrix, attention(KeyValueDown), layer)),
             ("layers.3.self_attn.kv_b_proj.weight", (&[512, 32_768], Matrix, attention(KeyValueUp), layer)),
             ("layers.3.self_attn.o_proj.weight", (&[16_384, 7168], Matrix, attention(Output), layer)),
-            ("layers.3.mlp.router.weight", (&[7168, 256], Router, None, layer)),
+            ("layers.3.mlp.router.weight", (&[7168, 256], Router, Some(ProjectionRole::Router), layer)),
             ("layers.3.mlp.router.e_score_correction_bias", (&[256], CorrectionBias, None, layer)),
             (
                 "layers.3.mlp.experts.down_proj",

@@ -191,6 +191,9 @@ fn an_output_is_there_whole_or_not_at_all() {
     let mut score = moonlight(&["score", "--data", "/dev/stdin", "--model"]);
     let score = score.arg(&model).arg("--output").arg(&output).stdin(Stdio::piped());
     let mut child = score.spawn().unwrap();
+    // What the input is its first record says; the pipe stays open.
+    let mut records = child.stdin.take().unwrap();
+    records.write_all(b"{\"tokens\": [1, 2, 3]}\n").unwrap();
     wait_for("nothing is written", || names(&folder).len() == 2);
     signal(&child, "TERM");
     assert_eq!(ended(&mut child).signal(), Some(15));

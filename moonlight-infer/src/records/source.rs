@@ -15,6 +15,26 @@ const HEAD: usize = 64 << 10;
 /// The UTF-8 byte order mark.
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
+/// The first [`HEAD`] bytes. Of a pipe no more than up to its first line: who writes the records one by one may wait for the
+/// answer to each.
+fn read_head(reader: &mut impl Read, is_pipe: bool) -> io::Result<Vec<u8>> {
+    let mut head = Vec::new();
+    if !is_pipe {
+        reader.take(HEAD as u64).read_to_end(&mut head)?;
+        return Ok(head);
+    }
+    let mut piece = [0; 4096];
+    while head.len() < HEAD && !head.trim_ascii_start().contains(&b'\n') {
+        match reader.read(&mut piece) {
+            Ok(0) => break,
+            Ok(read) => head.extend_from_slice(&piece[..read]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(head)
+}
+
 /// An opened file. Reading it gives the unpacked bytes behind the byte order mark.
 pub struct Source {
     path: PathBuf,
@@ -34,6 +54,7 @@ impl Source {
     pub fn open(path: &Path) -> Result<Self, RecordError> {
         let io = |error: io::Error| RecordError::io(path, &error);
         let mut file = File::open(path).map_err(io)?;
+        let is_pipe = !file.metadata().map_err(io)?.is_file();
         let mut start = Vec::new();
         file.by_ref().take(4).read_to_end(&mut start).map_err(io)?;
         let packed = compression(&start);
@@ -49,8 +70,7 @@ impl Source {
             Some(Compression::Gzip) => Box::new(MultiGzDecoder::new(file)),
             Some(Compression::Zstandard) => Box::new(Frames::new(file)),
         };
-        let mut head = Vec::new();
-        rest.by_ref().take(HEAD as u64).read_to_end(&mut head).map_err(io)?;
+        let mut head = read_head(&mut rest, is_pipe).map_err(io)?;
         let mark = if head.starts_with(MARK) { MARK.len() } else { 0 };
         head.drain(..mark);
         Ok(Self { path: path.to_owned(), head, rest, mark, packed: packed.is_some() })
