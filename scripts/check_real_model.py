@@ -266,7 +266,12 @@ def fine_tune(program, folder, work, steps):
         return [moonlight(program, "chat", *model, "--max-new-tokens", 48, "--dtype", "f32", input=question + "\n").strip()
                 for question in asked]
 
-    results = {"before": (held_out("--model", folder), answers("--model", folder), 0.0)}
+    def show(name, loss, said, taken=0.0):
+        print(f"{name}: held-out loss {loss:.3f} nats a token" + (f"; {steps} steps in {taken:.0f} s" if taken else ""))
+        for question, answer in zip(asked, said):
+            print(f"  {json.dumps(question)} -> {json.dumps(answer)}", flush=True)
+
+    show("before", held_out("--model", folder), answers("--model", folder))
     for name, lora, optimizer, rate in (
         ("lora", '[lora]\nrank = 16\nalpha = 32\ntargets = ["all"]', "adamw", 1e-3),
         ("full", "", "muon", 1e-4),
@@ -278,11 +283,7 @@ def fine_tune(program, folder, work, steps):
         begun = time.time()
         moonlight(program, "train", recipe)
         taken = time.time() - begun
-        results[name] = (held_out("--model", work / name), answers("--model", work / name), taken)
-    for name, (loss, said, taken) in results.items():
-        print(f"{name}: held-out loss {loss:.3f} nats a token" + (f"; {steps} steps in {taken:.0f} s" if taken else ""))
-        for question, answer in zip(asked, said):
-            print(f"  {json.dumps(question)} -> {json.dumps(answer)}")
+        show(name, held_out("--model", work / name), answers("--model", work / name), taken)
 
 
 if __name__ == "__main__":
