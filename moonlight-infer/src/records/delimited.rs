@@ -51,6 +51,8 @@ pub(super) struct Delimited<R> {
     names: Vec<String>,
     /// The line that is read next, from 1.
     line: usize,
+    /// Rows that were left out, as all their fields are empty.
+    blank: u64,
     /// The texts of a row, one behind the other, and where each ends.
     texts: Vec<u8>,
     ends: Vec<usize>,
@@ -60,8 +62,14 @@ impl<R: Cut> Delimited<R> {
     /// Reads the row of names.
     pub(super) fn new(reader: R, delimiter: u8) -> Result<Self, Fault> {
         let core = csv_core::ReaderBuilder::new().delimiter(delimiter).build();
-        let mut file = Self { reader, core, names: Vec::new(), line: 1, texts: vec![0; 1 << 12], ends: vec![0; 64] };
-        let Some((line, columns)) = file.row(LONGEST_RECORD)? else { return Ok(file) };
+        let (texts, ends) = (vec![0; 1 << 12], vec![0; 64]);
+        let mut file = Self { reader, core, names: Vec::new(), line: 1, blank: 0, texts, ends };
+        let Some((mut line, mut columns)) = file.row(LONGEST_RECORD)? else { return Ok(file) };
+        // What Excel writes above the names to say what separates them.
+        if columns == 2 && file.text(line, 0)?.eq_ignore_ascii_case("sep=") && file.text(line, 1)?.is_empty() {
+            let Some(row) = file.row(LONGEST_RECORD)? else { return Ok(file) };
+            (line, columns) = row;
+        }
         for column in 0..columns {
             let name = file.text(line, column)?.to_owned();
             if file.names.contains(&name) {
@@ -72,9 +80,21 @@ impl<R: Cut> Delimited<R> {
         Ok(file)
     }
 
-    /// The next row as JSON, and the line that it begins in.
+    /// Rows so far that were left out, as all their fields are empty.
+    pub(super) fn blank(&self) -> u64 {
+        self.blank
+    }
+
+    /// The next row as JSON, and the line that it begins in. Rows whose fields are all empty, as spreadsheets write below
+    /// their tables, are blank lines.
     pub(super) fn next(&mut self, record: &mut Vec<u8>, longest: usize) -> Result<Option<usize>, Fault> {
-        let Some((line, columns)) = self.row(longest)? else { return Ok(None) };
+        let (line, columns) = loop {
+            let Some((line, columns)) = self.row(longest)? else { return Ok(None) };
+            if columns > 0 && self.ends[columns - 1] > 0 {
+                break (line, columns);
+            }
+            self.blank += 1;
+        };
         if columns != self.names.len() {
             let problem = format!("the row has {columns} columns, the first row names {}", self.names.len());
             let hint = "a text with a separator, a quotation mark or a line break in it stands in quotation marks";
@@ -229,25 +249,41 @@ mod tests {
         for buffer in [1, 2, 3, 7, 100] {
             assert_eq!(
                 rows_of(text.as_bytes(), b',', buffer).unwrap(),
-                [
-                    (3, json!({"text": "two\r\nlines, \"quoted\"", "id": "7"})),
-                    (5, json!({"text": "", "id": ""})),
-                    (6, json!({"text": "last", "id": "8"})),
-                ],
+                [(3, json!({"text": "two\r\nlines, \"quoted\"", "id": "7"})), (6, json!({"text": "last", "id": "8"})),],
                 "{buffer}"
             );
         }
         assert!(rows_of(b"", b',', 9).unwrap().is_empty() && rows_of(b"text\n", b',', 9).unwrap().is_empty());
-        let text = "messages\tweight\tname\n\"[{\"\"role\"\": \"\"user\"\"}]\"\t0.5\t[x\n\t\t\n[]\tTrue\tnull\n";
+        let text = "messages\tweight\tname\n\"[{\"\"role\"\": \"\"user\"\"}]\"\t0.5\t[x\n\t\tx\n[]\tTrue\tnull\n";
         let rows: Vec<Value> = rows_of(text.as_bytes(), b'\t', 9).unwrap().into_iter().map(|row| row.1).collect();
         assert_eq!(
             rows,
             [
                 json!({"messages": [{"role": "user"}], "weight": 0.5, "name": "[x"}),
-                json!({"messages": null, "weight": null, "name": ""}),
+                json!({"messages": null, "weight": null, "name": "x"}),
                 json!({"messages": [], "weight": true, "name": "null"}),
             ]
         );
+    }
+
+    /// As Excel writes them: rows below the table, and a line above it that says what separates the fields.
+    #[test]
+    fn rows_without_anything_are_blank_lines() {
+        for text in [
+            "sep=;\r\na;b\r\n1;2\r\n;\r\n;;;\r\n\"\";\"\"\r\n3;\r\n;\r\n",
+            "\nSEP=;\na;b\n1;2\n;\n;;;\n\"\";\"\"\n3;\n;",
+        ] {
+            for buffer in [1, 5, 100] {
+                let reader = BufReader::with_capacity(buffer, Cursor::new(text.as_bytes().to_owned()));
+                let mut file = Delimited::new(reader, b';').unwrap_or_else(|_| panic!("{text}"));
+                let (mut record, mut found) = (Vec::new(), Vec::new());
+                while let Ok(Some(_)) = file.next(&mut record, 1 << 16) {
+                    found.push(serde_json::from_slice::<Value>(&record).unwrap());
+                }
+                assert_eq!(found, [json!({"a": "1", "b": "2"}), json!({"a": "3", "b": ""})], "{text}");
+                assert_eq!(file.blank(), 4);
+            }
+        }
     }
 
     #[test]
