@@ -19,12 +19,13 @@ const OF_JSON: &[&str] = &[
     "history",
     "tokens",
     "input_ids",
+    "attention_mask",
     "choices",
     "endings",
     "chat_template_kwargs",
 ];
 /// Columns that hold a number or `true` and `false`.
-const OF_NUMBERS: &[&str] = &["weight", "loss_mask", "train"];
+const OF_NUMBERS: &[&str] = &["weight", "loss_mask", "train", "training", "loss"];
 /// Columns of a file, at most.
 const MOST_COLUMNS: usize = 1 << 14;
 
@@ -73,7 +74,14 @@ impl<R: Cut> Delimited<R> {
         for column in 0..columns {
             let name = file.text(line, column)?.to_owned();
             if file.names.contains(&name) {
-                return Err(Fault::At(line, format!("two columns have the name `{name}`"), None));
+                return Err(Fault::At(
+                    line,
+                    match name.as_str() {
+                        "" => "two columns have no name".to_owned(),
+                        name => format!("two columns have the name `{name}`"),
+                    },
+                    None,
+                ));
             }
             file.names.push(name);
         }
@@ -120,8 +128,11 @@ impl<R: Cut> Delimited<R> {
         let start = column.checked_sub(1).map_or(0, |before| self.ends[before]);
         let text = &self.texts[start..self.ends[column]];
         std::str::from_utf8(text).map_err(|_| {
-            let name =
-                self.names.get(column).map_or_else(|| "the row of names".into(), |name| format!("column `{name}`"));
+            let name = match self.names.get(column).map(String::as_str) {
+                None => "the row of names".into(),
+                Some("") => format!("column {}", column + 1),
+                Some(name) => format!("column `{name}`"),
+            };
             let problem = format!("{name} is not UTF-8");
             Fault::At(line, problem, Some("write it anew as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)"))
         })
@@ -294,6 +305,7 @@ mod tests {
             ("a,b\n1,\"2\n3,4\n5,6\n", "2: a quotation mark in this row is not closed before the end of the file"),
             ("a\n\"", "2: a quotation mark in this row is not closed before the end of the file"),
             ("a,a\n", "1: two columns have the name `a`"),
+            (",a,\n", "1: two columns have no name"),
             ("messages\n\"[{'role': 'user'}]\"\n", "2: column `messages` is not JSON: key must be a string"),
         ] {
             for buffer in [1, 5, 100] {
@@ -301,6 +313,7 @@ mod tests {
             }
         }
         assert_eq!(rows_of(b"a,b\n1,caf\xe9\n", b',', 9).unwrap_err(), "2: column `b` is not UTF-8");
+        assert_eq!(rows_of(b"a,\n1,caf\xe9\n", b',', 9).unwrap_err(), "2: column 2 is not UTF-8");
         let long = format!("a\n{}\n", "x".repeat(1 << 17));
         assert_eq!(rows_of(long.as_bytes(), b',', 9).unwrap_err(), "2: too long");
     }
