@@ -204,12 +204,7 @@ fn taken(
 /// `messages` the two answers say nothing new: there the answer to be learned is the last message.
 fn preference(fields: &Map<String, Value>, has_messages: bool) -> Option<&'static str> {
     let holds = |key: &str| fields.get(key).is_some_and(|value| !is_empty(value));
-    // In CSV they are texts.
-    let is_bool = |key: &str| match fields.get(key) {
-        Some(Value::Bool(_)) => true,
-        Some(Value::String(text)) => ["true", "false"].contains(&text.trim().to_ascii_lowercase().as_str()),
-        _ => false,
-    };
+    let is_bool = |key: &str| fields.get(key).is_some_and(Value::is_boolean);
     let of_answers = || ["chosen", "rejected"].into_iter().find(|key| !has_messages && holds(key));
     ["label", "kto_tag"].into_iter().find(|key| is_bool(key)).or_else(of_answers)
 }
@@ -645,7 +640,6 @@ mod tests {
             for (key, value) in [
                 ("label", "false"),
                 ("label", "true"),
-                ("label", "\"False\""),
                 ("kto_tag", "true"),
                 ("chosen", "\"B\""),
                 ("rejected", "{\"from\": \"gpt\", \"value\": \"B\"}"),
@@ -662,7 +656,7 @@ mod tests {
         // Other labels, and answers that are empty, say nothing of the sort.
         assert!(parse(&format!(r#"{{{messages}, "label": 3}}"#)).is_ok());
         let empty =
-            r#"{"instruction": "Q", "output": "A", "chosen": "", "rejected": [], "label": "news", "kto_tag": null}"#;
+            r#"{"instruction": "Q", "output": "A", "chosen": "", "rejected": [], "label": "false", "kto_tag": null}"#;
         assert_eq!(turns(empty).len(), 2);
     }
 

@@ -187,6 +187,9 @@ impl ConversationError {
                  `instruction` and `output` (Alpaca)"
                     .into(),
             ),
+            Self::Preference { key: key @ ("label" | "kto_tag") } => {
+                Some(format!("leave out the records whose answers are marked as bad, and then the field `{key}`"))
+            }
             Self::Preference { .. } => {
                 Some("write the answer that is to be learned as the last of its `messages`".into())
             }

@@ -26,6 +26,8 @@ const OF_JSON: &[&str] = &[
 ];
 /// Columns that hold a number or `true` and `false`.
 const OF_NUMBERS: &[&str] = &["weight", "loss_mask", "train", "training", "loss"];
+/// Columns in which `true` and `false` mark an answer as good or bad; all else is text.
+const OF_MARKS: &[&str] = &["label", "kto_tag"];
 /// Columns of a file, at most.
 const MOST_COLUMNS: usize = 1 << 14;
 
@@ -204,6 +206,9 @@ impl<R: Cut> Delimited<R> {
 /// What a text in a column is as JSON.
 fn value(name: &str, text: &str) -> Result<String, (String, Option<&'static str>)> {
     let bare = text.trim();
+    if OF_MARKS.contains(&name) && ["true", "false"].contains(&bare.to_ascii_lowercase().as_str()) {
+        return Ok(bare.to_ascii_lowercase());
+    }
     if OF_NUMBERS.contains(&name) {
         return Ok(match bare {
             "" => "null".into(),
@@ -265,6 +270,9 @@ mod tests {
             );
         }
         assert!(rows_of(b"", b',', 9).unwrap().is_empty() && rows_of(b"text\n", b',', 9).unwrap().is_empty());
+        let rows = rows_of(b"label,kto_tag\nTrue,FALSE\n1,\n", b',', 9).unwrap();
+        assert_eq!(rows[0].1, json!({"label": true, "kto_tag": false}));
+        assert_eq!(rows[1].1, json!({"label": "1", "kto_tag": ""}));
         let text = "messages\tweight\tname\n\"[{\"\"role\"\": \"\"user\"\"}]\"\t0.5\t[x\n\t\tx\n[]\tTrue\tnull\n";
         let rows: Vec<Value> = rows_of(text.as_bytes(), b'\t', 9).unwrap().into_iter().map(|row| row.1).collect();
         assert_eq!(
