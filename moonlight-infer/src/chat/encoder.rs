@@ -420,7 +420,7 @@ impl Specials {
     }
 
     /// The character that stands for a stand-in or a mark that somebody wrote.
-    fn of_people(&self, character: char) -> Option<char> {
+    fn stand_in_for(&self, character: char) -> Option<char> {
         match self.index_of(character) {
             Some(index) => {
                 u32::try_from(index).ok().filter(|&index| index < OF_PEOPLE).map(|index| FIRST_OF_PEOPLE + index)
@@ -431,7 +431,7 @@ impl Specials {
     }
 
     /// The stand-in or the mark that such a character stands for.
-    fn from_people(&self, character: char) -> Option<char> {
+    fn meant_by(&self, character: char) -> Option<char> {
         let number = u32::from(character);
         let ours = match number {
             FIRST_OF_PEOPLE..MARKS_OF_PEOPLE => FIRST_STAND_IN + (number - FIRST_OF_PEOPLE),
@@ -450,8 +450,8 @@ impl Specials {
             false => Cow::Borrowed(words),
             true => {
                 let told = |character: char| match self.is_ours(character) {
-                    true => self.of_people(character).ok_or(character),
-                    false if self.from_people(character).is_some() => Err(character),
+                    true => self.stand_in_for(character).ok_or(character),
+                    false if self.meant_by(character).is_some() => Err(character),
                     false => Ok(character),
                 };
                 let told: Result<String, char> = words.chars().map(told).collect();
@@ -499,7 +499,7 @@ impl Specials {
         for character in text.chars() {
             match self.index_of(character) {
                 Some(index) => words.push_str(&self.names[index].0),
-                None => words.push(self.from_people(character).unwrap_or(character)),
+                None => words.push(self.meant_by(character).unwrap_or(character)),
             }
         }
         words
