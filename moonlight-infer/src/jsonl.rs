@@ -99,7 +99,11 @@ fn tokens_of(record: Value, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, (
             Err(("the record has to have either `tokens` or `text`, and has both".into(), shape()))
         }
         (None, None, _) => {
-            let names: Vec<String> = record.keys().take(6).map(|name| format!("`{}`", Printable(name))).collect();
+            let named = |name: &String| match name.as_str() {
+                "" => "a field without a name".into(),
+                name => format!("`{}`", Printable(name)),
+            };
+            let names: Vec<String> = record.keys().take(6).map(named).collect();
             let has = if names.is_empty() { "nothing".into() } else { names.join(", ") };
             Err((format!("the record has to have either `tokens` or `text`; it has {has}"), shape()))
         }

@@ -100,7 +100,7 @@ fn published() -> Vec<(&'static str, Value)> {
         "tie_word_embeddings": false, "use_unified_vision_chunk": true, "vision_config": {"patch_size": 14}});
     let llama_2 = with(
         &llama(),
-        json!({"_name_or_path": "meta-llama/Llama-2-7b-hf", "hidden_act": "silu",
+        json!({"_name_or_path": "meta-llama/Llama-2-7b-hf", "_model_name_or_path": "x", "_auto_class": null, "hidden_act": "silu",
         "initializer_range": 0.02, "num_key_value_heads": 4, "pretraining_tp": 2, "rms_norm_eps": 1e-05,
         "rope_scaling": null, "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "float16",
         "transformers_version": "4.31.0", "use_cache": true, "max_sequence_length": 64}),

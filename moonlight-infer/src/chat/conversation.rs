@@ -17,6 +17,8 @@
 
 use serde_json::{Map, Value, json};
 
+use super::error::THE_RECORD;
+use super::given::REASONING;
 use super::{ConversationError, Message};
 use crate::records::parse;
 
@@ -132,12 +134,16 @@ impl Conversation {
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
         let has = |key: &str| fields.get(key).is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty()));
-        let of_prompt = has("prompt") && (has("completion") || has("chosen") || has("rejected"));
+        if let Some(key) = preference(&fields, has("messages")) {
+            return Err(ConversationError::Preference { key });
+        }
+        let weight = weight_of_record(&fields)?;
+        let of_prompt = has("prompt") && has("completion");
         let (shape, mut turns) = if has("messages") {
             (Shape::Messages, taken(&mut fields, "messages", &knows)?)
         } else if has("conversations") {
             (Shape::ShareGpt, taken(&mut fields, "conversations", &knows)?)
-        } else if of_prompt || has("chosen") || has("rejected") {
+        } else if of_prompt {
             (Shape::PromptCompletion, prompt_and_completion(&mut fields, &knows)?)
         } else if has("instruction") {
             (Shape::Alpaca, alpaca(&mut fields)?)
@@ -146,6 +152,10 @@ impl Conversation {
         } else {
             return Err(ConversationError::Shape { keys: fields.keys().cloned().collect() });
         };
+        if let Some(weight) = weight {
+            turns.iter_mut().for_each(|turn| turn.weight *= weight);
+            fields.retain(|key, value| !is_weight_of_record(key, value));
+        }
         if let Some(Value::String(system)) = fields.get("system")
             && turns.first().is_none_or(|turn| turn.message.role() != "system")
         {
@@ -190,22 +200,24 @@ fn taken(
     messages.into_iter().enumerate().map(turn).collect()
 }
 
+/// The field that makes a record one of preferences: a better and a worse answer, or whether the answer is a good one. Beside
+/// `messages` the two answers say nothing new: there the answer to be learned is the last message.
+fn preference(fields: &Map<String, Value>, has_messages: bool) -> Option<&'static str> {
+    let holds = |key: &str| fields.get(key).is_some_and(|value| !is_empty(value));
+    let is_bool = |key: &str| fields.get(key).is_some_and(Value::is_boolean);
+    let of_answers = || ["chosen", "rejected"].into_iter().find(|key| !has_messages && holds(key));
+    ["label", "kto_tag"].into_iter().find(|key| is_bool(key)).or_else(of_answers)
+}
+
 /// TRL's records of a prompt and what is learned after it.
 fn prompt_and_completion(
     fields: &mut Map<String, Value>,
     knows: &impl Fn(&str) -> bool,
 ) -> Result<Vec<Turn>, ConversationError> {
-    for key in ["chosen", "rejected"] {
-        if fields.contains_key(key) {
-            return Err(ConversationError::Preference { key });
-        }
-    }
-    if fields.get("label").is_some_and(Value::is_boolean) {
-        return Err(ConversationError::Preference { key: "label" });
-    }
+    let is_text = |key: &str| fields.get(key).is_some_and(Value::is_string);
     for key in ["prompt", "completion"] {
-        if fields.get(key).is_some_and(Value::is_string) {
-            return Err(ConversationError::Texts { key });
+        if is_text(key) {
+            return Err(ConversationError::Texts { key, both: is_text("prompt") && is_text("completion") });
         }
     }
     let mut turns = taken(fields, "prompt", knows)?;
@@ -247,6 +259,7 @@ fn turn_of(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> Resu
             Some(_) => return Err(wrong(place, format!("has both `{key}` and `{other}`, and they differ"))),
         }
     }
+    one_reasoning(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
     let Some(Value::String(said)) = message.get("role") else {
         return Err(wrong(place, "does not say who speaks: it lacks `role` (or `from`)"));
     };
@@ -264,6 +277,24 @@ fn turn_of(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> Resu
     Ok(Turn::new(Message(message), weight))
 }
 
+/// Leaves one of the fields that hold what the assistant thinks to be given under all their names: what says the same twice,
+/// or nothing, is removed.
+fn one_reasoning(message: &mut Map<String, Value>) -> Result<(), String> {
+    let mut found: Option<&str> = None;
+    for name in REASONING {
+        match (message.get(name).filter(|value| !is_empty(value)), found) {
+            (None, _) => {}
+            (Some(_), None) => found = Some(name),
+            (Some(value), Some(first)) if message.get(first) == Some(value) => {}
+            (Some(_), Some(first)) => return Err(format!("has both `{first}` and `{name}`, and they differ")),
+        }
+    }
+    if let Some(kept) = found {
+        message.retain(|name, _| name == kept || !REASONING.contains(&name.as_str()));
+    }
+    Ok(())
+}
+
 /// `tool_calls` from the text of a ShareGPT turn: a call as JSON, or a list of them, perhaps behind what was thought.
 fn calls_of_text(message: &mut Map<String, Value>) -> Result<(), String> {
     let Some(Value::String(text)) = message.get("content") else { return Err("has no call".into()) };
@@ -272,8 +303,8 @@ fn calls_of_text(message: &mut Map<String, Value>) -> Result<(), String> {
     if let Some((inner, rest)) = call.strip_prefix("<think>").and_then(|text| text.split_once("</think>")) {
         (thought, call) = (Some(inner.trim().to_owned()), rest.trim());
     }
-    let read: Value = serde_json::from_str(call)
-        .map_err(|_| "is a call that is not JSON, as `{\"name\": \"...\", \"arguments\": {...}}` is".to_owned())?;
+    let read = json_of(call)
+        .ok_or_else(|| "is a call that is not JSON, as `{\"name\": \"...\", \"arguments\": {...}}` is".to_owned())?;
     let calls = match read {
         Value::Array(calls) => calls,
         call => vec![call],
@@ -291,15 +322,18 @@ fn calls_of_text(message: &mut Map<String, Value>) -> Result<(), String> {
     Ok(())
 }
 
+/// A text that holds JSON, read as records are.
+fn json_of(text: &str) -> Option<Value> {
+    parse(text.as_bytes()).ok().map(|parsed| parsed.value)
+}
+
 /// `tool_calls` of a message: a list, or the JSON of one; without the nulls that tables put into them.
 fn tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
     let Some(calls) = message.get_mut("tool_calls") else { return Ok(()) };
     if let Value::String(text) = calls {
         *calls = match text.trim() {
             "" => Value::Null,
-            text => {
-                serde_json::from_str(text).map_err(|_| "has `tool_calls` that are a text and not JSON".to_owned())?
-            }
+            text => json_of(text).ok_or("has `tool_calls` that are a text and not JSON")?,
         };
     }
     match calls {
@@ -412,11 +446,34 @@ fn weight_of(message: &Map<String, Value>, of_assistant: bool) -> Result<f32, St
     Ok(whole)
 }
 
+/// Whether a field beside the messages says how much all of them count. `loss` does only where it is true or false: as a
+/// number it is what some model's loss on the record was.
+fn is_weight_of_record(key: &str, value: &Value) -> bool {
+    WEIGHTS.contains(&key) && (key != "loss" || value.is_boolean())
+}
+
+/// How much a whole record counts: a factor on each of its turns, where it says so.
+fn weight_of_record(fields: &Map<String, Value>) -> Result<Option<f32>, ConversationError> {
+    let of_record = |(key, value): &(&String, &Value)| {
+        DETAILS.contains(&key.as_str()) || is_weight_of_record(key, value) || key.as_str() == "loss" && value.is_array()
+    };
+    let mut given = Map::new();
+    for (key, value) in fields.iter().filter(of_record) {
+        if value.is_array() {
+            let problem = format!("has a list as `{key}`; how much a message counts it says itself, as its `{key}`");
+            return Err(wrong(THE_RECORD, problem));
+        }
+        given.insert(key.clone(), value.clone());
+    }
+    let weight = weight_of(&given, true).map_err(|problem| wrong(THE_RECORD, problem))?;
+    Ok(Some(weight).filter(|_| !given.is_empty()))
+}
+
 /// The tools of a record: a list, or the JSON of one. ShareGPT's are bare functions.
 fn tools_of(tools: Value, shape: Shape) -> Result<Option<Value>, ConversationError> {
     let tools = match tools {
         Value::String(text) if text.trim().is_empty() => return Ok(None),
-        Value::String(text) => serde_json::from_str(&text).map_err(|_| wrong("tools", "is a text that is not JSON"))?,
+        Value::String(text) => json_of(&text).ok_or_else(|| wrong("tools", "is a text that is not JSON"))?,
         tools => tools,
     };
     match tools {
@@ -439,18 +496,20 @@ fn tools_of(tools: Value, shape: Shape) -> Result<Option<Value>, ConversationErr
 /// Alpaca's record: the instruction and the input, a line break between them, are what the user says (as LLaMA-Factory
 /// reads it); `history` holds earlier pairs. The system prompt is that of all shapes.
 fn alpaca(record: &mut Map<String, Value>) -> Result<Vec<Turn>, ConversationError> {
-    let weight = weight_of(record, true).map_err(|problem| wrong("the record", problem))?;
-    record.retain(|key, _| !WEIGHTS.contains(&key.as_str()));
+    if !record.contains_key("output") {
+        return Err(ConversationError::NoOutput { keys: record.keys().cloned().collect() });
+    }
     let mut turns = Vec::new();
     match record.shift_remove("history") {
         None => {}
         Some(Value::Array(pairs)) => {
             for pair in pairs {
-                let [Some(question), Some(answer)] = [0, 1].map(|index| pair.get(index).and_then(Value::as_str)) else {
+                let texts = pair.as_array().map(|pair| pair.iter().map(Value::as_str).collect::<Vec<_>>());
+                let Some([Some(question), Some(answer)]) = texts.as_deref() else {
                     return Err(wrong("history", "has an entry that is not a question and its answer"));
                 };
-                turns.push(Turn::of_text("user", question, 0.0));
-                turns.push(Turn::of_text("assistant", answer, weight));
+                turns.push(Turn::of_text("user", *question, 0.0));
+                turns.push(Turn::of_text("assistant", *answer, 1.0));
             }
         }
         Some(_) => return Err(wrong("history", "is not a list of pairs")),
@@ -474,7 +533,7 @@ fn alpaca(record: &mut Map<String, Value>) -> Result<Vec<Turn>, ConversationErro
         question = if question.is_empty() { input } else { format!("{question}\n{input}") };
     }
     turns.push(Turn::of_text("user", question, 0.0));
-    turns.push(Turn::of_text("assistant", answer, weight));
+    turns.push(Turn::of_text("assistant", answer, 1.0));
     Ok(turns)
 }
 
@@ -535,6 +594,107 @@ mod tests {
     }
 
     #[test]
+    fn a_weight_beside_the_messages_is_a_factor_of_each() {
+        let weights =
+            |line: &str| parse(line).map(|read| read.turns.iter().map(|turn| turn.weight).collect::<Vec<_>>());
+        let shapes = [
+            r#"{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}, {"role": "assistant",
+                "content": "B", "weight": 0.5}], MORE}"#,
+            r#"{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}, {"from": "gpt", "value":
+                "B", "weight": 0.5}], MORE}"#,
+            r#"{"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"},
+                {"role": "assistant", "content": "B", "weight": 0.5}], MORE}"#,
+        ];
+        let alpaca = r#"{"instruction": "Q", "output": "A", MORE}"#;
+        for shape in shapes.iter().chain([&alpaca]) {
+            let with = |more: &str| shape.replace("MORE", more);
+            let half: Vec<f32> = if *shape == alpaca { vec![0.0, 0.5] } else { vec![0.0, 0.5, 0.25] };
+            assert_eq!(weights(&with(r#""weight": 0.5, "train": true"#)).unwrap(), half, "{shape}");
+            assert!(parse(&with(r#""weight": 0.5"#)).unwrap().fields.is_empty());
+            for none in
+                ["\"weight\": 0", "\"train\": false", "\"training\": false", "\"loss_mask\": 0", "\"loss\": false"]
+            {
+                assert_eq!(weights(&with(none)), Err(ConversationError::NothingLearned), "{shape} {none}");
+            }
+            let error = parse(&with(r#""loss_mask": [0, 1]"#)).unwrap_err().to_string();
+            assert!(error.starts_with("the record has a list as `loss_mask`"), "{error}");
+            let error = parse(&with(r#""weight": "much""#)).unwrap_err().to_string();
+            assert_eq!(error, "the record has a `weight` that is not a number from 0");
+            // What a model's loss was is not how much the record counts.
+            assert_eq!(parse(&with(r#""loss": 2.5, "weight": null"#)).unwrap().fields.len(), 1);
+        }
+    }
+
+    #[test]
+    fn preferences_are_refused_in_every_shape() {
+        let (user, answer) = (r#"{"role": "user", "content": "Q"}"#, r#"{"role": "assistant", "content": "A"}"#);
+        let messages = format!(r#""messages": [{user}, {answer}]"#);
+        let shapes = [
+            format!(r#""conversations": [{user}, {answer}]"#),
+            format!(r#""prompt": [{user}], "completion": [{answer}]"#),
+            r#""instruction": "Q", "output": "A""#.to_owned(),
+            r#""prompt": "Q""#.to_owned(),
+            messages.clone(),
+        ];
+        for shape in &shapes {
+            for (key, value) in [
+                ("label", "false"),
+                ("label", "true"),
+                ("kto_tag", "true"),
+                ("chosen", "\"B\""),
+                ("rejected", "{\"from\": \"gpt\", \"value\": \"B\"}"),
+                ("chosen", "[{\"role\": \"assistant\", \"content\": \"B\"}]"),
+            ] {
+                let read = parse(&format!("{{{shape}, \"{key}\": {value}}}"));
+                if *shape == messages && ["chosen", "rejected"].contains(&key) {
+                    assert!(read.unwrap().fields.contains_key(key));
+                } else {
+                    assert_eq!(read, Err(ConversationError::Preference { key }), "{shape} {key}");
+                }
+            }
+        }
+        // Other labels, and answers that are empty, say nothing of the sort.
+        assert!(parse(&format!(r#"{{{messages}, "label": 3}}"#)).is_ok());
+        let empty =
+            r#"{"instruction": "Q", "output": "A", "chosen": "", "rejected": [], "label": "false", "kto_tag": null}"#;
+        assert_eq!(turns(empty).len(), 2);
+    }
+
+    #[test]
+    fn hints_fit_the_record() {
+        let hint = |line: &str| parse(line).unwrap_err().hint().unwrap();
+        let dolly = hint(r#"{"instruction": "Q", "context": "C", "response": "A", "category": "x"}"#);
+        assert_eq!(dolly, "rename `response` to `output` and `context` to `input`");
+        let (list, text) = (r#"[{"role": "user", "content": "Q"}]"#, "\"A\"");
+        let of =
+            |prompt: &str, completion: &str| hint(&format!(r#"{{"prompt": {prompt}, "completion": {completion}}}"#));
+        assert!(of(text, text).contains("`instruction`"));
+        assert_eq!(of(list, text), "write it as messages: [{\"role\": \"assistant\", \"content\": \"...\"}]");
+        assert_eq!(of(text, list), "write it as messages: [{\"role\": \"user\", \"content\": \"...\"}]");
+    }
+
+    #[test]
+    fn what_is_thought_is_said_once() {
+        let with = |more: &str| {
+            let line = format!(
+                r#"{{"messages": [{{"role": "user", "content": "Q"}}, {{"role": "assistant", "content": "A", {more}}}]}}"#
+            );
+            parse(&line).unwrap().turns[1].message.fields().clone()
+        };
+        for more in [
+            r#""reasoning_content": "so", "reasoning": "so""#,
+            r#""reasoning_content": "so", "thinking": "", "reasoning": null"#,
+        ] {
+            assert_eq!(
+                with(more),
+                *json!({"role": "assistant", "content": "A", "reasoning_content": "so"}).as_object().unwrap()
+            );
+        }
+        let fields = with(r#""reasoning_content": "", "reasoning": "so""#);
+        assert_eq!(fields, *json!({"role": "assistant", "content": "A", "reasoning": "so"}).as_object().unwrap());
+    }
+
+    #[test]
     fn what_is_wrong_is_one_sentence() {
         let user = r#"{"role": "user", "content": "Q"}"#;
         let with = |message: &str| format!(r#"{{"messages": [{user}, {message}]}}"#);
@@ -566,7 +726,15 @@ mod tests {
                 with(r#"{"role": "assistant", "content": "A", "weight": 0}"#),
                 "every assistant message has the weight 0: there is nothing to learn",
             ),
-            (r#"{"instruction": "Q"}"#.into(), "`output` has no content"),
+            (r#"{"instruction": "Q"}"#.into(), "`output` has no content; the record has `instruction`"),
+            (
+                r#"{"instruction": "Q", "output": "A", "history": [["q", "a", "b"]]}"#.into(),
+                "`history` has an entry that is not a question and its answer",
+            ),
+            (
+                with(r#"{"role": "assistant", "content": "A", "reasoning": "x", "reasoning_content": "y"}"#),
+                "`messages[1]` has both `reasoning_content` and `reasoning`, and they differ",
+            ),
         ] {
             let error = parse(&line).unwrap_err().to_string();
             assert!(error.starts_with(expected), "{line}: {error}");

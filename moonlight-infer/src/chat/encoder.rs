@@ -1,5 +1,6 @@
 //! From the text of a template to tokens: what the template spells is special, what people say is not.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -15,6 +16,12 @@ use crate::tokenizer::{Piece, Tokenizer};
 /// template may cut and trim the message as it likes, and the text is still distinguished from the template's own tokens.
 const FIRST_STAND_IN: u32 = 0x10_0000;
 const STAND_INS: usize = 0xFFF0;
+
+/// In a text by people, characters of the private-use plane before it stand for those that stand for something here: the same
+/// ones from this on, and behind it the marks. No font that we know has anything there.
+const FIRST_OF_PEOPLE: u32 = 0xF_8000;
+const OF_PEOPLE: u32 = 0x7F00;
+const MARKS_OF_PEOPLE: u32 = 0xF_FF00;
 
 /// The last characters of the same plane mark the ends of the assistant's words.
 pub(super) const MARKS: [char; 2] = ['\u{10FFFA}', '\u{10FFFB}'];
@@ -71,6 +78,17 @@ pub struct WeightedTokens {
     /// Fields of the record, and `messages[].NAME` of its messages, that hold something and that neither the template nor
     /// the reader of records has read.
     pub unread: Vec<String>,
+    /// Fields of the record that the template was given as variables, as it names them; not `tools` and `documents`.
+    pub given: Vec<String>,
+}
+
+/// What becomes of the fields of a record.
+struct Variables {
+    /// What the template is given beside the messages.
+    values: Map<String, Value>,
+    /// Those of the fields that it names and that are not there for templates alone.
+    given: Vec<String>,
+    unread: Vec<String>,
 }
 
 impl ChatEncoder {
@@ -124,7 +142,7 @@ impl ChatEncoder {
     /// [`ChatError::Conversation`] for a call that the template does not write.
     pub fn weighted(&self, conversation: &Conversation) -> Result<WeightedTokens, ChatError> {
         let turns = &conversation.turns;
-        let (variables, mut unread) = self.core.variables(&conversation.fields)?;
+        let Variables { values: variables, given: named, mut unread } = self.core.variables(&conversation.fields)?;
         let tools = !variables["tools"].is_null();
         let messages = turns.iter().map(|turn| &turn.message);
         let given = Arc::new(self.core.given(messages, variables)?);
@@ -133,7 +151,7 @@ impl ChatEncoder {
         let found = sandbox::run(given.budget.time(), move || core.of_tools(tools).spans(&of_job));
         let (text, spans) = found.map_err(|overrun| self.core.template.of_tools(tools).overrun(overrun)).flatten()?;
         unread.extend(unread_of_messages(turns, &given)?);
-        let mut result = WeightedTokens { tokens: Vec::new(), weights: Vec::new(), unread };
+        let mut result = WeightedTokens { tokens: Vec::new(), weights: Vec::new(), unread, given: named };
         let mut add = |text: &str, weight: f32| -> Result<(), ChatError> {
             self.core.specials.encode(&self.tokenizer, text, &mut result.tokens)?;
             result.weights.resize(result.tokens.len(), weight);
@@ -219,14 +237,15 @@ impl Core {
             {
                 fields.insert("content".into(), joined.into());
             }
-            given.push(self.specials.disguised_map(with_reasoning(fields)));
+            given.push(self.specials.disguised_map(with_reasoning(fields))?);
         }
-        Ok(Given::new(given, self.specials.disguised_map(variables)))
+        Ok(Given::new(given, self.specials.disguised_map(variables)?))
     }
 
-    /// The variables of a record, and the names of its fields that are none.
-    fn variables(&self, fields: &Map<String, Value>) -> Result<(Map<String, Value>, Vec<String>), ChatError> {
+    /// The variables of a record.
+    fn variables(&self, fields: &Map<String, Value>) -> Result<Variables, ChatError> {
         let mut variables = Map::new();
+        let mut given_fields = Vec::new();
         let mut unread = Vec::new();
         let tools = fields.get("tools").cloned().unwrap_or_default();
         let template = self.template.of_tools(!tools.is_null());
@@ -258,6 +277,7 @@ impl Core {
                 "tools" | "documents" if named => {}
                 _ if named && !RESERVED.contains(&name.as_str()) && !is_name_of_token(name) => {
                     variables.entry(name.clone()).or_insert_with(|| value.clone());
+                    given_fields.push(name.clone());
                 }
                 _ if is_empty(value) => {}
                 _ => unread.push(name.clone()),
@@ -265,7 +285,7 @@ impl Core {
         }
         variables.insert("tools".into(), tools);
         variables.insert("documents".into(), documents.cloned().unwrap_or_default());
-        Ok((variables, unread))
+        Ok(Variables { values: variables, given: given_fields, unread })
     }
 
     /// Whether the template writes the parts of a content that is a list; else it would print the list.
@@ -381,35 +401,73 @@ impl Specials {
     }
 
     /// All that people wrote in a map, at any depth, keys included.
-    fn disguised_map(&self, map: Map<String, Value>) -> Map<String, Value> {
-        map.into_iter().map(|(name, value)| (self.disguise(&name), self.disguised(value))).collect()
+    fn disguised_map(&self, map: Map<String, Value>) -> Result<Map<String, Value>, ConversationError> {
+        map.into_iter().map(|(name, value)| Ok((self.disguise(&name)?, self.disguised(value)?))).collect()
     }
 
-    fn disguised(&self, value: Value) -> Value {
-        match value {
-            Value::String(text) => self.disguise(&text).into(),
-            Value::Array(items) => items.into_iter().map(|item| self.disguised(item)).collect(),
-            Value::Object(map) => Value::Object(self.disguised_map(map)),
+    fn disguised(&self, value: Value) -> Result<Value, ConversationError> {
+        Ok(match value {
+            Value::String(text) => self.disguise(&text)?.into(),
+            Value::Array(items) => items.into_iter().map(|item| self.disguised(item)).collect::<Result<_, _>>()?,
+            Value::Object(map) => Value::Object(self.disguised_map(map)?),
             value => value,
-        }
+        })
     }
 
-    /// Words with a stand-in for each special token that they spell. A stand-in or a mark that somebody wrote is
-    /// dropped: it is no character of any script.
-    fn disguise(&self, words: &str) -> String {
-        let ours = |character: char| {
-            self.index_of(character).is_some() || MARKS.contains(&character) || DIGITS.contains(&character)
+    /// Whether a character is a stand-in or a mark.
+    fn is_ours(&self, character: char) -> bool {
+        self.index_of(character).is_some() || MARKS.contains(&character) || DIGITS.contains(&character)
+    }
+
+    /// The character that stands for a stand-in or a mark that somebody wrote.
+    fn stand_in_for(&self, character: char) -> Option<char> {
+        match self.index_of(character) {
+            Some(index) => {
+                u32::try_from(index).ok().filter(|&index| index < OF_PEOPLE).map(|index| FIRST_OF_PEOPLE + index)
+            }
+            None => Some(MARKS_OF_PEOPLE + (u32::from(character) & 0xFF)),
+        }
+        .and_then(char::from_u32)
+    }
+
+    /// The stand-in or the mark that such a character stands for.
+    fn meant_by(&self, character: char) -> Option<char> {
+        let number = u32::from(character);
+        let ours = match number {
+            FIRST_OF_PEOPLE..MARKS_OF_PEOPLE => FIRST_STAND_IN + (number - FIRST_OF_PEOPLE),
+            MARKS_OF_PEOPLE..FIRST_STAND_IN => 0x10_FF00 + (number - MARKS_OF_PEOPLE),
+            _ => return None,
         };
-        let words: String = words.chars().filter(|&character| !ours(character)).collect();
+        char::from_u32(ours).filter(|&ours| self.is_ours(ours))
+    }
+
+    /// Words with a stand-in for each special token that they spell, and with another character for a stand-in or a mark
+    /// that somebody wrote. What cannot be told from it is refused.
+    fn disguise(&self, words: &str) -> Result<String, ConversationError> {
+        // Nearly all words have none.
+        let is_private = |character: char| u32::from(character) >= FIRST_OF_PEOPLE;
+        let words = match words.contains(is_private) {
+            false => Cow::Borrowed(words),
+            true => {
+                let told = |character: char| match self.is_ours(character) {
+                    true => self.stand_in_for(character).ok_or(character),
+                    false if self.meant_by(character).is_some() => Err(character),
+                    false => Ok(character),
+                };
+                let told: Result<String, char> = words.chars().map(told).collect();
+                Cow::Owned(told.map_err(|character| ConversationError::Character { character })?)
+            }
+        };
+        let words = words.as_ref();
         let mut disguised = String::with_capacity(words.len());
         let mut end = 0;
-        for found in self.finder.find_iter(&words) {
+        for found in self.finder.find_iter(words) {
             disguised.push_str(&words[end..found.start()]);
             disguised.extend(char::from_u32(FIRST_STAND_IN + found.pattern().as_u32()));
             end = found.end();
         }
         disguised.push_str(&words[end..]);
-        disguised
+        Ok(disguised)
     }
 
     fn index_of(&self, character: char) -> Option<usize> {
@@ -441,7 +499,7 @@ impl Specials {
         for character in text.chars() {
             match self.index_of(character) {
                 Some(index) => words.push_str(&self.names[index].0),
-                None => words.push(character),
+                None => words.push(self.meant_by(character).unwrap_or(character)),
             }
         }
         words

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use moonlight_convert::Printable;
 
+use super::given::REASONING;
 use crate::records::JsonError;
 use crate::tokenizer::TokenizerError;
 
@@ -117,7 +118,7 @@ pub enum ConversationError {
         role: String,
     },
     /// A message that is not one.
-    #[error("`{place}` {problem}")]
+    #[error("{} {problem}", shown(place))]
     Message {
         /// The message.
         place: String,
@@ -135,9 +136,27 @@ pub enum ConversationError {
     Texts {
         /// Which of the two.
         key: &'static str,
+        /// Whether both are.
+        both: bool,
+    },
+    /// A record of Alpaca's kind without an answer.
+    #[error("`output` has no content; the record has {}", list(keys))]
+    NoOutput {
+        /// The keys that it has.
+        keys: Vec<String>,
+    },
+    /// A character that stands for another while a template writes.
+    #[error("the conversation holds the character U+{:X}, which is needed to tell words from special tokens", u32::from(*character))]
+    Character {
+        /// The character.
+        character: char,
     },
     /// A turn in which a tool is called, by a template that does not write calls.
-    #[error("message {message} says nothing but calls a tool, and the chat template does not read its `{field}`")]
+    #[error(
+        "message {message} says nothing but {}, and the chat template does not read its `{}`",
+        said_by(field),
+        Printable(field)
+    )]
     Call {
         /// Its number, from 1.
         message: usize,
@@ -168,12 +187,39 @@ impl ConversationError {
                  `instruction` and `output` (Alpaca)"
                     .into(),
             ),
+            Self::Preference { key: key @ ("label" | "kto_tag") } => {
+                Some(format!("leave out the records whose answers are marked as bad, and then the field `{key}`"))
+            }
             Self::Preference { .. } => {
                 Some("write the answer that is to be learned as the last of its `messages`".into())
             }
+            Self::Texts { key, both: false } => {
+                let role = if *key == "prompt" { "user" } else { "assistant" };
+                Some(format!("write it as messages: [{{\"role\": \"{role}\", \"content\": \"...\"}}]"))
+            }
+            Self::NoOutput { keys } => {
+                let known = [
+                    ("output", ["response", "answer", "completion", "target"]),
+                    ("input", ["context", "passage", "inputs", "reference"]),
+                ];
+                let renamed = known.iter().filter(|(name, _)| !keys.iter().any(|key| key == name)).filter_map(|(name, others)| {
+                    let found = others.iter().find(|other| keys.iter().any(|key| key == *other))?;
+                    Some(format!("`{found}` to `{name}`"))
+                });
+                let renamed: Vec<String> = renamed.collect();
+                Some(match renamed.is_empty() {
+                    true => "give the field with the answer the name `output`".into(),
+                    false => format!("rename {}", renamed.join(" and ")),
+                })
+            }
+            Self::Character { .. } => Some("replace it: it is one of those for private use, which no script has".into()),
+            Self::NothingLearned => Some("leave the record out, or set data.broken = \"skip\"".into()),
             Self::Texts { .. } => Some(
                 "write `messages`, or rename `prompt` to `instruction` and `completion` to `output` (Alpaca)".into(),
             ),
+            Self::Call { field, .. } if REASONING.contains(&field.as_str()) => {
+                Some("name a chat template that writes it by data.chat_template, or write it into `content`".into())
+            }
             Self::Call { .. } => Some("name a chat template that knows tools by data.chat_template".into()),
             Self::Role { .. } => Some(
                 "roles are system, user (human) and assistant (gpt), and others that the chat template names, as `tool`; \
@@ -186,5 +232,25 @@ impl ConversationError {
 }
 
 fn list(keys: &[String]) -> String {
-    keys.iter().take(6).map(|key| format!("`{}`", Printable(key))).collect::<Vec<_>>().join(", ")
+    let named = |key: &String| match key.as_str() {
+        "" => "a field without a name".to_owned(),
+        key => format!("`{}`", Printable(key)),
+    };
+    keys.iter().take(6).map(named).collect::<Vec<_>>().join(", ")
+}
+
+/// A place in a record that is all of it.
+pub(super) const THE_RECORD: &str = "the record";
+
+fn shown(place: &str) -> String {
+    if place == THE_RECORD { place.to_owned() } else { format!("`{place}`") }
+}
+
+/// What a message does that has nothing but this field.
+fn said_by(field: &str) -> &'static str {
+    match field {
+        field if REASONING.contains(&field) => "what the assistant thinks",
+        "tool_calls" | "function_call" => "calls a tool",
+        _ => "what a field beside `content` holds",
+    }
 }

@@ -5,19 +5,33 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use minijinja::value::{Enumerator, Object, Serde, Value};
+use minijinja::{Error, ErrorKind};
 use serde_json::Map;
 
-use crate::records::non_finite;
+use crate::records::{large_integer, non_finite};
 
-/// JSON as a value of the template engine; what stands for a number that JSON does not have is that number.
+/// JSON as a value of the template engine; what stands for a number is that number. An integer of more digits than the engine
+/// has is an error where a template reads it.
 pub(super) fn value_of(value: &serde_json::Value) -> Value {
     match value {
         serde_json::Value::Array(items) => items.iter().map(value_of).collect(),
-        serde_json::Value::Object(map) => match non_finite(value) {
-            Some(number) => Value::from(number),
-            None => Value::from_pairs(map.iter().map(|(name, value)| (name.as_str(), value_of(value)))),
+        serde_json::Value::Object(map) => match (non_finite(value), large_integer(value)) {
+            (Some(number), _) => Value::from(number),
+            (None, Some(digits)) => integer(digits),
+            (None, None) => Value::from_pairs(map.iter().map(|(name, value)| (name.as_str(), value_of(value)))),
         },
         value => Value::from(Serde(value)),
+    }
+}
+
+fn integer(digits: &str) -> Value {
+    match (digits.parse::<i128>(), digits.parse::<u128>()) {
+        (Ok(number), _) => Value::from(number),
+        (_, Ok(number)) => Value::from(number),
+        _ => {
+            let problem = format!("an integer of {} digits; templates are given 38 at most", digits.len());
+            Value::from(Error::new(ErrorKind::InvalidOperation, problem))
+        }
     }
 }
 

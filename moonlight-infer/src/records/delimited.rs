@@ -19,12 +19,15 @@ const OF_JSON: &[&str] = &[
     "history",
     "tokens",
     "input_ids",
+    "attention_mask",
     "choices",
     "endings",
     "chat_template_kwargs",
 ];
 /// Columns that hold a number or `true` and `false`.
-const OF_NUMBERS: &[&str] = &["weight", "loss_mask", "train"];
+const OF_NUMBERS: &[&str] = &["weight", "loss_mask", "train", "training", "loss"];
+/// Columns in which `true` and `false` mark an answer as good or bad; all else is text.
+const OF_MARKS: &[&str] = &["label", "kto_tag"];
 /// Columns of a file, at most.
 const MOST_COLUMNS: usize = 1 << 14;
 
@@ -51,6 +54,8 @@ pub(super) struct Delimited<R> {
     names: Vec<String>,
     /// The line that is read next, from 1.
     line: usize,
+    /// Rows that were left out, as all their fields are empty.
+    blank: u64,
     /// The texts of a row, one behind the other, and where each ends.
     texts: Vec<u8>,
     ends: Vec<usize>,
@@ -60,21 +65,46 @@ impl<R: Cut> Delimited<R> {
     /// Reads the row of names.
     pub(super) fn new(reader: R, delimiter: u8) -> Result<Self, Fault> {
         let core = csv_core::ReaderBuilder::new().delimiter(delimiter).build();
-        let mut file = Self { reader, core, names: Vec::new(), line: 1, texts: vec![0; 1 << 12], ends: vec![0; 64] };
-        let Some((line, columns)) = file.row(LONGEST_RECORD)? else { return Ok(file) };
+        let (texts, ends) = (vec![0; 1 << 12], vec![0; 64]);
+        let mut file = Self { reader, core, names: Vec::new(), line: 1, blank: 0, texts, ends };
+        let Some((mut line, mut columns)) = file.row(LONGEST_RECORD)? else { return Ok(file) };
+        // What Excel writes above the names to say what separates them.
+        if columns == 2 && file.text(line, 0)?.eq_ignore_ascii_case("sep=") && file.text(line, 1)?.is_empty() {
+            let Some(row) = file.row(LONGEST_RECORD)? else { return Ok(file) };
+            (line, columns) = row;
+        }
         for column in 0..columns {
             let name = file.text(line, column)?.to_owned();
             if file.names.contains(&name) {
-                return Err(Fault::At(line, format!("two columns have the name `{name}`"), None));
+                return Err(Fault::At(
+                    line,
+                    match name.as_str() {
+                        "" => "two columns have no name".to_owned(),
+                        name => format!("two columns have the name `{name}`"),
+                    },
+                    None,
+                ));
             }
             file.names.push(name);
         }
         Ok(file)
     }
 
-    /// The next row as JSON, and the line that it begins in.
+    /// Rows so far that were left out, as all their fields are empty.
+    pub(super) fn blank(&self) -> u64 {
+        self.blank
+    }
+
+    /// The next row as JSON, and the line that it begins in. Rows whose fields are all empty, as spreadsheets write below
+    /// their tables, are blank lines.
     pub(super) fn next(&mut self, record: &mut Vec<u8>, longest: usize) -> Result<Option<usize>, Fault> {
-        let Some((line, columns)) = self.row(longest)? else { return Ok(None) };
+        let (line, columns) = loop {
+            let Some((line, columns)) = self.row(longest)? else { return Ok(None) };
+            if columns > 0 && self.ends[columns - 1] > 0 {
+                break (line, columns);
+            }
+            self.blank += 1;
+        };
         if columns != self.names.len() {
             let problem = format!("the row has {columns} columns, the first row names {}", self.names.len());
             let hint = "a text with a separator, a quotation mark or a line break in it stands in quotation marks";
@@ -100,8 +130,11 @@ impl<R: Cut> Delimited<R> {
         let start = column.checked_sub(1).map_or(0, |before| self.ends[before]);
         let text = &self.texts[start..self.ends[column]];
         std::str::from_utf8(text).map_err(|_| {
-            let name =
-                self.names.get(column).map_or_else(|| "the row of names".into(), |name| format!("column `{name}`"));
+            let name = match self.names.get(column).map(String::as_str) {
+                None => "the row of names".into(),
+                Some("") => format!("column {}", column + 1),
+                Some(name) => format!("column `{name}`"),
+            };
             let problem = format!("{name} is not UTF-8");
             Fault::At(line, problem, Some("write it anew as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)"))
         })
@@ -173,6 +206,9 @@ impl<R: Cut> Delimited<R> {
 /// What a text in a column is as JSON.
 fn value(name: &str, text: &str) -> Result<String, (String, Option<&'static str>)> {
     let bare = text.trim();
+    if OF_MARKS.contains(&name) && ["true", "false"].contains(&bare.to_ascii_lowercase().as_str()) {
+        return Ok(bare.to_ascii_lowercase());
+    }
     if OF_NUMBERS.contains(&name) {
         return Ok(match bare {
             "" => "null".into(),
@@ -229,25 +265,44 @@ mod tests {
         for buffer in [1, 2, 3, 7, 100] {
             assert_eq!(
                 rows_of(text.as_bytes(), b',', buffer).unwrap(),
-                [
-                    (3, json!({"text": "two\r\nlines, \"quoted\"", "id": "7"})),
-                    (5, json!({"text": "", "id": ""})),
-                    (6, json!({"text": "last", "id": "8"})),
-                ],
+                [(3, json!({"text": "two\r\nlines, \"quoted\"", "id": "7"})), (6, json!({"text": "last", "id": "8"})),],
                 "{buffer}"
             );
         }
         assert!(rows_of(b"", b',', 9).unwrap().is_empty() && rows_of(b"text\n", b',', 9).unwrap().is_empty());
-        let text = "messages\tweight\tname\n\"[{\"\"role\"\": \"\"user\"\"}]\"\t0.5\t[x\n\t\t\n[]\tTrue\tnull\n";
+        let rows = rows_of(b"label,kto_tag\nTrue,FALSE\n1,\n", b',', 9).unwrap();
+        assert_eq!(rows[0].1, json!({"label": true, "kto_tag": false}));
+        assert_eq!(rows[1].1, json!({"label": "1", "kto_tag": ""}));
+        let text = "messages\tweight\tname\n\"[{\"\"role\"\": \"\"user\"\"}]\"\t0.5\t[x\n\t\tx\n[]\tTrue\tnull\n";
         let rows: Vec<Value> = rows_of(text.as_bytes(), b'\t', 9).unwrap().into_iter().map(|row| row.1).collect();
         assert_eq!(
             rows,
             [
                 json!({"messages": [{"role": "user"}], "weight": 0.5, "name": "[x"}),
-                json!({"messages": null, "weight": null, "name": ""}),
+                json!({"messages": null, "weight": null, "name": "x"}),
                 json!({"messages": [], "weight": true, "name": "null"}),
             ]
         );
+    }
+
+    /// As Excel writes them: rows below the table, and a line above it that says what separates the fields.
+    #[test]
+    fn rows_without_anything_are_blank_lines() {
+        for text in [
+            "sep=;\r\na;b\r\n1;2\r\n;\r\n;;;\r\n\"\";\"\"\r\n3;\r\n;\r\n",
+            "\nSEP=;\na;b\n1;2\n;\n;;;\n\"\";\"\"\n3;\n;",
+        ] {
+            for buffer in [1, 5, 100] {
+                let reader = BufReader::with_capacity(buffer, Cursor::new(text.as_bytes().to_owned()));
+                let mut file = Delimited::new(reader, b';').unwrap_or_else(|_| panic!("{text}"));
+                let (mut record, mut found) = (Vec::new(), Vec::new());
+                while let Ok(Some(_)) = file.next(&mut record, 1 << 16) {
+                    found.push(serde_json::from_slice::<Value>(&record).unwrap());
+                }
+                assert_eq!(found, [json!({"a": "1", "b": "2"}), json!({"a": "3", "b": ""})], "{text}");
+                assert_eq!(file.blank(), 4);
+            }
+        }
     }
 
     #[test]
@@ -258,6 +313,7 @@ mod tests {
             ("a,b\n1,\"2\n3,4\n5,6\n", "2: a quotation mark in this row is not closed before the end of the file"),
             ("a\n\"", "2: a quotation mark in this row is not closed before the end of the file"),
             ("a,a\n", "1: two columns have the name `a`"),
+            (",a,\n", "1: two columns have no name"),
             ("messages\n\"[{'role': 'user'}]\"\n", "2: column `messages` is not JSON: key must be a string"),
         ] {
             for buffer in [1, 5, 100] {
@@ -265,6 +321,7 @@ mod tests {
             }
         }
         assert_eq!(rows_of(b"a,b\n1,caf\xe9\n", b',', 9).unwrap_err(), "2: column `b` is not UTF-8");
+        assert_eq!(rows_of(b"a,\n1,caf\xe9\n", b',', 9).unwrap_err(), "2: column 2 is not UTF-8");
         let long = format!("a\n{}\n", "x".repeat(1 << 17));
         assert_eq!(rows_of(long.as_bytes(), b',', 9).unwrap_err(), "2: too long");
     }

@@ -20,7 +20,8 @@ mod values;
 
 pub use error::{Place, RecordError};
 pub use parse::{
-    JsonError, MOST_VALUES, Parsed, TokensRecord, lone_surrogates, non_finite, not_finite, parse, parse_tokens,
+    JsonError, MOST_VALUES, Parsed, TokensRecord, large_integer, lone_surrogates, non_finite, not_finite, parse,
+    parse_tokens,
 };
 pub use reader::{Record, RecordReader};
 pub use sniff::{FileKind, ending};

@@ -1,6 +1,7 @@
 //! A record to JSON, as Python writes and reads it.
 //!
-//! Beyond the standard, as Python's `json` does: `NaN`, `Infinity` and `-Infinity` are values (see [`not_finite`]); half of a
+//! Beyond the standard, as Python's `json` does: `NaN`, `Infinity` and `-Infinity` are values (see [`not_finite`]), and `1e400`
+//! is `Infinity`; integers have any number of digits (see [`large_integer`]), and `-0` is 0; half of a
 //! surrogate pair, which is no character, is read as U+FFFD and counted; of a key that comes twice the last value counts. Records
 //! are nested 127 deep at most.
 
@@ -15,8 +16,10 @@ use moonlight_convert::Printable;
 /// Values in a record, at most: each takes many times its length when it is read.
 pub const MOST_VALUES: usize = 4 << 20;
 
-/// The key of what stands for a number that JSON does not have.
-const NOT_FINITE: &str = "$float";
+/// The keys of what stands for a number that JSON does not have, or for an integer of more than 64 bits. No text of people's
+/// begins with this character, which is none.
+const NOT_FINITE: &str = "\u{FFFF}float";
+const LARGE_INTEGER: &str = "\u{FFFF}integer";
 
 /// Why a record is not JSON. Places are within the record, from 1; columns count characters.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -151,6 +154,12 @@ pub fn non_finite(value: &Value) -> Option<f64> {
     }
 }
 
+/// The digits of an integer that does not fit into 64 bits, perhaps behind a `-`: an object stands for it, too.
+pub fn large_integer(value: &Value) -> Option<&str> {
+    let object = value.as_object().filter(|object| object.len() == 1)?;
+    object.get(LARGE_INTEGER)?.as_str()
+}
+
 /// A record of tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokensRecord {
@@ -179,6 +188,17 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
         _ => repaired.error(&error),
     })?;
     let shape = |problem: String| JsonError::Shape { problem, at: None };
+    if fields.hides {
+        return Err(shape(
+            "the record has an `attention_mask` with a 0; with `format = \"tokens\"` every token is seen and learned"
+                .into(),
+        ));
+    }
+    if let (Some(tokens), Some(ids)) = (&fields.tokens, &fields.input_ids)
+        && tokens != ids
+    {
+        return Err(shape("the record has both `tokens` and `input_ids`, and they differ".into()));
+    }
     if let Some(mask) = fields.others.iter().find(|name| MASKS.contains(&name.as_str())) {
         return Err(shape(format!(
             "the record has `{mask}`, which says what is learned; with `format = \"tokens\"` every token is"
@@ -195,6 +215,8 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
 struct TokensFields {
     tokens: Option<Vec<u32>>,
     input_ids: Option<Vec<u32>>,
+    /// Whether an attention mask hides a token.
+    hides: bool,
     others: Vec<String>,
 }
 
@@ -217,7 +239,13 @@ impl<'de> Deserialize<'de> for TokensFields {
                         _ => {
                             let counts = MASKS.contains(&key.as_str()) || fields.others.len() < MOST_UNREAD;
                             // A mask that is null in every record is none.
-                            let absent = map.next_value::<Option<IgnoredAny>>()?.is_none();
+                            let absent = if key == "attention_mask" {
+                                let mask = map.next_value::<Option<HasZero>>()?;
+                                fields.hides = mask.as_ref().is_some_and(|mask| mask.0);
+                                mask.is_none()
+                            } else {
+                                map.next_value::<Option<IgnoredAny>>()?.is_none()
+                            };
                             if counts && !absent && !fields.others.contains(&key) {
                                 fields.others.push(key);
                             }
@@ -231,6 +259,61 @@ impl<'de> Deserialize<'de> for TokensFields {
     }
 }
 
+/// Whether a number, or any in a list, is 0.
+struct HasZero(bool);
+
+impl<'de> Deserialize<'de> for HasZero {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Numbers;
+        impl<'de> Visitor<'de> for Numbers {
+            type Value = HasZero;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("a list of numbers")
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<HasZero, E> {
+                Ok(HasZero(!value))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<HasZero, E> {
+                Ok(HasZero(value == 0))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<HasZero, E> {
+                Ok(HasZero(value == 0))
+            }
+
+            fn visit_f64<E>(self, value: f64) -> Result<HasZero, E> {
+                Ok(HasZero(value == 0.0))
+            }
+
+            fn visit_unit<E>(self) -> Result<HasZero, E> {
+                Ok(HasZero(false))
+            }
+
+            /// A text stands for a number that JSON does not have, and for `-0`.
+            fn visit_str<E>(self, text: &str) -> Result<HasZero, E> {
+                Ok(HasZero(text.is_empty()))
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<HasZero, A::Error> {
+                let mut found = false;
+                while let Some(HasZero(is_zero)) = list.next_element()? {
+                    found |= is_zero;
+                }
+                Ok(HasZero(found))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<HasZero, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(HasZero(false))
+            }
+        }
+        deserializer.deserialize_any(Numbers)
+    }
+}
+
 /// What a parser says, without the place that it adds: it counts the lines of the record, not of the file.
 fn without_place(error: &serde_json::Error) -> String {
     let problem = error.to_string();
@@ -240,8 +323,8 @@ fn without_place(error: &serde_json::Error) -> String {
 /// A record in the JSON of the standard, every byte in its place.
 struct Repaired<'a> {
     text: std::borrow::Cow<'a, str>,
-    /// Where `NaN` and the like were, for which texts of the same length stand.
-    numbers: Vec<(Range<usize>, f64)>,
+    /// Where `NaN` and other numbers were that the parser does not read as Python does, for which texts of the same length stand.
+    numbers: Vec<(Range<usize>, Value)>,
     replaced: usize,
     /// Values, at least.
     values: usize,
@@ -267,11 +350,10 @@ impl<'a> Repaired<'a> {
                     _ => at += 1,
                 },
                 b',' | b':' | b'[' | b'{' if !quoted => values += 1,
-                b'N' | b'I' | b'-' if !quoted => {
-                    if let Some((length, number)) = number(&json[at..]) {
-                        numbers.push((at..at + length, number));
-                        at += length - 1;
-                    }
+                b'N' | b'I' | b'-' | b'0'..=b'9' if !quoted => {
+                    let (length, number) = number(&json[at..]);
+                    numbers.extend(number.map(|number| (at..at + length, number)));
+                    at += length - 1;
                 }
                 _ => {}
             }
@@ -298,11 +380,11 @@ impl<'a> Repaired<'a> {
     }
 
     /// The number for which a text of the parser's stands.
-    fn number(&self, text: &str) -> Option<f64> {
+    fn number(&self, text: &str) -> Option<Value> {
         // Behind the quotation mark; elsewhere in memory it is another text.
         let at = (text.as_ptr() as usize).checked_sub(self.text.as_ptr() as usize)?.checked_sub(1)?;
         let index = self.numbers.binary_search_by_key(&at, |(range, _)| range.start).ok()?;
-        Some(self.numbers[index].1)
+        Some(self.numbers[index].1.clone())
     }
 
     fn place(&self, error: &serde_json::Error) -> (usize, usize) {
@@ -335,12 +417,42 @@ fn surrogate(bytes: &[u8]) -> Option<u16> {
     u16::from_str_radix(digits, 16).ok()
 }
 
-/// `NaN`, `Infinity` or `-Infinity` where a value is, and its length.
-fn number(bytes: &[u8]) -> Option<(usize, f64)> {
+/// The length of what stands where a value is and is a number, or begins like one, and its value where the parser would not
+/// read it as Python does.
+fn number(bytes: &[u8]) -> (usize, Option<Value>) {
     let known = [(&b"NaN"[..], f64::NAN), (b"Infinity", f64::INFINITY), (b"-Infinity", f64::NEG_INFINITY)];
-    let (word, number) = known.into_iter().find(|(word, _)| bytes.starts_with(word))?;
-    let rest = bytes[word.len()..].trim_ascii_start();
-    matches!(rest.first(), None | Some(b',' | b'}' | b']')).then_some((word.len(), number))
+    let ends = |length: usize| matches!(bytes[length..].trim_ascii_start().first(), None | Some(b',' | b'}' | b']'));
+    if let Some((word, number)) = known.into_iter().find(|(word, _)| bytes.starts_with(word)) {
+        return (word.len(), ends(word.len()).then(|| not_finite(number)));
+    }
+    let of_numbers = |byte: &u8| byte.is_ascii_digit() || matches!(byte, b'-' | b'+' | b'.' | b'e' | b'E');
+    let length = bytes.iter().position(|byte| !of_numbers(byte)).unwrap_or(bytes.len()).max(1);
+    let text = std::str::from_utf8(&bytes[..length]).unwrap_or_default();
+    let digits = text.strip_prefix('-').unwrap_or(text);
+    let is_integer =
+        digits.bytes().all(|digit| digit.is_ascii_digit()) && (digits.len() == 1 || !digits.starts_with('0'));
+    // What is no number the parser refuses.
+    let value = if text == "-0" {
+        Some(0.into())
+    } else if is_integer && digits.len() >= 19 && text.parse::<i64>().is_err() && text.parse::<u64>().is_err() {
+        Some(Value::Object(Map::from_iter([(LARGE_INTEGER.to_owned(), text.into())])))
+    } else if !is_integer && is_fraction(digits) {
+        text.parse().ok().filter(|number: &f64| number.is_infinite()).map(not_finite)
+    } else {
+        None
+    };
+    (length, value.filter(|_| ends(length)))
+}
+
+/// Whether a number without its sign has a point or an exponent, in the grammar of JSON.
+fn is_fraction(text: &str) -> bool {
+    let all = |digits: &str| !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_digit());
+    let (number, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
+    let (whole, part) = number.split_once('.').unwrap_or((number, "0"));
+    all(whole)
+        && (whole.len() == 1 || !whole.starts_with('0'))
+        && all(part)
+        && all(exponent.strip_prefix(['+', '-']).unwrap_or(exponent))
 }
 
 /// Reads a value in which texts stand for numbers that JSON does not have.
@@ -383,7 +495,7 @@ impl<'de> Visitor<'de> for Seed<'_> {
     }
 
     fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Value, E> {
-        Ok(self.0.number(text).map_or_else(|| text.into(), not_finite))
+        Ok(self.0.number(text).unwrap_or_else(|| text.into()))
     }
 
     fn visit_str<E>(self, text: &str) -> Result<Value, E> {
@@ -447,6 +559,43 @@ mod tests {
         }
     }
 
+    /// As Python 3.11's `json.loads`.
+    #[test]
+    fn integers_have_any_number_of_digits() {
+        for digits in ["12345678901234567890123", "-9223372036854775809", "18446744073709551616", &"7".repeat(400)] {
+            let value = read(&format!("{{\"a\":[{digits} , 1],\"b\":\"{digits}\"}}"));
+            assert_eq!(large_integer(&value["a"][0]), Some(digits));
+            assert_eq!((&value["a"][1], &value["b"]), (&json!(1), &json!(digits)));
+        }
+        for digits in ["18446744073709551615", "-9223372036854775808", "9223372036854775807"] {
+            assert_eq!(read(digits).to_string(), digits);
+        }
+        assert_eq!(read("[-0, -0.0, 0e5, -0]").to_string(), "[0,-0.0,0.0,0]");
+        let infinite = format!("[1E400, -1e+999, 1.5, {}.0, 1e-999]", "9".repeat(400));
+        let value = read(&infinite);
+        assert_eq!(
+            [0, 1, 3].map(|index| non_finite(&value[index])),
+            [f64::INFINITY, f64::NEG_INFINITY, f64::INFINITY].map(Some)
+        );
+        assert_eq!((&value[2], &value[4]), (&json!(1.5), &json!(0.0)));
+        for wrong in [
+            "01e999",
+            "[1e]",
+            "-",
+            "[--1]",
+            "00000000000000000000000",
+            "[1.e999]",
+            "1 2",
+            "[-01]",
+            "[12345678901234567890123x]",
+        ] {
+            assert!(parse(wrong.as_bytes()).is_err(), "{wrong}");
+        }
+        // Nobody's own object is taken for a number.
+        let own = json!({"$float": "NaN"});
+        assert_eq!((read(&own.to_string()), non_finite(&own)), (own.clone(), None));
+    }
+
     #[test]
     fn halves_of_pairs_are_replaced_and_counted() {
         for (json, expected, count) in [
@@ -500,12 +649,24 @@ mod tests {
         assert!(read(r#"{"tokens": [1, NaN]}"#).is_err() && read(r#"{"tokens": NaN}"#).is_err());
         assert!(read(r#"{"tokens": [1], "labels": [1]}"#).unwrap_err().0.starts_with("the record has `labels`"));
         assert!(read("[1]").is_err() && read("{\"tokens\": [1]} x").is_err());
+        for hides in ["[1, 0]", "[[1, 0]]", "[true, false]", "[1.0, 0.0]"] {
+            let error = read(&format!("{{\"input_ids\": [3, 4], \"attention_mask\": {hides}}}")).unwrap_err().0;
+            assert!(error.starts_with("the record has an `attention_mask` with a 0"), "{error}");
+        }
+        assert_eq!(read(r#"{"input_ids": [3], "attention_mask": null}"#), tokens(&[3], &[]));
+        assert_eq!(read(r#"{"input_ids": [3], "tokens": [3]}"#), tokens(&[3], &[]));
+        assert_eq!(
+            read(r#"{"input_ids": [4], "tokens": [3]}"#).unwrap_err().0,
+            "the record has both `tokens` and `input_ids`, and they differ"
+        );
     }
 
     proptest! {
         /// What the standard knows is read as serde_json reads it.
         #[test]
         fn json_of_the_standard_is_read_alike(text in r#"[\[\]{}",:\\ \na1.\-eu0Nü]{0,40}"#) {
+            // But for what Python reads otherwise.
+            prop_assume!(!text.contains("-0"));
             let expected: Result<Value, _> = serde_json::from_str(&text);
             match (parse(text.as_bytes()), expected) {
                 (Ok(parsed), Ok(expected)) => prop_assert_eq!(parsed.value, expected),

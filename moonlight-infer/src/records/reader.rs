@@ -28,6 +28,8 @@ pub struct RecordReader {
     rows: Rows,
     /// What was read to look at it.
     ahead: Option<Record>,
+    /// Blank rows of a file that is read.
+    blank: u64,
 }
 
 enum Rows {
@@ -71,7 +73,7 @@ impl RecordReader {
                 Rows::Parquet { rows, row: 0, left: limit.unwrap_or(u64::MAX) }
             }
         };
-        let mut reader = Self { path, kind, rows, ahead: None };
+        let mut reader = Self { path, kind, rows, ahead: None, blank: 0 };
         reader.ahead = reader.advance()?;
         let is_json = matches!(kind, FileKind::JsonLines | FileKind::JsonArray | FileKind::JsonObjects);
         match reader.ahead.as_ref().filter(|_| is_json).and_then(|record| wrapped(&record.json)) {
@@ -88,6 +90,11 @@ impl RecordReader {
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Rows of CSV so far that were left out, as all their fields are empty.
+    pub fn blank_rows(&self) -> u64 {
+        self.blank + if let Rows::Delimited(file) = &self.rows { file.blank() } else { 0 }
     }
 
     /// The first record, before any is taken.
@@ -111,6 +118,7 @@ impl RecordReader {
     fn advance(&mut self) -> Result<Option<Record>, RecordError> {
         let result = self.read();
         if !matches!(result, Ok(Some(_))) {
+            self.blank = self.blank_rows();
             self.rows = Rows::End;
         }
         result

@@ -36,7 +36,8 @@ impl std::fmt::Display for FileKind {
             Self::JsonObjects => "JSON objects over several lines",
             Self::Delimited(b'\t') => "TSV",
             Self::Delimited(b';') => "CSV with semicolons",
-            Self::Delimited(_) => "CSV",
+            Self::Delimited(b',') => "CSV",
+            Self::Delimited(_) => "CSV with another separator",
             Self::Parquet => "parquet",
         })
     }
@@ -169,12 +170,19 @@ fn is_markup(text: &[u8]) -> bool {
     ["<!doctype", "<html", "<head", "<body", "<?xml", "<!--"].iter().any(|tag| start.starts_with(tag))
 }
 
-/// What separates the names in the first line.
+/// What separates the names in the first line; Excel may say it in a line of its own above them.
 fn delimiter(text: &[u8], ending: &str) -> u8 {
+    let line = text.split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
+    if let [b's' | b'S', b'e' | b'E', b'p' | b'P', b'=', said] = *line
+        && said.is_ascii()
+        && !said.is_ascii_alphanumeric()
+        && said != b'"'
+    {
+        return said;
+    }
     if ending == "tsv" {
         return b'\t';
     }
-    let line = text.split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
     [b',', b'\t', b';'].into_iter().find(|byte| line.contains(byte)).unwrap_or(b',')
 }
 
@@ -245,6 +253,9 @@ mod tests {
             ("a.CSV.gz", "text;id\n", Delimited(b';')),
             ("a.tsv", "text\tid, or so\n", Delimited(b'\t')),
             ("a.csv", "text\n", Delimited(b',')),
+            ("a.csv", "sep=;\r\nid,or so\r\n", Delimited(b';')),
+            ("a.csv", "sep=|\nid|text\n", Delimited(b'|')),
+            ("a.csv", "sep=x\n", Delimited(b',')),
             ("a.csv", "{\"a\": 1}\n", JsonLines),
             ("a.jsonl", "PAR1....", Parquet),
             ("a.parquet", "....", Parquet),

@@ -112,7 +112,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
         messages: system(arguments.system.as_deref()),
         answering,
     };
-    let failed = |error: ReadlineError| TrainError::Stage(format!("the terminal cannot be read: {error}"));
+    let failed = |error| unreadable(&error, talking);
     let mut editor = DefaultEditor::new().map_err(failed)?;
     loop {
         match editor.readline(if talking { "> " } else { "" }) {
@@ -129,6 +129,20 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
             Err(error) => return Err(failed(error)),
         }
     }
+}
+
+/// Why nothing more can be read.
+fn unreadable(error: &ReadlineError, talking: bool) -> TrainError {
+    let is_text = !matches!(error, ReadlineError::Io(error) if error.kind() == std::io::ErrorKind::InvalidData);
+    let from = if talking { "the terminal" } else { "standard input" };
+    let (problem, hint) = match is_text {
+        true => (format!("{from} cannot be read: {error}"), None),
+        false => (
+            format!("{from} is not UTF-8"),
+            Some("write it anew as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)".into()),
+        ),
+    };
+    TrainError::Request { problem, hint }
 }
 
 fn system(text: Option<&str>) -> Vec<Message> {
@@ -210,6 +224,19 @@ impl Conversation<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_read_is_no_training_that_stopped() {
+        let of_bytes = ReadlineError::Io(std::io::Error::new(
+            std::io::ErrorKind::InvalidData,
+            "stream did not contain valid UTF-8",
+        ));
+        let error = unreadable(&of_bytes, false);
+        assert_eq!(error.to_string(), "standard input is not UTF-8");
+        assert!(error.hint().unwrap().contains("iconv"));
+        let other = ReadlineError::Io(std::io::Error::other("gone"));
+        assert_eq!(unreadable(&other, true).to_string(), "the terminal cannot be read: gone");
+    }
 
     #[test]
     fn ctrl_c_stops_an_answer_once_and_all_else_ends() {

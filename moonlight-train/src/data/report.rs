@@ -26,7 +26,11 @@ pub(super) struct Report {
     /// Conversations of each shape.
     pub(super) shapes: BTreeMap<Shape, u64>,
     /// Fields of records that nothing reads, neither this program nor a chat template.
-    pub(super) unread: Unread,
+    pub(super) unread: Fields,
+    /// Fields of records that a chat template is given as variables, as it names them.
+    pub(super) given: Fields,
+    /// Rows of CSV that were left out, as all their fields are empty.
+    pub(super) blank_rows: u64,
     /// Records without a text.
     pub(super) empty: Faults,
     /// Records that were left out because they are wrong.
@@ -39,26 +43,17 @@ pub(super) struct Report {
 const FIELDS: usize = 200;
 const LONGEST_NAME: usize = 80;
 
-/// Fields of records that nobody read, and in how many records each is.
+/// Fields of records, and in how many records each is.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct Unread {
+pub(super) struct Fields {
     fields: BTreeMap<String, u64>,
     /// Records with a field that is not named, as there are too many.
     others: u64,
 }
 
-impl Unread {
+impl Fields {
     /// Counts the fields of a record.
     pub(super) fn add(&mut self, fields: Vec<String>) {
-        self.take(fields, 1);
-    }
-
-    /// Notes fields of a file of which the records are not counted.
-    pub(super) fn name(&mut self, fields: impl IntoIterator<Item = String>) {
-        self.take(fields, 0);
-    }
-
-    fn take(&mut self, fields: impl IntoIterator<Item = String>, records: u64) {
         let mut others = false;
         for field in fields {
             let field: String = match field.char_indices().nth(LONGEST_NAME) {
@@ -67,28 +62,29 @@ impl Unread {
             };
             let is_room = self.fields.len() < FIELDS;
             match self.fields.get_mut(&field) {
-                Some(count) => *count += records,
-                None if is_room => drop(self.fields.insert(field, records)),
+                Some(count) => *count += 1,
+                None if is_room => drop(self.fields.insert(field, 1)),
                 None => others = true,
             }
         }
         self.others += u64::from(others);
     }
 
-    fn note(&self) -> Option<String> {
+    /// `WHAT, and in how many records: NAME (7), ...`; nothing where there are none.
+    fn note(&self, what: &str) -> Option<String> {
         if self.fields.is_empty() {
             return None;
         }
-        let named = self.fields.iter().map(|(field, count)| match count {
-            0 => format!("`{}`", Printable(field)),
-            count => format!("`{}` ({count})", Printable(field)),
+        let named = self.fields.iter().map(|(field, count)| match field.as_str() {
+            // pandas writes the index as such a column.
+            "" => format!("a field without a name ({count})"),
+            field => format!("`{}` ({count})", Printable(field)),
         });
         let mut named: Vec<String> = named.collect();
         if self.others > 0 {
             named.push(format!("and more in {} records", self.others));
         }
-        let counted = if self.fields.values().any(|&count| count > 0) { ", and in how many records" } else { "" };
-        Some(format!("fields that nothing reads{counted}: {}", named.join(", ")))
+        Some(format!("{what}, and in how many records: {}", named.join(", ")))
     }
 }
 
@@ -168,7 +164,8 @@ impl Report {
                 self.shapes.iter().map(|(shape, count)| format!("{count} with {shape}")).collect();
             notes.push(format!("conversations: {}", shapes.join(", ")));
         }
-        notes.extend(self.unread.note());
+        notes.extend(self.given.note("fields given to the template"));
+        notes.extend(self.unread.note("fields that nothing reads"));
         notes.extend(self.left_out(files));
         for &(file, count) in &self.hopeless {
             notes.push(format!(
@@ -181,9 +178,15 @@ impl Report {
 
     /// Which records were left out, and why.
     pub(super) fn left_out(&self, files: &[SourceFile]) -> Vec<String> {
-        [self.empty.said("empty and left out", files), self.broken.said("broken and left out", files)]
-            .into_iter()
-            .flatten()
-            .collect()
+        let rows = if self.blank_rows == 1 { "row of CSV was" } else { "rows of CSV were" };
+        let blank = format!("{} {rows} left out, with nothing in any field", self.blank_rows);
+        [
+            Some(blank).filter(|_| self.blank_rows > 0),
+            self.empty.said("empty and left out", files),
+            self.broken.said("broken and left out", files),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
     }
 }

@@ -747,13 +747,13 @@ fn records_of_text_are_documents() {
     let lines = "{\"text\": \"one\", \"id\": NaN}\n\n{\"id\": 7, \"text\": \"two\\nthree\"}\n";
     let array = "[{\"text\": \"one\", \"id\": NaN},\n{\"id\": 7, \"text\": \"two\\nthree\"}]";
     let csv = "\u{feff}id,text\r\n,one\r\n7,\"two\nthree\"\r\n";
-    for (name, text, kind) in [
-        ("a.jsonl", lines, "JSON Lines"),
-        ("a.ndjson", lines, "JSON Lines"),
-        ("a.json", lines, "JSON Lines"),
-        ("a.json", array, "JSON array"),
-        ("a.jsonl", array, "JSON array"),
-        ("a.csv", csv, "CSV"),
+    for (name, text, kind, ids) in [
+        ("a.jsonl", lines, "JSON Lines", 2),
+        ("a.ndjson", lines, "JSON Lines", 2),
+        ("a.json", lines, "JSON Lines", 2),
+        ("a.json", array, "JSON array", 2),
+        ("a.jsonl", array, "JSON array", 2),
+        ("a.csv", csv, "CSV", 1),
     ] {
         let (documents, notes) = documents_of(name, text.as_bytes(), |_| {}).unwrap();
         assert_eq!(documents, "one$two\nthree$", "{name}");
@@ -761,7 +761,7 @@ fn records_of_text_are_documents() {
             notes,
             [
                 format!("data.train: files by what they are: 1 {kind} (a document in each `text`)"),
-                "data.train: fields that nothing reads: `id`".into(),
+                format!("data.train: fields that nothing reads, and in how many records: `id` ({ids})"),
             ]
         );
     }
@@ -828,6 +828,19 @@ fn files_that_hold_no_text_are_named() {
         ),
         ("a.jsonl", lines(serde_json::json!({"tokens": [1]})), "the first has `tokens`", "data.format = \"tokens\""),
         ("a.jsonl", lines(serde_json::json!({"article": "x"})), "the first has `article`", "the name `text`"),
+        (
+            "a.jsonl",
+            lines(serde_json::json!({"text": ["a"]})),
+            "`text` of its first record is a list, not a text",
+            "{\"text\":",
+        ),
+        (
+            "a.jsonl",
+            lines(serde_json::json!({"content": 5})),
+            "`content` of its first record is a number, not",
+            "{\"text\":",
+        ),
+        ("a.jsonl", lines(serde_json::json!({"": 5})), "the first has a field without a name", "the name `text`"),
         ("a.txt", b"PK\x03\x04".to_vec(), "it is a zip archive", "unpack"),
         ("a.txt", b"\xff\xfea\0b\0".to_vec(), "it is UTF-16 text", "UTF-8"),
         (
@@ -926,6 +939,39 @@ fn documents_of_an_array_have_their_column() {
         samples.iter().map(|sample| (sample.line, sample.column as usize)).collect::<Vec<_>>(),
         [(1, 2), (1, column)]
     );
+}
+
+/// Fields of any record, not only of the first.
+#[test]
+fn what_is_not_read_of_texts_is_named() {
+    let lines = b"{\"content\": \"a\"}\n{\"content\": \"b\", \"text\": \"c\", \"n\": null, \"\": 1}\n";
+    let (documents, notes) = documents_of("a.jsonl", lines, |_| {}).unwrap();
+    assert_eq!(documents, "a$b$");
+    let note = "data.train: fields that nothing reads, and in how many records: a field without a name (1), `text` (1)";
+    assert_eq!(notes[1], note);
+}
+
+#[test]
+fn blank_rows_of_csv_are_counted() {
+    let csv = b"sep=;\r\ntext;id\r\none;\r\n;\r\ntwo;\r\n;\r\n;\r\n";
+    let (documents, notes) = documents_of("a.csv", csv, |_| {}).unwrap();
+    assert_eq!(documents, "one$two$");
+    assert_eq!(notes[1], "data.train: 3 rows of CSV were left out, with nothing in any field");
+}
+
+#[test]
+fn variables_of_the_template_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = chat_config(dir.path(), "*.jsonl");
+    config.sequence_length = 100;
+    let template = std::fs::read_to_string(&config.chat_template).unwrap();
+    std::fs::write(&config.chat_template, format!("{{{{ date_string }}}}{template}")).unwrap();
+    let with = |more: &str| talk("Q", "A").replace("}\n", more) + "}\n";
+    let lines = with(", \"date_string\": \"May\"") + &with(", \"tools\": []") + &talk("R", "B");
+    std::fs::write(dir.path().join("a.jsonl"), lines).unwrap();
+    let notes = open_chat(&config).unwrap().notes().to_vec();
+    let note = "data.train: fields given to the template, and in how many records: `date_string` (1)";
+    assert!(notes.iter().any(|known| known == note), "{notes:?}");
 }
 
 #[test]

@@ -21,8 +21,6 @@ pub(super) enum TextFile {
         reader: RecordReader,
         /// The field that holds it.
         field: &'static str,
-        /// Other fields of the first record.
-        unread: Vec<String>,
     },
 }
 
@@ -59,7 +57,7 @@ impl TextFile {
     /// The records of a file that must hold texts.
     fn records(reader: RecordReader) -> Result<Self, DataError> {
         let Some(first) = reader.first() else {
-            return Ok(Self::Records { reader, field: "text", unread: Vec::new() });
+            return Ok(Self::Records { reader, field: "text" });
         };
         let fields = match parse(&first.json).map(|parsed| parsed.value) {
             Ok(Value::Object(fields)) => fields,
@@ -69,12 +67,23 @@ impl TextFile {
                 return Err(RecordError::File { path, problem, hint }.into());
             }
             // The record is broken, and dealt with as such.
-            Err(_) => return Ok(Self::Records { reader, field: "text", unread: Vec::new() }),
+            Err(_) => return Ok(Self::Records { reader, field: "text" }),
         };
         match field_of(&fields) {
-            Some(field) => Ok(Self::Records { reader, field, unread: others(&fields, field) }),
+            Some(field) => Ok(Self::Records { reader, field }),
             None => {
                 let has = |name: &str| fields.contains_key(name);
+                if let Some(name) = ["text", "content"].into_iter().find(|name| has(name)) {
+                    let kind = match &fields[name] {
+                        Value::Array(_) => "a list",
+                        Value::Object(_) => "an object",
+                        Value::Number(_) => "a number",
+                        _ => "true or false",
+                    };
+                    let problem = format!("`{name}` of its first record is {kind}, not a text");
+                    let hint = Some("a record is {\"text\": \"...\"}".into());
+                    return Err(RecordError::File { path: reader.path().to_owned(), problem, hint }.into());
+                }
                 let hint = if has("messages") || has("conversations") || has("instruction") {
                     "conversations are read by data.format = \"chat\""
                 } else if has("tokens") || has("input_ids") {
@@ -82,7 +91,9 @@ impl TextFile {
                 } else {
                     "give the field with the document the name `text`; a file that is learned as it stands ends otherwise (.txt)"
                 };
-                let names: Vec<String> = fields.keys().take(8).map(|name| format!("`{name}`")).collect();
+                let shown =
+                    |name: &String| if name.is_empty() { "a field without a name".into() } else { format!("`{name}`") };
+                let names: Vec<String> = fields.keys().take(8).map(shown).collect();
                 let has = if names.is_empty() { "nothing".into() } else { names.join(", ") };
                 let problem = format!("its records have neither `text` nor `content`; the first has {has}");
                 Err(RecordError::File { path: reader.path().to_owned(), problem, hint: Some(hint.into()) }.into())
@@ -112,10 +123,6 @@ impl TextFile {
 fn field_of(record: &Map<String, Value>) -> Option<&'static str> {
     let is_text = |name: &str| matches!(record.get(name), Some(Value::String(_) | Value::Null));
     ["text", "content"].into_iter().find(|name| is_text(name))
-}
-
-fn others(record: &Map<String, Value>, field: &str) -> Vec<String> {
-    record.keys().filter(|name| *name != field).take(16).cloned().collect()
 }
 
 fn is_record_of_text(record: &[u8]) -> bool {

@@ -24,7 +24,9 @@ use crate::recipe::{Broken, DataFormat};
 /// Raised when the same template gives other tokens or weights.
 const TEMPLATES: u64 = 2;
 /// Raised when the same file gives other records or other text.
-const READERS: u64 = 1;
+const READERS: u64 = 2;
+/// Fields of a record of text that are named, at most.
+const MOST_UNREAD: usize = 64;
 /// Bytes of a text file that are tokenized at once.
 const BLOCK_BYTES: usize = 4 << 20;
 /// Bytes that are read before the blocks are shared out; bounds the memory.
@@ -75,11 +77,14 @@ pub(super) struct Tokenized {
     shape: Option<Shape>,
     /// Fields that nothing reads.
     unread: Vec<String>,
+    /// Fields that a chat template is given as variables.
+    given: Vec<String>,
 }
 
 impl Tokenized {
     fn new(tokens: Vec<u32>) -> Self {
-        Self { tokens, weights: Vec::new(), replaced: false, surrogates: 0, shape: None, unread: Vec::new() }
+        let (weights, unread, given) = Default::default();
+        Self { tokens, weights, replaced: false, surrogates: 0, shape: None, unread, given }
     }
 }
 
@@ -195,9 +200,8 @@ impl TokenizeJob<'_> {
                         reading.found.count(what.into());
                         self.read_text(index, file, source, reading)
                     }
-                    TextFile::Records { reader, field, unread } => {
+                    TextFile::Records { reader, field } => {
                         reading.found.count(format!("{} (a document in each `{field}`)", reader.kind()));
-                        reading.found.report.unread.name(unread);
                         self.read_records(index, reader, Some(field), reading)
                     }
                 };
@@ -248,6 +252,7 @@ impl TokenizeJob<'_> {
                 *found.report.shapes.entry(shape).or_default() += 1;
             }
             found.report.unread.add(tokenized.unread);
+            found.report.given.add(tokenized.given);
             if block.field.is_some() && tokenized.tokens.is_empty() {
                 found.report.empty.add(fault(String::new(), here));
             }
@@ -273,10 +278,10 @@ impl TokenizeJob<'_> {
         let tokenized = match self.format {
             DataFormat::Text => {
                 let tokenizer = self.tokenizer.ok_or(DataError::NoTokenizer)?;
-                let (text, surrogates) = match block.field {
-                    None => (String::from_utf8_lossy(&block.bytes), 0),
+                let (text, surrogates, unread) = match block.field {
+                    None => (String::from_utf8_lossy(&block.bytes), 0, Vec::new()),
                     Some(field) => match text_of(&block.bytes, field) {
-                        Ok((text, surrogates)) => (text.into(), surrogates),
+                        Ok(Document { text, surrogates, unread }) => (text.into(), surrogates, unread),
                         Err(refused) => return Ok(Err(refused)),
                     },
                 };
@@ -291,7 +296,7 @@ impl TokenizeJob<'_> {
                     tokens.extend(tokenizer.eos().filter(|eos| tokenizer.suffix().last() != Some(eos)));
                 }
                 let replaced = block.field.is_none() && matches!(text, std::borrow::Cow::Owned(_));
-                Ok(Tokenized { replaced, surrogates, ..Tokenized::new(tokens) })
+                Ok(Tokenized { replaced, surrogates, unread, ..Tokenized::new(tokens) })
             }
             DataFormat::Tokens => tokens_of(&block.bytes),
             DataFormat::Chat => conversation_of(&block.bytes, self.chat.ok_or(DataError::NoTokenizer)?),
@@ -358,7 +363,10 @@ impl TokenizeJob<'_> {
         loop {
             let record = match reader.next_record() {
                 Ok(Some(record)) => record,
-                Ok(None) => return Ok(false),
+                Ok(None) => {
+                    reading.found.report.blank_rows += reader.blank_rows();
+                    return Ok(false);
+                }
                 Err(error) => {
                     // What is wrong with the records before it comes first.
                     self.flush(reading)?;
@@ -428,14 +436,33 @@ impl Found {
     }
 }
 
+/// A record of `format = "text"`.
+struct Document {
+    text: String,
+    surrogates: usize,
+    /// Its other fields that hold something.
+    unread: Vec<String>,
+}
+
 /// The document in a record of `format = "text"`.
-fn text_of(record: &[u8], field: &str) -> Result<(String, usize), Refused> {
+fn text_of(record: &[u8], field: &str) -> Result<Document, Refused> {
     let Parsed { value, replaced } = parse(record).map_err(|error| Refused::from(&error))?;
     match value {
         Value::Object(mut fields) => match fields.remove(field) {
-            Some(Value::String(text)) => Ok((text, replaced)),
-            // As data sets have it where there is no text.
-            Some(Value::Null) => Ok((String::new(), 0)),
+            Some(text @ (Value::String(_) | Value::Null)) => {
+                let is_empty = |value: &Value| match value {
+                    Value::Null => true,
+                    Value::String(text) => text.is_empty(),
+                    _ => false,
+                };
+                let others = fields.into_iter().filter(|(_, value)| !is_empty(value)).take(MOST_UNREAD);
+                let unread = others.map(|(name, _)| name).collect();
+                Ok(match text {
+                    Value::String(text) => Document { text, surrogates: replaced, unread },
+                    // As data sets have it where there is no text.
+                    _ => Document { text: String::new(), surrogates: 0, unread },
+                })
+            }
             Some(_) => Err(Refused::new(format!("`{field}` is not a text"), None)),
             None => Err(Refused::new(format!("the record has no `{field}`"), None)),
         },
@@ -459,9 +486,9 @@ pub(super) fn tokens_of(record: &[u8]) -> Result<Tokenized, Refused> {
 fn conversation_of(record: &[u8], chat: &ChatEncoder) -> Result<Tokenized, Refused> {
     let read = chat.parse(record).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation)?)));
     match read {
-        Ok((shape, WeightedTokens { tokens, weights, unread })) => {
+        Ok((shape, WeightedTokens { tokens, weights, unread, given })) => {
             let surrogates = lone_surrogates(record);
-            Ok(Tokenized { weights, surrogates, shape: Some(shape), unread, ..Tokenized::new(tokens) })
+            Ok(Tokenized { weights, surrogates, shape: Some(shape), unread, given, ..Tokenized::new(tokens) })
         }
         Err(ChatError::Conversation(ConversationError::Json(error))) => Err(Refused::from(&error)),
         Err(error) => Err(Refused::new(error.to_string(), error.hint())),

@@ -74,7 +74,7 @@ fn words_that_spell_a_special_token_stay_words() {
     let tokens = encoder.tokens(&[Message::new("user", words)], false).unwrap();
     let specials: Vec<u32> = tokens.iter().copied().filter(|&token| token > 255).collect();
     assert_eq!(specials, [IM_SYSTEM, IM_MIDDLE, IM_END, IM_USER, IM_MIDDLE, IM_END]);
-    let said = bytes("a<|im_end|>b [EOS]<|reserved_token_300|>");
+    let said = bytes(words);
     assert!(tokens.windows(said.len()).any(|window| window == said), "{tokens:?}");
 }
 

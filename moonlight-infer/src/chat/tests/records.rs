@@ -86,6 +86,12 @@ fn a_call_that_the_template_does_not_write_is_refused() {
         assert_eq!(error, expected);
     }
     assert_eq!(read(&encoder, &of("I look".into())).unwrap().2, ["messages[].tool_calls"]);
+    let thinks = json!({"messages": [{"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "reasoning_content": "so"}]});
+    assert_eq!(
+        read(&encoder, &thinks).unwrap_err(),
+        "message 2 says nothing but what the assistant thinks, and the chat template does not read its `reasoning_content`"
+    );
     let nothing =
         json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": null, "id": 3}]});
     assert_eq!(read(&encoder, &nothing).unwrap_err(), "`messages[1]` has no content");
@@ -191,7 +197,7 @@ fn a_prompt_is_given_and_its_completion_learned() {
     assert!(text.contains("A<|im_end|>"), "{text}");
     assert_eq!(learned, "B<|im_end|>");
     for (key, value, problem) in [
-        ("chosen", json!([]), "one of preferences (it has `chosen`)"),
+        ("chosen", json!([{"role": "assistant", "content": "B"}]), "one of preferences (it has `chosen`)"),
         ("rejected", json!([{"role": "assistant", "content": "C"}]), "one of preferences (it has `rejected`)"),
         ("label", json!(false), "one of preferences (it has `label`)"),
         ("prompt", json!("Q"), "`prompt` is a text and not a list of messages"),
@@ -271,6 +277,15 @@ fn variables_are_those_that_the_template_asks_for() {
         assert!(text.starts_with("fastTrueTrueTrue<"), "{text}");
         assert_eq!((learned.as_str(), unread.len()), ("A<|im_end|>", 0));
     }
+    let given = |more: Value| {
+        let mut record = json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+            "tools": [], "other": 1});
+        record.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let encoder = encoder(&text);
+        encoder.weighted(&encoder.parse(record.to_string().as_bytes()).unwrap()).unwrap().given
+    };
+    assert_eq!(given(json!({"mode": "fast"})), ["mode"]);
+    assert!(given(json!({"chat_template_kwargs": {"mode": "fast"}})).is_empty());
     assert_eq!(
         of(json!({"chat_template_kwargs": {"other": 1}, "other": 2, "add_generation_prompt": true})).unwrap().2,
         ["chat_template_kwargs.other", "other", "add_generation_prompt"]
@@ -284,6 +299,57 @@ fn variables_are_those_that_the_template_asks_for() {
     assert_eq!(of(json!({"tools": {"a": 1}})).unwrap_err(), "`tools` is not a list of tools");
     let (text, ..) = of(json!({"tools": ""})).unwrap();
     assert!(text.contains("TrueTrueTrue"));
+}
+
+/// As Python writes them (3.11: `json.dumps` and `str`).
+#[test]
+fn integers_reach_the_template_digit_by_digit() {
+    let text =
+        CHATML.replace("m.content", "m.content ~ (m.n.a | tojson if m.n is defined) ~ (m.n.a if m.n is defined)");
+    let encoder = encoder(&text);
+    let answer = |digits: &str, name: &str| {
+        let record = format!(
+            r#"{{"id": {0}, "messages": [{{"role": "user", "content": "Q"}}, {{"role": "assistant", "content": "A", "{name}":
+                {{"a": {0}}}}}]}}"#,
+            digits
+        );
+        let conversation = encoder.parse(record.as_bytes()).unwrap();
+        learned_of(&encoder, &conversation).map_err(|error| error.to_string())
+    };
+    for digits in [
+        "12345678901234567890123",
+        "-9223372036854775809",
+        "18446744073709551616",
+        "340282366920938463463374607431768211455",
+    ] {
+        assert_eq!(answer(digits, "n").unwrap(), format!("A{digits}{digits}<|im_end|>"));
+    }
+    assert_eq!(answer("-0", "n").unwrap(), "A00<|im_end|>");
+    assert_eq!(answer("1E400", "n").unwrap(), "AInfinityinf<|im_end|>");
+    let long = "7".repeat(400);
+    assert_eq!(answer(&long, "other").unwrap(), "A<|im_end|>");
+    let error = answer(&long, "n").unwrap_err();
+    assert!(error.contains("an integer of 400 digits"), "{error}");
+    // In texts that hold JSON, too.
+    let record = json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "",
+        "tool_calls": "[{\"id\": 1, \"function\": {\"name\": \"w\", \"arguments\": 12345678901234567890123}}]"}]});
+    let learned = read(&super::encoder(TOOLS), &record).unwrap().1;
+    assert_eq!(learned, "<call>1 w 12345678901234567890123</call><|im_end|>");
+}
+
+/// Fonts have signs among the characters for private use, as Apple's from U+100000 on.
+#[test]
+fn no_character_that_people_write_is_dropped() {
+    let words = "x\u{100000}y\u{10fffa}z\u{10fff0}\u{10fff7}<|im_end|>\u{100005}\u{e000}\u{f0001}\u{f1af0}\u{ffffd}\u{10fffd}\u{100fff}";
+    let record = json!({"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": words}]});
+    for text in [MOONLIGHT_TEMPLATE, CHATML] {
+        let (text, learned, _) = read(&encoder(text), &record).unwrap();
+        assert_eq!(text.matches(words).count(), 2, "{text}");
+        assert_eq!(learned, format!("{words}<|im_end|>"));
+    }
+    let record = json!({"messages": [{"role": "user", "content": "\u{f8001}"}, {"role": "assistant", "content": "A"}]});
+    let error = read(&encoder_of_moonlight(), &record).unwrap_err();
+    assert!(error.starts_with("the conversation holds the character U+F8001"), "{error}");
 }
 
 /// Wherever people write, a special token that they spell is text.
