@@ -83,7 +83,14 @@ impl Checkpoint {
             let tensor = if tensors.len() == 1 { "tensor" } else { "tensors" };
             format!("left out: {} {tensor}: {}", tensors.len(), reason.describe())
         };
-        self.skipped().into_iter().map(note).collect()
+        self.skipped().into_iter().map(note).chain(self.listed_only_note()).collect()
+    }
+
+    /// That the index lists tensors that are not there and that the model does not need.
+    pub(crate) fn listed_only_note(&self) -> Option<String> {
+        let (first, more) = (self.listed_only.first()?, self.listed_only.len() - 1);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        Some(format!("the index lists `{first}`{more}, which its file does not hold and the model does not need"))
     }
 
     /// How many matrices are kept in each quantised form, in words.
