@@ -45,6 +45,8 @@ pub struct Checkpoint {
     /// The keys of tensors that should lie in files that cannot be read; `None` where that may be any.
     pub(crate) unread: Option<HashSet<String>>,
     tied_head: TiedHead,
+    /// Tensors that the index lists, that its file does not hold and that the model does not need.
+    pub(crate) listed_only: Vec<String>,
 }
 
 /// What the files hold for a head that `config.json` ties to the embedding.
@@ -142,6 +144,7 @@ impl Checkpoint {
             burnpack: false,
             unread: Some(HashSet::new()),
             tied_head: TiedHead::Nothing,
+            listed_only: Vec::new(),
         };
         if confined.file(SINGLE)?.is_some() {
             checkpoint.open_files(&confined, vec![SINGLE.to_owned()]);
@@ -291,9 +294,15 @@ impl Checkpoint {
             let readable = self.files[shard].tensors.is_some();
             for tensor in tensors {
                 placed.insert(tensor.clone());
+                if readable && present.contains(&(tensor.as_str(), shard)) {
+                    continue;
+                }
                 if !readable {
                     unread.insert(names::key(tensor).to_owned());
-                } else if !present.contains(&(tensor.as_str(), shard)) {
+                } else if names::skip_reason(tensor, &self.config).is_some() {
+                    // transformers opens such checkpoints, too.
+                    self.listed_only.push(tensor.clone());
+                } else {
                     unread.insert(names::key(tensor).to_owned());
                     misplaced.push(Problem::NotInFile { tensor: tensor.clone(), file: file.clone() });
                 }

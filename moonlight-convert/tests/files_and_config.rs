@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 
 use burn::tensor::Device;
-use common::{Raw, Tensors, config_of, fixture, parameters, read_tensors, write_dir};
+use common::{Raw, Tensors, config_of, fixture, parameters, read_tensors, write_dir, write_index, write_sharded};
 use moonlight_convert::report::{Problem, UnusedDifference};
 use moonlight_convert::{Checkpoint, CheckpointError, SaveOptions, SkipReason, TiedHead, load};
 use safetensors::Dtype;
@@ -76,7 +76,7 @@ fn a_head_that_repeats_the_embedding_is_named_and_left_out() {
     convert(&tied, &converted);
     assert_eq!(read_tensors(&converted), plain);
     let (equal, said, _) = program(&[Path::new("verify"), &tied, &converted]);
-    let named = "not counted: 1 tensors only in the first: output head (repeats the embedding, to which it is tied)";
+    let named = "not counted: 1 tensor only in the first: output head (repeats the embedding, to which it is tied)";
     assert!(equal && said.contains(named), "{said}");
     // In another dtype it is still the same.
     let wide = |raw: &Raw| {
@@ -186,7 +186,7 @@ fn fp8_with_a_scale_a_tensor_or_a_row_is_its_value_times_its_scale() {
             assert!(loaded == parameters(&load(&written, &device, None).unwrap().model));
             let (_, said, _) = program(&[Path::new("inspect"), &dir]);
             assert!(said.contains(&format!("FP8, {form}: ")), "{said}");
-            assert!(said.contains("not needed     1 tensors: scales of quantised activations"), "{said}");
+            assert!(said.contains("not needed     1 tensor: scales of quantised activations"), "{said}");
         }
     }
 }
@@ -220,6 +220,123 @@ fn scales_of_another_strategy_than_the_configuration_names_are_refused() {
     assert!(matches!(error, CheckpointError::Misfit { .. }), "{error}");
     let hint = error.hint().unwrap();
     assert!(hint.contains("read are FP8 (E4M3) with a scale a tensor, a row or a block, and INT4 in groups"), "{hint}");
+}
+
+/// transformers' FP8 integrations (fbgemm, fine-grained) save these beside the weights.
+#[test]
+fn scales_of_activations_are_left_out_and_named() {
+    let home = tempfile::tempdir().unwrap();
+    let (mut tensors, _) = in_fp8("moonlight-like", |rows| vec![rows, 1]);
+    let names = [
+        "mlp.down_proj.activation_scale",
+        "mlp.down_proj.input_scale_ub",
+        "mlp.experts.down_proj_activation_scale",
+        "mlp.experts.gate_up_proj_activation_scale",
+    ];
+    let scale = Raw { dtype: Dtype::F32, shape: vec![1], data: 1f32.to_le_bytes().into() };
+    let names = names.map(|name| format!("model.layers.0.{name}"));
+    names.iter().for_each(|name| drop(tensors.insert(name.clone(), scale.clone())));
+    let mut config = config_of("moonlight-like");
+    config["quantization_config"] = compressed(Some("channel"));
+    write_dir(home.path(), &config, &tensors);
+    let checkpoint = Checkpoint::open(home.path()).unwrap();
+    assert_eq!(checkpoint.problems(), []);
+    assert_eq!(checkpoint.skipped()[&SkipReason::ActivationScales], names);
+}
+
+#[test]
+fn a_quantisation_that_is_not_followed_is_refused_by_name() {
+    let home = tempfile::tempdir().unwrap();
+    let (tensors, _) = in_fp8("moonlight-like", |rows| vec![rows, 1]);
+    let refused = |change: fn(&mut Value), tensors: &Tensors| {
+        let mut config = config_of("moonlight-like");
+        config["quantization_config"] = compressed(Some("channel"));
+        change(&mut config["quantization_config"]);
+        write_dir(home.path(), &config, tensors);
+        load(home.path(), &Device::default(), None).unwrap_err()
+    };
+    let transform: fn(&mut Value) = |config| {
+        config["transform_config"] =
+            json!({"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"]}]}}});
+    };
+    let error = refused(transform, &tensors);
+    assert!(error.to_string().contains("`quantization_config.transform_config` is {"), "{error}");
+    assert!(error.hint().unwrap().contains("take the weights before they were quantised"), "{error}");
+    let error = refused(|config| config["new_key"] = json!(1), &tensors);
+    assert!(error.to_string().contains("`quantization_config.new_key` is not known"), "{error}");
+    let error = refused(|config| config["config_groups"]["group_0"]["weights"]["type"] = json!("int"), &tensors);
+    assert!(
+        error.to_string().contains("is kept as FP8, and `quantization_config` has no group of the `type`"),
+        "{error}"
+    );
+    // FP8 that was cast without scales.
+    let bare: Tensors = tensors.clone().into_iter().filter(|(name, _)| !name.ends_with("_scale")).collect();
+    let error = refused(|config| *config = Value::Null, &bare);
+    assert!(error.to_string().contains("weight_scale_inv` "), "{error}");
+    assert!(error.hint().unwrap().contains("cast them to bf16"), "{error}");
+}
+
+/// Eight bits, floats, or groups of another size under the name of packed weights.
+#[test]
+fn packed_weights_are_what_the_configuration_says() {
+    let home = tempfile::tempdir().unwrap();
+    let weight = "model.layers.0.mlp.up_proj.weight";
+    let mut tensors = read_tensors(&fixture("llama"));
+    let [rows, columns] = tensors.remove(weight).unwrap().shape[..] else { panic!("{weight} is a matrix") };
+    let mut packed = |words: usize, group: usize, weights: Value| {
+        let raw = |dtype, shape: [usize; 2], data| Raw { dtype, shape: shape.into(), data };
+        let scales = [rows, columns / group];
+        tensors.insert(format!("{weight}_packed"), raw(Dtype::I32, [rows, words], vec![0; rows * words * 4]));
+        tensors.insert(format!("{weight}_scale"), raw(Dtype::BF16, scales, vec![0; scales[0] * scales[1] * 2]));
+        let shape = [rows, columns].iter().flat_map(|side| (*side as u64).to_le_bytes()).collect();
+        tensors.insert(format!("{weight}_shape"), Raw { dtype: Dtype::I64, shape: vec![2], data: shape });
+        let mut config = config_of("llama");
+        config["quantization_config"] = json!({"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}});
+        write_dir(home.path(), &config, &tensors);
+        Checkpoint::open(home.path()).unwrap().problems()
+    };
+    let int = |bits: u8, size: usize| json!({"num_bits": bits, "type": "int", "symmetric": true, "strategy": "group", "group_size": size});
+    assert_eq!(packed(columns.div_ceil(8), 8, int(4, 8)), []);
+    for (found, named) in [
+        (packed(columns.div_ceil(4), 8, int(8, 8)), "has weights of 8 bits"),
+        (packed(columns.div_ceil(4), 8, int(4, 8)), "has weights of 8 bits"),
+        (
+            packed(columns.div_ceil(8), 8, int(4, 16)),
+            "has a scale for 8 values, and `quantization_config` says `group_size` 16",
+        ),
+        (packed(columns.div_ceil(8), 8, json!({"num_bits": 4, "type": "float"})), "no group of the `type` `int`"),
+    ] {
+        let [one @ Problem::Packing { .. }] = &found[..] else { panic!("{found:?}") };
+        assert!(one.to_string().contains(named), "{one}");
+    }
+}
+
+/// transformers opens an index that lists what was never saved, where its model has no place for it.
+#[test]
+fn an_index_may_list_what_the_model_does_not_need() {
+    let home = tempfile::tempdir().unwrap();
+    let tensors = read_tensors(&fixture("qwen2"));
+    let [first, _] = write_sharded(home.path(), &config_of("qwen2"), &tensors);
+    let index = |extra: &str| {
+        let text = fs::read_to_string(home.path().join("model.safetensors.index.json")).unwrap();
+        let mut map = serde_json::from_value::<std::collections::BTreeMap<String, String>>(
+            serde_json::from_str::<Value>(&text).unwrap()["weight_map"].clone(),
+        )
+        .unwrap();
+        map.insert(extra.into(), first.clone());
+        write_index(home.path(), &map);
+    };
+    index("model.layers.0.self_attn.rotary_emb.inv_freq");
+    index(HEAD);
+    let checkpoint = Checkpoint::open(home.path()).unwrap();
+    assert_eq!(checkpoint.problems(), []);
+    let note = checkpoint.skipped_notes().pop().unwrap();
+    assert!(note.starts_with("the index lists `lm_head.weight` and 1 more, which"), "{note}");
+    assert!(checkpoint.summary().unwrap().notes.contains(&note));
+    // What the model needs is missing as ever.
+    index("model.layers.0.self_attn.q_norm.weight");
+    assert!(matches!(&Checkpoint::open(home.path()).unwrap().problems()[..], [Problem::NotInFile { .. }]));
 }
 
 #[test]

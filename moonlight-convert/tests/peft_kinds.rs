@@ -5,10 +5,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use moonlight_convert::adapter::{AdapterError, base_of, load_adapter, read_adapter, write_adapter};
-use moonlight_convert::{Checkpoint, SaveOptions, load, save};
+use moonlight_convert::adapter::{
+    AdapterError, base_of, load_adapter, load_adapter_beside, read_adapter, write_adapter,
+};
+use moonlight_convert::{Checkpoint, SaveOptions, TiedHead, load, save};
 use moonlight_model::lora::LoraConfig;
 use moonlight_model::{CausalLm, QuantBits};
 use serde::Deserialize;
@@ -295,4 +298,109 @@ fn other_ways_to_name_the_targets_are_read() {
         config["target_modules"] = json!("all-linear");
         config["target_parameters"] = Value::Null;
     });
+}
+
+/// The rows of a matrix by its path, `[vocab, hidden]`; those of a head are its columns.
+fn rows(model: &CausalLm, path: &str) -> Vec<Vec<f32>> {
+    struct Find<'a>(&'a str, Vec<String>, Vec<Vec<f32>>);
+    impl ModuleVisitor for Find<'_> {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.1.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.1.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if self.1.join(".") == self.0 {
+                let [first, second] = [param.val().dims()[0], param.val().dims()[D - 1]];
+                let values: Vec<f32> = param.val().into_data().iter::<f32>().collect();
+                self.2 = match self.0.starts_with("lm_head") {
+                    true => {
+                        (0..second).map(|token| (0..first).map(|at| values[at * second + token]).collect()).collect()
+                    }
+                    false => values.chunks(second).map(<[f32]>::to_vec).collect(),
+                };
+            }
+        }
+    }
+    let mut find = Find(path, Vec::new(), Vec::new());
+    model.visit(&mut find);
+    assert!(!find.2.is_empty(), "{path}");
+    find.2
+}
+
+/// peft 0.21.0 on the fixture `llama` with `tie_word_embeddings: true` (transformers 5.24 keeps the two matrices apart):
+/// `merge_and_unload` changes rows 12 and 44 of both, to the same values; by module, each has its own.
+#[test]
+fn trained_tokens_belong_to_both_matrices_where_the_configuration_ties_them() {
+    let plain = base("llama");
+    let changed = |head: TiedHead, adapter: &str| {
+        let model = load_adapter_beside(base("llama"), head, &kind(adapter)).unwrap();
+        ["embed_tokens.weight", "lm_head.weight"].map(|path| {
+            let [old, new] = [&plain, &model].map(|model| rows(model, path));
+            let changed = (0..old.len()).filter(|&row| old[row] != new[row]);
+            changed.map(|row| (row, new[row].clone())).collect::<Vec<_>>()
+        })
+    };
+    let numbers = |rows: &[(usize, Vec<f32>)]| rows.iter().map(|(row, _)| *row).collect::<Vec<_>>();
+    let [embedding, head] = changed(TiedHead::Own, "tokens");
+    assert_eq!(numbers(&embedding), [12, 44]);
+    assert_eq!(head, embedding);
+    let [embedding, head] = changed(TiedHead::Nothing, "tokens");
+    assert_eq!((numbers(&embedding).len(), head.len()), (2, 0));
+    let [embedding, head] = changed(TiedHead::Own, "tokens-by-module");
+    assert_eq!((numbers(&embedding), numbers(&head)), (vec![3, 12], vec![5]));
+}
+
+/// `save_pretrained(..., save_embedding_layers=True)` of peft 0.21.0 beside a tied model: both names, one matrix.
+#[test]
+fn copies_of_a_tied_embedding_are_one_weight() {
+    let adapter = |embedding: f32, head: Option<f32>, change: fn(&mut Value)| {
+        let dir = altered("bias-all", change, all);
+        let path = dir.path().join("adapter_model.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let source = fs::read(fixture("qwen2").join("model.safetensors")).unwrap();
+        let source = safetensors::SafeTensors::deserialize(&source).unwrap();
+        let shape = source.tensor("model.embed_tokens.weight").unwrap().shape().to_vec();
+        let copy = |value: f32| value.to_le_bytes().repeat(shape.iter().product());
+        let copies = [
+            ("base_model.model.model.embed_tokens.weight", Some(copy(embedding))),
+            ("base_model.model.lm_head.weight", head.map(copy)),
+        ];
+        let view = |bytes| safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap();
+        let copies = copies.iter().filter_map(|(name, bytes)| Some(((*name).to_owned(), view(bytes.as_ref()?))));
+        let tensors: Vec<_> = file.tensors().into_iter().chain(copies).collect();
+        safetensors::serialize_to_file(tensors, None, &path).unwrap();
+        dir
+    };
+    for head in [None, Some(0.25)] {
+        let dir = adapter(0.25, head, |_| {});
+        let model = load_adapter(base("qwen2"), dir.path()).unwrap();
+        assert!(rows(&model, "embed_tokens.weight").concat().iter().all(|value| *value == 0.25));
+    }
+    let error = load_adapter(base("qwen2"), adapter(0.25, Some(0.5), |_| {}).path()).unwrap_err();
+    assert!(error.to_string().contains("and another `base_model.model.lm_head.weight`"), "{error}");
+    // A module of its own is another weight in peft.
+    let own: fn(&mut Value) = |config| config["modules_to_save"] = json!(["embed_tokens"]);
+    let error = load_adapter(base("qwen2"), adapter(0.25, None, own).path()).unwrap_err();
+    assert!(error.to_string().contains("the model's head is its embedding"), "{error}");
+}
+
+#[test]
+fn hints_say_what_is_so() {
+    let dir = altered("modules-to-save", |config| config["modules_to_save"] = json!(null), all);
+    let error = load_adapter(base(&expected().kinds["modules-to-save"].base), dir.path()).unwrap_err();
+    assert!(error.to_string().contains("which `adapter_config.json` does not announce"), "{error}");
+    assert!(error.hint().unwrap().starts_with("take the tensor out of the file, or name what was trained"), "{error}");
+    // Experts that were trained whole have three dimensions.
+    let dir = altered("router", |config| config["modules_to_save"] = json!(["experts"]), all);
+    let path = dir.path().join("adapter_model.safetensors");
+    let bytes = [0; 2 * 3 * 4 * 4];
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![2, 3, 4], &bytes).unwrap();
+    let name = "base_model.model.model.layers.1.mlp.experts.gate_up_proj";
+    safetensors::serialize_to_file([(name.to_owned(), view)], None, &path).unwrap();
+    let error = load_adapter(base("moonlight-like"), dir.path()).unwrap_err();
+    assert!(error.to_string().contains("trained experts in place of the model's are not read"), "{error}");
+    assert!(error.hint().unwrap().contains("target_parameters"), "{error}");
 }

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use burn::tensor::{DType, Device};
-use moonlight_convert::adapter::{base_of, is_adapter, load_adapter};
-use moonlight_convert::{Checkpoint, CheckpointError, load};
+use moonlight_convert::adapter::{base_of, is_adapter, load_adapter_beside};
+use moonlight_convert::{Checkpoint, CheckpointError};
 use moonlight_model::{CausalLm, QuantBits};
 
 use crate::error::InferError;
@@ -42,9 +42,10 @@ pub fn load_model(
         (false, adapter) => (dir.to_owned(), adapter),
     };
     let base = weights_in(&base)?;
-    let model = load_base(&base, device, dtype, bits)?;
+    let checkpoint = Checkpoint::open(&base)?;
+    let model = load_opened(&checkpoint, device, dtype, bits)?;
     let model = match adapter {
-        Some(adapter) => load_adapter(model, adapter)?,
+        Some(adapter) => load_adapter_beside(model, checkpoint.tied_head(), adapter)?,
         None => model,
     };
     Ok(LoadedModel { model, dir: base })
@@ -61,8 +62,17 @@ pub fn load_base(
     dtype: Option<DType>,
     bits: Option<QuantBits>,
 ) -> Result<CausalLm, CheckpointError> {
+    load_opened(&Checkpoint::open(dir)?, device, dtype, bits)
+}
+
+fn load_opened(
+    checkpoint: &Checkpoint,
+    device: &Device,
+    dtype: Option<DType>,
+    bits: Option<QuantBits>,
+) -> Result<CausalLm, CheckpointError> {
     match bits {
-        None => Ok(load(dir, device, dtype)?.model),
-        Some(bits) => Checkpoint::open(dir)?.load_packed(device, dtype, bits),
+        None => Ok(checkpoint.load(device, dtype)?.model),
+        Some(bits) => checkpoint.load_packed(device, dtype, bits),
     }
 }

@@ -138,9 +138,12 @@ fn generation_eos(dir: &Path) -> Result<Option<Vec<u32>>, InferError> {
     let wrong = |problem: String| InferError::Settings { path: dir.join(GENERATION), problem };
     let value: Value = serde_json::from_slice(&text).map_err(|error| wrong(format!("it is not JSON: {error}")))?;
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    let ids = match &value["eos_token_id"] {
+    // -1 stands for none, as in `config.json`.
+    let none = |value: &Value| value.as_i64() == Some(-1);
+    let ids: Option<Vec<u32>> = match &value["eos_token_id"] {
         Value::Null => return Ok(None),
-        Value::Array(ids) => ids.iter().map(id).collect(),
+        Value::Array(ids) => ids.iter().filter(|value| !none(value)).map(id).collect(),
+        one if none(one) => return Ok(None),
         one => id(one).map(|id| vec![id]),
     };
     ids.map(Some).ok_or_else(|| wrong("its `eos_token_id` is neither a token nor a list of tokens".into()))
@@ -156,13 +159,16 @@ mod tests {
         let dir = home.path();
         let path = dir.join(GENERATION);
         assert_eq!(generation_eos(dir).unwrap(), None);
-        for (text, expected) in
-            [("{}", None), (r#"{"eos_token_id": 3}"#, Some(vec![3])), (r#"{"eos_token_id": [3, 4]}"#, Some(vec![3, 4]))]
-        {
+        for (text, expected) in [
+            ("{}", None),
+            (r#"{"eos_token_id": -1}"#, None),
+            (r#"{"eos_token_id": 3}"#, Some(vec![3])),
+            (r#"{"eos_token_id": [3, -1, 4]}"#, Some(vec![3, 4])),
+        ] {
             std::fs::write(&path, text).unwrap();
             assert_eq!(generation_eos(dir).unwrap(), expected);
         }
-        for (text, expected) in [("{", "it is not JSON"), (r#"{"eos_token_id": [-1]}"#, "neither a token nor a list")] {
+        for (text, expected) in [("{", "it is not JSON"), (r#"{"eos_token_id": [-2]}"#, "neither a token nor a list")] {
             std::fs::write(&path, text).unwrap();
             let error = generation_eos(dir).unwrap_err().to_string();
             assert!(error.contains("generation_config.json` cannot be read: ") && error.contains(expected), "{error}");

@@ -3,7 +3,9 @@
 
 #![recursion_limit = "512"] // long `json!`
 
-use moonlight_model::config::{AttentionShape, RopeScaling, SlidingWindow, WindowLayers, shape_keys};
+use moonlight_model::config::{
+    AttentionShape, RopeScaling, Scoring, SlidingWindow, TopkMethod, WindowLayers, shape_keys,
+};
 use moonlight_model::{AttentionConfig, ConfigError, ModelConfig};
 use serde_json::{Value, json};
 
@@ -429,10 +431,113 @@ fn the_wrapper_of_a_text_model_says_what_is_outside() {
     assert!(wrapped(json!({"tie_word_embeddings": true})).tie_word_embeddings);
     assert_eq!(wrapped(json!({"eos_token_id": [7], "bos_token_id": 3})).eos_token_id, [7]);
     assert!(
-        refusal(json!({"model_type": "x", "text_config": with(&llama(), json!({"use_bias": true}))}))
+        refusal(json!({"model_type": "kimi_vl", "text_config": with(&llama(), json!({"use_bias": true}))}))
             .to_string()
             .contains("use_bias")
     );
+}
+
+/// A text model in another wrapper may be computed otherwise, and keys on both sides may say two things.
+#[test]
+fn a_wrapper_that_is_not_known_or_has_a_shape_of_its_own_is_refused() {
+    let wrapped = |outer: Value| {
+        ModelConfig::from_value(with(
+            &json!({"model_type": "kimi_vl", "text_config": llama(), "vision_config": {}}),
+            outer,
+        ))
+    };
+    for name in [json!("llava"), json!("llama4"), json!(null)] {
+        let error = wrapped(json!({"model_type": name})).unwrap_err();
+        assert!(error.to_string().contains("`text_config` stands in a model of the type"), "{error}");
+        assert!(error.hint().is_some());
+    }
+    for (key, value) in [
+        ("rope_scaling", json!({"type": "linear", "factor": 4.0})),
+        ("rope_theta", json!(5e5)),
+        ("vocab_size", json!(98)),
+        ("num_hidden_layers", json!(3)),
+        ("routed_scaling_factor", json!(2.5)),
+        ("original_max_position_embeddings", json!(16)),
+        ("final_logit_softcapping", json!(30.0)),
+    ] {
+        let error = wrapped(json!({key: value})).unwrap_err();
+        assert!(matches!(&error, ConfigError::NotFollowed { key: named, .. } if named == key), "{error}");
+    }
+    for outer in [
+        json!({"vocab_size": 97, "hidden_size": 48.0}), // as the text model has them
+        json!({"rope_scaling": null, "final_logit_softcapping": null, "is_encoder_decoder": false}),
+        json!({"ignore_index": -100, "projector_hidden_act": "gelu"}),
+    ] {
+        wrapped(outer.clone()).unwrap_or_else(|error| panic!("{outer}: {error}"));
+    }
+}
+
+/// transformers 5.24: the defaults of `DeepseekV3Config`, `DeepseekV2Config`, `LlamaConfig` and `Qwen2Config`, as
+/// `C().to_json_string(use_diff=False)` prints them.
+#[test]
+fn a_key_that_config_json_lacks_has_the_default_of_its_class() {
+    let read = |value: &Value| ModelConfig::from_json(&value.to_string()).unwrap();
+    let without = |base: Value, keys: &[&str]| {
+        let mut value = base;
+        value.as_object_mut().unwrap().retain(|key, _| !keys.contains(&key.as_str()));
+        value
+    };
+    let keys = [
+        "routed_scaling_factor",
+        "n_group",
+        "topk_group",
+        "first_k_dense_replace",
+        "n_shared_experts",
+        "norm_topk_prob",
+        "scoring_func",
+        "topk_method",
+        "moe_layer_freq",
+        "q_lora_rank",
+        "rms_norm_eps",
+        "rope_theta",
+    ];
+    let of = |class: &str| {
+        let config = read(&with(&without(moonlight(), &keys), json!({"model_type": class})));
+        let AttentionShape::Mla(mla) = &config.attention else { unreachable!("DeepSeek has latent attention") };
+        let moe = config.moe.as_ref().unwrap();
+        let routing = (moe.scoring, moe.topk_method, moe.norm_topk_prob, moe.routed_scaling_factor);
+        let layers = [moe.n_group, moe.topk_group, moe.first_k_dense_replace, moe.n_shared_experts, moe.moe_layer_freq];
+        (routing, layers, mla.q_lora_rank, config.rms_norm_eps, config.rope.theta)
+    };
+    let v3 = ((Scoring::Sigmoid, TopkMethod::NoauxTc, true, 2.5), [8, 4, 3, 1, 1], Some(1536), 1e-6, 1e4);
+    assert_eq!([of("deepseek_v3"), of("kimi_k2")], [v3, v3]);
+    let v2 = ((Scoring::Softmax, TopkMethod::Greedy, false, 1.0), [1, 1, 0, 2, 1], Some(1536), 1e-6, 1e4);
+    assert_eq!(of("deepseek_v2"), v2);
+    // A null is what it says, and a wrapper's text model has the same defaults.
+    let null = read(&with(&moonlight(), json!({"q_lora_rank": null, "n_group": null, "topk_group": null})));
+    assert_eq!(null.moe.as_ref().map(|moe| (moe.n_group, moe.topk_group)), Some((1, 1)));
+    let text = without(moonlight(), &["routed_scaling_factor", "model_type"]);
+    let wrapped = read(&json!({"model_type": "kimi_vl", "text_config": text}));
+    assert_eq!(wrapped.moe.unwrap().routed_scaling_factor, 2.5);
+    // Grouped-query attention: as many key heads as heads in Llama, 32 in Qwen2.
+    let heads = |base: &Value| match read(&with(base, json!({"num_attention_heads": 64, "hidden_size": 256}))).attention
+    {
+        AttentionShape::Gqa(gqa) => (gqa.num_key_value_heads, gqa.head_dim),
+        AttentionShape::Mla(_) => unreachable!("these have grouped-query attention"),
+    };
+    assert_eq!([heads(&llama()), heads(&qwen2())], [(64, 4), (32, 4)]);
+    assert_eq!(heads(&with(&qwen2(), json!({"num_key_value_heads": null}))), (64, 4));
+    for config in [read(&llama()), read(&with(&qwen2(), json!({"num_key_value_heads": 2})))] {
+        assert_eq!((config.rms_norm_eps, config.rope.theta, config.initializer_range), (1e-6, 1e4, 0.02));
+        assert!(!config.tie_word_embeddings && !config.mlp_bias);
+    }
+    // The shape of a recipe has the defaults that are documented there.
+    let recipe = ModelConfig::from_value(without(moonlight(), &keys)).unwrap().moe.unwrap();
+    assert_eq!((recipe.routed_scaling_factor, recipe.n_group, recipe.first_k_dense_replace), (1.0, 1, 0));
+}
+
+#[test]
+fn a_token_id_of_minus_one_is_none() {
+    let config = ModelConfig::from_value(with(&llama(), json!({"eos_token_id": -1, "bos_token_id": -1}))).unwrap();
+    assert_eq!((config.eos_token_id, config.bos_token_id), (vec![], None));
+    let config = ModelConfig::from_value(with(&llama(), json!({"eos_token_id": [-1, 3]}))).unwrap();
+    assert_eq!(config.eos_token_id, [3]);
+    assert!(refusal(with(&llama(), json!({"eos_token_id": -2}))).to_string().contains("`eos_token_id` must be"));
 }
 
 /// A key is passed over or read, never both.

@@ -202,7 +202,8 @@ fn a_model_is_configured_in_rust_as_in_json() {
     let read = ModelConfig::from_json(
         r#"{"model_type": "deepseek_v3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
             "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-            "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "rope_theta": 50000.0}"#,
+            "q_lora_rank": null, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+            "rope_theta": 50000.0}"#,
     );
     assert_eq!(built, read.unwrap());
     assert_eq!(ModelConfig::from_json(&built.to_json()).unwrap(), built);

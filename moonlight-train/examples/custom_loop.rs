@@ -77,7 +77,7 @@ fn config() -> Result<ModelConfig, moonlight_model::ConfigError> {
         r#"{
             "model_type": "deepseek_v3", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 160,
             "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64,
-            "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+            "q_lora_rank": null, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
             "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
             "moe_intermediate_size": 48, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": true,
             "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1

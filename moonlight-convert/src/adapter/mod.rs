@@ -25,7 +25,7 @@ use moonlight_model::lora::{Adapter, LowRankSettings};
 use serde::{Deserialize, Serialize};
 
 pub use error::AdapterError;
-pub use read::{load_adapter, read_adapter};
+pub use read::{load_adapter, load_adapter_beside, read_adapter};
 pub use write::write_adapter;
 
 use crate::checkpoint::CONFIG;

@@ -17,6 +17,7 @@ use super::error::AdapterError;
 use super::names::{self, Part};
 use super::targets::Names;
 use super::{ADAPTER_WEIGHTS, Note};
+use crate::checkpoint::TiedHead;
 use crate::dtype::conversion::{WeightDtype, convert_bytes};
 use crate::error::CheckpointError;
 use crate::format::shard::Shard;
@@ -76,7 +77,18 @@ struct Contents {
 /// [`AdapterError`]: files that are absent or broken, ranks that are not those of the configuration, a configuration with
 /// what is not known here, tensors and shapes that do not belong to the model, weights in few bits that are to be changed.
 pub fn load_adapter(model: CausalLm, dir: &Path) -> Result<CausalLm, AdapterError> {
-    let Contents { adapters, changes } = contents(model.config(), dir)?;
+    load_adapter_beside(model, TiedHead::Nothing, dir)
+}
+
+/// [`load_adapter`] for a model whose files hold `head` ([`Checkpoint::tied_head`](crate::Checkpoint::tied_head)): where it is
+/// [`TiedHead::Own`], `config.json` ties a head that differs from the embedding, and tokens that were trained are peft's in
+/// both, because peft goes by `config.json`.
+///
+/// # Errors
+///
+/// Those of [`load_adapter`].
+pub fn load_adapter_beside(model: CausalLm, head: TiedHead, dir: &Path) -> Result<CausalLm, AdapterError> {
+    let Contents { adapters, changes } = contents(model.config(), head, dir)?;
     let model =
         change::apply(model, changes).map_err(|path| AdapterError::Quantized { dir: dir.to_path_buf(), path })?;
     model.with_adapters(adapters).map_err(|source| AdapterError::Misfit { dir: dir.to_path_buf(), source })
@@ -88,7 +100,7 @@ pub fn load_adapter(model: CausalLm, dir: &Path) -> Result<CausalLm, AdapterErro
 ///
 /// Those of [`load_adapter`], and [`AdapterError::NotTrainable`] for one that changes weights beside its projections'.
 pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, AdapterError> {
-    let Contents { adapters, changes } = contents(model, dir)?;
+    let Contents { adapters, changes } = contents(model, TiedHead::Nothing, dir)?;
     let what = |(path, changes): (&String, &Vec<Change>)| match changes.last() {
         Some(Change::WithoutPrincipal(_)) => "is PiSSA, which changes the base's weights".to_owned(),
         Some(Change::WithoutFirstColumns { .. }) => "is OLoRA, which changes the base's weights".to_owned(),
@@ -111,6 +123,8 @@ struct Reading {
     /// Whether the configuration names `gate_up_proj` among its parameters.
     targets_gate_up: bool,
     tied: bool,
+    /// Whether `config.json` ties a head that differs in the files.
+    said_tied: bool,
     shapes: BTreeMap<String, ParameterShape>,
     notes: HashMap<String, Note>,
     adapters: Vec<Adapter>,
@@ -121,7 +135,7 @@ struct Reading {
     allowed: u64,
 }
 
-fn contents(model: &ModelConfig, dir: &Path) -> Result<Contents, AdapterError> {
+fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<Contents, AdapterError> {
     let mut config = AdapterConfig::read(dir)?;
     if config.targets.modules.is_none() && config.targets.parameters.is_empty() {
         config.targets.modules = Some(default_targets(model).ok_or_else(|| AdapterError::Config {
@@ -143,6 +157,16 @@ fn contents(model: &ModelConfig, dir: &Path) -> Result<Contents, AdapterError> {
         let problem = "holds no tensor at all".into();
         return Err(AdapterError::Weights { path, problem, hint: Some(hint.into()) });
     }
+    if let Some(TensorEntry { name, shape, .. }) =
+        tensors.iter().find(|tensor| tensor.shape.len() > 2 && names::parse(&tensor.name).1 == Part::Whole)
+    {
+        let stack = name.contains(".experts.");
+        let what =
+            if stack { "trained experts in place of the model's are not read" } else { "no such weight is read" };
+        let problem = format!("holds `{name}` of shape {shape:?}: {what}");
+        let hint = stack.then(|| format!("{MERGE_IN_PEFT}, or train adapters of the experts (`target_parameters`)"));
+        return Err(AdapterError::Weights { path, problem, hint });
+    }
     let found = sorted(tensors).map_err(wrong)?;
     let shapes = model.parameter_shapes().into_iter();
     let shapes =
@@ -157,6 +181,7 @@ fn contents(model: &ModelConfig, dir: &Path) -> Result<Contents, AdapterError> {
         config,
         targets_gate_up,
         tied: model.tie_word_embeddings,
+        said_tied: head == TiedHead::Own,
         shapes,
         notes,
         adapters: Vec::new(),
@@ -242,6 +267,14 @@ impl Reading {
             named.map(|(tensor, shape)| (mapping::key(&tensor.name).to_owned(), shape.clone())).collect()
         };
         for (key, (name, stored)) in &whole {
+            // The copy of a tied head is one of the embedding.
+            if self.tied && key == mapping::HEAD && !self.config.targets.saves(names::HEAD) {
+                match whole.get(mapping::EMBEDDING) {
+                    Some((other, embedding)) => self.same(name, stored, other, embedding)?,
+                    None => self.whole(by_key.get(mapping::EMBEDDING), mapping::EMBEDDING, name, stored)?,
+                }
+                continue;
+            }
             self.whole(by_key.get(key), key, name, stored)?;
         }
         let mut singles: BTreeMap<(String, String), BTreeMap<usize, (Stored, Stored)>> = BTreeMap::new();
@@ -319,6 +352,20 @@ impl Reading {
         ))
     }
 
+    /// Refuses two copies of the one embedding that differ.
+    fn same(&self, name: &str, stored: &Stored, other: &str, embedding: &Stored) -> Result<(), AdapterError> {
+        let shapes = [stored, embedding].map(|stored| [stored.rows, stored.columns]);
+        if shapes[0] == shapes[1] && self.values(name, stored)? == self.values(other, embedding)? {
+            return Ok(());
+        }
+        Err(self.hinted(
+            format!(
+                "holds `{other}` and another `{name}`, and the model's head is its embedding (`tie_word_embeddings`)"
+            ),
+            "take the one that was not trained out of the file, or untie the model first",
+        ))
+    }
+
     /// A tensor in place of the model's.
     fn whole(
         &mut self,
@@ -346,10 +393,12 @@ impl Reading {
         if !announced {
             return Err(self.hinted(
                 format!("holds `{name}`, which `adapter_config.json` does not announce"),
-                "`modules_to_save` or `bias` would; peft passes it over otherwise",
+                "take the tensor out of the file, or name what was trained: its module in `modules_to_save`, biases by `bias`",
             ));
         }
-        if self.tied && parameter.kind == ParameterKind::Embedding {
+        // peft gives a module of `modules_to_save` a weight of its own. A copy that it saves beside an adapter
+        // (`save_embedding_layers`) it loads into the one weight of both.
+        if self.tied && parameter.kind == ParameterKind::Embedding && targets.saves(&full) {
             return Err(self.tied(name));
         }
         let mut shape = parameter.shape.clone();
@@ -389,7 +438,8 @@ impl Reading {
     fn tied(&self, name: &str) -> AdapterError {
         self.hinted(
             format!("holds `{name}`, and the model's head is its embedding (`tie_word_embeddings`)"),
-            "peft makes two weights of them; untie the model first, or train single tokens (`trainable_token_indices`)",
+            "an adapter of one of the two makes them two weights in peft; untie the model first, or train single tokens \
+             (`trainable_token_indices`)",
         )
     }
 
@@ -490,6 +540,11 @@ impl Reading {
             }
             self.spend(module, (stored.rows as u64).saturating_mul(stored.columns as u64))?;
             let values = TensorData::new(self.values(module, stored)?, [stored.rows, stored.columns]);
+            if !head && self.said_tied && !announced.contains_key(names::HEAD) {
+                let shape = self.shapes.get(names::HEAD).cloned();
+                let Some(shape) = shape else { return Err(self.unknown(names::HEAD)) };
+                self.change(&shape.path, Change::Columns(tokens.clone(), values.clone()));
+            }
             let tokens = tokens.clone();
             self.change(&shape.path, if head { Change::Columns(tokens, values) } else { Change::Rows(tokens, values) });
         }

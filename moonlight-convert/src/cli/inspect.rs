@@ -115,7 +115,8 @@ fn print(summary: &Summary, output: &mut Output) {
         line(format_args!("beside         {name}"));
     }
     for skipped in &summary.skipped {
-        line(format_args!("not needed     {} tensors: {}", skipped.tensors.len(), skipped.reason));
+        let tensor = if skipped.tensors.len() == 1 { "tensor" } else { "tensors" };
+        line(format_args!("not needed     {} {tensor}: {}", skipped.tensors.len(), skipped.reason));
     }
     for (reason, keys) in &summary.keys_passed_over {
         line(format_args!("passed over    {} ({reason})", keys.join(", ")));

@@ -128,7 +128,8 @@ fn compare(
             UnusedDifference::OnlyInSecond => "only in the second",
             UnusedDifference::Bytes => "different",
         };
-        output.line(format_args!("not counted: {tensors} tensors {place}: {}", reason.describe()));
+        let tensor = if tensors == 1 { "tensor" } else { "tensors" };
+        output.line(format_args!("not counted: {tensors} {tensor} {place}: {}", reason.describe()));
     }
     output.finish()?;
     Ok(ExitCode::SUCCESS)

@@ -10,6 +10,8 @@ use serde_json::Value;
 
 use crate::dtype::conversion::{RowSource, Weight, WeightDtype};
 
+mod strict;
+
 /// DeepSeek-V3's block, where the configuration names none.
 const DEFAULT_BLOCK: [usize; 2] = [128, 128];
 /// What a nibble holds more than its value: compressed-tensors stores 0 to 15 for -8 to 7.
@@ -28,6 +30,12 @@ pub(crate) struct QuantScheme {
     strategies: Vec<Strategy>,
     /// Why packed weights of this checkpoint cannot be read, as the rest of a sentence.
     pub(crate) unreadable_packing: Option<String>,
+    /// Why FP8 weights of this checkpoint cannot be read, likewise.
+    pub(crate) unreadable_fp8: Option<String>,
+    /// Values of a row that share a scale, as the groups of 4-bit weights say; empty where none does.
+    groups: Vec<usize>,
+    /// What the configuration asks for that is not followed, each as a sentence without its full stop.
+    pub(crate) not_followed: Vec<String>,
 }
 
 impl QuantScheme {
@@ -44,7 +52,27 @@ impl QuantScheme {
             method: Some(method.to_owned()),
             block: own.or_else(|| weights.iter().find_map(|weights| block(weights.get("block_structure")?))),
             strategies,
-            unreadable_packing: weights.iter().find_map(|weights| unreadable(weights)),
+            unreadable_packing: weights
+                .iter()
+                .find_map(|weights| unreadable(weights))
+                .or_else(|| none_of(&weights, "int", "4-bit integers")),
+            unreadable_fp8: none_of(&weights, "float", "FP8"),
+            groups: weights
+                .iter()
+                .filter(|weights| is_type(weights, "int"))
+                .filter_map(|weights| group(weights))
+                .collect(),
+            not_followed: strict::not_followed(quantisation),
+        }
+    }
+
+    /// Refuses groups of another size than the configuration says. The error is the rest of a sentence about the matrix.
+    pub(crate) fn check_group(&self, found: usize) -> Result<(), String> {
+        match self.groups.first() {
+            Some(said) if !self.groups.contains(&found) => {
+                Err(format!("has a scale for {found} values, and `quantization_config` says `group_size` {said}"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -154,15 +182,40 @@ pub(crate) fn is_quantised(config: &ModelConfig) -> bool {
     quantisation(config).is_some()
 }
 
-/// `[128, 128]`, neither of them zero.
+/// Whether a group of `config_groups` may be of this type.
+fn is_type(weights: &Value, kind: &str) -> bool {
+    weights.get("type").is_none_or(|found| found.is_null() || found == kind)
+}
+
+/// That there are groups, and none of the type that the file has.
+fn none_of(weights: &[&Value], kind: &str, what: &str) -> Option<String> {
+    let none = !weights.is_empty() && !weights.iter().any(|weights| is_type(weights, kind));
+    none.then(|| format!("is kept as {what}, and `quantization_config` has no group of the `type` `{kind}`"))
+}
+
+/// The `group_size` of a group whose strategy goes by it.
+fn group(weights: &Value) -> Option<usize> {
+    if weights.get("strategy").is_some_and(|strategy| !strategy.is_null() && strategy != "group") {
+        return None;
+    }
+    weights.get("group_size")?.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|size| *size > 0)
+}
+
+/// `[128, 128]` or compressed-tensors' first spelling `"128x128"`, neither of them zero.
 fn block(value: &Value) -> Option<[usize; 2]> {
+    if let Some((rows, columns)) = value.as_str().and_then(|text| text.split_once('x')) {
+        let sides = [rows, columns].map(|side| side.trim().parse::<usize>().ok().filter(|side| *side > 0));
+        return sides[0].zip(sides[1]).map(|(rows, columns)| [rows, columns]);
+    }
     let sides: Vec<usize> = value.as_array()?.iter().filter_map(|side| usize::try_from(side.as_u64()?).ok()).collect();
     <[usize; 2]>::try_from(sides).ok().filter(|sides| !sides.contains(&0))
 }
 
 fn unreadable(weights: &Value) -> Option<String> {
     match weights.get("num_bits").and_then(Value::as_u64) {
-        None | Some(4 | 8) => {}
+        None | Some(4) => {}
+        // FP8 beside packed weights.
+        Some(8) if weights.get("type").is_none_or(|kind| kind != "int") => {}
         Some(bits) => return Some(format!("has weights of {bits} bits")),
     }
     if weights.get("symmetric") == Some(&Value::Bool(false)) {
@@ -336,11 +389,20 @@ mod tests {
         };
         let fp8 = scheme(json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 32]}));
         assert_eq!((fp8.method.as_deref(), fp8.block()), (Some("fp8"), [64, 32]));
-        assert_eq!(scheme(json!({"quant_method": "fp8", "weight_block_size": [0, 32]})).block(), [128, 128]);
         let packed = |weights: Value| json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}});
         assert_eq!(scheme(packed(json!({"num_bits": 4, "symmetric": true}))).unreadable_packing, None);
         assert!(scheme(packed(json!({"num_bits": 4, "symmetric": false}))).unreadable_packing.is_some());
         assert!(scheme(packed(json!({"num_bits": 3}))).unreadable_packing.is_some());
-        assert_eq!(scheme(packed(json!({"num_bits": 8, "block_structure": [128, 64]}))).block(), [128, 64]);
+        for structure in [json!([128, 64]), json!("128x64")] {
+            assert_eq!(scheme(packed(json!({"num_bits": 8, "block_structure": structure}))).block(), [128, 64]);
+        }
+        let int8 = scheme(packed(json!({"num_bits": 8, "type": "int"})));
+        assert!(int8.unreadable_packing.unwrap().contains("weights of 8 bits"));
+        let mixed = scheme(packed(json!({"num_bits": 8, "type": "float"})));
+        assert!(mixed.unreadable_packing.unwrap().contains("no group of the `type` `int`"));
+        assert_eq!(mixed.unreadable_fp8, None);
+        let int4 = scheme(packed(json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64})));
+        assert!(int4.unreadable_fp8.is_some() && int4.check_group(64).is_ok());
+        assert!(int4.check_group(32).unwrap_err().contains("says `group_size` 64"));
     }
 }

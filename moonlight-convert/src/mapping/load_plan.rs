@@ -80,9 +80,17 @@ impl Checkpoint {
     /// What [`skipped`](Checkpoint::skipped) is, a sentence a reason: what a model that is loaded and saved again has lost.
     pub fn skipped_notes(&self) -> Vec<String> {
         let note = |(reason, tensors): (SkipReason, Vec<String>)| {
-            format!("left out: {} tensors: {}", tensors.len(), reason.describe())
+            let tensor = if tensors.len() == 1 { "tensor" } else { "tensors" };
+            format!("left out: {} {tensor}: {}", tensors.len(), reason.describe())
         };
-        self.skipped().into_iter().map(note).collect()
+        self.skipped().into_iter().map(note).chain(self.listed_only_note()).collect()
+    }
+
+    /// That the index lists tensors that are not there and that the model does not need.
+    pub(crate) fn listed_only_note(&self) -> Option<String> {
+        let (first, more) = (self.listed_only.first()?, self.listed_only.len() - 1);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        Some(format!("the index lists `{first}`{more}, which its file does not hold and the model does not need"))
     }
 
     /// How many matrices are kept in each quantised form, in words.
@@ -109,6 +117,7 @@ impl Checkpoint {
     pub(crate) fn plan(&self, scope: Scope<'_>) -> Result<LoadPlan, ProblemList> {
         let scheme = QuantScheme::of(self.config());
         let quantised = scheme.method.clone();
+        let not_followed = scheme.not_followed.clone().into_iter().map(|problem| Problem::Quantization { problem });
         if let Some(problem) =
             implausible(self.config(), self.tensor_list().len(), self.unread.as_ref().map(|set| set.len()))
         {
@@ -137,6 +146,7 @@ impl Checkpoint {
             Scope::Below(_) if !unreadable_wanted => Vec::new(),
             _ => self.broken.clone(),
         };
+        list.extend(not_followed);
         list.extend(found);
         if matches!(scope, Scope::Present) {
             list.retain(|problem| !problem.is_absence());
@@ -349,6 +359,11 @@ impl<'a> TensorMatcher<'a> {
             self.wrong_dtype(self.stored(stored_index));
             return None;
         };
+        if let Some(problem) = self.scheme.unreadable_fp8.clone() {
+            self.packing(stored_index, problem);
+            names::fp8_scales(&tensor.name).iter().for_each(|name| self.mark(name));
+            return None;
+        }
         let [deepseek, compressed] = names::fp8_scales(&tensor.name);
         let other = self.by_key.contains_key(names::key(&compressed));
         let name = if other { compressed } else { deepseek };
@@ -356,10 +371,8 @@ impl<'a> TensorMatcher<'a> {
         let (block, shape) = match self.scheme.fp8_block([rows, columns], found) {
             Ok(known) => known,
             Err(problem) => {
-                let matrix = self.stored(stored_index);
-                let (tensor, file) = (matrix.name.clone(), matrix.file.clone());
-                self.problems.push(Problem::Packing { tensor, file, problem });
-                self.used[self.by_key[names::key(&name)]] = true;
+                self.packing(stored_index, problem);
+                self.mark(&name);
                 return None;
             }
         };
@@ -374,6 +387,19 @@ impl<'a> TensorMatcher<'a> {
         })
     }
 
+    /// Notes that a tensor is quantised in a way that is not read.
+    fn packing(&mut self, stored_index: usize, problem: String) {
+        let StoredTensor { name, file, .. } = self.stored(stored_index);
+        self.problems.push(Problem::Packing { tensor: name.clone(), file: file.clone(), problem });
+    }
+
+    /// Notes that a tensor that may be there belongs to one that cannot be read.
+    fn mark(&mut self, name: &str) {
+        if let Some(&stored_index) = self.by_key.get(names::key(name)) {
+            self.used[stored_index] = true;
+        }
+    }
+
     fn take_scale(&mut self, scale: HfTensor) -> Option<(FileRange, WeightDtype)> {
         let (stored_index, part) = self.find(&scale)?;
         Some((part, self.plain_dtype(stored_index)?))
@@ -386,6 +412,17 @@ impl<'a> TensorMatcher<'a> {
             return None;
         };
         let words = columns.div_ceil(NIBBLES_PER_WORD);
+        if let Some(&stored_index) = self.by_key.get(names::key(&packed.values)) {
+            let shape = self.stored(stored_index).shape.as_slice();
+            let bytes = shape == [rows, columns.div_ceil(NIBBLES_PER_WORD / 2)] && shape != [rows, words];
+            let of_bytes = || bytes.then(|| "has weights of 8 bits".to_owned());
+            if let Some(problem) = self.scheme.unreadable_packing.clone().or_else(of_bytes) {
+                self.packing(stored_index, problem);
+                [&packed.values, &packed.scale, &packed.shape].into_iter().for_each(|name| self.mark(name));
+                self.mark(&format!("{}_zero_point", tensor.name));
+                return None;
+            }
+        }
         let values = self.find(&HfTensor { name: packed.values, shape: vec![rows, words] });
         let scale = self.take_groups(packed.scale, rows, columns);
         self.check_packed_shape(&packed.shape, &tensor.shape);
@@ -395,11 +432,11 @@ impl<'a> TensorMatcher<'a> {
             self.wrong_dtype(found);
             return None;
         }
-        if let Some(problem) = self.scheme.unreadable_packing.clone() {
-            self.problems.push(Problem::Packing { tensor: found.name.clone(), file: found.file.clone(), problem });
+        let (scale, group) = scale?;
+        if let Err(problem) = self.scheme.check_group(group) {
+            self.packing(stored_index, problem);
             return None;
         }
-        let (scale, group) = scale?;
         Some(SourceTensor {
             tensor,
             stored_index,

@@ -35,8 +35,12 @@ const INV_FREQ: &str = "rotary_emb.inv_freq";
 /// How a tensor ends that a multi-token-prediction layer has and no other layer does.
 const PREDICTION_MARK: &str = ".eh_proj.weight";
 /// How the scales of quantised activations and caches end.
-const ACTIVATION_SCALES: [&str; 9] = [
+const ACTIVATION_SCALES: [&str; 13] = [
+    ".activation_scale",
+    ".down_proj_activation_scale",
+    ".gate_up_proj_activation_scale",
     ".input_scale",
+    ".input_scale_ub",
     ".input_zero_point",
     ".output_scale",
     ".output_zero_point",

@@ -224,7 +224,7 @@ impl Checkpoint {
     /// What a reader of `config.json` might not expect of how the checkpoint is used.
     pub fn notes(&self) -> Vec<String> {
         let head = self.tied_head().describe().map(str::to_owned);
-        head.into_iter().chain(self.config().training_notes()).collect()
+        head.into_iter().chain(self.listed_only_note()).chain(self.config().training_notes()).collect()
     }
 }
 

@@ -72,6 +72,11 @@ pub enum Problem {
         /// Why not, as the rest of a sentence.
         problem: String,
     },
+    /// The `quantization_config` asks for what is not followed.
+    Quantization {
+        /// What, as a sentence without its full stop.
+        problem: String,
+    },
     /// Two tensors for one parameter.
     Twice {
         /// The one.
@@ -97,7 +102,7 @@ impl Problem {
             | Self::Misshapen { file, .. }
             | Self::WrongDtype { file, .. }
             | Self::Packing { file, .. } => Some(file),
-            Self::Missing { .. } | Self::Twice { .. } | Self::Implausible { .. } => None,
+            Self::Missing { .. } | Self::Twice { .. } | Self::Implausible { .. } | Self::Quantization { .. } => None,
         }
     }
 
@@ -109,6 +114,7 @@ impl Problem {
     fn kind(&self) -> Kind {
         match self {
             Self::Packing { .. } => Kind::Packing,
+            Self::Quantization { .. } => Kind::Quantization,
             Self::Implausible { .. } => Kind::Implausible,
             Self::MissingFile { .. } => Kind::MissingFile,
             Self::BrokenFile { .. } => Kind::BrokenFile,
@@ -132,7 +138,7 @@ impl Problem {
             Self::WrongDtype { tensor, dtype, .. } => format!("`{tensor}` is {dtype}"),
             Self::Packing { tensor, problem, .. } => format!("`{tensor}` {problem}"),
             Self::Twice { tensor, other } => format!("`{tensor}` and `{other}`"),
-            Self::Implausible { problem } => problem.clone(),
+            Self::Implausible { problem } | Self::Quantization { problem } => problem.clone(),
         }
     }
 }
@@ -162,7 +168,7 @@ impl fmt::Display for Problem {
                 write!(formatter, "`{tensor}` in `{file}` {problem}")
             }
             Self::Twice { tensor, other } => write!(formatter, "`{tensor}` and `{other}` are the same parameter"),
-            Self::Implausible { problem } => formatter.write_str(problem),
+            Self::Implausible { problem } | Self::Quantization { problem } => formatter.write_str(problem),
         }
     }
 }
@@ -170,6 +176,7 @@ impl fmt::Display for Problem {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Implausible,
+    Quantization,
     MissingFile,
     BrokenFile,
     NotInFile,
@@ -186,6 +193,7 @@ impl Kind {
         let plural = |one: &str, many: &str| format!("{count} {}", if count == 1 { one } else { many });
         match self {
             Self::Implausible => "the configuration is implausible".into(),
+            Self::Quantization => "the weights are quantised in a way that is not read".into(),
             Self::MissingFile => plural("shard file is absent", "shard files are absent"),
             Self::BrokenFile => plural("file is broken", "files are broken"),
             Self::NotInFile => plural("tensor is not where the index says", "tensors are not where the index says"),
@@ -220,11 +228,12 @@ impl ProblemList {
         let any = |kind| self.list.iter().any(|problem| problem.kind() == kind);
         let all = |kinds: &[Kind]| self.list.iter().all(|problem| kinds.contains(&problem.kind()));
         if let Some(method) = &self.quantised
-            && (any(Kind::WrongDtype) || any(Kind::Packing) || any(Kind::Unexpected))
+            && (any(Kind::WrongDtype) || any(Kind::Packing) || any(Kind::Quantization) || any(Kind::Unexpected))
         {
             return Some(format!(
                 "the configuration speaks of quantised weights (`quant_method` `{method}`); read are FP8 (E4M3) with a scale a \
-                 tensor, a row or a block, and INT4 in groups as compressed-tensors packs it"
+                 tensor, a row or a block, and INT4 in groups as compressed-tensors packs it; of others take the weights before \
+                 they were quantised, or write them in bf16 with the program that quantised them"
             ));
         }
         if any(Kind::WrongDtype) {
@@ -242,6 +251,13 @@ impl ProblemList {
             return Some(
                 "the model that `config.json` describes has no place for these tensors: it may be another model's, or the files \
                  hold parts that are not computed here"
+                    .into(),
+            );
+        }
+        let is_scale = |problem: &Problem| matches!(problem, Problem::Missing { tensor } if tensor.ends_with(".weight_scale_inv") || tensor.ends_with(".weight_scale"));
+        if self.list.iter().all(is_scale) {
+            return Some(
+                "FP8 matrices are read beside their scales; where they were cast without any, cast them to bf16 with torch first"
                     .into(),
             );
         }

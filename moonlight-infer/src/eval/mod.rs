@@ -27,6 +27,7 @@ mod task;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use moonlight_convert::printable;
@@ -248,10 +249,16 @@ fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, 
     let (mut requests, mut twice) = (Vec::new(), Vec::new());
     let mut documents = Vec::new();
     for row in rows {
-        let text = row.fields.get("text").or_else(|| row.fields.get("page")).and_then(Value::as_str);
+        let field = |name: &str| row.fields.get(name).and_then(Value::as_str);
+        // The harness scores a page of WikiText without the spaces around signs, and divides by the words and bytes that it
+        // has with them.
+        let (text, scored) = match (row.fields.contains_key("text"), field("page")) {
+            (false, Some(page)) => (Some(page), Cow::Owned(python::wikitext_detokenizer(page))),
+            _ => (field("text"), Cow::Borrowed(field("text").unwrap_or_default())),
+        };
         let text = text.ok_or_else(|| InferError::line(&task.path, row.line, "the row has no `text`", None))?;
         let here = |error: TokenizerError| InferError::line(&task.path, row.line, &error, error.hint());
-        let tokens = encoder.encode(text).map_err(here)?;
+        let tokens = encoder.encode(&scored).map_err(here)?;
         let begun = encoder.beginning().is_some_and(|first| tokens.first() == Some(&first));
         if begun && !task.fix_harness {
             twice.push(row.line);

@@ -1,4 +1,6 @@
-//! What Python makes of texts, where Rust makes something else of them.
+//! What Python makes of texts, where Rust makes something else of them; and the harness's code that is Python by the letter.
+
+use regex::Regex;
 
 /// `str.isspace`: Unicode's white space, and the four separators of ASCII.
 pub(super) fn is_space(character: char) -> bool {
@@ -15,24 +17,100 @@ pub(super) fn rstrip(text: &str) -> &str {
     text.trim_end_matches(is_space)
 }
 
-/// `str.capitalize`: the first character in title case, the others small.
+/// `str.capitalize`: the first character in title case, the others small as they are in the whole text (a sigma that ends a
+/// word is `ς`).
 pub(super) fn capitalize(text: &str) -> String {
-    let mut characters = text.chars();
-    let first = match characters.next() {
+    let Some(first) = text.chars().next() else { return String::new() };
+    let small = text.to_lowercase();
+    // A first character becomes as many small ones wherever it stands.
+    let begins: usize = first.to_lowercase().map(char::len_utf8).sum();
+    title(first) + &small[begins..]
+}
+
+/// `str.title` of one character, by Unicode's title-case mappings (SpecialCasing and UnicodeData).
+fn title(first: char) -> String {
+    let one = match first {
         // One character for two letters has a form with the first of them large.
-        Some('Ǆ' | 'ǅ' | 'ǆ') => "ǅ".to_owned(),
-        Some('Ǉ' | 'ǈ' | 'ǉ') => "ǈ".to_owned(),
-        Some('Ǌ' | 'ǋ' | 'ǌ') => "ǋ".to_owned(),
-        Some('Ǳ' | 'ǲ' | 'ǳ') => "ǲ".to_owned(),
-        Some(first) => {
-            // Of `ß`, which becomes two letters, one is large.
+        'Ǆ' | 'ǅ' | 'ǆ' => 'ǅ',
+        'Ǉ' | 'ǈ' | 'ǉ' => 'ǈ',
+        'Ǌ' | 'ǋ' | 'ǌ' => 'ǋ',
+        'Ǳ' | 'ǲ' | 'ǳ' => 'ǲ',
+        // Georgian has capitals for whole words alone.
+        '\u{10d0}'..='\u{10fa}' | '\u{10fd}'..='\u{10ff}' => first,
+        // Greek with an iota below: one character has both.
+        '\u{1f80}'..='\u{1faf}' => char::from_u32(u32::from(first) | 8).unwrap_or(first),
+        'ᾳ' | 'ᾼ' => 'ᾼ',
+        'ῃ' | 'ῌ' => 'ῌ',
+        'ῳ' | 'ῼ' => 'ῼ',
+        'ŉ' => return "ʼN".into(),
+        _ => {
+            // Of `ß`, which becomes two letters, one is large; an iota below stays below.
             let mut large = first.to_uppercase();
-            let head: String = large.next().into_iter().collect();
-            head + &large.collect::<String>().to_lowercase()
+            let mut text: String = large.next().into_iter().collect();
+            let greek = ('\u{1f00}'..='\u{1fff}').contains(&first);
+            for letter in large {
+                match letter {
+                    'Ι' if greek => text.push('\u{345}'),
+                    letter => text.extend(letter.to_lowercase()),
+                }
+            }
+            return text;
         }
-        None => String::new(),
     };
-    first + &characters.as_str().to_lowercase()
+    one.into()
+}
+
+/// `wikitext_detokenizer` of lm-evaluation-harness (0.4.13, `tasks/wikitext/preprocess_wikitext.py`): WikiText's spaces
+/// around signs are taken out, in its steps.
+pub(super) fn wikitext_detokenizer(page: &str) -> String {
+    // Python's `\s` has the four separators of ASCII, too.
+    const STEPS: [(Step, &str, &str); 24] = {
+        use Step::{Pattern, Plain};
+        [
+            (Plain, "s '", "s'"),
+            (Pattern, "/' [0-9]/", "/'[0-9]/"),
+            (Plain, " @-@ ", "-"),
+            (Plain, " @,@ ", ","),
+            (Plain, " @.@ ", "."),
+            (Plain, " : ", ": "),
+            (Plain, " ; ", "; "),
+            (Plain, " . ", ". "),
+            (Plain, " ! ", "! "),
+            (Plain, " ? ", "? "),
+            (Plain, " , ", ", "),
+            (Pattern, r"\([\s\x1c-\x1f]*([^)]*?)[\s\x1c-\x1f]*\)", "($1)"),
+            (Pattern, r"\[[\s\x1c-\x1f]*([^\]]*?)[\s\x1c-\x1f]*\]", "[$1]"),
+            (Pattern, r"\{[\s\x1c-\x1f]*([^}]*?)[\s\x1c-\x1f]*\}", "{$1}"),
+            (Pattern, r#""[\s\x1c-\x1f]*([^"]*?)[\s\x1c-\x1f]*""#, r#""$1""#),
+            (Pattern, r"'[\s\x1c-\x1f]*([^']*?)[\s\x1c-\x1f]*'", "'$1'"),
+            (Plain, "= = = =", "===="),
+            (Plain, "= = =", "==="),
+            (Plain, "= =", "=="),
+            (Plain, " \u{b0} ", "\u{b0}"),
+            (Plain, " \n", "\n"),
+            (Plain, "\n ", "\n"),
+            (Plain, " N ", " 1 "),
+            (Plain, " 's", "'s"),
+        ]
+    };
+    let mut text = page.to_owned();
+    for (step, from, to) in STEPS {
+        text = match step {
+            Step::Plain => text.replace(from, to),
+            Step::Pattern => {
+                let pattern = Regex::new(from).expect("the patterns above are sound");
+                pattern.replace_all(&text, to).into_owned()
+            }
+        };
+    }
+    text
+}
+
+/// How a step of [`wikitext_detokenizer`] looks for what it takes out.
+#[derive(Clone, Copy)]
+enum Step {
+    Plain,
+    Pattern,
 }
 
 #[cfg(test)]
@@ -49,5 +127,62 @@ mod tests {
         {
             assert_eq!(capitalize(text), expected);
         }
+        // The small letters are those of the whole text: a sigma at the end of a word is another one.
+        for (text, expected) in
+            [("ΑΣ ΣΑΣ", "Ας σας"), ("ΣΑΣ", "Σας"), ("σ", "Σ"), ("İİ", "İi\u{307}"), ("ΐΣ", "Ϊ\u{301}ς")]
+        {
+            assert_eq!(capitalize(text), expected);
+        }
     }
+
+    /// The characters whose title case is not their capital with small letters behind it, in CPython 3.11 (Unicode 14).
+    #[test]
+    fn title_case_is_unicodes() {
+        for (text, expected) in [
+            ("აბ", "აბ"),
+            ("ჿ", "ჿ"),
+            ("ŉ", "ʼN"),
+            ("ǲ", "ǲ"),
+            ("ᾀ", "ᾈ"),
+            ("ᾈ", "ᾈ"),
+            ("ᾗ", "ᾟ"),
+            ("ᾧ", "ᾯ"),
+            ("ᾳ", "ᾼ"),
+            ("ῌ", "ῌ"),
+            ("ῳα", "ῼα"),
+            ("ᾲ", "\u{1fba}\u{345}"),
+            ("ᾴ", "\u{386}\u{345}"),
+            ("ᾷ", "\u{391}\u{342}\u{345}"),
+            ("ῂ", "\u{1fca}\u{345}"),
+            ("ῇ", "\u{397}\u{342}\u{345}"),
+            ("ῴ", "\u{38f}\u{345}"),
+            ("ῷ", "\u{3a9}\u{342}\u{345}"),
+        ] {
+            assert_eq!(capitalize(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn wikitext_is_detokenized_as_by_the_harness() {
+        // Of lm_eval 0.4.13.
+        for (text, expected) in WIKITEXT {
+            assert_eq!(wikitext_detokenizer(text), expected);
+        }
+    }
+
+    const WIKITEXT: [(&str, &str); 4] = [
+        (
+            " = Robert = \n \n He was a 5 @,@ 000 @-@ metre runner ; \" a star \" , he said . \n",
+            " = Robert =\n\nHe was a 5,000-metre runner; \"a star\", he said.\n",
+        ),
+        (
+            " = = Early life = = \n ( born 1 @.@ 5 years ' before ) [ see ] { x } dogs ' tails ' s end ' N ' ! What ? \n = = = A = = = \n = = = = B = = = = \n",
+            " == Early life ==\n(born 1.5 years'before) [see] {x} dogs' tails's end' 1 '! What?\n=== A ===\n==== B ====\n",
+        ),
+        (
+            "25 ° C : N = 3 ( ) \" \" /' 5/ it 's \u{1c} ( \u{1f} a \u{1e} ) \u{a0}( \u{a0}b )",
+            "25°C: 1 = 3 () \"\" /'[0-9]/ it's \u{1c} (a) \u{a0}(b)",
+        ),
+        ("", ""),
+    ];
 }

@@ -20,7 +20,7 @@ pub enum TaskFormat {
     Arc,
     /// `ctx` (or `ctx_a` and `ctx_b`), `endings`, `label`, perhaps `activity_label`.
     HellaSwag,
-    /// `text` (or `page`): how well it is predicted.
+    /// `text`, or a `page` of WikiText: how well it is predicted.
     Perplexity,
     /// A conversation in any shape that `data.format = "chat"` reads.
     Chat,

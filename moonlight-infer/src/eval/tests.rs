@@ -138,6 +138,20 @@ fn texts_are_predicted_in_windows() {
     }
 }
 
+/// The harness's task `wikitext`: what is scored is detokenized, and what is counted is not.
+#[test]
+fn a_page_of_wikitext_is_scored_as_detokenized() {
+    let model = model();
+    let page = " = A = \n 1 @,@ 000 dogs ' tails . \n";
+    let plain = " = A =\n1,000 dogs' tails.\n";
+    let [wiki, text] = [json!({"page": page}), json!({"text": plain})]
+        .map(|row| run(&model, "x.jsonl", &format!("{row}\n"), |_| {}).unwrap());
+    let [wiki, text] = [&wiki.records[0], &text.records[0]];
+    assert_eq!(wiki["loglikelihood"], text["loglikelihood"]);
+    assert_eq!((&wiki["words"], &wiki["bytes"]), (&json!(words_of(page)), &json!(page.len())));
+    assert_eq!((&text["words"], &text["bytes"]), (&json!(words_of(plain)), &json!(plain.len())));
+}
+
 #[test]
 fn words_are_pythons() {
     for (text, words) in [("", 1), (" ", 2), ("a", 1), ("a  b\nc", 3), (" a ", 3)] {

@@ -2,10 +2,11 @@
 
 use serde_json::{Map, Value, json};
 
+use super::class_defaults::fill_class_defaults;
 use super::error::ConfigError;
 use super::keys::Keys;
 use super::model_type::ModelType;
-use super::other_keys;
+use super::other_keys::{self, cut, is_not_computed};
 use super::rope::RopeConfig;
 use super::{AttentionShape, ModelConfig, MoeShape};
 
@@ -17,6 +18,8 @@ impl ModelConfig {
     /// images, but for those that transformers lets stand on either side. Keys that do not shape the model are kept in
     /// [`extra`](ModelConfig::extra) and written back by [`to_json`](ModelConfig::to_json).
     ///
+    /// A key that the file lacks has the default of the class in transformers ([`fill_class_defaults`](super::fill_class_defaults)).
+    ///
     /// Every other key is an error: one that shapes the computation and is not followed ([`ConfigError::NotFollowed`], where
     /// its value does not leave it off), and one that is not known ([`ConfigError::Unknown`]).
     ///
@@ -24,11 +27,15 @@ impl ModelConfig {
     ///
     /// [`ConfigError`], which names the key.
     pub fn from_json(text: &str) -> Result<Self, ConfigError> {
-        let value: Value = serde_json::from_str(text).map_err(|error| ConfigError::Json(error.to_string()))?;
+        let mut value: Value = serde_json::from_str(text).map_err(|error| ConfigError::Json(error.to_string()))?;
+        if let Value::Object(map) = &mut value {
+            fill_class_defaults(map);
+        }
         Self::from_value(value)
     }
 
-    /// Like [`from_json`](ModelConfig::from_json), from a JSON value.
+    /// Like [`from_json`](ModelConfig::from_json), from a JSON value of ours, as a recipe has it: an absent key has the default
+    /// of the fields here, which is one group of experts, no shared expert, no dense layer before them and a factor of 1.
     ///
     /// # Errors
     ///
@@ -43,6 +50,7 @@ impl ModelConfig {
             let Value::Object(mut text) = text else {
                 return Err(ConfigError::Json("its `text_config` is not an object".into()));
             };
+            wrapper(&map, &text)?;
             for key in OUTSIDE {
                 let Some(value) = map.remove(*key).filter(|value| !value.is_null()) else { continue };
                 // The head is the wrapper's.
@@ -86,6 +94,43 @@ const OUTSIDE: &[&str] = &[
     "tie_word_embeddings",
     "torch_dtype",
 ];
+
+/// Refuses what is no wrapper that is known, and keys outside that shape a model otherwise than the text model's own: nobody
+/// can say which of the two is meant.
+fn wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Result<(), ConfigError> {
+    let name = outside.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    if !WRAPPERS.contains(&name) {
+        return Err(ConfigError::NotFollowed {
+            key: "text_config".into(),
+            problem: format!("stands in a model of the type `{}`; kimi_vl and kimi_k25 have one", cut(name)),
+            hint: Some("where the files hold a language model alone, put the keys of `text_config` in its place"),
+        });
+    }
+    let shapes = shape_keys();
+    let shapes = |key: &str| {
+        key != "model_type"
+            && !OUTSIDE.contains(&key)
+            && (shapes.contains(&key) || key == "original_max_position_embeddings")
+    };
+    let differs = |value: &Value, inner: Option<&Value>| match inner {
+        Some(inner) if inner.is_number() && value.is_number() => inner.as_f64() != value.as_f64(),
+        inner => inner != Some(value),
+    };
+    let other = outside.iter().find(|(key, value)| {
+        !value.is_null() && (shapes(key) || is_not_computed(key, value)) && differs(value, text.get(key.as_str()))
+    });
+    match other {
+        None => Ok(()),
+        Some((key, _)) => Err(ConfigError::NotFollowed {
+            key: key.clone(),
+            problem: "stands beside `text_config`, and is another there or absent".into(),
+            hint: Some("the text model has its keys inside `text_config`: take it there, or out of the file"),
+        }),
+    }
+}
+
+/// The `model_type`s that have a `text_config`.
+const WRAPPERS: [&str; 2] = ["kimi_k25", "kimi_vl"];
 
 /// The keys of `config.json` that belong to no part of the model.
 const KEYS: &[&str] = &[

@@ -58,9 +58,12 @@ impl Keys {
     }
 
     pub(crate) fn token_ids(&mut self, field: &'static str) -> Result<Vec<u32>, ConfigError> {
+        // -1 stands for none, as some programs write it.
+        let none = |value: &&Value| value.as_i64() == Some(-1);
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         let ids = self.optional(field, "a token id or a list of them", |value| match value {
-            Value::Array(ids) => ids.iter().map(id).collect(),
+            Value::Array(ids) => ids.iter().filter(|value| !none(value)).map(id).collect(),
+            one if none(&one) => Some(Vec::new()),
             one => id(one).map(|id| vec![id]),
         })?;
         Ok(ids.unwrap_or_default())

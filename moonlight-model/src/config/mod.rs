@@ -5,8 +5,10 @@
 //!   embedding in `rope.rs`.
 //! * `json.rs` reads and writes the published spelling(s); `other_keys.rs` lists the keys that change nothing and refuses the
 //!   rest; `validate.rs` refuses impossible combinations.
+//! * `class_defaults.rs` has what a `config.json` means where it lacks a key.
 //! * `presets.rs` has the published shapes by name.
 
+mod class_defaults;
 pub(crate) mod error;
 mod json;
 pub(crate) mod keys;
@@ -22,6 +24,7 @@ pub use crate::attention::mla::MlaShape;
 pub use crate::attention::{AttentionShape, AttentionWidths};
 pub use crate::moe::shape::{MoeShape, Scoring, TopkMethod};
 pub use crate::parameter::{AttentionRole, MlpRole, ParameterCount, ParameterKind, ParameterShape, ProjectionRole};
+pub use class_defaults::fill_class_defaults;
 pub use error::{ConfigError, PRESETS};
 pub use json::shape_keys;
 pub use model_type::ModelType;

@@ -340,6 +340,11 @@ pub fn passed_over(key: &str) -> Option<&'static str> {
     PASSED_OVER.iter().find(|(_, keys)| keys.contains(&key)).map(|(reason, _)| *reason)
 }
 
+/// Whether a key with this value switches on what is not computed here.
+pub(super) fn is_not_computed(key: &str, value: &Value) -> bool {
+    NOT_COMPUTED.iter().any(|(_, neutral, keys)| keys.contains(&key) && !neutral.holds(value))
+}
+
 /// Refuses the keys that [`ModelConfig`] did not read and that may shape what the model computes.
 pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
     let mut unknown = Vec::new();

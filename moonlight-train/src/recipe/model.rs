@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::Checkpoint;
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_infer::{ModelDir, resolve_model};
-use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, passed_over, shape_keys};
+use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, fill_class_defaults, passed_over, shape_keys};
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -318,6 +318,10 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     let keys = shape_keys();
     if let Some(key) = shape.keys().find(|key| is_toml && !keys.contains(&key.as_str())) {
         return Err(format!("`{name}` has the unknown key `{key}`"));
+    }
+    if !is_toml {
+        // The file is a model's `config.json`.
+        fill_class_defaults(&mut shape);
     }
     if shape.contains_key("text_config") {
         let config = ModelConfig::from_value(Value::Object(shape)).map_err(|error| format!("`{name}`: {error}"))?;

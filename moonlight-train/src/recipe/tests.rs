@@ -240,6 +240,28 @@ fn a_preset_may_be_a_file_beside_the_recipe() {
     assert_eq!((config.num_hidden_layers, config.vocab_size), (3, 8192));
 }
 
+/// A JSON file is a `config.json`, whose absent keys mean what they mean in transformers; a TOML file is a shape of recipes.
+#[test]
+fn a_preset_in_json_has_the_defaults_of_its_class() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut shape = moonlight_model::ModelConfig::preset("moonlight-16b-a3b").unwrap().to_value();
+    let map = shape.as_object_mut().unwrap();
+    ["architectures", "torch_dtype", "num_nextn_predict_layers", "routed_scaling_factor"]
+        .iter()
+        .for_each(|key| drop(map.remove(*key)));
+    map.retain(|_, value| !value.is_null());
+    let toml = toml::to_string(&*map).unwrap();
+    // What TOML cannot say: no latent of queries.
+    map.insert("q_lora_rank".into(), serde_json::Value::Null);
+    for (file, text, factor) in [("shape.json", shape.to_string(), 2.5), ("shape.toml", toml, 1.0)] {
+        std::fs::write(folder.path().join(file), text).unwrap();
+        let path = folder.path().join("recipe.toml");
+        std::fs::write(&path, SMALL.replace("bench-small", file)).unwrap();
+        let moe = Recipe::load(&path, &[]).unwrap().model.config(0).unwrap().moe.unwrap();
+        assert_eq!(moe.routed_scaling_factor, factor, "{file}");
+    }
+}
+
 /// Every `.toml` of a folder of the repository.
 pub(super) fn toml_files(folder: &str) -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder);
