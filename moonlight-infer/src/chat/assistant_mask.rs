@@ -8,10 +8,16 @@
 //!    text begins with it, what follows is what the model must say, tool calls and reasoning included. It ends with the last
 //!    special token of the turn (`<|im_end|>`); white space that the template puts after it is not learned.
 //! 3. A template may rewrite earlier turns when others follow (most drop what was thought), so that no text begins with
-//!    another. Then what the turn says is written between marks of a private plane, each text of it (content, reasoning,
-//!    names and arguments of calls), and the first and the last mark are looked for. The turn begins behind the prompt for it:
-//!    where the conversation before it ends, or where the text that asks the assistant to speak stands last before the
-//!    words. It ends as the same turn does when it is the last one.
+//!    another. Then the texts of all messages (content, reasoning, names and arguments of calls) are written between
+//!    numbered marks of a private plane ([`Regions`]), so that it is known where those of the turn are, and where those of
+//!    the messages around it end and begin. The turn begins where what stands before its words is no longer what the prompt
+//!    for it has behind the words of the message before. It ends as the same turn does when it is the last one.
+//!
+//! A text that a template cuts, as it does thoughts within the content (`<think>...</think>`), is marked on either side of
+//! the cut: what the template writes of a turn is learned, and what it drops is not.
+//!
+//! No method is trusted with the words of others: where those of another message lie within a part that would be learned,
+//! the conversation is refused.
 //!
 //! Whether a method applies is decided by comparing texts, never guessed.
 //!
@@ -57,17 +63,21 @@ impl Finder<'_> {
             return self.generation_blocks(given, &turns);
         }
         let text = self.render(given, given.messages.len(), false)?;
+        let regions = self.regions(given, given.messages.len(), &text);
         let spans = match turns.len() > EXACT {
-            true => self.spans_by_pattern(given, &turns, &text)?,
+            true => self.spans_by_pattern(given, &turns, &text, &regions)?,
             false => None,
         };
         let spans = match spans {
             Some(spans) => spans,
-            None => self.spans_one_by_one(given, &turns, &text)?,
+            None => self.spans_one_by_one(given, &turns, &text, &regions)?,
         };
-        for (index, turn) in turns.iter().enumerate().skip(1) {
-            if spans[index].start < spans[index - 1].end {
-                return Err(no_span(*turn, "they overlap those of an earlier message"));
+        for (index, &turn) in turns.iter().enumerate() {
+            if index > 0 && spans[index].start < spans[index - 1].end {
+                return Err(no_span(turn, "they overlap those of an earlier message"));
+            }
+            if let Some(other) = regions.others_within(turn, &spans[index]) {
+                return Err(no_span(turn, &format!("the words of message {} lie among them", other + 1)));
             }
         }
         Ok((text, spans))
@@ -98,22 +108,53 @@ impl Finder<'_> {
         given: &Given,
         turns: &[usize],
         text: &str,
+        regions: &Regions,
     ) -> Result<Vec<Range<usize>>, ChatError> {
         let messages = given.messages.len();
         if turns.len().saturating_mul(messages) > MOST_RENDERED {
             return Err(ChatError::TooManyTurns { turns: turns.len(), messages });
         }
-        turns.iter().map(|&turn| Ok(self.exact_span(given, turn, text)?.0)).collect()
+        turns.iter().map(|&turn| Ok(self.exact_span(given, turn, text, regions)?.0)).collect()
     }
 
     /// The part of a turn by the second method, or else the third; and whether it was the second.
-    fn exact_span(&self, given: &Given, turn: usize, text: &str) -> Result<(Range<usize>, bool), ChatError> {
+    fn exact_span(
+        &self,
+        given: &Given,
+        turn: usize,
+        text: &str,
+        regions: &Regions,
+    ) -> Result<(Range<usize>, bool), ChatError> {
         // A template may refuse a conversation without a user; that is no fault of the conversation.
-        let prompt = self.render(given, turn, true).ok();
-        match self.after_prompt(given, turn, text, prompt.as_deref())? {
-            Some(span) => Ok((span, true)),
-            None => Ok((self.between_marks(given, turn, text, prompt.as_deref())?, false)),
+        let prompt = self.prompt(given, turn);
+        let last = turn + 1 == given.messages.len();
+        let upto = if last { Some(text.to_owned()) } else { self.render(given, turn + 1, false).ok() };
+        if let (Some(prompt), Some(upto)) = (&prompt, &upto)
+            && let Some(span) = self.after_prompt(text, prompt, upto)
+        {
+            return Ok((span, true));
         }
+        let span = self.between_marks(given, turn, text, [prompt.as_deref(), upto.as_deref()], regions)?;
+        Ok((span, false))
+    }
+
+    /// The conversation before a turn and what asks for it: where the template cannot be asked, the header that it writes
+    /// before a plain answer.
+    fn prompt(&self, given: &Given, turn: usize) -> Option<String> {
+        if self.template.prompts() {
+            return self.render(given, turn, true).ok();
+        }
+        let words = format!("{}x{}", MARKS[0], MARKS[1]);
+        let plain = Fields::from_iter([("role".into(), "assistant".into()), ("content".into(), words.into())]);
+        let mut values = given.values[..turn].to_vec();
+        values.push(given.value(&plain));
+        let marked = self.template.render_given(given, &values, false, ["", ""]).ok()?;
+        let header = &marked[..marked.find(MARKS[0])?];
+        // White space before the answer is no header: the model must write it.
+        let before = self.render(given, turn, false).ok();
+        let white =
+            |before: &String| header.strip_prefix(before.as_str()).is_some_and(|header| header.trim().is_empty());
+        Some(before.filter(white).unwrap_or_else(|| header.to_owned()))
     }
 
     /// The parts of all turns from those of some; `None` where the template does not make all turns alike.
@@ -122,6 +163,7 @@ impl Finder<'_> {
         given: &Given,
         turns: &[usize],
         text: &str,
+        regions: &Regions,
     ) -> Result<Option<Vec<Range<usize>>>, ChatError> {
         let words = self.all_marked(given, turns, text, true).or_else(|| self.all_marked(given, turns, text, false));
         let Some(words) = words else { return Ok(None) };
@@ -129,7 +171,7 @@ impl Finder<'_> {
         let last = turns.len() - 1;
         // A template may treat the first and the last in a way of their own.
         for index in [0, last] {
-            spans[index] = Some(self.exact_span(given, turns[index], text)?.0);
+            spans[index] = Some(self.exact_span(given, turns[index], text, regions)?.0);
         }
         let mut kinds: HashMap<Vec<&str>, Vec<usize>> = HashMap::new();
         for index in 1..last {
@@ -142,7 +184,7 @@ impl Finder<'_> {
             let known = patterns.entry(kind).or_default();
             let samples = SAMPLES.min(indices.len());
             for index in (0..samples).map(|sample| indices[sample * indices.len() / samples]) {
-                let (span, by_prompt) = self.exact_span(given, turns[index], text)?;
+                let (span, by_prompt) = self.exact_span(given, turns[index], text, regions)?;
                 learn(known, Pattern::of(text, &span, &words[index], by_prompt));
                 spans[index] = Some(span);
             }
@@ -159,7 +201,7 @@ impl Finder<'_> {
                 if odd > ODD {
                     return Ok(None);
                 }
-                let (span, by_prompt) = self.exact_span(given, turns[index], text)?;
+                let (span, by_prompt) = self.exact_span(given, turns[index], text, regions)?;
                 // What it shows of white space at the ends of words is worth knowing.
                 learn(known, Pattern::of(text, &span, &words[index], by_prompt));
                 spans[index] = Some(span);
@@ -173,9 +215,10 @@ impl Finder<'_> {
     fn all_marked(&self, given: &Given, turns: &[usize], text: &str, ids: bool) -> Option<Vec<Words>> {
         let mut words: Vec<Words> = Vec::with_capacity(turns.len());
         let mut changed = Vec::with_capacity(turns.len());
+        let cuts = self.template.cuts();
         for (number, &turn) in turns.iter().enumerate() {
             let mut message = given.messages[turn].clone();
-            let (before, after) = mark_words(&mut message, &in_digits(number), ids);
+            let (before, after) = mark_words(&mut message, &in_digits(number), ids, &cuts);
             words.push(Words { place: 0..0, before, after });
             changed.push((turn, message));
         }
@@ -236,32 +279,13 @@ impl Finder<'_> {
     }
 
     /// The second method; `None` where the whole text does not begin with that of the conversation up to the turn.
-    fn after_prompt(
-        &self,
-        given: &Given,
-        turn: usize,
-        text: &str,
-        prompt: Option<&str>,
-    ) -> Result<Option<Range<usize>>, ChatError> {
-        let Some(prompt) = prompt else { return Ok(None) };
-        let last = turn + 1 == given.messages.len();
-        let upto = if last { None } else { self.render(given, turn + 1, false).ok() };
-        let upto = if last { text } else { upto.as_deref().unwrap_or_default() };
-        if !text.starts_with(upto) || !upto.starts_with(prompt) || upto.len() == prompt.len() {
-            return Ok(None);
+    fn after_prompt(&self, text: &str, prompt: &str, upto: &str) -> Option<Range<usize>> {
+        if !text.starts_with(upto) || upto.len() == prompt.len() {
+            return None;
         }
-        let mut start = prompt.len();
-        if !self.template.prompts() {
-            // The header of the turn is the template's, even where the template cannot be asked for it.
-            let Some(words) = self.marked(given, turn, turn + 1, upto)? else { return Ok(None) };
-            let words = words.kept(upto);
-            if !text[start..words.start.max(start)].trim().is_empty() {
-                start = words.start;
-            }
-        }
-        let said = &upto[start..];
+        let said = upto.strip_prefix(prompt)?;
         let length = self.end_of_last_special(said).unwrap_or(said.trim_end().len());
-        Ok(Some(start..start + length))
+        Some(prompt.len()..prompt.len() + length)
     }
 
     /// The third method.
@@ -270,89 +294,341 @@ impl Finder<'_> {
         given: &Given,
         turn: usize,
         text: &str,
-        prompt: Option<&str>,
+        [prompt, upto]: [Option<&str>; 2],
+        regions: &Regions,
     ) -> Result<Range<usize>, ChatError> {
-        let Some(words) = self.marked(given, turn, given.messages.len(), text)? else {
+        if let Some(other) = regions.unknown.iter().find(|other| **other != turn) {
+            let problem =
+                format!("it rewrites the conversation, and does not keep the words of message {} together", other + 1);
+            return Err(no_span(turn, &problem));
+        }
+        let last = turn + 1 == given.messages.len();
+        // The same turn where it is the last one. What is written once more behind it is another message's: the header of a
+        // tool's answer may name the function that was called.
+        let alone = upto.filter(|_| !last).and_then(|upto| self.regions_of_one(given, turn + 1, upto, turn));
+        let mut times: HashMap<usize, usize> = HashMap::new();
+        let mut own: Vec<(&Region, usize)> = Vec::new();
+        for region in regions.found.iter().filter(|region| region.message == turn) {
+            let time = times.entry(region.text).or_default();
+            *time += 1;
+            let is_here = |alone: &Vec<Region>| alone.iter().filter(|other| other.text == region.text).count() >= *time;
+            if alone.as_ref().is_none_or(is_here) {
+                own.push((region, *time));
+            }
+        }
+        let (Some((first, _)), Some(&(end, time))) = (own.first(), own.last()) else {
             return Err(no_span(turn, "it rewrites the conversation, and does not keep the words together"));
         };
-        let start = self.start_before(given, turn, text, prompt, words.place.start);
-        let kept = words.kept(text);
-        let rest = &text[words.place.end..];
-        let end = if turn + 1 == given.messages.len() {
-            self.end_of_last_special(rest).or_else(|| self.special_at_start(rest)).map(|end| words.place.end + end)
-        } else {
-            // What follows the words where the turn is the last one.
-            let upto = self.render(given, turn + 1, false).ok();
-            let tail = upto.and_then(|upto| {
-                let words = self.marked(given, turn, turn + 1, &upto).ok().flatten()?;
-                Some(upto[words.place.end..].to_owned())
-            });
-            let whole = tail.as_deref().and_then(|tail| {
-                let end = self.end_of_last_special(tail)?;
-                rest.starts_with(&tail[..end]).then_some(end)
-            });
-            let marker = || {
-                let end = self.special_at_start(rest)?;
-                tail.as_deref()?.starts_with(&rest[..end]).then_some(end)
-            };
-            whole.or_else(marker).map(|end| words.place.end + end)
+        let words = first.place.start..end.place.end;
+        if let Some(other) = regions.others_within(turn, &words) {
+            return Err(no_span(turn, &format!("the words of message {} lie among them", other + 1)));
+        }
+        let previous = regions.end_before(turn, words.start);
+        let before = self.render(given, turn, false).ok();
+        let before = before.as_deref();
+        let lead = self.lead(&given.messages[turn]);
+        let mut start = words.start;
+        if let Some(place) = self.start_in(given, turn, text, [before, prompt], previous..words.start) {
+            start = place;
+        } else if text[previous..words.start].ends_with(lead) && !lead.trim().is_empty() {
+            // A tag that the content itself begins with.
+            start -= lead.len();
+        }
+        let rest = &text[words.end..regions.start_behind(turn, words.end).unwrap_or(text.len())];
+        let tail = match &alone {
+            _ if last => Some(rest),
+            Some(alone) => {
+                let mut same = alone.iter().filter(|other| other.text == end.text);
+                same.nth(time - 1).and_then(|same| Some(&upto?[same.place.end..]))
+            }
+            None => None,
         };
-        Ok(start.unwrap_or(kept.start)..end.unwrap_or(kept.end))
+        Ok(start..words.end + tail.map_or(0, |tail| self.end_in(tail, rest, prompt.zip(before))))
     }
 
-    /// Where a turn begins whose first words are at `words`: behind the prompt for it.
-    fn start_before(
+    /// Where a turn begins whose first words end the `gap` behind those of the message before: where it is no longer what the
+    /// prompt for it is.
+    fn start_in(
         &self,
         given: &Given,
         turn: usize,
         text: &str,
-        prompt: Option<&str>,
-        words: usize,
+        [before, prompt]: [Option<&str>; 2],
+        gap: Range<usize>,
     ) -> Option<usize> {
-        if !self.template.prompts() {
-            return None;
-        }
         let prompt = prompt?;
-        if prompt.len() <= words && text.starts_with(prompt) {
+        if prompt.len() <= gap.end && text.starts_with(prompt) {
             return Some(prompt.len());
         }
-        let before = self.render(given, turn, false).ok()?;
-        let asks = prompt.strip_prefix(before.as_str()).filter(|asks| !asks.is_empty())?;
-        // A prompt may begin what is thought, and the turn not have it: its special tokens from the last are tried, too.
-        let ends = [asks.len()].into_iter().chain(self.ends_of_specials(asks));
-        ends.filter(|&end| end > 0).find_map(|end| Some(text[..words].rfind(&asks[..end])? + end))
+        let before = before?;
+        let asks = prompt.strip_prefix(before)?;
+        if text.starts_with(before) {
+            let length = self.common(prompt, &text[..gap.end]);
+            if length > before.len() && length >= gap.start {
+                return Some(length);
+            }
+        }
+        // The same of what follows the words before it.
+        let words = self.regions(given, turn, before).found.iter().map(|region| region.place.end).max().unwrap_or(0);
+        let gap_text = &text[gap.clone()];
+        let length = self.common(&prompt[words..], gap_text);
+        if length == prompt.len() - words || length > before.len() - words {
+            return Some(gap.start + length);
+        }
+        // The message before may end in another way where it is the last one.
+        if asks.trim().is_empty() {
+            return None;
+        }
+        let starts = gap_text.char_indices().map(|(at, _)| (self.common(asks, &gap_text[at..]), at));
+        let (length, at) = starts.max()?;
+        let is_header = length == asks.len() || self.first_special(asks).is_some_and(|special| special.end <= length);
+        is_header.then_some(gap.start + at + length)
     }
 
-    /// Where the words of a message are in the text of the first messages, found by marks around them; `None` where the
-    /// template does not keep the marks, or makes another text of marked words.
-    fn marked(&self, given: &Given, turn: usize, messages: usize, text: &str) -> Result<Option<Words>, ChatError> {
-        let message = &given.messages[turn];
-        let mut sets: Vec<Vec<&str>> = vec![Vec::new(), IDS.to_vec()];
-        // A template may look into one of the texts, and take the marks amiss.
-        let fields: Vec<&str> = message.keys().map(String::as_str).filter(|name| !COMPARED.contains(name)).collect();
-        sets.push(vec!["content"]);
-        sets.push(fields.iter().copied().filter(|name| *name != "content").collect());
-        sets.extend(fields.into_iter().map(|name| vec![name]));
-        for set in sets {
-            let mut message = message.clone();
-            let (before, after) = match set.as_slice() {
-                [] => mark_all(&mut message, |_| true, true),
-                set if set == IDS => mark_all(&mut message, |_| true, false),
-                set => mark_all(&mut message, |name| set.contains(&name), false),
-            };
-            if message == given.messages[turn] {
-                continue;
-            }
-            // A template that fails at marked words has not kept them.
-            let Ok(marked) = self.render_changed(given, messages, [(turn, message)]) else { continue };
-            let (Some(first), Some(last)) = (marked.find(MARKS[0]), marked.rfind(MARKS[1])) else { continue };
-            if first > last || without_marks(&marked) != text {
-                continue;
-            }
-            let place = without_marks(&marked[..first]).len()..without_marks(&marked[..last]).len();
-            return Ok(Some(Words { place, before, after }));
+    /// Where a turn ends in the `rest` behind its words, which has `tail` behind them where it is the last one.
+    fn end_in(&self, tail: &str, rest: &str, prompt: Option<(&str, &str)>) -> usize {
+        let tail = &tail[..self.end_of_last_special(tail).unwrap_or(tail.trim_end().len())];
+        if rest.starts_with(tail) {
+            return tail.len();
         }
-        Ok(None)
+        if let Some(end) = self.special_at_start(rest) {
+            if tail.starts_with(&rest[..end]) {
+                return end;
+            }
+            // Another token than that of the last turn, if a header follows it.
+            let asks = prompt.and_then(|(prompt, before)| prompt.strip_prefix(before)).unwrap_or_default().trim_start();
+            let header = self.first_special(asks).filter(|special| special.start == 0).map(|special| &asks[special]);
+            let is_header = |text: &str| header.is_some_and(|header| text.trim_start().starts_with(header));
+            if self.special_at_start(tail).is_some() && is_header(&rest[end..]) && !is_header(rest) {
+                return end;
+            }
+        }
+        let length = self.common(tail, rest);
+        tail[..length].trim_end().len()
+    }
+
+    /// The length of what two texts begin with, without the beginning of a tag or a word that goes on differently.
+    fn common(&self, one: &str, other: &str) -> usize {
+        let same = one.chars().zip(other.chars()).take_while(|(one, other)| one == other);
+        let mut length: usize = same.map(|(character, _)| character.len_utf8()).sum();
+        if length == one.len() || length == other.len() {
+            return length;
+        }
+        for text in [one, other] {
+            if let Some(start) = self.start_of_special_at(text, length) {
+                length = start;
+            }
+        }
+        for [begin, end] in [['<', '>'], ['[', ']']] {
+            let open = one[..length].rfind(begin).filter(|&open| !one[open..length].contains(end));
+            length = open.unwrap_or(length);
+        }
+        let in_word = |text: &str| text[length..].starts_with(char::is_alphanumeric);
+        if in_word(one) || in_word(other) {
+            length = one[..length].trim_end_matches(char::is_alphanumeric).len();
+        }
+        length
+    }
+
+    /// What stands in the content before the first text that is marked.
+    fn lead<'a>(&self, message: &'a Fields) -> &'a str {
+        let content = message.get("content").and_then(Value::as_str).unwrap_or_default();
+        &content[..pieces(content, &self.template.cuts())[0].start]
+    }
+
+    /// Where the texts of the first messages are in their text.
+    pub(super) fn regions(&self, given: &Given, messages: usize, text: &str) -> Regions {
+        let all: Vec<usize> = (0..messages).collect();
+        for texts in [Texts::All, Texts::NoIds] {
+            if let Some(found) = self.regions_of(given, messages, text, &all, texts) {
+                return Regions { found, unknown: Vec::new() };
+            }
+        }
+        // A template that looks into one of the messages may take the marks amiss there.
+        if messages.saturating_mul(messages) > MOST_RENDERED / 8 {
+            return Regions { found: Vec::new(), unknown: all };
+        }
+        let mut regions = Regions { found: Vec::new(), unknown: Vec::new() };
+        for index in all {
+            match self.regions_of_one(given, messages, text, index) {
+                Some(found) => regions.found.extend(found),
+                None => regions.unknown.push(index),
+            }
+        }
+        regions.found.sort_by_key(|region| (region.place.start, region.place.end));
+        regions
+    }
+
+    /// Where the texts of a message are in the text of the first messages; `None` where the template does not keep the
+    /// marks, or makes another text of marked words.
+    fn regions_of_one(&self, given: &Given, messages: usize, text: &str, index: usize) -> Option<Vec<Region>> {
+        let fields = given.messages[index].keys().map(|name| Texts::Field(name));
+        let sets = [Texts::All, Texts::NoIds, Texts::Field("content"), Texts::Others].into_iter().chain(fields);
+        let mut kept = None;
+        for texts in sets {
+            if let Some(found) = self.regions_of(given, messages, text, &[index], texts) {
+                if !found.is_empty() {
+                    return Some(found);
+                }
+                kept = Some(found);
+            }
+        }
+        kept
+    }
+
+    /// The same of several messages, of some of their texts.
+    fn regions_of(
+        &self,
+        given: &Given,
+        messages: usize,
+        text: &str,
+        marked: &[usize],
+        texts: Texts<'_>,
+    ) -> Option<Vec<Region>> {
+        let cuts = self.template.cuts();
+        let mut values = given.values[..messages].to_vec();
+        let mut numbers: Vec<(usize, usize)> = Vec::new();
+        for &index in marked {
+            let mut message = given.messages[index].clone();
+            let mut marker = Marker { next: numbers.len(), texts, cuts: &cuts };
+            marker.mark(&mut message);
+            numbers.extend((0..marker.next - numbers.len()).map(|number| (index, number)));
+            values[index] = given.value(&message);
+        }
+        // A template that fails at marked words has not kept them.
+        let marked = self.template.render_given(given, &values, false, ["", ""]).ok()?;
+        let mut plain = String::with_capacity(text.len());
+        let mut open: Option<Region> = None;
+        let mut found = Vec::new();
+        let mut characters = marked.chars().peekable();
+        while let Some(character) = characters.next() {
+            if character == MARKS[0] {
+                let mut number = 0usize;
+                while let Some(digit) = characters.next_if(|digit| DIGITS.contains(digit)) {
+                    let digit = DIGITS.iter().position(|&other| other == digit)?;
+                    number = number.checked_mul(DIGITS.len())?.checked_add(digit)?;
+                }
+                let &(message, text) = numbers.get(number)?;
+                if open.replace(Region { message, text, place: plain.len()..plain.len() }).is_some() {
+                    return None;
+                }
+            } else if character == MARKS[1] {
+                let mut region = open.take()?;
+                region.place.end = plain.len();
+                found.push(region);
+            } else {
+                plain.push(character);
+            }
+        }
+        (plain == text && open.is_none()).then_some(found)
+    }
+}
+
+/// Where a text of a message is in a text of the conversation.
+#[derive(Debug, Clone)]
+struct Region {
+    message: usize,
+    /// Its number among the texts of the message.
+    text: usize,
+    place: Range<usize>,
+}
+
+/// Where the texts of messages are in the text of the conversation, in its order.
+#[derive(Debug)]
+pub(super) struct Regions {
+    found: Vec<Region>,
+    /// Messages that the template makes another text of where they are marked.
+    unknown: Vec<usize>,
+}
+
+impl Regions {
+    /// Another message whose words lie in a part.
+    fn others_within(&self, turn: usize, part: &Range<usize>) -> Option<usize> {
+        let first = self.found.partition_point(|region| region.place.end <= part.start);
+        let within = self.found[first..].iter().take_while(|region| region.place.start < part.end);
+        within.filter(|region| !region.place.is_empty()).map(|region| region.message).find(|&message| message != turn)
+    }
+
+    /// Where the words of other messages end that stand before a place.
+    fn end_before(&self, turn: usize, place: usize) -> usize {
+        let before = self.found.partition_point(|region| region.place.end <= place);
+        let other = self.found[..before].iter().rfind(|region| region.message != turn);
+        other.map_or(0, |region| region.place.end)
+    }
+
+    /// Where the words of other messages begin that stand behind a place.
+    fn start_behind(&self, turn: usize, place: usize) -> Option<usize> {
+        let behind = self.found.partition_point(|region| region.place.start < place);
+        self.found[behind..].iter().find(|region| region.message != turn).map(|region| region.place.start)
+    }
+
+    /// Whether a place lies in the words of a message whose role is not the assistant's; for tests.
+    #[cfg(test)]
+    pub(super) fn places(&self) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
+        self.found.iter().map(|region| (region.message, region.place.clone()))
+    }
+}
+
+/// Which texts of a message are marked.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Texts<'a> {
+    All,
+    /// All but what some templates compare or measure.
+    NoIds,
+    /// All but the content and those.
+    Others,
+    Field(&'a str),
+}
+
+/// Puts marks with numbers around texts.
+struct Marker<'a> {
+    /// The number of the next text; one that is not wanted has a number, too.
+    next: usize,
+    texts: Texts<'a>,
+    cuts: &'a [String],
+}
+
+impl Marker<'_> {
+    fn mark(&mut self, message: &mut Fields) {
+        let first = self.next;
+        for (name, value) in message.iter_mut().filter(|(name, _)| name.as_str() != "content") {
+            let wanted = match self.texts {
+                Texts::All | Texts::NoIds | Texts::Others => true,
+                Texts::Field(field) => field == name,
+            };
+            self.mark_field(name, value, wanted);
+        }
+        let wanted = matches!(self.texts, Texts::All | Texts::NoIds | Texts::Field("content"));
+        match message.get_mut("content") {
+            // An empty one is marked if it is all there is.
+            Some(Value::String(text)) if self.next == first || !text.trim().is_empty() => self.mark_text(text, wanted),
+            Some(parts @ Value::Array(_)) => self.mark_value(parts, wanted),
+            _ => {}
+        }
+    }
+
+    fn mark_field(&mut self, name: &str, value: &mut Value, wanted: bool) {
+        if !COMPARED.contains(&name) {
+            self.mark_value(value, wanted && (self.texts == Texts::All || !IDS.contains(&name)));
+        }
+    }
+
+    fn mark_value(&mut self, value: &mut Value, wanted: bool) {
+        match value {
+            Value::String(text) if !text.trim().is_empty() => self.mark_text(text, wanted),
+            Value::Array(items) => items.iter_mut().for_each(|item| self.mark_value(item, wanted)),
+            Value::Object(map) => map.iter_mut().for_each(|(name, value)| self.mark_field(name, value, wanted)),
+            _ => {}
+        }
+    }
+
+    fn mark_text(&mut self, text: &mut String, wanted: bool) {
+        let pieces = pieces(text, self.cuts);
+        let numbers: Vec<String> = (self.next..self.next + pieces.len()).map(in_digits).collect();
+        self.next += pieces.len();
+        if wanted {
+            *text = with_marks(text, &pieces, |index| &numbers[index]);
+        }
     }
 }
 
@@ -370,81 +646,85 @@ fn kind_of(message: &Fields) -> Vec<&str> {
     message.iter().filter(|(name, value)| holds((name, value))).map(|(name, _)| name.as_str()).collect()
 }
 
-fn without_marks(text: &str) -> String {
-    text.chars().filter(|character| !MARKS.contains(character) && !DIGITS.contains(character)).collect()
-}
-
 /// Marks the words of a message: its content, or else what it has in place of it. Gives the white space around the content.
-fn mark_words(message: &mut Fields, number: &str, ids: bool) -> (String, String) {
+fn mark_words(message: &mut Fields, number: &str, ids: bool, cuts: &[String]) -> (String, String) {
     match message.get_mut("content") {
-        Some(Value::String(text)) if !text.trim().is_empty() => mark_text(text, number),
+        Some(Value::String(text)) if !text.trim().is_empty() => mark_text(text, number, cuts),
         _ => {
             let before = message.clone();
             for (name, value) in message.iter_mut().filter(|(name, _)| name.as_str() != "content") {
-                mark_field(name, value, number, ids);
+                mark_field(name, value, number, ids, cuts);
             }
             if *message == before
                 && let Some(Value::String(text)) = message.get_mut("content")
             {
-                return mark_text(text, number);
+                return mark_text(text, number, cuts);
             }
             (String::new(), String::new())
         }
     }
 }
 
-/// Marks the texts of a message in the fields that are wanted; its content even where it is empty, if it is all there is.
-/// Gives the white space around the content, if nothing else is marked.
-fn mark_all(message: &mut Fields, wanted: impl Fn(&str) -> bool, ids: bool) -> (String, String) {
-    let before = message.clone();
-    let other = |(name, _): &(&String, &mut Value)| name.as_str() != "content" && wanted(name);
-    for (name, value) in message.iter_mut().filter(other) {
-        mark_field(name, value, "", ids);
-    }
-    let alone = *message == before;
-    match message.get_mut("content") {
-        Some(Value::String(text)) if wanted("content") && (alone || !text.trim().is_empty()) => {
-            let around = mark_text(text, "");
-            if alone { around } else { Default::default() }
-        }
-        Some(parts @ Value::Array(_)) if wanted("content") => {
-            mark_value(parts, "", ids);
-            Default::default()
-        }
-        _ => Default::default(),
-    }
-}
-
-fn mark_field(name: &str, value: &mut Value, number: &str, ids: bool) {
+fn mark_field(name: &str, value: &mut Value, number: &str, ids: bool, cuts: &[String]) {
     if !COMPARED.contains(&name) && (ids || !IDS.contains(&name)) {
-        mark_value(value, number, ids);
+        mark_value(value, number, ids, cuts);
     }
 }
 
 /// Marks the texts in a value.
-fn mark_value(value: &mut Value, number: &str, ids: bool) {
+fn mark_value(value: &mut Value, number: &str, ids: bool, cuts: &[String]) {
     match value {
-        Value::String(text) if !text.trim().is_empty() => drop(mark_text(text, number)),
-        Value::Array(items) => items.iter_mut().for_each(|item| mark_value(item, number, ids)),
-        Value::Object(map) => map.iter_mut().for_each(|(name, value)| mark_field(name, value, number, ids)),
+        Value::String(text) if !text.trim().is_empty() => drop(mark_text(text, number, cuts)),
+        Value::Array(items) => items.iter_mut().for_each(|item| mark_value(item, number, ids, cuts)),
+        Value::Object(map) => map.iter_mut().for_each(|(name, value)| mark_field(name, value, number, ids, cuts)),
         _ => {}
     }
 }
 
-/// Puts marks around a text, within its white space, which it gives back.
-fn mark_text(text: &mut String, number: &str) -> (String, String) {
-    let (before, inner, after) = trimmed(text);
-    let marked = format!("{before}{}{number}{inner}{}{after}", MARKS[0], MARKS[1]);
-    let around = (before.to_owned(), after.to_owned());
-    *text = marked;
+/// Puts marks around a text, within its white space and on either side of cuts; gives what stands before and behind them.
+fn mark_text(text: &mut String, number: &str, cuts: &[String]) -> (String, String) {
+    let pieces = pieces(text, cuts);
+    let around = (text[..pieces[0].start].to_owned(), text[pieces[pieces.len() - 1].end..].to_owned());
+    *text = with_marks(text, &pieces, |_| number);
     around
 }
 
-/// White space, words, white space. Templates trim; what is trimmed must lie outside the marks.
-fn trimmed(content: &str) -> (&str, &str, &str) {
-    let inner = content.trim();
-    let before = content.len() - content.trim_start().len();
-    (&content[..before], inner, &content[before + inner.len()..])
+fn with_marks<'a>(text: &str, pieces: &[Range<usize>], number: impl Fn(usize) -> &'a str) -> String {
+    let mut marked = String::with_capacity(text.len() + 16 * pieces.len());
+    let mut end = 0;
+    for (index, piece) in pieces.iter().enumerate() {
+        marked.push_str(&text[end..piece.start]);
+        marked.push(MARKS[0]);
+        marked.push_str(number(index));
+        marked.push_str(&text[piece.clone()]);
+        marked.push(MARKS[1]);
+        end = piece.end;
+    }
+    marked.push_str(&text[end..]);
+    marked
+}
+
+/// The parts of a text between the cuts, each within its white space, which templates trim; one that may be empty where all
+/// is white.
+fn pieces(text: &str, cuts: &[String]) -> Vec<Range<usize>> {
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    while start <= text.len() {
+        let next = cuts.iter().filter_map(|cut| Some((text[start..].find(cut.as_str())?, cut.len()))).min();
+        let end = next.map_or(text.len(), |(at, _)| start + at);
+        let part = &text[start..end];
+        if !part.trim().is_empty() {
+            let inner = start + part.len() - part.trim_start().len();
+            pieces.push(inner..inner + part.trim().len());
+        }
+        let Some((_, length)) = next else { break };
+        start = end + length;
+    }
+    if pieces.is_empty() {
+        let end = if text.trim().is_empty() { text.len() - text.trim_start().len() } else { text.len() };
+        pieces.push(end..end);
+    }
+    pieces
 }
 
 /// A number in characters that no template makes anything of.
@@ -468,14 +748,6 @@ impl Words {
     /// Nothing but white space: whether it is learned depends on what follows.
     fn is_blank(&self) -> bool {
         self.place.is_empty() && !self.before.is_empty()
-    }
-
-    /// With the white space around them, as far as the text has it.
-    fn kept(&self, text: &str) -> Range<usize> {
-        let Range { start, end } = self.place;
-        let before = if text[..start].ends_with(&self.before) { self.before.len() } else { 0 };
-        let after = if text[end..].starts_with(&self.after) { self.after.len() } else { 0 };
-        start - before..end + after
     }
 }
 

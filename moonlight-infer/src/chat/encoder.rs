@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use aho_corasick::{AhoCorasick, MatchKind};
@@ -369,11 +370,15 @@ impl Finder<'_> {
         (found.start() == 0).then_some(white + found.end())
     }
 
-    /// Where special tokens of a text end, the last first.
-    pub(super) fn ends_of_specials(&self, text: &str) -> Vec<usize> {
-        let mut ends: Vec<usize> = self.specials.finder.find_iter(text).map(|found| found.end()).collect();
-        ends.reverse();
-        ends
+    /// The first special token of a text.
+    pub(super) fn first_special(&self, text: &str) -> Option<Range<usize>> {
+        Some(self.specials.finder.find(text)?.range())
+    }
+
+    /// Where the added token of a text begins that a place lies in.
+    pub(super) fn start_of_special_at(&self, text: &str, place: usize) -> Option<usize> {
+        let mut found = self.specials.added.find_iter(text).take_while(|found| found.start() < place);
+        found.find(|found| place < found.end()).map(|found| found.start())
     }
 }
 

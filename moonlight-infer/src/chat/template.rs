@@ -166,7 +166,8 @@ impl ChatTemplate {
         if text.len() > LONGEST_SOURCE {
             return Err(broken(format!("it has {} bytes, more than the limit of {LONGEST_SOURCE}", text.len())));
         }
-        let marked = with_marks(&text);
+        // Jinja makes line feeds of all line ends of a source.
+        let marked = with_marks(&text.replace("\r\n", "\n").replace('\r', "\n"));
         let parsed = sandbox::run(PARSING, move || {
             let environment = environment(&marked)?;
             let template = environment.get_template(NAME).map_err(|error| sentence(&error))?;
@@ -239,6 +240,21 @@ impl ChatTemplate {
     /// Whether the template heeds `add_generation_prompt`.
     pub(super) fn prompts(&self) -> bool {
         self.text.contains("add_generation_prompt")
+    }
+
+    /// What it cuts texts at: the tags of thoughts, and whatever else it splits by.
+    pub(super) fn cuts(&self) -> Vec<String> {
+        let mut cuts = vec!["<think>".to_owned(), "</think>".to_owned()];
+        for (at, call) in self.text.match_indices("split(") {
+            let argument = self.text[at + call.len()..].trim_start();
+            let Some(quote) = argument.chars().next().filter(|quote| ['\'', '"'].contains(quote)) else { continue };
+            let Some((cut, _)) = argument[1..].split_once(quote) else { continue };
+            let is_tag = cut.len() > 2 && !cut.contains('\\') && !cut.contains(char::is_whitespace);
+            if is_tag && !cuts.iter().any(|known| known == cut) {
+                cuts.push(cut.to_owned());
+            }
+        }
+        cuts
     }
 
     /// Whether the template says itself where the assistant speaks.

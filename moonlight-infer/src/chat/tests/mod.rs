@@ -15,6 +15,7 @@ fn moonlight(dir: &Path) -> Tokenizer {
     Tokenizer::open(&dir.display().to_string()).unwrap()
 }
 
+mod masks;
 mod records;
 mod templates;
 
@@ -506,8 +507,9 @@ fn long_conversations_are_learned_from_alike() {
             let (finder, turns) = (encoder.core().finder(), turns_of(&given));
             assert!(turns.len() > EXACT);
             let rendered = finder.template.render_given(&given, &given.values, false, ["", ""]).unwrap();
-            let each = finder.spans_one_by_one(&given, &turns, &rendered);
-            let (Ok(each), Ok(found)) = (each, finder.spans_by_pattern(&given, &turns, &rendered)) else {
+            let regions = finder.regions(&given, given.messages.len(), &rendered);
+            let each = finder.spans_one_by_one(&given, &turns, &rendered, &regions);
+            let (Ok(each), Ok(found)) = (each, finder.spans_by_pattern(&given, &turns, &rendered, &regions)) else {
                 continue;
             };
             if let Some(found) = found {

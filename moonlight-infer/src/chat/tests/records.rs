@@ -420,8 +420,9 @@ fn long_conversations_with_calls_are_learned_from_alike() {
     let (finder, turns) = (encoder.core().finder(), turns_of(&given));
     assert!(turns.len() > EXACT);
     let text = finder.template.render_given(&given, &given.values, false, ["", ""]).unwrap();
-    let each = finder.spans_one_by_one(&given, &turns, &text).unwrap();
-    assert_eq!(finder.spans_by_pattern(&given, &turns, &text).unwrap(), Some(each));
+    let regions = finder.regions(&given, given.messages.len(), &text);
+    let each = finder.spans_one_by_one(&given, &turns, &text, &regions).unwrap();
+    assert_eq!(finder.spans_by_pattern(&given, &turns, &text, &regions).unwrap(), Some(each));
 }
 
 #[test]

@@ -8,11 +8,11 @@ use serde_json::{Map, Value};
 use super::super::given::Given;
 use super::*;
 
-fn folder() -> PathBuf {
+pub(super) fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fixtures/templates")
 }
 
-fn rendered() -> Value {
+pub(super) fn rendered() -> Value {
     serde_json::from_slice(&fs::read(folder().join("rendered.json")).unwrap()).unwrap()
 }
 
