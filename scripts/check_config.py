@@ -4,7 +4,7 @@
     python scripts/check_config.py --program target/release/moonlight --convert target/release/moonlight-convert
 
 For each variant of a configuration that is followed (rope scalings in both spellings, biases, heads, routers, tied and
-half-tied heads, sliding windows) a tiny random model is saved by transformers, and its log-probabilities are
+half-tied heads, sliding windows, keys that are absent) a tiny random model is saved by transformers, and its log-probabilities are
 held to those of `moonlight score` (1e-4). For each that is not followed, `moonlight score` must refuse and name the key; the
 script prints how far transformers is from the same model without that key, where it reads it. FP8 matrices with a scale a
 tensor, a row and a block go through `moonlight-convert convert`, and are held to torch's product bit by bit.
@@ -121,6 +121,27 @@ FOLLOWED = {
     "deepseek_v2, q_lora_rank and attention_bias": V2 | {"q_lora_rank": 15, "attention_bias": True},
 }
 
+# Models with the defaults of their classes, and the keys that are then taken out of config.json.
+V3_DEFAULTS = {
+    "n_group": 8,
+    "topk_group": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+}
+V2_DEFAULTS = {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0}
+ABSENT = {
+    "deepseek_v3": (V3 | {"num_hidden_layers": 5, "n_routed_experts": 16} | V3_DEFAULTS, list(V3_DEFAULTS)),
+    "deepseek_v3, q_lora_rank": (V3 | {"q_lora_rank": 1536}, ["q_lora_rank"]),
+    "deepseek_v2": (V2 | V2_DEFAULTS, [*V2_DEFAULTS, "topk_method", "norm_topk_prob"]),
+    "qwen2": (QWEN2 | {"num_attention_heads": 32, "hidden_size": 64, "num_key_value_heads": 32}, ["num_key_value_heads"]),
+    "llama": (
+        LLAMA | {"num_key_value_heads": 4, "rms_norm_eps": 1e-6},
+        ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "attention_bias", "mlp_bias", "hidden_act"],
+    ),
+}
+
 # The base, what is laid over it, and the key that must be named.
 REFUSED = [
     (LLAMA, {"sliding_window": 3}, "sliding_window"),
@@ -159,6 +180,8 @@ def main():
         home = pathlib.Path(home)
         for number, (name, config) in enumerate(FOLLOWED.items()):
             followed(program, name, config, home / str(number))
+        for number, (name, (config, keys)) in enumerate(ABSENT.items()):
+            absent(program, name, config, keys, home / f"absent-{number}")
         half_tied(program, convert, home)
         for number, (base, over, key) in enumerate(REFUSED):
             refused(program, base, over, key, home / f"refused-{number}")
@@ -264,6 +287,17 @@ def followed(program, name, config, folder):
             expect(f"{name}, {spelling}", False, said)
         elif distance(again, ours) != 0:
             expect(f"{name}, {spelling}", False, f"{distance(again, ours):.1e}")
+
+
+def absent(program, name, config, keys, folder):
+    build(config, folder)
+    whole = theirs(folder)
+    change(folder, {}, without=keys)
+    expected = theirs(folder)
+    expect(f"{name}, the defaults of transformers", distance(expected, whole) == 0)
+    ours, said = score(program, folder)
+    far = said if ours is None else f"{distance(ours, expected):.1e}"
+    expect(f"{name} without {', '.join(keys)}", ours is not None and distance(ours, expected) < BUDGET, far)
 
 
 def half_tied(program, convert, home):

@@ -297,15 +297,15 @@ fn packed_weights_are_what_the_configuration_says() {
         Checkpoint::open(home.path()).unwrap().problems()
     };
     let int = |bits: u8, size: usize| json!({"num_bits": bits, "type": "int", "symmetric": true, "strategy": "group", "group_size": size});
-    assert_eq!(packed(columns.div_ceil(8), 8, int(4, 8)), []);
+    assert_eq!(packed(columns.div_ceil(8), 9, int(4, 9)), []);
     for (found, named) in [
-        (packed(columns.div_ceil(4), 8, int(8, 8)), "has weights of 8 bits"),
-        (packed(columns.div_ceil(4), 8, int(4, 8)), "has weights of 8 bits"),
+        (packed(columns.div_ceil(4), 9, int(8, 9)), "has weights of 8 bits"),
+        (packed(columns.div_ceil(4), 9, int(4, 9)), "has weights of 8 bits"),
         (
-            packed(columns.div_ceil(8), 8, int(4, 16)),
-            "has a scale for 8 values, and `quantization_config` says `group_size` 16",
+            packed(columns.div_ceil(8), 9, int(4, 18)),
+            "has a scale for 9 values, and `quantization_config` says `group_size` 18",
         ),
-        (packed(columns.div_ceil(8), 8, json!({"num_bits": 4, "type": "float"})), "no group of the `type` `int`"),
+        (packed(columns.div_ceil(8), 9, json!({"num_bits": 4, "type": "float"})), "no group of the `type` `int`"),
     ] {
         let [one @ Problem::Packing { .. }] = &found[..] else { panic!("{found:?}") };
         assert!(one.to_string().contains(named), "{one}");
