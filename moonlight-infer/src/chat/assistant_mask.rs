@@ -625,8 +625,8 @@ impl Marker<'_> {
         let wanted = matches!(self.texts, Texts::All | Texts::NoIds | Texts::Field("content"));
         match message.get_mut("content") {
             Some(Value::String(text)) if self.texts == Texts::End => {
-                let end = text.len();
-                *text = with_marks(text, &[end..end], |_| in_digits(self.next));
+                let end = text.len()..text.len();
+                *text = with_marks(text, std::slice::from_ref(&end), |_| in_digits(self.next));
                 self.next += 1;
             }
             // An empty one is marked if it is all there is.
