@@ -133,6 +133,11 @@ fn thoughts_within_the_content_are_learned_as_they_are_written() {
     let record = talk(&[user("Q"), thought("r", "A")]);
     assert_eq!(learned_by("deepseek_r1", &record), "\n\nA<|end_of_sentence|>");
     assert_eq!(learned_by("qwen3", &record), "<think>\nr\n</think>\n\nA<|im_end|>");
+    // A question that the template looks at: it takes it for the answer of a tool.
+    let answered = user("<tool_response>\nR\n</tool_response>");
+    let record = talk(&[user("Q"), thought("r1", "A"), user("P"), thought("r2", "B"), answered, thought("r3", "C")]);
+    let expected = "A<|im_end|>|<think>\nr2\n</think>\n\nB<|im_end|>|<think>\nr3\n</think>\n\nC<|im_end|>";
+    assert_eq!(learned_by("qwen3", &record), expected);
     // One that is nothing but a thought, which is dropped.
     let record = talk(&[user("Q"), thought("r", ""), user("R"), answer("B")]);
     assert_eq!(learned_by("qwen3", &record), "<|im_end|>|<think>\n\n</think>\n\nB<|im_end|>");
