@@ -144,17 +144,22 @@ impl Finder<'_> {
         if self.template.prompts() {
             return self.render(given, turn, true).ok();
         }
+        let header = self.plain_header(given, turn)?;
+        // White space before the answer is no header: the model must write it.
+        let before = self.render(given, turn, false).ok();
+        let white =
+            |before: &String| header.strip_prefix(before.as_str()).is_some_and(|header| header.trim().is_empty());
+        Some(before.filter(white).unwrap_or(header))
+    }
+
+    /// The conversation before a turn, and what is written before the words of a plain answer.
+    fn plain_header(&self, given: &Given, turn: usize) -> Option<String> {
         let words = format!("{}x{}", MARKS[0], MARKS[1]);
         let plain = Fields::from_iter([("role".into(), "assistant".into()), ("content".into(), words.into())]);
         let mut values = given.values[..turn].to_vec();
         values.push(given.value(&plain));
         let marked = self.template.render_given(given, &values, false, ["", ""]).ok()?;
-        let header = &marked[..marked.find(MARKS[0])?];
-        // White space before the answer is no header: the model must write it.
-        let before = self.render(given, turn, false).ok();
-        let white =
-            |before: &String| header.strip_prefix(before.as_str()).is_some_and(|header| header.trim().is_empty());
-        Some(before.filter(white).unwrap_or_else(|| header.to_owned()))
+        Some(marked[..marked.find(MARKS[0])?].to_owned())
     }
 
     /// The parts of all turns from those of some; `None` where the template does not make all turns alike.
@@ -305,10 +310,19 @@ impl Finder<'_> {
         let last = turn + 1 == given.messages.len();
         // The same turn where it is the last one. What is written once more behind it is another message's: the header of a
         // tool's answer may name the function that was called.
-        let alone = upto.filter(|_| !last).and_then(|upto| self.regions_of_one(given, turn + 1, upto, turn));
+        let here: Vec<Region> = regions.found.iter().filter(|region| region.message == turn).cloned().collect();
+        let unwritten = here.is_empty();
+        let here = match unwritten {
+            true => self.end_of(given, given.messages.len(), text, turn).unwrap_or_default(),
+            false => here,
+        };
+        let alone = upto.filter(|_| !last).and_then(|upto| match unwritten {
+            true => self.end_of(given, turn + 1, upto, turn),
+            false => self.regions_of_one(given, turn + 1, upto, turn),
+        });
         let mut times: HashMap<usize, usize> = HashMap::new();
         let mut own: Vec<(&Region, usize)> = Vec::new();
-        for region in regions.found.iter().filter(|region| region.message == turn) {
+        for region in &here {
             let time = times.entry(region.text).or_default();
             *time += 1;
             let is_here = |alone: &Vec<Region>| alone.iter().filter(|other| other.text == region.text).count() >= *time;
@@ -362,9 +376,9 @@ impl Finder<'_> {
         }
         let before = before?;
         let asks = prompt.strip_prefix(before)?;
-        if text.starts_with(before) {
+        if text.starts_with(before) && before.len() >= gap.start {
             let length = self.common(prompt, &text[..gap.end]);
-            if length > before.len() && length >= gap.start {
+            if length > before.len() {
                 return Some(length);
             }
         }
@@ -372,17 +386,25 @@ impl Finder<'_> {
         let words = self.regions(given, turn, before).found.iter().map(|region| region.place.end).max().unwrap_or(0);
         let gap_text = &text[gap.clone()];
         let length = self.common(&prompt[words..], gap_text);
-        if length == prompt.len() - words || length > before.len() - words {
+        let known = before.len() - words;
+        if length > known || length == prompt.len() - words {
             return Some(gap.start + length);
         }
         // The message before may end in another way where it is the last one.
-        if asks.trim().is_empty() {
-            return None;
-        }
         let starts = gap_text.char_indices().map(|(at, _)| (self.common(asks, &gap_text[at..]), at));
-        let (length, at) = starts.max()?;
-        let is_header = length == asks.len() || self.first_special(asks).is_some_and(|special| special.end <= length);
-        is_header.then_some(gap.start + at + length)
+        let header = starts.max().filter(|&(length, _)| {
+            let is_header =
+                length == asks.len() || self.first_special(asks).is_some_and(|special| special.end <= length);
+            is_header && !asks.trim().is_empty()
+        });
+        if let Some((length, at)) = header {
+            return Some(gap.start + at + length);
+        }
+        // The turn has no header, or one of its own: that of a plain answer.
+        let header = self.plain_header(given, turn)?;
+        let length = self.common(header.strip_prefix(before).map(|_| &header[words..])?, gap_text);
+        let begins = length > 0 && (length >= known || asks.trim().is_empty());
+        begins.then_some(gap.start + length)
     }
 
     /// Where a turn ends in the `rest` behind its words, which has `tail` behind them where it is the last one.
@@ -476,6 +498,11 @@ impl Finder<'_> {
         kept
     }
 
+    /// Where the content of a message ends of which nothing is written.
+    fn end_of(&self, given: &Given, messages: usize, text: &str, index: usize) -> Option<Vec<Region>> {
+        self.regions_of(given, messages, text, &[index], Texts::End)
+    }
+
     /// The same of several messages, of some of their texts.
     fn regions_of(
         &self,
@@ -561,12 +588,6 @@ impl Regions {
         let behind = self.found.partition_point(|region| region.place.start < place);
         self.found[behind..].iter().find(|region| region.message != turn).map(|region| region.place.start)
     }
-
-    /// Whether a place lies in the words of a message whose role is not the assistant's; for tests.
-    #[cfg(test)]
-    pub(super) fn places(&self) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
-        self.found.iter().map(|region| (region.message, region.place.clone()))
-    }
 }
 
 /// Which texts of a message are marked.
@@ -578,6 +599,8 @@ enum Texts<'a> {
     /// All but the content and those.
     Others,
     Field(&'a str),
+    /// None but the place where the content ends.
+    End,
 }
 
 /// Puts marks with numbers around texts.
@@ -595,11 +618,17 @@ impl Marker<'_> {
             let wanted = match self.texts {
                 Texts::All | Texts::NoIds | Texts::Others => true,
                 Texts::Field(field) => field == name,
+                Texts::End => false,
             };
             self.mark_field(name, value, wanted);
         }
         let wanted = matches!(self.texts, Texts::All | Texts::NoIds | Texts::Field("content"));
         match message.get_mut("content") {
+            Some(Value::String(text)) if self.texts == Texts::End => {
+                let end = text.len()..text.len();
+                *text = with_marks(text, std::slice::from_ref(&end), |_| in_digits(self.next));
+                self.next += 1;
+            }
             // An empty one is marked if it is all there is.
             Some(Value::String(text)) if self.next == first || !text.trim().is_empty() => self.mark_text(text, wanted),
             Some(parts @ Value::Array(_)) => self.mark_value(parts, wanted),
@@ -624,11 +653,10 @@ impl Marker<'_> {
 
     fn mark_text(&mut self, text: &mut String, wanted: bool) {
         let pieces = pieces(text, self.cuts);
-        let numbers: Vec<String> = (self.next..self.next + pieces.len()).map(in_digits).collect();
-        self.next += pieces.len();
         if wanted {
-            *text = with_marks(text, &pieces, |index| &numbers[index]);
+            *text = with_marks(text, &pieces, |index| in_digits(self.next + index));
         }
+        self.next += pieces.len();
     }
 }
 
@@ -685,17 +713,18 @@ fn mark_value(value: &mut Value, number: &str, ids: bool, cuts: &[String]) {
 fn mark_text(text: &mut String, number: &str, cuts: &[String]) -> (String, String) {
     let pieces = pieces(text, cuts);
     let around = (text[..pieces[0].start].to_owned(), text[pieces[pieces.len() - 1].end..].to_owned());
-    *text = with_marks(text, &pieces, |_| number);
+    *text = with_marks(text, &pieces, |_| number.to_owned());
     around
 }
 
-fn with_marks<'a>(text: &str, pieces: &[Range<usize>], number: impl Fn(usize) -> &'a str) -> String {
+/// A text with marks around its pieces, each with a number.
+fn with_marks(text: &str, pieces: &[Range<usize>], number: impl Fn(usize) -> String) -> String {
     let mut marked = String::with_capacity(text.len() + 16 * pieces.len());
     let mut end = 0;
     for (index, piece) in pieces.iter().enumerate() {
         marked.push_str(&text[end..piece.start]);
         marked.push(MARKS[0]);
-        marked.push_str(number(index));
+        marked.push_str(&number(index));
         marked.push_str(&text[piece.clone()]);
         marked.push(MARKS[1]);
         end = piece.end;

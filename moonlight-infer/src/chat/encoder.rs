@@ -150,8 +150,14 @@ impl ChatEncoder {
         // All renderings are one job of the sandbox.
         let (core, of_job) = (self.core.clone(), given.clone());
         let found = sandbox::run(given.budget.time(), move || core.of_tools(tools).spans(&of_job));
-        let (text, spans) = found.map_err(|overrun| self.core.template.of_tools(tools).overrun(overrun)).flatten()?;
-        unread.extend(unread_of_messages(turns, &given)?);
+        let found = found.map_err(|overrun| self.core.template.of_tools(tools).overrun(overrun)).flatten();
+        let unread_of_messages = || unread_of_messages(turns, &given);
+        let (text, spans) = match found {
+            // Words that are not written may be the fault of a call that the template does not read.
+            Err(error @ ChatError::NoSpan { .. }) => return Err(unread_of_messages().err().unwrap_or(error)),
+            found => found?,
+        };
+        unread.extend(unread_of_messages()?);
         let mut result = WeightedTokens { tokens: Vec::new(), weights: Vec::new(), unread, given: named };
         let mut add = |text: &str, weight: f32| -> Result<(), ChatError> {
             self.core.specials.encode(&self.tokenizer, text, &mut result.tokens)?;

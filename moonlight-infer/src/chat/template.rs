@@ -242,10 +242,11 @@ impl ChatTemplate {
         self.text.contains("add_generation_prompt")
     }
 
-    /// What it cuts texts at: the tags of thoughts, and whatever else it splits by.
+    /// What it cuts texts at or looks for at their ends: the tags of thoughts, and whatever else it splits by or asks for.
     pub(super) fn cuts(&self) -> Vec<String> {
         let mut cuts = vec!["<think>".to_owned(), "</think>".to_owned()];
-        for (at, call) in self.text.match_indices("split(") {
+        let calls = ["split(", "startswith(", "endswith("].into_iter().flat_map(|call| self.text.match_indices(call));
+        for (at, call) in calls {
             let argument = self.text[at + call.len()..].trim_start();
             let Some(quote) = argument.chars().next().filter(|quote| ['\'', '"'].contains(quote)) else { continue };
             let Some((cut, _)) = argument[1..].split_once(quote) else { continue };

@@ -12,7 +12,7 @@ pub(super) fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fixtures/templates")
 }
 
-pub(super) fn rendered() -> Value {
+fn rendered() -> Value {
     serde_json::from_slice(&fs::read(folder().join("rendered.json")).unwrap()).unwrap()
 }
 
