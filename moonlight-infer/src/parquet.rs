@@ -50,7 +50,7 @@ impl ParquetError {
     }
 }
 
-/// Columns of which the file has to have one; none at all if there are no names. All columns are read: what is of use among
+/// The file must have one of these columns; any will do if there are no names. All columns are read: what is of use among
 /// them is known where records are.
 pub type Wanted = &'static [&'static str];
 

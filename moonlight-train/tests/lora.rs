@@ -228,7 +228,7 @@ fn a_router_learns_where_the_recipe_names_it() {
     };
     let apart = score(&run).into_iter().zip(score(&merged)).map(|(a, b)| (a - b).abs());
     assert!(apart.fold(0.0, f64::max) < 1e-4);
-    // Training goes on from it.
+    // Training continues from it.
     let path = format!("lora.path={dir:?}");
     tuned.home.trained("onwards", &["--set", &path, "--set", "train.steps=2", "--set", "schedule.warmup_steps=1"]);
 }

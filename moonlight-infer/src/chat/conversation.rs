@@ -32,7 +32,7 @@ pub enum Shape {
     ShareGpt,
     /// `instruction`, perhaps `input`, and `output`; perhaps `system` and `history`.
     Alpaca,
-    /// `prompt` and `completion`, lists of messages of which the second is learned.
+    /// `prompt` and `completion`, two lists of messages; the second is learned.
     PromptCompletion,
 }
 

@@ -18,7 +18,7 @@
 //! | the harness | with `fix_harness` |
 //! |---|---|
 //! | takes a choice's tokens from where those of the context end, though a token may reach over the seam: a choice with no token left has the log-likelihood 0, and wins; others follow a context that the tokenizer does not write | scores the tokens of context and choice as one text, from the first that any choice of the row has otherwise than the context |
-//! | puts a second BOS before a text of which the tokenizer has put one, and counts how well BOS predicts BOS | has one BOS, which is given |
+//! | puts BOS before a text that the tokenizer has begun with BOS, and counts how well BOS predicts BOS | has one BOS, which is given |
 
 mod python;
 mod requests;

@@ -17,7 +17,7 @@ impl Request {
         self.tokens.len() - self.from
     }
 
-    /// As it fits into a context, of which the beginning is lost; the last token is predicted and not read.
+    /// Truncated from the left to what fits into a context; the last token is predicted and not read.
     pub(super) fn within(mut self, context: usize) -> Self {
         let dropped = self.tokens.len().saturating_sub(context + 1);
         self.tokens.drain(..dropped);

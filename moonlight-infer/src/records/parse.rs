@@ -431,7 +431,7 @@ fn number(bytes: &[u8]) -> (usize, Option<Value>) {
     let digits = text.strip_prefix('-').unwrap_or(text);
     let is_integer =
         digits.bytes().all(|digit| digit.is_ascii_digit()) && (digits.len() == 1 || !digits.starts_with('0'));
-    // What is no number the parser refuses.
+    // The parser refuses what is not a number.
     let value = if text == "-0" {
         Some(0.into())
     } else if is_integer && digits.len() >= 19 && text.parse::<i64>().is_err() && text.parse::<u64>().is_err() {
