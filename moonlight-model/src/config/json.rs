@@ -18,7 +18,7 @@ impl ModelConfig {
     /// images, but for those that transformers lets stand on either side. Keys that do not shape the model are kept in
     /// [`extra`](ModelConfig::extra) and written back by [`to_json`](ModelConfig::to_json).
     ///
-    /// A key that the file lacks has the default of the class in transformers ([`fill_class_defaults`](super::fill_class_defaults)).
+    /// A key that the file lacks has the default of the class in transformers ([`fill_class_defaults`]).
     ///
     /// Every other key is an error: one that shapes the computation and is not followed ([`ConfigError::NotFollowed`], where
     /// its value does not leave it off), and one that is not known ([`ConfigError::Unknown`]).
