@@ -6,12 +6,14 @@
 //! * `source.rs`: the bytes of a file, decompressed, without a byte order mark.
 //! * `sniff.rs`: which kind of file the bytes are.
 //! * `lines.rs`, `values.rs`, `delimited.rs`: a file cut into records, in memory for one record.
+//! * `nesting.rs`: brackets, counted.
 //! * `reader.rs`: one reader of them all.
 //! * `parse.rs`: a record to JSON.
 
 mod delimited;
 mod error;
 mod lines;
+mod nesting;
 mod parse;
 mod reader;
 mod sniff;

@@ -5,6 +5,7 @@ use std::path::Path;
 use moonlight_convert::printable;
 
 use super::RecordError;
+use super::nesting::Nesting;
 
 /// How the records of a file are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -194,18 +195,9 @@ fn first_line(text: &[u8]) -> Option<(&[u8], &[u8])> {
 
 /// How deep in brackets a line ends; `None` within a text.
 fn depth_at_end(line: &[u8]) -> Option<isize> {
-    let (mut depth, mut quoted, mut escaped) = (0, false, false);
-    for byte in line {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if quoted => escaped = true,
-            b'"' => quoted = !quoted,
-            b'{' | b'[' if !quoted => depth += 1,
-            b'}' | b']' if !quoted => depth -= 1,
-            _ => {}
-        }
-    }
-    (!quoted).then_some(depth)
+    let mut nesting = Nesting::default();
+    line.iter().for_each(|&byte| nesting.take(byte));
+    (!nesting.quoted).then_some(nesting.depth)
 }
 
 /// Whether the first object goes on in the second line. A line that is only broken does not.

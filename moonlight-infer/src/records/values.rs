@@ -4,6 +4,7 @@ use std::io::{self, BufRead};
 
 use super::Place;
 use super::lines::append;
+use super::nesting::Nesting;
 use super::source::Limited;
 
 /// Why the rest of a file cannot be cut into values.
@@ -157,7 +158,7 @@ impl<R: Cut> Values<R> {
         if matches!(first, b']' | b'}' | b',' | b':') {
             return Err(self.fault("expected a value"));
         }
-        let (mut depth, mut quoted, mut escaped) = (0usize, false, false);
+        let mut nesting = Nesting::default();
         // A number or a word ends before what follows it, everything else with its last byte.
         let bare = !matches!(first, b'{' | b'[' | b'"');
         loop {
@@ -173,7 +174,7 @@ impl<R: Cut> Values<R> {
                 if bare {
                     break;
                 }
-                let problem = match quoted {
+                let problem = match nesting.quoted {
                     true => "a text that begins in this record is not closed: the file ends too early",
                     false => "the record is not closed: the file ends too early",
                 };
@@ -191,15 +192,8 @@ impl<R: Cut> Values<R> {
                     // Characters, not the bytes that they go on in.
                     _ => column += usize::from(byte & 0xC0 != 0x80),
                 }
-                match byte {
-                    _ if escaped => escaped = false,
-                    b'\\' if quoted => escaped = true,
-                    b'"' => quoted = !quoted,
-                    b'{' | b'[' if !quoted => depth += 1,
-                    b'}' | b']' if !quoted => depth -= 1,
-                    _ => {}
-                }
-                if !bare && depth == 0 && !quoted {
+                nesting.take(byte);
+                if !bare && nesting.depth == 0 && !nesting.quoted {
                     end = Some(at + 1);
                     break;
                 }

@@ -46,14 +46,15 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let LoadedModel { model, dir: base } = load_model(&base, Some(&adapter), &target.device, loaded, None)?;
     let options = SaveOptions { dtype, sidecars_from: Some(base.to_path_buf()), ..SaveOptions::default() };
     let count = model.adapters().len();
+    // What is written lacks these of the base.
+    let skipped = Checkpoint::open(&base)?.skipped_notes();
     let mut unfinished = None;
     replace_directory(output, |new| {
         // A signal ends the program and takes along what is written.
         unfinished = Some(Unfinished::new(new));
         write_into(&model.merge(), new, &options)
     })?;
-    // Said here, and not by whoever opens it: what is written lacks them.
-    for note in Checkpoint::open(&base)?.skipped_notes() {
+    for note in skipped {
         tracing::info!("note: {note}");
     }
     let output = arguments.output.display();
