@@ -80,7 +80,7 @@ impl KvCache {
     /// # Panics
     ///
     /// When there is no room, or `counts` are of another batch.
-    pub(crate) fn take_in(&mut self, counts: &[usize]) -> Arc<Vec<CacheSpan>> {
+    pub(crate) fn append(&mut self, counts: &[usize]) -> Arc<Vec<CacheSpan>> {
         assert_eq!(counts.len(), self.batch(), "the cache was made for another batch");
         let mut spans = Vec::with_capacity(counts.len());
         for (sequence, (length, &count)) in self.lengths.iter_mut().zip(counts).enumerate() {

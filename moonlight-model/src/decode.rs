@@ -12,7 +12,7 @@ use crate::rayon_pool::run_in_pool;
 
 /// New tokens that [`CausalLm::extend`] takes at a time, which bounds the memory of a long prompt. The experts of a
 /// Moonlight layer get 48 rows each then, enough for their product to be bound by arithmetic.
-const CHUNK: usize = 512;
+const CHUNK_TOKENS: usize = 512;
 
 impl CausalLm {
     /// The logits of tokens that follow those in the cache, which takes them in: `[batch, new]` to
@@ -24,7 +24,7 @@ impl CausalLm {
     pub fn decode(&self, tokens: Tensor<2, Int>, cache: &mut KvCache) -> Tensor<3> {
         let [batch, new] = tokens.dims();
         let device = tokens.device();
-        let spans = cache.take_in(&vec![new; batch]);
+        let spans = cache.append(&vec![new; batch]);
         run_in_pool(&device, || {
             let hidden = self.decode_layers(tokens.reshape([1, batch * new]), spans, cache);
             self.head(hidden).reshape([batch, new, self.config().vocab_size])
@@ -47,7 +47,7 @@ impl CausalLm {
             let mut ends = Vec::new();
             while rest.iter().any(|rest| !rest.is_empty()) {
                 let (chunk, counts, last) = next_chunk(&mut rest);
-                let spans = cache.take_in(&counts);
+                let spans = cache.append(&counts);
                 let chunk = TensorData::new(chunk, [1, counts.iter().sum()]);
                 let hidden = self.decode_layers(Tensor::from_data(chunk, &device), spans, cache);
                 if !last.is_empty() {
@@ -63,19 +63,19 @@ impl CausalLm {
     fn decode_layers(&self, tokens: Tensor<2, Int>, spans: Arc<Vec<CacheSpan>>, cache: &mut KvCache) -> Tensor<2> {
         let positions: Vec<u32> = spans.iter().flat_map(|span| span.start as u32..span.end() as u32).collect();
         let rotation = self.rotary().at(&positions, &tokens.device());
-        let starts = (spans.len() > 1).then(|| first_tokens(&spans));
+        let starts = (spans.len() > 1).then(|| span_starts(&spans));
         let new = DecodeContext { tokens: ForwardContext::decoding(rotation, positions.len(), starts), spans };
         let layers = self.layers.iter().zip(&mut cache.layers);
         layers.fold(self.embed(tokens), |x, (layer, cache)| layer.decode(x, &new, cache))
     }
 }
 
-/// Takes up to [`CHUNK`] tokens off the sequences, in order: the tokens, how many of each sequence, and the places in the
+/// Takes up to [`CHUNK_TOKENS`] tokens off the sequences, in order: the tokens, how many of each sequence, and the places in the
 /// chunk of tokens that are their sequence's last.
 fn next_chunk(rest: &mut [&[u32]]) -> (Vec<i32>, Vec<usize>, Vec<i32>) {
     let (mut chunk, mut counts, mut last) = (Vec::new(), Vec::with_capacity(rest.len()), Vec::new());
     for rest in rest {
-        let (taken, after) = rest.split_at(rest.len().min(CHUNK - chunk.len()));
+        let (taken, after) = rest.split_at(rest.len().min(CHUNK_TOKENS - chunk.len()));
         chunk.extend(taken.iter().map(|&token| token as i32));
         counts.push(taken.len());
         if !taken.is_empty() && after.is_empty() {
@@ -87,7 +87,7 @@ fn next_chunk(rest: &mut [&[u32]]) -> (Vec<i32>, Vec<usize>, Vec<i32>) {
 }
 
 /// For each token the place of its span's first.
-fn first_tokens(spans: &[CacheSpan]) -> Vec<u32> {
+fn span_starts(spans: &[CacheSpan]) -> Vec<u32> {
     let mut first = 0;
     spans
         .iter()
@@ -105,10 +105,10 @@ mod tests {
 
     #[test]
     fn chunks_take_every_token_once_and_mark_the_last() {
-        let long: Vec<u32> = (0..CHUNK as u32 + 3).collect();
+        let long: Vec<u32> = (0..CHUNK_TOKENS as u32 + 3).collect();
         let mut rest: [&[u32]; 4] = [&[7, 8], &[], &long, &[9]];
         let (chunk, counts, last) = next_chunk(&mut rest);
-        assert_eq!((chunk.len(), counts, last), (CHUNK, vec![2, 0, CHUNK - 2, 0], vec![1]));
+        assert_eq!((chunk.len(), counts, last), (CHUNK_TOKENS, vec![2, 0, CHUNK_TOKENS - 2, 0], vec![1]));
         let (chunk, counts, last) = next_chunk(&mut rest);
         assert_eq!((chunk.last(), counts, last), (Some(&9), vec![0, 0, 5, 1], vec![4, 5]));
         assert!(rest.iter().all(|rest| rest.is_empty()));
@@ -117,6 +117,6 @@ mod tests {
     #[test]
     fn a_token_knows_where_its_run_began() {
         let span = |sequence, count| CacheSpan { sequence, start: 4, count };
-        assert_eq!(first_tokens(&[span(0, 2), span(3, 3)]), [0, 0, 2, 2, 2]);
+        assert_eq!(span_starts(&[span(0, 2), span(3, 3)]), [0, 0, 2, 2, 2]);
     }
 }

@@ -155,7 +155,7 @@ pub(crate) struct DecodeContext {
 
 impl DecodeContext {
     /// Whether they begin their sequences, and are enough for whole attention to be cheaper than attention to a cache.
-    pub(crate) fn are_prompts(&self) -> bool {
+    pub(crate) fn is_prefill(&self) -> bool {
         self.spans.iter().all(|span| span.start == 0) && self.tokens.sequence > self.spans.len()
     }
 }

@@ -29,7 +29,7 @@ impl<'a> Init<'a> {
     }
 
     /// The same, noting in `kinds` what each parameter is for.
-    pub(crate) fn noting(device: &'a Device, kinds: &'a ParameterKinds) -> Self {
+    pub(crate) fn recording(device: &'a Device, kinds: &'a ParameterKinds) -> Self {
         Self { device, kinds: Some(kinds) }
     }
 
@@ -43,7 +43,7 @@ impl<'a> Init<'a> {
     ) -> Projection {
         let weight = self.normal(ParameterKind::Matrix, Some(role), [input, output], deviation);
         let bias =
-            bias.then(|| self.noted(Initializer::Zeros.init([output], self.device), ParameterKind::Bias, Some(role)));
+            bias.then(|| self.record(Initializer::Zeros.init([output], self.device), ParameterKind::Bias, Some(role)));
         Projection { weight, bias, lora: None, quantized: None, role }
     }
 
@@ -60,26 +60,26 @@ impl<'a> Init<'a> {
     /// A router's correction bias, which no gradient reaches.
     pub(crate) fn correction_bias(self, experts: usize) -> Param<Tensor<1>> {
         let bias = Initializer::Zeros.init([experts], self.device).set_require_grad(false);
-        self.noted(bias, ParameterKind::CorrectionBias, None)
+        self.record(bias, ParameterKind::CorrectionBias, None)
     }
 
     /// The gain of a norm.
     pub(crate) fn gain(self, width: usize) -> Param<Tensor<1>> {
-        self.noted(Initializer::Ones.init([width], self.device), ParameterKind::Norm, None)
+        self.record(Initializer::Ones.init([width], self.device), ParameterKind::Norm, None)
     }
 
     /// The output head, `[input, output]`.
     pub(crate) fn head(self, [input, output]: [usize; 2], deviation: f64) -> Linear {
         let config = LinearConfig::new(input, output).with_bias(false).with_initializer(normal(deviation));
         let mut head = config.init(self.device);
-        head.weight = self.noted(head.weight, ParameterKind::Head, None);
+        head.weight = self.record(head.weight, ParameterKind::Head, None);
         head
     }
 
     /// The token embedding, `[rows, width]`.
     pub(crate) fn embedding(self, [rows, width]: [usize; 2], deviation: f64) -> Embedding {
         let mut embedding = EmbeddingConfig::new(rows, width).with_initializer(normal(deviation)).init(self.device);
-        embedding.weight = self.noted(embedding.weight, ParameterKind::Embedding, None);
+        embedding.weight = self.record(embedding.weight, ParameterKind::Embedding, None);
         embedding
     }
 
@@ -90,10 +90,10 @@ impl<'a> Init<'a> {
         shape: [usize; D],
         deviation: f64,
     ) -> Param<Tensor<D>> {
-        self.noted(normal(deviation).init(shape, self.device), kind, role)
+        self.record(normal(deviation).init(shape, self.device), kind, role)
     }
 
-    fn noted<const D: usize>(
+    fn record<const D: usize>(
         self,
         param: Param<Tensor<D>>,
         kind: ParameterKind,

@@ -166,7 +166,7 @@ impl DecoderLayer {
         let (attended, logits) = self.self_attn.forward_rows(self.input_layernorm.forward_rows(x.clone()), context);
         let (hidden, load, balance_loss) = self.feed_forward(x + attended, context);
         let (max_attention_logit, share_above_100) = match logits {
-            Some(logits) => (Some(logits.largest), Some(logits.share_above_100)),
+            Some(logits) => (Some(logits.max_logit), Some(logits.share_above_100)),
             None => (None, None),
         };
         let stats = LayerStats { layer: 0, expert_load: load, max_attention_logit, share_above_100 };

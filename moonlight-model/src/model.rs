@@ -239,7 +239,7 @@ impl CausalLm {
             let (FeedForward::Moe(moe), Some(load)) = (&mut layer.mlp, load) else { continue };
             moe.router.e_score_correction_bias = moe.router.e_score_correction_bias.take().map(|bias| {
                 let step = bias_step(load, rate);
-                move_bias(bias, step)
+                add_to_bias(bias, step)
             });
         }
         self
@@ -261,7 +261,7 @@ impl CausalLm {
     }
 }
 
-fn move_bias(bias: Param<Tensor<1>>, step: Vec<f32>) -> Param<Tensor<1>> {
+fn add_to_bias(bias: Param<Tensor<1>>, step: Vec<f32>) -> Param<Tensor<1>> {
     let experts = step.len();
     bias.map(|bias| {
         let step = Tensor::<1>::from_data(TensorData::new(step, [experts]), &bias.device());

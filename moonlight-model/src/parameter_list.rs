@@ -17,8 +17,8 @@ impl ModelConfig {
     pub fn parameter_shapes(&self) -> Vec<ParameterShape> {
         // The model around its layers; these are added where the visitor enters their field. Layers of one configuration
         // have one list, so that the depth of a model costs no more than the list itself.
-        let around = Self { num_hidden_layers: 0, ..self.clone() };
-        listed(|init| around.build(init), |shapes| self.push_layers(shapes))
+        let outer = Self { num_hidden_layers: 0, ..self.clone() };
+        list_parameters(|init| outer.build(init), |shapes| self.push_layers(shapes))
     }
 
     fn push_layers(&self, shapes: &mut Vec<ParameterShape>) {
@@ -26,7 +26,7 @@ impl ModelConfig {
         for layer in 0..self.num_hidden_layers {
             let config = self.layer(layer);
             let index = known.iter().position(|(other, _)| *other == config).unwrap_or_else(|| {
-                let list = listed(|init| config.build(init), |_| {});
+                let list = list_parameters(|init| config.build(init), |_| {});
                 shapes.reserve_exact((self.num_hidden_layers - layer) * list.len());
                 known.push((config, list));
                 known.len() - 1
@@ -63,25 +63,25 @@ impl ModelConfig {
 }
 
 /// The parameters of a module by their paths in it; `at_layers` is called where the visitor enters the decoder layers.
-fn listed<M: Module>(
+fn list_parameters<M: Module>(
     build: impl FnOnce(Init<'_>) -> M,
     at_layers: impl FnMut(&mut Vec<ParameterShape>),
 ) -> Vec<ParameterShape> {
     let (device, kinds) = (Device::default(), ParameterKinds::default());
-    let module = build(Init::noting(&device, &kinds));
-    let mut visitor = Listing { kinds: &kinds, path: Vec::new(), shapes: Vec::new(), at_layers };
+    let module = build(Init::recording(&device, &kinds));
+    let mut visitor = ParameterLister { kinds: &kinds, path: Vec::new(), shapes: Vec::new(), at_layers };
     module.visit(&mut visitor);
     visitor.shapes
 }
 
-struct Listing<'a, F> {
+struct ParameterLister<'a, F> {
     kinds: &'a ParameterKinds,
     path: Vec<String>,
     shapes: Vec<ParameterShape>,
     at_layers: F,
 }
 
-impl<F: FnMut(&mut Vec<ParameterShape>)> ModuleVisitor for Listing<'_, F> {
+impl<F: FnMut(&mut Vec<ParameterShape>)> ModuleVisitor for ParameterLister<'_, F> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         if self.path.is_empty() && name == LAYERS {
             (self.at_layers)(&mut self.shapes);

@@ -92,7 +92,7 @@ pub(crate) enum ProjectionMut<'a> {
 }
 
 /// A projection with its place in the module.
-pub(crate) struct Placed<P> {
+pub(crate) struct LayerProjection<P> {
     /// Names of the fields from the decoder layer on.
     pub(crate) fields: Vec<&'static str>,
     pub(crate) role: ProjectionRole,
@@ -102,34 +102,46 @@ pub(crate) struct Placed<P> {
 /// Finds every projection of a module, in the order of its fields. [`projections_of_fields`] implements it.
 pub(crate) trait Projections {
     /// Adds the projections to `list`; `path` are the names of the fields that lead here.
-    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>);
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<LayerProjection<ProjectionRef<'a>>>);
 
     /// See [`Projections::projections`].
-    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>);
+    fn projections_mut<'a>(
+        &'a mut self,
+        path: &mut Vec<&'static str>,
+        list: &mut Vec<LayerProjection<ProjectionMut<'a>>>,
+    );
 }
 
 impl Projections for Projection {
-    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>) {
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<LayerProjection<ProjectionRef<'a>>>) {
         let Self { quantized, lora, role, .. } = self;
         let projection = ProjectionRef::Matrix(WeightRef { quantized: Some(quantized), lora });
-        list.push(Placed { fields: path.clone(), role: *role, projection });
+        list.push(LayerProjection { fields: path.clone(), role: *role, projection });
     }
 
-    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>) {
+    fn projections_mut<'a>(
+        &'a mut self,
+        path: &mut Vec<&'static str>,
+        list: &mut Vec<LayerProjection<ProjectionMut<'a>>>,
+    ) {
         let Self { weight, quantized, lora, role, .. } = self;
         let projection = ProjectionMut::Matrix(WeightMut { weight, quantized: Some(quantized), lora });
-        list.push(Placed { fields: path.clone(), role: *role, projection });
+        list.push(LayerProjection { fields: path.clone(), role: *role, projection });
     }
 }
 
 impl<T: Projections> Projections for Option<T> {
-    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>) {
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<LayerProjection<ProjectionRef<'a>>>) {
         if let Some(module) = self {
             module.projections(path, list);
         }
     }
 
-    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>) {
+    fn projections_mut<'a>(
+        &'a mut self,
+        path: &mut Vec<&'static str>,
+        list: &mut Vec<LayerProjection<ProjectionMut<'a>>>,
+    ) {
         if let Some(module) = self {
             module.projections_mut(path, list);
         }
@@ -143,7 +155,7 @@ macro_rules! projections_of_fields {
             fn projections<'a>(
                 &'a self,
                 path: &mut Vec<&'static str>,
-                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionRef<'a>>>,
+                list: &mut Vec<$crate::projection::LayerProjection<$crate::projection::ProjectionRef<'a>>>,
             ) {
                 $(
                     path.push(stringify!($field));
@@ -155,7 +167,7 @@ macro_rules! projections_of_fields {
             fn projections_mut<'a>(
                 &'a mut self,
                 path: &mut Vec<&'static str>,
-                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionMut<'a>>>,
+                list: &mut Vec<$crate::projection::LayerProjection<$crate::projection::ProjectionMut<'a>>>,
             ) {
                 $(
                     path.push(stringify!($field));
@@ -174,7 +186,7 @@ macro_rules! projections_of_variants {
             fn projections<'a>(
                 &'a self,
                 path: &mut Vec<&'static str>,
-                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionRef<'a>>>,
+                list: &mut Vec<$crate::projection::LayerProjection<$crate::projection::ProjectionRef<'a>>>,
             ) {
                 match self { $(Self::$variant(module) => module.projections(path, list)),+ }
             }
@@ -182,7 +194,7 @@ macro_rules! projections_of_variants {
             fn projections_mut<'a>(
                 &'a mut self,
                 path: &mut Vec<&'static str>,
-                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionMut<'a>>>,
+                list: &mut Vec<$crate::projection::LayerProjection<$crate::projection::ProjectionMut<'a>>>,
             ) {
                 match self { $(Self::$variant(module) => module.projections_mut(path, list)),+ }
             }

@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use crate::layer::DecoderLayer;
 use crate::model::CausalLm;
 use crate::parameter::ProjectionRole;
-use crate::projection::{Placed, ProjectionMut, ProjectionRef, Projections, WeightMut};
+use crate::projection::{LayerProjection, ProjectionMut, ProjectionRef, Projections, WeightMut};
 use crate::quantization::{QuantBits, QuantizedWeight};
 
 /// A projection of a model.
@@ -19,8 +19,8 @@ pub(crate) struct ModelProjection<P> {
 }
 
 impl<P> ModelProjection<P> {
-    fn new(layer: usize, placed: Placed<P>) -> Self {
-        let Placed { fields, role, projection } = placed;
+    fn new(layer: usize, placed: LayerProjection<P>) -> Self {
+        let LayerProjection { fields, role, projection } = placed;
         Self { layer, fields, role, projection }
     }
 
@@ -40,7 +40,7 @@ impl<const D: usize> WeightMut<'_, D> {
     pub(crate) fn dims(&self) -> [usize; D] {
         match self.quantized.as_deref().and_then(Option::as_ref) {
             None => self.weight.lazy_shape().dims(),
-            Some(quantized) => last(quantized.dims()),
+            Some(quantized) => trailing_dims(quantized.dims()),
         }
     }
 
@@ -54,7 +54,7 @@ impl<const D: usize> WeightMut<'_, D> {
             dequantize(weight, quantized);
         }
         let Some(lora) = lora.take() else { return };
-        replace(weight, |old| lora.merged_into(old));
+        replace_value(weight, |old| lora.merged_into(old));
     }
 
     fn quantize(self, bits: QuantBits) {
@@ -63,12 +63,12 @@ impl<const D: usize> WeightMut<'_, D> {
         let mut stack = [1; 3];
         stack[3 - D..].copy_from_slice(&dims);
         *quantized = Some(QuantizedWeight::new(self.weight.val().reshape(stack), bits));
-        replace(self.weight, |old| Tensor::zeros([1; D], (&old.device(), old.dtype())));
+        replace_value(self.weight, |old| Tensor::zeros([1; D], (&old.device(), old.dtype())));
         *self.weight = self.weight.clone().set_require_grad(false);
     }
 }
 
-fn last<const D: usize>(dims: [usize; 3]) -> [usize; D] {
+fn trailing_dims<const D: usize>(dims: [usize; 3]) -> [usize; D] {
     let mut own = [0; D];
     own.copy_from_slice(&dims[3 - D..]);
     own
@@ -76,12 +76,12 @@ fn last<const D: usize>(dims: [usize; 3]) -> [usize; D] {
 
 fn dequantize<const D: usize>(weight: &mut Param<Tensor<D>>, quantized: &mut Option<QuantizedWeight>) {
     let Some(quantized) = quantized.take() else { return };
-    let dims: [usize; D] = last(quantized.dims());
-    replace(weight, |old| quantized.dequantized().reshape(dims).cast(old.dtype()));
+    let dims: [usize; D] = trailing_dims(quantized.dims());
+    replace_value(weight, |old| quantized.dequantized().reshape(dims).cast(old.dtype()));
 }
 
 /// A new value, which trains as the old one did.
-fn replace<const D: usize>(param: &mut Param<Tensor<D>>, new: impl FnOnce(Tensor<D>) -> Tensor<D>) {
+fn replace_value<const D: usize>(param: &mut Param<Tensor<D>>, new: impl FnOnce(Tensor<D>) -> Tensor<D>) {
     *param = param.clone().map(|old| {
         let trained = old.is_require_grad();
         new(old).detach().set_require_grad(trained)
