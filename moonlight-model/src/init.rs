@@ -1,7 +1,9 @@
-//! Fresh parameters: normal with the configured standard deviation, biases zero, drawn when first used.
+//! Initialization of parameters: normal with the configured standard deviation, biases zero, drawn when first read.
 //!
-//! Every parameter of the family is made here and nowhere else, so that what it is for is said once, where its module is
-//! made; the list of parameters reads it from there.
+//! Every parameter of the crate is made here and nowhere else. The call names the parameter's kind and role, so both are
+//! stated once, next to the module that has the parameter; [`ModelConfig::parameter_shapes`] reads them from here.
+//!
+//! [`ModelConfig::parameter_shapes`]: crate::ModelConfig::parameter_shapes
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -13,10 +15,10 @@ use burn::tensor::{Device, Tensor};
 use crate::parameter::{MlpRole, ParameterKind, ProjectionRole};
 use crate::projection::Projection;
 
-/// What each parameter of a model is for, by its id.
+/// Kind and role of each parameter, by its id.
 pub(crate) type ParameterKinds = RefCell<HashMap<ParamId, (ParameterKind, Option<ProjectionRole>)>>;
 
-/// Makes parameters on a device, and notes what they are for where someone asks.
+/// Makes parameters on a device, and records their kinds and roles if a map is given.
 #[derive(Clone, Copy)]
 pub(crate) struct Init<'a> {
     pub(crate) device: &'a Device,
@@ -47,7 +49,7 @@ impl<'a> Init<'a> {
         Projection { weight, bias, lora: None, quantized: None, role }
     }
 
-    /// The routed experts' matrices of one projection, `[experts, input, output]`.
+    /// One projection of all routed experts, `[experts, input, output]`.
     pub(crate) fn experts(self, role: MlpRole, shape: [usize; 3], deviation: f64) -> Param<Tensor<3>> {
         self.normal(ParameterKind::Experts, Some(ProjectionRole::Experts(role)), shape, deviation)
     }
@@ -57,13 +59,13 @@ impl<'a> Init<'a> {
         self.normal(ParameterKind::Router, Some(ProjectionRole::Router), shape, deviation)
     }
 
-    /// A router's correction bias, which no gradient reaches.
+    /// A router's correction bias, `[experts]`: a buffer that is updated by a rule and has no gradient.
     pub(crate) fn correction_bias(self, experts: usize) -> Param<Tensor<1>> {
         let bias = Initializer::Zeros.init([experts], self.device).set_require_grad(false);
         self.record(bias, ParameterKind::CorrectionBias, None)
     }
 
-    /// The gain of a norm.
+    /// The gain of a norm, `[width]`.
     pub(crate) fn gain(self, width: usize) -> Param<Tensor<1>> {
         self.record(Initializer::Ones.init([width], self.device), ParameterKind::Norm, None)
     }

@@ -214,7 +214,7 @@ fn a_model_is_configured_in_rust_as_in_json() {
 }
 
 #[test]
-#[should_panic(expected = "another batch or sequence length")]
+#[should_panic(expected = "another batch size or sequence length")]
 fn a_context_of_another_batch_is_refused() {
     let device = Device::default();
     let context = ForwardContext::new(&rotary(), [2, 6], &device);
