@@ -62,7 +62,7 @@ pub enum TrainError {
     /// The run has checkpoints, and none of them is whole.
     #[error("no checkpoint to resume from is whole: {}", damaged.iter()
         .map(|it| format!("`{}`: {}", it.path.display(), it.problem)).collect::<Vec<_>>().join("; "))]
-    NoWholeCheckpoint {
+    NoCompleteCheckpoint {
         /// All of them.
         damaged: Vec<DamagedCheckpoint>,
     },
@@ -163,7 +163,7 @@ impl TrainError {
             Self::OptimizerState { source, .. } => source.hint(),
             Self::RunExists(_) => Some("resume it with `--resume`, or choose another `--set run.name=...`".into()),
             Self::RunLocked { .. } => Some("wait for it, stop it, or choose another `--set run.name=...`".into()),
-            Self::NoWholeCheckpoint { .. } => {
+            Self::NoCompleteCheckpoint { .. } => {
                 Some("restore one of them from a copy, or start anew with another `--set run.name=...`".into())
             }
             Self::NewerCheckpoint { .. } => Some("resume with that version".into()),

@@ -60,7 +60,7 @@ pub(crate) struct Dashboard {
 }
 
 /// The start of the message of the renderer's panic for a kill.
-const KILL: &str = "Killing training";
+const KILL_MESSAGE: &str = "Killing training";
 
 impl Dashboard {
     /// Takes over the terminal. Its `s` stops the run through `interrupter`.
@@ -87,7 +87,7 @@ impl Dashboard {
         // `keep_interrupt_key` may have changed the mode while the renderer restored it.
         terminal::restore_mode();
         let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-        if message.is_some_and(|message| message.starts_with(KILL)) {
+        if message.is_some_and(|message| message.starts_with(KILL_MESSAGE)) {
             return Err(TrainError::Killed);
         }
         self.lost = true;

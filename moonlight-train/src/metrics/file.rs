@@ -11,7 +11,7 @@ use crate::error::TrainError;
 use crate::output_file::temporary;
 
 /// No line of ours is longer; what is, is somebody else's and dropped.
-const LONGEST_LINE: u64 = 1 << 20;
+const MAX_LINE_BYTES: u64 = 1 << 20;
 
 /// The open file. A line that cannot be written is lost, and the run goes on.
 #[derive(Debug)]
@@ -70,7 +70,7 @@ fn keep_until(mut file: impl BufRead, step: u64, kept: &mut impl Write) -> io::R
     let mut line = Vec::new();
     loop {
         line.clear();
-        if file.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line)? == 0 {
+        if file.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
         let Ok(value) = serde_json::from_slice::<Value>(&line) else { continue };

@@ -10,7 +10,7 @@ use rustix::pipe::pipe;
 use rustix::stdio::{dup2_stderr, stderr};
 
 /// Of more than this, the end is kept.
-const MOST: usize = 64 << 10;
+const MAX_BYTES: usize = 64 << 10;
 
 /// Holds back what this process writes to stderr, and writes it there when dropped.
 pub(super) struct HeldStderr {
@@ -25,7 +25,7 @@ impl HeldStderr {
         let (read, write) = pipe().ok()?;
         dup2_stderr(&write).ok()?;
         // Reads until `drop` puts the real one back, which closes the last writing end.
-        let reader = spawn(move || last_of(File::from(read)));
+        let reader = spawn(move || read_tail(File::from(read)));
         Some(Self { own, reader: Some(reader) })
     }
 }
@@ -43,15 +43,15 @@ impl Drop for HeldStderr {
     }
 }
 
-fn last_of(mut file: File) -> Vec<u8> {
+fn read_tail(mut file: File) -> Vec<u8> {
     let (mut text, mut chunk) = (Vec::new(), [0; 4096]);
     while let Ok(read @ 1..) = file.read(&mut chunk) {
         text.extend_from_slice(&chunk[..read]);
-        if text.len() > 2 * MOST {
-            text.drain(..text.len() - MOST);
+        if text.len() > 2 * MAX_BYTES {
+            text.drain(..text.len() - MAX_BYTES);
         }
     }
-    text.drain(..text.len().saturating_sub(MOST));
+    text.drain(..text.len().saturating_sub(MAX_BYTES));
     text
 }
 
@@ -68,9 +68,9 @@ mod tests {
                 writeln!(write, "line {line:06}").unwrap();
             }
         });
-        let text = last_of(File::from(read));
+        let text = read_tail(File::from(read));
         writer.join().unwrap();
-        assert_eq!(text.len(), MOST);
+        assert_eq!(text.len(), MAX_BYTES);
         assert!(text.ends_with(b"line 019999\n"));
     }
 }

@@ -55,7 +55,7 @@ pub(crate) trait GradientSink {
     fn last_pass(&mut self) {}
 
     /// Whether other ranks wait for the gradients of every stage, so that a non-finite loss must not end the pass early.
-    fn must_finish(&self) -> bool {
+    fn must_finish_pass(&self) -> bool {
         false
     }
 }
@@ -97,9 +97,9 @@ impl GradientSink for ReducingSink<'_> {
         match &mut self.sums {
             Sums::Accumulating(sums) => sums.accumulate(self.model, gradients),
             Sums::Earlier(earlier) => {
-                let mut adding = Adding { earlier, new: gradients, sums: GradientsParams::new() };
-                self.model.visit(&mut adding);
-                let sums = adding.sums;
+                let mut stage = SumStage { earlier, new: gradients, sums: GradientsParams::new() };
+                self.model.visit(&mut stage);
+                let sums = stage.sums;
                 self.optimizer.offer(self.model, sums);
             }
         }
@@ -112,19 +112,19 @@ impl GradientSink for ReducingSink<'_> {
         }
     }
 
-    fn must_finish(&self) -> bool {
+    fn must_finish_pass(&self) -> bool {
         self.optimizer.worker().size() > 1
     }
 }
 
 /// Adds the gradients of one stage to the earlier micro-batches', in the order of Burn's `GradientsAccumulator`.
-struct Adding<'a> {
+struct SumStage<'a> {
     earlier: &'a mut GradientsParams,
     new: GradientsParams,
     sums: GradientsParams,
 }
 
-impl ModuleVisitor for Adding<'_> {
+impl ModuleVisitor for SumStage<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(new) = self.new.remove::<D>(param.id) else { return };
         let sum = match self.earlier.remove::<D>(param.id) {
@@ -189,7 +189,7 @@ pub(crate) fn backward(
         chunk: if memory.loss_chunk_tokens == 0 { tokens } else { memory.loss_chunk_tokens.min(tokens) },
     };
     let (loss_sum, gradient, mut gradients) = head.backward(sink.model(), backbone.output());
-    if !loss_sum.is_finite() && !sink.must_finish() {
+    if !loss_sum.is_finite() && !sink.must_finish_pass() {
         return Err(NonFinite { what: "loss", value: loss_sum * loss_scale, rank: None }.into());
     }
     // Where the embedding is also the head, its gradient is complete only at the end.
@@ -257,7 +257,7 @@ impl Backbone {
             } else {
                 GradientsParams::new()
             };
-            sink.add(joined(sink.model(), gradients, tied))?;
+            sink.add(with_tied_gradient(sink.model(), gradients, tied))?;
             return Ok(stats);
         }
         drop(last);
@@ -273,7 +273,7 @@ impl Backbone {
         if embedded.is_tracked() {
             let gradients = objective(embedded, gradient, None, 0.0).backward();
             let gradients = GradientsParams::from_grads(gradients, sink.model());
-            sink.add(joined(sink.model(), gradients, tied))?;
+            sink.add(with_tied_gradient(sink.model(), gradients, tied))?;
         }
         Ok(stats)
     }
@@ -288,7 +288,7 @@ fn objective(output: Tensor<2>, gradient: Tensor<2>, balance_loss: Option<Tensor
     }
 }
 
-fn joined(model: &CausalLm, gradients: GradientsParams, tied: Option<GradientsParams>) -> GradientsParams {
+fn with_tied_gradient(model: &CausalLm, gradients: GradientsParams, tied: Option<GradientsParams>) -> GradientsParams {
     let Some(tied) = tied else { return gradients };
     let mut sum = GradientsAccumulator::new();
     sum.accumulate(model, tied);
@@ -340,7 +340,7 @@ mod tests {
     use crate::trainer::step_result::{StepResult, StepTotals};
 
     const PLAIN: MemoryOptions = MemoryOptions { recompute: false, loss_chunk_tokens: 0 };
-    const WAYS: [MemoryOptions; 4] = [
+    const MEMORY_CHOICES: [MemoryOptions; 4] = [
         PLAIN,
         MemoryOptions { recompute: true, loss_chunk_tokens: 0 },
         MemoryOptions { recompute: false, loss_chunk_tokens: 7 },
@@ -406,9 +406,9 @@ mod tests {
     }
 
     /// Keeps the gradients of one micro-batch.
-    struct Keeping<'a>(&'a CausalLm, GradientsAccumulator<CausalLm>);
+    struct CollectingSink<'a>(&'a CausalLm, GradientsAccumulator<CausalLm>);
 
-    impl GradientSink for Keeping<'_> {
+    impl GradientSink for CollectingSink<'_> {
         fn model(&self) -> &CausalLm {
             self.0
         }
@@ -437,8 +437,8 @@ mod tests {
             let device = Device::default().autodiff();
             let (expected_loss, expected_stats, expected) = plain(&model, input(&device));
             let expected = values(&model, Some(&expected));
-            for memory in WAYS {
-                let mut sink = Keeping(&model, GradientsAccumulator::new());
+            for memory in MEMORY_CHOICES {
+                let mut sink = CollectingSink(&model, GradientsAccumulator::new());
                 let (loss_sum, stats) = backward(&mut sink, input(&device), memory).unwrap();
                 assert!((loss_sum / expected_loss - 1.0).abs() < 1e-6);
                 assert_eq!(stats.expert_loads(), expected_stats.expert_loads());

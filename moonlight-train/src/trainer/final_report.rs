@@ -26,7 +26,7 @@ const BIGRAM_VOCAB: usize = 4096;
 ///
 /// [`TrainError`] for a model that cannot be evaluated or that generates nothing.
 pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError> {
-    let Some(Trained { model, corpus, tokenizer, .. }) = outcome.trained else { return Ok(()) };
+    let Some(Trained { model, dataset, tokenizer, .. }) = outcome.trained else { return Ok(()) };
     let folder = recipe.run.folder();
     if recipe.train.plots
         && let Err(error) = write_plots(&folder.join("metrics.jsonl"), &folder.join("plots"))
@@ -42,7 +42,7 @@ pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError>
     }
     let model = model.valid();
     if let Some(loss) = outcome.valid_loss {
-        let bigram = if model.config().vocab_size <= BIGRAM_VOCAB { corpus.bigram() } else { None };
+        let bigram = if model.config().vocab_size <= BIGRAM_VOCAB { dataset.bigram() } else { None };
         let beside = bigram.map(|bigram| format!("; a bigram model of the same text: {bigram:.4}"));
         tracing::info!("validation loss: {loss:.4}{}", beside.unwrap_or_default());
     }

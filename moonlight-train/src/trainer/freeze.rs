@@ -6,7 +6,7 @@ use moonlight_model::CausalLm;
 use moonlight_model::config::{ParameterKind, ParameterShape, ProjectionRole};
 
 use crate::error::TrainError;
-use crate::frozen::{frozen_parameters, wrong};
+use crate::frozen::{freeze_error, frozen_parameters};
 
 /// The model with every parameter frozen whose name in the checkpoint matches a pattern. `clips` says whether QK-clip, which
 /// rewrites queries and keys, is on.
@@ -20,12 +20,15 @@ pub(super) fn freeze(model: CausalLm, patterns: &[String], clips: bool) -> Resul
         shape.kind == ParameterKind::Matrix && shape.role.is_some_and(ProjectionRole::is_clipped)
     };
     if clips && shapes.iter().zip(&frozen).any(|(shape, frozen)| *frozen && clipped(shape)) {
-        return Err(wrong("queries or keys are frozen, which `optimizer.qk_clip` rewrites".into(), "set it to 0"));
+        return Err(freeze_error(
+            "queries or keys are frozen, which `optimizer.qk_clip` rewrites".into(),
+            "set it to 0",
+        ));
     }
     let mut mapper = Freeze { frozen, at: 0, trained: 0 };
     let model = model.map(&mut mapper);
     if mapper.trained == 0 {
-        return Err(wrong("the whole model is frozen".into(), "leave something to train"));
+        return Err(freeze_error("the whole model is frozen".into(), "leave something to train"));
     }
     Ok(model)
 }

@@ -33,7 +33,7 @@ pub struct Outcome {
 pub struct Trained {
     /// The model of the last checkpoint.
     pub model: CausalLm,
-    pub(super) corpus: Arc<Dataset>,
+    pub(super) dataset: Arc<Dataset>,
     pub(super) tokenizer: Option<Tokenizer>,
     /// The run's folder is this process's until the final report is written.
     pub(super) _folder: Option<RunFolder>,

@@ -19,16 +19,16 @@ use super::exchange::{agree, all_gather, broadcast_number};
 use super::in_loop::InLoop;
 use super::outcome::Outcome;
 use super::rank_trainer::RankTrainer;
-use super::setup::{Leftovers, ResumePoint, Setup};
+use super::setup::{ReportInputs, ResumePoint, Setup};
 use super::train_loop::train_loop;
 use crate::error::TrainError;
 use crate::metrics::{Dashboard, Progress, Reporter};
 use crate::recipe::{DistributedRecipe, Recipe};
 
 /// The environment variables by which launchers say how many processes there are.
-const SIZES: &[&str] = &["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
+const WORLD_SIZE_VARIABLES: &[&str] = &["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
 /// Those by which they say which one a process is; present under a launcher that does not say how many there are.
-const RANKS: &[&str] = &["PMIX_RANK", "PMI_RANK"];
+const RANK_VARIABLES: &[&str] = &["PMIX_RANK", "PMI_RANK"];
 /// How long the other threads may take to end after an error.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 /// Stagger between ranks that would report the same error.
@@ -52,25 +52,25 @@ pub(super) struct ProcessGroup {
 }
 
 /// The number of processes that a launcher started; `None` without one.
-fn launched() -> Option<usize> {
+fn launched_processes() -> Option<usize> {
     let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
-    let ranked = RANKS.iter().any(|name| number(name).is_some());
-    SIZES.iter().find_map(|name| number(name)).or_else(|| number("SLURM_NTASKS").filter(|_| ranked))
+    let ranked = RANK_VARIABLES.iter().any(|name| number(name).is_some());
+    WORLD_SIZE_VARIABLES.iter().find_map(|name| number(name)).or_else(|| number("SLURM_NTASKS").filter(|_| ranked))
 }
 
 impl ProcessGroup {
     /// The ranks of a recipe in this process.
     pub(super) fn open(recipe: &Recipe) -> Result<Self, TrainError> {
-        let launched = launched();
+        let launched_processes = launched_processes();
         #[cfg(not(feature = "mpi"))]
-        if let Some(processes) = launched.filter(|&processes| processes > 1) {
+        if let Some(processes) = launched_processes.filter(|&processes| processes > 1) {
             return Err(TrainError::Request {
-                problem: format!("{processes} processes were launched, and this build of the program knows no MPI"),
+                problem: format!("{processes} processes were started, but this build has no MPI"),
                 hint: Some("build with `--features mpi`".into()),
             });
         }
         #[cfg(feature = "mpi")]
-        let processes = launched.map(|_| moonlight_optim::distributed::Mpi::open()).transpose()?;
+        let processes = launched_processes.map(|_| moonlight_optim::distributed::Mpi::open()).transpose()?;
         let mut group = Self {
             recipe: recipe.distributed.clone().unwrap_or_default(),
             distributed: recipe.distributed.is_some(),
@@ -196,12 +196,12 @@ impl ProcessGroup {
         let workers = self.workers(&targets, across);
         let ranks: Vec<(Worker, Target)> = workers.into_iter().zip(targets).collect();
         let trainers = setup.into_trainers(&ranks, self.distributed);
-        let (trainers, leftovers) = agree(&between, trainers)?;
+        let (trainers, report_inputs) = agree(&between, trainers)?;
         drop(between);
         if display == Display::Dashboard && self.process() == 0 {
             reporters.push(Box::new(Dashboard::open(progress, interrupter.clone())));
         }
-        self.run(trainers, reporters, leftovers, interrupter)
+        self.run(trainers, reporters, report_inputs, interrupter)
     }
 
     /// Runs the training loop of each rank of this process, the first one's on this thread.
@@ -209,7 +209,7 @@ impl ProcessGroup {
         &self,
         trainers: Vec<RankTrainer>,
         mut reporters: Vec<Box<dyn Reporter>>,
-        leftovers: Leftovers,
+        report_inputs: ReportInputs,
         interrupter: &Interrupter,
     ) -> Result<Outcome, TrainError> {
         let _in_loop = InLoop::enter();
@@ -223,14 +223,14 @@ impl ProcessGroup {
                 let worker = trainer.worker().clone();
                 // Only the first rank looks for the user's interrupt; it tells the others.
                 let mut nobody: Vec<Box<dyn Reporter>> = Vec::new();
-                let result = guarded(&worker, || train_loop(&mut trainer, &mut nobody, &Interrupter::new()));
+                let result = run_guarded(&worker, || train_loop(&mut trainer, &mut nobody, &Interrupter::new()));
                 // The receiver may be gone if another rank failed first.
                 let _ = sender.send((worker.rank(), result));
             });
         }
         drop(sender);
         let worker = first.worker().clone();
-        let result = guarded(&worker, || train_loop(&mut first, &mut reporters, interrupter));
+        let result = run_guarded(&worker, || train_loop(&mut first, &mut reporters, interrupter));
         drop(reporters); // a dashboard gives the terminal back before an error is reported
         let mut results = vec![(worker.rank(), result)];
         let mut deadline: Option<Instant> = None;
@@ -247,7 +247,7 @@ impl ProcessGroup {
             }
         }
         let mut outcome = self.outcome(results, &worker)?;
-        outcome.trained = (worker.rank() == 0).then(|| leftovers.with_model(first.model.into_inner()));
+        outcome.trained = (worker.rank() == 0).then(|| report_inputs.with_model(first.model.into_inner()));
         Ok(outcome)
     }
 
@@ -299,7 +299,7 @@ fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Worker) -> Res
         Some(setup) => Ok(setup),
         None => {
             let _busy = between.busy();
-            Setup::open(recipe, target, ResumePoint::Found(step))
+            Setup::open(recipe, target, ResumePoint::AtStep(step))
         }
     };
     let setup = agree(between, setup.map_err(|error| with_rank(between.rank(), error)))?;
@@ -336,7 +336,7 @@ fn check_weights(between: &Worker, model: &CausalLm) -> Result<(), TrainError> {
 }
 
 /// Runs a rank's loop. If it ends in an error or a panic, the other ranks of its process are told.
-fn guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+fn run_guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
     if worker.size() == 1 {
         return run(); // no other rank is in a collective with it, and a panic stays a panic
     }

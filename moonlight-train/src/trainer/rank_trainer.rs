@@ -32,7 +32,7 @@ const SEED_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 pub(super) struct RankTrainer {
     pub(super) recipe: Recipe,
     pub(super) schedule: Schedule,
-    pub(super) corpus: Arc<Dataset>,
+    pub(super) dataset: Arc<Dataset>,
     pub(super) data: Prefetcher,
     pub(super) model: ModelCell,
     pub(super) optimizer: MuonAdamW,
@@ -182,7 +182,7 @@ impl RankTrainer {
         // The ranks take batches in turns. The sum goes over the batches in their order, so that it does not depend on the
         // number of ranks.
         let mut losses = Vec::new();
-        for (index, batch) in self.corpus.valid_batches(train.batch_size).take(limit).enumerate() {
+        for (index, batch) in self.dataset.valid_batches(train.batch_size).take(limit).enumerate() {
             let batch = batch?;
             losses.push(match index % worker.size() == worker.rank() {
                 true => BatchLoss {
@@ -207,7 +207,7 @@ impl RankTrainer {
             return Ok(None);
         }
         let loss = loss_sum / predicted;
-        self.state.offer_best(loss);
+        self.state.update_best(loss);
         Ok(Some(Metrics {
             split: Split::Valid,
             step: self.state.step,

@@ -11,9 +11,9 @@ use crate::error::TrainError;
 use crate::output_file::Unfinished;
 
 /// The file in the run's folder that is locked. The kernel releases the lock with the process; the file stays.
-const LOCK: &str = "run.lock";
+const LOCK_FILE: &str = "run.lock";
 /// Of a longer one, the beginning is shown.
-const LONGEST_HOLDER: u64 = 400;
+const MAX_HOLDER_BYTES: u64 = 400;
 
 /// A run's folder, claimed by this process. Where nothing was begun in a folder that the claim made, dropping it removes the
 /// folder again, so that a run that was refused can be started.
@@ -48,17 +48,17 @@ impl RunFolder {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => false,
             Err(error) => return Err(TrainError::write(path)(error)),
         };
-        if !fresh && !resume && !is_empty_but_for_the_lock(path) {
+        if !fresh && !resume && !holds_only_the_lock(path) {
             // One that is running is the better explanation.
             lock(path)?;
             return Err(TrainError::RunExists(path.to_owned()));
         }
         let lock = lock(path)?;
         // Between making and locking, another process may have taken it and begun.
-        if !resume && !is_empty_but_for_the_lock(path) {
+        if !resume && !holds_only_the_lock(path) {
             return Err(TrainError::RunExists(path.to_owned()));
         }
-        let fresh = fresh || is_empty_but_for_the_lock(path);
+        let fresh = fresh || holds_only_the_lock(path);
         let fresh = fresh.then(|| Unfinished::new(path));
         Ok(Self { path: path.to_owned(), _lock: lock, fresh })
     }
@@ -71,20 +71,21 @@ impl RunFolder {
 
 impl Drop for RunFolder {
     fn drop(&mut self) {
-        if self.fresh.is_some() && is_empty_but_for_the_lock(&self.path) {
-            let _ = fs::remove_file(self.path.join(LOCK));
+        if self.fresh.is_some() && holds_only_the_lock(&self.path) {
+            let _ = fs::remove_file(self.path.join(LOCK_FILE));
             let _ = fs::remove_dir(&self.path);
         }
     }
 }
 
-fn is_empty_but_for_the_lock(path: &Path) -> bool {
-    fs::read_dir(path).is_ok_and(|mut entries| entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK)))
+fn holds_only_the_lock(path: &Path) -> bool {
+    fs::read_dir(path)
+        .is_ok_and(|mut entries| entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK_FILE)))
 }
 
 /// Locks a run's folder and writes down who holds it.
 fn lock(folder: &Path) -> Result<Option<File>, TrainError> {
-    let path = folder.join(LOCK);
+    let path = folder.join(LOCK_FILE);
     let mut file = loop {
         let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let file = options.map_err(TrainError::write(&path))?;
@@ -129,7 +130,7 @@ fn holder(lock: &Path) -> String {
     for _ in 0..50 {
         let mut text = String::new();
         // Anything else than text says nothing.
-        let _ = File::open(lock).and_then(|file| file.take(LONGEST_HOLDER).read_to_string(&mut text));
+        let _ = File::open(lock).and_then(|file| file.take(MAX_HOLDER_BYTES).read_to_string(&mut text));
         if text.ends_with('\n') {
             return text.trim().to_owned();
         }
@@ -197,7 +198,7 @@ mod tests {
         assert!(!path.exists());
         // Killed before it began, it leaves a folder with the lock alone, which is nobody's.
         fs::create_dir(&path).unwrap();
-        fs::write(path.join(LOCK), "process 1 on nowhere").unwrap();
+        fs::write(path.join(LOCK_FILE), "process 1 on nowhere").unwrap();
         let mut folder = RunFolder::claim(&path, false).unwrap();
         folder.begin();
         drop(folder);

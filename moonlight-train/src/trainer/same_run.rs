@@ -8,7 +8,7 @@ use moonlight_model::{CausalLm, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::fingerprint::fingerprint;
-use crate::checkpoint::{Difference, Differences, Digest, Found, RunIdentity, shape_differences};
+use crate::checkpoint::{ContentHash, Difference, Differences, FoundCheckpoint, RunIdentity, shape_differences};
 use crate::data::Dataset;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
@@ -18,7 +18,7 @@ pub(super) fn check_same_run(
     identity: &RunIdentity,
     config: &ModelConfig,
     model: &CausalLm,
-    found: &Found,
+    found: &FoundCheckpoint,
 ) -> Result<(), TrainError> {
     let mut differences = Differences::default();
     match &found.state.identity {
@@ -54,7 +54,7 @@ pub(super) fn run_identity(
     recipe: &Recipe,
     model: &CausalLm,
     tokenizer: Option<&Tokenizer>,
-    corpus: &Dataset,
+    dataset: &Dataset,
     dtype: Option<DType>,
 ) -> Result<RunIdentity, TrainError> {
     let mut hash = Xxh3::new();
@@ -70,21 +70,21 @@ pub(super) fn run_identity(
         hash.update(name.as_bytes());
     }
     let base = match (&recipe.lora, &recipe.model.path) {
-        (Some(_), Some(path)) => Some(Digest { name: format!("`{}`", path.display()), hash: fingerprint(path)? }),
+        (Some(_), Some(path)) => Some(ContentHash { name: format!("`{}`", path.display()), hash: fingerprint(path)? }),
         _ => None,
     };
     let dtype = dtype.map_or_else(|| dtype_name(model), |dtype| format!("{dtype:?}").to_lowercase());
     Ok(RunIdentity {
         recipe: serde_json::to_value(recipe).expect("a recipe is numbers, names and lists"),
         dtype,
-        tokenizer: Digest { name, hash: format!("{:032x}", hash.digest128()) },
-        train_data: Digest {
-            name: format!("{} tokens in {} sequences", corpus.train_tokens(), corpus.train_sequences()),
-            hash: format!("{:016x}", corpus.train_hash()),
+        tokenizer: ContentHash { name, hash: format!("{:032x}", hash.digest128()) },
+        train_data: ContentHash {
+            name: format!("{} tokens in {} sequences", dataset.train_tokens(), dataset.train_sequences()),
+            hash: format!("{:016x}", dataset.train_hash()),
         },
-        valid_data: Digest {
-            name: format!("{} tokens", corpus.valid_tokens()),
-            hash: format!("{:016x}", corpus.valid_hash()),
+        valid_data: ContentHash {
+            name: format!("{} tokens", dataset.valid_tokens()),
+            hash: format!("{:016x}", dataset.valid_hash()),
         },
         base,
     })

@@ -23,7 +23,7 @@ use super::rank_trainer::RankTrainer;
 use super::run_eval::{self, run_eval};
 use super::run_folder::RunFolder;
 use super::same_run::{check_same_run, run_identity};
-use crate::checkpoint::{Checkpoints, Found, TrainerState};
+use crate::checkpoint::{Checkpoints, FoundCheckpoint, TrainerState};
 use crate::data::{Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{ConsoleLines, LogEvery, MetricsFile, Reporter};
@@ -35,7 +35,7 @@ use crate::tensorboard::EventFile;
 /// The file with the tokens at which generation stops.
 const GENERATION_CONFIG: &str = "generation_config.json";
 /// A longer one is none.
-const LONGEST_CONFIG: u64 = 16 << 20;
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// Everything that a recipe names, opened and checked. The ranks of a process share it.
 pub(super) struct Setup {
@@ -44,12 +44,12 @@ pub(super) struct Setup {
     pub(super) model: CausalLm,
     pub(super) state: TrainerState,
     /// The checkpoint that the run resumes from.
-    pub(super) resumed: Option<Found>,
+    pub(super) resumed: Option<FoundCheckpoint>,
     /// The run's folder; `None` in a process that follows another one.
     folder: Option<RunFolder>,
     assignment: Assignment,
     schedule: Schedule,
-    corpus: Arc<Dataset>,
+    dataset: Arc<Dataset>,
     checkpoints: Checkpoints,
     tokenizer: Option<Tokenizer>,
 }
@@ -62,7 +62,7 @@ pub(super) enum ResumePoint {
     /// From the newest whole checkpoint; at the first step if there is no checkpoint at all.
     Newest,
     /// From the checkpoint of the step that another process found, or at the first step.
-    Found(Option<u64>),
+    AtStep(Option<u64>),
 }
 
 impl Setup {
@@ -71,14 +71,14 @@ impl Setup {
     pub(super) fn open(recipe: &Recipe, target: &Target, from: ResumePoint) -> Result<Self, TrainError> {
         let path = recipe.run.folder();
         let folder = match from {
-            ResumePoint::Found(_) => None,
+            ResumePoint::AtStep(_) => None,
             from => Some(RunFolder::claim(&path, from == ResumePoint::Newest)?),
         };
         let tokenizer = recipe.data.open_tokenizer()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
         check_memory(recipe, &config, target)?;
-        let corpus = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
-        let recipe = recipe.clone().with_steps(corpus.train_sequences())?;
+        let dataset = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
+        let recipe = recipe.clone().with_steps(dataset.train_sequences())?;
         let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.learning_rate, recipe.train.steps)
             .map_err(|error| TrainError::Request { problem: error.to_string(), hint: None })?;
         let weights = recipe.model.path.as_deref();
@@ -86,15 +86,15 @@ impl Setup {
             path.join("checkpoints"),
             recipe.train.keep,
             recipe.train.keep_best,
-            companions(tokenizer.as_ref(), &corpus, &config, weights)?,
+            companions(tokenizer.as_ref(), &dataset, &config, weights)?,
             weights.map(Path::to_owned),
         );
-        let checkpoints = if recipe.lora.is_some() { checkpoints.of_adapters() } else { checkpoints };
+        let checkpoints = if recipe.lora.is_some() { checkpoints.for_adapters() } else { checkpoints };
         let weights = Weights { recipe: &recipe, path: weights, target, checkpoints: &checkpoints };
         let (model, resumed) = weights.open(&config, from)?;
         let dtype = device::dtype(recipe.model.dtype.as_str(), target)?;
-        let identity = run_identity(&recipe, &model, tokenizer.as_ref(), &corpus, dtype)?;
-        let start = corpus.train_stream(recipe.train.batch_size);
+        let identity = run_identity(&recipe, &model, tokenizer.as_ref(), &dataset, dtype)?;
+        let start = dataset.train_stream(recipe.train.batch_size);
         let mut state = match &resumed {
             Some(found) => {
                 check_same_run(&identity, &config, &model, found)?;
@@ -107,8 +107,8 @@ impl Setup {
         let checkpoints = checkpoints.resumed_from(resumed.as_ref().map(|found| found.state.step));
         let model = freeze::freeze(model, &recipe.train.freeze, recipe.optimizer.qk_clip().is_some())?;
         let assignment = recipe.optimizer.rules(config.hidden_size).assign(&model)?;
-        let corpus = Arc::new(corpus);
-        Ok(Self { recipe, model, state, resumed, folder, assignment, schedule, corpus, checkpoints, tokenizer })
+        let dataset = Arc::new(dataset);
+        Ok(Self { recipe, model, state, resumed, folder, assignment, schedule, dataset, checkpoints, tokenizer })
     }
 
     /// Writes into the run's folder and logs what the run consists of, and opens the files that its metrics go to; with
@@ -122,15 +122,15 @@ impl Setup {
         if let Some(folder) = &mut self.folder {
             folder.begin();
         }
-        let Self { recipe, state, assignment, corpus, .. } = &*self;
+        let Self { recipe, state, assignment, dataset, .. } = &*self;
         let folder = recipe.run.folder();
         if let Some(results) = before {
             run_eval::record(&folder, "before", results)?;
         }
         write(&folder.join("recipe.toml"), &recipe.to_toml())?;
         write(&folder.join("optimizer.txt"), &assignment.to_string())?;
-        let notes: String = corpus.notes().iter().map(|note| format!("{note}\n")).collect();
-        write(&folder.join("data.txt"), &(sizes(corpus) + "\n" + &notes))?;
+        let notes: String = dataset.notes().iter().map(|note| format!("{note}\n")).collect();
+        write(&folder.join("data.txt"), &(sizes(dataset) + "\n" + &notes))?;
         let mut reporters: Vec<Box<dyn Reporter>> =
             vec![Box::new(MetricsFile::open(&folder.join("metrics.jsonl"), state.step)?)];
         if recipe.train.tensorboard {
@@ -149,7 +149,7 @@ impl Setup {
         self,
         ranks: &[(Worker, Target)],
         distributed: bool,
-    ) -> Result<(Vec<RankTrainer>, Leftovers), TrainError> {
+    ) -> Result<(Vec<RankTrainer>, ReportInputs), TrainError> {
         let mut trainers = Vec::with_capacity(ranks.len());
         // The first rank has the model itself. The others have copies on their devices, each with a graph of its own.
         let mut models: Vec<CausalLm> = ranks
@@ -159,13 +159,13 @@ impl Setup {
             .collect();
         models.insert(0, self.model);
         for ((worker, target), model) in ranks.iter().zip(models) {
-            let mut data = self.corpus.train_stream(self.recipe.train.batch_size);
+            let mut data = self.dataset.train_stream(self.recipe.train.batch_size);
             if self.resumed.is_some() {
                 data.seek(self.state.data)?;
             }
             trainers.push(RankTrainer {
                 schedule: self.schedule.clone(),
-                corpus: self.corpus.clone(),
+                dataset: self.dataset.clone(),
                 data: Prefetcher::new(data),
                 model: ModelCell::new(model),
                 optimizer: optimizer(&self.assignment, &self.recipe, worker.clone(), self.resumed.as_ref())?,
@@ -178,12 +178,12 @@ impl Setup {
                 distributed,
             });
         }
-        Ok((trainers, Leftovers { corpus: self.corpus, tokenizer: self.tokenizer, folder: self.folder }))
+        Ok((trainers, ReportInputs { dataset: self.dataset, tokenizer: self.tokenizer, folder: self.folder }))
     }
 
     /// Logs the model, the division of its parameters, and the data.
     fn announce(&self) {
-        let Self { recipe, model, state, assignment, corpus, .. } = self;
+        let Self { recipe, model, state, assignment, dataset, .. } = self;
         let count = model.config().parameter_count();
         let million = |count: u64| count as f64 / 1e6;
         tracing::info!("{assignment:#}");
@@ -199,11 +199,11 @@ impl Setup {
             let elements: usize = trained.iter().map(|row| row.elements()).sum();
             tracing::info!("lora: {:.2} M parameters in {} adapters", million(elements as u64), trained.len() / 2);
         }
-        tracing::info!("data: {}", sizes(corpus));
+        tracing::info!("data: {}", sizes(dataset));
         if recipe.train.epochs > 0.0 {
             tracing::info!("steps: {} for {} epochs", recipe.train.steps, recipe.train.epochs);
         }
-        for note in corpus.notes() {
+        for note in dataset.notes() {
             tracing::info!("note: {note}");
         }
         for note in model.config().training_notes() {
@@ -222,17 +222,17 @@ impl Setup {
 }
 
 /// What remains of a setup when its trainers are made.
-pub(super) struct Leftovers {
-    corpus: Arc<Dataset>,
+pub(super) struct ReportInputs {
+    dataset: Arc<Dataset>,
     tokenizer: Option<Tokenizer>,
     /// Held until the run is over.
     folder: Option<RunFolder>,
 }
 
-impl Leftovers {
+impl ReportInputs {
     /// With the model that was trained.
     pub(super) fn with_model(self, model: CausalLm) -> Trained {
-        Trained { model, corpus: self.corpus, tokenizer: self.tokenizer, _folder: self.folder }
+        Trained { model, dataset: self.dataset, tokenizer: self.tokenizer, _folder: self.folder }
     }
 }
 
@@ -241,7 +241,7 @@ fn optimizer(
     assignment: &Assignment,
     recipe: &Recipe,
     worker: Worker,
-    resumed: Option<&Found>,
+    resumed: Option<&FoundCheckpoint>,
 ) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
     let options = OptimizerOptions::new().with_worker(worker).with_distributed(config);
@@ -267,7 +267,7 @@ struct Weights<'a> {
 
 impl Weights<'_> {
     /// The model at the run's start, or that of a checkpoint.
-    fn open(&self, config: &ModelConfig, from: ResumePoint) -> Result<(CausalLm, Option<Found>), TrainError> {
+    fn open(&self, config: &ModelConfig, from: ResumePoint) -> Result<(CausalLm, Option<FoundCheckpoint>), TrainError> {
         let Self { recipe, path, target, checkpoints } = *self;
         let device = target.device.clone().autodiff();
         let dtype = device::dtype(recipe.model.dtype.as_str(), target)?;
@@ -277,18 +277,18 @@ impl Weights<'_> {
             _ => None,
         };
         let adapters = base.as_ref().zip(recipe.lora.as_ref());
-        let open = |found: &Found| match adapters {
+        let open = |found: &FoundCheckpoint| match adapters {
             None => Ok(load(&found.path, &device, None)?.model),
             Some((base, lora)) => adapted(base.clone(), &found.path, lora),
         };
         let resumed = match from {
-            ResumePoint::Start | ResumePoint::Found(None) => None,
-            ResumePoint::Newest => checkpoints.newest_whole(|found| {
+            ResumePoint::Start | ResumePoint::AtStep(None) => None,
+            ResumePoint::Newest => checkpoints.newest_complete(|found| {
                 let model = open(found).map_err(damage)?;
                 check_state(recipe, &model, found)?;
                 Ok(model)
             })?,
-            ResumePoint::Found(Some(step)) => {
+            ResumePoint::AtStep(Some(step)) => {
                 let found = checkpoints.at(step)?;
                 let model = open(&found)?;
                 Some((found, model))
@@ -317,18 +317,18 @@ impl Weights<'_> {
 /// tokenizer's, and a `generation_config.json` that makes servers stop at the end of the assistant's turn.
 fn companions(
     tokenizer: Option<&Tokenizer>,
-    corpus: &Dataset,
+    dataset: &Dataset,
     config: &ModelConfig,
     from: Option<&Path>,
 ) -> Result<Vec<Companion>, TrainError> {
     let mut companions = tokenizer.map(Tokenizer::companions).unwrap_or_default();
-    if let Some(template) = corpus.template() {
+    if let Some(template) = dataset.template() {
         companions.retain(|companion| companion.name != template.name);
         companions.push(template.clone());
     }
-    if let Some(end) = corpus.end_of_turn() {
+    if let Some(end) = dataset.end_of_turn() {
         let text = match from {
-            Some(from) => confined(from)?.read(GENERATION_CONFIG, LONGEST_CONFIG)?,
+            Some(from) => confined(from)?.read(GENERATION_CONFIG, MAX_CONFIG_BYTES)?,
             None => None,
         };
         let own = text.map(|text| serde_json::from_slice(&text)).transpose();
@@ -402,7 +402,7 @@ fn damage(error: TrainError) -> Result<String, TrainError> {
 }
 
 /// Reads the optimizer's state of a checkpoint that no manifest vouches for, as far as it is the recipe's.
-fn check_state(recipe: &Recipe, model: &CausalLm, found: &Found) -> Result<(), Result<String, TrainError>> {
+fn check_state(recipe: &Recipe, model: &CausalLm, found: &FoundCheckpoint) -> Result<(), Result<String, TrainError>> {
     if found.state.identity.is_some() {
         return Ok(()); // its manifest was checked
     }
@@ -425,12 +425,12 @@ fn adapted(base: CausalLm, dir: &Path, lora: &LoraRecipe) -> Result<CausalLm, Tr
 }
 
 /// How much there is to learn from.
-fn sizes(corpus: &Dataset) -> String {
+fn sizes(dataset: &Dataset) -> String {
     format!(
         "{} training tokens in {} sequences, {} validation tokens",
-        corpus.train_tokens(),
-        corpus.train_sequences(),
-        corpus.valid_tokens()
+        dataset.train_tokens(),
+        dataset.train_sequences(),
+        dataset.valid_tokens()
     )
 }
 
