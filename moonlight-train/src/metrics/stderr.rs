@@ -1,4 +1,4 @@
-//! Standard error under the dashboard.
+//! Standard error while the dashboard has the terminal.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -9,35 +9,36 @@ use rustix::io::dup;
 use rustix::pipe::pipe;
 use rustix::stdio::{dup2_stderr, stderr};
 
-/// Of more than this, the end is kept.
+/// Bytes that are kept; of a longer text the end, which has the newest lines.
 const MAX_BYTES: usize = 64 << 10;
 
-/// Holds back what this process writes to stderr, and writes it there when dropped.
+/// Collects what this process writes to stderr, and writes it to the real stderr when dropped.
 pub(super) struct HeldStderr {
-    own: OwnedFd,
+    /// A duplicate of the real stderr.
+    original: OwnedFd,
     reader: Option<JoinHandle<Vec<u8>>>,
 }
 
 impl HeldStderr {
-    /// `None` where there is no stderr to hold.
+    /// `None` if stderr is closed.
     pub(super) fn hold() -> Option<Self> {
-        let own = dup(stderr()).ok()?;
+        let original = dup(stderr()).ok()?;
         let (read, write) = pipe().ok()?;
         dup2_stderr(&write).ok()?;
-        // Reads until `drop` puts the real one back, which closes the last writing end.
+        // The thread reads until `drop` restores the real stderr: that closes the pipe's last writing end.
         let reader = spawn(move || read_tail(File::from(read)));
-        Some(Self { own, reader: Some(reader) })
+        Some(Self { original, reader: Some(reader) })
     }
 }
 
 impl Drop for HeldStderr {
     fn drop(&mut self) {
-        let restored = dup2_stderr(&self.own).is_ok();
+        let restored = dup2_stderr(&self.original).is_ok();
         if restored
             && let Some(reader) = self.reader.take()
             && let Ok(text) = reader.join()
         {
-            // The terminal may be gone.
+            // The terminal may be gone, and nothing is left to report that to.
             let _ = std::io::stderr().write_all(&text);
         }
     }

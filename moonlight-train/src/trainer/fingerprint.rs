@@ -1,4 +1,4 @@
-//! A fingerprint of a model's weights, to tell whether adapters meet the base that they were trained on.
+//! A fingerprint of a model's weights, to check on resuming that adapters meet the base model they were trained on.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -9,15 +9,15 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::TrainError;
 
-/// A file of at most this many bytes is read whole.
+/// A file of at most this many bytes is hashed completely.
 const MAX_FULLY_HASHED_BYTES: u64 = 64 << 20;
-/// Of a longer one, so many blocks are read, spread evenly from its first byte to its last.
+/// Blocks that are hashed of a longer file, spread evenly from its first byte to its last.
 const SAMPLED_BLOCKS: u64 = 1024;
 const BLOCK_BYTES: u64 = 16 << 10;
 
-/// A hash of the sizes and contents of the files of weights in a folder: of all bytes of small files, and of 16 MiB of each
-/// large one, since a base of many gigabytes is not to be read twice. A training step changes almost every weight, so models
-/// that were trained apart differ; an edit of a few weights may go unseen.
+/// A hash of the names, sizes and contents of the weight files in a folder. Small files are hashed completely, and 16 MiB of
+/// each large one, since reading a base model of many gigabytes a second time takes as long as loading it. A training step
+/// changes almost every weight, so models with different training differ; an edit of a few weights may be missed.
 ///
 /// # Errors
 ///
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn every_byte_of_a_small_file_counts_and_so_does_its_length() {
+    fn every_byte_and_the_length_of_a_small_file_change_the_hash() {
         let bytes: Vec<u8> = (0..50_000u32).map(|at| at as u8).collect();
         let whole = hash(&bytes);
         for at in [0, 16_383, 16_384, 49_999] {

@@ -1,4 +1,4 @@
-//! Whether a run that resumes is the run that its checkpoint is of.
+//! Whether a run that resumes is the run that wrote the checkpoint.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use crate::data::Dataset;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 
-/// Refuses a checkpoint of another run; what may change and has is logged.
+/// Refuses the checkpoint of another run, and logs what has changed and may.
 pub(super) fn check_same_run(
     identity: &RunIdentity,
     config: &ModelConfig,
@@ -23,7 +23,7 @@ pub(super) fn check_same_run(
     let mut differences = Differences::default();
     match &found.state.identity {
         Some(then) => differences = identity.differences(then),
-        // Of an earlier version: its weights have a dtype, and no more is known.
+        // A checkpoint of an earlier version records no identity; only the dtype of its weights can be compared.
         None if identity.dtype != dtype_name(model) => differences.refused.push(Difference {
             key: "the dtype of the weights".into(),
             now: identity.dtype.clone(),
@@ -31,7 +31,7 @@ pub(super) fn check_same_run(
         }),
         None => {}
     }
-    // The dtype is that of the weights, compared above, whatever a file called it.
+    // `dtype` of a config.json is only a name, and may be absent; the weights' own dtype was compared above.
     let shape_of = |config: &ModelConfig| ModelConfig { dtype: None, ..config.clone() }.to_value();
     let shape = shape_differences(&shape_of(config), &shape_of(model.config()));
     let known: BTreeSet<String> = differences.refused.iter().map(|difference| difference.key.clone()).collect();
@@ -49,7 +49,7 @@ fn dtype_name(model: &CausalLm) -> String {
     format!("{:?}", model.dtype()).to_lowercase()
 }
 
-/// What the run is made of.
+/// What identifies the run: its recipe, and hashes of everything that the recipe names.
 pub(super) fn run_identity(
     recipe: &Recipe,
     model: &CausalLm,
@@ -65,8 +65,9 @@ pub(super) fn run_identity(
         }
     }
     let name = tokenizer.map_or("none".into(), |tokenizer| format!("`{}`", tokenizer.name()));
-    let hash_of_name = tokenizer.is_none_or(|tokenizer| tokenizer.companions().is_empty());
-    if hash_of_name {
+    // A built-in tokenizer has no files, so its name stands for its contents.
+    let is_built_in = tokenizer.is_none_or(|tokenizer| tokenizer.companions().is_empty());
+    if is_built_in {
         hash.update(name.as_bytes());
     }
     let base = match (&recipe.lora, &recipe.model.path) {
@@ -75,7 +76,7 @@ pub(super) fn run_identity(
     };
     let dtype = dtype.map_or_else(|| dtype_name(model), |dtype| format!("{dtype:?}").to_lowercase());
     Ok(RunIdentity {
-        recipe: serde_json::to_value(recipe).expect("a recipe is numbers, names and lists"),
+        recipe: serde_json::to_value(recipe).expect("a recipe contains only what JSON can hold"),
         dtype,
         tokenizer: ContentHash { name, hash: format!("{:032x}", hash.digest128()) },
         train_data: ContentHash {
