@@ -99,7 +99,7 @@ pub struct Selection {
 ///
 /// # Errors
 ///
-/// A layer that does not load, and [`TrainError::NotFiniteMatrix`].
+/// A layer that does not load, and [`TrainError::NonFiniteMatrix`].
 pub fn layer_spectra(
     checkpoint: &Checkpoint,
     layer: usize,
@@ -121,7 +121,7 @@ pub fn layer_spectra(
         .map(|(path, group, matrix)| {
             let shape = matrix.dims();
             let spectrum =
-                singular_values(matrix).ok_or_else(|| TrainError::NotFiniteMatrix { layer, path: path.clone() })?;
+                singular_values(matrix).ok_or_else(|| TrainError::NonFiniteMatrix { layer, path: path.clone() })?;
             Ok(MatrixSpectrum {
                 layer,
                 path,
