@@ -27,7 +27,7 @@ use crate::checkpoint::{Checkpoints, FoundCheckpoint, TrainerState};
 use crate::data::{Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{ConsoleLines, LogEvery, MetricsFile, Reporter};
-use crate::plan::{MemorySettings, Plan, Threads, available_memory};
+use crate::plan::{MemorySettings, MemoryPlan, Threads, available_memory};
 use crate::recipe::{LoraRecipe, Recipe};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventFile;
@@ -371,7 +371,7 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Resul
     let Some(available) = available_memory().filter(|_| target.is_cpu && recipe.train.check_memory) else {
         return Ok(());
     };
-    let plan = Plan::new(config.clone(), MemorySettings::of_recipe(recipe, config, true, Threads::here())?);
+    let plan = MemoryPlan::new(config.clone(), MemorySettings::for_recipe(recipe, config, true, Threads::available())?);
     if plan.peak() <= available {
         return Ok(());
     }
