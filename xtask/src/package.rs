@@ -10,7 +10,7 @@ use crate::shell::{cargo, run as call};
 /// are not on crates.io from the packages that it has just made.
 pub(crate) fn run(root: &Path, no_verify: bool) -> Result<()> {
     // A tree with changes can be tried as well.
-    let mut command = cargo(root, "package --workspace --allow-dirty");
+    let mut command = cargo(root, "package --workspace --exclude xtask --allow-dirty");
     if no_verify {
         command.arg("--no-verify");
     }
