@@ -1,7 +1,7 @@
 //! Recipes: one strict TOML file says everything about a run.
 //!
 //! A section is a struct with serde's derives; its field names are the keys, its `Default` has the defaults, its docs are what
-//! editors and `docs/recipe.md` show, and its `check` has what a type cannot say. Reading has two parts:
+//! editors and `docs/src/reference/recipe.md` show, and its `check` has what a type cannot say. Reading has two parts:
 //!
 //! 1. [`Draft::parse`] reads text, lays `--set section.key=value` over it, and checks every key by itself and beside the others. It
 //!    touches no disk. An unknown key, a wrong type or an impossible value is an error that names the key and the line.
