@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use burn::train::Interrupter;
-use moonlight_infer::device::{self, Target};
+use moonlight_infer::device::{self, ComputeDevice};
 use moonlight_model::CausalLm;
 use moonlight_optim::distributed::{
     Collective, CollectiveError, InProcess, Nested, OnDevices, Solo, Worker, devices_reduce, sum_of_squares,
@@ -148,20 +148,20 @@ impl ProcessGroup {
 
     /// The devices of this process's ranks: `first`, which the recipe names, and the ones after it. Processes on one host
     /// take consecutive devices.
-    fn targets(&self, recipe: &Recipe, first: &Target) -> Result<Vec<Target>, TrainError> {
+    fn targets(&self, recipe: &Recipe, first: &ComputeDevice) -> Result<Vec<ComputeDevice>, TrainError> {
         #[cfg(feature = "mpi")]
         let before = self.processes.as_ref().map_or(0, |processes| processes.local_rank()) * self.recipe.devices;
         #[cfg(not(feature = "mpi"))]
         let before = 0;
         let target = |offset| match before + offset {
             0 => Ok(first.clone()),
-            offset => Ok(Target::open(&device::name_at_offset(&recipe.run.device, offset))?),
+            offset => Ok(ComputeDevice::open(&device::nth_device_name(&recipe.run.device, offset))?),
         };
         (0..self.recipe.devices).map(target).collect()
     }
 
     /// A worker for each device of this process.
-    fn workers(&self, targets: &[Target], across: Vec<Arc<dyn Collective>>) -> Vec<Worker> {
+    fn workers(&self, targets: &[ComputeDevice], across: Vec<Arc<dyn Collective>>) -> Vec<Worker> {
         let devices: Vec<Device> = targets.iter().map(|target| target.device.clone()).collect();
         if devices.len() == 1 {
             return across.into_iter().take(1).map(Worker::new).collect();
@@ -180,7 +180,7 @@ impl ProcessGroup {
     pub(super) fn train(
         &self,
         recipe: &Recipe,
-        target: &Target,
+        target: &ComputeDevice,
         resume: bool,
         display: Display,
         interrupter: &Interrupter,
@@ -202,7 +202,7 @@ impl ProcessGroup {
             log_every: setup.recipe.train.log_every,
         };
         let workers = self.workers(&targets, across);
-        let ranks: Vec<(Worker, Target)> = workers.into_iter().zip(targets).collect();
+        let ranks: Vec<(Worker, ComputeDevice)> = workers.into_iter().zip(targets).collect();
         let trainers = setup.into_trainers(&ranks, self.distributed);
         let (trainers, report_inputs) = agree(&between, trainers)?;
         drop(between);
@@ -295,7 +295,7 @@ impl ProcessGroup {
 
 /// Opens the run in each process: first in process 0, which finds the checkpoint to resume from and renames damaged ones,
 /// then in the others, from the same checkpoint.
-fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Worker) -> Result<Setup, TrainError> {
+fn open(recipe: &Recipe, target: &ComputeDevice, resume: bool, between: &Worker) -> Result<Setup, TrainError> {
     let from = if resume { ResumePoint::Newest } else { ResumePoint::Start };
     let opened = {
         let _busy = between.busy();
