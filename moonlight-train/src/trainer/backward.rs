@@ -83,7 +83,7 @@ impl<'a> ReducingSink<'a> {
     /// Passes on the sums of parameters that have no gradient in the last micro-batch.
     pub(crate) fn finish(self) {
         if let Sums::Earlier(rest) = self.sums {
-            self.optimizer.offer(self.model, rest);
+            self.optimizer.add_gradients(self.model, rest);
         }
     }
 }
@@ -100,7 +100,7 @@ impl GradientSink for ReducingSink<'_> {
                 let mut adding = Adding { earlier, new: gradients, sums: GradientsParams::new() };
                 self.model.visit(&mut adding);
                 let sums = adding.sums;
-                self.optimizer.offer(self.model, sums);
+                self.optimizer.add_gradients(self.model, sums);
             }
         }
         Ok(())
@@ -113,7 +113,7 @@ impl GradientSink for ReducingSink<'_> {
     }
 
     fn must_finish(&self) -> bool {
-        self.optimizer.worker().size() > 1
+        self.optimizer.communicator().size() > 1
     }
 }
 
@@ -160,8 +160,8 @@ impl GradientSink for UpdatingSink<'_> {
     }
 
     fn add(&mut self, gradients: GradientsParams) -> Result<(), CollectiveError> {
-        self.optimizer.offer(&**self.model, gradients);
-        self.squares += self.optimizer.squares(&**self.model)?;
+        self.optimizer.add_gradients(&**self.model, gradients);
+        self.squares += self.optimizer.local_sum_of_squares(&**self.model)?;
         self.model.update(|model| self.optimizer.apply(self.learning_rate, 1.0, model))
     }
 }

@@ -12,7 +12,7 @@ use moonlight_infer::device::{self, Target};
 use moonlight_infer::tokenizer::{Companion, Tokenizer};
 use moonlight_infer::{InferError, load_base};
 use moonlight_model::{CausalLm, ModelConfig};
-use moonlight_optim::distributed::Worker;
+use moonlight_optim::distributed::Communicator;
 use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions, StateError};
 use serde_json::{Value, json};
 
@@ -147,7 +147,7 @@ impl Setup {
     /// The trainers of this process's ranks, and what the final report needs beside a trained model.
     pub(super) fn into_trainers(
         self,
-        ranks: &[(Worker, Target)],
+        ranks: &[(Communicator, Target)],
         distributed: bool,
     ) -> Result<(Vec<RankTrainer>, Leftovers), TrainError> {
         let mut trainers = Vec::with_capacity(ranks.len());
@@ -240,11 +240,11 @@ impl Leftovers {
 fn optimizer(
     assignment: &Assignment,
     recipe: &Recipe,
-    worker: Worker,
+    worker: Communicator,
     resumed: Option<&Found>,
 ) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
-    let options = OptimizerOptions::new().with_worker(worker).with_distributed(config);
+    let options = OptimizerOptions::new().with_communicator(worker).with_distributed(config);
     let Some(found) = resumed else { return Ok(assignment.build(options)?) };
     let files = found.optimizer();
     assignment.load(&files, options).map_err(|error| match error {
@@ -408,7 +408,7 @@ fn check_state(recipe: &Recipe, model: &CausalLm, found: &Found) -> Result<(), R
     }
     let assigned = recipe.optimizer.rules(model.config().hidden_size).assign(model);
     let assignment = assigned.map_err(|error| Err(TrainError::from(error)))?;
-    match optimizer(&assignment, recipe, Worker::alone(), Some(found)) {
+    match optimizer(&assignment, recipe, Communicator::single_rank(), Some(found)) {
         // Of another optimizer or model: no damage, and an error of its own later.
         Err(TrainError::OptimizerState { source: source @ StateError::Unreadable(_), path }) => {
             Err(Ok(TrainError::OptimizerState { path, source }.to_string()))

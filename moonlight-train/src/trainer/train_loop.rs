@@ -1,7 +1,7 @@
 //! The training loop.
 
 use burn::train::Interrupter;
-use moonlight_optim::distributed::Traffic;
+use moonlight_optim::distributed::BytesSent;
 
 use super::comm_report::comm_report;
 use super::outcome::Outcome;
@@ -20,14 +20,14 @@ pub(super) fn train_loop(
     let settings = trainer.recipe.train.clone();
     let first = trainer.state.step;
     let (mut valid_loss, mut saved) = (None, None);
-    let mut sent = Traffic::default();
+    let mut sent = BytesSent::default();
 
     // All ranks agree before each step whether to stop: one that left the loop alone would leave the others in a collective.
     while trainer.state.step < settings.steps && !trainer.any_rank_stops(interrupter)? {
         reporter.begin_step();
-        let before = trainer.worker().traffic();
+        let before = trainer.communicator().bytes_sent();
         let metrics = trainer.step()?;
-        sent = sent + (trainer.worker().traffic() - before); // of steps alone, not of validations and checkpoints
+        sent = sent + (trainer.communicator().bytes_sent() - before); // of steps alone, not of validations and checkpoints
         reporter.report(&metrics)?;
 
         // Counted from 1, so that step 100 of "every 100" is the hundredth.
