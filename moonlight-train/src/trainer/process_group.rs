@@ -12,7 +12,8 @@ use burn::train::Interrupter;
 use moonlight_infer::device::{self, ComputeDevice};
 use moonlight_model::CausalLm;
 use moonlight_optim::distributed::{
-    Collective, CollectiveError, InProcess, Nested, OnDevices, Solo, Worker, devices_reduce, sum_of_squares,
+    Collective, CollectiveError, Communicator, HierarchicalCollective, InProcess, NcclCollective, SingleRank,
+    sum_of_squares, supports_nccl,
 };
 
 use super::exchange::{agree, all_gather, broadcast_number};
@@ -143,7 +144,7 @@ impl ProcessGroup {
         if let Some(processes) = self.processes.as_ref().filter(|processes| processes.size() > 1) {
             return Ok(processes.collectives(groups, self.recipe.timeout())?);
         }
-        Ok((0..groups).map(|_| Arc::new(Solo) as Arc<dyn Collective>).collect())
+        Ok((0..groups).map(|_| Arc::new(SingleRank) as Arc<dyn Collective>).collect())
     }
 
     /// The devices of this process's ranks: `first`, which the recipe names, and the ones after it. Processes on one host
@@ -164,16 +165,20 @@ impl ProcessGroup {
     fn workers(&self, targets: &[ComputeDevice], across: Vec<Arc<dyn Collective>>) -> Vec<Worker> {
         let devices: Vec<Device> = targets.iter().map(|target| target.device.clone()).collect();
         if devices.len() == 1 {
-            return across.into_iter().take(1).map(Worker::new).collect();
+            return across.into_iter().take(1).map(Communicator::new).collect();
         }
-        let direct = devices_reduce(&devices[0]);
+        let direct = supports_nccl(&devices[0]);
         let inside = InProcess::collectives(devices.len(), self.recipe.timeout()).into_iter().map(|host| {
-            if direct { Arc::new(OnDevices::new(host, devices.clone())) as Arc<dyn Collective> } else { host }
+            if direct { Arc::new(NcclCollective::new(host, devices.clone())) as Arc<dyn Collective> } else { host }
         });
         let nested = inside.zip(across).map(|(inside, across)| {
-            if across.size() == 1 { inside } else { Arc::new(Nested::new(inside, across)) as Arc<dyn Collective> }
+            if across.size() == 1 {
+                inside
+            } else {
+                Arc::new(HierarchicalCollective::new(inside, across)) as Arc<dyn Collective>
+            }
         });
-        nested.map(Worker::new).collect()
+        nested.map(Communicator::new).collect()
     }
 
     /// Trains with all ranks of this process, the first of them on `target`.
@@ -264,7 +269,7 @@ impl ProcessGroup {
     fn outcome(
         &self,
         results: Vec<(usize, Result<Outcome, TrainError>)>,
-        worker: &Worker,
+        worker: &Communicator,
     ) -> Result<Outcome, TrainError> {
         let mut first = None;
         let mut cause: Option<(u8, usize, TrainError)> = None;
@@ -287,7 +292,7 @@ impl ProcessGroup {
             // The lowest rank that can report does, and aborts the job before the others report the same error.
             thread::sleep(report_delay(&error, rank));
             error.report();
-            worker.fail(&error.to_string());
+            worker.abort(&error.to_string());
         }
         Err(error)
     }
@@ -355,7 +360,7 @@ fn run_guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) 
     if let Err(error) = &result
         && !is_known_to_all(error)
     {
-        worker.fail_inside(&error.to_string());
+        worker.abort_local(&error.to_string());
     }
     result
 }
@@ -370,7 +375,7 @@ fn is_known_to_all(error: &TrainError) -> bool {
 fn root_cause_priority(error: &TrainError) -> u8 {
     match error {
         TrainError::RemoteFailure => 0,
-        TrainError::Collective(CollectiveError::Failed { .. }) => 1,
+        TrainError::Collective(CollectiveError::RankFailed { .. }) => 1,
         TrainError::Collective(_) => 2,
         _ => 3,
     }
@@ -390,7 +395,7 @@ fn with_rank(rank: usize, error: TrainError) -> TrainError {
 /// How long a rank waits before it reports an error that others may report as well.
 fn report_delay(error: &TrainError, rank: usize) -> Duration {
     let before = match error {
-        TrainError::Collective(CollectiveError::Silent { missing, .. }) => {
+        TrainError::Collective(CollectiveError::Timeout { missing, .. }) => {
             (0..rank).filter(|rank| !missing.contains(rank)).count()
         }
         TrainError::Collective(_) => rank + 1,

@@ -12,7 +12,7 @@ use moonlight_infer::device::{self, ComputeDevice};
 use moonlight_infer::tokenizer::{TokenizerFile, Tokenizer};
 use moonlight_infer::{InferError, load_base};
 use moonlight_model::{CausalLm, ModelConfig};
-use moonlight_optim::distributed::Worker;
+use moonlight_optim::distributed::Communicator;
 use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions, StateError};
 use serde_json::{Value, json};
 
@@ -246,7 +246,7 @@ fn optimizer(
     resumed: Option<&FoundCheckpoint>,
 ) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
-    let options = OptimizerOptions::new().with_worker(worker).with_distributed(config);
+    let options = OptimizerOptions::new().with_communicator(worker).with_distributed(config);
     let Some(found) = resumed else { return Ok(assignment.build(options)?) };
     let files = found.optimizer();
     assignment.load(&files, options).map_err(|error| match error {
