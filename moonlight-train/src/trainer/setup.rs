@@ -148,7 +148,7 @@ impl Setup {
     /// The trainers of this process's ranks, and what the final report needs in addition to the trained model.
     pub(super) fn into_trainers(
         self,
-        ranks: &[(Worker, ComputeDevice)],
+        ranks: &[(Communicator, ComputeDevice)],
         distributed: bool,
     ) -> Result<(Vec<RankTrainer>, ReportInputs), TrainError> {
         let mut trainers = Vec::with_capacity(ranks.len());
@@ -242,7 +242,7 @@ impl ReportInputs {
 fn optimizer(
     assignment: &Assignment,
     recipe: &Recipe,
-    worker: Worker,
+    worker: Communicator,
     resumed: Option<&FoundCheckpoint>,
 ) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
@@ -413,7 +413,7 @@ fn check_state(recipe: &Recipe, model: &CausalLm, found: &FoundCheckpoint) -> Re
     }
     let assigned = recipe.optimizer.rules(model.config().hidden_size).assign(model);
     let assignment = assigned.map_err(|error| Err(TrainError::from(error)))?;
-    match optimizer(&assignment, recipe, Worker::alone(), Some(found)) {
+    match optimizer(&assignment, recipe, Communicator::single_rank(), Some(found)) {
         // A state of another optimizer or model is not damaged: `check_same_run` reports the difference later.
         Err(TrainError::OptimizerState { source: source @ StateError::Unreadable(_), path }) => {
             Err(Ok(TrainError::OptimizerState { path, source }.to_string()))
