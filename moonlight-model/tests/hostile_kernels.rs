@@ -468,9 +468,9 @@ fn arguments_that_break_a_rule_are_refused() {
     refused("cached_attention", sizes, (7, 3), "fewer tokens");
     refused("cached_attention", sizes, (4, 2), "capacity");
     refused("cached_attention", sizes, (4, 0), "no token");
-    refused("cached_attention", sizes, (8, 0), "the key is no part");
-    refused("cached_attention", sizes, (9, 2), "the value is no part");
-    refused("cached_attention", sizes, (10, 2), "the value is no part");
+    refused("cached_attention", sizes, (8, 0), "the key is not a part");
+    refused("cached_attention", sizes, (9, 2), "the value is not a part");
+    refused("cached_attention", sizes, (10, 2), "the value is not a part");
     for how in 0..6 {
         refused("cross_entropy", sizes, (0, how), "is not in a vocabulary of 4");
     }
