@@ -100,7 +100,7 @@ const WRAPPER_KEYS: &[&str] = &[
 fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Result<(), ConfigError> {
     let name = outside.get("model_type").and_then(Value::as_str).unwrap_or_default();
     if !WRAPPER_TYPES.contains(&name) {
-        return Err(ConfigError::NotFollowed {
+        return Err(ConfigError::Unsupported {
             key: "text_config".into(),
             problem: format!(
                 "is in a model of the type `{}`, but only `kimi_vl` and `kimi_k25` have one",
@@ -124,7 +124,7 @@ fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Res
     });
     match other {
         None => Ok(()),
-        Some((key, _)) => Err(ConfigError::NotFollowed {
+        Some((key, _)) => Err(ConfigError::Unsupported {
             key: key.clone(),
             problem: "is outside `text_config` with a value that is not the one inside".into(),
             hint: Some("move the key into `text_config`, or remove it"),
@@ -168,7 +168,7 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     if let Some(activation) = keys.string("hidden_act")?
         && !["silu", "swish"].contains(&activation.as_str())
     {
-        return Err(ConfigError::NotFollowed {
+        return Err(ConfigError::Unsupported {
             key: "hidden_act".into(),
             problem: format!("is `{activation}`, but only `silu` is supported"),
             hint: None,

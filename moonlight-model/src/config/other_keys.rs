@@ -343,7 +343,7 @@ pub fn passed_over(key: &str) -> Option<&'static str> {
 
 /// Whether a key with this value turns on something that is not supported.
 pub(super) fn is_unsupported(key: &str, value: &Value) -> bool {
-    NOT_COMPUTED.iter().any(|(_, neutral, keys)| keys.contains(&key) && !neutral.matches(value))
+    UNSUPPORTED_KEYS.iter().any(|(_, neutral, keys)| keys.contains(&key) && !neutral.matches(value))
 }
 
 /// Refuses the keys that [`ModelConfig`] did not read and that may change the computation.
@@ -351,7 +351,7 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
     let mut unknown = Vec::new();
     let shapes = shape_keys();
     for (key, value) in config.extra.iter().filter(|(_, value)| !value.is_null()) {
-        if passed_over(key).is_some() {
+        if ignore_reason(key).is_some() {
             continue;
         }
         match check_class_key(config, &shapes, key, value) {
@@ -359,10 +359,10 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
             Some(Err(error)) => return Err(error),
             None => {}
         }
-        match NOT_COMPUTED.iter().find(|(_, _, keys)| keys.contains(&key.as_str())) {
+        match UNSUPPORTED_KEYS.iter().find(|(_, _, keys)| keys.contains(&key.as_str())) {
             Some((_, neutral, _)) if neutral.matches(value) => {}
             Some((what, ..)) => {
-                return Err(ConfigError::NotFollowed {
+                return Err(ConfigError::Unsupported {
                     key: key.clone(),
                     problem: format!("is {}: {what}", quote(value)),
                     hint: Some(REMOVE_HINT),
@@ -378,7 +378,7 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
 fn check_class_key(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value) -> Option<Result<(), ConfigError>> {
     let refuse = |supported: bool, problem: &str, hint: Option<&'static str>| {
         let problem = format!("is {}: {problem}", quote(value));
-        if supported { Ok(()) } else { Err(ConfigError::NotFollowed { key: key.to_owned(), problem, hint }) }
+        if supported { Ok(()) } else { Err(ConfigError::Unsupported { key: key.to_owned(), problem, hint }) }
     };
     let is = |number: usize| value.as_u64() == Some(number as u64);
     Some(match (key, &config.attention) {
@@ -442,7 +442,7 @@ fn check_class_key(config: &ModelConfig, shapes: &[&str], key: &str, value: &Val
 
 /// Sliding windows are supported in Qwen2 only. In other classes, refuses a window that is shorter than the longest sequence.
 fn check_sliding_window(config: &ModelConfig) -> Result<(), ConfigError> {
-    let refuse = |key: &str, problem: String, hint| Err(ConfigError::NotFollowed { key: key.into(), problem, hint });
+    let refuse = |key: &str, problem: String, hint| Err(ConfigError::Unsupported { key: key.into(), problem, hint });
     let used = config.extra.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(true);
     let window = config.extra.get("sliding_window").and_then(Value::as_f64);
     let window = window.filter(|window| used && *window != 0.0);
@@ -482,7 +482,7 @@ fn check_architectures(value: &Value) -> Result<(), ConfigError> {
     if is_language_model {
         return Ok(());
     }
-    Err(ConfigError::NotFollowed {
+    Err(ConfigError::Unsupported {
         key: "architectures".into(),
         problem: format!("is {}: only language models (`…ForCausalLM`) are supported", quote(value)),
         hint: Some("if the checkpoint is a language model, correct the name in config.json"),

@@ -159,7 +159,7 @@ impl RopeConfig {
                 Some(RopeScaling::Yarn(YarnConfig::read(&mut inner, original, max_position_embeddings)?))
             }
             other => {
-                return Err(ConfigError::NotFollowed {
+                return Err(ConfigError::Unsupported {
                     key: field.into(),
                     problem: format!(
                         "has the type `{}`; supported are `default`, `linear`, `dynamic`, `llama3` and `yarn`",
@@ -179,7 +179,7 @@ impl RopeConfig {
                 _ => false,
             };
             if !harmless {
-                return Err(ConfigError::NotFollowed {
+                return Err(ConfigError::Unsupported {
                     key: format!("{field}.{}", truncate(&key)),
                     problem: format!("is {}, which is not supported with the scaling `{kind}`", quote(&value)),
                     hint: Some(REMOVE_HINT),
