@@ -37,7 +37,7 @@ pub enum ConfigError {
     },
     /// A key changes what the model computes in a way that is not supported.
     #[error("the model config's `{key}` {problem}")]
-    NotFollowed {
+    Unsupported {
         /// The key's name in `config.json`.
         key: String,
         /// What is wrong, as the rest of a sentence.
@@ -91,7 +91,7 @@ impl ConfigError {
     /// What to do about it, if that is known.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::NotFollowed { hint, .. } => *hint,
+            Self::Unsupported { hint, .. } => *hint,
             Self::Unknown { .. } => {
                 Some("an unknown key may change what the model computes; if it does not, remove it from config.json")
             }
@@ -111,7 +111,7 @@ mod tests {
     /// An example of every variant; the `match` makes the compiler ask for the next one.
     fn examples() -> Vec<ConfigError> {
         let invalid = |field, problem: &str| ConfigError::Invalid { field, problem: problem.into() };
-        let not_followed = |key: &str, problem: &str, hint| ConfigError::NotFollowed {
+        let unsupported = |key: &str, problem: &str, hint| ConfigError::Unsupported {
             key: key.into(),
             problem: problem.into(),
             hint,
@@ -120,8 +120,8 @@ mod tests {
             ConfigError::Json("not a JSON object".into()),
             ConfigError::Missing { field: "kv_lora_rank" },
             invalid("hidden_size", "must be a whole number, not \"wide\""),
-            not_followed("hidden_act", "is `gelu`, but only `silu` is supported", None),
-            not_followed(
+            unsupported("hidden_act", "is `gelu`, but only `silu` is supported", None),
+            unsupported(
                 "use_qk_norm",
                 "is true: norms of queries and keys are not supported",
                 Some(super::super::other_keys::REMOVE_HINT),
@@ -137,7 +137,7 @@ mod tests {
                 ConfigError::Json(_)
                 | ConfigError::Missing { .. }
                 | ConfigError::Invalid { .. }
-                | ConfigError::NotFollowed { .. }
+                | ConfigError::Unsupported { .. }
                 | ConfigError::Unknown { .. }
                 | ConfigError::UnknownModelType(_)
                 | ConfigError::UnknownPreset(_)

@@ -21,7 +21,7 @@ impl ModelConfig {
     /// A key that the file lacks has the default of the model class in transformers ([`fill_class_defaults`]).
     ///
     /// All other keys are refused: a key that changes the computation in a way that is not supported, unless its value turns it
-    /// off ([`ConfigError::NotFollowed`]), and an unknown key ([`ConfigError::Unknown`]).
+    /// off ([`ConfigError::Unsupported`]), and an unknown key ([`ConfigError::Unknown`]).
     ///
     /// # Errors
     ///

@@ -9,7 +9,7 @@ use super::json::shape_keys;
 use super::{AttentionShape, ModelConfig, ModelType};
 
 /// Keys that do not change what the model computes from tokens, grouped by reason.
-const PASSED_OVER: &[(&str, &[&str])] = &[
+const IGNORED_KEYS: &[(&str, &[&str])] = &[
     (
         "generation settings of transformers",
         &[
@@ -213,7 +213,7 @@ impl Neutral {
 }
 
 /// Keys that change the computation of other models, grouped by what they turn on, with the values that leave it off.
-const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
+const UNSUPPORTED_KEYS: &[(&str, Neutral, &[&str])] = &[
     (
         "norms of queries and keys are not supported",
         Neutral::Off,
@@ -337,8 +337,8 @@ const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
 pub(super) const REMOVE_HINT: &str = "if the key does not change what the model computes, remove it from config.json";
 
 /// Why a key of `config.json` is ignored whatever its value; `None` for keys that are not ignored.
-pub fn passed_over(key: &str) -> Option<&'static str> {
-    PASSED_OVER.iter().find(|(_, keys)| keys.contains(&key)).map(|(reason, _)| *reason)
+pub fn ignore_reason(key: &str) -> Option<&'static str> {
+    IGNORED_KEYS.iter().find(|(_, keys)| keys.contains(&key)).map(|(reason, _)| *reason)
 }
 
 /// Whether a key with this value turns on something that is not supported.
@@ -509,8 +509,8 @@ pub(super) fn truncate(text: &str) -> String {
 
 impl ModelConfig {
     /// The keys of the file that are ignored, each with the reason, sorted by name.
-    pub fn keys_passed_over(&self) -> Vec<(&str, &'static str)> {
-        let mut keys: Vec<_> = self.extra.keys().filter_map(|key| Some((key.as_str(), passed_over(key)?))).collect();
+    pub fn ignored_keys(&self) -> Vec<(&str, &'static str)> {
+        let mut keys: Vec<_> = self.extra.keys().filter_map(|key| Some((key.as_str(), ignore_reason(key)?))).collect();
         keys.sort_unstable();
         keys
     }
