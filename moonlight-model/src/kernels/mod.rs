@@ -318,7 +318,7 @@ pub fn grouped_matmul(rows: Tensor<2>, weight: Tensor<3>, layout: &Arc<GroupLayo
     ))
 }
 
-/// [`grouped_matmul`] by frozen quantized weights, of which one group at a time is dequantized: `w = (value - zero) * scale`.
+/// [`grouped_matmul`] by frozen quantized weights, `w = (value - zero) * scale`. One group at a time is dequantized.
 ///
 /// Only the rows have a gradient, for which the weights are dequantized again.
 ///
