@@ -32,7 +32,7 @@ fn root() -> PathBuf {
 }
 
 /// The plan of a way on a GPU.
-fn plan((_, file, sets): Way, sequence: usize) -> Plan {
+fn plan((_, file, sets): Way, sequence: usize) -> MemoryPlan {
     let config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
     let model = tempfile::tempdir().unwrap();
     fs::write(model.path().join("config.json"), config.to_json()).unwrap();
@@ -43,8 +43,8 @@ fn plan((_, file, sets): Way, sequence: usize) -> Plan {
     let mut sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     sets.push(format!("data.sequence_length={sequence}"));
     let recipe = Recipe::parse(&text, &path, &sets).unwrap();
-    let settings = MemorySettings::of_recipe(&recipe, &config, false, Threads(1)).unwrap();
-    Plan::new(config, settings)
+    let settings = MemorySettings::for_recipe(&recipe, &config, false, Threads(1)).unwrap();
+    MemoryPlan::new(config, settings)
 }
 
 fn gigabytes(bytes: u64) -> String {
@@ -125,8 +125,8 @@ fn adamuon_keeps_a_second_moment_of_each_value() {
         let sets = [format!("optimizer.adaptive={variant}")];
         let recipe = Recipe::parse(text, std::path::Path::new("recipe.toml"), &sets).unwrap();
         let config = recipe.model.config(0).unwrap();
-        let setting = MemorySettings::of_recipe(&recipe, &config, false, Threads(1)).unwrap();
-        Plan::new(config, setting).largest_phase().of(MemoryPart::OptimizerState)
+        let setting = MemorySettings::for_recipe(&recipe, &config, false, Threads(1)).unwrap();
+        MemoryPlan::new(config, setting).largest_phase().of(MemoryPart::OptimizerState)
     };
     let (plain, ada) = (state("off"), state("ada_muon"));
     assert_eq!(state("nor_muon"), plain);
