@@ -10,6 +10,9 @@ use regex::Regex;
 use crate::pages::{self, MANUAL};
 use crate::{commands, errors, evidence, links, shell};
 
+/// The crate that compiles the manual's Rust code.
+const DOCTESTS: &str = "docs/doctests/src/lib.rs";
+
 /// Writes the pages of claims and of errors, or with `check` compares them; checks the form, links, commands and keys of all
 /// pages; and builds the manual if `mdbook` is installed.
 ///
@@ -34,6 +37,7 @@ fn check_form(root: &Path) -> Result<()> {
     let mut problems = Vec::new();
     let pages = pages::manual(root)?;
     let contents = pages.iter().find(|page| page.path.ends_with("SUMMARY.md")).context("there is no SUMMARY.md")?;
+    let doctests = fs::read_to_string(root.join(DOCTESTS)).with_context(|| format!("`{DOCTESTS}`"))?;
     let listed: BTreeSet<_> = contents.links.iter().map(|(_, link)| Path::new(MANUAL).join(link)).collect();
     for page in &pages {
         if page.path == contents.path {
@@ -41,6 +45,12 @@ fn check_form(root: &Path) -> Result<()> {
         }
         if !listed.contains(&page.path) {
             problems.push(format!("`{}` is not in SUMMARY.md", page.path.display()));
+        }
+        // Their code is compiled there.
+        if page.blocks.iter().any(|block| block.is("rust"))
+            && !doctests.contains(&format!("../../{}", page.path.strip_prefix("docs")?.display()))
+        {
+            problems.push(format!("`{}` has Rust code and no line in {DOCTESTS}", page.path.display()));
         }
         let opening = page.opening.1.to_lowercase();
         if !opening.contains("you will") {
