@@ -46,11 +46,13 @@ fn recipes_name_their_schema() {
 const HEAD: &str = "\
 <!-- Made from the types of recipes (moonlight-train/src/recipe): change their docs, not this page. -->
 
-# Recipes
+# Recipe keys
 
-A recipe is a TOML file that says everything about a run; `moonlight train RECIPE.toml` runs it. Every key has a default but the few that are
-*required*. `--set section.key=value` lays a value over the file's. An unknown key, a wrong type or an impossible value is an error that names
-the key and the line. The run's folder keeps a `recipe.toml` in which every default is spelled out.
+You will know every key of a recipe, its type, its default and its choices.
+
+A recipe is a TOML file that describes a run; `moonlight train RECIPE.toml` runs it. Every key has a default except the few that are
+*required*. `--set section.key=value` overrides one. An unknown key, a wrong type or an impossible value is an error that names
+the key and the line. The run's folder keeps a `recipe.toml` with every default written out.
 
 Editors with the taplo language server (Even Better TOML) complete and check the keys of a recipe that begins with the line
 `#:schema recipe.schema.json`, a path relative to the recipe or a URL.
