@@ -98,13 +98,13 @@ impl Muon {
         let Some(sizes) = blocks.sizes(rows, columns) else {
             panic!("{blocks} do not fill a matrix of [{rows}, {columns}]");
         };
-        let parts = blocks.cut(&momentum, &sizes);
+        let parts = blocks.split(&momentum, &sizes);
         // Along the side that is split, a second moment has either the sizes of the blocks or one number for each block.
         let mut seconds: Vec<Option<Tensor<3>>> = match &second_moment {
             Some(second) => {
                 let one_each = blocks.extent(second) == sizes.len();
                 let ones = vec![1; sizes.len()];
-                blocks.cut(second, if one_each { &ones } else { &sizes }).into_iter().map(Some).collect()
+                blocks.split(second, if one_each { &ones } else { &sizes }).into_iter().map(Some).collect()
             }
             None => vec![None; sizes.len()],
         };
