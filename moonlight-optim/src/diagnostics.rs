@@ -225,7 +225,7 @@ mod tests {
     };
 
     #[test]
-    fn the_figures_are_those_of_the_update_rules() {
+    fn update_rms_is_that_of_the_update_rules() {
         let device = Device::default().autodiff();
         let layer: Linear = LinearConfig::new(24, 16).init(&device);
         let muon = MuonConfig::new().with_coefficients(Coefficients::PolarExpress).with_steps(12);
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_see_through_every_kind_of_decay() {
+    fn update_rms_excludes_every_kind_of_decay() {
         let device = Device::default().autodiff();
         let schedule = DecaySchedule::InverseSquare { hold: 1 };
         let decays = [
