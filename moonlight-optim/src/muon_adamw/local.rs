@@ -156,7 +156,7 @@ impl ModuleVisitor for ListParameters<'_> {
     }
 }
 
-/// Takes the parameters of a batch out of the module, with their gradients, and leaves empty tensors behind. Then the step
+/// Takes the parameters of a batch out of the module, with their gradients, and puts empty tensors in their place. Then the step
 /// has the only handle on them and can update them in place; otherwise it would copy each one first.
 struct TakeBatch<'a> {
     batch: &'a [MuonParameter],
