@@ -56,6 +56,7 @@ impl MuonAdamW {
                 })
                 .unzip();
             let updated = self.step_matrices(lr, batch);
+            // Put back before the next batch is taken: only one batch exists outside of the module at a time.
             let values = owners.into_iter().zip(updated).map(|((id, shape), values)| (id, (shape, values)));
             module = module.map(&mut Replacer(values.collect()));
         }

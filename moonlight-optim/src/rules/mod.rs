@@ -253,7 +253,7 @@ impl ParameterRules {
                 _ => Ok(()),
             };
         };
-        let wrong: Vec<_> = assigned.iter().filter(|(_, shape)| !muon.view.takes(shape.len())).cloned().collect();
+        let wrong: Vec<_> = assigned.iter().filter(|(_, shape)| !muon.view.accepts(shape.len())).cloned().collect();
         if !wrong.is_empty() {
             return Err(RuleError::NotAMatrix { rule: rule.describe(), parameters: wrong });
         }
