@@ -67,9 +67,14 @@ use process_group::{Display, ProcessGroup};
 ///
 /// [`TrainError`]. The newest checkpoint is complete in every case.
 pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: &Interrupter) -> Result<Outcome, TrainError> {
-    let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal() && terminal::has_keys();
-    let display = if terminal && draws(|name| std::env::var_os(name)) { Display::Dashboard } else { Display::Lines };
+    let display = if shows_dashboard() { Display::Dashboard } else { Display::Lines };
     ProcessGroup::open(recipe)?.train(recipe, target, resume, display, interrupter)
+}
+
+/// Whether a run of this process shows its metrics on the dashboard.
+pub(crate) fn shows_dashboard() -> bool {
+    let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal() && terminal::has_keys();
+    terminal && draws(|name| std::env::var_os(name))
 }
 
 /// Whether the terminal is one to draw on, and the user wants its colors.

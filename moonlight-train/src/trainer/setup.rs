@@ -27,7 +27,7 @@ use crate::checkpoint::{Checkpoints, Found, TrainerState};
 use crate::data::{Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{ConsoleLines, LogEvery, MetricsFile, Reporter};
-use crate::plan::{MemorySettings, MemoryPlan, Threads, available_memory};
+use crate::plan::{MemoryPlan, MemorySettings, Threads, available_memory};
 use crate::recipe::{LoraRecipe, Recipe};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventFile;
