@@ -12,7 +12,7 @@ use moonlight_infer::device::{self, ComputeDevice};
 use moonlight_infer::tokenizer::{TokenizerFile, Tokenizer};
 use moonlight_infer::{InferError, load_base};
 use moonlight_model::{CausalLm, ModelConfig};
-use moonlight_optim::distributed::Worker;
+use moonlight_optim::distributed::Communicator;
 use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions, StateError};
 use serde_json::{Value, json};
 
@@ -148,7 +148,7 @@ impl Setup {
     /// The trainers of this process's ranks, and what the final report needs in addition to the trained model.
     pub(super) fn into_trainers(
         self,
-        ranks: &[(Worker, ComputeDevice)],
+        ranks: &[(Communicator, Target)],
         distributed: bool,
     ) -> Result<(Vec<RankTrainer>, ReportInputs), TrainError> {
         let mut trainers = Vec::with_capacity(ranks.len());
@@ -242,11 +242,11 @@ impl ReportInputs {
 fn optimizer(
     assignment: &Assignment,
     recipe: &Recipe,
-    worker: Worker,
-    resumed: Option<&FoundCheckpoint>,
+    worker: Communicator,
+    resumed: Option<&Found>,
 ) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
-    let options = OptimizerOptions::new().with_worker(worker).with_distributed(config);
+    let options = OptimizerOptions::new().with_communicator(worker).with_distributed(config);
     let Some(found) = resumed else { return Ok(assignment.build(options)?) };
     let files = found.optimizer();
     assignment.load(&files, options).map_err(|error| match error {
@@ -413,8 +413,8 @@ fn check_state(recipe: &Recipe, model: &CausalLm, found: &FoundCheckpoint) -> Re
     }
     let assigned = recipe.optimizer.rules(model.config().hidden_size).assign(model);
     let assignment = assigned.map_err(|error| Err(TrainError::from(error)))?;
-    match optimizer(&assignment, recipe, Worker::alone(), Some(found)) {
-        // A state of another optimizer or model is not damaged: `check_same_run` reports the difference later.
+    match optimizer(&assignment, recipe, Communicator::single_rank(), Some(found)) {
+        // Of another optimizer or model: no damage, and an error of its own later.
         Err(TrainError::OptimizerState { source: source @ StateError::Unreadable(_), path }) => {
             Err(Ok(TrainError::OptimizerState { path, source }.to_string()))
         }

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use moonlight_infer::device::ComputeDevice;
 use moonlight_infer::load_base;
-use moonlight_optim::distributed::Worker;
+use moonlight_optim::distributed::Communicator;
 
 use super::setup::{ResumePoint, Setup};
 use crate::recipe::Recipe;
@@ -65,7 +65,7 @@ fn trained(home: &Path, name: &str, sets: &[&str]) -> CausalLm {
     let target = ComputeDevice::open("cpu").unwrap();
     let mut setup = Setup::open(&recipe, &target, ResumePoint::Start).unwrap();
     setup.begin(false).unwrap();
-    let (mut trainers, _) = setup.into_trainers(&[(Worker::alone(), target)], false).unwrap();
+    let (mut trainers, _) = setup.into_trainers(&[(Communicator::single_rank(), target)], false).unwrap();
     for _ in 0..5 {
         trainers[0].step().unwrap();
     }
@@ -189,7 +189,7 @@ fn loss_weights_of_any_size_train() {
         let target = ComputeDevice::open("cpu").unwrap();
         let mut setup = Setup::open(&recipe, &target, ResumePoint::Start).unwrap();
         setup.begin(false).unwrap();
-        let (mut trainers, _) = setup.into_trainers(&[(Worker::alone(), target)], false).unwrap();
+        let (mut trainers, _) = setup.into_trainers(&[(Communicator::single_rank(), target)], false).unwrap();
         let mut losses: Vec<f64> = (0..5).map(|_| trainers[0].step().unwrap().loss.unwrap()).collect();
         losses.push(trainers[0].validate().unwrap().unwrap().loss.unwrap());
         assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{name}: {losses:?}");
