@@ -121,7 +121,7 @@ pub fn layer_spectra(
         .map(|(path, group, matrix)| {
             let shape = matrix.dims();
             let spectrum =
-                singular_values(matrix).ok_or_else(|| TrainError::NotFiniteMatrix { layer, path: path.clone() })?;
+                singular_values(matrix).ok_or_else(|| TrainError::NonFiniteMatrix { layer, path: path.clone() })?;
             Ok(MatrixSpectrum {
                 layer,
                 path,

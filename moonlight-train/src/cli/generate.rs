@@ -7,7 +7,7 @@ use clap::{ArgGroup, Args};
 use moonlight_convert::Printable;
 use moonlight_infer::OpenedModel;
 use moonlight_infer::generate::{Generated, Sampling, check_prompt, generate, generate_many};
-use moonlight_infer::jsonl::JsonlReader;
+use moonlight_infer::token_reader::TokenReader;
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::CausalLm;
 use serde_json::{Value, json};
@@ -93,7 +93,7 @@ fn number(text: &str) -> Result<f64, String> {
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     if let Some(prompts) = &arguments.prompts {
         let output = JsonLines::create(arguments.output.as_deref(), [prompts])?;
-        return run_many(JsonlReader::open(prompts)?, output, arguments);
+        return run_many(TokenReader::open(prompts)?, output, arguments);
     }
     let Opened { model, tokenizer, eos, end_of_turn } = arguments.open()?;
     let prompt = match (&arguments.prompt_tokens, &arguments.prompt, &tokenizer) {

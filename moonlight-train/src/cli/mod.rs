@@ -14,6 +14,8 @@ mod old_names;
 mod output;
 mod plan;
 mod plot;
+#[cfg(test)]
+mod reference;
 mod score;
 mod signals;
 mod spectrum;

@@ -16,7 +16,7 @@ mod system_memory;
 #[cfg(test)]
 mod tests;
 
-use moonlight_infer::device::Target;
+use moonlight_infer::device::ComputeDevice;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterCount;
 use moonlight_optim::{Adaptive, MomentumPrecision, Rounding};

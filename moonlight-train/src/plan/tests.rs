@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use super::activation_memory::{head_activations, layer_activations};
 use super::*;
 
+const PAGE: &str = "docs/src/concepts/memory.md";
+const TABLE: &str = "docs/src/guides/what-fits.md";
 const MODEL: &str = "path = \"moonshotai/Moonlight-16B-A3B\"";
 
 /// A way to fine-tune Moonlight-16B: the name in the table, the recipe, and the keys to set.
@@ -19,8 +21,8 @@ const WAYS: [Way; 6] = [
     ),
     ("all parameters, fused", "moonlight-16b-sft-80gb.toml", &[]),
     ("LoRA on everything, bf16", "moonlight-16b-lora-80gb.toml", &[]),
-    ("LoRA on everything, 8 bits", "moonlight-16b-lora-80gb.toml", &["model.quantise=int8"]),
-    ("LoRA on everything, 4 bits", "moonlight-16b-lora-80gb.toml", &["model.quantise=int4"]),
+    ("LoRA on everything, 8 bits", "moonlight-16b-lora-80gb.toml", &["model.quantize=int8"]),
+    ("LoRA on everything, 4 bits", "moonlight-16b-lora-80gb.toml", &["model.quantize=int4"]),
     ("LoRA on attention, 4 bits", "moonlight-16b-lora-24gb.toml", &[]),
 ];
 const LENGTHS: [usize; 2] = [4096, 8192];
@@ -76,15 +78,15 @@ fn the_tables_of_the_pages_are_what_the_code_computes() {
             let (name, tokens, total) = (way.0, grouped(sequence as u64), gigabytes(moment.total()));
             let row = format!("| {name} | {tokens} | {} | {} | **{total}** |", moment.name, parts.join(" | "));
             if !page.contains(&row) {
-                missing.push(format!("docs/memory.md lacks {row}"));
+                missing.push(format!("`{PAGE}` lacks {row}"));
             }
             both.push(format!("{:.1}", plan.peak() as f64 / 1e9));
         }
         // The README's table has two ways in one line, with one decimal.
         let line =
-            |text: &str| readme.lines().any(|line| both.iter().all(|of| line.contains(of)) && line.contains(text));
+            |text: &str| table.lines().any(|line| both.iter().all(|of| line.contains(of)) && line.contains(text));
         if !line("GB |") {
-            missing.push(format!("README.md lacks {both:?} of {}", way.0));
+            missing.push(format!("`{TABLE}` lacks {both:?} of {}", way.0));
         }
     }
     assert!(missing.is_empty(), "{}", missing.join("\n"));
@@ -113,7 +115,7 @@ fn the_numbers_in_the_text_of_the_page_are_what_the_code_computes() {
     let (kept, logits) = head_activations(config, 1024, false);
     [config.parameter_count().total, kept, logits].into_iter().for_each(&mut values);
     let missing: Vec<String> = numbers.into_iter().map(grouped).filter(|number| !page.contains(number)).collect();
-    assert!(missing.is_empty(), "docs/memory.md lacks {missing:?}");
+    assert!(missing.is_empty(), "`{PAGE}` lacks {missing:?}");
 }
 
 #[test]
