@@ -99,7 +99,7 @@ pub struct ExpertSelection {
 ///
 /// # Errors
 ///
-/// A layer that does not load; [`TrainError::NotFiniteMatrix`].
+/// A layer that does not load; [`TrainError::NonFiniteMatrix`].
 pub fn layer_spectra(
     checkpoint: &Checkpoint,
     layer: usize,

@@ -208,8 +208,10 @@ impl Conversation<'_> {
         self.messages.push(Message::new("assistant", answer));
         written.and_then(|()| print("\n"))?;
         match generated.stop {
-            Stop::Eos | Stop::Interrupted => {}
-            Stop::Length => reply!("(stopped at {} tokens; `--max-new-tokens` allows more)", generated.tokens.len()),
+            StopReason::Eos | StopReason::Interrupted => {}
+            StopReason::Length => {
+                reply!("(stopped at {} tokens; `--max-new-tokens` allows more)", generated.tokens.len())
+            }
         }
         Ok(())
     }

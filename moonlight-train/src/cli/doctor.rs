@@ -319,7 +319,7 @@ fn processor(problems: &mut Vec<Problem>) -> Processor {
 /// The level of vector instructions in use, and the best one.
 #[cfg(feature = "cpu")]
 fn vectors(problems: &mut Vec<Problem>) -> (Option<String>, Option<String>) {
-    use moonlight_model::simd::{Level, VARIABLE, from_environment};
+    use moonlight_model::simd::{LEVEL_VARIABLE, Level, from_environment};
     let best = Level::best();
     let level = match from_environment() {
         Ok(level) => level,
@@ -330,8 +330,8 @@ fn vectors(problems: &mut Vec<Problem>) -> (Option<String>, Option<String>) {
     };
     if level < best {
         problems.push(Problem::warning(
-            format!("`{VARIABLE}` limits kernels to `{level}`, and this processor has `{best}`"),
-            format!("unset `{VARIABLE}`"),
+            format!("`{LEVEL_VARIABLE}` limits kernels to `{level}`, and this processor has `{best}`"),
+            format!("unset `{LEVEL_VARIABLE}`"),
         ));
     } else if best == Level::Scalar {
         problems.push(Problem::warning(

@@ -186,7 +186,7 @@ fn with_end_of_turn(mut eos: Vec<u32>, end_of_turn: Option<u32>, prompts: &[Vec<
 }
 
 /// Continues the prompts of a file. Continuations finish in any order; each is printed once all before it are.
-fn run_many(file: JsonlReader, mut output: JsonLines, arguments: &Arguments) -> Result<(), TrainError> {
+fn run_many(file: TokenReader, mut output: JsonLines, arguments: &Arguments) -> Result<(), TrainError> {
     let Opened { model, tokenizer, eos, end_of_turn } = arguments.open()?;
     let config = model.config();
     let mut prompts = Vec::new();

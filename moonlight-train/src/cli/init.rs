@@ -5,6 +5,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use moonlight_infer::device::ComputeDevice;
 use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
 
@@ -160,7 +161,7 @@ impl Answers {
                 .map(str::to_owned)
                 .collect();
         }
-        let on_cpu = moonlight_infer::device::Target::open(&arguments.device)?.is_cpu;
+        let on_cpu = ComputeDevice::open(&arguments.device)?.is_cpu;
         let budget =
             arguments.budget.map(|budget| (budget * 1e9) as u64).or_else(|| available_memory().filter(|_| on_cpu));
         Ok(Self {

@@ -54,7 +54,7 @@ impl TextArguments {
             (false, true) => AddBos::Never,
             (false, false) => AddBos::Auto,
         };
-        if let Some(note) = tokenizer.bos_note().filter(|_| bos == AddBos::Auto) {
+        if let Some(note) = tokenizer.bos_conflict().filter(|_| bos == AddBos::Auto) {
             tracing::warn!("{note}; choose with `--bos` or `--no-bos`");
         }
         Ok(tokenizer.clone().with_bos(bos)?)

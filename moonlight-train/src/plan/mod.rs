@@ -74,7 +74,7 @@ impl MemorySettings {
             threads: threads.0,
             frozen: frozen_parameters(config, &recipe.train.freeze)?,
             lora: recipe.lora.as_ref().map(LoraRecipe::config),
-            quantization: recipe.model.quantise.bits(),
+            quantization: recipe.model.quantize.bits(),
             probes: {
                 let every = recipe.train.probe_every;
                 every > 0 && (every <= recipe.train.steps || recipe.train.epochs > 0.0)
@@ -117,7 +117,7 @@ impl MemoryPlan {
     ///
     /// Those of [`MemorySettings::for_recipe`].
     pub fn for_shape(recipe: &Recipe, config: ModelConfig, threads: Threads) -> Result<Self, TrainError> {
-        let cpu = Target::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
+        let cpu = ComputeDevice::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
         let settings = MemorySettings::for_recipe(recipe, &config, cpu, threads)?;
         Ok(Self::new(config, settings))
     }

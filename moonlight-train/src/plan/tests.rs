@@ -1,4 +1,4 @@
-//! The tables of `docs/memory.md` and of the README are what the code computes.
+//! The manual's tables of memory are what the code computes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -66,8 +66,8 @@ fn grouped(number: u64) -> String {
 
 #[test]
 fn the_tables_of_the_pages_are_what_the_code_computes() {
-    let page = fs::read_to_string(root().join("docs/memory.md")).unwrap();
-    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let page = fs::read_to_string(root().join(PAGE)).unwrap();
+    let table = fs::read_to_string(root().join(TABLE)).unwrap();
     let mut missing = Vec::new();
     for way in WAYS {
         let mut both = Vec::new();
@@ -82,7 +82,7 @@ fn the_tables_of_the_pages_are_what_the_code_computes() {
             }
             both.push(format!("{:.1}", plan.peak() as f64 / 1e9));
         }
-        // The README's table has two ways in one line, with one decimal.
+        // The table has two ways in one line, with one decimal.
         let line =
             |text: &str| table.lines().any(|line| both.iter().all(|of| line.contains(of)) && line.contains(text));
         if !line("GB |") {
@@ -94,7 +94,7 @@ fn the_tables_of_the_pages_are_what_the_code_computes() {
 
 #[test]
 fn the_numbers_in_the_text_of_the_page_are_what_the_code_computes() {
-    let page = fs::read_to_string(root().join("docs/memory.md")).unwrap();
+    let page = fs::read_to_string(root().join(PAGE)).unwrap();
     let mut numbers = Vec::new();
     let mut values = |number: u64| numbers.push(number);
     for sequence in LENGTHS {

@@ -40,7 +40,7 @@ pub use distributed::DistributedRecipe;
 pub use error::RecipeError;
 pub use eval::EvalConfig;
 pub use lora::LoraRecipe;
-pub use model::{ModelDtype, ModelRecipe, Quantise, named_config};
+pub use model::{ModelDtype, ModelRecipe, Quantize, named_config};
 pub use optimizer::{OptimizerName, OptimizerRecipe};
 pub use run::{DeviceName, RunConfig, SampleConfig};
 pub use schema::schema;

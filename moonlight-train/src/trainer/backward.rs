@@ -100,10 +100,10 @@ impl GradientSink for ReducingSink<'_> {
         match &mut self.sums {
             Sums::Accumulating(sums) => sums.accumulate(self.model, gradients),
             Sums::Earlier(earlier) => {
-                let mut adding = Adding { earlier, new: gradients, sums: GradientsParams::new() };
-                self.model.visit(&mut adding);
-                let sums = adding.sums;
-                self.optimizer.add_gradients(self.model, sums);
+                let mut stage = SumStage { earlier, new: gradients, sums: GradientsParams::new() };
+                self.model.visit(&mut stage);
+                let sums = stage.sums;
+                self.optimizer.offer(self.model, sums);
             }
         }
         Ok(())
@@ -115,8 +115,8 @@ impl GradientSink for ReducingSink<'_> {
         }
     }
 
-    fn must_finish(&self) -> bool {
-        self.optimizer.communicator().size() > 1
+    fn must_finish_pass(&self) -> bool {
+        self.optimizer.worker().size() > 1
     }
 }
 

@@ -86,42 +86,41 @@ macro_rules! exchange_fields {
 }
 pub(super) use exchange_fields;
 
-/// The values of all ranks, in their order.
-pub(super) fn all_gather<T: Exchange>(worker: &Communicator, own: &T) -> Result<Vec<T>, CollectiveError> {
+/// The values of all ranks, in the order of the ranks.
+pub(super) fn all_gather<T: Exchange>(worker: &Worker, local: &T) -> Result<Vec<T>, CollectiveError> {
     let mut numbers = Vec::new();
-    own.encode(&mut numbers);
-    let all = worker.all_gather_f64(numbers)?;
-    Ok(all.iter().map(|numbers| T::decode(own, &mut numbers.iter().copied())).collect())
+    local.encode(&mut numbers);
+    let all = worker.numbers(numbers)?;
+    Ok(all.iter().map(|numbers| T::decode(local, &mut numbers.iter().copied())).collect())
 }
 
-/// Whether any rank says so.
-pub(super) fn any(worker: &Communicator, own: bool) -> Result<bool, CollectiveError> {
-    Ok(all_gather(worker, &own)?.contains(&true))
+/// Whether `local` is true on any rank.
+pub(super) fn any(worker: &Worker, local: bool) -> Result<bool, CollectiveError> {
+    Ok(all_gather(worker, &local)?.contains(&true))
 }
 
-/// Success if all ranks succeeded: one that failed keeps its own error, and the others get
-/// [`TrainError::RemoteFailure`].
-pub(super) fn agree<T>(worker: &Communicator, own: Result<T, TrainError>) -> Result<T, TrainError> {
-    let failed = any(worker, own.is_err())?;
-    match own {
+/// Succeeds if all ranks succeeded. A rank that failed returns its own error, the others [`TrainError::RemoteFailure`].
+pub(super) fn agree<T>(worker: &Worker, local: Result<T, TrainError>) -> Result<T, TrainError> {
+    let failed = any(worker, local.is_err())?;
+    match local {
         Ok(_) if failed => Err(TrainError::RemoteFailure),
         local => local,
     }
 }
 
-/// The number of rank 0, or none.
-pub(super) fn broadcast_number(worker: &Communicator, own: Option<u64>) -> Result<Option<u64>, CollectiveError> {
-    let is_some = all_gather(worker, &own.is_some())?[0];
-    let number = all_gather(worker, &own.unwrap_or_default())?[0];
+/// The number of rank 0, if it has one.
+pub(super) fn broadcast_number(worker: &Worker, local: Option<u64>) -> Result<Option<u64>, CollectiveError> {
+    let is_some = all_gather(worker, &local.is_some())?[0];
+    let number = all_gather(worker, &local.unwrap_or_default())?[0];
     Ok(is_some.then_some(number))
 }
 
-/// The text of rank 0; `None` where it has none.
-pub(super) fn broadcast_text(worker: &Communicator, own: Option<&str>) -> Result<Option<String>, CollectiveError> {
-    let own = own.unwrap_or_default().as_bytes();
-    let length = all_gather(worker, &(own.len() as u64))?[0] as usize;
-    // Collectives carry no bytes; a u32 fits into an f64 exactly.
-    let mut words: Vec<u64> = own.chunks(4).map(word).collect();
+/// The text of rank 0, if it has one.
+pub(super) fn broadcast_text(worker: &Worker, local: Option<&str>) -> Result<Option<String>, CollectiveError> {
+    let local = local.unwrap_or_default().as_bytes();
+    let length = all_gather(worker, &(local.len() as u64))?[0] as usize;
+    // Collectives carry f64 and no bytes; an f64 holds every u32 exactly.
+    let mut words: Vec<u64> = local.chunks(4).map(word).collect();
     words.resize(length.div_ceil(4), 0);
     let words = all_gather(worker, &words)?.swap_remove(0);
     let mut bytes: Vec<u8> = words.iter().flat_map(|&word| (word as u32).to_le_bytes()).collect();

@@ -69,22 +69,30 @@ use process_group::{Display, ProcessGroup};
 ///
 /// # Errors
 ///
-/// [`TrainError`]. The newest checkpoint is complete in every case.
-pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: &Interrupter) -> Result<Outcome, TrainError> {
+/// [`TrainError`]. Whatever fails, the checkpoints that were written stay complete.
+pub fn train(
+    recipe: &Recipe,
+    target: &ComputeDevice,
+    resume: bool,
+    interrupter: &Interrupter,
+) -> Result<Outcome, TrainError> {
     let display = if shows_dashboard() { Display::Dashboard } else { Display::Lines };
     ProcessGroup::open(recipe)?.train(recipe, target, resume, display, interrupter)
 }
 
-/// Whether a run of this process shows its metrics on the dashboard.
+/// Whether a run in this process shows its metrics on the dashboard.
 pub(crate) fn shows_dashboard() -> bool {
     let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal() && terminal::has_keys();
-    terminal && draws(|name| std::env::var_os(name))
+    // A program that logs warnings but not `info` was asked to be quiet. One without a subscriber was not.
+    let is_quiet = tracing::enabled!(Level::WARN) && !tracing::enabled!(Level::INFO);
+    terminal && !is_quiet && can_draw(|name| std::env::var_os(name))
 }
 
-/// Whether the terminal is one to draw on, and the user wants its colors.
-fn draws(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
-    let plain = variable("NO_COLOR").is_some_and(|value| !value.is_empty());
-    let able = match variable("TERM") {
+/// Whether the terminal understands cursor movement and colors, and the user has not turned colors off
+/// (<https://no-color.org>).
+fn can_draw(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
+    let no_color = variable("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let is_capable = match variable("TERM") {
         Some(name) => !name.is_empty() && name != "dumb",
         None => cfg!(not(unix)),
     };

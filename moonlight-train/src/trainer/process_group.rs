@@ -162,7 +162,7 @@ impl ProcessGroup {
     }
 
     /// A worker for each device of this process.
-    fn workers(&self, targets: &[Target], across: Vec<Arc<dyn Collective>>) -> Vec<Communicator> {
+    fn workers(&self, targets: &[ComputeDevice], across: Vec<Arc<dyn Collective>>) -> Vec<Worker> {
         let devices: Vec<Device> = targets.iter().map(|target| target.device.clone()).collect();
         if devices.len() == 1 {
             return across.into_iter().take(1).map(Communicator::new).collect();
@@ -191,8 +191,8 @@ impl ProcessGroup {
         interrupter: &Interrupter,
     ) -> Result<Outcome, TrainError> {
         let targets = self.targets(recipe, target)?;
-        let mut across = self.across()?;
-        let between = across.pop().map_or_else(Communicator::single_rank, Communicator::new);
+        let mut across = self.collectives_between_processes()?;
+        let between = across.pop().map_or_else(Worker::alone, Worker::new);
         let mut setup = open(recipe, &targets[0], resume, &between)?;
         let reporters = {
             let _busy = between.busy();
@@ -207,7 +207,7 @@ impl ProcessGroup {
             log_every: setup.recipe.train.log_every,
         };
         let workers = self.workers(&targets, across);
-        let ranks: Vec<(Communicator, Target)> = workers.into_iter().zip(targets).collect();
+        let ranks: Vec<(Worker, ComputeDevice)> = workers.into_iter().zip(targets).collect();
         let trainers = setup.into_trainers(&ranks, self.distributed);
         let (trainers, report_inputs) = agree(&between, trainers)?;
         drop(between);
@@ -233,18 +233,18 @@ impl ProcessGroup {
         for mut trainer in trainers {
             let sender = sender.clone();
             thread::spawn(move || {
-                let worker = trainer.communicator().clone();
-                // Only the first rank looks for the user's interrupt; it tells the others.
-                let mut nobody: Vec<Box<dyn Reporter>> = Vec::new();
-                let result = guarded(&worker, || train_loop(&mut trainer, &mut nobody, &Interrupter::new()));
+                let worker = trainer.worker().clone();
+                // The first rank alone reports and sees the user's interrupt; the loop passes the interrupt on.
+                let mut no_reporters: Vec<Box<dyn Reporter>> = Vec::new();
+                let result = run_guarded(&worker, || train_loop(&mut trainer, &mut no_reporters, &Interrupter::new()));
                 // The receiver may be gone if another rank failed first.
                 let _ = sender.send((worker.rank(), result));
             });
         }
         drop(sender);
-        let worker = first.communicator().clone();
-        let result = guarded(&worker, || train_loop(&mut first, &mut reporters, interrupter));
-        drop(reporters); // a dashboard gives the terminal back before an error is reported
+        let worker = first.worker().clone();
+        let result = run_guarded(&worker, || train_loop(&mut first, &mut reporters, interrupter));
+        drop(reporters); // a dashboard restores the terminal before an error is printed
         let mut results = vec![(worker.rank(), result)];
         let mut deadline: Option<Instant> = None;
         while results.len() <= others {
@@ -298,8 +298,9 @@ impl ProcessGroup {
     }
 }
 
-/// Opens the run in each process: in the first one, then in the others, at the checkpoint that it found.
-fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Communicator) -> Result<Setup, TrainError> {
+/// Opens the run in each process: first in process 0, which finds the checkpoint to resume from and renames damaged ones,
+/// then in the others, from the same checkpoint.
+fn open(recipe: &Recipe, target: &ComputeDevice, resume: bool, between: &Worker) -> Result<Setup, TrainError> {
     let from = if resume { ResumePoint::Newest } else { ResumePoint::Start };
     let opened = {
         let _busy = between.busy();
@@ -320,8 +321,8 @@ fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Communicator) 
     Ok(setup)
 }
 
-/// Fails unless all processes start from the same weights.
-fn check_weights(between: &Communicator, model: &CausalLm) -> Result<(), TrainError> {
+/// Fails unless all processes start from the same weights: with different ones every rank would train a model of its own.
+fn check_weights(between: &Worker, model: &CausalLm) -> Result<(), TrainError> {
     struct Fingerprint(Vec<f64>);
     impl ModuleVisitor for Fingerprint {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -348,8 +349,8 @@ fn check_weights(between: &Communicator, model: &CausalLm) -> Result<(), TrainEr
     }
 }
 
-/// Runs a rank's loop. If it ends in an error or a panic, the other ranks of its process are told.
-fn guarded<T>(worker: &Communicator, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+/// Runs a rank's loop. If it ends in an error or a panic, the other ranks of the process leave their collectives.
+fn run_guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
     if worker.size() == 1 {
         return run(); // no other rank waits for it, and a panic stays a panic
     }
@@ -387,7 +388,7 @@ fn with_rank(rank: usize, error: TrainError) -> TrainError {
             error
         }
         error if rank == 0 => error,
-        error => TrainError::Communicator { rank, source: Box::new(error) },
+        error => TrainError::Rank { rank, source: Box::new(error) },
     }
 }
 

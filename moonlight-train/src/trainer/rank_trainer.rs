@@ -63,9 +63,9 @@ impl RankTrainer {
         self.optimizer.communicator()
     }
 
-    /// Whether this rank reports and is the one to name an error that all ranks have.
-    fn leads(&self) -> bool {
-        self.communicator().rank() == 0
+    /// Whether this is rank 0, which reports for all ranks.
+    fn is_leader(&self) -> bool {
+        self.worker().rank() == 0
     }
 
     /// Whether a rank was asked to stop.
@@ -76,8 +76,8 @@ impl RankTrainer {
     /// Takes the next step.
     pub(super) fn step(&mut self) -> Result<Metrics, TrainError> {
         let started = Instant::now();
-        // In the first step kernels are compiled and tuned, on each rank at its own speed.
-        let _busy = (self.state.step == self.resumed_at).then(|| self.communicator().busy());
+        // In the first step kernels are compiled and tuned, at each rank's own speed: the others must not time out.
+        let _busy = (self.state.step == self.resumed_at).then(|| self.worker().busy());
         let index = self.state.step;
         let settings = self.settings(index);
         let probed = self.is_probed(index);
@@ -123,8 +123,8 @@ impl RankTrainer {
         let step_seed = self.recipe.run.seed.wrapping_add(index.wrapping_mul(SEED_STRIDE));
         self.device.seed(step_seed);
         let dropout = lora.as_ref().is_some_and(|lora| lora.adapters.dropout > 0.0);
-        // Each rank drops other inputs.
-        let rank = (self.communicator().rank() as u64) << 32;
+        // Ranks see different sequences, so each needs its own dropout masks.
+        let rank = (self.worker().rank() as u64) << 32;
         StepSettings {
             learning_rate: self.schedule.rate(index),
             gradient_clip: train.gradient_clip,

@@ -9,7 +9,7 @@ use burn::tensor::{DType, Tensor};
 use moonlight_convert::adapter::{AdapterError, read_adapter};
 use moonlight_convert::{Checkpoint, CheckpointError, ConfinedDir, load};
 use moonlight_infer::device::{self, ComputeDevice};
-use moonlight_infer::tokenizer::{TokenizerFile, Tokenizer};
+use moonlight_infer::tokenizer::{Tokenizer, TokenizerFile};
 use moonlight_infer::{InferError, load_base};
 use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::distributed::Communicator;
@@ -148,7 +148,7 @@ impl Setup {
     /// The trainers of this process's ranks, and what the final report needs in addition to the trained model.
     pub(super) fn into_trainers(
         self,
-        ranks: &[(Communicator, Target)],
+        ranks: &[(Worker, ComputeDevice)],
         distributed: bool,
     ) -> Result<(Vec<RankTrainer>, ReportInputs), TrainError> {
         let mut trainers = Vec::with_capacity(ranks.len());
@@ -242,8 +242,8 @@ impl ReportInputs {
 fn optimizer(
     assignment: &Assignment,
     recipe: &Recipe,
-    worker: Communicator,
-    resumed: Option<&Found>,
+    worker: Worker,
+    resumed: Option<&FoundCheckpoint>,
 ) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
     let options = OptimizerOptions::new().with_communicator(worker).with_distributed(config);
@@ -413,8 +413,8 @@ fn check_state(recipe: &Recipe, model: &CausalLm, found: &FoundCheckpoint) -> Re
     }
     let assigned = recipe.optimizer.rules(model.config().hidden_size).assign(model);
     let assignment = assigned.map_err(|error| Err(TrainError::from(error)))?;
-    match optimizer(&assignment, recipe, Communicator::single_rank(), Some(found)) {
-        // Of another optimizer or model: no damage, and an error of its own later.
+    match optimizer(&assignment, recipe, Worker::alone(), Some(found)) {
+        // A state of another optimizer or model is not damaged: `check_same_run` reports the difference later.
         Err(TrainError::OptimizerState { source: source @ StateError::Unreadable(_), path }) => {
             Err(Ok(TrainError::OptimizerState { path, source }.to_string()))
         }

@@ -89,8 +89,8 @@ impl StepResult {
     /// The whole step's result, from each rank's share: the same bits on every rank, because all of them merge the shares
     /// in the order of the ranks.
     ///
-    /// A loss or gradient that is not finite is an error, on every rank alike.
-    pub(crate) fn all_reduce(self, worker: &Communicator) -> Result<Self, StepError> {
+    /// A non-finite loss or gradient is an error on every rank.
+    pub(crate) fn all_reduce(self, worker: &Worker) -> Result<Self, StepError> {
         let all = all_gather(worker, &self)?;
         if let Some((rank, share)) = all.iter().enumerate().find(|(_, share)| !share.loss.is_finite()) {
             let rank = (worker.size() > 1).then_some(rank);
@@ -219,9 +219,8 @@ mod tests {
             let Err(StepError::NonFinite(found)) = result else { panic!("expected an error") };
             assert_eq!((found.what, found.rank), ("loss", Some(1)));
         }
-        let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Communicator::single_rank())
-        else {
-            panic!("it is an error")
+        let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Worker::alone()) else {
+            panic!("expected an error")
         };
         assert_eq!(found.rank, None);
         let mut overflow = share(0.5, 3, 7.0);
