@@ -87,20 +87,20 @@ macro_rules! exchange_fields {
 pub(super) use exchange_fields;
 
 /// The values of all ranks, in the order of the ranks.
-pub(super) fn all_gather<T: Exchange>(worker: &Worker, local: &T) -> Result<Vec<T>, CollectiveError> {
+pub(super) fn all_gather<T: Exchange>(worker: &Communicator, local: &T) -> Result<Vec<T>, CollectiveError> {
     let mut numbers = Vec::new();
     local.encode(&mut numbers);
-    let all = worker.numbers(numbers)?;
+    let all = worker.all_gather_f64(numbers)?;
     Ok(all.iter().map(|numbers| T::decode(local, &mut numbers.iter().copied())).collect())
 }
 
 /// Whether `local` is true on any rank.
-pub(super) fn any(worker: &Worker, local: bool) -> Result<bool, CollectiveError> {
+pub(super) fn any(worker: &Communicator, local: bool) -> Result<bool, CollectiveError> {
     Ok(all_gather(worker, &local)?.contains(&true))
 }
 
 /// Succeeds if all ranks succeeded. A rank that failed returns its own error, the others [`TrainError::RemoteFailure`].
-pub(super) fn agree<T>(worker: &Worker, local: Result<T, TrainError>) -> Result<T, TrainError> {
+pub(super) fn agree<T>(worker: &Communicator, local: Result<T, TrainError>) -> Result<T, TrainError> {
     let failed = any(worker, local.is_err())?;
     match local {
         Ok(_) if failed => Err(TrainError::RemoteFailure),
@@ -109,14 +109,14 @@ pub(super) fn agree<T>(worker: &Worker, local: Result<T, TrainError>) -> Result<
 }
 
 /// The number of rank 0, if it has one.
-pub(super) fn broadcast_number(worker: &Worker, local: Option<u64>) -> Result<Option<u64>, CollectiveError> {
+pub(super) fn broadcast_number(worker: &Communicator, local: Option<u64>) -> Result<Option<u64>, CollectiveError> {
     let is_some = all_gather(worker, &local.is_some())?[0];
     let number = all_gather(worker, &local.unwrap_or_default())?[0];
     Ok(is_some.then_some(number))
 }
 
 /// The text of rank 0, if it has one.
-pub(super) fn broadcast_text(worker: &Worker, local: Option<&str>) -> Result<Option<String>, CollectiveError> {
+pub(super) fn broadcast_text(worker: &Communicator, local: Option<&str>) -> Result<Option<String>, CollectiveError> {
     let local = local.unwrap_or_default().as_bytes();
     let length = all_gather(worker, &(local.len() as u64))?[0] as usize;
     // Collectives carry f64 and no bytes; an f64 holds every u32 exactly.
