@@ -65,7 +65,7 @@ impl RankTrainer {
 
     /// Whether this is rank 0, which reports for all ranks.
     fn is_leader(&self) -> bool {
-        self.worker().rank() == 0
+        self.communicator().rank() == 0
     }
 
     /// Whether a rank was asked to stop.
@@ -77,7 +77,7 @@ impl RankTrainer {
     pub(super) fn step(&mut self) -> Result<Metrics, TrainError> {
         let started = Instant::now();
         // In the first step kernels are compiled and tuned, at each rank's own speed: the others must not time out.
-        let _busy = (self.state.step == self.resumed_at).then(|| self.worker().busy());
+        let _busy = (self.state.step == self.resumed_at).then(|| self.communicator().busy());
         let index = self.state.step;
         let settings = self.settings(index);
         let probed = self.is_probed(index);
@@ -124,7 +124,7 @@ impl RankTrainer {
         self.device.seed(step_seed);
         let dropout = lora.as_ref().is_some_and(|lora| lora.adapters.dropout > 0.0);
         // Ranks see different sequences, so each needs its own dropout masks.
-        let rank = (self.worker().rank() as u64) << 32;
+        let rank = (self.communicator().rank() as u64) << 32;
         StepSettings {
             learning_rate: self.schedule.rate(index),
             gradient_clip: train.gradient_clip,

@@ -90,7 +90,7 @@ impl StepResult {
     /// in the order of the ranks.
     ///
     /// A non-finite loss or gradient is an error on every rank.
-    pub(crate) fn all_reduce(self, worker: &Worker) -> Result<Self, StepError> {
+    pub(crate) fn all_reduce(self, worker: &Communicator) -> Result<Self, StepError> {
         let all = all_gather(worker, &self)?;
         if let Some((rank, share)) = all.iter().enumerate().find(|(_, share)| !share.loss.is_finite()) {
             let rank = (worker.size() > 1).then_some(rank);
@@ -219,7 +219,7 @@ mod tests {
             let Err(StepError::NonFinite(found)) = result else { panic!("expected an error") };
             assert_eq!((found.what, found.rank), ("loss", Some(1)));
         }
-        let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Worker::alone()) else {
+        let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Communicator::single_rank()) else {
             panic!("expected an error")
         };
         assert_eq!(found.rank, None);
