@@ -1,14 +1,14 @@
-//! The keys of `quantization_config`: each is read, or changes nothing of what weights are, or is refused by name.
+//! The keys of `quantization_config`: each is read, or does not affect the weights, or is refused by name.
 
 use serde_json::{Map, Value};
 
 use super::block;
 
-/// The methods whose weights are read. Of another one the tensors decide: they are read where they are plain.
+/// The methods whose settings are checked. With another method the tensors decide: unquantized ones are read.
 const METHODS: [&str; 4] = ["compressed-tensors", "fbgemm_fp8", "fp8", "modelopt"];
 
-/// Keys that are read, and those about activations, caches, which modules were quantized (the tensors say it) and how a
-/// program computes.
+/// Keys that are read, and those that concern activations, caches, which modules are quantized (the tensors show it)
+/// and how a program computes.
 const KEYS: &[&str] = &[
     "activation_scale_ub",
     "activation_scheme",
@@ -38,10 +38,10 @@ const KEYS: &[&str] = &[
     "weight_block_size",
 ];
 
-/// Keys of one of the `config_groups`.
+/// Keys of an entry of `config_groups`.
 const GROUP: &[&str] = &["format", "input_activations", "output_activations", "targets", "weights"];
 
-/// Keys of its `weights`.
+/// Keys of the entry's `weights`.
 const WEIGHTS: &[&str] = &[
     "actorder",
     "block_structure",
@@ -57,7 +57,7 @@ const WEIGHTS: &[&str] = &[
     "zp_dtype",
 ];
 
-/// The values that are followed, of keys that have others. `format`s of integers in bytes are refused with the others.
+/// The supported values of keys that have others. A `format` of int8 weights is refused for their type.
 const SUPPORTED_VALUES: &[(&str, &[&str])] = &[
     ("expert_dtype", &["fp8"]),
     ("fmt", &["e4m3", "e4m3fn", "float8_e4m3fn"]),
@@ -65,11 +65,11 @@ const SUPPORTED_VALUES: &[(&str, &[&str])] = &[
     ("quant_algo", &["FP8", "FP8_BLOCK_SCALES", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"]),
     ("strategy", &["block", "channel", "group", "tensor"]),
     ("type", &["float", "int"]),
-    // Groups in the order of the columns, whatever order they were rounded in.
+    // The order in which columns were rounded has no effect on the result, except `group`, which permutes them.
     ("actorder", &["static", "weight"]),
 ];
 
-/// What a `quantization_config` asks for that is not followed, each as a sentence without its full stop.
+/// The unsupported settings of a `quantization_config`, each as a sentence without a full stop.
 pub(super) fn unsupported(quantization: &Value) -> Vec<String> {
     let mut found = Vec::new();
     let Some(map) = quantization.as_object() else {
@@ -86,9 +86,9 @@ pub(super) fn unsupported(quantization: &Value) -> Vec<String> {
     for key in ["sparsity_config", "transform_config"] {
         if let Some(value) = map.get(key).filter(|value| !is_nothing(value)) {
             let what = if key == "sparsity_config" {
-                "stores weights by where they are not zero"
+                "stores only nonzero weights"
             } else {
-                "turns weights and activations"
+                "rotates weights and activations"
             };
             found.push(format!("`quantization_config.{key}` is {}: it {what}", shown(value)));
         }
@@ -105,14 +105,14 @@ pub(super) fn unsupported(quantization: &Value) -> Vec<String> {
     found
 }
 
-/// So many sentences are enough.
+/// The most problems that are reported.
 const MOST: usize = 32;
 
 fn group(name: &str, value: &Value, found: &mut Vec<String>) {
     let place = format!("config_groups.{}.", cut(name));
     let Some(map) = value.as_object() else {
         found.push(format!(
-            "`quantization_config.config_groups.{}` names a preset, which is not spelled out",
+            "`quantization_config.config_groups.{}` names a preset; presets are not supported",
             cut(name)
         ));
         return;
@@ -124,13 +124,13 @@ fn group(name: &str, value: &Value, found: &mut Vec<String>) {
     sides(weights, "block_structure", &place, found);
     if let Some(dynamic) = weights.get("dynamic").filter(|value| !is_nothing(value)) {
         found.push(format!(
-            "`quantization_config.{place}dynamic` is {}: weights have their scales in the file",
+            "`quantization_config.{place}dynamic` is {}; only scales stored in the file are supported",
             shown(dynamic)
         ));
     }
 }
 
-/// Keys that are not known, and values of keys that have others than are followed.
+/// Reports unknown keys and unsupported values.
 fn keys(map: &Map<String, Value>, known: &[&str], place: &str, found: &mut Vec<String>) {
     for (key, value) in map.iter().filter(|(_, value)| !value.is_null()) {
         if found.len() >= MOST {
@@ -143,7 +143,7 @@ fn keys(map: &Map<String, Value>, known: &[&str], place: &str, found: &mut Vec<S
             && !(key == "actorder" && value == &Value::Bool(false))
         {
             let known = values.join(", ");
-            found.push(format!("`quantization_config.{place}{key}` is {}; known are {known}", shown(value)));
+            found.push(format!("`quantization_config.{place}{key}` is {}; supported are {known}", shown(value)));
         }
     }
 }
@@ -154,7 +154,7 @@ fn sides(map: &Map<String, Value>, key: &str, place: &str, found: &mut Vec<Strin
     }
 }
 
-/// Null, false, empty, or an object of these (`dense` for the format of a sparsity).
+/// Whether a value is null, false, empty, or an object of these (for a sparsity, also the format `dense`).
 fn is_nothing(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
