@@ -1,5 +1,5 @@
-//! Adapters of every kind that peft makes, held against what peft makes of them (`scripts/check_lora.py --write
-//! fixtures/lora`); and files that are not what their configuration says.
+//! Adapters of every kind that peft makes, compared with peft's results (`scripts/check_lora.py --write
+//! fixtures/lora`); and files that do not match their config.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -45,7 +45,7 @@ fn base(name: &str) -> CausalLm {
     load(&fixture(name), &Device::default(), Some(DType::F32)).unwrap().model
 }
 
-/// The log-probability of each token but the first.
+/// The log-probability of each token except the first.
 fn logprobs(model: &CausalLm, tokens: &[u32]) -> Vec<f32> {
     let count = tokens.len();
     let ids: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
@@ -62,7 +62,7 @@ fn apart(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[test]
-fn each_kind_does_what_it_does_in_peft() {
+fn each_kind_has_the_same_effect_as_in_peft() {
     let Expected { tokens, kinds } = expected();
     for (name, Kind { base: family, logprobs: theirs }) in &kinds {
         if name == "alora" {
@@ -73,7 +73,7 @@ fn each_kind_does_what_it_does_in_peft() {
         println!("{name}: {distance:.1e}");
         assert!(distance < 1e-4, "{name}: {distance:.1e}");
         assert!(apart(&logprobs(&base(family), &tokens), theirs) > 1e-2, "{name} does something");
-        // And merged into its model.
+        // Merged into its model.
         let home = tempfile::tempdir().unwrap();
         let merged = home.path().join("merged");
         save(&model.merge(), &merged, &SaveOptions::default()).unwrap();
@@ -91,9 +91,10 @@ fn an_activated_adapter_is_refused_by_name() {
     assert!(error.hint().unwrap().contains("run it in peft"));
 }
 
-/// What changes the weights themselves can be used and merged; trained further it would be saved as what it is not.
+/// An adapter that changes weights can be used and merged. If it were trained further, it would be saved as plain LoRA,
+/// which it is not.
 #[test]
-fn what_changes_weights_is_not_trained_further() {
+fn adapters_that_change_weights_are_not_trained_further() {
     for (family, name, what) in [
         ("llama", "dora", "is DoRA"),
         ("llama", "olora", "is OLoRA, which changes the base's weights"),
@@ -113,20 +114,20 @@ fn what_changes_weights_is_not_trained_further() {
 }
 
 #[test]
-fn weights_in_few_bits_are_not_changed() {
+fn quantized_weights_are_not_changed() {
     let checkpoint = Checkpoint::open(fixture("llama")).unwrap();
-    let packed = || checkpoint.load_quantized(&Device::default(), Some(DType::F32), QuantBits::Eight).unwrap();
-    let error = load_adapter(packed(), &kind("dora")).unwrap_err();
+    let quantized = || checkpoint.load_quantized(&Device::default(), Some(DType::F32), QuantBits::Eight).unwrap();
+    let error = load_adapter(quantized(), &kind("dora")).unwrap_err();
     assert!(matches!(error, AdapterError::Quantized { .. }), "{error}");
     assert!(error.hint().unwrap().contains("merge the adapter into its model in full first"));
-    // What is beside the weights is, and embeddings are never packed.
-    load_adapter(packed(), &kind("layers")).unwrap();
-    load_adapter(packed(), &kind("tokens")).unwrap();
+    // Adapters in addition to quantized weights are allowed, and embeddings are never quantized.
+    load_adapter(quantized(), &kind("layers")).unwrap();
+    load_adapter(quantized(), &kind("tokens")).unwrap();
 }
 
-/// Trained here, a router's adapter has peft's names.
+/// A router's adapter is saved under peft's names.
 #[test]
-fn a_routers_adapter_goes_to_files_and_back() {
+fn a_round_trip_preserves_a_routers_adapter() {
     let config = LoraConfig { rank: 2, targets: vec!["router".into(), "q_proj".into()], ..LoraConfig::default() };
     let model = base("moonlight-like").with_lora(&config, 1).unwrap();
     let adapters = model.adapters();
@@ -143,13 +144,13 @@ fn a_routers_adapter_goes_to_files_and_back() {
     assert_eq!(file.tensor("base_model.model.model.layers.1.mlp.gate.lora_B.weight").unwrap().shape(), [10, 2]);
     let back = load_adapter(base("moonlight-like"), dir.path()).unwrap();
     assert_eq!(back.adapters(), adapters);
-    // `all` are the projections; a router is asked for by its name.
+    // `all` means the projections; a router has to be named.
     let config = LoraConfig { targets: vec!["all".into()], ..config };
     let all = base("moonlight-like").with_lora(&config, 1).unwrap().adapters();
     assert!(all.iter().all(|adapter| !adapter.path.ends_with("router")));
 }
 
-/// A copy of one of the kinds, with another configuration and other tensors.
+/// A copy of one of the kinds with a changed config and changed tensors.
 fn altered(name: &str, config: impl FnOnce(&mut Value), keep: impl Fn(&str) -> Option<String>) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let mut value: Value =
@@ -168,7 +169,7 @@ fn all(name: &str) -> Option<String> {
 }
 
 #[test]
-fn files_that_are_not_what_their_configuration_says_are_refused() {
+fn files_that_do_not_match_their_config_are_refused() {
     let refused = |family: &str, dir: tempfile::TempDir, expected: &str| {
         let error = load_adapter(base(family), dir.path()).unwrap_err();
         assert!(error.to_string().contains(expected), "{expected}: {error}");
@@ -256,24 +257,24 @@ fn files_that_are_not_what_their_configuration_says_are_refused() {
     refused("llama", altered("mica", |config| config["target_modules"] = json!("(q|o_proj"), all), "an expression");
     refused("llama", altered("mica", |config| config["use_something_new"] = json!(true), all), "`use_something_new`");
 
-    // Magnitudes that nobody asked for.
+    // Magnitudes that the config does not list.
     let dir = altered("dora", |config| config["use_dora"] = json!(false), all);
     let error = load_adapter(base("llama"), dir.path()).unwrap_err().to_string();
     assert!(error.contains("has no `use_dora`"), "{error}");
-    // A tensor of nothing that is known.
+    // An unknown tensor.
     let dir = altered("layers", |_| {}, |name| Some(name.replace("q_proj.lora_A.weight", "q_proj.lora_C.weight")));
     let error = load_adapter(base("llama"), dir.path()).unwrap_err().to_string();
     assert!(error.contains("lora_C.weight` of shape") || error.contains("lora_C.weight`, which is no part"), "{error}");
-    // A file that pickle made.
+    // A file in pickle format.
     let dir = altered("layers", |_| {}, all);
     fs::rename(dir.path().join("adapter_model.safetensors"), dir.path().join("adapter_model.bin")).unwrap();
     let error = load_adapter(base("llama"), dir.path()).unwrap_err();
     assert!(error.hint().unwrap().contains("safe_serialization"), "{error}");
 }
 
-/// peft's own ways to say the same thing.
+/// Equivalent ways to name the targets in peft.
 #[test]
-fn other_ways_to_name_the_targets_are_read() {
+fn equivalent_ways_to_name_the_targets_are_read() {
     let expected = expected();
     let same = |name: &str, change: &dyn Fn(&mut Value)| {
         let dir = altered(name, change, all);
@@ -289,7 +290,7 @@ fn other_ways_to_name_the_targets_are_read() {
         config["target_modules"] = json!(["layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"]);
     });
     same("all-linear-moonlight", &|config| {
-        // As beside transformers 4.
+        // As with transformers 4.
         config["target_modules"] =
             json!(["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj"]);
         config["target_parameters"] = Value::Null;
@@ -300,7 +301,7 @@ fn other_ways_to_name_the_targets_are_read() {
     });
 }
 
-/// The rows of a matrix by its path, `[vocab, hidden]`; those of a head are its columns.
+/// The rows of a matrix by its path, `[vocab, hidden]`; for a head, its columns.
 fn rows(model: &CausalLm, path: &str) -> Vec<Vec<f32>> {
     struct Find<'a>(&'a str, Vec<String>, Vec<Vec<f32>>);
     impl ModuleVisitor for Find<'_> {
@@ -352,7 +353,7 @@ fn trained_tokens_belong_to_both_matrices_where_the_configuration_ties_them() {
     assert_eq!((numbers(&embedding), numbers(&head)), (vec![3, 12], vec![5]));
 }
 
-/// `save_pretrained(..., save_embedding_layers=True)` of peft 0.21.0 beside a tied model: both names, one matrix.
+/// `save_pretrained(..., save_embedding_layers=True)` of peft 0.21.0 with a tied model: two names, one matrix.
 #[test]
 fn copies_of_a_tied_embedding_are_one_weight() {
     let adapter = |embedding: f32, head: Option<f32>, change: fn(&mut Value)| {
@@ -381,19 +382,19 @@ fn copies_of_a_tied_embedding_are_one_weight() {
     }
     let error = load_adapter(base("qwen2"), adapter(0.25, Some(0.5), |_| {}).path()).unwrap_err();
     assert!(error.to_string().contains("and another `base_model.model.lm_head.weight`"), "{error}");
-    // A module of its own is another weight in peft.
+    // A module in `modules_to_save` is a separate weight in peft.
     let own: fn(&mut Value) = |config| config["modules_to_save"] = json!(["embed_tokens"]);
     let error = load_adapter(base("qwen2"), adapter(0.25, None, own).path()).unwrap_err();
     assert!(error.to_string().contains("the model's head is its embedding"), "{error}");
 }
 
 #[test]
-fn hints_say_what_is_so() {
+fn hints_match_the_problem() {
     let dir = altered("modules-to-save", |config| config["modules_to_save"] = json!(null), all);
     let error = load_adapter(base(&expected().kinds["modules-to-save"].base), dir.path()).unwrap_err();
     assert!(error.to_string().contains("which `adapter_config.json` does not announce"), "{error}");
     assert!(error.hint().unwrap().starts_with("take the tensor out of the file, or name what was trained"), "{error}");
-    // Experts that were trained whole have three dimensions.
+    // Fully trained experts have three dimensions.
     let dir = altered("router", |config| config["modules_to_save"] = json!(["experts"]), all);
     let path = dir.path().join("adapter_model.safetensors");
     let bytes = [0; 2 * 3 * 4 * 4];

@@ -8,8 +8,8 @@ use serde_json::Value;
 use crate::error::CheckpointError;
 use crate::io::confined_dir::ConfinedDir;
 
-/// The number of special tokens after the ranks. The published code defines 258, of which the last two have no row in
-/// the embedding of 163,840 and are omitted here.
+/// The number of special tokens after the ranks. The published code defines 258. The last two have no row in the
+/// embedding of 163,840, and are omitted here.
 pub const SPECIAL_COUNT: u32 = 256;
 
 /// The names of special tokens in the published tokenizer, by their distance from the last rank; all others are

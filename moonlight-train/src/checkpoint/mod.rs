@@ -32,7 +32,9 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::adapter::write_adapter;
 use moonlight_convert::manifest::{Depth, Manifest};
 use moonlight_convert::{FileError, SaveOptions, remove_directory, replace_directory, storage, write_into};
-use moonlight_infer::run_dir::{CheckpointStatus, checkpoint_folders, checkpoint_name, check_checkpoint, optimizer_files, optimizer_part};
+use moonlight_infer::run_dir::{
+    CheckpointStatus, check_checkpoint, checkpoint_folders, checkpoint_name, optimizer_files, optimizer_part,
+};
 use moonlight_infer::tokenizer::TokenizerFile;
 use moonlight_model::CausalLm;
 
@@ -149,7 +151,9 @@ impl Checkpoints {
     /// The newest whole checkpoint's folder, as far as names and sizes tell.
     pub fn newest(&self) -> Option<PathBuf> {
         let folders = checkpoint_folders(&self.dir).ok()?;
-        folders.into_iter().find(|path| matches!(check_checkpoint(path, Depth::Sizes), Ok(CheckpointStatus::Complete { .. })))
+        folders
+            .into_iter()
+            .find(|path| matches!(check_checkpoint(path, Depth::Sizes), Ok(CheckpointStatus::Complete { .. })))
     }
 
     /// The checkpoint of a step.

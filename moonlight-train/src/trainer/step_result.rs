@@ -219,7 +219,8 @@ mod tests {
             let Err(StepError::NonFinite(found)) = result else { panic!("expected an error") };
             assert_eq!((found.what, found.rank), ("loss", Some(1)));
         }
-        let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Communicator::single_rank()) else {
+        let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Communicator::single_rank())
+        else {
             panic!("expected an error")
         };
         assert_eq!(found.rank, None);
