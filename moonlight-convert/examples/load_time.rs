@@ -1,4 +1,4 @@
-//! Measures the time and memory of loading a checkpoint; `scripts/bench_load.py` compares it with reading the files.
+//! Measures the time and memory of loading a checkpoint; `scripts/bench/bench_load.py` compares it with reading the files.
 //!
 //! ```text
 //! cargo run --release -p moonlight-convert --example load_time -- DIR [--dtype f32]

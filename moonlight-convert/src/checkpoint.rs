@@ -41,11 +41,11 @@ pub struct Checkpoint {
     files: Vec<WeightFile>,
     tensors: Vec<StoredTensor>,
     /// Problems of the files themselves, found while opening.
-    pub(crate) broken: Vec<Problem>,
+    pub(crate) file_problems: Vec<Problem>,
     /// Whether the weights are `model.bpk`, whose tensors have the module's paths as names.
     burnpack: bool,
     /// The keys of tensors that the index maps to files that cannot be read; `None` if that may be any tensor.
-    pub(crate) unread: Option<HashSet<String>>,
+    pub(crate) unreadable_keys: Option<HashSet<String>>,
     tied_head: TiedHead,
     /// Tensors that only the index lists and that the model does not need. transformers opens such checkpoints.
     pub(crate) listed_only: Vec<String>,
@@ -133,6 +133,7 @@ impl Checkpoint {
     /// [`CheckpointError`], if the directory does not exist, `config.json` cannot be read, there are no weights, or the
     /// index is invalid or names a file outside the directory.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        // A save that was killed between two renames has left the directory under a hidden name.
         let dir = &atomic_dir::complete_path(&hub::resolve(dir)?);
         if !dir.is_dir() {
             return Err(CheckpointError::not_a_directory(dir));
@@ -146,24 +147,26 @@ impl Checkpoint {
             config,
             files: Vec::new(),
             tensors: Vec::new(),
-            broken: Vec::new(),
+            file_problems: Vec::new(),
             burnpack: false,
-            unread: Some(HashSet::new()),
+            unreadable_keys: Some(HashSet::new()),
             tied_head: TiedHead::Absent,
             listed_only: Vec::new(),
         };
+        // transformers, too, prefers the single file to an index.
         if confined.file(SINGLE)?.is_some() {
             checkpoint.open_files(&confined, vec![SINGLE.to_owned()]);
-            if !checkpoint.broken.is_empty() {
-                checkpoint.unread = None;
+            if !checkpoint.file_problems.is_empty() {
+                // Without an index nothing tells which tensors the file would contain.
+                checkpoint.unreadable_keys = None;
             }
         } else if let Some(index) = Index::read(&confined, &checkpoint.dir)? {
             checkpoint.open_indexed(&confined, index);
         } else if confined.file(BURNPACK)?.is_some() {
             checkpoint.burnpack = true;
             checkpoint.open_files(&confined, vec![BURNPACK.to_owned()]);
-            if !checkpoint.broken.is_empty() {
-                checkpoint.unread = None;
+            if !checkpoint.file_problems.is_empty() {
+                checkpoint.unreadable_keys = None;
             }
         } else {
             return Err(CheckpointError::NoWeights { others: other_weights(&checkpoint.dir), dir: checkpoint.dir });
@@ -183,9 +186,10 @@ impl Checkpoint {
 
     fn find_tied_head(&self) -> Result<TiedHead, CheckpointError> {
         let find = |key: &str| self.tensors.iter().find(|tensor| names::key(&tensor.name) == key);
-        let absent = |key: &str| self.unread.as_ref().is_some_and(|unread| !unread.contains(key));
+        let absent = |key: &str| self.unreadable_keys.as_ref().is_some_and(|unread| !unread.contains(key));
         let packed = names::int4_names(names::HEAD).values;
         Ok(match (find(names::EMBEDDING), find(names::HEAD)) {
+            // A quantized head cannot be equal to an embedding that is not.
             _ if find(&packed).is_some() => TiedHead::Separate,
             (Some(embedding), Some(head)) => {
                 if self.equal_values(embedding, head)? {
@@ -216,6 +220,7 @@ impl Checkpoint {
         for start in (0..count).step_by(CHUNK) {
             let values = start..count.min(start + CHUNK);
             let [left, right] = [read(a, first, values.clone())?, read(b, second, values)?];
+            // Exact for equal dtypes; across dtypes both are widened to f32, which is exact, too.
             let equal = if first == second { left == right } else { scales(&left, first) == scales(&right, second) };
             if !equal {
                 return Ok(false);
@@ -254,6 +259,7 @@ impl Checkpoint {
         let mut bytes = Vec::new();
         let length = tensor.range.len();
         let reserved = bytes.try_reserve_exact(length).map_err(|_| io::ErrorKind::OutOfMemory.into());
+        // `try_reserve_exact`: the length comes from the file, and a failed allocation would abort the program.
         reserved.map_err(CheckpointError::read(self.shard(tensor.shard).path()))?;
         bytes.resize(length, 0);
         self.read_part(&FileRange { shard: tensor.shard, range: tensor.range.clone() }, &mut bytes)?;
@@ -315,7 +321,8 @@ impl Checkpoint {
                 }
             }
         }
-        for problem in &mut self.broken {
+        // The number of tensors is only known now.
+        for problem in &mut self.file_problems {
             if let Problem::MissingFile { file, tensors } = problem {
                 *tensors = wanted.get(file).map_or(0, Vec::len);
             }
@@ -325,12 +332,13 @@ impl Checkpoint {
             !placed.contains(&tensor.name)
                 || wanted.get(&tensor.file).is_some_and(|names| names.binary_search(&tensor.name).is_ok())
         });
-        self.broken.extend(misplaced);
-        self.unread = Some(unread);
+        self.file_problems.extend(misplaced);
+        self.unreadable_keys = Some(unread);
     }
 
     fn open_files(&mut self, confined: &ConfinedDir, names: Vec<String>) {
         let open = if self.burnpack { Shard::open_burnpack } else { Shard::open };
+        // Headers are read in parallel; the results keep the order of `names`, and so the indices of the files.
         let kept_open = most_kept_open();
         let opened: Vec<_> = names
             .into_par_iter()
@@ -361,14 +369,15 @@ impl Checkpoint {
         for (number, (name, shard)) in opened.into_iter().enumerate() {
             let shard = match shard {
                 None => {
-                    self.broken.push(Problem::MissingFile { file: name.clone(), tensors: 0 });
+                    self.file_problems.push(Problem::MissingFile { file: name.clone(), tensors: 0 });
                     None
                 }
                 Some(Err(problem)) => {
-                    self.broken.push(Problem::BrokenFile { file: name.clone(), problem });
+                    self.file_problems.push(Problem::BrokenFile { file: name.clone(), problem });
                     None
                 }
                 Some(Ok(mut shard)) => {
+                    // The entries move to the checkpoint: the header of a large model is not kept twice.
                     self.tensors.extend(shard.tensors.drain(..).map(|tensor| StoredTensor {
                         name: tensor.name,
                         dtype: tensor.dtype,

@@ -302,3 +302,96 @@ impl fmt::Display for Bytes {
         }
     }
 }
+
+/// Examples of an enum from `pattern => [examples]`. The match has no wildcard, so that a new variant does not compile
+/// without an example, and with it a message that a reviewer reads in the snapshot.
+#[cfg(test)]
+macro_rules! every_variant {
+    ($enum:ty: $($pattern:pat => [$($example:expr),+ $(,)?]),+ $(,)?) => {{
+        let _ = |value: &$enum| match value { $($pattern => (),)+ };
+        let examples: Vec<$enum> = vec![$($($example),+),+];
+        examples
+    }};
+}
+#[cfg(test)]
+pub(crate) use every_variant;
+
+/// An error and its hint as the programs print them.
+#[cfg(test)]
+pub(crate) fn rendered(error: impl fmt::Display, hint: Option<String>) -> String {
+    let hint = hint.map(|hint| format!("hint: {hint}\n")).unwrap_or_default();
+    format!("error: {error}\n{hint}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::validation::Problem;
+
+    #[test]
+    fn messages_and_hints() {
+        use CheckpointError as E;
+        let problems = |list: Vec<Problem>| ProblemList { list, quantized: None };
+        let examples = every_variant!(CheckpointError:
+            E::NoSuchDirectory { .. } => [E::NoSuchDirectory { path: "model".into() }],
+            E::NotADirectory { .. } => [E::NotADirectory { path: "model.safetensors".into() }],
+            E::NotCached { .. } => [E::NotCached { model: "moonshotai/Kimi@v2".into(), cache: "cache".into() }],
+            E::Link { .. } => [E::Link { path: "model/config.json".into() }],
+            E::TooLong { .. } => [E::TooLong { path: "model/config.json".into(), bytes: 2_000_000, most: 1_000_000 }],
+            E::NoConfig { .. } => [E::NoConfig { dir: "model".into() }],
+            E::Config { .. } => [E::Config {
+                path: "model/config.json".into(),
+                source: ConfigError::Json("it is not UTF-8 text".into()),
+            }],
+            E::NoRanks { .. } => [E::NoRanks { dir: "model".into() }],
+            E::Tokenizer { .. } => [E::Tokenizer {
+                path: "model/tiktoken.model".into(),
+                problem: "no token stands for the byte 0".into(),
+            }],
+            E::NoWeights { .. } => [
+                E::NoWeights { dir: "model".into(), others: vec![] },
+                E::NoWeights { dir: "model".into(), others: vec!["pytorch_model.bin".into()] },
+                E::NoWeights { dir: "model".into(), others: vec!["model-1-of-2.safetensors".into()] },
+            ],
+            E::Index { .. } => [E::Index {
+                path: "model/model.safetensors.index.json".into(),
+                problem: "lists no tensors".into(),
+            }],
+            E::Digests { .. } => [E::Digests { path: "SHA256SUMS".into(), problem: "lists no files".into() }],
+            E::OutsideDirectory { .. } => [E::OutsideDirectory {
+                path: "model/model.safetensors.index.json".into(),
+                tensor: "model.norm.weight".into(),
+                entry: "/etc/passwd".into(),
+            }],
+            E::Mismatch { .. } => [E::Mismatch {
+                dir: "model".into(),
+                problems: problems(vec![Problem::Missing { tensor: "lm_head.weight".into() }]),
+            }],
+            E::NonFinite { .. } => [
+                E::NonFinite { tensor: "model.norm.weight".into(), file: None },
+                E::NonFinite { tensor: "model.norm.weight".into(), file: Some("model.safetensors".into()) },
+            ],
+            E::Overflow { .. } => [E::Overflow {
+                tensor: "model.norm.weight".into(),
+                file: Some("model.safetensors".into()),
+                dtype: WeightDtype::F16,
+            }],
+            E::Dtype { .. } => [E::Dtype { dtype: "f64".into() }],
+            E::DeviceDtype { .. } => [E::DeviceDtype { dtype: WeightDtype::Bf16 }],
+            E::Exists { .. } => [E::Exists { dir: "out".into() }],
+            E::Busy { .. } => [E::Busy { dir: "out".into() }],
+            E::Foreign { .. } => [E::Foreign { dir: "out".into(), entry: "notes.txt".into() }],
+            E::Full { .. } => [E::Full { dir: "out".into(), needed: 31_920_223_872 }],
+            E::NoRoom { .. } => [E::NoRoom { dir: "out".into(), needed: 31_920_223_872, free: 5_300_000 }],
+            E::Interrupted => [E::Interrupted],
+            E::NoSuchPart { .. } => [E::NoSuchPart { path: "layers.99".into() }],
+            E::Device { .. } => [E::Device { parameter: "norm.weight".into(), problem: "out of memory".into() }],
+            E::File(_) => [
+                E::read(Path::new("model/config.json"))(io::ErrorKind::PermissionDenied.into()),
+                E::write(Path::new("out/config.json"))(io::ErrorKind::StorageFull.into()),
+            ],
+        );
+        let text: String = examples.iter().map(|error| rendered(error, error.hint())).collect();
+        insta::assert_snapshot!(text);
+    }
+}

@@ -108,6 +108,7 @@ impl Checkpoint {
         self.checked_plan(Scope::All)?;
         self.warn();
         let mut model = self.config().init(device);
+        // Only projections of layers are quantized.
         model.embed_tokens = self.load_part(model.embed_tokens, "embed_tokens", device, dtype)?.0;
         model.norm = self.load_part(model.norm, "norm", device, dtype)?.0;
         if let Some(head) = model.lm_head.take() {
@@ -182,6 +183,7 @@ impl Checkpoint {
     ) -> Result<(M, LoadReport), CheckpointError> {
         let dtype = dtype.map(weight_dtype).transpose()?;
         let common = dtype.unwrap_or_else(|| stored_dtype(plan));
+        // f32 is needed for correction biases, whatever the dtype of the weights.
         for needed in [common, WeightDtype::F32] {
             if !device.supports_dtype(DType::from(needed)) {
                 return Err(CheckpointError::DeviceDtype { dtype: needed });
@@ -221,9 +223,10 @@ impl Checkpoint {
         let mut values = huge_pages::zeros::<T>(length);
         let target = DisjointMut::new(&mut values);
         in_order(&row_chunks(sources), |_, RowChunk { source, rows }, buffer: &mut Vec<u64>| {
-            let at = source * (length / sources.len());
+            let at = source * (length / sources.len()); // a parameter with several sources is [experts, in, out]
             let source = &sources[*source];
             let part = source.stored_rows(rows);
+            // Read straight into the target: the bytes are already in the requested layout and dtype.
             let outcome = if source.verbatim(Layout::Burn, dtype_of::<T>(), rows).is_some() {
                 let (_, columns) = source.dims(Layout::Burn);
                 // SAFETY: `in_order` takes each chunk once, and the chunks of `row_chunks` partition the rows of a
@@ -253,6 +256,7 @@ fn row_chunks(sources: &[SourceTensor]) -> Vec<RowChunk> {
     for (number, source) in sources.iter().enumerate() {
         let (rows, _) = source.dims(source.stored());
         let usual = CHUNK / (source.part.range.len() / rows.max(1)).max(1);
+        // A multiple of a tile's height, so that no tile is cut.
         let height = match usual / HEIGHT * HEIGHT {
             0 if source.transposed_in(Layout::Burn) => MIN_ROWS,
             0 => usual.max(1),
@@ -309,6 +313,7 @@ impl ModuleMapper for WeightLoader<'_> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        // A mapper cannot stop: after an error the remaining parameters stay lazy.
         if self.failure.is_some() {
             return param;
         }
@@ -329,6 +334,7 @@ impl ModuleMapper for WeightLoader<'_> {
             Ok(data) => {
                 let tensor = Tensor::from_data(data, (self.device, DType::from(dtype)));
                 let id = param.id;
+                // Keeps the parameter's id, by which Burn's optimizers find their state.
                 param.transform_for_load(tensor, id)
             }
             Err(failure) => {

@@ -154,6 +154,7 @@ impl FileEntry {
         if found != self.bytes {
             return Ok(Some(Damage::Size { name: name.to_owned(), found, expected: self.bytes }));
         }
+        // Comparing whole entries also catches a file that grew while it was hashed.
         let same = depth == Depth::Sizes || hash(file).map_err(CheckpointError::read(&path))? == *self;
         Ok((!same).then(|| Damage::Contents(name.to_owned())))
     }
@@ -178,6 +179,20 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::error::every_variant;
+
+    #[test]
+    fn messages() {
+        let name = || "model.safetensors".to_owned();
+        let examples = every_variant!(Damage:
+            Damage::Manifest(_) => [Damage::Manifest("it has version 2; this program reads version 1".into())],
+            Damage::Missing(_) => [Damage::Missing(name())],
+            Damage::Size { .. } => [Damage::Size { name: name(), found: 5, expected: 9 }],
+            Damage::Contents(_) => [Damage::Contents(name())],
+        );
+        let text: String = examples.iter().map(|damage| format!("{damage}\n")).collect();
+        insta::assert_snapshot!(text);
+    }
 
     fn home() -> tempfile::TempDir {
         let home = tempfile::tempdir().unwrap();

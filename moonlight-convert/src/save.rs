@@ -108,6 +108,7 @@ pub fn write_into(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result
 fn write_files(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
     let merged;
     let model = if model.has_adapters() || model.is_quantized() {
+        // Cloning shares the tensors; only changed weights are copied.
         merged = model.clone().dequantized().merge();
         &merged
     } else {
@@ -266,6 +267,7 @@ fn fill(
 
 /// Refuses a target that must not be replaced.
 fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
+    // A file at the path is refused by `replace_directory`.
     if !dir.is_dir() {
         return Ok(());
     }
@@ -278,6 +280,7 @@ fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
         return Err(CheckpointError::Exists { dir: dir.to_path_buf() });
     }
     let foreign = |name: &&String| !sidecars::belongs_to_checkpoint(name) || dir.join(name).is_dir();
+    // Without a `config.json` the directory is not a checkpoint, although its files could belong to one.
     let foreign = names.iter().find(foreign).or_else(|| names.first().filter(|_| !dir.join(CONFIG).exists()));
     match foreign {
         Some(entry) => Err(CheckpointError::Foreign { dir: dir.to_path_buf(), entry: entry.clone() }),

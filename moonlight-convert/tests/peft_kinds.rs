@@ -1,4 +1,4 @@
-//! Adapters of every kind that peft makes, compared with peft's results (`scripts/check_lora.py --write
+//! Adapters of every kind that peft makes, compared with peft's results (`scripts/parity/check_lora.py --write
 //! fixtures/lora`); and files that do not match their config.
 
 use std::collections::BTreeMap;

@@ -126,3 +126,52 @@ impl AdapterError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{every_variant, rendered};
+
+    #[test]
+    fn messages_and_hints() {
+        use AdapterError as E;
+        let examples = every_variant!(AdapterError:
+            E::Checkpoint(_) => [E::Checkpoint(CheckpointError::NoSuchDirectory { path: "adapter".into() })],
+            E::NoConfig { .. } => [E::NoConfig { dir: "adapter".into() }],
+            E::Config { .. } => [E::Config {
+                path: "adapter/adapter_config.json".into(),
+                problem: "has the unknown key `use_new_thing`".into(),
+                hint: Some("remove the key, if it does not change what the adapter computes".into()),
+            }],
+            E::NoWeights { .. } => [E::NoWeights { dir: "adapter".into() }],
+            E::Weights { .. } => [E::Weights {
+                path: "adapter/adapter_model.safetensors".into(),
+                problem: "contains no tensors".into(),
+                hint: None,
+            }],
+            E::NotTrainable { .. } => [E::NotTrainable { dir: "adapter".into(), what: "is DoRA".into() }],
+            E::Quantized { .. } => [E::Quantized { dir: "adapter".into(), path: "layers.0.self_attn.q_proj".into() }],
+            E::Rank { .. } => [E::Rank {
+                path: "adapter/adapter_model.safetensors".into(),
+                module: "layers.0.self_attn.q_proj".into(),
+                found: 3,
+                expected: 4,
+            }],
+            E::NoBase { .. } => [
+                E::NoBase { dir: "adapter".into(), base: Some("base".into()) },
+                E::NoBase { dir: "adapter".into(), base: None },
+            ],
+            E::Mismatch { .. } => [E::Mismatch {
+                dir: "adapter".into(),
+                source: LoraError::Shape {
+                    path: "layers.0.self_attn.q_proj".into(),
+                    a: vec![40, 3],
+                    b: vec![3, 60],
+                    weight: vec![48, 60],
+                },
+            }],
+        );
+        let text: String = examples.iter().map(|error| rendered(error, error.hint())).collect();
+        insta::assert_snapshot!(text);
+    }
+}

@@ -510,6 +510,7 @@ impl AdapterReader {
         let mut ours = self.zeros(module, 1, [input, rank, output])?;
         let (a, b) = (self.values(module, a)?, self.values(module, b)?);
         for k in 0..rank {
+            // `A` `[rank, in]` becomes `[in, rank]`, `B` `[out, rank]` becomes `[rank, out]`.
             (0..input).for_each(|i| ours.0[i * rank + k] = a[k * input + i]);
             (0..output).for_each(|o| ours.1[k * output + o] = b[o * rank + k]);
         }
@@ -844,6 +845,8 @@ impl AdapterReader {
         let settings = self.rank(module, &[name], rank, b.columns / experts)?;
         // In files of this project each part has its own block of ranks; in peft's, both parts share all of them.
         let note_of: Vec<_> = parts.iter().map(|part| self.note_of(&format!("{stack}.{part}")).cloned()).collect();
+        // The note belongs to this file only if its ranks add up to that of the matrices: another program may have
+        // changed them.
         let ours = note_of.iter().flatten().fold(0, |all: usize, note| all.saturating_add(note.rank)) == rank;
         let (columns, a, b) = (b.columns, self.values(module, a)?, self.values(module, b)?);
         let mut first = 0;

@@ -125,7 +125,7 @@ pub(crate) trait Weight: Element + bytemuck::Pod + Default + Send + Sync {
 impl Weight for f32 {
     type Mark = u32;
     fn mark(self) -> u32 {
-        (self.to_bits() & 0x7fff_ffff) + 0x0080_0000
+        (self.to_bits() & 0x7fff_ffff) + 0x0080_0000 // 8 exponent bits, 23 of mantissa
     }
     fn unmarked(bits: u32) -> bool {
         bits < 1 << 31
@@ -141,7 +141,7 @@ impl Weight for f32 {
 impl Weight for bf16 {
     type Mark = u16;
     fn mark(self) -> u16 {
-        (self.to_bits() & 0x7fff) + 0x0080
+        (self.to_bits() & 0x7fff) + 0x0080 // 8 exponent bits, 7 of mantissa
     }
     fn unmarked(bits: u16) -> bool {
         bits < 1 << 15
@@ -157,7 +157,7 @@ impl Weight for bf16 {
 impl Weight for f16 {
     type Mark = u16;
     fn mark(self) -> u16 {
-        (self.to_bits() & 0x7fff) + 0x0400
+        (self.to_bits() & 0x7fff) + 0x0400 // 5 exponent bits, 10 of mantissa
     }
     fn unmarked(bits: u16) -> bool {
         bits < 1 << 15
@@ -259,6 +259,7 @@ pub(crate) fn convert_bytes<S: Weight, T: Weight>(bytes: &[u8], target: &mut [T]
     let mut marks = T::Mark::default();
     for (target, bytes) in target.iter_mut().zip(bytes.chunks_exact(size_of::<S>())) {
         let value = bytemuck::pod_read_unaligned::<S>(bytes);
+        // A plain copy for equal dtypes, without the detour through f32.
         *target = if S::dtype() == T::dtype() { bytemuck::cast(value) } else { T::narrow(value.widen()) };
         marks = marks | target.mark();
     }

@@ -181,8 +181,8 @@ impl Checkpoint {
             Encoding::Int4 { scale, .. } => (scale, 1),
         };
         let (all, _) = source.dims(source.stored());
-        let row = scale.range.len() / all.div_ceil(height).max(1);
-        let (first, last) = (rows.start / height, rows.end.div_ceil(height));
+        let row = scale.range.len() / all.div_ceil(height).max(1); // bytes per row of scales
+        let (first, last) = (rows.start / height, rows.end.div_ceil(height)); // rows of scales
         let range = scale.range.start + first * row..scale.range.start + last * row;
         let mut bytes = vec![0; range.len()];
         self.read_part(&FileRange { shard: scale.shard, range }, &mut bytes)?;
@@ -211,6 +211,7 @@ impl Checkpoint {
             assert!(at.is_multiple_of(height), "a source begins at a row of the target");
             let top = at / height;
             // SAFETY: the caller's promise; transposed, these rows are columns of the target.
+            // `[out, in]` in the file becomes `[in, out]`: a band of rows becomes a block of columns.
             let target = unsafe { target.block(height, top..top + columns, rows.clone()) };
             transpose_into(lines, rows, 0..columns, target)
         } else {

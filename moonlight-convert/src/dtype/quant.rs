@@ -96,6 +96,7 @@ impl QuantScheme {
         let fits = |strategy: &ScaleStrategy| found.is_some_and(|found| strategy.fits(matrix, block, found));
         let declared = self.strategies.first().copied();
         let every = [ScaleStrategy::Tensor, ScaleStrategy::Row, ScaleStrategy::Block];
+        // The config's granularities first: for some matrices two have scales of the same shape.
         let strategy = match self.strategies.iter().chain(&every).find(|strategy| fits(strategy)) {
             Some(strategy) if declared.is_none() || self.strategies.contains(strategy) => *strategy,
             Some(strategy) => {
@@ -313,6 +314,7 @@ impl<T: Weight> RowSource<T> for Int4<'_> {
         let bytes = &self.bytes[(row - self.first) * self.columns.div_ceil(NIBBLES_PER_WORD) * 4..];
         let mut finite = true;
         for (at, target) in (first..).zip(target) {
+            // Two nibbles in a byte, the low one first; words are little-endian.
             let value = i32::from(bytes[at / 2] >> (at % 2 * 4) & 0xf) - NIBBLE_OFFSET;
             *target = T::narrow(value as f32 * scales[at / self.group]);
             finite &= target.finite();

@@ -47,6 +47,7 @@ pub(crate) fn transpose_into<T: Weight>(
         columns.len(),
         rows.len()
     );
+    // Equal bytes for both sizes of values: a tile has 16 KiB.
     let tall = if size_of::<T>() > 2 { HEIGHT / 2 } else { HEIGHT };
     let mut finite = true;
     let mut tile = [T::default(); WIDTH * HEIGHT];

@@ -206,3 +206,59 @@ impl DownloadError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{every_variant, rendered};
+
+    #[test]
+    fn messages_and_hints() {
+        use DownloadError as E;
+        let repo = || "moonshotai/Kimi".to_owned();
+        let page = || "https://huggingface.co/moonshotai/Kimi".to_owned();
+        let file = || "model.safetensors".to_owned();
+        let examples = every_variant!(DownloadError:
+            E::Name { .. } => [E::Name { repo: "../etc".into() }],
+            E::Revision { .. } => [E::Revision { revision: "../v1".into() }],
+            E::Pattern { .. } => [E::Pattern { pattern: "***".into(), problem: "wildcards are `*` or `**`".into() }],
+            E::Offline { .. } => [E::Offline { repo: repo(), revision: "main".into(), cache: "cache".into() }],
+            E::Refused { .. } => [
+                E::Refused { repo: repo(), status: 401, token: false, page: page() },
+                E::Refused { repo: repo(), status: 403, token: true, page: page() },
+            ],
+            E::NotFound { .. } => [E::NotFound { what: "the file `config.json` in `moonshotai/Kimi`".into() }],
+            E::Token { .. } => [E::Token { place: "`HF_TOKEN`".into(), problem: "has more than one line".into() }],
+            E::Endpoint { .. } => [E::Endpoint { problem: "it is not a valid address".into() }],
+            E::Network { .. } => [E::Network { endpoint: "https://hub".into(), problem: "connection refused".into() }],
+            E::Status { .. } => [
+                E::Status { url: page(), status: 429 },
+                E::Status { url: page(), status: 500 },
+                E::Status { url: page(), status: 418 },
+            ],
+            E::List { .. } => [E::List {
+                endpoint: "https://hub".into(),
+                repo: repo(),
+                problem: "`config.json` is listed twice".into(),
+            }],
+            E::NoMatch { .. } => [E::NoMatch { repo: repo() }],
+            E::Full { .. } => [E::Full { cache: "cache".into(), needed: 31_920_223_872, free: 5_300_000 }],
+            E::Incomplete { .. } => [E::Incomplete {
+                file: file(),
+                got: 5,
+                size: 10,
+                tries: 6,
+                problem: "the connection was closed".into(),
+            }],
+            E::Digest { .. } => [E::Digest { file: file(), expected: "00ff".into(), found: "ff00".into() }],
+            E::Cache { .. } => [
+                E::read("cache/blobs/00ff")(io::ErrorKind::PermissionDenied.into()),
+                E::write("cache/blobs/00ff")(io::ErrorKind::StorageFull.into()),
+            ],
+            E::Checkpoint(_) => [E::Checkpoint(CheckpointError::Link { path: "cache/snapshots/00ff".into() })],
+            E::Aborted => [E::Aborted],
+        );
+        let text: String = examples.iter().map(|error| rendered(error, error.hint())).collect();
+        insta::assert_snapshot!(text);
+    }
+}

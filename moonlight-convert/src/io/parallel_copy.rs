@@ -72,6 +72,7 @@ pub(crate) fn in_order<B: Default>(
     chunks: &[RowChunk],
     work: impl Fn(usize, &RowChunk, &mut B) -> Result<(), CheckpointError> + Sync,
 ) -> Result<(), CheckpointError> {
+    // Not rayon's iterators, which split a range in halves: chunks must be taken in the order of the files.
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     let failure = Mutex::new(None);
@@ -138,7 +139,9 @@ impl<'a> ChunkReader<'a> {
 
     pub(crate) fn begin(&self, chunks: &[RowChunk], at: usize) {
         let ahead = at + PREFETCH_CHUNKS * threads();
+        // The first call fills the window, each further one adds a chunk to it.
         let first = if at == 0 { 0 } else { ahead };
+        // A source is prefetched as a whole, with its first chunk.
         for chunk in chunks.iter().take(ahead + 1).skip(first).filter(|chunk| chunk.rows.start == 0) {
             self.sources[chunk.source].0.parts().for_each(|part| self.checkpoint.prefetch(part));
         }
@@ -183,6 +186,7 @@ impl<'a> ChunkReader<'a> {
         if self.remaining[chunk.source].fetch_sub(1, Ordering::AcqRel) > 1 {
             return;
         }
+        // The last chunk of the source: no other thread uses it any more, so that `into_inner` succeeds.
         let whole = self.whole[chunk.source].lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(whole) = whole.and_then(Arc::into_inner) {
             let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
@@ -263,6 +267,7 @@ impl BufferedTensor {
                 checkpoint.read_part(&part, &mut bytes).map(|()| bytes).map_err(ReadFailure::of)
             })
         };
+        // Each thread takes pieces that no other has begun. `get_or_init` below waits for those still in progress.
         while let Some(number) = Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|&at| at < self.pieces.len()) {
             piece(number);
         }
@@ -303,6 +308,7 @@ pub(crate) fn copy_tensors(
         });
         reading.end(chunk);
         if outcome == Outcome::NonFinite {
+            // Found after other chunks may have been written: the caller removes the directory.
             return Err(checkpoint.value_error(source, *dtype));
         }
         match progress.advance((count * dtype.size()) as u64) {

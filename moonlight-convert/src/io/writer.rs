@@ -163,6 +163,7 @@ impl Output {
             offset = end;
         }
         let invalid = |problem: String| invalid(&self.shown, &file, problem);
+        // The metadata that transformers writes.
         let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         let metadata = Metadata::new(Some(format), infos).map_err(|error| invalid(error.to_string()))?;
         let mut json = serde_json::to_vec(&metadata).map_err(|error| invalid(error.to_string()))?;
@@ -187,6 +188,7 @@ impl Output {
         let open = self.open(file).map_err(failure)?;
         write_all_at(&open, bytes, start + at).map_err(failure)?;
         let written = bytes.len() as u64;
+        // Acquires what the other threads released with their last write.
         if file.remaining.fetch_sub(written, Ordering::AcqRel) == written {
             // The file is complete: it is flushed now, while other files are still written, and closed, which limits
             // the number of open files.
@@ -205,6 +207,7 @@ impl Output {
         let path = self.dir.join(&file.name);
         storage::announce(Call::Write(&path))?;
         let created = File::options().create(true).truncate(false).write(true).open(&path)?;
+        // Reserves the size, so that parts can be written in any order.
         created.set_len(file.length)?;
         write_all_at(&created, &file.header, 0)?;
         Ok(open.insert(Arc::new(created)).clone())
@@ -231,6 +234,7 @@ fn divide(tensors: &[OutTensor], sharding: Sharding) -> Vec<Vec<usize>> {
     for (index, tensor) in tensors.iter().enumerate() {
         let bytes = tensor.bytes();
         let group = groups.last_mut().expect("there is always one group");
+        // Tensors without a layer do not begin a file.
         let own = names::layer_of_tensor(&tensor.name);
         let full = match sharding {
             Sharding::Size(most) => !group.is_empty() && filled + bytes > most,

@@ -121,9 +121,9 @@ impl Checkpoint {
         let quantized = scheme.method.clone();
         let unsupported = scheme.unsupported.clone().into_iter().map(|problem| Problem::QuantizationConfig { problem });
         if let Some(problem) =
-            implausible(self.config(), self.tensor_list().len(), self.unread.as_ref().map(|set| set.len()))
+            implausible(self.config(), self.tensor_list().len(), self.unreadable_keys.as_ref().map(|set| set.len()))
         {
-            let mut list = self.broken.clone();
+            let mut list = self.file_problems.clone();
             list.push(Problem::Implausible { problem });
             return Err(ProblemList { list, quantized });
         }
@@ -142,16 +142,19 @@ impl Checkpoint {
         let mut matcher = TensorMatcher::new(self, scheme);
         let mut parameters: Vec<PlannedParameter> =
             wanted.into_iter().map(|parameter| matcher.plan(parameter)).collect();
+        // A part says nothing about tensors outside it.
         let skipped = if matches!(scope, Scope::Below(_)) { BTreeMap::new() } else { matcher.sort_unused() };
         let TensorMatcher { problems: found, wants_unreadable, .. } = matcher;
         let mut list = match scope {
+            // Damaged files do not matter if no tensor of the part may be in them.
             Scope::Below(_) if !wants_unreadable => Vec::new(),
-            _ => self.broken.clone(),
+            _ => self.file_problems.clone(),
         };
         list.extend(unsupported);
         list.extend(found);
         if matches!(scope, Scope::Present) {
             list.retain(|problem| !problem.is_missing());
+            // A stack with missing experts is dropped as a whole: Burn has one parameter for it.
             parameters.retain(|planned| planned.sources.len() == sources_of(&planned.parameter));
         }
         if list.is_empty() { Ok(LoadPlan { parameters, skipped }) } else { Err(ProblemList { list, quantized }) }
@@ -225,6 +228,7 @@ impl<'a> TensorMatcher<'a> {
             return self.plan_in_burnpack(parameter, wanted);
         }
         let transposed = names::transposed(parameter.kind);
+        // If files contain both layouts, the separate tensors are used, and the stack is reported as unexpected.
         let one_by_one = wanted.iter().any(|tensor| {
             let packed = names::int4_names(&tensor.name).values;
             self.by_key.contains_key(names::key(&tensor.name)) || self.by_key.contains_key(names::key(&packed))
@@ -265,7 +269,7 @@ impl<'a> TensorMatcher<'a> {
 
     /// Whether the tensor may be in a file that could not be read.
     fn unreadable(&self, key: &str) -> bool {
-        self.checkpoint.unread.as_ref().is_none_or(|unread| unread.contains(key))
+        self.checkpoint.unreadable_keys.as_ref().is_none_or(|unread| unread.contains(key))
     }
 
     fn stored(&self, stored_index: usize) -> &'a StoredTensor {
@@ -325,6 +329,7 @@ impl<'a> TensorMatcher<'a> {
     fn match_tensor(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
         if self.checkpoint.tied_head() == TiedHead::HeadOnly && names::key(&tensor.name) == names::EMBEDDING {
             let head = HfTensor { name: names::HEAD.into(), shape: tensor.shape.clone() };
+            // Keeps the embedding's name and shape, under which it is saved. Both are `[vocab, hidden]` in files.
             return self.match_by_name(head, transposed).map(|source| SourceTensor { tensor, ..source });
         }
         self.match_by_name(tensor, transposed)
@@ -369,6 +374,7 @@ impl<'a> TensorMatcher<'a> {
             return None;
         }
         let [deepseek, compressed] = names::fp8_scales(&tensor.name);
+        // compressed-tensors' name wins if both exist; the other one is then reported as unexpected.
         let other = self.by_key.contains_key(names::key(&compressed));
         let name = if other { compressed } else { deepseek };
         let found = self.by_key.get(names::key(&name)).map(|&scale| self.stored(scale).shape.as_slice());
@@ -384,7 +390,7 @@ impl<'a> TensorMatcher<'a> {
         Some(SourceTensor {
             tensor,
             stored_index,
-            dtype: WeightDtype::Bf16,
+            dtype: WeightDtype::Bf16, // FP8 scales are f32, but the models compute in bf16
             part,
             encoding: Encoding::Fp8 { scale, block },
             transposed,
@@ -419,6 +425,8 @@ impl<'a> TensorMatcher<'a> {
         let words = columns.div_ceil(NIBBLES_PER_WORD);
         if let Some(&stored_index) = self.by_key.get(names::key(&packed.values)) {
             let shape = self.stored(stored_index).shape.as_slice();
+            // 8-bit values have four values in a word, and so twice as many words. A narrow matrix can have equal
+            // counts for both; then it is read as INT4.
             let bytes = shape == [rows, columns.div_ceil(NIBBLES_PER_WORD / 2)] && shape != [rows, words];
             let of_bytes = || bytes.then(|| "has weights of 8 bits".to_owned());
             if let Some(problem) = self.scheme.int4_problem.clone().or_else(of_bytes) {
@@ -430,6 +438,8 @@ impl<'a> TensorMatcher<'a> {
         }
         let values = self.find(&HfTensor { name: packed.values, shape: vec![rows, words] });
         let scale = self.match_group_scales(packed.scale, rows, columns);
+        // All three tensors are looked up before the first return, so that every problem is listed and none is reported
+        // as unexpected.
         self.check_packed_shape(&packed.shape, &tensor.shape);
         let (stored_index, part) = values?;
         let found = self.stored(stored_index);
@@ -445,7 +455,7 @@ impl<'a> TensorMatcher<'a> {
         Some(SourceTensor {
             tensor,
             stored_index,
-            dtype: scale.1,
+            dtype: scale.1, // as compressed-tensors dequantizes
             part,
             encoding: Encoding::Int4 { scale, group },
             transposed,

@@ -314,11 +314,14 @@ impl Checkpoint {
                 if equal { None } else { Some(sums_of::<S, T>(ours, theirs)) }
             }));
             if let Some(of_panel) = of_panel {
+                // Added in the order in which threads finish: the mean and the cosine may differ in the last digits
+                // between runs, the verdict does not.
                 sums.lock().unwrap_or_else(PoisonError::into_inner)[chunk.source].add(&of_panel);
             }
             reading.end(chunk);
             theirs.end(chunk);
             let rows = a.dims(common(a, b)).0;
+            // A chunk's part of both files, whose encodings may differ.
             let share = (a.bytes() + b.bytes()) as f64 * chunk.rows.len() as f64 / rows.max(1) as f64;
             match progress.advance(share as u64) {
                 ControlFlow::Continue(()) => Ok(()),

@@ -297,6 +297,58 @@ impl fmt::Display for ProblemList {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::{every_variant, rendered};
+
+    fn examples() -> Vec<Problem> {
+        use Problem as P;
+        let (tensor, file) = (|| "model.norm.weight".to_owned(), || "model.safetensors".to_owned());
+        every_variant!(Problem:
+            P::MissingFile { .. } => [P::MissingFile { file: file(), tensors: 12 }],
+            P::BrokenFile { .. } => [P::BrokenFile { file: file(), problem: "is truncated".into() }],
+            P::NotInFile { .. } => [P::NotInFile { tensor: tensor(), file: file() }],
+            P::Missing { .. } => [P::Missing { tensor: tensor() }],
+            P::Unexpected { .. } => [P::Unexpected { tensor: tensor(), file: file() }],
+            P::WrongShape { .. } => [P::WrongShape {
+                tensor: tensor(),
+                file: file(),
+                found: vec![2, 3],
+                expected: vec![3, 2],
+            }],
+            P::WrongDtype { .. } => [P::WrongDtype { tensor: tensor(), file: file(), dtype: "I8".into() }],
+            P::QuantizedTensor { .. } => [P::QuantizedTensor {
+                tensor: tensor(),
+                file: file(),
+                problem: "has weights with zero points".into(),
+            }],
+            P::QuantizationConfig { .. } => [P::QuantizationConfig {
+                problem: "`quantization_config.new_key` is not known".into(),
+            }],
+            P::Duplicate { .. } => [P::Duplicate { tensor: tensor(), other: "norm.weight".into() }],
+            P::Implausible { .. } => [P::Implausible { problem: "`n_routed_experts` is 1000000".into() }],
+        )
+    }
+
+    /// Each problem as `inspect` prints it, and as the only one of an error.
+    #[test]
+    fn messages_and_hints() {
+        let text: String = examples()
+            .into_iter()
+            .map(|problem| {
+                let line = format!("problem: {problem}\n");
+                let list = ProblemList { list: vec![problem], quantized: None };
+                line + &rendered(&list, list.hint())
+            })
+            .collect();
+        insta::assert_snapshot!(text);
+    }
+
+    #[test]
+    fn the_hint_names_the_quantization_method() {
+        let list =
+            vec![Problem::WrongDtype { tensor: "w".into(), file: "model.safetensors".into(), dtype: "I8".into() }];
+        let list = ProblemList { list, quantized: Some("gptq".into()) };
+        insta::assert_snapshot!(rendered(&list, list.hint()));
+    }
 
     #[test]
     fn long_lists_are_counted_and_truncated() {

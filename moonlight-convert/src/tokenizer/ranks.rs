@@ -115,6 +115,22 @@ fn parse_line(line: &[u8]) -> Option<(Vec<u8>, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::every_variant;
+
+    #[test]
+    fn messages() {
+        use TokenRankError as E;
+        let examples = every_variant!(TokenRankError:
+            E::Line { .. } => [E::Line { line: 7 }],
+            E::Long { .. } => [E::Long { line: 7, length: 600 }],
+            E::Repeated { .. } => [E::Repeated { line: 7 }],
+            E::NoByte { .. } => [E::NoByte { byte: 255 }],
+            E::NotConsecutive { .. } => [E::NotConsecutive { rank: 7, last: 256 }],
+            E::TooMany => [E::TooMany],
+        );
+        let text: String = examples.iter().map(|error| format!("{error}\n")).collect();
+        insta::assert_snapshot!(text);
+    }
 
     fn file(tokens: impl Iterator<Item = Vec<u8>>) -> String {
         tokens.enumerate().map(|(rank, token)| format!("{} {rank}\n", STANDARD.encode(token))).collect()

@@ -204,6 +204,7 @@ fn text_of(value: &Value) -> Option<String> {
 /// A sentence, if `added` contains an id of a rank or one far above them, or two tokens have the same text.
 pub fn special_tokens(ranks: u32, added: &BTreeMap<u32, AddedToken>) -> Result<BTreeMap<u32, AddedToken>, String> {
     let reserved = |id: u32| AddedToken::named(format!("<|reserved_token_{id}|>"));
+    // `saturating`: both numbers come from files.
     let first_more = ranks.saturating_add(SPECIAL_COUNT);
     let known = added.iter().filter(|(id, token)| {
         !token.content.is_empty() && (**id < first_more || token.content != reserved(**id).content)
