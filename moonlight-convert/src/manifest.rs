@@ -126,7 +126,7 @@ impl Manifest {
             return damage(format!("it has version {}; this program reads version {VERSION}", manifest.version));
         }
         if let Some(name) = manifest.files.keys().find(|name| name.contains(['/', '\\']) || *name == "..") {
-            return damage(format!("it names {name:?}"));
+            return damage(format!("it lists the file {name:?}"));
         }
         let check = |(name, entry): (&String, &FileEntry)| entry.check(&confined, dir, name, depth);
         let damages: Vec<Option<Damage>> = manifest.files.par_iter().map(check).collect::<Result<_, _>>()?;

@@ -186,19 +186,19 @@ fn errors_name_what_is_wrong() {
     assert!(matches!(&error, AdapterError::Rank { found: 3, expected: 4, .. }), "{error}");
     assert!(error.to_string().contains("of rank 3 for `layers.0.self_attn.q_proj`"), "{error}");
     for (key, value, expected) in [
-        ("peft_type", "LOHA".into(), "is of the type `LOHA`"),
+        ("peft_type", "LOHA".into(), "has the `peft_type` `LOHA`"),
         ("use_dora", true.into(), "DoRA"),
-        ("modules_to_save", serde_json::json!(["lm_head"]), "holds no `lm_head.weight`"),
+        ("modules_to_save", serde_json::json!(["lm_head"]), "lacks `lm_head.weight`"),
         ("rank_pattern", serde_json::json!({"(q|k)_proj": 2}), "has the pattern `(q|k)_proj`"),
         ("lora_alpha", "much".into(), "cannot be read"),
-        ("r", 0.into(), "has a rank of 0"),
-        ("r", 100_000.into(), "has a rank of 100000"),
-        ("rank_pattern", serde_json::json!({"q_proj": 1e30}), "has a rank of 1e30"),
-        ("rank_pattern", serde_json::json!({"q_proj": 2.5}), "has a rank of 2.5"),
+        ("r", 0.into(), "has the rank 0"),
+        ("r", 100_000.into(), "has the rank 100000"),
+        ("rank_pattern", serde_json::json!({"q_proj": 1e30}), "has the rank 1e30"),
+        ("rank_pattern", serde_json::json!({"q_proj": 2.5}), "has the rank 2.5"),
         ("rank_pattern", serde_json::json!({"q_proj": "2"}), "invalid type"),
-        ("lora_alpha", serde_json::json!(1e308), "has an alpha of 1e308 for a rank of 3"),
-        ("alpha_pattern", serde_json::json!({".*q_proj": 1e20}), "has an alpha of 1e20 for a rank of 3"),
-        ("lora_dropout", serde_json::json!(1.5), "has a dropout of 1.5"),
+        ("lora_alpha", serde_json::json!(1e308), "has the alpha 1e308 for the rank 3"),
+        ("alpha_pattern", serde_json::json!({".*q_proj": 1e20}), "has the alpha 1e20 for the rank 3"),
+        ("lora_dropout", serde_json::json!(1.5), "has the dropout 1.5"),
     ] {
         restore();
         edit(dir, |config| config[key] = value);
@@ -208,13 +208,13 @@ fn errors_name_what_is_wrong() {
     restore();
     // A model without such a projection, and one with another width.
     let error = load_adapter(base("deepseek-v3-like"), dir).unwrap_err().to_string();
-    assert!(error.contains("`layers.0.self_attn.q_proj`, which is no projection of the model"), "{error}");
+    assert!(error.contains("`layers.0.self_attn.q_proj`, which is not a projection of the model"), "{error}");
     let error = opened("llama");
     assert!(matches!(&error, AdapterError::Mismatch { .. }) && error.hint().is_some(), "{error}");
 
     edit(dir, |config| config["base_model_name_or_path"] = "/no/such/model".into());
     let error = base_of(dir).unwrap_err();
-    assert!(error.to_string().ends_with("was trained on `/no/such/model`, which is not there"), "{error}");
+    assert!(error.to_string().ends_with("was trained on `/no/such/model`, which does not exist"), "{error}");
     assert!(error.hint().unwrap().contains("name the base model"));
     edit(dir, |config| config["base_model_name_or_path"] = Value::Null);
     assert!(base_of(dir).unwrap_err().to_string().contains("does not say"));
@@ -264,22 +264,22 @@ fn empty_and_huge_matrices_are_refused() {
         (
             "an expert's width",
             vec![(expert("A"), "F32", [3, HUGE]), (expert("B"), "F32", [HUGE, 3])],
-            "the expert takes 40 inputs to 11 outputs",
+            "the expert has 40 inputs and 11 outputs",
         ),
         (
             "a plain width",
             vec![("0.self_attn.q_proj.lora_A", "BF16", [3, HUGE]), ("0.self_attn.q_proj.lora_B", "BF16", [HUGE, 3])],
-            "does not fit",
+            "does not match the model",
         ),
         (
             "a plain width of nothing",
             vec![("0.self_attn.q_proj.lora_A", "F32", [3, 0]), ("0.self_attn.q_proj.lora_B", "F32", [0, 3])],
-            "does not fit",
+            "does not match the model",
         ),
         (
             "a stack",
             vec![("1.mlp.experts.lora_A", "F32", [HUGE, 11]), ("1.mlp.experts.lora_B", "F32", [40, HUGE])],
-            "which do not fit",
+            "which do not match",
         ),
         (
             "one expert of each stack, with ranks beyond all widths",
@@ -291,7 +291,7 @@ fn empty_and_huge_matrices_are_refused() {
                 ("1.mlp.experts.0.up_proj.lora_A", "F32", [60_000, 40]),
                 ("1.mlp.experts.0.up_proj.lora_B", "F32", [11, 60_000]),
             ],
-            "more values than its model has",
+            "too many values",
         ),
     ] {
         write_zeros(dir, &tensors);
@@ -317,10 +317,10 @@ fn inconsistent_notes_are_refused() {
     let (alpha, no_alpha) = (r#"\"alpha\":5.0"#, r#"\"alpha\":1e99"#);
     assert!(text.contains(alpha), "{text}");
     for (from, to, problem) in [
-        (alpha, no_alpha, "has an alpha of 1e99 for a rank of 3"),
-        (r#"\"dropout\":0.1"#, r#"\"dropout\":7.0"#, "with numbers that no adapter has"),
-        (r#"\"rank\":3"#, r#"\"rank\":0"#, "with numbers that no adapter has"),
-        (r#"[{\"path"#, r#"[[\"path"#, "a note on its adapters that is broken"),
+        (alpha, no_alpha, "has the alpha 1e99 for the rank 3"),
+        (r#"\"dropout\":0.1"#, r#"\"dropout\":7.0"#, "with an invalid rank, alpha or dropout"),
+        (r#"\"rank\":3"#, r#"\"rank\":0"#, "with an invalid rank, alpha or dropout"),
+        (r#"[{\"path"#, r#"[[\"path"#, "an invalid note on its adapters"),
     ] {
         let changed = text.replace(from, to);
         assert!(changed != text, "{from}");

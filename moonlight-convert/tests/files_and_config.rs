@@ -54,7 +54,7 @@ fn a_head_that_differs_from_the_embedding_is_used_although_the_config_ties_it() 
     let (equal, said, _) = program(&[Path::new("verify"), &tied, &converted]);
     assert!(equal && said.starts_with("equal: "), "{said}");
     let (_, said, _) = program(&[Path::new("inspect"), &tied]);
-    assert!(said.contains("the head is used, as transformers 5 does"), "{said}");
+    assert!(said.contains("the head is used, as in transformers 5"), "{said}");
     // Without its head it is a different checkpoint, in either order of the comparison.
     tensors.remove(HEAD);
     write_dir(&lost, &config, &tensors);
@@ -76,7 +76,7 @@ fn a_head_equal_to_the_embedding_is_named_and_ignored() {
     convert(&tied, &converted);
     assert_eq!(read_tensors(&converted), plain);
     let (equal, said, _) = program(&[Path::new("verify"), &tied, &converted]);
-    let named = "not counted: 1 tensor only in the first: output head (repeats the embedding, to which it is tied)";
+    let named = "ignored: 1 tensor only in the first: output head (equal to the embedding, to which it is tied)";
     assert!(equal && said.contains(named), "{said}");
     // The comparison works across dtypes.
     let wide = |raw: &Raw| {
@@ -150,11 +150,11 @@ fn fp8_is_dequantized_with_scales_per_tensor_and_per_row() {
     let home = tempfile::tempdir().unwrap();
     let family = "moonlight-like";
     let shapes: [(&str, &str, ScaleShape); 5] = [
-        ("tensor", "one scale a tensor", |_| vec![1]),
-        ("tensor", "one scale a tensor", |_| vec![]),
-        ("tensor", "one scale a tensor", |_| vec![1, 1]),
-        ("channel", "one scale a row", |rows| vec![rows, 1]),
-        ("channel", "one scale a row", |rows| vec![rows]),
+        ("tensor", "one scale per tensor", |_| vec![1]),
+        ("tensor", "one scale per tensor", |_| vec![]),
+        ("tensor", "one scale per tensor", |_| vec![1, 1]),
+        ("channel", "one scale per row", |rows| vec![rows, 1]),
+        ("channel", "one scale per row", |rows| vec![rows]),
     ];
     for (at, (strategy, form, shape)) in shapes.into_iter().enumerate() {
         let (mut quantized, plain) = in_fp8(family, shape);
@@ -187,7 +187,7 @@ fn fp8_is_dequantized_with_scales_per_tensor_and_per_row() {
             assert!(loaded == parameters(&load(&written, &device, None).unwrap().model));
             let (_, said, _) = program(&[Path::new("inspect"), &dir]);
             assert!(said.contains(&format!("FP8, {form}: ")), "{said}");
-            assert!(said.contains("not needed     1 tensor: scales of quantized activations"), "{said}");
+            assert!(said.contains("ignored        1 tensor: scales of quantized activations"), "{said}");
         }
     }
 }
@@ -203,7 +203,7 @@ fn scales_of_another_granularity_than_in_the_config_are_refused() {
     let problems = checkpoint.problems();
     assert!(problems.iter().all(|problem| matches!(problem, Problem::QuantizedTensor { .. })), "{problems:?}");
     let said = problems[0].to_string();
-    assert!(said.ends_with("has a scale a row, and `quantization_config` says `tensor`"), "{said}");
+    assert!(said.ends_with("has one scale per row; `quantization_config` has the `strategy` `tensor`"), "{said}");
     // A shape of no granularity is reported as a wrong shape.
     let (quantized, _) = in_fp8("moonlight-like", |rows| vec![rows, 2]);
     config["quantization_config"] = compressed(Some("channel"));
@@ -221,7 +221,7 @@ fn scales_of_another_granularity_than_in_the_config_are_refused() {
     let error = load(home.path(), &Device::default(), None).unwrap_err();
     assert!(matches!(error, CheckpointError::Mismatch { .. }), "{error}");
     let hint = error.hint().unwrap();
-    assert!(hint.contains("read are FP8 (E4M3) with a scale a tensor, a row or a block, and INT4 in groups"), "{hint}");
+    assert!(hint.contains("supported are FP8 (E4M3) with one scale per tensor, row or block, and INT4"), "{hint}");
 }
 
 /// transformers' FP8 integrations (fbgemm, fine-grained) save these in addition to the weights.
@@ -263,12 +263,12 @@ fn an_unsupported_quantization_is_refused_by_name() {
     };
     let error = refused(transform, &tensors);
     assert!(error.to_string().contains("`quantization_config.transform_config` is {"), "{error}");
-    assert!(error.hint().unwrap().contains("take the weights before they were quantized"), "{error}");
+    assert!(error.hint().unwrap().contains("use the unquantized weights"), "{error}");
     let error = refused(|config| config["new_key"] = json!(1), &tensors);
-    assert!(error.to_string().contains("`quantization_config.new_key` is not known"), "{error}");
+    assert!(error.to_string().contains("unknown key `quantization_config.new_key`"), "{error}");
     let error = refused(|config| config["config_groups"]["group_0"]["weights"]["type"] = json!("int"), &tensors);
     assert!(
-        error.to_string().contains("is kept as FP8, and `quantization_config` has no group of the `type`"),
+        error.to_string().contains("is stored as FP8; `quantization_config` has no group of the `type`"),
         "{error}"
     );
     // FP8 that was cast without scales.
@@ -305,7 +305,7 @@ fn int4_weights_must_match_the_config() {
         (packed(columns.div_ceil(4), 9, int(4, 9)), "has weights of 8 bits"),
         (
             packed(columns.div_ceil(8), 9, int(4, 18)),
-            "has a scale for 9 values, and `quantization_config` says `group_size` 18",
+            "has one scale per 9 values; `quantization_config` has the `group_size` 18",
         ),
         (packed(columns.div_ceil(8), 9, json!({"num_bits": 4, "type": "float"})), "no group of the `type` `int`"),
     ] {
@@ -356,7 +356,7 @@ fn an_undeclared_mtp_layer_is_ignored_and_named() {
     assert_eq!(checkpoint.problems(), []);
     assert_eq!(checkpoint.skipped()[&SkipReason::UndeclaredPrediction].len(), 4);
     let (_, _, said) = program(&[Path::new("convert"), &source, &converted]);
-    let named = "left out: 4 tensors: multi-token-prediction layers that config.json does not announce";
+    let named = "ignored 4 tensors: multi-token-prediction layers that `config.json` does not declare";
     assert!(said.contains(named), "{said}");
     // The checkpoints differ, except in what the model uses.
     let (equal, said, error) = program(&[Path::new("verify"), &source, &converted]);
@@ -366,7 +366,7 @@ fn an_undeclared_mtp_layer_is_ignored_and_named() {
     );
     assert!(error.contains("--model-only"), "{error}");
     let (equal, said, _) = program(&[Path::new("verify"), &source, &converted, Path::new("--model-only")]);
-    assert!(equal && said.contains("not counted: 4 tensors only in the first"), "{said}");
+    assert!(equal && said.contains("ignored: 4 tensors only in the first"), "{said}");
     let comparison = checkpoint.compare(&Checkpoint::open(&converted).unwrap(), 0.0, &()).unwrap();
     assert!(comparison.differences.is_empty() && !comparison.is_equal());
     // If both contain them, their bytes are compared.
@@ -382,7 +382,7 @@ fn an_undeclared_mtp_layer_is_ignored_and_named() {
     write_dir(&source, &config_of(family), &tensors);
     let error = load(&source, &Device::default(), None).unwrap_err();
     assert!(error.to_string().contains("1 tensor is unexpected: `model.layers.3.self_attn.o_proj.weight`"), "{error}");
-    assert!(error.hint().unwrap().contains("has no place for these tensors"), "{:?}", error.hint());
+    assert!(error.hint().unwrap().contains("has no parameters for these tensors"), "{:?}", error.hint());
 }
 
 #[test]
@@ -407,14 +407,27 @@ fn an_unsupported_key_is_named_with_the_file_and_a_hint() {
 #[test]
 fn inspect_lists_the_ignored_keys() {
     let (_, said, _) = program(&[Path::new("inspect"), &fixture("moonlight-like")]);
-    assert!(
-        said.contains("passed over    attention_dropout, aux_loss_alpha, seq_aux (training in other programs)"),
-        "{said}"
-    );
+    assert!(said.contains("ignored        config keys: attention_dropout, aux_loss_alpha, seq_aux ("), "{said}");
     let (_, said, _) = program(&[Path::new("inspect"), &fixture("moonlight-like"), Path::new("--json")]);
     let summary: Value = serde_json::from_str(&said).unwrap();
-    assert_eq!(
-        summary["keys_passed_over"]["how a program computes the same thing"],
-        json!(["ep_size", "pretraining_tp"])
-    );
+    let by_reason = summary["keys_passed_over"].as_object().unwrap();
+    assert!(by_reason.values().any(|keys| *keys == json!(["ep_size", "pretraining_tp"])), "{by_reason:?}");
+}
+
+/// Files of a published repository that are neither read nor copied.
+#[test]
+fn inspect_lists_the_ignored_files() {
+    let home = tempfile::tempdir().unwrap();
+    let [first, _] = write_sharded(home.path(), &config_of("qwen2"), &read_tensors(&fixture("qwen2")));
+    for name in ["pytorch_model.bin", "consolidated.00.pth", "extra.safetensors", "tokenizer.json", ".gitattributes"] {
+        fs::write(home.path().join(name), "{}").unwrap();
+    }
+    fs::create_dir(home.path().join("figures")).unwrap();
+    let summary = Checkpoint::open(home.path()).unwrap().summary().unwrap();
+    assert_eq!(summary.ignored_files, ["consolidated.00.pth", "extra.safetensors", "figures/", "pytorch_model.bin"]);
+    // With the single file, shards and index are ignored.
+    fs::copy(fixture("qwen2").join("model.safetensors"), home.path().join("model.safetensors")).unwrap();
+    let summary = Checkpoint::open(home.path()).unwrap().summary().unwrap();
+    assert!(summary.ignored_files.contains(&first), "{:?}", summary.ignored_files);
+    assert!(summary.ignored_files.contains(&"model.safetensors.index.json".to_owned()), "{:?}", summary.ignored_files);
 }

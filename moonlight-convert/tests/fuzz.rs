@@ -592,7 +592,7 @@ fn known_inconsistencies_are_refused() {
         assert!(open_everything(dir, true) == Seen::Refused);
     }
     config.write(dir, &[config.text.as_slice(), &b" ".repeat(2_000_000)].concat(), None, None);
-    assert!(Checkpoint::open(dir).unwrap_err().to_string().contains("no such file of a checkpoint has more"));
+    assert!(Checkpoint::open(dir).unwrap_err().to_string().contains("more than the limit"));
     config.write(dir, &config.text, None, None);
 
     // A sparse file of a terabyte, and headers that claim its size.

@@ -87,8 +87,8 @@ fn each_kind_has_the_same_effect_as_in_peft() {
 #[test]
 fn an_activated_adapter_is_refused_by_name() {
     let error = load_adapter(base("llama"), &kind("alora")).unwrap_err();
-    assert!(error.to_string().contains("`alora_invocation_tokens`: it is activated LoRA"), "{error}");
-    assert!(error.hint().unwrap().contains("run it in peft"));
+    assert!(error.to_string().contains("`alora_invocation_tokens`: it enables activated LoRA"), "{error}");
+    assert!(error.hint().unwrap().contains("run this one in peft"));
 }
 
 /// An adapter that changes weights can be used and merged. If it were trained further, it would be saved as plain LoRA,
@@ -100,8 +100,8 @@ fn adapters_that_change_weights_are_not_trained_further() {
         ("llama", "olora", "is OLoRA, which changes the base's weights"),
         ("qwen2", "pissa-rslora", "is PiSSA, which changes the base's weights"),
         ("llama", "embedding", "has an adapter of `embed_tokens.weight`"),
-        ("qwen2", "bias-all", "has a `layers.0.self_attn.k_proj.bias` of its own"),
-        ("llama", "tokens", "has a `embed_tokens.weight` of its own"),
+        ("qwen2", "bias-all", "replaces `layers.0.self_attn.k_proj.bias`"),
+        ("llama", "tokens", "replaces `embed_tokens.weight`"),
     ] {
         let error = read_adapter(base(family).config(), &kind(name)).unwrap_err();
         let AdapterError::NotTrainable { what: found, .. } = &error else { panic!("{name}: {error}") };
@@ -119,7 +119,7 @@ fn quantized_weights_are_not_changed() {
     let quantized = || checkpoint.load_quantized(&Device::default(), Some(DType::F32), QuantBits::Eight).unwrap();
     let error = load_adapter(quantized(), &kind("dora")).unwrap_err();
     assert!(matches!(error, AdapterError::Quantized { .. }), "{error}");
-    assert!(error.hint().unwrap().contains("merge the adapter into its model in full first"));
+    assert!(error.hint().unwrap().contains("merge the adapter into the unquantized model first"));
     // Adapters in addition to quantized weights are allowed, and embeddings are never quantized.
     load_adapter(quantized(), &kind("layers")).unwrap();
     load_adapter(quantized(), &kind("tokens")).unwrap();
@@ -176,11 +176,11 @@ fn files_that_do_not_match_their_config_are_refused() {
         assert!(error.hint().is_some(), "{error}");
     };
     let without = |part: &'static str| move |name: &str| (!name.contains(part)).then(|| name.to_owned());
-    refused("llama", altered("layers", |_| {}, |_| None), "holds no tensor at all");
+    refused("llama", altered("layers", |_| {}, |_| None), "contains no tensors");
     refused(
         "llama",
         altered("mica", |_| {}, without("layers.1.self_attn.o_proj")),
-        "holds no adapter of `layers.1.self_attn.o_proj`, which `adapter_config.json` announces",
+        "lacks the adapter of `layers.1.self_attn.o_proj`, which `adapter_config.json` lists",
     );
     refused("llama", altered("mica", |_| {}, without("o_proj")), "`layers.0.self_attn.o_proj` (and 2 more)");
     refused(
@@ -201,17 +201,17 @@ fn files_that_do_not_match_their_config_are_refused() {
     refused(
         "llama",
         altered("modules-to-save", |config| config["modules_to_save"] = json!(["embed_tokens", "lm_head"]), all),
-        "`base_model.model.model.layers.0.input_layernorm.weight`, which `adapter_config.json` does not announce",
+        "`base_model.model.model.layers.0.input_layernorm.weight`, which `adapter_config.json` does not list",
     );
     refused(
         "llama",
         altered("modules-to-save", |_| {}, without("model.norm.weight")),
-        "holds no `model.norm.weight`, which `adapter_config.json` announces",
+        "lacks `model.norm.weight`, which `adapter_config.json` lists",
     );
     refused(
         "qwen2",
         altered("bias-all", |config| config["bias"] = json!("none"), all),
-        "k_proj.bias`, which `adapter_config.json` does not announce",
+        "k_proj.bias`, which `adapter_config.json` does not list",
     );
     refused(
         "qwen2",
@@ -223,27 +223,27 @@ fn files_that_do_not_match_their_config_are_refused() {
         altered("bias-all", |_| {}, without("layers.1.self_attn.v_proj.bias")),
         "layers.1.self_attn.v_proj.bias",
     );
-    refused("llama", altered("dora", |_| {}, without("magnitude")), "holds no DoRA magnitudes of");
+    refused("llama", altered("dora", |_| {}, without("magnitude")), "lacks the DoRA magnitudes of");
     refused(
         "llama",
         altered("tokens", |config| config["trainable_token_indices"] = json!(null), all),
-        "holds trained tokens of `embed_tokens`, which `adapter_config.json` does not announce",
+        "contains trained tokens of `embed_tokens`, which `adapter_config.json` does not list",
     );
-    refused("llama", altered("tokens", |_| {}, without("tokens_delta")), "holds no trained tokens of `embed_tokens`");
+    refused("llama", altered("tokens", |_| {}, without("tokens_delta")), "lacks the trained tokens of `embed_tokens`");
     refused(
         "moonlight-like",
         altered("router", |_| {}, without("layers.2")),
-        "holds no adapter of `layers.2.mlp.router`",
+        "lacks the adapter of `layers.2.mlp.router`",
     );
     refused(
         "moonlight-like",
         altered("all-linear-moonlight", |_| {}, without("layers.1.mlp.experts")),
-        "holds no adapter of `layers.1.mlp.experts.gate_up_proj`",
+        "lacks the adapter of `layers.1.mlp.experts.gate_up_proj`",
     );
     refused(
         "moonlight-like",
         altered("all-linear-moonlight", |_| {}, without("layers.2.mlp.experts.base_layer")),
-        "holds no adapter of `layers.2.mlp.experts.gate_up_proj`",
+        "lacks the adapter of `layers.2.mlp.experts.gate_up_proj`",
     );
     refused(
         "moonlight-like",
@@ -260,11 +260,14 @@ fn files_that_do_not_match_their_config_are_refused() {
     // Magnitudes that the config does not list.
     let dir = altered("dora", |config| config["use_dora"] = json!(false), all);
     let error = load_adapter(base("llama"), dir.path()).unwrap_err().to_string();
-    assert!(error.contains("has no `use_dora`"), "{error}");
+    assert!(error.contains("does not set `use_dora`"), "{error}");
     // An unknown tensor.
     let dir = altered("layers", |_| {}, |name| Some(name.replace("q_proj.lora_A.weight", "q_proj.lora_C.weight")));
     let error = load_adapter(base("llama"), dir.path()).unwrap_err().to_string();
-    assert!(error.contains("lora_C.weight` of shape") || error.contains("lora_C.weight`, which is no part"), "{error}");
+    assert!(
+        error.contains("lora_C.weight` of shape") || error.contains("lora_C.weight`, which is neither part"),
+        "{error}"
+    );
     // A file in pickle format.
     let dir = altered("layers", |_| {}, all);
     fs::rename(dir.path().join("adapter_model.safetensors"), dir.path().join("adapter_model.bin")).unwrap();
@@ -381,7 +384,7 @@ fn copies_of_a_tied_embedding_are_one_weight() {
         assert!(rows(&model, "embed_tokens.weight").concat().iter().all(|value| *value == 0.25));
     }
     let error = load_adapter(base("qwen2"), adapter(0.25, Some(0.5), |_| {}).path()).unwrap_err();
-    assert!(error.to_string().contains("and another `base_model.model.lm_head.weight`"), "{error}");
+    assert!(error.to_string().contains("and a different `base_model.model.lm_head.weight`"), "{error}");
     // A module in `modules_to_save` is a separate weight in peft.
     let own: fn(&mut Value) = |config| config["modules_to_save"] = json!(["embed_tokens"]);
     let error = load_adapter(base("qwen2"), adapter(0.25, None, own).path()).unwrap_err();
@@ -392,8 +395,8 @@ fn copies_of_a_tied_embedding_are_one_weight() {
 fn hints_match_the_problem() {
     let dir = altered("modules-to-save", |config| config["modules_to_save"] = json!(null), all);
     let error = load_adapter(base(&expected().kinds["modules-to-save"].base), dir.path()).unwrap_err();
-    assert!(error.to_string().contains("which `adapter_config.json` does not announce"), "{error}");
-    assert!(error.hint().unwrap().starts_with("take the tensor out of the file, or name what was trained"), "{error}");
+    assert!(error.to_string().contains("which `adapter_config.json` does not list"), "{error}");
+    assert!(error.hint().unwrap().starts_with("remove the tensor from the file, or list what was trained"), "{error}");
     // Fully trained experts have three dimensions.
     let dir = altered("router", |config| config["modules_to_save"] = json!(["experts"]), all);
     let path = dir.path().join("adapter_model.safetensors");
@@ -402,6 +405,6 @@ fn hints_match_the_problem() {
     let name = "base_model.model.model.layers.1.mlp.experts.gate_up_proj";
     safetensors::serialize_to_file([(name.to_owned(), view)], None, &path).unwrap();
     let error = load_adapter(base("moonlight-like"), dir.path()).unwrap_err();
-    assert!(error.to_string().contains("trained experts in place of the model's are not read"), "{error}");
+    assert!(error.to_string().contains("fully trained experts are not supported"), "{error}");
     assert!(error.hint().unwrap().contains("target_parameters"), "{error}");
 }

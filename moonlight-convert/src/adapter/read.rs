@@ -379,7 +379,7 @@ impl AdapterReader {
         }
         Err(self.error_with_hint(
             format!(
-                "holds `{other}` and another `{name}`, and the model's head is its embedding (`tie_word_embeddings`)"
+                "contains `{other}` and a different `{name}`, but the model's head is its embedding (`tie_word_embeddings`)"
             ),
             "remove the copy that was not trained from the file, or untie the model first",
         ))

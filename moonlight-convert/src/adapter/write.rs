@@ -73,7 +73,7 @@ pub fn write_adapter(
     sidecars_from: Option<&Path>,
 ) -> Result<(), AdapterError> {
     let adapters = model.adapters();
-    assert!(!adapters.is_empty(), "there is an adapter to write");
+    assert!(!adapters.is_empty(), "the model has an adapter");
     let modules = modules(&adapters, model.config().moe.is_some());
     let config = config(&modules, &adapters, model, base);
     if let Some(from) = sidecars_from {

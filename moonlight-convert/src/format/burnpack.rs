@@ -212,7 +212,7 @@ mod tests {
         assert!(problem(&[0; 300]).contains("is not a burnpack file"));
         let entry = PlannedTensor { name: "a".into(), dtype: DType::F32, shape: vec![4], bytes: 16 };
         let whole = lay_out_tensors(&[entry]).unwrap();
-        assert!(problem(&whole.header).contains("truncated"), "the tensor is not there");
+        assert!(problem(&whole.header).contains("truncated"), "the tensor is missing");
         let mut huge = whole.header.clone();
         huge[6..10].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(problem(&huge).contains("exceeds maximum"));

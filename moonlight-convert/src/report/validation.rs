@@ -321,7 +321,7 @@ mod tests {
                 problem: "has weights with zero points".into(),
             }],
             P::QuantizationConfig { .. } => [P::QuantizationConfig {
-                problem: "`quantization_config.new_key` is not known".into(),
+                problem: "unknown key `quantization_config.new_key`".into(),
             }],
             P::Duplicate { .. } => [P::Duplicate { tensor: tensor(), other: "norm.weight".into() }],
             P::Implausible { .. } => [P::Implausible { problem: "`n_routed_experts` is 1000000".into() }],

@@ -137,7 +137,7 @@ fn keys(map: &Map<String, Value>, known: &[&str], place: &str, found: &mut Vec<S
             return;
         }
         if !known.contains(&key.as_str()) {
-            found.push(format!("`quantization_config.{place}{}` is not known", cut(key)));
+            found.push(format!("unknown key `quantization_config.{place}{}`", cut(key)));
         } else if let Some((_, values)) = SUPPORTED_VALUES.iter().find(|(name, _)| name == key)
             && !value.as_str().is_some_and(|value| values.contains(&value))
             && !(key == "actorder" && value == &Value::Bool(false))
@@ -233,7 +233,7 @@ mod tests {
         for (over, weights, named) in [
             (json!({"transform_config": hadamard}), json!({}), "transform_config` is "),
             (json!({"sparsity_config": {"format": "sparse-24-bitmask"}}), json!({}), "sparsity_config` is "),
-            (json!({"format": "marlin-24"}), json!({}), "format` is \"marlin-24\"; known are dense"),
+            (json!({"format": "marlin-24"}), json!({}), "format` is \"marlin-24\"; supported are dense"),
             (json!({"format": "int-quantized"}), json!({}), "format` is"),
             (json!({"format": "nvfp4-pack-quantized"}), json!({}), "format` is"),
             (json!({}), json!({"actorder": "group"}), "config_groups.group_0.weights.actorder` is \"group\""),
@@ -242,11 +242,11 @@ mod tests {
             (json!({}), json!({"strategy": "tensor_group"}), "weights.strategy` is"),
             (json!({}), json!({"type": "fp"}), "weights.type` is"),
             (json!({}), json!({"block_structure": "16"}), "weights.block_structure` is"),
-            (json!({}), json!({"rotation": 3}), "weights.rotation` is not known"),
+            (json!({}), json!({"rotation": 3}), "weights.rotation`"),
             (json!({"weight_block_size": [0, 32]}), json!({}), "weight_block_size` is [0,32]"),
             (json!({"fmt": "e5m2"}), json!({}), "fmt` is"),
             (json!({"expert_dtype": "fp4"}), json!({}), "expert_dtype` is"),
-            (json!({"hadamard": true}), json!({}), "`quantization_config.hadamard` is not known"),
+            (json!({"hadamard": true}), json!({}), "unknown key `quantization_config.hadamard`"),
         ] {
             let found = unsupported(&compressed(over.clone(), weights.clone()));
             assert!(matches!(&found[..], [one] if one.contains(named)), "{over} {weights}: {found:?}");
