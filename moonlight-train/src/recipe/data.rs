@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::Check;
 use super::run::path;
-use moonlight_infer::expand;
+use moonlight_infer::expand_env;
 use moonlight_infer::tokenizer::{AddBos, BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Tokenizer, TokenizerError};
 
 /// The value of `tokenizer` that stands for none at all, for data that are tokens already.
@@ -29,7 +29,7 @@ pub enum DataFormat {
 /// What to do with a record that is longer than `sequence_length` and cannot be cut into sequences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum TooLong {
+pub enum LongRecords {
     /// Stop, and name the record.
     Error,
     /// Keep its first `sequence_length` tokens.
@@ -41,7 +41,7 @@ pub enum TooLong {
 /// What to do with a record that is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Broken {
+pub enum BrokenRecords {
     /// Stop, and name the record.
     Error,
     /// Leave it out, count it, and name the first few.
@@ -171,9 +171,9 @@ pub struct DataConfig {
     /// Whether the sequences of each epoch come in a new order, given by `run.seed`.
     pub shuffle: bool,
     /// What happens, with `pack = false` or `format = "chat"`, to a record longer than `sequence_length`.
-    pub too_long: TooLong,
+    pub too_long: LongRecords,
     /// What happens to a record that is wrong. A file that is of another format, or ends too early, is an error whatever this says.
-    pub broken: Broken,
+    pub broken: BrokenRecords,
     /// Bytes of files to take, spread by hash of their path, for training and again for validation; 0 for all.
     pub max_bytes: u64,
     /// Files larger than this many bytes are left out; 0 for no limit.
@@ -198,8 +198,8 @@ impl Default for DataConfig {
             sequence_length: 1024,
             pack: true,
             shuffle: true,
-            too_long: TooLong::Error,
-            broken: Broken::Error,
+            too_long: LongRecords::Error,
+            broken: BrokenRecords::Error,
             max_bytes: 0,
             max_file_bytes: 0,
             max_tokens: 0,
@@ -217,7 +217,7 @@ impl DataConfig {
     pub fn open_tokenizer(&self) -> Result<Option<Tokenizer>, TokenizerError> {
         let Some(tokenizer) = self.tokenizer.open()? else { return Ok(None) };
         let is_read = self.format == DataFormat::Text && self.bos == Bos::Auto;
-        if let Some(note) = tokenizer.bos_note().filter(|_| is_read) {
+        if let Some(note) = tokenizer.bos_conflict().filter(|_| is_read) {
             tracing::warn!("{note}; `data.bos` decides");
         }
         tokenizer.with_bos(self.bos.into()).map(Some)
@@ -232,7 +232,7 @@ impl DataConfig {
         for (key, globs) in [("data.train", &self.train), ("data.valid", &self.valid)] {
             for text in globs {
                 // What they expand to belongs to the machine, not to the recipe.
-                match expand(text).map(|glob| glob::Pattern::new(&glob)) {
+                match expand_env(text).map(|glob| glob::Pattern::new(&glob)) {
                     Ok(Ok(_)) => {}
                     Ok(Err(error)) => check.invalid(key, format!("has `{text}`, which is not a glob: {error}"), None),
                     Err(name) => {
