@@ -1,6 +1,5 @@
 //! Errors of opening and running a model.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use moonlight_convert::adapter::AdapterError;
@@ -178,14 +177,12 @@ impl InferError {
         let position = error.at().map_or(position, |at| position.within(at));
         Self::at(path, position, error, error.hint().or(hint))
     }
-
-    pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        FileError::write(path)
-    }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::io;
+
     use insta::assert_snapshot;
 
     use super::*;
@@ -235,8 +232,8 @@ pub(crate) mod tests {
                 problem: "the record is not JSON: expected `,` or `}`".into(),
                 hint: Some("a record is `{\"tokens\": [1, 2, 3]}` or `{\"text\": \"...\"}`".into()),
             },
-            InferError::write("out.jsonl")(gone()),
-            InferError::write("out.jsonl")(full()),
+            FileError::write("out.jsonl")(gone()),
+            FileError::write("out.jsonl")(full()),
         ];
         // A new variant does not compile here: add an example of it above.
         let is_covered = |error: &InferError| match error {

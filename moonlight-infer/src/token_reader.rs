@@ -176,7 +176,7 @@ mod tests {
             result.unwrap_err().to_string()
         };
         assert!(with(|| InferError::EmptyPrompt).ends_with("x.jsonl:1: the prompt has no tokens"));
-        let full = || InferError::write("out")(std::io::Error::other("full"));
+        let full = || moonlight_convert::FileError::write::<InferError>("out")(std::io::Error::other("full"));
         assert_eq!(with(full), "`out` cannot be written: full");
     }
 }
