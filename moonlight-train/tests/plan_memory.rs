@@ -146,11 +146,11 @@ const GRID: &[(&str, Sets, Sets)] = &[
     ("lora-all", &["train.batch_size=8"], &["lora.targets=[\"all\"]"]),
     ("lora-block", &["train.batch_size=8"], &["train.activation_checkpointing=\"block\""]),
     ("lora-bf16", &["train.batch_size=8"], &["model.dtype=\"bf16\""]),
-    ("lora-int8", &["train.batch_size=8"], &["model.quantise=\"int8\""]),
+    ("lora-int8", &["train.batch_size=8"], &["model.quantize=\"int8\""]),
     (
         "lora-int4-block",
         &["train.batch_size=1"],
-        &["model.quantise=\"int4\"", "train.activation_checkpointing=\"block\""],
+        &["model.quantize=\"int4\"", "train.activation_checkpointing=\"block\""],
     ),
     ("head", WIDE_HEAD, &[]),
     ("head-chunks", WIDE_HEAD, &["train.loss_chunk_tokens=128"]),

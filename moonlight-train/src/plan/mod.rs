@@ -73,7 +73,7 @@ impl MemorySettings {
             threads: threads.0,
             frozen: frozen_parameters(config, &recipe.train.freeze)?,
             lora: recipe.lora.as_ref().map(LoraRecipe::config),
-            packed: recipe.model.quantise.bits(),
+            packed: recipe.model.quantize.bits(),
             probed: {
                 let every = recipe.train.probe_every;
                 every > 0 && (every <= recipe.train.steps || recipe.train.epochs > 0.0)

@@ -275,7 +275,7 @@ impl Weights<'_> {
         let dtype = device::dtype(recipe.model.dtype.as_str(), target)?;
         // Checkpoints of a LoRA run contain adapters only; their base model is loaded once for all that are tried.
         let base = match (&recipe.lora, path) {
-            (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantise.bits())?),
+            (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantize.bits())?),
             _ => None,
         };
         let adapters = base.as_ref().zip(recipe.lora.as_ref());

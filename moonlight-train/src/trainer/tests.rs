@@ -121,13 +121,13 @@ fn training_adapters_leaves_every_bit_of_the_base_model_unchanged() {
     let model = home.path().join("model");
     let before = files(&model);
     let device = Target::open("cpu").unwrap().device.autodiff();
-    for (quantise, packed) in [("none", None), ("int8", Some(QuantBits::Eight)), ("int4", Some(QuantBits::Four))] {
+    for (quantize, packed) in [("none", None), ("int8", Some(QuantBits::Eight)), ("int4", Some(QuantBits::Four))] {
         let base = load_base(&model, &device, Some(DType::F32), packed).unwrap();
         let of_files = bits(&base);
         for optimizer in ["muon", "adamw"] {
-            let name = format!("{quantise}-{optimizer}");
-            let (quantise, optimizer) = (format!("model.quantise={quantise}"), format!("optimizer.name={optimizer}"));
-            let model_of_run = trained(home.path(), &name, &[&quantise, &optimizer, "lora.targets=[\"all\"]"]);
+            let name = format!("{quantize}-{optimizer}");
+            let (quantize, optimizer) = (format!("model.quantize={quantize}"), format!("optimizer.name={optimizer}"));
+            let model_of_run = trained(home.path(), &name, &[&quantize, &optimizer, "lora.targets=[\"all\"]"]);
             let of_run = bits(&model_of_run);
             assert!(of_run.len() > 20 && of_run.keys().eq(of_files.keys()), "{name}");
             for (path, bits) in &of_files {
