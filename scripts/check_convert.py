@@ -10,7 +10,7 @@ For each architecture of fixtures/:
   the original;
 * what transformers saves (as stored and in bf16, in one file and in shards) is bitwise equal for `verify`.
 
-For fixtures/quantised (FP8, and INT4 of compressed-tensors), what we write opens in the same way, and every weight is
+For fixtures/quantized (FP8, and INT4 of compressed-tensors), what we write opens in the same way, and every weight is
 bitwise the one that torch, or the compressed-tensors package, dequantises to.
 
 Run it with each release of transformers that matters; it prints which one it was. Exit code 0 if all of it holds.
@@ -111,7 +111,7 @@ def check_family(program, family, home):
 
 
 def check_quantised(program, layout, home):
-    original = FIXTURES / "quantised" / layout
+    original = FIXTURES / "quantized" / layout
     ok, said = run(program, "convert", original, home / "plain")
     expect(f"{layout}: converts", ok, said)
     model, problems = load(home / "plain", torch.bfloat16)

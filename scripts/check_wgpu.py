@@ -77,7 +77,7 @@ name = "from-base"
 path = "{model}"
 [data]
 train = ["{ROOT}/README.md"]
-valid = ["{ROOT}/docs/memory.md"]
+valid = ["{ROOT}/docs/src/concepts/memory.md"]
 tokenizer = "bytes"
 sequence_length = 64
 [optimizer]
@@ -101,7 +101,7 @@ def train(options, home, folder, device, steps, recipes):
     settings = {"run.dir": f'"{home / folder}"', "train.steps": steps, "train.checkpoint_every": steps,
                 "train.validate_every": steps, "train.validate_batches": 2}
     if folder == "base":
-        settings |= {"data.train": f'["{ROOT}/README.md"]', "data.valid": f'["{ROOT}/docs/memory.md"]',
+        settings |= {"data.train": f'["{ROOT}/README.md"]', "data.valid": f'["{ROOT}/docs/src/concepts/memory.md"]',
                      "schedule.warmup_steps": 2, "schedule.decay_steps": 2}
     flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     call(options, "train", *recipes, "--device", device, *flags)

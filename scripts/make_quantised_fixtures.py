@@ -2,7 +2,7 @@
 """Makes the fixtures that the reading of quantised weights is held against.
 
     pip install torch safetensors compressed-tensors
-    python scripts/make_quantised_fixtures.py fixtures/quantised
+    python scripts/make_quantised_fixtures.py fixtures/quantized
 
 Two tiny random checkpoints in the layouts that were published, and beside each `expected.json` with the SHA-256 digest of
 every weight after dequantising, in bf16 and (for the product that is not rounded) in f32:

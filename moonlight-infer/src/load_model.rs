@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use burn::tensor::{DType, Device};
-use moonlight_convert::adapter::{base_of, is_adapter, load_adapter_beside};
+use moonlight_convert::adapter::{base_of, is_adapter, load_adapter_with_head};
 use moonlight_convert::{Checkpoint, CheckpointError};
 use moonlight_model::{CausalLm, QuantBits};
 
 use crate::error::InferError;
-use crate::model_dir::{ModelDir, weights_in};
+use crate::model_dir::{ModelDir, resolve_weights};
 
 /// A model, and where it came from.
 #[derive(Debug)]
@@ -41,11 +41,11 @@ pub fn load_model(
         (true, None) => (base_of(dir)?, Some(dir)),
         (false, adapter) => (dir.to_owned(), adapter),
     };
-    let base = weights_in(&base)?;
+    let base = resolve_weights(&base)?;
     let checkpoint = Checkpoint::open(&base)?;
     let model = load_opened(&checkpoint, device, dtype, bits)?;
     let model = match adapter {
-        Some(adapter) => load_adapter_beside(model, checkpoint.tied_head(), adapter)?,
+        Some(adapter) => load_adapter_with_head(model, checkpoint.tied_head(), adapter)?,
         None => model,
     };
     Ok(LoadedModel { model, dir: base })
@@ -73,6 +73,6 @@ fn load_opened(
 ) -> Result<CausalLm, CheckpointError> {
     match bits {
         None => Ok(checkpoint.load(device, dtype)?.model),
-        Some(bits) => checkpoint.load_packed(device, dtype, bits),
+        Some(bits) => checkpoint.load_quantized(device, dtype, bits),
     }
 }

@@ -4,7 +4,7 @@
 #![recursion_limit = "512"] // long `json!`
 
 use moonlight_model::config::{
-    AttentionShape, RopeScaling, Scoring, SlidingWindow, TopkMethod, WindowLayers, shape_keys,
+    AttentionShape, RopeScaling, ScoringFunc, SlidingWindow, TopkMethod, WindowLayers, shape_keys,
 };
 use moonlight_model::{AttentionConfig, ConfigError, ModelConfig};
 use serde_json::{Value, json};
@@ -267,7 +267,7 @@ fn keys_that_shape_the_computation_and_are_not_followed_are_refused_by_name() {
     ];
     for (base, key, value) in cases {
         let error = refusal(with(&base, json!({key: value})));
-        assert!(matches!(&error, ConfigError::NotFollowed { key: named, .. } if named == key), "{key}: {error:?}");
+        assert!(matches!(&error, ConfigError::Unsupported { key: named, .. } if named == key), "{key}: {error:?}");
         assert!(error.to_string().contains(&format!("`{key}` ")), "{error}");
     }
     // Values of the same keys that leave it off.
@@ -461,7 +461,7 @@ fn a_wrapper_that_is_not_known_or_has_a_shape_of_its_own_is_refused() {
         ("final_logit_softcapping", json!(30.0)),
     ] {
         let error = wrapped(json!({key: value})).unwrap_err();
-        assert!(matches!(&error, ConfigError::NotFollowed { key: named, .. } if named == key), "{error}");
+        assert!(matches!(&error, ConfigError::Unsupported { key: named, .. } if named == key), "{error}");
     }
     for outer in [
         json!({"vocab_size": 97, "hidden_size": 48.0}), // as the text model has them
@@ -504,9 +504,9 @@ fn a_key_that_config_json_lacks_has_the_default_of_its_class() {
         let layers = [moe.n_group, moe.topk_group, moe.first_k_dense_replace, moe.n_shared_experts, moe.moe_layer_freq];
         (routing, layers, mla.q_lora_rank, config.rms_norm_eps, config.rope.theta)
     };
-    let v3 = ((Scoring::Sigmoid, TopkMethod::NoauxTc, true, 2.5), [8, 4, 3, 1, 1], Some(1536), 1e-6, 1e4);
+    let v3 = ((ScoringFunc::Sigmoid, TopkMethod::NoauxTc, true, 2.5), [8, 4, 3, 1, 1], Some(1536), 1e-6, 1e4);
     assert_eq!([of("deepseek_v3"), of("kimi_k2")], [v3, v3]);
-    let v2 = ((Scoring::Softmax, TopkMethod::Greedy, false, 1.0), [1, 1, 0, 2, 1], Some(1536), 1e-6, 1e4);
+    let v2 = ((ScoringFunc::Softmax, TopkMethod::Greedy, false, 1.0), [1, 1, 0, 2, 1], Some(1536), 1e-6, 1e4);
     assert_eq!(of("deepseek_v2"), v2);
     // A null is what it says, and a wrapper's text model has the same defaults.
     let null = read(&with(&moonlight(), json!({"q_lora_rank": null, "n_group": null, "topk_group": null})));
@@ -544,6 +544,6 @@ fn a_token_id_of_minus_one_is_none() {
 #[test]
 fn the_lists_do_not_overlap() {
     for key in shape_keys() {
-        assert_eq!(moonlight_model::config::passed_over(key), None, "{key}");
+        assert_eq!(moonlight_model::config::ignore_reason(key), None, "{key}");
     }
 }

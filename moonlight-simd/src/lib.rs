@@ -1,7 +1,7 @@
 //! Which vector instructions the CPU kernels of the Moonlight crates use.
 //!
 //! A kernel that exists in several forms asks [`level`] and takes the widest form that the level allows. The level is the best
-//! that the processor has, or at most what the environment says ([`VARIABLE`], `MOONLIGHT_SIMD=avx2`), so that the form for
+//! that the processor has, or at most what the environment says ([`LEVEL_VARIABLE`], `MOONLIGHT_SIMD=avx2`), so that the form for
 //! an older processor can be run and tested on a newer one. Burn's own operations choose for themselves.
 //!
 //! # What is equal at every level
@@ -24,7 +24,7 @@ pub mod gemm;
 pub mod testing;
 
 /// The environment variable that names the level, at most.
-pub const VARIABLE: &str = "MOONLIGHT_SIMD";
+pub const LEVEL_VARIABLE: &str = "MOONLIGHT_SIMD";
 
 /// Sets of vector instructions, each a superset of those before it on the same architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,7 +53,7 @@ impl Level {
         &[Level::Scalar]
     };
 
-    /// Its name in [`VARIABLE`].
+    /// Its name in [`LEVEL_VARIABLE`].
     pub fn name(self) -> &'static str {
         match self {
             Level::Scalar => "scalar",
@@ -81,13 +81,13 @@ impl Level {
         match self {
             Level::Scalar => true,
             #[cfg(target_arch = "aarch64")]
-            Level::Neon => compiled() == Level::Neon,
+            Level::Neon => compiled_level() == Level::Neon,
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => compiled() >= Level::Avx2 && gemm::has_fused_kernels(),
+            Level::Avx2 => compiled_level() >= Level::Avx2 && gemm::has_fused_kernels(),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512F => is_x86_feature_detected!("avx512f"),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => is_x86_feature_detected!("avx512f") && compiled() == Level::Avx512,
+            Level::Avx512 => is_x86_feature_detected!("avx512f") && compiled_level() == Level::Avx512,
             #[allow(unreachable_patterns, reason = "each architecture has some of them")]
             _ => false,
         }
@@ -96,7 +96,7 @@ impl Level {
     fn parse(name: &str) -> Result<Self, LevelError> {
         let level = Self::ALL.iter().copied().find(|level| level.name().eq_ignore_ascii_case(name));
         let level = level.ok_or_else(|| LevelError::Unknown { name: name.to_owned() })?;
-        if level.is_available() { Ok(level) } else { Err(LevelError::Absent { level, best: Self::best() }) }
+        if level.is_available() { Ok(level) } else { Err(LevelError::Unavailable { level, best: Self::best() }) }
     }
 }
 
@@ -109,7 +109,7 @@ impl fmt::Display for Level {
 /// The widest of the targets of [`by_level!`] that this processor has: `multiversion` looks for the same features here as it
 /// compiles for there.
 #[multiversion::multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn compiled() -> Level {
+fn compiled_level() -> Level {
     multiversion::target::match_target! {
         "x86_64+avx512f" => Level::Avx512,
         "x86_64+avx2" => Level::Avx2,
@@ -130,7 +130,7 @@ pub enum LevelError {
     },
     /// The processor lacks it.
     #[error("MOONLIGHT_SIMD is `{level}`, which this processor lacks: it has `{best}` at most")]
-    Absent {
+    Unavailable {
         /// What was asked for.
         level: Level,
         /// The highest that there is.
@@ -143,7 +143,7 @@ impl LevelError {
     pub fn hint(&self) -> Option<String> {
         let names: Vec<&str> =
             Level::ALL.iter().filter(|level| level.is_available()).map(|level| level.name()).collect();
-        Some(format!("unset {VARIABLE}, or set it to one of: {}", names.join(", ")))
+        Some(format!("unset {LEVEL_VARIABLE}, or set it to one of: {}", names.join(", ")))
     }
 }
 
@@ -154,7 +154,7 @@ impl LevelError {
 ///
 /// [`LevelError`] for a name that is no level, and for a level that the processor lacks.
 pub fn from_environment() -> Result<Level, LevelError> {
-    match std::env::var_os(VARIABLE) {
+    match std::env::var_os(LEVEL_VARIABLE) {
         Some(name) if !name.is_empty() => Level::parse(&name.to_string_lossy()),
         _ => Ok(Level::best()),
     }
@@ -170,12 +170,12 @@ thread_local! {
 pub fn level() -> Level {
     match LEVEL.get() {
         Some(level) => level,
-        None => of_the_process(),
+        None => process_level(),
     }
 }
 
 #[cold]
-fn of_the_process() -> Level {
+fn process_level() -> Level {
     static PROCESS: OnceLock<Level> = OnceLock::new();
     let level = *PROCESS.get_or_init(|| from_environment().unwrap_or_else(|_| Level::best()));
     LEVEL.set(Some(level));
@@ -252,11 +252,11 @@ mod tests {
             "MOONLIGHT_SIMD is `avx9000\\u{1b}`, which is none of this architecture's levels"
         );
         assert!(error.hint().unwrap().contains("scalar"));
-        let absent = LevelError::Absent { level: Level::Avx512, best: Level::Avx2 };
+        let absent = LevelError::Unavailable { level: Level::Avx512, best: Level::Avx2 };
         let text = "MOONLIGHT_SIMD is `avx512`, which this processor lacks: it has `avx2` at most";
         assert_eq!(absent.to_string(), text);
         for &level in Level::ALL.iter().filter(|level| !level.is_available()) {
-            assert_eq!(Level::parse(level.name()), Err(LevelError::Absent { level, best: Level::best() }));
+            assert_eq!(Level::parse(level.name()), Err(LevelError::Unavailable { level, best: Level::best() }));
         }
     }
 

@@ -9,8 +9,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::train::Interrupter;
-use moonlight_infer::device::Target;
-use moonlight_train::plan::{Plan, Threads};
+use moonlight_infer::device::ComputeDevice;
+use moonlight_train::plan::{MemoryPlan, Threads};
 use moonlight_train::recipe::Recipe;
 use moonlight_train::trainer::train;
 
@@ -91,7 +91,7 @@ plots = false
 type Sets = &'static [&'static str];
 
 /// Bytes that training took beyond what there was before, and bytes that were foretold.
-fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, Plan) {
+fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, MemoryPlan) {
     let path = home.join(format!("{name}.toml"));
     let mut text = RECIPE.replace("HOME", &home.display().to_string()).replace("NAME", name);
     if name.starts_with("lora") {
@@ -100,8 +100,8 @@ fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, Plan
     std::fs::write(&path, text).unwrap();
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let recipe = Recipe::load(&path, &sets).unwrap();
-    let plan = Plan::of_recipe(&recipe, Threads::here()).unwrap();
-    let target = Target::open("cpu").unwrap();
+    let plan = MemoryPlan::for_recipe(&recipe, Threads::available()).unwrap();
+    let target = ComputeDevice::open("cpu").unwrap();
     let before = LIVE.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
     train(&recipe, &target, false, &Interrupter::new()).unwrap();

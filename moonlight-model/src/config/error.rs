@@ -37,7 +37,7 @@ pub enum ConfigError {
     },
     /// A key that shapes what a model computes, with a value that is not followed here.
     #[error("the model configuration's `{key}` {problem}")]
-    NotFollowed {
+    Unsupported {
         /// The key's name in `config.json`.
         key: String,
         /// What is wrong, as the rest of a sentence.
@@ -74,13 +74,13 @@ struct Unknown<'a>(&'a [String]);
 
 impl fmt::Display for Unknown<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const SPELLED_OUT: usize = 8;
-        const LONGEST: usize = 64;
-        let name = |key: &String| format!("`{}`", key.chars().take(LONGEST).collect::<String>());
-        let names: Vec<String> = self.0.iter().take(SPELLED_OUT).map(name).collect();
+        const MAX_NAMES: usize = 8;
+        const MAX_CHARS: usize = 64;
+        let name = |key: &String| format!("`{}`", key.chars().take(MAX_CHARS).collect::<String>());
+        let names: Vec<String> = self.0.iter().take(MAX_NAMES).map(name).collect();
         let keys = if self.0.len() == 1 { "key" } else { "keys" };
         write!(formatter, "the unknown {keys} {}", names.join(", "))?;
-        match self.0.len().saturating_sub(SPELLED_OUT) {
+        match self.0.len().saturating_sub(MAX_NAMES) {
             0 => Ok(()),
             more => write!(formatter, " and {more} more"),
         }
@@ -91,7 +91,7 @@ impl ConfigError {
     /// What to do about it, where we know.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::NotFollowed { hint, .. } => *hint,
+            Self::Unsupported { hint, .. } => *hint,
             Self::Unknown { .. } => Some(
                 "a key that is not known may shape what the model computes; if it changes nothing, remove it from config.json",
             ),

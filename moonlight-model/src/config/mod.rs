@@ -22,13 +22,13 @@ mod validate;
 pub use crate::attention::gqa::{GqaShape, SlidingWindow, WindowLayers};
 pub use crate::attention::mla::MlaShape;
 pub use crate::attention::{AttentionShape, AttentionWidths};
-pub use crate::moe::shape::{MoeShape, Scoring, TopkMethod};
+pub use crate::moe::shape::{MoeShape, ScoringFunc, TopkMethod};
 pub use crate::parameter::{AttentionRole, MlpRole, ParameterCount, ParameterKind, ParameterShape, ProjectionRole};
 pub use class_defaults::fill_class_defaults;
 pub use error::{ConfigError, PRESETS};
 pub use json::shape_keys;
 pub use model_type::ModelType;
-pub use other_keys::passed_over;
+pub use other_keys::ignore_reason;
 pub use rope::{Llama3Config, RopeConfig, RopeScaling, YarnConfig};
 
 /// The shape of a decoder-only language model of the Moonlight family.

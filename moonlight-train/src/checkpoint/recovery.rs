@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use moonlight_convert::manifest::Depth;
 use moonlight_convert::{FileError, clean_leftovers, storage};
-use moonlight_infer::run_dir::{Verdict, checkpoint_folders, is_checkpoint_name, judge};
+use moonlight_infer::run_dir::{CheckpointStatus, checkpoint_folders, is_checkpoint_name, check_checkpoint};
 
 use super::{Checkpoints, FoundCheckpoint, TrainerState};
 use crate::error::TrainError;
@@ -47,7 +47,7 @@ impl Checkpoints {
             // Comparing every byte takes as long as reading the weights, so it is done only until the newest complete
             // checkpoint is found; of older ones sizes are enough.
             let depth = if newest.is_none() { Depth::Digests } else { Depth::Sizes };
-            let verdict = match judge(&path, depth) {
+            let verdict = match check_checkpoint(&path, depth) {
                 Ok(verdict) => verdict,
                 // An older checkpoint that cannot be read must not keep the run from resuming.
                 Err(error) if newest.is_some() => {
@@ -57,11 +57,11 @@ impl Checkpoints {
                 Err(error) => return Err(error.into()),
             };
             let problem = match verdict {
-                Verdict::Newer { .. } if newest.is_some() => continue,
-                Verdict::Newer { version } => return Err(TrainError::NewerCheckpoint { path, version }),
-                Verdict::Damaged(problem) => problem,
-                Verdict::Whole { .. } if newest.is_some() => continue,
-                Verdict::Whole { .. } => match TrainerState::read(&path)? {
+                CheckpointStatus::Newer { .. } if newest.is_some() => continue,
+                CheckpointStatus::Newer { version } => return Err(TrainError::NewerCheckpoint { path, version }),
+                CheckpointStatus::Damaged(problem) => problem,
+                CheckpointStatus::Complete { .. } if newest.is_some() => continue,
+                CheckpointStatus::Complete { .. } => match TrainerState::read(&path)? {
                     Err(problem) => problem,
                     Ok(state) => {
                         let found = FoundCheckpoint { path: path.clone(), state };

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::Check;
 use super::run::path;
-use moonlight_infer::expand;
+use moonlight_infer::expand_env;
 use moonlight_infer::tokenizer::{AddBos, BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Tokenizer, TokenizerError};
 
 /// The value of `data.tokenizer` for data that are tokens already.

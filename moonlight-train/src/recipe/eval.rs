@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::Check;
 use moonlight_infer::eval::Task;
-use moonlight_infer::expand;
+use moonlight_infer::expand_env;
 
 /// Tasks on which the model is evaluated before the first step and after the last; `evaluation.json` has both results.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -34,7 +34,7 @@ impl EvalConfig {
 
     /// The tasks with their settings. `shots` has an effect on multiple-choice questions only.
     pub fn tasks(&self) -> Vec<Task> {
-        let path = |text: &String| PathBuf::from(expand(text).unwrap_or_else(|_| text.clone()));
+        let path = |text: &String| PathBuf::from(expand_env(text).unwrap_or_else(|_| text.clone()));
         let task = |text| Task { path: path(text), shots: self.shots, limit: self.limit, ..Task::default() };
         self.tasks.iter().map(task).collect()
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::Checkpoint;
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_infer::{ModelDir, resolve_model};
-use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, fill_class_defaults, passed_over, shape_keys};
+use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, fill_class_defaults, ignore_reason, shape_keys};
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};

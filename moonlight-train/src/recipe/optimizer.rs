@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules, QkClip, Rounding, Scale};
+use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules, QkClip, Rounding, UpdateScale};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 use serde_json::{Map, Value};
@@ -203,7 +203,9 @@ impl OptimizerRecipe {
 /// The factor of a scale, if it has one.
 fn update_rms(scale: &Scale) -> Option<f64> {
     match *scale {
-        Scale::Report { factor } | Scale::UpdateNorm { factor } | Scale::HiddenSize { factor, .. } => Some(factor),
-        Scale::KellerJordan | Scale::Spectral | Scale::Unit => None,
+        UpdateScale::Report { factor }
+        | UpdateScale::UpdateNorm { factor }
+        | UpdateScale::HiddenSize { factor, .. } => Some(factor),
+        UpdateScale::KellerJordan | UpdateScale::Spectral | UpdateScale::Unit => None,
     }
 }

@@ -86,7 +86,7 @@ impl<'a> ReducingSink<'a> {
     /// Hands over the sums of parameters that had no gradient in the last micro-batch.
     pub(crate) fn finish(self) {
         if let Sums::Earlier(rest) = self.sums {
-            self.optimizer.offer(self.model, rest);
+            self.optimizer.add_gradients(self.model, rest);
         }
     }
 }
@@ -164,8 +164,8 @@ impl GradientSink for UpdatingSink<'_> {
     }
 
     fn add(&mut self, gradients: GradientsParams) -> Result<(), CollectiveError> {
-        self.optimizer.offer(&**self.model, gradients);
-        self.squares += self.optimizer.squares(&**self.model)?;
+        self.optimizer.add_gradients(&**self.model, gradients);
+        self.squares += self.optimizer.local_sum_of_squares(&**self.model)?;
         self.model.update(|model| self.optimizer.apply(self.learning_rate, 1.0, model))
     }
 }

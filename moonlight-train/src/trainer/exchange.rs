@@ -3,7 +3,7 @@
 //! A collective carries the same number of f64 from each rank. [`Exchange`] encodes a value as f64 and decodes it again,
 //! field by field, so that no code counts indices. With one rank all of this is a copy.
 
-use moonlight_optim::distributed::{CollectiveError, Worker};
+use moonlight_optim::distributed::{CollectiveError, Communicator};
 
 use crate::error::TrainError;
 
@@ -143,9 +143,9 @@ mod tests {
     use super::*;
 
     /// The results of `run` on each of three ranks.
-    fn on_three<T: Send>(run: impl Fn(&Worker) -> T + Sync) -> Vec<T> {
-        let workers: Vec<Worker> =
-            InProcess::collectives(3, Duration::from_secs(20)).into_iter().map(Worker::new).collect();
+    fn on_three<T: Send>(run: impl Fn(&Communicator) -> T + Sync) -> Vec<T> {
+        let workers: Vec<Communicator> =
+            InProcess::collectives(3, Duration::from_secs(20)).into_iter().map(Communicator::new).collect();
         std::thread::scope(|scope| {
             let run = &run;
             let threads: Vec<_> = workers.iter().map(|worker| scope.spawn(move || run(worker))).collect();
@@ -175,7 +175,7 @@ mod tests {
         for all in on_three(|worker| all_gather(worker, &example(worker.rank())).unwrap()) {
             assert_eq!(all, expected);
         }
-        assert_eq!(all_gather(&Worker::alone(), &expected[1]).unwrap(), expected[1..2]);
+        assert_eq!(all_gather(&Communicator::single_rank(), &expected[1]).unwrap(), expected[1..2]);
     }
 
     #[test]

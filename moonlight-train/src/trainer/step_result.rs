@@ -1,7 +1,7 @@
 //! What a step measures, on one rank and over all of them.
 
 use moonlight_model::ForwardStats;
-use moonlight_optim::distributed::Worker;
+use moonlight_optim::distributed::Communicator;
 
 use super::exchange::{all_gather, exchange_fields};
 use super::step_error::{NonFinite, StepError};
@@ -31,7 +31,7 @@ impl StepTotals {
     }
 
     /// The sums over all ranks.
-    pub(crate) fn all_reduce(self, worker: &Worker) -> Result<Self, StepError> {
+    pub(crate) fn all_reduce(self, worker: &Communicator) -> Result<Self, StepError> {
         let all = all_gather(worker, &self)?;
         Ok(Self {
             predicted: all.iter().map(|totals| totals.predicted).sum(),
@@ -194,7 +194,7 @@ mod tests {
         let threads: Vec<_> = collectives
             .into_iter()
             .zip(shares)
-            .map(|(collective, share)| std::thread::spawn(move || share.all_reduce(&Worker::new(collective))))
+            .map(|(collective, share)| std::thread::spawn(move || share.all_reduce(&Communicator::new(collective))))
             .collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     }

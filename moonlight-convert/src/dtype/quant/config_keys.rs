@@ -1,0 +1,257 @@
+//! The keys of `quantization_config`: each is read, or changes nothing of what weights are, or is refused by name.
+
+use serde_json::{Map, Value};
+
+use super::block;
+
+/// The methods whose weights are read. Of another one the tensors decide: they are read where they are plain.
+const METHODS: [&str; 4] = ["compressed-tensors", "fbgemm_fp8", "fp8", "modelopt"];
+
+/// Keys that are read, and those about activations, caches, which modules were quantized (the tensors say it) and how a
+/// program computes.
+const KEYS: &[&str] = &[
+    "activation_scale_ub",
+    "activation_scheme",
+    "config_groups",
+    "dequantize",
+    "exclude_modules",
+    "expert_dtype",
+    "fmt",
+    "format",
+    "global_compression_ratio",
+    "ignore",
+    "ignored_layers",
+    "kv_cache_quant_algo",
+    "kv_cache_scheme",
+    "modules_to_convert",
+    "modules_to_not_convert",
+    "producer",
+    "quant_algo",
+    "quant_method",
+    "quantization_status",
+    "run_compressed",
+    "scale_fmt",
+    "sparsity_config",
+    "transform_config",
+    "use_optimized_inference",
+    "version",
+    "weight_block_size",
+];
+
+/// Keys of one of the `config_groups`.
+const GROUP: &[&str] = &["format", "input_activations", "output_activations", "targets", "weights"];
+
+/// Keys of its `weights`.
+const WEIGHTS: &[&str] = &[
+    "actorder",
+    "block_structure",
+    "dynamic",
+    "group_size",
+    "num_bits",
+    "observer",
+    "observer_kwargs",
+    "scale_dtype",
+    "strategy",
+    "symmetric",
+    "type",
+    "zp_dtype",
+];
+
+/// The values that are followed, of keys that have others. `format`s of integers in bytes are refused with the others.
+const SUPPORTED_VALUES: &[(&str, &[&str])] = &[
+    ("expert_dtype", &["fp8"]),
+    ("fmt", &["e4m3", "e4m3fn", "float8_e4m3fn"]),
+    ("format", &["dense", "float-quantized", "mixed-precision", "naive-quantized", "pack-quantized"]),
+    ("quant_algo", &["FP8", "FP8_BLOCK_SCALES", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"]),
+    ("strategy", &["block", "channel", "group", "tensor"]),
+    ("type", &["float", "int"]),
+    // Groups in the order of the columns, whatever order they were rounded in.
+    ("actorder", &["static", "weight"]),
+];
+
+/// What a `quantization_config` asks for that is not followed, each as a sentence without its full stop.
+pub(super) fn unsupported(quantization: &Value) -> Vec<String> {
+    let mut found = Vec::new();
+    let Some(map) = quantization.as_object() else {
+        if !quantization.is_null() {
+            found.push("`quantization_config` is not an object".into());
+        }
+        return found;
+    };
+    match map.get("quant_method") {
+        Some(Value::String(method)) if !METHODS.contains(&method.as_str()) => return found,
+        _ => {}
+    }
+    keys(map, KEYS, "", &mut found);
+    for key in ["sparsity_config", "transform_config"] {
+        if let Some(value) = map.get(key).filter(|value| !is_nothing(value)) {
+            let what = if key == "sparsity_config" {
+                "stores weights by where they are not zero"
+            } else {
+                "turns weights and activations"
+            };
+            found.push(format!("`quantization_config.{key}` is {}: it {what}", shown(value)));
+        }
+    }
+    sides(map, "weight_block_size", "", &mut found);
+    match map.get("config_groups") {
+        None | Some(Value::Null) => {}
+        Some(Value::Object(groups)) => {
+            groups.iter().take(MOST).for_each(|(name, value)| group(name, value, &mut found))
+        }
+        Some(_) => found.push("`quantization_config.config_groups` is not an object".into()),
+    }
+    found.truncate(MOST);
+    found
+}
+
+/// So many sentences are enough.
+const MOST: usize = 32;
+
+fn group(name: &str, value: &Value, found: &mut Vec<String>) {
+    let place = format!("config_groups.{}.", cut(name));
+    let Some(map) = value.as_object() else {
+        found.push(format!(
+            "`quantization_config.config_groups.{}` names a preset, which is not spelled out",
+            cut(name)
+        ));
+        return;
+    };
+    keys(map, GROUP, &place, found);
+    let Some(weights) = map.get("weights").and_then(Value::as_object) else { return };
+    let place = format!("{place}weights.");
+    keys(weights, WEIGHTS, &place, found);
+    sides(weights, "block_structure", &place, found);
+    if let Some(dynamic) = weights.get("dynamic").filter(|value| !is_nothing(value)) {
+        found.push(format!(
+            "`quantization_config.{place}dynamic` is {}: weights have their scales in the file",
+            shown(dynamic)
+        ));
+    }
+}
+
+/// Keys that are not known, and values of keys that have others than are followed.
+fn keys(map: &Map<String, Value>, known: &[&str], place: &str, found: &mut Vec<String>) {
+    for (key, value) in map.iter().filter(|(_, value)| !value.is_null()) {
+        if found.len() >= MOST {
+            return;
+        }
+        if !known.contains(&key.as_str()) {
+            found.push(format!("`quantization_config.{place}{}` is not known", cut(key)));
+        } else if let Some((_, values)) = SUPPORTED_VALUES.iter().find(|(name, _)| name == key)
+            && !value.as_str().is_some_and(|value| values.contains(&value))
+            && !(key == "actorder" && value == &Value::Bool(false))
+        {
+            let known = values.join(", ");
+            found.push(format!("`quantization_config.{place}{key}` is {}; known are {known}", shown(value)));
+        }
+    }
+}
+
+fn sides(map: &Map<String, Value>, key: &str, place: &str, found: &mut Vec<String>) {
+    if let Some(value) = map.get(key).filter(|value| !value.is_null() && block(value).is_none()) {
+        found.push(format!("`quantization_config.{place}{key}` is {}; it must be two sizes", shown(value)));
+    }
+}
+
+/// Null, false, empty, or an object of these (`dense` for the format of a sparsity).
+fn is_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.get("format").is_some_and(|format| format == "dense") || map.values().all(is_nothing),
+        _ => false,
+    }
+}
+
+fn shown(value: &Value) -> String {
+    cut(&value.to_string())
+}
+
+fn cut(text: &str) -> String {
+    const LONGEST: usize = 80;
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// llm-compressor's with one group, and other values laid over it and over its weights.
+    fn compressed(over: Value, weights: Value) -> Value {
+        let mut config = json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "version": "0.12.2",
+            "quantization_status": "compressed", "ignore": ["lm_head"], "global_compression_ratio": null,
+            "kv_cache_scheme": null, "sparsity_config": {}, "transform_config": {},
+            "config_groups": {"group_0": {"targets": ["Linear"], "format": "pack-quantized", "output_activations": null,
+                "input_activations": {"dynamic": true, "num_bits": 8, "type": "float"},
+                "weights": {"num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 32,
+                    "actorder": "weight", "block_structure": null, "dynamic": false, "observer": "minmax",
+                    "observer_kwargs": {}, "scale_dtype": null, "zp_dtype": null}}}});
+        for (key, value) in over.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        for (key, value) in weights.as_object().unwrap() {
+            config["config_groups"]["group_0"]["weights"][key] = value.clone();
+        }
+        config
+    }
+
+    #[test]
+    fn what_published_files_say_is_known() {
+        for config in [
+            compressed(json!({}), json!({})),
+            compressed(
+                json!({"sparsity_config": {"format": "dense", "global_sparsity": 0.1}}),
+                json!({"actorder": "static"}),
+            ),
+            compressed(
+                json!({"transform_config": {"config_groups": {}}}),
+                json!({"actorder": null, "strategy": "channel"}),
+            ),
+            json!({"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "ue8m0",
+                "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}),
+            json!({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"], "weight_block_size": null}),
+            json!({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": []}),
+            json!({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"],
+                "producer": {"name": "modelopt"}}),
+            // The tensors decide.
+            json!({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}),
+            json!(null),
+        ] {
+            assert_eq!(unsupported(&config), [""; 0], "{config}");
+        }
+    }
+
+    #[test]
+    fn what_changes_the_weights_is_refused_by_name() {
+        let hadamard = json!({"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"]}]}}});
+        for (over, weights, named) in [
+            (json!({"transform_config": hadamard}), json!({}), "transform_config` is "),
+            (json!({"sparsity_config": {"format": "sparse-24-bitmask"}}), json!({}), "sparsity_config` is "),
+            (json!({"format": "marlin-24"}), json!({}), "format` is \"marlin-24\"; known are dense"),
+            (json!({"format": "int-quantized"}), json!({}), "format` is"),
+            (json!({"format": "nvfp4-pack-quantized"}), json!({}), "format` is"),
+            (json!({}), json!({"actorder": "group"}), "config_groups.group_0.weights.actorder` is \"group\""),
+            (json!({}), json!({"actorder": true}), "weights.actorder` is true"),
+            (json!({}), json!({"dynamic": true}), "weights.dynamic` is true"),
+            (json!({}), json!({"strategy": "tensor_group"}), "weights.strategy` is"),
+            (json!({}), json!({"type": "fp"}), "weights.type` is"),
+            (json!({}), json!({"block_structure": "16"}), "weights.block_structure` is"),
+            (json!({}), json!({"rotation": 3}), "weights.rotation` is not known"),
+            (json!({"weight_block_size": [0, 32]}), json!({}), "weight_block_size` is [0,32]"),
+            (json!({"fmt": "e5m2"}), json!({}), "fmt` is"),
+            (json!({"expert_dtype": "fp4"}), json!({}), "expert_dtype` is"),
+            (json!({"hadamard": true}), json!({}), "`quantization_config.hadamard` is not known"),
+        ] {
+            let found = unsupported(&compressed(over.clone(), weights.clone()));
+            assert!(matches!(&found[..], [one] if one.contains(named)), "{over} {weights}: {found:?}");
+        }
+        let preset = json!({"config_groups": {"FP8_DYNAMIC": ["Linear"]}});
+        assert!(unsupported(&preset)[0].contains("names a preset"));
+    }
+}

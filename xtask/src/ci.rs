@@ -1,0 +1,166 @@
+//! The checks that call cargo and the shell scripts, and their order.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::shell::{cargo, command, is_installed, output, run as call, succeeds};
+use crate::{book, evidence, links, package, scripts, words};
+
+/// Examples that teach; each asserts what it shows.
+const EXAMPLES: [&str; 5] = ["own_burn_program", "custom_model", "generate", "lora", "custom_loop"];
+
+/// Features beside the default ones, except MPI.
+const FEATURES: &str =
+    "moonlight-train/cuda,moonlight-train/wgpu,moonlight-train/vulkan,moonlight-train/metal,moonlight-train/parquet";
+
+/// Everything that a change must pass. The order is that of the time from a change to its most likely error.
+pub(crate) fn run(root: &Path) -> Result<()> {
+    let start = Instant::now();
+    fmt(root)?;
+    words::run(root, &[])?;
+    optional("the spelling", is_installed("typos"), "typos is not installed", || typos(root))?;
+    test(root)?;
+    lint(root)?;
+    doc(root)?;
+    examples(root)?;
+    scripts::run(root)?;
+    evidence::run(root, true)?;
+    book::run(root, true)?;
+    links::run(root, true)?;
+    package::run(root, true)?;
+    let has_deny = succeeds(&mut cargo(root, "deny --version"));
+    optional("licenses of dependencies", has_deny, "cargo-deny is not installed", || deny(root))?;
+
+    // The default build and all tests above need no MPI; where it can be had, it is tried.
+    let has_mpi = has_mpi() || install_mpi(root);
+    optional("two ranks on MPI", has_mpi, "there is no MPI here and it cannot be installed", || mpi(root))?;
+    lint_all(root, has_mpi)?;
+
+    // Its build is the longest of all.
+    let seconds = start.elapsed().as_secs();
+    let late = format!("the checks before it took {seconds} seconds");
+    optional("the GPU kernels on WGPU", seconds < 2700, &late, || wgpu(root))?;
+
+    // The build of the fuzz targets, with a sanitizer, takes half an hour where it was not made before.
+    let seconds = start.elapsed().as_secs();
+    let late = format!("the checks before them took {seconds} seconds");
+    optional("the fuzz targets", seconds < 1800, &late, || fuzz(root, 15))
+}
+
+/// Runs a check that this machine may not be able to run.
+fn optional(name: &str, possible: bool, reason: &str, check: impl FnOnce() -> Result<()>) -> Result<()> {
+    if possible {
+        return check();
+    }
+    println!("SKIPPED: {name}: {reason}");
+    Ok(())
+}
+
+pub(crate) fn fmt(root: &Path) -> Result<()> {
+    call(&mut cargo(root, "fmt --all -- --check"))
+}
+
+pub(crate) fn typos(root: &Path) -> Result<()> {
+    call(&mut command(root, "typos"))
+}
+
+/// All tests. Those that this machine cannot run add a line to a file, which is shown at the end.
+pub(crate) fn test(root: &Path) -> Result<()> {
+    let skipped = std::env::temp_dir().join(format!("moonlight-skipped-{}", std::process::id()));
+    std::fs::write(&skipped, "").with_context(|| format!("`{}` cannot be written", skipped.display()))?;
+    let tests = [
+        // Windows cannot replace a program that is running, which this one is.
+        "test --workspace --exclude xtask",
+        "test --package xtask",
+        "test --workspace --exclude xtask --features moonlight-train/parquet --lib --test parquet -- parquet",
+    ];
+    let outcome = tests.iter().try_for_each(|line| call(cargo(root, line).env("MOONLIGHT_SKIPPED", &skipped)));
+    let text = std::fs::read_to_string(&skipped).unwrap_or_default();
+    let mut lines: Vec<_> = text.lines().collect();
+    lines.sort_unstable();
+    lines.dedup();
+    lines.iter().for_each(|line| println!("{line}"));
+    std::fs::remove_file(&skipped).ok();
+    outcome
+}
+
+pub(crate) fn lint(root: &Path) -> Result<()> {
+    call(&mut cargo(root, "clippy --workspace --all-targets -- -D warnings"))
+}
+
+/// All backends and options. With `DOCS_RS`, the build script of CubeCL's compiler does not fetch LLVM, so nothing of CUDA
+/// need be installed.
+pub(crate) fn lint_all(root: &Path, mpi: bool) -> Result<()> {
+    let features = if mpi { format!("{FEATURES},moonlight-train/mpi") } else { FEATURES.into() };
+    let line = format!("clippy --workspace --all-targets --features {features} -- -D warnings");
+    call(cargo(root, &line).env("DOCS_RS", "1"))
+}
+
+pub(crate) fn doc(root: &Path) -> Result<()> {
+    call(cargo(root, "doc --workspace --no-deps").env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+/// Examples are run from where they were built: `cargo run -p` would choose features anew and build Burn once more.
+pub(crate) fn examples(root: &Path) -> Result<()> {
+    let targets = EXAMPLES.map(|name| format!("--example={name}")).join(" ");
+    call(&mut cargo(root, &format!("build --workspace --exclude xtask {targets}")))?;
+    let folder = target_dir(root)?.join("debug/examples");
+    for name in EXAMPLES {
+        let program = folder.join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
+        call(std::process::Command::new(program).current_dir(root))?;
+    }
+    Ok(())
+}
+
+pub(crate) fn deny(root: &Path) -> Result<()> {
+    call(&mut cargo(root, "deny --all-features check"))
+}
+
+pub(crate) fn mpi(root: &Path) -> Result<()> {
+    call(&mut command(root, "scripts/mpi_smoke.sh"))
+}
+
+pub(crate) fn wgpu(root: &Path) -> Result<()> {
+    call(&mut command(root, "scripts/wgpu_smoke.sh"))
+}
+
+/// The same inputs each time: new ones are for long runs by hand.
+pub(crate) fn fuzz(root: &Path, seconds: u32) -> Result<()> {
+    let has_fuzz = || succeeds(&mut cargo(root, "fuzz --version"));
+    if !has_fuzz() && succeeds(&mut command(root, "cargo +nightly --version")) {
+        succeeds(&mut cargo(root, "install --quiet --locked cargo-fuzz"));
+    }
+    let mut script = command(root, &format!("scripts/fuzz.sh {seconds}"));
+    script.env("FUZZ_SEED", "1");
+    if std::env::var_os("FUZZ_TARGET_DIR").is_none() {
+        script.env("FUZZ_TARGET_DIR", target_dir(root)?.parent().unwrap_or(root).join("fuzz"));
+    }
+    call(&mut script)
+}
+
+fn has_mpi() -> bool {
+    is_installed("mpirun") && is_installed("mpicc")
+}
+
+/// Tries to install MPI, as root on Debian.
+fn install_mpi(root: &Path) -> bool {
+    let is_root = output(&mut command(root, "id -u")).is_ok_and(|id| id.trim() == "0");
+    let packages = "apt-get install -y -qq openmpi-bin libopenmpi-dev libclang-dev clang";
+    is_root
+        && is_installed("apt-get")
+        && succeeds(&mut command(root, "apt-get update -qq"))
+        && succeeds(command(root, packages).env("DEBIAN_FRONTEND", "noninteractive"))
+        && has_mpi()
+}
+
+/// Where cargo builds, as cargo says it.
+fn target_dir(root: &Path) -> Result<PathBuf> {
+    let metadata = output(&mut cargo(root, "metadata --no-deps --format-version 1"))?;
+    let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
+    match metadata["target_directory"].as_str() {
+        Some(folder) => Ok(folder.into()),
+        None => bail!("`cargo metadata` names no target folder"),
+    }
+}

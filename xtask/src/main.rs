@@ -1,0 +1,124 @@
+//! The checks of this repository, as `cargo xtask COMMAND`. Continuous integration and `.ci/run` call these commands and
+//! no others, so that a failure there can be repeated by one line.
+
+mod book;
+mod ci;
+mod evidence;
+mod links;
+mod package;
+mod scripts;
+mod shell;
+mod words;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "The checks of this repository")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Everything that a change must pass, in order; what this machine cannot run is skipped with a word
+    Ci,
+    /// Look for words that STYLE.md does not use
+    Words {
+        /// Files or folders; everything when there is none
+        paths: Vec<String>,
+    },
+    /// Check the spelling with `typos`
+    Typos,
+    /// Check the formatting of the code
+    Fmt,
+    /// Lint the default features
+    Lint,
+    /// Lint all features; needs no CUDA, and MPI only with `--mpi`
+    LintAll {
+        /// Lint the feature `mpi` as well, which needs an MPI with its headers
+        #[arg(long)]
+        mpi: bool,
+    },
+    /// Run all tests
+    Test,
+    /// Build the documentation of the code; a warning is an error
+    Doc,
+    /// Build and run the examples that teach
+    Examples,
+    /// Lint and compile the scripts, and run the quick ones
+    Scripts,
+    /// Write the generated pages of the manual and build it
+    Book {
+        /// Write nothing; fail where a page is out of date
+        #[arg(long)]
+        check: bool,
+    },
+    /// Check the links of all pages
+    Links,
+    /// Write the evidence page from its data file
+    Evidence {
+        /// Write nothing; fail where the page is out of date
+        #[arg(long)]
+        check: bool,
+    },
+    /// Package all crates as for crates.io, and build each from its package
+    Package {
+        /// Do not build the packages
+        #[arg(long)]
+        no_verify: bool,
+    },
+    /// Check licenses, advisories and sources of dependencies with `cargo deny`
+    Deny,
+    /// Train on two ranks with MPI
+    Mpi,
+    /// Run the GPU kernels on a Vulkan device in software
+    Wgpu,
+    /// Run each fuzz target for some seconds
+    Fuzz {
+        #[arg(default_value_t = 15)]
+        seconds: u32,
+    },
+}
+
+/// The root of the repository.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is a folder of the repository")
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse().command, root()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: &Task, root: &Path) -> Result<()> {
+    match task {
+        Task::Ci => ci::run(root),
+        Task::Words { paths } => words::run(root, paths),
+        Task::Typos => ci::typos(root),
+        Task::Fmt => ci::fmt(root),
+        Task::Lint => ci::lint(root),
+        Task::LintAll { mpi } => ci::lint_all(root, *mpi),
+        Task::Test => ci::test(root),
+        Task::Doc => ci::doc(root),
+        Task::Examples => ci::examples(root),
+        Task::Scripts => scripts::run(root),
+        Task::Book { check } => book::run(root, *check),
+        Task::Links => links::run(root, true),
+        Task::Evidence { check } => evidence::run(root, *check),
+        Task::Package { no_verify } => package::run(root, *no_verify),
+        Task::Deny => ci::deny(root),
+        Task::Mpi => ci::mpi(root),
+        Task::Wgpu => ci::wgpu(root),
+        Task::Fuzz { seconds } => ci::fuzz(root, *seconds),
+    }
+}
