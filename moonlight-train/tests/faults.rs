@@ -16,7 +16,7 @@ use common::{Home, checkpoint, state};
 use moonlight_convert::manifest::Depth;
 use moonlight_convert::storage::{Call, Observation, observe};
 use moonlight_infer::device::ComputeDevice;
-use moonlight_infer::run_dir::{CheckpointStatus, checkpoint_folders, check_checkpoint};
+use moonlight_infer::run_dir::{CheckpointStatus, check_checkpoint, checkpoint_folders};
 use moonlight_train::error::TrainError;
 use moonlight_train::recipe::Recipe;
 use moonlight_train::trainer::{Outcome, train};

@@ -231,7 +231,7 @@ fn the_plan_is_within_a_tenth_of_what_training_takes() {
     let mut wrong = Vec::new();
     for (name, base, changes) in GRID {
         let (taken, plan) = measured_and_foretold(home.path(), name, &[*base, *changes].concat());
-        let (moment, foretold) = (&plan.largest_phase().what, plan.peak());
+        let (phase, predicted) = (&plan.largest_phase().name, plan.peak());
         let ratio = foretold as f64 / taken as f64;
         let (taken, foretold) = (mib(taken as f64), mib(foretold as f64));
         writeln!(table, "| {name} | {taken:.1} | {foretold:.1} | {ratio:.3} | {moment} |").unwrap();

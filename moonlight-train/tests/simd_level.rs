@@ -4,7 +4,7 @@ mod common;
 
 use common::{Home, metrics, moonlight, text};
 use moonlight_model::simd::testing::skipped;
-use moonlight_model::simd::{Level, LEVEL_VARIABLE};
+use moonlight_model::simd::{LEVEL_VARIABLE, Level};
 
 #[test]
 fn a_level_that_cannot_be_had_is_refused_by_name_before_anything_is_done() {

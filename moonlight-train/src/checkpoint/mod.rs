@@ -16,7 +16,7 @@
 //! model's config and weights.
 //!
 //! A checkpoint is written under a hidden name, flushed, and renamed, so that a folder with a step's name was complete when it
-//! got that name. Its manifest proves that it still is. One function, [`judge`], compares the two: when a run resumes
+//! got that name. Its manifest proves that it still is. One function, [`check_checkpoint`], compares the two: when a run resumes
 //! (`recovery.rs`), when old checkpoints are removed (`rotation.rs`), and when any other program reads a run's folder.
 //! `identity.rs` decides whether a run that resumes is the same run.
 
@@ -32,7 +32,9 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::adapter::write_adapter;
 use moonlight_convert::manifest::{Depth, Manifest};
 use moonlight_convert::{FileError, SaveOptions, remove_directory, replace_directory, storage, write_into};
-use moonlight_infer::run_dir::{CheckpointStatus, checkpoint_folders, checkpoint_name, check_checkpoint, optimizer_files, optimizer_part};
+use moonlight_infer::run_dir::{
+    CheckpointStatus, check_checkpoint, checkpoint_folders, checkpoint_name, optimizer_files, optimizer_part,
+};
 use moonlight_infer::tokenizer::TokenizerFile;
 use moonlight_model::CausalLm;
 
@@ -110,7 +112,7 @@ impl Checkpoints {
                 written.and_then(|()| self.write_model(model, new)).and_then(|()| self.write_state(new, state));
             let written = optimizer.end(new, written);
             // The manifest is written last, so that a checkpoint that has one was complete.
-            let written = written.and_then(|()| Ok(Manifest::of(new).and_then(|manifest| manifest.write(new))?));
+            let written = written.and_then(|()| Ok(Manifest::compute(new).and_then(|manifest| manifest.write(new))?));
             // `replace_directory` returns the converter's error type only, so this one is kept aside.
             failure = written.err();
             match &failure {
@@ -149,7 +151,9 @@ impl Checkpoints {
     /// The folder of the newest checkpoint that is complete by the names and sizes of its files.
     pub fn newest(&self) -> Option<PathBuf> {
         let folders = checkpoint_folders(&self.dir).ok()?;
-        folders.into_iter().find(|path| matches!(check_checkpoint(path, Depth::Sizes), Ok(CheckpointStatus::Complete { .. })))
+        folders
+            .into_iter()
+            .find(|path| matches!(check_checkpoint(path, Depth::Sizes), Ok(CheckpointStatus::Complete { .. })))
     }
 
     /// Opens the checkpoint of a step.

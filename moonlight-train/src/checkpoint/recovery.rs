@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use moonlight_convert::manifest::Depth;
 use moonlight_convert::{FileError, clean_leftovers, storage};
-use moonlight_infer::run_dir::{CheckpointStatus, checkpoint_folders, is_checkpoint_name, check_checkpoint};
+use moonlight_infer::run_dir::{CheckpointStatus, check_checkpoint, checkpoint_folders, is_checkpoint_name};
 
 use super::{Checkpoints, FoundCheckpoint, TrainerState};
 use crate::error::TrainError;

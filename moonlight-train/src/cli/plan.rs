@@ -12,7 +12,8 @@ use serde_json::{Map, Value, json};
 use super::output::print;
 use crate::error::TrainError;
 use crate::plan::{
-    Advice, Cluster, MemoryPart, MultiGpuPlan, MemoryPlan, StepPhase, Threads, TokenFlops, available_memory, tokens_for_share,
+    Advice, Cluster, MemoryPart, MemoryPlan, MultiGpuPlan, StepPhase, Threads, TokenFlops, available_memory,
+    tokens_for_share,
 };
 use crate::recipe::Recipe;
 

@@ -28,7 +28,8 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let output = arguments.output.clone().unwrap_or_else(|| format!("{}.svg", arguments.metric).into());
     refuse_input(&output, &arguments.runs)?;
-    let comparison = RunComparison { runs: arguments.runs.clone(), metric: arguments.metric.clone(), axis: arguments.x };
+    let comparison =
+        RunComparison { runs: arguments.runs.clone(), metric: arguments.metric.clone(), axis: arguments.x };
     plot_runs(&comparison, &output)?;
     tracing::info!("{}", output.display());
     Ok(())

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use moonlight_infer::token_reader::TokenReader;
 use moonlight_infer::score::score;
+use moonlight_infer::token_reader::TokenReader;
 use serde_json::json;
 
 use super::model::{ModelArguments, ParseArguments, TextArguments};

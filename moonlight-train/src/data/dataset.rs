@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use moonlight_infer::chat::{ChatEncoder, ChatError, ChatTemplate};
 use moonlight_infer::records::FilePosition;
-use moonlight_infer::tokenizer::{TokenizerFile, Tokenizer};
+use moonlight_infer::tokenizer::{Tokenizer, TokenizerFile};
 
 use super::bigram::bigram_loss;
 use super::files::{self, SourceFile};

@@ -8,7 +8,7 @@
 //! * `packing.rs`: which documents share a sequence, where none may be cut.
 //! * `sequences.rs`: documents to sequences, packed or one by one.
 //! * `shuffle.rs`: the order of an epoch.
-//! * `stream.rs`: batches without end, from any position, and the share of each worker.
+//! * `stream.rs`: batches without end, from any position, and the share of each rank.
 //! * `prefetch.rs`: the next step's batches, made while a step is computed.
 //! * `dataset.rs`: all of it together: the training and the validation data of a run.
 //! * `bigram.rs`: the loss of a bigram model of the data, to compare with.

@@ -48,8 +48,8 @@ impl TrainStream {
         self.sequences.batch(&indices)
     }
 
-    /// The part `share` of the next `sequences` sequences, cut into `batches` batches as even as can be. All of them are
-    /// done then, so that workers with a share each stay in step.
+    /// The part `share` of the next `sequences` sequences, cut into `batches` batches of sizes that differ by at most 1. The
+    /// position moves past all `sequences`, so that ranks with a share each stay at the same position.
     ///
     /// # Errors
     ///

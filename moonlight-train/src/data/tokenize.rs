@@ -7,7 +7,7 @@ use std::path::Path;
 use moonlight_infer::chat::{ChatEncoder, ChatError, ConversationError, ConversationFormat, WeightedTokens};
 use moonlight_infer::parquet;
 use moonlight_infer::records::{
-    FileKind, JsonError, ParsedJson, FilePosition, Record, RecordReader, Source, lone_surrogates, parse, parse_tokens,
+    FileKind, FilePosition, JsonError, ParsedJson, Record, RecordReader, Source, lone_surrogates, parse, parse_tokens,
 };
 use moonlight_infer::tokenizer::{Tokenizer, TokenizerError};
 use rayon::prelude::*;
@@ -484,7 +484,8 @@ pub(super) fn tokens_of(record: &[u8]) -> Result<Tokenized, RejectedRecord> {
 
 /// The tokens and weights of a conversation.
 fn conversation_of(record: &[u8], chat: &ChatEncoder) -> Result<Tokenized, RejectedRecord> {
-    let read = chat.parse(record).and_then(|conversation| Ok((conversation.format, chat.weighted_tokens(&conversation)?)));
+    let read =
+        chat.parse(record).and_then(|conversation| Ok((conversation.format, chat.weighted_tokens(&conversation)?)));
     match read {
         Ok((shape, WeightedTokens { tokens, weights, unread, given })) => {
             let surrogates = lone_surrogates(record);

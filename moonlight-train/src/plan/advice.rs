@@ -1,6 +1,6 @@
 //! What to change in a run so that it fits.
 
-use super::{MemorySettings, MemoryPlan};
+use super::{MemoryPlan, MemorySettings};
 
 /// A change, with all before it, and what the run needs then.
 #[derive(Debug, Clone, PartialEq)]

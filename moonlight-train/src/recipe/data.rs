@@ -228,7 +228,7 @@ impl DataConfig {
     pub fn open_tokenizer(&self) -> Result<Option<Tokenizer>, TokenizerError> {
         let Some(tokenizer) = self.tokenizer.open()? else { return Ok(None) };
         let is_read = self.format == DataFormat::Text && self.bos == Bos::Auto;
-        if let Some(note) = tokenizer.bos_note().filter(|_| is_read) {
+        if let Some(note) = tokenizer.bos_conflict().filter(|_| is_read) {
             tracing::warn!("{note}; set `data.bos` to decide");
         }
         tokenizer.with_bos(self.bos.into()).map(Some)
@@ -243,7 +243,7 @@ impl DataConfig {
         for (key, globs) in [("data.train", &self.train), ("data.valid", &self.valid)] {
             for text in globs {
                 // Only the syntax is checked here; which files match is known when the data are opened.
-                match expand(text).map(|glob| glob::Pattern::new(&glob)) {
+                match expand_env(text).map(|glob| glob::Pattern::new(&glob)) {
                     Ok(Ok(_)) => {}
                     Ok(Err(error)) => {
                         check.invalid(key, format!("contains `{text}`, which is not a glob: {error}"), None);

@@ -25,7 +25,7 @@ pub struct EvalConfig {
 impl EvalConfig {
     pub(super) fn check(&self, check: &mut Check<'_>) {
         for text in &self.tasks {
-            if let Err(name) = expand(text) {
+            if let Err(name) = expand_env(text) {
                 let problem = format!("contains `{text}`, but the environment variable `{name}` is not set");
                 check.invalid("eval.tasks", problem, None);
             }

@@ -332,6 +332,6 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
         return Ok(shape_of(&config, &[]));
     }
     // Unknown keys are kept, so that `ModelConfig` refuses them. `architectures` follows from `model_type`.
-    shape.retain(|key, value| key != "architectures" && passed_over(key).is_none() && !value.is_null());
+    shape.retain(|key, value| key != "architectures" && ignore_reason(key).is_none() && !value.is_null());
     Ok(shape)
 }

@@ -106,7 +106,7 @@ impl Serialize for OptimizerRecipe {
         }
         // The factor is written as `update_rms`, and a hidden size of 0 stands for the model's, so the name of the scale is
         // enough.
-        if !matches!(muon.scale, Scale::HiddenSize { hidden: 1.., .. })
+        if !matches!(muon.scale, UpdateScale::HiddenSize { hidden: 1.., .. })
             && let Some(Value::Object(scale)) = table.get("scale")
             && let Some(word) = scale.keys().next().cloned()
         {
@@ -201,7 +201,7 @@ impl OptimizerRecipe {
 }
 
 /// The factor of a scale, if it has one.
-fn update_rms(scale: &Scale) -> Option<f64> {
+fn update_rms(scale: &UpdateScale) -> Option<f64> {
     match *scale {
         UpdateScale::Report { factor }
         | UpdateScale::UpdateNorm { factor }

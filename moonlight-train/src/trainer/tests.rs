@@ -120,7 +120,7 @@ fn training_adapters_leaves_every_bit_of_the_base_model_unchanged() {
     let home = home();
     let model = home.path().join("model");
     let before = files(&model);
-    let device = Target::open("cpu").unwrap().device.autodiff();
+    let device = ComputeDevice::open("cpu").unwrap().device.autodiff();
     for (quantize, packed) in [("none", None), ("int8", Some(QuantBits::Eight)), ("int4", Some(QuantBits::Four))] {
         let base = load_base(&model, &device, Some(DType::F32), packed).unwrap();
         let of_files = bits(&base);
