@@ -8,7 +8,7 @@ use moonlight_convert::{CheckpointError, FileError, Printable};
 
 use crate::chat::ChatError;
 use crate::device::DeviceError;
-use crate::records::{JsonError, FilePosition, RecordError};
+use crate::records::{FilePosition, JsonError, RecordError};
 use crate::tokenizer::TokenizerError;
 
 /// Why a model cannot be opened, or cannot do what was asked of it. Every message is one sentence for the person who asked.

@@ -8,9 +8,9 @@ use serde_json::Value;
 use crate::chat::{ChatEncoder, ChatTemplate};
 use crate::device::{self, ComputeDevice};
 use crate::error::InferError;
-use crate::model_files::{MAX_SETTINGS_BYTES, ModelFiles};
 use crate::load_model::{LoadedModel, load_model};
 use crate::model_dir::{ModelDir, resolve_model, resolve_weights};
+use crate::model_files::{MAX_SETTINGS_BYTES, ModelFiles};
 use crate::tokenizer::Tokenizer;
 
 /// How to open a model.

@@ -263,10 +263,15 @@ mod tests {
         assert_eq!(check_checkpoint(&dir, Depth::Digests).unwrap(), CheckpointStatus::Complete { step: 9 });
         fs::write(dir.join("config.json"), "[]").unwrap();
         assert_eq!(check_checkpoint(&dir, Depth::Sizes).unwrap(), CheckpointStatus::Complete { step: 9 });
-        let CheckpointStatus::Damaged(problem) = check_checkpoint(&dir, Depth::Digests).unwrap() else { panic!("it is damaged") };
+        let CheckpointStatus::Damaged(problem) = check_checkpoint(&dir, Depth::Digests).unwrap() else {
+            panic!("it is damaged")
+        };
         assert_eq!(problem, "`config.json` is not what was written (its digest differs)");
         fs::remove_file(dir.join(MANIFEST)).unwrap();
-        assert_eq!(check_checkpoint(&dir, Depth::Sizes).unwrap(), CheckpointStatus::Damaged("`manifest.json` is missing".into()));
+        assert_eq!(
+            check_checkpoint(&dir, Depth::Sizes).unwrap(),
+            CheckpointStatus::Damaged("`manifest.json` is missing".into())
+        );
     }
 
     #[test]
@@ -280,7 +285,10 @@ mod tests {
         fs::write(dir.join(TRAINER_STATE), r#"{"version": 3, "step": 1}"#).unwrap();
         assert_eq!(check_checkpoint(&dir, Depth::Sizes).unwrap(), CheckpointStatus::Newer { version: 3 });
         fs::remove_file(dir.join(TRAINER_STATE)).unwrap();
-        assert_eq!(check_checkpoint(&dir, Depth::Sizes).unwrap(), CheckpointStatus::Damaged("`trainer.json` is missing".into()));
+        assert_eq!(
+            check_checkpoint(&dir, Depth::Sizes).unwrap(),
+            CheckpointStatus::Damaged("`trainer.json` is missing".into())
+        );
     }
 
     #[test]

@@ -195,7 +195,11 @@ impl Client {
             416 => return Err(FetchError::Range),
             408 | 429 | 500.. => return Err(FetchError::Transient(format!("the server answers with status {status}"))),
             _ => {
-                return Err(FetchError::Permanent(self.refused(status, format!("file `{name}` in `{}`", self.id), url)));
+                return Err(FetchError::Permanent(self.refused(
+                    status,
+                    format!("file `{name}` in `{}`", self.id),
+                    url,
+                )));
             }
         };
         // As long as the file is: the limit is ours, not the library's.

@@ -11,7 +11,7 @@ use crate::io::storage::{self, Call};
 /// A new, empty file in a directory, removed again unless it is persisted. No process on any host that shares the directory
 /// makes another of the same name. What it becomes may be read by whom the process lets read its files, as with every other
 /// file.
-pub(crate) fn new_file(dir: &Path, prefix: &str, suffix: &str) -> io::Result<NamedTempFile> {
+pub fn new_file(dir: &Path, prefix: &str, suffix: &str) -> io::Result<NamedTempFile> {
     let mut builder = Builder::new();
     builder.prefix(prefix).suffix(suffix);
     #[cfg(unix)]

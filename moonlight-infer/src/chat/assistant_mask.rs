@@ -32,7 +32,7 @@ use std::ops::Range;
 use serde_json::{Map, Value};
 
 use super::ChatError;
-use super::encoder::{MARK_DIGITS, SpanFinder, MARKS};
+use super::encoder::{MARK_DIGITS, MARKS, SpanFinder};
 use super::error::MAX_RENDERED_MESSAGES;
 use super::template_input::TemplateInput;
 
@@ -256,7 +256,11 @@ impl SpanFinder<'_> {
         (plain == text && next == turns.len() && open.is_none()).then_some(words)
     }
 
-    fn generation_blocks(&self, given: &TemplateInput, turns: &[usize]) -> Result<(String, Vec<Range<usize>>), ChatError> {
+    fn generation_blocks(
+        &self,
+        given: &TemplateInput,
+        turns: &[usize],
+    ) -> Result<(String, Vec<Range<usize>>), ChatError> {
         let marks = MARKS.map(String::from);
         let marked = self.template.render_input(given, &given.values, false, marks.each_ref().map(String::as_str))?;
         let mut text = String::with_capacity(marked.len());
@@ -704,7 +708,9 @@ fn mark_value(value: &mut Value, number: &str, ids: bool, split_markers: &[Strin
     match value {
         Value::String(text) if !text.trim().is_empty() => drop(mark_text(text, number, split_markers)),
         Value::Array(items) => items.iter_mut().for_each(|item| mark_value(item, number, ids, split_markers)),
-        Value::Object(map) => map.iter_mut().for_each(|(name, value)| mark_field(name, value, number, ids, split_markers)),
+        Value::Object(map) => {
+            map.iter_mut().for_each(|(name, value)| mark_field(name, value, number, ids, split_markers))
+        }
         _ => {}
     }
 }

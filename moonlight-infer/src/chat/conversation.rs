@@ -455,7 +455,9 @@ fn is_weight_of_record(key: &str, value: &Value) -> bool {
 /// How much a whole record counts: a factor on each of its turns, where it says so.
 fn weight_of_record(fields: &Map<String, Value>) -> Result<Option<f32>, ConversationError> {
     let of_record = |(key, value): &(&String, &Value)| {
-        WEIGHT_DETAIL_FIELDS.contains(&key.as_str()) || is_weight_of_record(key, value) || key.as_str() == "loss" && value.is_array()
+        WEIGHT_DETAIL_FIELDS.contains(&key.as_str())
+            || is_weight_of_record(key, value)
+            || key.as_str() == "loss" && value.is_array()
     };
     let mut given = Map::new();
     for (key, value) in fields.iter().filter(of_record) {

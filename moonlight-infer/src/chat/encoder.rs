@@ -9,7 +9,7 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::{Map, Value, json};
 
 use super::conversation::{is_empty_value, is_read_here};
-use super::template_input::{TemplateInput, REASONING_FIELDS, with_reasoning};
+use super::template_input::{REASONING_FIELDS, TemplateInput, with_reasoning};
 use super::{ChatError, ChatTemplate, Conversation, ConversationError, Message, Turn, sandbox};
 use crate::tokenizer::{Piece, Tokenizer};
 
@@ -154,7 +154,9 @@ impl ChatEncoder {
         let unread_of_messages = || unread_of_messages(turns, &given);
         let (text, spans) = match found {
             // Words that are not written may be the fault of a call that the template does not read.
-            Err(error @ ChatError::AssistantSpanNotFound { .. }) => return Err(unread_of_messages().err().unwrap_or(error)),
+            Err(error @ ChatError::AssistantSpanNotFound { .. }) => {
+                return Err(unread_of_messages().err().unwrap_or(error));
+            }
             found => found?,
         };
         unread.extend(unread_of_messages()?);
@@ -271,7 +273,9 @@ impl EncoderCore {
                 "chat_template_kwargs" => {
                     let Value::Object(given) = value else { return Err(wrong("is not a map of variables").into()) };
                     for (name, value) in given.iter().filter(|(_, value)| !value.is_null()) {
-                        if RESERVED_VARIABLES.contains(&name.as_str()) || is_token_variable(name) || name.starts_with("moonlight_")
+                        if RESERVED_VARIABLES.contains(&name.as_str())
+                            || is_token_variable(name)
+                            || name.starts_with("moonlight_")
                         {
                             return Err(ConversationError::ReservedVariable { name: name.clone() }.into());
                         }

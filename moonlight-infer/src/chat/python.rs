@@ -587,7 +587,9 @@ fn method_of_map(state: &State, value: &Value, name: &str, arguments: &[Value]) 
         "copy" if arguments.is_empty() && is_a_dict(value) => {
             dict(state, Some(value.clone()), Kwargs::from_iter([] as [(&str, Value); 0])).map(Some)
         }
-        "pop" | "update" | "setdefault" | "clear" | "popitem" => Err(refused_value(format!("`{name}` would change a map"))),
+        "pop" | "update" | "setdefault" | "clear" | "popitem" => {
+            Err(refused_value(format!("`{name}` would change a map")))
+        }
         _ => Ok(None),
     }
 }
@@ -720,7 +722,9 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
         }
         "startswith" | "endswith" => {
             let (wanted, start, end): (&Value, Option<i64>, Option<i64>) = from_args(arguments)?;
-            let Some(slice_characters) = slice_characters(text, start, end) else { return Ok(Some(Value::from(false))) };
+            let Some(slice_characters) = slice_characters(text, start, end) else {
+                return Ok(Some(Value::from(false)));
+            };
             let fits = |wanted: &Value| match wanted.as_str() {
                 Some(wanted) if name == "startswith" => Ok(slice_characters.starts_with(wanted)),
                 Some(wanted) => Ok(slice_characters.ends_with(wanted)),
@@ -746,13 +750,16 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
                 }))));
             }
             let found = slice_characters.and_then(|slice_characters| {
-                let at = if name.starts_with('r') { slice_characters.rfind(wanted) } else { slice_characters.find(wanted) }?;
+                let at =
+                    if name.starts_with('r') { slice_characters.rfind(wanted) } else { slice_characters.find(wanted) }?;
                 let before = slice_characters.as_ptr() as usize - text.as_ptr() as usize;
                 Some(text[..before + at].chars().count())
             });
             match found {
                 Some(at) => Value::from(at),
-                None if name.ends_with("index") => return Err(refused_value(format!("`{name}` finds nothing in the text"))),
+                None if name.ends_with("index") => {
+                    return Err(refused_value(format!("`{name}` finds nothing in the text")));
+                }
                 None => Value::from(-1),
             }
         }

@@ -24,8 +24,8 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State};
 
-use super::tracked_message::TrackedMessage;
 use super::python;
+use super::tracked_message::TrackedMessage;
 use crate::catch_panic::catch_panic;
 
 /// The longest source, in bytes; published templates have a few thousand, the longest some 40,000.

@@ -15,8 +15,8 @@ use minijinja::{Environment, ErrorKind};
 use moonlight_convert::{Printable, printable};
 use serde_json::Value;
 
+use super::sandbox::{self, MAX_SOURCE_BYTES, Overrun, PARSE_TIME, STEP_LIMITS};
 use super::template_input::TemplateInput;
-use super::sandbox::{self, STEP_LIMITS, MAX_SOURCE_BYTES, Overrun, PARSE_TIME};
 use super::{ChatError, Message};
 use crate::model_files::{self, ModelFiles};
 use crate::moonlight_template::{MOONLIGHT_TEMPLATE, MOONLIGHT_TOKENS};
@@ -136,7 +136,8 @@ impl ChatTemplate {
         let (text, source) = if let Some(jinja) = jinja {
             let path = dir.join(JINJA);
             let text = String::from_utf8(jinja.to_owned());
-            let text = text.map_err(|error| ChatError::InvalidTemplate { path: path.clone(), problem: error.to_string() })?;
+            let text =
+                text.map_err(|error| ChatError::InvalidTemplate { path: path.clone(), problem: error.to_string() })?;
             (text, TemplateSource::File(path))
         } else if let Some(text) = named_template(&config["chat_template"], "default") {
             let source = TemplateSource::File(dir.join(CONFIG));

@@ -7,8 +7,8 @@ use minijinja::value::Value;
 use serde_json::Map;
 
 use super::Message;
-use super::tracked_message::{FieldUsage, TrackedMessage, to_template_value};
 use super::sandbox::Budget;
+use super::tracked_message::{FieldUsage, TrackedMessage, to_template_value};
 
 /// The fields that hold what the assistant thinks, in the order in which they are looked at. transformers gives templates
 /// the first that is there as `reasoning_content` and `thinking`, too.

@@ -18,7 +18,9 @@ pub(super) fn to_template_value(value: &serde_json::Value) -> Value {
         serde_json::Value::Object(map) => match (non_finite_from_json(value), large_integer_digits(value)) {
             (Some(number), _) => Value::from(number),
             (None, Some(digits)) => integer(digits),
-            (None, None) => Value::from_pairs(map.iter().map(|(name, value)| (name.as_str(), to_template_value(value)))),
+            (None, None) => {
+                Value::from_pairs(map.iter().map(|(name, value)| (name.as_str(), to_template_value(value))))
+            }
         },
         value => Value::from(Serde(value)),
     }

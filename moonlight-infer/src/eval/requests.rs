@@ -50,7 +50,12 @@ impl TextEncoder {
         let bare = with_affixes.clone().with_bos(AddBos::Never)?.for_prompts();
         let first_token = tokenizer.bos().or(tokenizer.eos());
         let first_token_text = first_token.map(|token| tokenizer.decode_with_special(&[token]));
-        Ok(Self { with_affixes, bare, first_token, first_token_text: first_token_text.filter(|first_token_text| !first_token_text.is_empty()) })
+        Ok(Self {
+            with_affixes,
+            bare,
+            first_token,
+            first_token_text: first_token_text.filter(|first_token_text| !first_token_text.is_empty()),
+        })
     }
 
     /// The token that is put before a text without a context: the one that begins a text, else the one that ends it
@@ -61,7 +66,8 @@ impl TextEncoder {
 
     /// The tokens of a text by itself; one that spells its beginning out has no second.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let spelt = self.first_token_text.as_ref().is_some_and(|first_token_text| text.starts_with(first_token_text.as_str()));
+        let spelt =
+            self.first_token_text.as_ref().is_some_and(|first_token_text| text.starts_with(first_token_text.as_str()));
         if spelt { self.bare.encode_text(text) } else { self.with_affixes.encode_text(text) }
     }
 

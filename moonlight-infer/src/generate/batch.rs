@@ -2,7 +2,9 @@
 
 use moonlight_model::CausalLm;
 
-use super::{INITIAL_CACHE_TOKENS, Generated, Sampler, Sampling, StopReason, cache, check_prompt, grow_cache, logit_rows};
+use super::{
+    Generated, INITIAL_CACHE_TOKENS, Sampler, Sampling, StopReason, cache, check_prompt, grow_cache, logit_rows,
+};
 use crate::error::InferError;
 
 /// A sequence that is being generated.
@@ -75,7 +77,10 @@ pub fn generate_many(
             let next = writing.sampler.choose(&logits.next().expect("each text that is read has logits"))?;
             if eos.contains(&next) {
                 if let Some(ended) = slot.take() {
-                    each(ended.place, Generated { tokens: ended.tokens, stop: StopReason::Eos, stop_token: Some(next) })?;
+                    each(
+                        ended.place,
+                        Generated { tokens: ended.tokens, stop: StopReason::Eos, stop_token: Some(next) },
+                    )?;
                 }
             } else {
                 writing.tokens.push(next);

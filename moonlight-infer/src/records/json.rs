@@ -172,7 +172,8 @@ pub struct TokensRecord {
 /// Other fields of a record of tokens that are named, at most.
 const MAX_UNREAD: usize = 16;
 /// Fields that say which tokens are learned.
-const LOSS_MASK_FIELDS: [&str; 6] = ["labels", "loss_mask", "weights", "completion_mask", "assistant_masks", "assistant_mask"];
+const LOSS_MASK_FIELDS: [&str; 6] =
+    ["labels", "loss_mask", "weights", "completion_mask", "assistant_masks", "assistant_mask"];
 
 /// Reads `{"tokens": [...]}`, with at most one value in memory for each token.
 ///

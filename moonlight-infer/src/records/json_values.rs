@@ -3,8 +3,8 @@
 use std::io::{self, BufRead};
 
 use super::FilePosition;
-use super::lines::append;
 use super::json_nesting::JsonNesting;
+use super::lines::append;
 use super::source::Limited;
 
 /// Why the rest of a file cannot be cut into values.
@@ -66,7 +66,11 @@ impl<R: Truncated> JsonValues<R> {
     }
 
     /// The next value, and where it begins; none that the limit cuts.
-    pub(super) fn next(&mut self, record: &mut Vec<u8>, longest: usize) -> Result<Option<FilePosition>, JsonSplitError> {
+    pub(super) fn next(
+        &mut self,
+        record: &mut Vec<u8>,
+        longest: usize,
+    ) -> Result<Option<FilePosition>, JsonSplitError> {
         record.clear();
         loop {
             let next = self.skip_white_space()?;
@@ -86,7 +90,9 @@ impl<R: Truncated> JsonValues<R> {
                         Some(byte) => self.value(byte, record, longest),
                     };
                 }
-                (State::AfterOpenBracket | State::BetweenValues, Some(byte)) => return self.value(byte, record, longest),
+                (State::AfterOpenBracket | State::BetweenValues, Some(byte)) => {
+                    return self.value(byte, record, longest);
+                }
                 (State::AfterValue, Some(_)) => {
                     return Err(self.fault("expected `,` or `]` behind an element of the array"));
                 }
@@ -153,7 +159,12 @@ impl<R: Truncated> JsonValues<R> {
     }
 
     /// Takes the value that begins with `first`, which is next.
-    fn value(&mut self, first: u8, record: &mut Vec<u8>, longest: usize) -> Result<Option<FilePosition>, JsonSplitError> {
+    fn value(
+        &mut self,
+        first: u8,
+        record: &mut Vec<u8>,
+        longest: usize,
+    ) -> Result<Option<FilePosition>, JsonSplitError> {
         let place = FilePosition { line: self.line, column: self.column + 1 };
         if matches!(first, b']' | b'}' | b',' | b':') {
             return Err(self.fault("expected a value"));

@@ -21,12 +21,12 @@ mod reader;
 mod source;
 
 pub use error::{FilePosition, RecordError};
+pub use file_kind::{FileKind, extension};
 pub use json::{
-    JsonError, MAX_VALUES, ParsedJson, TokensRecord, large_integer_digits, lone_surrogates, non_finite_from_json, non_finite_to_json, parse,
-    parse_tokens,
+    JsonError, MAX_VALUES, ParsedJson, TokensRecord, large_integer_digits, lone_surrogates, non_finite_from_json,
+    non_finite_to_json, parse, parse_tokens,
 };
 pub use reader::{Record, RecordReader};
-pub use file_kind::{FileKind, extension};
 pub use source::Source;
 
 /// The longest record in bytes: a line, an element of an array, a row.

@@ -6,10 +6,10 @@ use moonlight_convert::Printable;
 use serde_json::{Map, Value};
 
 use super::csv::{self, CsvRows};
+use super::json_values::{self, JsonValues};
 use super::lines::{Lines, TooLong};
 use super::source::Limited;
-use super::json_values::{self, JsonValues};
-use super::{FileKind, MAX_RECORD_BYTES, FilePosition, RecordError, Source, parse};
+use super::{FileKind, FilePosition, MAX_RECORD_BYTES, RecordError, Source, parse};
 use crate::parquet::{self, ParquetError, RequiredColumns};
 
 /// A record of a file.

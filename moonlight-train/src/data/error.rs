@@ -121,3 +121,55 @@ impl DataError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::rendered;
+
+    /// The compiler demands an arm for each variant, and so an example in the test.
+    fn name(error: &DataError) -> &'static str {
+        match error {
+            DataError::EmptyGlob { .. } => "EmptyGlob",
+            DataError::Glob { .. } => "Glob",
+            DataError::Io { .. } => "Io",
+            DataError::CacheChanged { .. } => "CacheChanged",
+            DataError::StepTooLarge { .. } => "StepTooLarge",
+            DataError::Records(_) => "Records",
+            DataError::Record { .. } => "Record",
+            DataError::Nothing { .. } => "Nothing",
+            DataError::NoTokenizer => "NoTokenizer",
+            DataError::Template { .. } => "Template",
+            DataError::Changed => "Changed",
+        }
+    }
+
+    #[test]
+    fn messages_and_hints() {
+        let errors = [
+            DataError::EmptyGlob { key: "train", glob: "data/*.txt".into() },
+            DataError::EmptyGlob { key: "valid", glob: "/".into() },
+            DataError::Glob { key: "train", glob: "a**".into(), problem: "`**` must be a whole component".into() },
+            DataError::io("write", Path::new("cache/x.tokens"), &std::io::ErrorKind::StorageFull.into()),
+            DataError::CacheChanged { path: "cache/x.tokens".into() },
+            DataError::StepTooLarge { sequences: 1 << 30, length: 1024 },
+            DataError::Record {
+                path: "a.jsonl".into(),
+                place: FilePosition { line: 3, column: 0 },
+                problem: "the record has 9 tokens, but `data.sequence_length` is 8".into(),
+                hint: Some("raise `data.sequence_length`".into()),
+            },
+            DataError::Nothing {
+                key: "train",
+                problem: "2 records were broken and left out: a.jsonl:1, a.jsonl:2".into(),
+                hint: Some("set `data.broken = \"error\"` to stop at the first broken record".into()),
+            },
+            DataError::NoTokenizer,
+            DataError::Template { problem: "`bytes` has no chat template".into(), hint: None },
+            DataError::Changed,
+        ];
+        let text: Vec<String> =
+            errors.iter().map(|error| format!("{}\n{}", name(error), rendered(error, error.hint()))).collect();
+        insta::assert_snapshot!(text.join("\n"));
+    }
+}

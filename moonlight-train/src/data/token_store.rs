@@ -20,13 +20,14 @@ use std::io::{self, BufWriter, ErrorKind, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use moonlight_convert::new_file;
 use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::DataError;
 use super::hash::Hash;
 use super::report::Report;
-use crate::output_file::{Unfinished, temporary};
+use crate::output_file::Unfinished;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"moontok4");
 /// Magic numbers of earlier formats, without a checksum or without columns. Such files are written again.
@@ -38,8 +39,8 @@ const DOCUMENT_BYTES: usize = 24;
 const WEIGHTED: u64 = 8;
 /// Bytes that are read at once when a whole file is read: a multiple of the size of every kind of entry.
 const CHUNK_BYTES: usize = 3 << 19;
-/// Random characters in the name of a temporary file.
-const RANDOM_CHARACTERS: usize = 12;
+/// Random characters in the name of a temporary file, those of earlier versions last.
+const RANDOM_CHARACTERS: [usize; 2] = [6, 12];
 
 /// The end of the file, which describes the rest. In the file it is followed by an xxh3 of everything before that, and by
 /// [`MAGIC`].
@@ -390,10 +391,10 @@ fn stem(path: &Path) -> String {
     path.file_stem().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// Whether the name is that of a temporary file: `train-0123456789abcdef.Xf3aP9wQz01k.tmp`.
+/// Whether the name is that of a temporary file: `train-0123456789abcdef.Xf3aP9.tmp`.
 fn is_temporary(name: &str) -> bool {
     let is_random_part =
-        |text: &str| text.len() == RANDOM_CHARACTERS && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        |text: &str| RANDOM_CHARACTERS.contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
     let hash = |text: &str| text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     name.strip_suffix(".tmp").and_then(|name| name.split_once('.')).is_some_and(|(stem, rest)| {
         is_random_part(rest) && stem.rsplit_once('-').is_some_and(|(_, digits)| hash(digits))
@@ -421,7 +422,7 @@ pub(super) fn remove_abandoned(folder: &Path) {
 /// A temporary file for the store at `path`, locked to show that it is being written.
 fn locked(folder: &Path, path: &Path) -> io::Result<NamedTempFile> {
     loop {
-        let file = temporary(folder, &format!("{}.", stem(path)), None)?;
+        let file = new_file(folder, &format!("{}.", stem(path)), ".tmp")?;
         match file.as_file().try_lock() {
             // Without locks no other process removes it, either.
             Ok(()) | Err(TryLockError::Error(_)) if file.path().exists() => return Ok(file),
@@ -793,13 +794,14 @@ mod tests {
     #[test]
     fn files_of_killed_writers_are_removed_and_no_others() {
         let dir = tempfile::tempdir().unwrap();
-        let abandoned = dir.path().join("train-0123456789abcdef.0aB3kd92Lq1Z.tmp");
+        let abandoned =
+            ["0aB3kd", "0aB3kd92Lq1Z"].map(|random| dir.path().join(format!("train-0123456789abcdef.{random}.tmp")));
         let others = ["train-0123456789abcdef.tokens", "notes.tmp", "train-0123456789abcdef.mine.tmp"];
-        fs::write(&abandoned, "half").unwrap();
+        abandoned.iter().for_each(|path| fs::write(path, "half").unwrap());
         others.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
         let writer = TokenStoreWriter::create(&dir.path().join("valid-00000000000000ff.tokens"), 300, false).unwrap();
         remove_abandoned(dir.path());
-        assert!(!abandoned.exists());
+        assert!(abandoned.iter().all(|path| !path.exists()));
         assert!(others.iter().all(|name| dir.path().join(name).exists()));
         assert!(writer.out.get_ref().path().exists(), "it is being written");
     }

@@ -82,3 +82,53 @@ impl RecipeError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::rendered;
+
+    /// The compiler demands an arm for each variant, and so an example in the test.
+    fn name(error: &RecipeError) -> &'static str {
+        match error {
+            RecipeError::Read { .. } => "Read",
+            RecipeError::Syntax { .. } => "Syntax",
+            RecipeError::UnknownKey { .. } => "UnknownKey",
+            RecipeError::Missing { .. } => "Missing",
+            RecipeError::Invalid { .. } => "Invalid",
+            RecipeError::Model { .. } => "Model",
+        }
+    }
+
+    #[test]
+    fn messages_and_hints() {
+        let errors = [
+            RecipeError::Read { path: "run.toml".into(), problem: "No such file or directory (os error 2)".into() },
+            RecipeError::Syntax { place: "run.toml:3".into(), problem: "unquoted string".into() },
+            RecipeError::UnknownKey {
+                place: "run.toml:3".into(),
+                key: "train.step".into(),
+                nearest: Some("train.steps".into()),
+                known: vec!["steps".into(), "epochs".into()],
+            },
+            RecipeError::Missing {
+                place: "run.toml".into(),
+                key: "train.steps".into(),
+                hint: "write the number of optimizer steps, `steps = 1000`, or `epochs = 2`".into(),
+            },
+            RecipeError::Invalid {
+                place: "--set train.steps=many".into(),
+                key: "train.steps".into(),
+                problem: "must be a whole number from 0, not many".into(),
+                hint: None,
+            },
+            RecipeError::Model {
+                place: "run.toml:1".into(),
+                source: ConfigError::Invalid { field: "num_hidden_layers", problem: "must be at least 1".into() },
+            },
+        ];
+        let text: Vec<String> =
+            errors.iter().map(|error| format!("{}\n{}", name(error), rendered(error, error.hint()))).collect();
+        insta::assert_snapshot!(text.join("\n"));
+    }
+}

@@ -11,7 +11,7 @@ use super::schema;
 const UPDATE: &str = "UPDATE_RECIPE_REFERENCE";
 /// The files, relative to the repository.
 const SCHEMA_FILE: &str = "configs/recipe.schema.json";
-const PAGE_FILE: &str = "docs/recipe.md";
+const PAGE_FILE: &str = "docs/src/reference/recipe.md";
 
 fn assert_current(file: &str, generated: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file);

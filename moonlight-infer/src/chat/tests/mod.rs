@@ -572,8 +572,7 @@ fn files_of_templates_are_read_through_one_door() {
 
 #[test]
 fn a_special_token_without_a_text_is_none() {
-    let mut json: serde_json::Value =
-        serde_json::from_slice(&Tokenizer::bytes_chat().files()[0].contents).unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&Tokenizer::bytes_chat().files()[0].contents).unwrap();
     json["added_tokens"]
         .as_array_mut()
         .unwrap()

@@ -32,7 +32,8 @@ fn given(record: &Map<String, Value>) -> TemplateInput {
     variables.insert("date_string".into(), "26 Jul 2024".into());
     let fields = |message: &Value| message.as_object().unwrap().clone();
     let messages = messages.as_array().unwrap().iter().map(|message| Message::from_fields(fields(message)).unwrap());
-    let messages = messages.map(|message| super::super::template_input::with_reasoning(message.fields().clone())).collect();
+    let messages =
+        messages.map(|message| super::super::template_input::with_reasoning(message.fields().clone())).collect();
     TemplateInput::new(messages, variables)
 }
 
