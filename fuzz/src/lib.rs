@@ -23,7 +23,7 @@ use moonlight_optim::{
 };
 use moonlight_simd::Level;
 use moonlight_simd::testing::at_level;
-use moonlight_train::analysis::plots::{Axis, Comparison, compare, write_plots};
+use moonlight_train::analysis::plots::{Axis, RunComparison, plot_runs, write_plots};
 use moonlight_train::checkpoint::TrainerState;
 use moonlight_train::data::Dataset;
 use moonlight_train::recipe::{Broken, DataConfig, DataFormat, Draft, TokenizerName};
@@ -246,8 +246,8 @@ pub fn metrics(data: &[u8]) {
         check(&error);
     }
     for axis in [Axis::Step, Axis::Tokens, Axis::Seconds] {
-        let comparison = Comparison { runs: vec![folder.clone()], metric: "loss".into(), axis };
-        if let Err(error) = compare(&comparison, &folder.join("loss.svg")) {
+        let comparison = RunComparison { runs: vec![folder.clone()], metric: "loss".into(), axis };
+        if let Err(error) = plot_runs(&comparison, &folder.join("loss.svg")) {
             check(&error);
         }
     }

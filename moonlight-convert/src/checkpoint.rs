@@ -54,25 +54,25 @@ pub struct Checkpoint {
 pub enum TiedHead {
     /// It is not tied, or the embedding alone is there, as it should be.
     #[default]
-    Nothing,
+    Absent,
     /// A head that repeats the embedding.
     Repeated,
     /// A head that differs from the embedding. It is used, and the model is one without a tied head.
-    Own,
+    Separate,
     /// A head alone, which is the embedding too.
-    Alone,
+    HeadOnly,
 }
 
 impl TiedHead {
     /// What to say of it.
     pub fn describe(self) -> Option<&'static str> {
         match self {
-            Self::Nothing | Self::Repeated => None,
-            Self::Own => Some(
+            Self::Absent | Self::Repeated => None,
+            Self::Separate => Some(
                 "`tie_word_embeddings` is true in config.json, and the files hold a head that differs from the embedding: the \
                  head is used, as transformers 5 does",
             ),
-            Self::Alone => Some("the files hold no embedding: the head stands for it, to which config.json ties it"),
+            Self::HeadOnly => Some("the files hold no embedding: the head stands for it, to which config.json ties it"),
         }
     }
 }
@@ -127,7 +127,7 @@ impl Checkpoint {
     /// [`CheckpointError`], where there is no such directory, no configuration that can be read, no weights, or an index
     /// that cannot be read or names a file elsewhere.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        let dir = &atomic_dir::standing(&hub::resolve(dir)?);
+        let dir = &atomic_dir::complete_path(&hub::resolve(dir)?);
         if !dir.is_dir() {
             return Err(CheckpointError::not_a_directory(dir));
         }
@@ -143,7 +143,7 @@ impl Checkpoint {
             broken: Vec::new(),
             burnpack: false,
             unread: Some(HashSet::new()),
-            tied_head: TiedHead::Nothing,
+            tied_head: TiedHead::Absent,
             listed_only: Vec::new(),
         };
         if confined.file(SINGLE)?.is_some() {
@@ -165,7 +165,7 @@ impl Checkpoint {
         checkpoint.tensors.sort_by(|a, b| a.name.cmp(&b.name));
         if checkpoint.config.tie_word_embeddings && !checkpoint.burnpack {
             checkpoint.tied_head = checkpoint.find_tied_head()?;
-            checkpoint.config.tie_word_embeddings = checkpoint.tied_head != TiedHead::Own;
+            checkpoint.config.tie_word_embeddings = checkpoint.tied_head != TiedHead::Separate;
         }
         Ok(checkpoint)
     }
@@ -178,18 +178,18 @@ impl Checkpoint {
     fn find_tied_head(&self) -> Result<TiedHead, CheckpointError> {
         let find = |key: &str| self.tensors.iter().find(|tensor| names::key(&tensor.name) == key);
         let absent = |key: &str| self.unread.as_ref().is_some_and(|unread| !unread.contains(key));
-        let packed = names::packed(names::HEAD).values;
+        let packed = names::int4_names(names::HEAD).values;
         Ok(match (find(names::EMBEDDING), find(names::HEAD)) {
-            _ if find(&packed).is_some() => TiedHead::Own,
+            _ if find(&packed).is_some() => TiedHead::Separate,
             (Some(embedding), Some(head)) => {
                 if self.equal_values(embedding, head)? {
                     TiedHead::Repeated
                 } else {
-                    TiedHead::Own
+                    TiedHead::Separate
                 }
             }
-            (None, Some(_)) if absent(names::EMBEDDING) => TiedHead::Alone,
-            _ => TiedHead::Nothing,
+            (None, Some(_)) if absent(names::EMBEDDING) => TiedHead::HeadOnly,
+            _ => TiedHead::Absent,
         })
     }
 

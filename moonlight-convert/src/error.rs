@@ -8,8 +8,8 @@ use moonlight_model::ConfigError;
 
 use crate::dtype::conversion::WeightDtype;
 use crate::io::file_error::FileError;
-pub(crate) use crate::printable::Printable as OneLine;
-use crate::printable::printable;
+
+use crate::printable::{Printable, printable};
 use crate::report::validation::ProblemList;
 
 /// A checkpoint that cannot be opened, loaded or saved.
@@ -19,19 +19,19 @@ use crate::report::validation::ProblemList;
 #[non_exhaustive]
 pub enum CheckpointError {
     /// The path does not exist.
-    #[error("`{}` does not exist", OneLine(path.display()))]
+    #[error("`{}` does not exist", Printable(path.display()))]
     NoSuchDirectory {
         /// The path as given.
         path: PathBuf,
     },
     /// The path is not a directory.
-    #[error("`{}` is not a directory", OneLine(path.display()))]
+    #[error("`{}` is not a directory", Printable(path.display()))]
     NotADirectory {
         /// The path as given.
         path: PathBuf,
     },
     /// No directory, and no snapshot in the Hub's cache either.
-    #[error("`{}` is neither a directory nor a model in the Hub's cache `{}`", OneLine(model), OneLine(cache.display()))]
+    #[error("`{}` is neither a directory nor a model in the Hub's cache `{}`", Printable(model), Printable(cache.display()))]
     NotCached {
         /// The name as given, `org/name` or `org/name@revision`.
         model: String,
@@ -39,13 +39,13 @@ pub enum CheckpointError {
         cache: PathBuf,
     },
     /// A file that is reached through a symbolic link out of the directory.
-    #[error("`{}` is a symbolic link that leads out of the directory", OneLine(path.display()))]
+    #[error("`{}` is a symbolic link that leads out of the directory", Printable(path.display()))]
     Link {
         /// The link.
         path: PathBuf,
     },
     /// A text file of a checkpoint that is longer than any such file.
-    #[error("`{}` has {} bytes; no such file of a checkpoint has more than {most}", OneLine(path.display()), bytes)]
+    #[error("`{}` has {} bytes; no such file of a checkpoint has more than {most}", Printable(path.display()), bytes)]
     TooLong {
         /// The file.
         path: PathBuf,
@@ -55,13 +55,13 @@ pub enum CheckpointError {
         most: u64,
     },
     /// The directory has no `config.json`.
-    #[error("`{}` has no `config.json`", OneLine(dir.display()))]
+    #[error("`{}` has no `config.json`", Printable(dir.display()))]
     NoConfig {
         /// The directory.
         dir: PathBuf,
     },
     /// The `config.json` cannot be read as a model of the family.
-    #[error("`{}`: {}", OneLine(path.display()), OneLine(source))]
+    #[error("`{}`: {}", Printable(path.display()), Printable(source))]
     Config {
         /// The file.
         path: PathBuf,
@@ -69,13 +69,13 @@ pub enum CheckpointError {
         source: ConfigError,
     },
     /// The directory has no `tiktoken.model`.
-    #[error("`{}` has no `tiktoken.model`", OneLine(dir.display()))]
+    #[error("`{}` has no `tiktoken.model`", Printable(dir.display()))]
     NoRanks {
         /// The directory.
         dir: PathBuf,
     },
     /// The tokenizer's files are not what such files must be.
-    #[error("the tokenizer `{}` is not sound: {}", OneLine(path.display()), OneLine(problem))]
+    #[error("the tokenizer `{}` is not sound: {}", Printable(path.display()), Printable(problem))]
     Tokenizer {
         /// The file.
         path: PathBuf,
@@ -83,7 +83,7 @@ pub enum CheckpointError {
         problem: String,
     },
     /// The directory has neither `model.safetensors` nor an index of shards nor a burnpack file.
-    #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", OneLine(dir.display()))]
+    #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", Printable(dir.display()))]
     NoWeights {
         /// The directory.
         dir: PathBuf,
@@ -91,7 +91,7 @@ pub enum CheckpointError {
         others: Vec<String>,
     },
     /// The index of shards is not what such a file must be.
-    #[error("`{}` {}", OneLine(path.display()), OneLine(problem))]
+    #[error("`{}` {}", Printable(path.display()), Printable(problem))]
     Index {
         /// The file.
         path: PathBuf,
@@ -99,7 +99,7 @@ pub enum CheckpointError {
         problem: String,
     },
     /// A list of digests is not what such a file must be.
-    #[error("`{}` {problem}", OneLine(path.display()))]
+    #[error("`{}` {problem}", Printable(path.display()))]
     Digests {
         /// The file.
         path: PathBuf,
@@ -107,8 +107,8 @@ pub enum CheckpointError {
         problem: String,
     },
     /// An entry of the index names a file outside the checkpoint's directory.
-    #[error("`{}` puts the tensor `{tensor}` into `{}`, which is not a file of this directory", OneLine(path.display()), OneLine(entry))]
-    Escape {
+    #[error("`{}` puts the tensor `{tensor}` into `{}`, which is not a file of this directory", Printable(path.display()), Printable(entry))]
+    OutsideDirectory {
         /// The index.
         path: PathBuf,
         /// The tensor.
@@ -117,8 +117,8 @@ pub enum CheckpointError {
         entry: String,
     },
     /// The files are broken, or do not hold the model that `config.json` describes. Says all that is wrong.
-    #[error("`{}`: {problems}", OneLine(dir.display()))]
-    Misfit {
+    #[error("`{}`: {problems}", Printable(dir.display()))]
+    Mismatch {
         /// The directory.
         dir: PathBuf,
         /// All that is wrong.
@@ -126,7 +126,7 @@ pub enum CheckpointError {
     },
     /// A weight that is infinite or NaN.
     #[error("the tensor `{tensor}`{} holds infinite or NaN values", In(file))]
-    NotFinite {
+    NonFinite {
         /// The tensor's name in the file.
         tensor: String,
         /// The file, where the tensor comes from one.
@@ -155,7 +155,7 @@ pub enum CheckpointError {
         dtype: WeightDtype,
     },
     /// The directory to save into has something in it, and replacing it was not asked for.
-    #[error("`{}` exists already", OneLine(dir.display()))]
+    #[error("`{}` exists already", Printable(dir.display()))]
     Exists {
         /// The directory.
         dir: PathBuf,
@@ -167,7 +167,7 @@ pub enum CheckpointError {
         dir: PathBuf,
     },
     /// The directory to save into holds something that is not part of a checkpoint and would be lost.
-    #[error("`{}` is not replaced: `{}` in it is not part of a checkpoint", OneLine(dir.display()), OneLine(entry))]
+    #[error("`{}` is not replaced: `{}` in it is not part of a checkpoint", Printable(dir.display()), Printable(entry))]
     Foreign {
         /// The directory.
         dir: PathBuf,
@@ -175,7 +175,7 @@ pub enum CheckpointError {
         entry: String,
     },
     /// There is no room for the checkpoint. What stood there before still does.
-    #[error("there is no room for `{}`: the checkpoint takes {} and the disk is full", OneLine(dir.display()), Bytes(*needed))]
+    #[error("there is no room for `{}`: the checkpoint takes {} and the disk is full", Printable(dir.display()), Bytes(*needed))]
     Full {
         /// The directory that was to be saved.
         dir: PathBuf,
@@ -183,7 +183,7 @@ pub enum CheckpointError {
         needed: u64,
     },
     /// There is not enough room for the checkpoint, and nothing has been written.
-    #[error("there is no room for `{}`: the checkpoint takes {}, and {} are free", OneLine(dir.display()), Bytes(*needed), Bytes(*free))]
+    #[error("there is no room for `{}`: the checkpoint takes {}, and {} are free", Printable(dir.display()), Bytes(*needed), Bytes(*free))]
     NoRoom {
         /// The directory that was to be saved.
         dir: PathBuf,
@@ -196,7 +196,7 @@ pub enum CheckpointError {
     #[error("interrupted; nothing was left behind")]
     Interrupted,
     /// The model has no parameter at or below a path.
-    #[error("the model has no parameter at or below `{}`", OneLine(path))]
+    #[error("the model has no parameter at or below `{}`", Printable(path))]
     NoSuchPart {
         /// The path.
         path: String,
@@ -245,7 +245,7 @@ impl CheckpointError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NotADirectory { .. } => Some("give the directory that holds `config.json` and the weights".into()),
-            Self::NotCached { model, .. } => Some(format!("fetch `{}` into the cache first", OneLine(model))),
+            Self::NotCached { model, .. } => Some(format!("fetch `{}` into the cache first", Printable(model))),
             Self::Link { .. } => Some("copy the file into the directory, if you trust what it leads to".into()),
             Self::NoConfig { .. } => Some(
                 "a checkpoint is a directory with `config.json` and safetensors files, as Hugging Face keeps it".into(),
@@ -258,7 +258,7 @@ impl CheckpointError {
                     Some(format!("`{other}` is there: only safetensors files are read; convert it with transformers"))
                 }
             },
-            Self::Misfit { problems, .. } => problems.hint(),
+            Self::Mismatch { problems, .. } => problems.hint(),
             Self::Config { source, .. } => source.hint().map(str::to_owned),
             Self::Overflow { .. } => Some("bf16 and f32 have the range; try one of them".into()),
             Self::DeviceDtype { .. } => Some("load the weights as f32".into()),
@@ -281,7 +281,7 @@ struct In<'a>(&'a Option<PathBuf>);
 impl fmt::Display for In<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
-            Some(file) => write!(formatter, " in `{}`", OneLine(file.display())),
+            Some(file) => write!(formatter, " in `{}`", Printable(file.display())),
             None => Ok(()),
         }
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::format::index::Index;
 use crate::format::shard;
-use crate::tokenizer::{Ranks, SpecialNames, TextEnds, special_tokens, tokenizer_json};
+use crate::tokenizer::{BosEos, Ranks, SpecialNames, special_tokens, tokenizer_json};
 
 /// A header of a safetensors file, which `held` bytes follow: how many tensors it has.
 pub fn safetensors_header(header: &[u8], held: u64) -> Result<usize, String> {
@@ -23,7 +23,7 @@ pub fn tiktoken(ranks: &[u8], config: &[u8]) -> Result<usize, String> {
     let ranks = Ranks::parse(ranks).map_err(|error| error.to_string())?;
     let names = SpecialNames::parse([Some(config); 4]).map_err(|(_, problem)| problem)?;
     let special = special_tokens(ranks.count(), &names.added)?;
-    tokenizer_json(&ranks, &special, &TextEnds::of(&names, &special)?).map(|json| json.to_string().len())
+    tokenizer_json(&ranks, &special, &BosEos::new(&names, &special)?).map(|json| json.to_string().len())
 }
 
 /// The Hub's list of a repository's files: how many of them a checkpoint is made of.

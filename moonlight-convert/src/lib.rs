@@ -30,7 +30,7 @@
 //! * [`adapter`] reads and writes LoRA adapters as peft lays them out.
 //!
 //! Files are read at their places, and all metadata is validated before use. Weights may be bf16, f16 or f32, FP8 in blocks or
-//! INT4 in groups; quantised ones are dequantised on the way. `mapping/names.rs` is the only file that spells a tensor name
+//! INT4 in groups; quantized ones are dequantized on the way. `mapping/names.rs` is the only file that spells a tensor name
 //! of Hugging Face's, `adapter/names.rs` one of peft's.
 //!
 //! Errors are values ([`CheckpointError`], [`adapter::AdapterError`]): a sentence, and a `hint()` where we know what helps.

@@ -17,14 +17,14 @@ use crate::dtype::transpose::HEIGHT;
 use crate::error::CheckpointError;
 use crate::io::huge_pages;
 use crate::io::parallel_copy::{self, RowChunk, in_order};
-use crate::io::readahead::ReadAhead;
+use crate::io::prefetch::PrefetchReader;
 use crate::mapping::load_plan::{LoadPlan, PlannedParameter, Scope};
 use crate::mapping::names::SkipReason;
 
 /// Bytes that a thread reads at a time, about.
 const CHUNK: usize = 1 << 20;
 /// Rows of a matrix that is transposed, at least: fewer would write to more cache lines than they fill.
-const FEWEST_ROWS: usize = 64;
+const MIN_ROWS: usize = 64;
 
 /// A model with the weights of a checkpoint.
 #[derive(Debug)]
@@ -84,7 +84,7 @@ impl Checkpoint {
     ///
     /// Those of [`load`](crate::load).
     pub fn load(&self, device: &Device, dtype: Option<DType>) -> Result<Loaded, CheckpointError> {
-        let plan = self.checked_plan(Scope::Whole)?;
+        let plan = self.checked_plan(Scope::All)?;
         self.warn(&plan);
         let (model, report) = self.fill(self.config().init(device), "", &plan, device, dtype)?;
         Ok(Loaded { model, report })
@@ -96,13 +96,13 @@ impl Checkpoint {
     /// # Errors
     ///
     /// Those of [`load`](crate::load).
-    pub fn load_packed(
+    pub fn load_quantized(
         &self,
         device: &Device,
         dtype: Option<DType>,
         bits: QuantBits,
     ) -> Result<CausalLm, CheckpointError> {
-        self.warn(&self.checked_plan(Scope::Whole)?);
+        self.warn(&self.checked_plan(Scope::All)?);
         let mut model = self.config().init(device);
         model.embed_tokens = self.load_part(model.embed_tokens, "embed_tokens", device, dtype)?.0;
         model.norm = self.load_part(model.norm, "norm", device, dtype)?.0;
@@ -166,8 +166,8 @@ impl Checkpoint {
         if let Some(head) = self.tied_head().describe() {
             tracing::warn!("{head}");
         }
-        if let Some(names) = plan.skipped.get(&SkipReason::UnannouncedPrediction) {
-            tracing::warn!("{} tensors are left out: {}", names.len(), SkipReason::UnannouncedPrediction.describe());
+        if let Some(names) = plan.skipped.get(&SkipReason::UndeclaredPrediction) {
+            tracing::warn!("{} tensors are left out: {}", names.len(), SkipReason::UndeclaredPrediction.describe());
         }
     }
 
@@ -187,18 +187,9 @@ impl Checkpoint {
             }
         }
         let path = path.split('.').filter(|name| !name.is_empty()).map(str::to_owned).collect();
-        let module = ReadAhead::open(self, plan, |read_ahead| {
-            let mut loader = WeightLoader {
-                checkpoint: self,
-                plan,
-                read_ahead,
-                device,
-                dtype,
-                common,
-                path,
-                loaded: 0,
-                failure: None,
-            };
+        let module = PrefetchReader::open(self, plan, |reader| {
+            let mut loader =
+                WeightLoader { checkpoint: self, plan, reader, device, dtype, common, path, loaded: 0, failure: None };
             let module = module.map(&mut loader);
             if let Some(failure) = loader.failure {
                 return Err(failure);
@@ -222,7 +213,7 @@ impl Checkpoint {
     fn read<T: Weight>(
         &self,
         planned: &PlannedParameter,
-        read_ahead: &ReadAhead<'_>,
+        reader: &PrefetchReader<'_>,
     ) -> Result<Vec<T>, CheckpointError> {
         let PlannedParameter { parameter, sources } = planned;
         let length: usize = parameter.shape.iter().product();
@@ -236,17 +227,17 @@ impl Checkpoint {
                 let (_, columns) = source.dims(Layout::Burn);
                 // SAFETY: `in_order` takes each chunk once, and `row_chunks` divides the rows of a source.
                 let target = unsafe { target.row(at + rows.start * columns..at + rows.end * columns) };
-                read_ahead.read(&part, bytemuck::cast_slice_mut(target))?;
+                reader.read(&part, bytemuck::cast_slice_mut(target))?;
                 all_finite::<T>(bytemuck::cast_slice(target))
             } else {
                 let bytes = parallel_copy::values::<u8>(buffer, part.range.len());
-                read_ahead.read(&part, bytes)?;
+                reader.read(&part, bytes)?;
                 // SAFETY: as above.
                 unsafe { self.place(source, Layout::Burn, rows.clone(), bytes, &target, at) }?
             };
             match outcome {
                 Outcome::Finite => Ok(()),
-                Outcome::NotFinite => Err(self.blame(source, dtype_of::<T>())),
+                Outcome::NonFinite => Err(self.value_error(source, dtype_of::<T>())),
             }
         })?;
         target.finish();
@@ -261,7 +252,7 @@ fn row_chunks(sources: &[SourceTensor]) -> Vec<RowChunk> {
         let (rows, _) = source.dims(source.stored());
         let usual = CHUNK / (source.part.range.len() / rows.max(1)).max(1);
         let height = match usual / HEIGHT * HEIGHT {
-            0 if source.transposed_in(Layout::Burn) => FEWEST_ROWS,
+            0 if source.transposed_in(Layout::Burn) => MIN_ROWS,
             0 => usual.max(1),
             height => height,
         };
@@ -295,7 +286,7 @@ pub(crate) fn stored_dtype(plan: &LoadPlan) -> WeightDtype {
 struct WeightLoader<'a> {
     checkpoint: &'a Checkpoint,
     plan: &'a LoadPlan,
-    read_ahead: &'a ReadAhead<'a>,
+    reader: &'a PrefetchReader<'a>,
     device: &'a Device,
     dtype: Option<WeightDtype>,
     common: WeightDtype,
@@ -329,7 +320,7 @@ impl ModuleMapper for WeightLoader<'_> {
         };
         let shape = planned.parameter.shape.clone();
         let data = with_weight!(dtype, T => {
-            self.checkpoint.read::<T>(planned, self.read_ahead).map(|values| TensorData::new(values, shape))
+            self.checkpoint.read::<T>(planned, self.reader).map(|values| TensorData::new(values, shape))
         });
         match data {
             Ok(data) => {

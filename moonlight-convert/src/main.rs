@@ -22,11 +22,11 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Say what is in a checkpoint, and everything that is wrong with it.
-    Inspect(cli::inspect::Inspect),
+    Inspect(cli::inspect::Arguments),
     /// Write a checkpoint anew: in another dtype, in other files, without what a model does not need.
-    Convert(cli::convert::Convert),
+    Convert(cli::convert::Arguments),
     /// Compare two checkpoints tensor by tensor, or files with their digests: exit code 1 where they differ.
-    Verify(cli::verify::Verify),
+    Verify(cli::verify::Arguments),
     /// Fetch a model from the Hub into its cache; what is there already is checked and kept.
     #[cfg(feature = "download")]
     Download(cli::download::Arguments),

@@ -89,7 +89,7 @@ impl Manifest {
     /// # Errors
     ///
     /// A file that cannot be read.
-    pub fn of(dir: &Path) -> Result<Self, FileError> {
+    pub fn compute(dir: &Path) -> Result<Self, FileError> {
         let paths = storage::read_dir(dir).map_err(FileError::read(dir))?;
         let names = paths.iter().filter_map(|path| path.file_name()?.to_str()).filter(|name| *name != MANIFEST);
         let names: Vec<&str> = names.filter(|name| dir.join(name).is_file()).collect();
@@ -191,7 +191,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         fs::write(home.path().join("a"), "some text").unwrap();
         fs::write(home.path().join("b"), "").unwrap();
-        Manifest::of(home.path()).unwrap().write(home.path()).unwrap();
+        Manifest::compute(home.path()).unwrap().write(home.path()).unwrap();
         home
     }
 

@@ -17,7 +17,7 @@ use crate::error::CheckpointError;
 use crate::format::sidecars;
 use crate::io::atomic_dir::replace_directory;
 use crate::io::disk_space;
-use crate::io::parallel_copy::{self, CopyTask, RowChunk, in_order, row_chunks, transfer};
+use crate::io::parallel_copy::{self, CopyTask, RowChunk, copy_tensors, in_order, row_chunks};
 use crate::io::writer::{OutTensor, Output, Sharding};
 use crate::load::{stored_dtype, weight_dtype};
 use crate::mapping::load_plan::{LoadPlan, Scope};
@@ -89,7 +89,7 @@ impl Default for SaveOptions {
 /// [`CheckpointError`], also for a weight that is infinite or NaN, or becomes so in the dtype asked for.
 pub fn save(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
     check_target(dir, options.overwrite)?;
-    replace_directory(dir, |new| write_shown(model, new, dir, options))
+    replace_directory(dir, |new| write_files(model, new, dir, options))
 }
 
 /// Writes the files of a checkpoint into a directory that exists, for callers who put it in its place themselves, say by
@@ -99,10 +99,10 @@ pub fn save(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result<(), C
 ///
 /// Those of [`save`].
 pub fn write_into(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
-    write_shown(model, dir, dir, options)
+    write_files(model, dir, dir, options)
 }
 
-fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
+fn write_files(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
     let merged;
     let model = if model.has_adapters() || model.is_quantized() {
         merged = model.clone().dequantized().merge();
@@ -162,7 +162,7 @@ fn write_shown(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
 
 impl Checkpoint {
     /// Writes this checkpoint anew: in another dtype, in other files, without what loading skips, with its experts one by
-    /// one where they were stacked, and with plain values where they were quantised. Weights go from file to file; no
+    /// one where they were stacked, and with plain values where they were quantized. Weights go from file to file; no
     /// model is built, and memory stays small (about 100 MB, and the largest tensor where it has to be transposed).
     ///
     /// The sidecar files are this checkpoint's own unless `options` name others.
@@ -186,14 +186,16 @@ impl Checkpoint {
         progress: &dyn Progress,
     ) -> Result<(), CheckpointError> {
         let dtype = options.dtype.map(weight_dtype).transpose()?;
-        let plan = self.checked_plan(if options.partial { Scope::Present } else { Scope::Whole })?;
+        let plan = self.checked_plan(if options.partial { Scope::Present } else { Scope::All })?;
         let (tensors, tasks) = tasks(&plan, dtype, options.format);
         let main = dtype.unwrap_or_else(|| stored_dtype(&plan));
         let mut options = options.clone();
         options.sidecars_from.get_or_insert_with(|| self.dir().to_path_buf());
         check_target(dir, options.overwrite)?;
         replace_directory(dir, |new| {
-            fill(self.config(), main, &tensors, new, dir, &options, |output| transfer(self, &tasks, output, progress))
+            fill(self.config(), main, &tensors, new, dir, &options, |output| {
+                copy_tensors(self, &tasks, output, progress)
+            })
         })
     }
 }
@@ -375,7 +377,7 @@ fn blame<S: Weight, T: Weight>(tensor: &str, source: &[S]) -> CheckpointError {
         Ok(dtype) if source.iter().all(|value| value.finite()) => {
             CheckpointError::Overflow { tensor, file: None, dtype }
         }
-        _ => CheckpointError::NotFinite { tensor, file: None },
+        _ => CheckpointError::NonFinite { tensor, file: None },
     }
 }
 
@@ -419,7 +421,7 @@ fn in_chunks<T: Weight>(
     let spoilt = AtomicBool::new(false);
     in_order(chunks, |_, chunk, buffer| {
         let target = parallel_copy::values::<T>(buffer, chunk.rows.len() * width);
-        if make(chunk.rows.start, target) == Outcome::NotFinite {
+        if make(chunk.rows.start, target) == Outcome::NonFinite {
             spoilt.store(true, Ordering::Relaxed);
             return Ok(());
         }

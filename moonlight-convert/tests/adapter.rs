@@ -210,7 +210,7 @@ fn what_is_wrong_is_named() {
     let error = load_adapter(base("deepseek-v3-like"), dir).unwrap_err().to_string();
     assert!(error.contains("`layers.0.self_attn.q_proj`, which is no projection of the model"), "{error}");
     let error = opened("llama");
-    assert!(matches!(&error, AdapterError::Misfit { .. }) && error.hint().is_some(), "{error}");
+    assert!(matches!(&error, AdapterError::Mismatch { .. }) && error.hint().is_some(), "{error}");
 
     edit(dir, |config| config["base_model_name_or_path"] = "/no/such/model".into());
     let error = base_of(dir).unwrap_err();
@@ -367,7 +367,7 @@ fn packed_as_it_is_read() {
         let checkpoint = moonlight_convert::Checkpoint::open(fixture(name)).unwrap();
         let device = Device::default();
         for bits in [QuantBits::Eight, QuantBits::Four] {
-            let packed = checkpoint.load_packed(&device, Some(burn::tensor::DType::F32), bits).unwrap();
+            let packed = checkpoint.load_quantized(&device, Some(burn::tensor::DType::F32), bits).unwrap();
             assert!(packed.is_quantized());
             assert_eq!(logits(&packed), logits(&base(name).quantized(bits)));
             // What is saved is unpacked.

@@ -201,7 +201,7 @@ fn a_checkpoint_is_held_against_the_manifest_that_it_was_saved_with() {
     let output = run(&["verify", &dir]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("has no `manifest.json`"), "{}", text(&output.stderr));
-    Manifest::of(home.path()).unwrap().write(home.path()).unwrap();
+    Manifest::compute(home.path()).unwrap().write(home.path()).unwrap();
     let output = run(&["verify", &dir]);
     assert!(output.status.success() && text(&output.stdout).starts_with("whole: "), "{}", text(&output.stdout));
     let weights = home.path().join("model.safetensors");

@@ -27,7 +27,7 @@ const WEIGHTS: &str = "model.safetensors";
 
 /// How the server behaves.
 #[derive(Clone, Default)]
-struct Behaviour {
+struct Behavior {
     /// Closes the connection behind so many bytes of a file's part.
     cut: Option<usize>,
     /// Closes the connection where the whole file has so many bytes.
@@ -58,7 +58,7 @@ struct Server {
     address: String,
     /// Path, first byte asked for, and whether the token was sent.
     seen: Arc<Mutex<Vec<Seen>>>,
-    behaviour: Arc<Mutex<Behaviour>>,
+    behavior: Arc<Mutex<Behavior>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,12 +106,12 @@ fn list() -> Value {
 }
 
 impl Server {
-    fn new(behaviour: Behaviour) -> Self {
+    fn new(behavior: Behavior) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let behaviour = Arc::new(Mutex::new(behaviour));
-        let (shared, log) = (Arc::clone(&behaviour), Arc::clone(&seen));
+        let behavior = Arc::new(Mutex::new(behavior));
+        let (shared, log) = (Arc::clone(&behavior), Arc::clone(&seen));
         // Ends with the test program.
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -120,11 +120,11 @@ impl Server {
                 std::thread::spawn(move || drop(serve(stream, &shared, &log)));
             }
         });
-        Self { address, seen, behaviour }
+        Self { address, seen, behavior }
     }
 
-    fn behave(&self, behaviour: Behaviour) {
-        *self.behaviour.lock().unwrap() = behaviour;
+    fn behave(&self, behavior: Behavior) {
+        *self.behavior.lock().unwrap() = behavior;
         self.seen.lock().unwrap().clear();
     }
 
@@ -135,7 +135,7 @@ impl Server {
     }
 }
 
-fn serve(mut stream: TcpStream, shared: &Mutex<Behaviour>, log: &Mutex<Vec<Seen>>) -> std::io::Result<()> {
+fn serve(mut stream: TcpStream, shared: &Mutex<Behavior>, log: &Mutex<Vec<Seen>>) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let first = lines.next().transpose()?.unwrap_or_default();
     let target = first.split(' ').nth(1).unwrap_or_default().to_owned();
@@ -150,12 +150,12 @@ fn serve(mut stream: TcpStream, shared: &Mutex<Behaviour>, log: &Mutex<Vec<Seen>
         }
         token |= line == format!("authorization: bearer {TOKEN}");
     }
-    let behaviour = {
-        let mut behaviour = shared.lock().unwrap();
-        let now = behaviour.clone();
+    let behavior = {
+        let mut behavior = shared.lock().unwrap();
+        let now = behavior.clone();
         if target.contains("/resolve/") && target.ends_with(WEIGHTS) {
-            behaviour.busy = behaviour.busy.saturating_sub(1);
-            behaviour.silent_once = false;
+            behavior.busy = behavior.busy.saturating_sub(1);
+            behavior.silent_once = false;
         }
         now
     };
@@ -164,10 +164,10 @@ fn serve(mut stream: TcpStream, shared: &Mutex<Behaviour>, log: &Mutex<Vec<Seen>
         write!(stream, "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n", body.len())?;
         stream.write_all(body)
     };
-    if behaviour.gated && !token {
+    if behavior.gated && !token {
         return answer("401 Unauthorized", "X-Error-Code: GatedRepo\r\n", b"Access to this model is restricted.");
     }
-    if let Some(server) = behaviour.elsewhere {
+    if let Some(server) = behavior.elsewhere {
         return answer("307 Temporary Redirect", &format!("Location: {server}{target}\r\n"), b"");
     }
     let api = format!("/api/models/{REPO}/revision/");
@@ -175,8 +175,8 @@ fn serve(mut stream: TcpStream, shared: &Mutex<Behaviour>, log: &Mutex<Vec<Seen>
         assert!(rest.ends_with("?blobs=true"), "{rest}");
         return match rest.split('?').next() {
             Some("main" | "v1" | COMMIT | OTHER_COMMIT) => {
-                let list = behaviour.list.unwrap_or_else(list);
-                if behaviour.drip {
+                let list = behavior.list.unwrap_or_else(list);
+                if behavior.drip {
                     write!(stream, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 100000\r\n\r\n")?;
                     loop {
                         stream.write_all(b"[")?;
@@ -193,28 +193,28 @@ fn serve(mut stream: TcpStream, shared: &Mutex<Behaviour>, log: &Mutex<Vec<Seen>
     let mut name = target.strip_prefix(&resolve);
     if name.is_none() {
         name = target.strip_prefix("/cdn/");
-    } else if behaviour.redirect {
+    } else if behavior.redirect {
         let location = format!("Location: /cdn/{}\r\n", name.unwrap_or_default());
         return answer("302 Found", &location, b"");
     }
     let Some((name, mut bytes)) = name.and_then(|name| Some((name, files().remove(name)?))) else {
         return answer("404 Not Found", "", b"");
     };
-    if name == WEIGHTS && behaviour.busy > 0 {
+    if name == WEIGHTS && behavior.busy > 0 {
         return answer("503 Service Unavailable", "", b"later");
     }
-    if name == WEIGHTS && behaviour.damage {
+    if name == WEIGHTS && behavior.damage {
         bytes[500] ^= 1;
     }
-    if behaviour.longer {
+    if behavior.longer {
         bytes.extend_from_slice(b"more");
     }
-    let from = start.filter(|_| !behaviour.no_ranges).unwrap_or(0);
+    let from = start.filter(|_| !behavior.no_ranges).unwrap_or(0);
     if from > bytes.len() {
         return answer("416 Range Not Satisfiable", "", b"");
     }
     let part = &bytes[from..];
-    let status = if start.is_some() && !behaviour.no_ranges { "206 Partial Content" } else { "200 OK" };
+    let status = if start.is_some() && !behavior.no_ranges { "206 Partial Content" } else { "200 OK" };
     write!(
         stream,
         "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\nContent-Range: bytes {from}-{}/{}\r\n\r\n",
@@ -224,9 +224,9 @@ fn serve(mut stream: TcpStream, shared: &Mutex<Behaviour>, log: &Mutex<Vec<Seen>
     )?;
     let mut end = part.len();
     if name == WEIGHTS {
-        end = end.min(behaviour.cut.unwrap_or(end));
-        end = end.min(behaviour.never_past.map_or(end, |most| most.saturating_sub(from)));
-        if behaviour.silent_once {
+        end = end.min(behavior.cut.unwrap_or(end));
+        end = end.min(behavior.never_past.map_or(end, |most| most.saturating_sub(from)));
+        if behavior.silent_once {
             stream.write_all(&part[..part.len() / 2])?;
             stream.flush()?;
             std::thread::sleep(Duration::from_secs(20));
@@ -242,8 +242,8 @@ struct Hub {
 }
 
 impl Hub {
-    fn new(behaviour: Behaviour) -> Self {
-        Self { server: Server::new(behaviour), home: tempfile::tempdir().unwrap() }
+    fn new(behavior: Behavior) -> Self {
+        Self { server: Server::new(behavior), home: tempfile::tempdir().unwrap() }
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -342,9 +342,9 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn a_checkpoint_is_fetched_once_and_found_by_its_name() {
-    let hub = Hub::new(Behaviour::default());
+    let hub = Hub::new(Behavior::default());
     hub.assert_whole(&hub.download(&[]));
-    hub.server.behave(Behaviour::default());
+    hub.server.behave(Behavior::default());
     let again = hub.download(&[]);
     hub.assert_whole(&again);
     assert!(text(&again.stderr).contains("0 fetched"), "{}", text(&again.stderr));
@@ -376,7 +376,7 @@ fn a_checkpoint_is_fetched_once_and_found_by_its_name() {
 
 #[test]
 fn patterns_and_revisions() {
-    let hub = Hub::new(Behaviour::default());
+    let hub = Hub::new(Behavior::default());
     let output = hub.download(&["--revision", "v1", "--include", "*.md", "--include", "figures/*"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(fs::read(hub.snapshot().join("figures").join("banner.png")).unwrap(), [7; 100]);
@@ -392,7 +392,7 @@ fn patterns_and_revisions() {
 fn a_line_that_breaks_again_and_again() {
     let size = files()[WEIGHTS].len();
     let cut = size / 12;
-    let hub = Hub::new(Behaviour { cut: Some(cut), redirect: true, ..Behaviour::default() });
+    let hub = Hub::new(Behavior { cut: Some(cut), redirect: true, ..Behavior::default() });
     hub.assert_whole(&hub.download(&[]));
     let mut starts = hub.server.starts();
     starts.dedup();
@@ -402,7 +402,7 @@ fn a_line_that_breaks_again_and_again() {
 #[test]
 fn a_line_that_stays_broken_and_a_run_that_goes_on() {
     let size = files()[WEIGHTS].len();
-    let hub = Hub::new(Behaviour { never_past: Some(size / 2), ..Behaviour::default() });
+    let hub = Hub::new(Behavior { never_past: Some(size / 2), ..Behavior::default() });
     hub.assert_fails(
         &hub.download(&[]),
         &format!("`model.safetensors` stops at {} of {size} bytes", size / 2),
@@ -410,7 +410,7 @@ fn a_line_that_stays_broken_and_a_run_that_goes_on() {
     );
     assert!(!hub.snapshot().join(WEIGHTS).exists() && !hub.blob_of_weights().exists());
     assert_eq!(fs::metadata(hub.partial_of_weights()).unwrap().len() as usize, size / 2);
-    hub.server.behave(Behaviour::default());
+    hub.server.behave(Behavior::default());
     hub.assert_whole(&hub.download(&[]));
     assert_eq!(hub.server.starts(), [size / 2]);
 }
@@ -429,7 +429,7 @@ fn parts_from_before_of_every_kind() {
         ("more than all of it", &longer, false),
     ];
     for (kind, part, no_ranges) in kinds {
-        let hub = Hub::new(Behaviour { no_ranges, ..Behaviour::default() });
+        let hub = Hub::new(Behavior { no_ranges, ..Behavior::default() });
         fs::create_dir_all(hub.folder().join("blobs")).unwrap();
         fs::write(hub.partial_of_weights(), part).unwrap();
         let output = hub.download(&[]);
@@ -440,16 +440,16 @@ fn parts_from_before_of_every_kind() {
 
 #[test]
 fn damaged_files_get_no_name() {
-    let hub = Hub::new(Behaviour { damage: true, ..Behaviour::default() });
+    let hub = Hub::new(Behavior { damage: true, ..Behavior::default() });
     hub.assert_fails(
         &hub.download(&[]),
         "`model.safetensors` is damaged: its digest is",
         "the damaged file is removed",
     );
     assert!(!hub.blob_of_weights().exists() && !hub.partial_of_weights().exists());
-    hub.server.behave(Behaviour { longer: true, ..Behaviour::default() });
+    hub.server.behave(Behavior { longer: true, ..Behavior::default() });
     hub.assert_fails(&hub.download(&["--include", WEIGHTS]), "the server sends more than the file has", "again");
-    hub.server.behave(Behaviour::default());
+    hub.server.behave(Behavior::default());
     hub.assert_whole(&hub.download(&[]));
     // One that is damaged later is found, and fetched again.
     let mut bytes = fs::read(hub.blob_of_weights()).unwrap();
@@ -462,11 +462,11 @@ fn damaged_files_get_no_name() {
 
 #[test]
 fn servers_that_are_busy_or_fall_silent() {
-    let hub = Hub::new(Behaviour { busy: 2, ..Behaviour::default() });
+    let hub = Hub::new(Behavior { busy: 2, ..Behavior::default() });
     let output = hub.download(&[]);
     hub.assert_whole(&output);
     assert!(text(&output.stderr).contains("status 503; once more"), "{}", text(&output.stderr));
-    let hub = Hub::new(Behaviour { silent_once: true, ..Behaviour::default() });
+    let hub = Hub::new(Behavior { silent_once: true, ..Behavior::default() });
     let begun = Instant::now();
     hub.assert_whole(&hub.download(&[]));
     assert!(begun.elapsed() < Duration::from_secs(15), "it waited for a server that says nothing");
@@ -474,7 +474,7 @@ fn servers_that_are_busy_or_fall_silent() {
 
 #[test]
 fn gated_absent_and_unreachable() {
-    let hub = Hub::new(Behaviour { gated: true, ..Behaviour::default() });
+    let hub = Hub::new(Behavior { gated: true, ..Behavior::default() });
     hub.assert_fails(
         &hub.download(&[]),
         "does not let anybody read `moonshotai/Moonlight-tiny` (status 401)",
@@ -485,7 +485,7 @@ fn gated_absent_and_unreachable() {
     hub.assert_whole(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
     assert!(!text(&wrong.stderr).contains("hf_wrong"), "a token is nobody's business");
 
-    let hub = Hub::new(Behaviour::default());
+    let hub = Hub::new(Behavior::default());
     hub.assert_fails(
         &hub.download(&["--revision", "v9"]),
         "there is no model `moonshotai/Moonlight-tiny` with a revision `v9`",
@@ -494,7 +494,7 @@ fn gated_absent_and_unreachable() {
     let absent = hub.command(&["download", "moonshotai/nothing"]).output().unwrap();
     hub.assert_fails(&absent, "there is no model `moonshotai/nothing`", "name");
     let name = hub.command(&["download", "../../etc"]).output().unwrap();
-    hub.assert_fails(&name, "is not the name of a model", "organisation/model");
+    hub.assert_fails(&name, "is not the name of a model", "organization/model");
     // A port that was free a moment ago.
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let nobody = hub.command(&["download", REPO]).env("HF_ENDPOINT", format!("http://{free}")).output().unwrap();
@@ -503,7 +503,7 @@ fn gated_absent_and_unreachable() {
 
 #[test]
 fn lists_that_lie() {
-    let hub = Hub::new(Behaviour::default());
+    let hub = Hub::new(Behavior::default());
     let digest = git_digest(b"x");
     let lists = [
         (
@@ -522,20 +522,20 @@ fn lists_that_lie() {
         (json!([1, 2, 3]), "cannot be used"),
     ];
     for (list, error) in lists {
-        hub.server.behave(Behaviour { list: Some(list), ..Behaviour::default() });
+        hub.server.behave(Behavior { list: Some(list), ..Behavior::default() });
         hub.assert_fails(&hub.download(&["--include", "*config.json"]), error, "");
         assert!(!hub.snapshot().exists());
     }
     // A file that is listed and not there.
     let list = json!({"sha": COMMIT, "siblings": [{"rfilename": "tiktoken.model", "size": 1, "blobId": digest}]});
-    hub.server.behave(Behaviour { list: Some(list), ..Behaviour::default() });
+    hub.server.behave(Behavior { list: Some(list), ..Behavior::default() });
     hub.assert_fails(&hub.download(&[]), "there is no file `tiktoken.model` in `moonshotai/Moonlight-tiny`", "");
 }
 
 /// A commit names what it holds.
 #[test]
 fn another_commit_than_the_one_asked_for_is_refused() {
-    let hub = Hub::new(Behaviour::default());
+    let hub = Hub::new(Behavior::default());
     let other = hub.download(&["--revision", OTHER_COMMIT]);
     hub.assert_fails(&other, &format!("it is of the commit {COMMIT}, not of the one that was asked for"), "");
     assert!(!hub.folder().join("blobs").exists());
@@ -549,24 +549,24 @@ fn another_commit_than_the_one_asked_for_is_refused() {
 /// Another port is another server, and none of the two need know.
 #[test]
 fn a_token_goes_to_its_own_origin_and_no_further() {
-    let other = Server::new(Behaviour::default());
-    let hub = Hub::new(Behaviour { elsewhere: Some(other.address.clone()), ..Behaviour::default() });
+    let other = Server::new(Behavior::default());
+    let hub = Hub::new(Behavior { elsewhere: Some(other.address.clone()), ..Behavior::default() });
     hub.assert_whole(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
     let tokens = |server: &Server| -> Vec<bool> { server.seen.lock().unwrap().iter().map(|seen| seen.token).collect() };
     assert!(tokens(&hub.server).len() > 3 && tokens(&hub.server).iter().all(|token| *token));
     assert!(tokens(&other).len() > 3 && !tokens(&other).iter().any(|token| *token), "{:?}", tokens(&other));
     // To the same origin it goes along, as the Hub wants of models that were renamed.
-    let hub = Hub::new(Behaviour { redirect: true, gated: true, ..Behaviour::default() });
+    let hub = Hub::new(Behavior { redirect: true, gated: true, ..Behavior::default() });
     hub.assert_whole(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
     // And a circle ends.
-    let hub = Hub::new(Behaviour::default());
-    hub.server.behave(Behaviour { elsewhere: Some(hub.server.address.clone()), ..Behaviour::default() });
+    let hub = Hub::new(Behavior::default());
+    hub.server.behave(Behavior { elsewhere: Some(hub.server.address.clone()), ..Behavior::default() });
     hub.assert_fails(&hub.download(&[]), "it leads elsewhere more than 10 times", "");
 }
 
 #[test]
 fn passwords_and_tokens_are_never_shown() {
-    let hub = Hub::new(Behaviour { gated: true, ..Behaviour::default() });
+    let hub = Hub::new(Behavior { gated: true, ..Behavior::default() });
     let address = hub.server.address.replace("http://", "http://user:PASSWORD@");
     let nobody = "http://user:PASSWORD@127.0.0.1:1";
     for endpoint in [&address, nobody, "user:PASSWORD@nowhere", "ftp://user:PASSWORD@h", "http://user:PASSWORD@h/\u{7}"]
@@ -594,7 +594,7 @@ fn passwords_and_tokens_are_never_shown() {
 
 #[test]
 fn a_list_that_drips_is_given_up() {
-    let hub = Hub::new(Behaviour { drip: true, ..Behaviour::default() });
+    let hub = Hub::new(Behavior { drip: true, ..Behavior::default() });
     let begun = Instant::now();
     let output = hub.command(&["download", REPO]).env("HF_HUB_DOWNLOAD_TIMEOUT", "1").output().unwrap();
     hub.assert_fails(&output, "cannot be used: ", "");
@@ -610,7 +610,7 @@ fn signals_end_a_download() {
             println!("SKIPPED: SIGHUP, which whoever started the tests has ignored");
             continue;
         }
-        let hub = Hub::new(Behaviour { silent_once: true, ..Behaviour::default() });
+        let hub = Hub::new(Behavior { silent_once: true, ..Behavior::default() });
         let mut command = hub.command(&["download", REPO]);
         command.env("HF_HUB_DOWNLOAD_TIMEOUT", "60").stderr(std::process::Stdio::null());
         let mut child = command.spawn().unwrap();

@@ -127,7 +127,7 @@ fn weights(path: &Path, name: &str) -> Part {
 fn fixtures() -> Vec<Base> {
     let base = |name: &'static str| {
         let dir = common::fixture(name);
-        let quantised = name.starts_with("quantised");
+        let quantized = name.starts_with("quantized");
         let mut names: Vec<String> =
             fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
@@ -135,14 +135,14 @@ fn fixtures() -> Vec<Base> {
             .iter()
             .filter(|name| name.starts_with("model") || *name == "config.json")
             .map(|name| match name.ends_with(".safetensors") {
-                true if quantised => weights(&dir.join(name), name),
+                true if quantized => weights(&dir.join(name), name),
                 true => Part { data: Vec::new(), ..weights(&dir.join(name), name) },
                 false => Part::text(name, fs::read(dir.join(name)).unwrap()),
             })
             .collect();
         Base { name, files }
     };
-    common::FAMILIES.into_iter().chain(["quantised/fp8", "quantised/int4"]).map(base).collect()
+    common::FAMILIES.into_iter().chain(["quantized/fp8", "quantized/int4"]).map(base).collect()
 }
 
 /// A fixture as Burn keeps it.

@@ -25,11 +25,11 @@ fn burnpack() -> SaveOptions {
     SaveOptions { format: Format::Burnpack, ..SaveOptions::default() }
 }
 
-fn quantised(layout: &str) -> PathBuf {
-    fixture("quantised").join(layout)
+fn quantized(layout: &str) -> PathBuf {
+    fixture("quantized").join(layout)
 }
 
-/// What torch and compressed-tensors make of each weight (`scripts/make_quantised_fixtures.py`), as digests.
+/// What torch and compressed-tensors make of each weight (`scripts/make_quantized_fixtures.py`), as digests.
 #[derive(Deserialize)]
 struct Expected {
     bf16: String,
@@ -37,7 +37,7 @@ struct Expected {
 }
 
 fn expected(layout: &str) -> BTreeMap<String, Expected> {
-    serde_json::from_str(&fs::read_to_string(quantised(layout).join("expected.json")).unwrap()).unwrap()
+    serde_json::from_str(&fs::read_to_string(quantized(layout).join("expected.json")).unwrap()).unwrap()
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -45,13 +45,13 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn quantised_weights_are_what_torch_makes_of_them_to_the_last_bit() {
+fn quantized_weights_are_what_torch_makes_of_them_to_the_last_bit() {
     let home = tempfile::tempdir().unwrap();
     for layout in ["fp8", "int4"] {
         let expected = expected(layout);
         for dtype in [None, Some(DType::BF16), Some(DType::F32)] {
             let target = home.path().join(format!("{layout}-{dtype:?}"));
-            let checkpoint = Checkpoint::open(quantised(layout)).unwrap();
+            let checkpoint = Checkpoint::open(quantized(layout)).unwrap();
             assert_eq!(checkpoint.problems(), []);
             checkpoint.convert(&target, &SaveOptions { dtype, ..SaveOptions::default() }).unwrap();
             let written = read_tensors(&target);
@@ -75,27 +75,27 @@ fn quantised_weights_are_what_torch_makes_of_them_to_the_last_bit() {
 
 /// Loading gives the model that the converted files give, in each dtype.
 #[test]
-fn quantised_weights_load_as_they_convert() {
+fn quantized_weights_load_as_they_convert() {
     let home = tempfile::tempdir().unwrap();
     let device = Device::default();
     for (layout, skipped) in [("fp8", SkipReason::MultiTokenPrediction), ("int4", SkipReason::Vision)] {
         for dtype in [DType::BF16, DType::F32] {
             let target = home.path().join(format!("{layout}-{dtype:?}"));
             let options = SaveOptions { dtype: Some(dtype), ..SaveOptions::default() };
-            Checkpoint::open(quantised(layout)).unwrap().convert(&target, &options).unwrap();
-            let loaded = load(&quantised(layout), &device, Some(dtype)).unwrap();
+            Checkpoint::open(quantized(layout)).unwrap().convert(&target, &options).unwrap();
+            let loaded = load(&quantized(layout), &device, Some(dtype)).unwrap();
             assert_eq!(parameters(&loaded.model), parameters(&load(&target, &device, None).unwrap().model));
             assert!(loaded.report.skipped.keys().eq([&skipped]), "{:?}", loaded.report.skipped);
         }
-        assert_eq!(load(&quantised(layout), &device, None).unwrap().model.dtype(), DType::BF16, "as stored");
+        assert_eq!(load(&quantized(layout), &device, None).unwrap().model.dtype(), DType::BF16, "as stored");
     }
 }
 
-/// Takes a quantised fixture apart, changes it, and says what is wrong with it then.
+/// Takes a quantized fixture apart, changes it, and says what is wrong with it then.
 fn problems(layout: &str, change: impl FnOnce(&mut common::Tensors, &mut serde_json::Value)) -> Vec<Problem> {
     let directory = tempfile::tempdir().unwrap();
-    let mut tensors = read_tensors(&quantised(layout));
-    let mut config = serde_json::from_str(&fs::read_to_string(quantised(layout).join("config.json")).unwrap()).unwrap();
+    let mut tensors = read_tensors(&quantized(layout));
+    let mut config = serde_json::from_str(&fs::read_to_string(quantized(layout).join("config.json")).unwrap()).unwrap();
     change(&mut tensors, &mut config);
     write_dir(directory.path(), &config, &tensors);
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
@@ -104,7 +104,7 @@ fn problems(layout: &str, change: impl FnOnce(&mut common::Tensors, &mut serde_j
 }
 
 #[test]
-fn what_is_wrong_with_quantised_weights_is_named() {
+fn what_is_wrong_with_quantized_weights_is_named() {
     let up = "model.layers.1.mlp.experts.0.up_proj.weight";
     let scale = format!("{up}_scale_inv");
     let found = problems("fp8", |tensors, _| drop(tensors.remove(&scale)));
@@ -114,10 +114,10 @@ fn what_is_wrong_with_quantised_weights_is_named() {
         wrong.shape.reverse();
         wrong.shape.push(1);
     });
-    assert!(matches!(&found[..], [Problem::Misshapen { tensor, .. }] if *tensor == scale), "{found:?}");
+    assert!(matches!(&found[..], [Problem::WrongShape { tensor, .. }] if *tensor == scale), "{found:?}");
     // The configuration's block decides what shape is right.
     let found = problems("fp8", |_, config| config["quantization_config"]["weight_block_size"] = vec![64, 64].into());
-    assert!(found.len() > 5 && found.iter().all(|problem| matches!(problem, Problem::Misshapen { .. })), "{found:?}");
+    assert!(found.len() > 5 && found.iter().all(|problem| matches!(problem, Problem::WrongShape { .. })), "{found:?}");
 
     let packed = "language_model.model.layers.1.mlp.experts.0.up_proj.weight";
     let found = problems("int4", |tensors, _| drop(tensors.remove(&format!("{packed}_shape"))));
@@ -128,7 +128,7 @@ fn what_is_wrong_with_quantised_weights_is_named() {
     let found = problems("int4", |tensors, _| {
         tensors.get_mut(&format!("{packed}_shape")).unwrap().data[0] ^= 1;
     });
-    let expected = Problem::Misshapen {
+    let expected = Problem::WrongShape {
         tensor: format!("{packed}_shape"),
         file: "model.safetensors".into(),
         found: vec![97, 64],
@@ -142,12 +142,12 @@ fn what_is_wrong_with_quantised_weights_is_named() {
     assert!(found[0].to_string().contains("has weights with zero points"), "{}", found[0]);
     // A NaN of FP8's.
     let directory = tempfile::tempdir().unwrap();
-    let mut tensors = read_tensors(&quantised("fp8"));
+    let mut tensors = read_tensors(&quantized("fp8"));
     tensors.get_mut(up).unwrap().data[7] = 0x7f;
-    let config = serde_json::from_str(&fs::read_to_string(quantised("fp8").join("config.json")).unwrap()).unwrap();
+    let config = serde_json::from_str(&fs::read_to_string(quantized("fp8").join("config.json")).unwrap()).unwrap();
     write_dir(directory.path(), &config, &tensors);
     let error = load(directory.path(), &Device::default(), None).unwrap_err();
-    assert!(matches!(&error, CheckpointError::NotFinite { tensor, .. } if tensor == up), "{error}");
+    assert!(matches!(&error, CheckpointError::NonFinite { tensor, .. } if tensor == up), "{error}");
 }
 
 #[test]
@@ -217,7 +217,7 @@ fn one_layer_is_loaded_and_run_without_the_other_files() {
         fs::remove_file(by_layer.join(format!("model-{absent:05}-of-00003.safetensors"))).unwrap();
     }
     let checkpoint = Checkpoint::open(&by_layer).unwrap();
-    assert!(matches!(checkpoint.load(&device, None), Err(CheckpointError::Misfit { .. })));
+    assert!(matches!(checkpoint.load(&device, None), Err(CheckpointError::Mismatch { .. })));
     let dtype = Some(DType::F32);
     let (layer, report) = checkpoint.load_part(config.init_layer(1, &device), "layers.1", &device, dtype).unwrap();
     assert_eq!(report.bytes, checkpoint.files()[1].bytes, "all of the one file, and nothing else");
@@ -230,7 +230,7 @@ fn one_layer_is_loaded_and_run_without_the_other_files() {
 
     for path in ["layers.0", "layers.2.mlp", "embed_tokens"] {
         let refused = checkpoint.load_part(config.init_layer(0, &device), path, &device, None);
-        assert!(matches!(refused, Err(CheckpointError::Misfit { .. })), "{path} is in a file that is absent");
+        assert!(matches!(refused, Err(CheckpointError::Mismatch { .. })), "{path} is in a file that is absent");
     }
     let refused = checkpoint.load_part(config.init_layer(0, &device), "layers.7", &device, None);
     assert!(matches!(refused, Err(CheckpointError::NoSuchPart { .. })));
@@ -253,7 +253,7 @@ fn a_part_of_a_checkpoint_converts_when_asked_to() {
     fs::remove_file(source.join(&files[1])).unwrap();
     let part = Checkpoint::open(&source).unwrap();
     let (pack, back) = (home.path().join("pack"), home.path().join("back"));
-    assert!(matches!(part.convert(&pack, &burnpack()), Err(CheckpointError::Misfit { .. })));
+    assert!(matches!(part.convert(&pack, &burnpack()), Err(CheckpointError::Mismatch { .. })));
     assert!(!pack.exists());
     part.convert(&pack, &SaveOptions { partial: true, ..burnpack() }).unwrap();
     let packed = Checkpoint::open(&pack).unwrap();
@@ -386,7 +386,7 @@ fn weights_that_are_cut_between_opening_and_reading_are_an_error() {
     };
     let pack = home.path().join("burnpack");
     Checkpoint::open(fixture("moonlight-like")).unwrap().convert(&pack, &burnpack()).unwrap();
-    let sources = [fixture("moonlight-like"), quantised("fp8"), quantised("int4"), pack];
+    let sources = [fixture("moonlight-like"), quantized("fp8"), quantized("int4"), pack];
     for (number, from) in sources.iter().enumerate() {
         let dir = copy(from, &format!("cut-{number}"));
         let whole = Checkpoint::open(from).unwrap();

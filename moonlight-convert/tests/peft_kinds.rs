@@ -9,7 +9,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use moonlight_convert::adapter::{
-    AdapterError, base_of, load_adapter, load_adapter_beside, read_adapter, write_adapter,
+    AdapterError, base_of, load_adapter, load_adapter_with_head, read_adapter, write_adapter,
 };
 use moonlight_convert::{Checkpoint, SaveOptions, TiedHead, load, save};
 use moonlight_model::lora::LoraConfig;
@@ -115,7 +115,7 @@ fn what_changes_weights_is_not_trained_further() {
 #[test]
 fn weights_in_few_bits_are_not_changed() {
     let checkpoint = Checkpoint::open(fixture("llama")).unwrap();
-    let packed = || checkpoint.load_packed(&Device::default(), Some(DType::F32), QuantBits::Eight).unwrap();
+    let packed = || checkpoint.load_quantized(&Device::default(), Some(DType::F32), QuantBits::Eight).unwrap();
     let error = load_adapter(packed(), &kind("dora")).unwrap_err();
     assert!(matches!(error, AdapterError::Quantized { .. }), "{error}");
     assert!(error.hint().unwrap().contains("merge the adapter into its model in full first"));
@@ -335,7 +335,7 @@ fn rows(model: &CausalLm, path: &str) -> Vec<Vec<f32>> {
 fn trained_tokens_belong_to_both_matrices_where_the_configuration_ties_them() {
     let plain = base("llama");
     let changed = |head: TiedHead, adapter: &str| {
-        let model = load_adapter_beside(base("llama"), head, &kind(adapter)).unwrap();
+        let model = load_adapter_with_head(base("llama"), head, &kind(adapter)).unwrap();
         ["embed_tokens.weight", "lm_head.weight"].map(|path| {
             let [old, new] = [&plain, &model].map(|model| rows(model, path));
             let changed = (0..old.len()).filter(|&row| old[row] != new[row]);
@@ -343,12 +343,12 @@ fn trained_tokens_belong_to_both_matrices_where_the_configuration_ties_them() {
         })
     };
     let numbers = |rows: &[(usize, Vec<f32>)]| rows.iter().map(|(row, _)| *row).collect::<Vec<_>>();
-    let [embedding, head] = changed(TiedHead::Own, "tokens");
+    let [embedding, head] = changed(TiedHead::Separate, "tokens");
     assert_eq!(numbers(&embedding), [12, 44]);
     assert_eq!(head, embedding);
-    let [embedding, head] = changed(TiedHead::Nothing, "tokens");
+    let [embedding, head] = changed(TiedHead::Absent, "tokens");
     assert_eq!((numbers(&embedding).len(), head.len()), (2, 0));
-    let [embedding, head] = changed(TiedHead::Own, "tokens-by-module");
+    let [embedding, head] = changed(TiedHead::Separate, "tokens-by-module");
     assert_eq!((numbers(&embedding), numbers(&head)), (vec![3, 12], vec![5]));
 }
 

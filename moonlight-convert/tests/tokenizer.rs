@@ -82,7 +82,7 @@ impl Pair {
 
         let ranks = Ranks::parse(model.as_bytes()).unwrap();
         assert_eq!(ranks.tokens(), tokens);
-        let names = special_tokens(ranks.count(), &SpecialNames::beside(&path).unwrap().added).unwrap();
+        let names = special_tokens(ranks.count(), &SpecialNames::next_to(&path).unwrap().added).unwrap();
         let encoder: FxHashMap<Vec<u8>, u32> = tokens.into_iter().zip(0..).collect();
         let special = names.into_iter().map(|(id, token)| (token.content, id)).collect();
         let tiktoken = CoreBPE::new(encoder, special, &pattern()).unwrap();

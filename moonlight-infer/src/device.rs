@@ -50,7 +50,7 @@ impl DeviceError {
 
 /// A device to run on.
 #[derive(Debug, Clone)]
-pub struct Target {
+pub struct ComputeDevice {
     /// The device, without gradients.
     pub device: Device,
     /// Whether it is the CPU, where weights are f32 unless another dtype is asked for.
@@ -66,7 +66,7 @@ const KINDS: &[(&str, bool)] = &[
     ("cpu", cfg!(feature = "cpu")),
 ];
 
-impl Target {
+impl ComputeDevice {
     /// Opens `cpu`, `cuda[:N]`, `wgpu[:N]`, `vulkan[:N]`, `metal`, or `auto` for the first that the build has.
     ///
     /// # Errors
@@ -98,7 +98,7 @@ impl Target {
 
 /// The name of the device `offset` places after the one that `name` means, for the workers of one machine; there is one CPU,
 /// and one device of Metal.
-pub fn name_at_offset(name: &str, offset: usize) -> String {
+pub fn nth_device_name(name: &str, offset: usize) -> String {
     let first = KINDS.iter().find(|(_, built)| *built).map_or("cpu", |(kind, _)| *kind);
     let name = if name == "auto" { first } else { name };
     let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
@@ -134,7 +134,7 @@ fn device(kind: &str, index: Option<usize>) -> Device {
 /// # Errors
 ///
 /// [`DeviceError::Dtype`] for any other name.
-pub fn dtype(name: &str, target: &Target) -> Result<Option<DType>, DeviceError> {
+pub fn parse_dtype(name: &str, target: &ComputeDevice) -> Result<Option<DType>, DeviceError> {
     match name {
         "auto" => Ok(target.is_cpu.then_some(DType::F32)),
         "f32" => Ok(Some(DType::F32)),
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn wrong_names_say_what_there_is() {
-        let hint = |name: &str| Target::open(name).unwrap_err().hint().unwrap();
+        let hint = |name: &str| ComputeDevice::open(name).unwrap_err().hint().unwrap();
         assert!(hint("gpu").contains("vulkan[:N]"));
         assert!(hint("cpu:1").contains("`cpu`"));
         #[cfg(not(feature = "cuda"))]
@@ -159,18 +159,18 @@ mod tests {
 
     #[test]
     fn workers_use_one_device_after_the_other() {
-        assert_eq!(name_at_offset("cuda", 0), "cuda");
-        assert_eq!(name_at_offset("cuda", 3), "cuda:3");
-        assert_eq!(name_at_offset("vulkan:2", 1), "vulkan:3");
-        assert_eq!((name_at_offset("cpu", 5), name_at_offset("metal", 1)), ("cpu".to_owned(), "metal".to_owned()));
+        assert_eq!(nth_device_name("cuda", 0), "cuda");
+        assert_eq!(nth_device_name("cuda", 3), "cuda:3");
+        assert_eq!(nth_device_name("vulkan:2", 1), "vulkan:3");
+        assert_eq!((nth_device_name("cpu", 5), nth_device_name("metal", 1)), ("cpu".to_owned(), "metal".to_owned()));
     }
 
     #[cfg(feature = "cpu")]
     #[test]
     fn weights_are_f32_on_the_cpu_unless_another_dtype_is_asked_for() {
-        let cpu = Target::open("cpu").unwrap();
-        assert_eq!(dtype("auto", &cpu).unwrap(), Some(DType::F32));
-        assert_eq!(dtype("bf16", &cpu).unwrap(), Some(DType::BF16));
-        assert!(dtype("int8", &cpu).is_err());
+        let cpu = ComputeDevice::open("cpu").unwrap();
+        assert_eq!(parse_dtype("auto", &cpu).unwrap(), Some(DType::F32));
+        assert_eq!(parse_dtype("bf16", &cpu).unwrap(), Some(DType::BF16));
+        assert!(parse_dtype("int8", &cpu).is_err());
     }
 }

@@ -8,7 +8,7 @@ use moonlight_convert::{CheckpointError, FileError, Printable};
 
 use crate::chat::ChatError;
 use crate::device::DeviceError;
-use crate::records::{JsonError, Place, RecordError};
+use crate::records::{JsonError, FilePosition, RecordError};
 use crate::tokenizer::TokenizerError;
 
 /// Why a model cannot be opened, or cannot do what was asked of it. Every message is one sentence for the person who asked.
@@ -85,7 +85,7 @@ pub enum InferError {
     },
     /// A question without a context, for a tokenizer that has no token to begin with.
     #[error("a question without a text, and the tokenizer has no token to begin with")]
-    NothingToBeginWith,
+    NoFirstToken,
     /// Logits of which some are NaN or infinite.
     #[error("the model's logits are non-finite ({token}: {value})")]
     NonFinite {
@@ -102,7 +102,7 @@ pub enum InferError {
     },
     /// A file of the model's folder.
     #[error("`{}` cannot be read: {}", Printable(path.display()), Printable(problem))]
-    Settings {
+    ModelFile {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
@@ -114,7 +114,7 @@ pub enum InferError {
         /// The file.
         path: PathBuf,
         /// The line, in a parquet file the row, and perhaps the column.
-        place: Place,
+        place: FilePosition,
         /// What is wrong with it.
         problem: String,
         /// What to do, where we know.
@@ -149,7 +149,7 @@ impl InferError {
 
     /// The error of a line of a file: what is wrong with the tokens that the line holds is said with file and line, and
     /// every other error (a full disk, say) stays as it is.
-    pub fn at_place(self, path: &Path, place: Place) -> Self {
+    pub fn with_position(self, path: &Path, place: FilePosition) -> Self {
         match self {
             Self::EmptyPrompt | Self::PromptTooLong { .. } | Self::TooManyTokens { .. } | Self::UnknownToken { .. } => {
                 Self::at(path, place, &self, self.hint())
@@ -159,16 +159,16 @@ impl InferError {
     }
 
     pub(crate) fn line(path: &Path, line: usize, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
-        Self::at(path, Place::line(line), problem, hint)
+        Self::at(path, FilePosition::line(line), problem, hint)
     }
 
     /// What is wrong at a place of a file.
-    pub(crate) fn at(path: &Path, place: Place, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
+    pub(crate) fn at(path: &Path, place: FilePosition, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
         Self::Line { path: path.to_owned(), place, problem: problem.to_string(), hint }
     }
 
     /// A record at `place` that is not JSON.
-    pub(crate) fn json(path: &Path, place: Place, error: &JsonError, hint: Option<String>) -> Self {
+    pub(crate) fn json(path: &Path, place: FilePosition, error: &JsonError, hint: Option<String>) -> Self {
         let place = error.at().map_or(place, |at| place.within(at));
         Self::at(path, place, error, error.hint().or(hint))
     }

@@ -8,7 +8,7 @@ use moonlight_convert::{Checkpoint, CheckpointError};
 use moonlight_model::{CausalLm, QuantBits};
 
 use crate::error::InferError;
-use crate::model_dir::{ModelDir, weights_in};
+use crate::model_dir::{ModelDir, resolve_weights};
 
 /// A model, and where it came from.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ pub fn load_model(
         (true, None) => (base_of(dir)?, Some(dir)),
         (false, adapter) => (dir.to_owned(), adapter),
     };
-    let base = weights_in(&base)?;
+    let base = resolve_weights(&base)?;
     let checkpoint = Checkpoint::open(&base)?;
     let model = load_opened(&checkpoint, device, dtype, bits)?;
     let model = match adapter {

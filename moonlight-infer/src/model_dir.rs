@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::adapter::is_adapter;
 use moonlight_convert::{CheckpointError, hub};
 
-use crate::run_dir::{Locked, ReadLock, TRAINER_STATE, newest_checkpoint};
+use crate::run_dir::{LockAttempt, ReadLock, TRAINER_STATE, newest_checkpoint};
 
 /// A directory of weights. While it is held, no run removes it if it is one of its checkpoints.
 #[derive(Debug, Clone)]
@@ -49,7 +49,7 @@ impl AsRef<Path> for ModelDir {
 ///
 /// [`CheckpointError::NotCached`] for a repository that the Hub's cache does not have; a run's folder that cannot be read.
 pub fn resolve_model(model: impl AsRef<Path>) -> Result<ModelDir, CheckpointError> {
-    weights_in(&hub::resolve(model)?)
+    resolve_weights(&hub::resolve(model)?)
 }
 
 /// [`resolve_model`] for a path that is not a repository's name, such as an adapter's.
@@ -57,10 +57,10 @@ pub fn resolve_model(model: impl AsRef<Path>) -> Result<ModelDir, CheckpointErro
 /// # Errors
 ///
 /// A run's folder that cannot be read.
-pub fn weights_in(dir: &Path) -> Result<ModelDir, CheckpointError> {
+pub fn resolve_weights(dir: &Path) -> Result<ModelDir, CheckpointError> {
     if dir.join("config.json").exists() || is_adapter(dir) {
-        let lock = match dir.join(TRAINER_STATE).exists().then(|| ReadLock::of(dir)) {
-            Some(Locked::Held(lock)) => Some(lock),
+        let lock = match dir.join(TRAINER_STATE).exists().then(|| ReadLock::acquire(dir)) {
+            Some(LockAttempt::Held(lock)) => Some(lock),
             _ => None,
         };
         return Ok(ModelDir { path: dir.to_owned(), _lock: lock });

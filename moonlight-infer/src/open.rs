@@ -6,11 +6,11 @@ use moonlight_model::{CausalLm, QuantBits};
 use serde_json::Value;
 
 use crate::chat::{ChatEncoder, ChatTemplate};
-use crate::device::{self, Target};
+use crate::device::{self, ComputeDevice};
 use crate::error::InferError;
-use crate::files::{LONGEST_SETTINGS, ModelFiles};
+use crate::model_files::{MAX_SETTINGS_BYTES, ModelFiles};
 use crate::load_model::{LoadedModel, load_model};
-use crate::model_dir::{ModelDir, resolve_model, weights_in};
+use crate::model_dir::{ModelDir, resolve_model, resolve_weights};
 use crate::tokenizer::Tokenizer;
 
 /// How to open a model.
@@ -68,10 +68,10 @@ impl OpenOptions {
     /// [`InferError`]: a device that this build does not have, a dtype that is none, weights, an adapter or a tokenizer
     /// that cannot be read.
     pub fn open(&self, model: impl AsRef<Path>) -> Result<OpenedModel, InferError> {
-        let target = Target::open(&self.device)?;
-        let dtype = device::dtype(&self.dtype, &target)?;
+        let target = ComputeDevice::open(&self.device)?;
+        let dtype = device::parse_dtype(&self.dtype, &target)?;
         let dir = resolve_model(model)?;
-        let adapter = self.adapter.as_deref().map(weights_in).transpose()?;
+        let adapter = self.adapter.as_deref().map(resolve_weights).transpose()?;
         let LoadedModel { model, dir } = load_model(&dir, adapter.as_deref(), &target.device, dtype, self.bits)?;
         let tokenizer = Tokenizer::from_model_dir(&dir)?;
         let mut eos = generation_eos(&dir)?.unwrap_or_else(|| model.config().eos_token_id.clone());
@@ -112,7 +112,7 @@ impl OpenedModel {
     /// [`InferError::NoTokenizer`], and [`InferError::Chat`] for a template that is absent or broken.
     pub fn chat_encoder(&self) -> Result<ChatEncoder, InferError> {
         let tokenizer = self.tokenizer()?;
-        Ok(ChatEncoder::new(ChatTemplate::of_model(&self.dir, tokenizer)?, tokenizer.clone()))
+        Ok(ChatEncoder::new(ChatTemplate::from_model_dir(&self.dir, tokenizer)?, tokenizer.clone()))
     }
 
     /// The tokens that end an answer in a chat: [`eos`](Self::eos), the tokenizer's EOS, and the token that ends a turn of
@@ -133,9 +133,9 @@ const GENERATION: &str = "generation_config.json";
 
 /// `eos_token_id` of `generation_config.json`, one or a list; `None` where nothing is said of it.
 fn generation_eos(dir: &Path) -> Result<Option<Vec<u32>>, InferError> {
-    let read = ModelFiles::new(dir).read(GENERATION, LONGEST_SETTINGS);
-    let Some(text) = read.map_err(|(path, problem)| InferError::Settings { path, problem })? else { return Ok(None) };
-    let wrong = |problem: String| InferError::Settings { path: dir.join(GENERATION), problem };
+    let read = ModelFiles::new(dir).read(GENERATION, MAX_SETTINGS_BYTES);
+    let Some(text) = read.map_err(|(path, problem)| InferError::ModelFile { path, problem })? else { return Ok(None) };
+    let wrong = |problem: String| InferError::ModelFile { path: dir.join(GENERATION), problem };
     let value: Value = serde_json::from_slice(&text).map_err(|error| wrong(format!("it is not JSON: {error}")))?;
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     // -1 stands for none, as in `config.json`.

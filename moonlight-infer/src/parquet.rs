@@ -52,14 +52,14 @@ impl ParquetError {
 
 /// The file must have one of these columns; any will do if there are no names. All columns are read: what is of use among
 /// them is known where records are.
-pub type Wanted = &'static [&'static str];
+pub type RequiredColumns = &'static [&'static str];
 
 /// What a conversation is kept in, in each of its shapes.
-pub const CONVERSATIONS: Wanted = &["messages", "conversations", "prompt", "instruction"];
+pub const CONVERSATION_COLUMNS: RequiredColumns = &["messages", "conversations", "prompt", "instruction"];
 /// What `format = "tokens"` reads.
-pub const TOKENS: Wanted = &["tokens", "input_ids"];
+pub const TOKENS: RequiredColumns = &["tokens", "input_ids"];
 /// What `format = "text"` reads.
-pub const TEXTS: Wanted = &["text", "content"];
+pub const TEXT_COLUMNS: RequiredColumns = &["text", "content"];
 
 /// Says that this build has no reader.
 ///
@@ -69,7 +69,7 @@ pub const TEXTS: Wanted = &["text", "content"];
 #[cfg(not(feature = "parquet"))]
 pub fn rows(
     path: &Path,
-    _wanted: Wanted,
+    _wanted: RequiredColumns,
 ) -> Result<impl Iterator<Item = Result<String, ParquetError>> + use<>, ParquetError> {
     let hint = "build with `--features parquet`, or write the rows as JSONL";
     Err::<std::iter::Empty<_>, _>(ParquetError::file(path, "this build reads no parquet files", Some(hint)))
@@ -90,8 +90,8 @@ mod reader {
     use serde_json::{Map, Value};
 
     use super::*;
-    use crate::guard::unpanicked;
-    use crate::records::not_finite;
+    use crate::catch_panic::catch_panic;
+    use crate::records::non_finite_to_json;
 
     /// The rows of a file, each as a JSON object. Behind the first that cannot be read there is none.
     ///
@@ -100,7 +100,7 @@ mod reader {
     /// A file that is no whole parquet file, or has none of the columns; for a row, what the reader says of it.
     pub fn rows(
         path: &Path,
-        wanted: Wanted,
+        wanted: RequiredColumns,
     ) -> Result<impl Iterator<Item = Result<String, ParquetError>> + use<>, ParquetError> {
         let file = File::open(path).map_err(|error| ParquetError::file(path, error.to_string(), None))?;
         let file =
@@ -120,7 +120,7 @@ mod reader {
     }
 
     /// Whether a file has one of the columns.
-    fn check(path: &Path, schema: &SchemaDescPtr, wanted: Wanted) -> Result<(), ParquetError> {
+    fn check(path: &Path, schema: &SchemaDescPtr, wanted: RequiredColumns) -> Result<(), ParquetError> {
         let columns = schema.root_schema().get_fields();
         if wanted.is_empty() || columns.iter().any(|column| wanted.contains(&column.name())) {
             return Ok(());
@@ -136,7 +136,7 @@ mod reader {
     /// What a read comes to. The parquet crate's record reader takes a file's word for much and panics where it was broken:
     /// that is an error of the file here, and nothing that is shown.
     fn guarded<T>(read: impl FnOnce() -> Result<T, ReaderError>) -> Result<T, String> {
-        match unpanicked(read) {
+        match catch_panic(read) {
             Some(read) => read.map_err(said),
             None => Err("the file is damaged, or of a form that is not known".into()),
         }
@@ -196,7 +196,7 @@ mod reader {
     }
 
     fn number(value: f64) -> Value {
-        if value.is_finite() { value.into() } else { not_finite(value) }
+        if value.is_finite() { value.into() } else { non_finite_to_json(value) }
     }
 
     /// A field as JSON: bytes are text, times the numbers that they are kept as; a decimal is the text of its digits.
@@ -258,7 +258,7 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/parquet").join(name)
     }
 
-    fn read(path: &Path, wanted: Wanted) -> Result<Vec<Value>, ParquetError> {
+    fn read(path: &Path, wanted: RequiredColumns) -> Result<Vec<Value>, ParquetError> {
         rows(path, wanted)?.map(|row| Ok(serde_json::from_str(&row?).unwrap())).collect()
     }
 
@@ -289,10 +289,10 @@ mod tests {
     #[test]
     fn all_columns_are_read_of_a_file_that_has_one_of_those_wanted() {
         for name in ["messages-snappy.parquet", "sharegpt-zstd.parquet", "alpaca-gzip.parquet"] {
-            assert_eq!(read(&fixture(name), CONVERSATIONS).unwrap(), expected(name, &[]), "{name}");
+            assert_eq!(read(&fixture(name), CONVERSATION_COLUMNS).unwrap(), expected(name, &[]), "{name}");
         }
-        assert_eq!(read(&fixture("text.parquet"), TEXTS).unwrap(), expected("text.parquet", &[]));
-        let error = read(&fixture("text.parquet"), CONVERSATIONS).unwrap_err().to_string();
+        assert_eq!(read(&fixture("text.parquet"), TEXT_COLUMNS).unwrap(), expected("text.parquet", &[]));
+        let error = read(&fixture("text.parquet"), CONVERSATION_COLUMNS).unwrap_err().to_string();
         let lacks =
             "it has none of the columns `messages`, `conversations`, `prompt`, `instruction`; it has `id`, `text`";
         assert!(error.ends_with(lacks), "{error}");
@@ -309,7 +309,7 @@ mod tests {
             let whole = fs::read(fixture(name)).unwrap();
             for length in [0, 3, 8, whole.len() / 2, whole.len() - 1] {
                 fs::write(&path, &whole[..length]).unwrap();
-                let error = read(&path, CONVERSATIONS).unwrap_err();
+                let error = read(&path, CONVERSATION_COLUMNS).unwrap_err();
                 assert!(matches!(error, ParquetError::File { .. }), "{length}: {error}");
                 assert!(!error.to_string().contains('\n'), "{error}");
             }
@@ -319,7 +319,7 @@ mod tests {
                 let mut bytes = whole.clone();
                 bytes[at] ^= flip;
                 fs::write(&path, &bytes).unwrap();
-                wrong += usize::from(read(&path, CONVERSATIONS).is_err());
+                wrong += usize::from(read(&path, CONVERSATION_COLUMNS).is_err());
             }
             assert!(wrong > places.len() / 10, "{name}: {wrong} of {} were noticed", places.len());
         }

@@ -35,9 +35,9 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// Whether a checkpoint is whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum CheckpointStatus {
     /// All of it is there: weights, the optimizer's state, the trainer's state, and the files beside them.
-    Whole {
+    Complete {
         /// The step after which it was written.
         step: u64,
     },
@@ -57,22 +57,22 @@ pub enum Verdict {
 ///
 /// [`CheckpointError`] for a file that is there and cannot be read: that is no damage, and nobody may conclude from it that
 /// the checkpoint is lost.
-pub fn judge(dir: &Path, depth: Depth) -> Result<Verdict, CheckpointError> {
+pub fn check_checkpoint(dir: &Path, depth: Depth) -> Result<CheckpointStatus, CheckpointError> {
     let confined = ConfinedDir::new(dir).map_err(FileError::read::<CheckpointError>(dir))?;
     let path = dir.join(TRAINER_STATE);
     storage::announce(Call::Read(&path)).map_err(FileError::read::<CheckpointError>(&path))?;
     let Some(text) = confined.read(TRAINER_STATE, LONGEST_STATE)? else {
-        return Ok(Verdict::Damaged(format!("`{TRAINER_STATE}` is missing")));
+        return Ok(CheckpointStatus::Damaged(format!("`{TRAINER_STATE}` is missing")));
     };
     let state: Value = match serde_json::from_slice(&text) {
         Ok(state) => state,
-        Err(error) => return Ok(Verdict::Damaged(format!("`{TRAINER_STATE}` cannot be parsed: {error}"))),
+        Err(error) => return Ok(CheckpointStatus::Damaged(format!("`{TRAINER_STATE}` cannot be parsed: {error}"))),
     };
     let (Some(version), Some(step)) = (state["version"].as_u64(), state["step"].as_u64()) else {
-        return Ok(Verdict::Damaged(format!("`{TRAINER_STATE}` names no step")));
+        return Ok(CheckpointStatus::Damaged(format!("`{TRAINER_STATE}` names no step")));
     };
     if version > NEWEST_VERSION {
-        return Ok(Verdict::Newer { version });
+        return Ok(CheckpointStatus::Newer { version });
     }
     let damages = match Manifest::check(dir, depth)? {
         Some(damages) => damages.iter().map(ToString::to_string).collect(),
@@ -80,8 +80,8 @@ pub fn judge(dir: &Path, depth: Depth) -> Result<Verdict, CheckpointError> {
         None => damages_without_manifest(dir)?,
     };
     match damages.is_empty() {
-        true => Ok(Verdict::Whole { step }),
-        false => Ok(Verdict::Damaged(damages.join(", "))),
+        true => Ok(CheckpointStatus::Complete { step }),
+        false => Ok(CheckpointStatus::Damaged(damages.join(", "))),
     }
 }
 
@@ -164,7 +164,7 @@ pub struct ReadLock(#[allow(dead_code, reason = "held, not used")] Arc<File>);
 
 /// What came of locking a checkpoint.
 #[derive(Debug)]
-pub enum Locked {
+pub enum LockAttempt {
     /// Nobody removes it while this is held.
     Held(ReadLock),
     /// The run is about to remove it, or is not done with writing it.
@@ -175,12 +175,12 @@ pub enum Locked {
 
 impl ReadLock {
     /// Locks a folder for reading.
-    pub fn of(dir: &Path) -> Locked {
-        let Ok(file) = File::open(dir) else { return Locked::Unsupported };
+    pub fn acquire(dir: &Path) -> LockAttempt {
+        let Ok(file) = File::open(dir) else { return LockAttempt::Unsupported };
         match file.try_lock_shared() {
-            Ok(()) => Locked::Held(Self(Arc::new(file))),
-            Err(TryLockError::WouldBlock) => Locked::Busy,
-            Err(TryLockError::Error(_)) => Locked::Unsupported,
+            Ok(()) => LockAttempt::Held(Self(Arc::new(file))),
+            Err(TryLockError::WouldBlock) => LockAttempt::Busy,
+            Err(TryLockError::Error(_)) => LockAttempt::Unsupported,
         }
     }
 }
@@ -197,31 +197,31 @@ pub fn newest_checkpoint(run: &Path) -> Result<Option<(PathBuf, Option<ReadLock>
         let mut damaged = Vec::new();
         let mut vanished = false;
         for path in checkpoint_folders(&dir)? {
-            // Locked first: what is judged then cannot be removed.
-            let lock = match ReadLock::of(&path) {
-                Locked::Held(lock) => Some(lock),
-                Locked::Busy if attempt < ATTEMPTS => {
+            // LockAttempt first: what is judged then cannot be removed.
+            let lock = match ReadLock::acquire(&path) {
+                LockAttempt::Held(lock) => Some(lock),
+                LockAttempt::Busy if attempt < ATTEMPTS => {
                     vanished = true;
                     break;
                 }
-                Locked::Busy | Locked::Unsupported => None,
+                LockAttempt::Busy | LockAttempt::Unsupported => None,
             };
-            let verdict = judge(&path, Depth::Sizes);
+            let verdict = check_checkpoint(&path, Depth::Sizes);
             if !path.is_dir() && attempt < ATTEMPTS {
                 vanished = true;
                 break;
             }
             match verdict? {
-                Verdict::Whole { .. } => {
+                CheckpointStatus::Complete { .. } => {
                     for message in damaged {
                         tracing::warn!("{message}");
                     }
                     return Ok(Some((path, lock)));
                 }
-                Verdict::Damaged(problem) => {
+                CheckpointStatus::Damaged(problem) => {
                     damaged.push(format!("`{}` is damaged and not read: {problem}", path.display()));
                 }
-                Verdict::Newer { version } => damaged
+                CheckpointStatus::Newer { version } => damaged
                     .push(format!("`{}` is not read: a newer program wrote it (version {version})", path.display())),
             }
         }
@@ -260,13 +260,13 @@ mod tests {
     fn a_checkpoint_is_whole_by_its_manifest() {
         let home = tempfile::tempdir().unwrap();
         let dir = checkpoint(home.path(), 9);
-        assert_eq!(judge(&dir, Depth::Digests).unwrap(), Verdict::Whole { step: 9 });
+        assert_eq!(check_checkpoint(&dir, Depth::Digests).unwrap(), CheckpointStatus::Complete { step: 9 });
         fs::write(dir.join("config.json"), "[]").unwrap();
-        assert_eq!(judge(&dir, Depth::Sizes).unwrap(), Verdict::Whole { step: 9 });
-        let Verdict::Damaged(problem) = judge(&dir, Depth::Digests).unwrap() else { panic!("it is damaged") };
+        assert_eq!(check_checkpoint(&dir, Depth::Sizes).unwrap(), CheckpointStatus::Complete { step: 9 });
+        let CheckpointStatus::Damaged(problem) = check_checkpoint(&dir, Depth::Digests).unwrap() else { panic!("it is damaged") };
         assert_eq!(problem, "`config.json` is not what was written (its digest differs)");
         fs::remove_file(dir.join(MANIFEST)).unwrap();
-        assert_eq!(judge(&dir, Depth::Sizes).unwrap(), Verdict::Damaged("`manifest.json` is missing".into()));
+        assert_eq!(check_checkpoint(&dir, Depth::Sizes).unwrap(), CheckpointStatus::Damaged("`manifest.json` is missing".into()));
     }
 
     #[test]
@@ -275,12 +275,12 @@ mod tests {
         let dir = checkpoint(home.path(), 1);
         for text in ["", "{\"version\": 2, \"st", "[1]", "{\"version\": 2}"] {
             fs::write(dir.join(TRAINER_STATE), text).unwrap();
-            assert!(matches!(judge(&dir, Depth::Sizes).unwrap(), Verdict::Damaged(_)), "{text}");
+            assert!(matches!(check_checkpoint(&dir, Depth::Sizes).unwrap(), CheckpointStatus::Damaged(_)), "{text}");
         }
         fs::write(dir.join(TRAINER_STATE), r#"{"version": 3, "step": 1}"#).unwrap();
-        assert_eq!(judge(&dir, Depth::Sizes).unwrap(), Verdict::Newer { version: 3 });
+        assert_eq!(check_checkpoint(&dir, Depth::Sizes).unwrap(), CheckpointStatus::Newer { version: 3 });
         fs::remove_file(dir.join(TRAINER_STATE)).unwrap();
-        assert_eq!(judge(&dir, Depth::Sizes).unwrap(), Verdict::Damaged("`trainer.json` is missing".into()));
+        assert_eq!(check_checkpoint(&dir, Depth::Sizes).unwrap(), CheckpointStatus::Damaged("`trainer.json` is missing".into()));
     }
 
     #[test]

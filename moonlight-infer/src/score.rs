@@ -9,7 +9,7 @@ use crate::generate::check_tokens;
 
 /// How likely a model finds a token that it is given.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Scored {
+pub struct TokenScore {
     /// The natural logarithm of its probability given those before it.
     pub logprob: f32,
     /// Whether no other token is likelier.
@@ -37,7 +37,7 @@ pub fn score(model: &CausalLm, tokens: &[u32]) -> Result<Vec<Option<f32>>, Infer
 /// # Errors
 ///
 /// As [`score`].
-pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Scored>>, InferError> {
+pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<TokenScore>>, InferError> {
     let config = model.config();
     let longest = sequences.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
     for tokens in sequences {
@@ -66,13 +66,13 @@ pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Sco
     let best = log_probabilities.max_dim(2);
     let values =
         |tensor: Tensor<3>| -> Vec<f32> { tensor.into_data().try_into_vec().expect("the logits were cast to f32") };
-    let scored: Vec<Scored> = values(given)
+    let scored: Vec<TokenScore> = values(given)
         .into_iter()
         .zip(values(best))
-        .map(|(logprob, best)| Scored { logprob, greedy: logprob >= best })
+        .map(|(logprob, best)| TokenScore { logprob, greedy: logprob >= best })
         .collect();
     let rows = scored.chunks(width).zip(sequences);
-    let rows: Vec<Vec<Scored>> = rows.map(|(row, tokens)| row[..tokens.len().saturating_sub(1)].to_vec()).collect();
+    let rows: Vec<Vec<TokenScore>> = rows.map(|(row, tokens)| row[..tokens.len().saturating_sub(1)].to_vec()).collect();
     for row in &rows {
         if let Some(place) = row.iter().position(|scored| !scored.logprob.is_finite()) {
             return Err(InferError::NonFiniteScore { place: place + 2 });

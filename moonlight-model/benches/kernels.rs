@@ -78,7 +78,7 @@ fn input<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
 }
 
 /// Every expert has as many tokens.
-fn plan() -> Arc<GroupLayout> {
+fn layout() -> Arc<GroupLayout> {
     let choices: Vec<u32> = (0..ROWS).map(|slot| ((slot + slot / EXPERTS) % EXPERTS) as u32).collect();
     Arc::new(GroupLayout::from_choices(&choices, CHOSEN, EXPERTS))
 }
@@ -91,8 +91,8 @@ fn products(criterion: &mut Criterion) {
     });
     let operations = 2 * ROWS * HIDDEN * WIDTH;
     bench(criterion, "grouped_matmul", [operations, 2 * operations].map(Work::Operations), |device| {
-        let (rows, weight, plan) = (input([ROWS, HIDDEN], device), input([EXPERTS, HIDDEN, WIDTH], device), plan());
-        Box::new(move || grouped_matmul(rows.clone(), weight.clone(), &plan))
+        let (rows, weight, layout) = (input([ROWS, HIDDEN], device), input([EXPERTS, HIDDEN, WIDTH], device), layout());
+        Box::new(move || grouped_matmul(rows.clone(), weight.clone(), &layout))
     });
     for bits in [QuantBits::Eight, QuantBits::Four] {
         let name = format!("quantized_matmul {bits:?}");
@@ -103,8 +103,8 @@ fn products(criterion: &mut Criterion) {
             let values = TensorData::new(vec![bits.zero() + 1; EXPERTS * bytes], [EXPERTS, bytes]);
             let values = Tensor::<2, Int>::from_data(values, (device, DType::U8));
             let scales = Tensor::full([EXPERTS, HIDDEN * WIDTH / QUANT_BLOCK], 0.01, device);
-            let (rows, plan) = (input([ROWS, HIDDEN], device), plan());
-            Box::new(move || quantized_matmul(rows.clone(), values.clone(), scales.clone(), spec, &plan))
+            let (rows, layout) = (input([ROWS, HIDDEN], device), layout());
+            Box::new(move || quantized_matmul(rows.clone(), values.clone(), scales.clone(), spec, &layout))
         });
     }
 }
@@ -130,12 +130,12 @@ fn attention(criterion: &mut Criterion) {
 fn memory(criterion: &mut Criterion) {
     let work = (TOKENS + ROWS) * HIDDEN;
     bench(criterion, "dispatch_rows", [work, work].map(Work::Values), |device| {
-        let (tokens, plan) = (input([TOKENS, HIDDEN], device), plan());
-        Box::new(move || dispatch_rows(tokens.clone(), &plan))
+        let (tokens, layout) = (input([TOKENS, HIDDEN], device), layout());
+        Box::new(move || dispatch_rows(tokens.clone(), &layout))
     });
     bench(criterion, "combine_rows", [work, work + ROWS * HIDDEN].map(Work::Values), |device| {
-        let (rows, weights, plan) = (input([ROWS, HIDDEN], device), input([TOKENS, CHOSEN], device), plan());
-        Box::new(move || combine_rows(rows.clone(), weights.clone(), &plan))
+        let (rows, weights, layout) = (input([ROWS, HIDDEN], device), input([TOKENS, CHOSEN], device), layout());
+        Box::new(move || combine_rows(rows.clone(), weights.clone(), &layout))
     });
     bench(criterion, "swiglu", [3 * ROWS * WIDTH, 5 * ROWS * WIDTH].map(Work::Values), |device| {
         let (gate, up) = (input([ROWS, WIDTH], device), input([ROWS, WIDTH], device));

@@ -1,46 +1,54 @@
-//! What goes into a forward pass.
+//! The input of a training step: token batches and the documents that they are packed from.
 
 use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor};
 
-/// A batch of a language-modelling step; every field is `[batch, sequence]`.
+/// A micro-batch of a language-modeling step. Every tensor is `[batch, sequence]`.
 #[derive(Debug, Clone)]
 pub struct LmBatch {
     /// Token ids.
     pub tokens: Tensor<2, Int>,
-    /// The token that follows each, or anything where the mask is zero.
+    /// The token that follows each token; any valid id where the mask is 0.
     pub targets: Tensor<2, Int>,
-    /// Weight of each prediction in the loss; 0 for padding and for the last token of a document.
+    /// Weight of each prediction in the loss: 0 for padding, for the last token of a document, and for prompts in fine-tuning.
     pub loss_mask: Tensor<2>,
-    /// The documents that the sequences are packed from; `None` where each sequence is one document without padding.
+    /// The documents that the sequences are packed from; `None` if each sequence is one document without padding.
     pub segments: Option<Segments>,
 }
 
-/// The documents of packed sequences.
+/// The document boundaries of packed sequences.
 ///
-/// Attention stays inside a document, positions restart with each, and padding takes no part in router statistics.
+/// Attention stays within a document, positions restart with each, and padding does not count in router statistics.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segments {
     pub(crate) batch: usize,
     pub(crate) sequence: usize,
-    /// Position of each token in its document.
+    /// `[batch * sequence]`: position of each token in its document.
     pub(crate) positions: Arc<Vec<u32>>,
-    /// Index in the sequence of the first token of each token's document.
+    /// `[batch * sequence]`: index in the sequence of the first token of each token's document.
     pub(crate) starts: Arc<Vec<u32>>,
-    /// Whether each token is padding.
+    /// `[batch * sequence]`.
     pub(crate) padding: Arc<Vec<bool>>,
 }
 
 impl Segments {
-    /// Reads `batch * sequence` document numbers, sequence by sequence: a new number starts a new document, a negative
-    /// number is padding (which sees only itself and other padding of its run).
+    /// Reads a document id for each token, sequence by sequence. A document ends where the id changes. Negative ids mark padding,
+    /// which attends to the padding before it and to nothing else.
+    ///
+    /// ```
+    /// use moonlight_model::Segments;
+    ///
+    /// // Two sequences of four tokens: documents of 3 + 1 tokens, then one of 2 tokens and padding.
+    /// let segments = Segments::new(&[0, 0, 0, 1, 2, 2, -1, -1], 2, 4);
+    /// # let _ = segments;
+    /// ```
     ///
     /// # Panics
     ///
-    /// When `documents` is not `batch * sequence` long.
+    /// If `documents` does not have `batch * sequence` entries.
     pub fn new(documents: &[i32], batch: usize, sequence: usize) -> Self {
-        assert_eq!(documents.len(), batch * sequence, "one document number a token");
+        assert_eq!(documents.len(), batch * sequence, "there must be one document id for each token");
         let mut positions = Vec::with_capacity(documents.len());
         let mut starts = Vec::with_capacity(documents.len());
         for row in documents.chunks(sequence.max(1)) {

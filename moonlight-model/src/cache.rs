@@ -1,4 +1,4 @@
-//! The KV cache of a model.
+//! [`KvCache`]: keys and values (for latent attention the latents) of earlier tokens, for all layers.
 
 use std::sync::Arc;
 
@@ -8,11 +8,13 @@ use crate::attention::LayerCache;
 use crate::config::ModelConfig;
 use crate::kernels::CacheSpan;
 
-/// The cache of a model for a batch of sequences, each of a length of its own; it grows only when it is
-/// [asked to](Self::grow).
+/// Keys and values of earlier tokens, for a batch of sequences that may differ in length.
 ///
-/// MLA keeps 576 values a token and layer for Moonlight (the latent and the shared key); grouped-query attention keeps
-/// keys and values.
+/// Latent attention caches the latent and the shared key, 576 values for each token and layer of Moonlight; grouped-query
+/// attention caches keys and values. All memory for `capacity` tokens is allocated at once, and the capacity changes only by
+/// [`grow`](Self::grow).
+///
+/// See [`CausalLm::decode`](crate::CausalLm::decode) for an example.
 #[derive(Debug)]
 pub struct KvCache {
     pub(crate) layers: Vec<LayerCache>,
@@ -21,7 +23,8 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Room for `capacity` tokens in each of `batch` sequences; `dtype` is that of the model's weights.
+    /// An empty cache with room for `capacity` tokens in each of `batch` sequences. `dtype` must be the dtype of the model's
+    /// weights ([`CausalLm::dtype`](crate::CausalLm::dtype)).
     pub fn new(config: &ModelConfig, batch: usize, capacity: usize, device: &Device, dtype: DType) -> Self {
         let shape = config.attention_widths().cache;
         let layer = |_| LayerCache::new(batch, shape, capacity, device, dtype);
@@ -29,33 +32,33 @@ impl KvCache {
         Self { layers, lengths: vec![0; batch], capacity }
     }
 
-    /// Tokens of each sequence so far.
+    /// The number of cached tokens of each sequence.
     pub fn lengths(&self) -> &[usize] {
         &self.lengths
     }
 
-    /// Tokens of the longest sequence so far.
+    /// The number of cached tokens of the longest sequence.
     pub fn len(&self) -> usize {
         self.lengths.iter().copied().max().unwrap_or(0)
     }
 
-    /// Whether nothing was decoded yet.
+    /// Whether no sequence has a cached token.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Sequences side by side.
+    /// The number of sequences.
     pub fn batch(&self) -> usize {
         self.lengths.len()
     }
 
-    /// Tokens of each sequence that there is room for.
+    /// The largest number of tokens that each sequence can have.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// Makes room for `capacity` tokens in each sequence, where there is less, and keeps what is there: a cache for a
-    /// context that may be long begins small.
+    /// Raises the capacity to at least `capacity` tokens a sequence and keeps what is cached. This copies the cache; a caller
+    /// that grows it should do so in large steps.
     pub fn grow(&mut self, capacity: usize) {
         if capacity > self.capacity {
             self.layers.iter_mut().for_each(|layer| layer.grow(capacity));
@@ -63,25 +66,26 @@ impl KvCache {
         }
     }
 
-    /// Keeps the first `length` tokens of a sequence and drops the rest, to continue the text differently from there; 0
-    /// empties the sequence.
+    /// Drops all but the first `length` tokens of a sequence, to continue the text differently from there; 0 empties the
+    /// sequence.
     ///
     /// # Panics
     ///
-    /// When there are fewer, or there is no such sequence.
+    /// If the sequence has fewer tokens, or does not exist.
     pub fn truncate(&mut self, sequence: usize, length: usize) {
+        // The rows stay in memory; the next tokens of the sequence overwrite them.
         let tokens = &mut self.lengths[sequence];
         assert!(length <= *tokens, "the cache has {tokens} tokens of sequence {sequence}, not {length}");
         *tokens = length;
     }
 
-    /// Makes room for `counts` new tokens of each sequence, and says where they go.
+    /// Reserves rows for `counts[i]` new tokens of sequence `i`, and returns where they are.
     ///
     /// # Panics
     ///
-    /// When there is no room, or `counts` are of another batch.
-    pub(crate) fn take_in(&mut self, counts: &[usize]) -> Arc<Vec<CacheSpan>> {
-        assert_eq!(counts.len(), self.batch(), "the cache was made for another batch");
+    /// If there is no room, or `counts` has another batch size.
+    pub(crate) fn append(&mut self, counts: &[usize]) -> Arc<Vec<CacheSpan>> {
+        assert_eq!(counts.len(), self.batch(), "the cache was made for another batch size");
         let mut spans = Vec::with_capacity(counts.len());
         for (sequence, (length, &count)) in self.lengths.iter_mut().zip(counts).enumerate() {
             let start = *length;

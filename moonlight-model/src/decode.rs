@@ -1,4 +1,4 @@
-//! Text from the model, token by token or many at a time.
+//! Prefill and decode: running new tokens through the model with a [`KvCache`].
 
 use std::sync::Arc;
 
@@ -10,36 +10,60 @@ use crate::kernels::CacheSpan;
 use crate::model::CausalLm;
 use crate::rayon_pool::run_in_pool;
 
-/// New tokens that [`CausalLm::extend`] takes at a time, which bounds the memory of a long prompt. The experts of a
-/// Moonlight layer get 48 rows each then, enough for their product to be bound by arithmetic.
-const CHUNK: usize = 512;
+/// Tokens of one pass of [`CausalLm::extend`], which bounds the memory of a long prompt. Each of Moonlight's 64 experts then gets
+/// 48 rows on average (512 tokens, 6 experts each), enough for its product to be bound by arithmetic and not by memory.
+const CHUNK_TOKENS: usize = 512;
 
 impl CausalLm {
-    /// The logits of tokens that follow those in the cache, which takes them in: `[batch, new]` to
-    /// `[batch, new, vocab]`. Has no gradient.
+    /// Appends new tokens to every sequence of the cache and returns the logits of each. There is no gradient.
+    ///
+    /// ```
+    /// use burn::tensor::{Device, Int, Tensor};
+    /// use moonlight_model::{KvCache, ModelConfig};
+    ///
+    /// let mut config = ModelConfig::preset("bench-small")?;
+    /// config.num_hidden_layers = 2;
+    /// let device = Device::default();
+    /// let model = config.init(&device);
+    /// let mut cache = KvCache::new(&config, 1, 16, &device, model.dtype());
+    /// model.decode(Tensor::<2, Int>::from_data([[1, 2, 3]], &device), &mut cache); // the prompt
+    /// let logits = model.decode(Tensor::<2, Int>::from_data([[4]], &device), &mut cache); // one more token
+    /// assert_eq!((logits.dims(), cache.len()), ([1, 1, 8192], 4));
+    /// # Ok::<(), moonlight_model::ConfigError>(())
+    /// ```
+    ///
+    /// # Shapes
+    ///
+    /// - tokens: `[batch, new]`
+    /// - output: `[batch, new, vocab]`
     ///
     /// # Panics
     ///
-    /// When the cache has no room for the tokens, or was made for another batch or model.
+    /// If the cache has no room for the tokens, or was made for another batch size or model.
     pub fn decode(&self, tokens: Tensor<2, Int>, cache: &mut KvCache) -> Tensor<3> {
         let [batch, new] = tokens.dims();
         let device = tokens.device();
-        let spans = cache.take_in(&vec![new; batch]);
+        let spans = cache.append(&vec![new; batch]);
         run_in_pool(&device, || {
             let hidden = self.decode_layers(tokens.reshape([1, batch * new]), spans, cache);
             self.head(hidden).reshape([batch, new, self.config().vocab_size])
         })
     }
 
-    /// The logits of the token that follows each sequence, after each took in tokens of its own: `tokens` has them for every
-    /// sequence of the cache, none for one that rests; `[sequences with new tokens, vocab]`. Has no gradient.
+    /// Appends new tokens to some sequences of the cache, and returns the logits of the token that follows each of these. There
+    /// is no gradient.
     ///
-    /// Prompts and single tokens may come together. Long ones are taken in pieces, and the head runs for each sequence's
-    /// last token alone.
+    /// `tokens` has a slice for every sequence of the cache, empty for sequences without new tokens. Prompts and single
+    /// tokens may be mixed. Long prompts are processed in chunks, and the head runs for the last token of each sequence
+    /// only.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[sequences with new tokens, vocab]`, in the order of the cache
     ///
     /// # Panics
     ///
-    /// When the cache has no room for the tokens, or was made for another batch or model; when no sequence has a token.
+    /// If the cache has no room for the tokens, or was made for another batch size or model; if no sequence has new tokens.
     pub fn extend(&self, tokens: &[&[u32]], cache: &mut KvCache) -> Tensor<2> {
         let device = self.embed_tokens.weight.val().device();
         let mut rest = tokens.to_vec();
@@ -47,7 +71,7 @@ impl CausalLm {
             let mut ends = Vec::new();
             while rest.iter().any(|rest| !rest.is_empty()) {
                 let (chunk, counts, last) = next_chunk(&mut rest);
-                let spans = cache.take_in(&counts);
+                let spans = cache.append(&counts);
                 let chunk = TensorData::new(chunk, [1, counts.iter().sum()]);
                 let hidden = self.decode_layers(Tensor::from_data(chunk, &device), spans, cache);
                 if !last.is_empty() {
@@ -59,23 +83,24 @@ impl CausalLm {
         })
     }
 
-    /// The last layer's output, `[tokens, hidden]`, of `[1, tokens]`, which belong to sequences as `spans` says.
+    /// Runs the layers over `[1, tokens]`, which `spans` assigns to sequences; returns `[tokens, hidden]`.
     fn decode_layers(&self, tokens: Tensor<2, Int>, spans: Arc<Vec<CacheSpan>>, cache: &mut KvCache) -> Tensor<2> {
         let positions: Vec<u32> = spans.iter().flat_map(|span| span.start as u32..span.end() as u32).collect();
         let rotation = self.rotary().at(&positions, &tokens.device());
-        let starts = (spans.len() > 1).then(|| first_tokens(&spans));
+        // A single span needs no mask beyond the causal one.
+        let starts = (spans.len() > 1).then(|| span_starts(&spans));
         let new = DecodeContext { tokens: ForwardContext::decoding(rotation, positions.len(), starts), spans };
         let layers = self.layers.iter().zip(&mut cache.layers);
         layers.fold(self.embed(tokens), |x, (layer, cache)| layer.decode(x, &new, cache))
     }
 }
 
-/// Takes up to [`CHUNK`] tokens off the sequences, in order: the tokens, how many of each sequence, and the places in the
-/// chunk of tokens that are their sequence's last.
+/// Removes up to [`CHUNK_TOKENS`] tokens from the front of the sequences, in order. Returns the tokens, the number from each
+/// sequence, and the positions in the chunk of tokens that are the last of their sequence.
 fn next_chunk(rest: &mut [&[u32]]) -> (Vec<i32>, Vec<usize>, Vec<i32>) {
     let (mut chunk, mut counts, mut last) = (Vec::new(), Vec::with_capacity(rest.len()), Vec::new());
     for rest in rest {
-        let (taken, after) = rest.split_at(rest.len().min(CHUNK - chunk.len()));
+        let (taken, after) = rest.split_at(rest.len().min(CHUNK_TOKENS - chunk.len()));
         chunk.extend(taken.iter().map(|&token| token as i32));
         counts.push(taken.len());
         if !taken.is_empty() && after.is_empty() {
@@ -86,8 +111,8 @@ fn next_chunk(rest: &mut [&[u32]]) -> (Vec<i32>, Vec<usize>, Vec<i32>) {
     (chunk, counts, last)
 }
 
-/// For each token the place of its span's first.
-fn first_tokens(spans: &[CacheSpan]) -> Vec<u32> {
+/// For each token the index of its span's first token.
+fn span_starts(spans: &[CacheSpan]) -> Vec<u32> {
     let mut first = 0;
     spans
         .iter()
@@ -104,19 +129,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chunks_take_every_token_once_and_mark_the_last() {
-        let long: Vec<u32> = (0..CHUNK as u32 + 3).collect();
+    fn chunks_have_every_token_once_and_mark_the_last() {
+        let long: Vec<u32> = (0..CHUNK_TOKENS as u32 + 3).collect();
         let mut rest: [&[u32]; 4] = [&[7, 8], &[], &long, &[9]];
         let (chunk, counts, last) = next_chunk(&mut rest);
-        assert_eq!((chunk.len(), counts, last), (CHUNK, vec![2, 0, CHUNK - 2, 0], vec![1]));
+        assert_eq!((chunk.len(), counts, last), (CHUNK_TOKENS, vec![2, 0, CHUNK_TOKENS - 2, 0], vec![1]));
         let (chunk, counts, last) = next_chunk(&mut rest);
         assert_eq!((chunk.last(), counts, last), (Some(&9), vec![0, 0, 5, 1], vec![4, 5]));
         assert!(rest.iter().all(|rest| rest.is_empty()));
     }
 
     #[test]
-    fn a_token_knows_where_its_run_began() {
+    fn each_token_has_the_start_of_its_span() {
         let span = |sequence, count| CacheSpan { sequence, start: 4, count };
-        assert_eq!(first_tokens(&[span(0, 2), span(3, 3)]), [0, 0, 2, 2, 2]);
+        assert_eq!(span_starts(&[span(0, 2), span(3, 3)]), [0, 0, 2, 2, 2]);
     }
 }

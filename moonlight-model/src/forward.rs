@@ -1,4 +1,4 @@
-//! What all layers of a forward pass know of its tokens.
+//! [`ForwardContext`]: what the layers of a forward pass need to know about its tokens.
 
 use std::sync::Arc;
 
@@ -9,8 +9,8 @@ use crate::forward_stats::Probe;
 use crate::kernels::{AttentionSpec, CacheSpan};
 use crate::rope::{RotaryEmbedding, Rotation};
 
-/// The tokens of a forward pass as layers see them: how many, at which positions, of which documents, and what is to be
-/// measured on the way.
+/// What the layers of a forward pass need to know about its tokens: batch size, positions, document boundaries, padding, and
+/// which losses and statistics to compute. One context serves all layers, so cos and sin are computed once.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
@@ -18,7 +18,7 @@ use crate::rope::{RotaryEmbedding, Rotation};
 /// use moonlight_model::{ForwardContext, MultiHeadLatentAttentionConfig, RopeConfig};
 ///
 /// let device = Device::default();
-/// // Hidden states of 64, 4 heads; a latent of 16; queries and keys of 16 + 8, values of 16.
+/// // Hidden size 64, 4 heads, KV latent of 16, query and key heads of 16 + 8 (without and with position), value heads of 16.
 /// let attention = MultiHeadLatentAttentionConfig::new(64, 4, 16, 16, 8, 16).init(&device);
 /// let rotary = RotaryEmbedding::new(&RopeConfig::new(), 8);
 /// let x = Tensor::<3>::random([2, 10, 64], Distribution::Default, &device);
@@ -30,6 +30,7 @@ pub struct ForwardContext {
     batch: usize,
     sequence: usize,
     rotation: Option<Rotation>,
+    /// `[batch * sequence]`: index in its sequence of the first token of each token's document.
     starts: Option<Arc<Vec<u32>>>,
     padding: Option<Arc<Vec<bool>>>,
     balance_weight: f64,
@@ -43,7 +44,7 @@ impl ForwardContext {
         Self { rotation: Some(rotary.at(&positions, device)), ..Self::without_positions([batch, sequence]) }
     }
 
-    /// Sequences that are packed from documents: attention stays inside of each, and positions restart with it.
+    /// Packed sequences: attention stays within a document, and positions restart with each.
     pub fn packed(rotary: &RotaryEmbedding, segments: &Segments, device: &Device) -> Self {
         Self {
             rotation: Some(rotary.at(&segments.positions, device)),
@@ -53,7 +54,7 @@ impl ForwardContext {
         }
     }
 
-    /// For layers that have no attention.
+    /// A context for layers without attention, such as [`Moe`](crate::Moe).
     pub fn without_positions([batch, sequence]: [usize; 2]) -> Self {
         Self {
             batch,
@@ -66,36 +67,36 @@ impl ForwardContext {
         }
     }
 
-    /// Sets the weight of the experts' sequence-wise balance loss; 0, the default, for none.
+    /// Sets the weight of the experts' sequence-wise balance loss; 0, the default, turns it off.
     #[must_use]
     pub fn with_balance_weight(mut self, weight: f64) -> Self {
         self.balance_weight = weight;
         self
     }
 
-    /// Sets what is measured beyond expert loads.
+    /// Sets which statistics are computed in addition to expert loads; none by default.
     #[must_use]
     pub fn with_probe(mut self, probe: Probe) -> Self {
         self.probe = probe;
         self
     }
 
-    /// The same on the device without gradients, for `model.valid()`.
+    /// The context on the inner device, without gradients, as `model.valid()` needs it.
     pub fn inner(self) -> Self {
         Self { rotation: self.rotation.map(Rotation::inner), ..self }
     }
 
-    /// Sequences.
+    /// Number of sequences.
     pub fn batch(&self) -> usize {
         self.batch
     }
 
-    /// Tokens of each sequence.
+    /// Number of tokens in each sequence, padding included.
     pub fn sequence(&self) -> usize {
         self.sequence
     }
 
-    /// New tokens of several sequences, one after the other, for a cache; their context is that of one packed sequence.
+    /// New tokens of several sequences, concatenated into one packed sequence `[1, sequence]`, to be added to a cache.
     pub(crate) fn decoding(rotation: Rotation, sequence: usize, starts: Option<Vec<u32>>) -> Self {
         let rotation = Some(rotation);
         Self { rotation, starts: starts.map(Arc::new), ..Self::without_positions([1, sequence]) }
@@ -103,14 +104,16 @@ impl ForwardContext {
 
     /// # Panics
     ///
-    /// For a context without positions.
+    /// If the context has no positions.
     pub(crate) fn rotation(&self) -> &Rotation {
         self.rotation.as_ref().expect("attention needs a context with positions: `ForwardContext::new`")
     }
 
-    /// For each token the first that it sees in its sequence: the start of its document or, with a window, the first of that
-    /// many tokens that end with it; `None` where every token sees back to the start of its sequence.
+    /// The first key that each token sees, `[batch * sequence]`, as an index in its sequence: the start of its document or, with
+    /// a sliding window of `w` tokens, the token `w - 1` before it, whichever is later. `None` if every token sees its whole
+    /// sequence up to itself.
     pub(crate) fn first_keys(&self, window: Option<usize>) -> Option<Arc<Vec<u32>>> {
+        // A window at least as long as the sequence hides nothing, and `None` is the fast case of the kernels.
         let Some(window) = window.filter(|window| *window < self.sequence) else { return self.starts.clone() };
         let first = |token: usize| {
             let document = self.starts.as_ref().map_or(0, |starts| starts[token]);
@@ -119,7 +122,7 @@ impl ForwardContext {
         Some(Arc::new((0..self.batch * self.sequence).map(first).collect()))
     }
 
-    /// Which tokens are padding and count for nothing.
+    /// Which tokens are padding, `[batch * sequence]`; they do not count in expert loads and balance losses.
     pub(crate) fn padding(&self) -> Option<&[bool]> {
         self.padding.as_ref().map(|padding| padding.as_slice())
     }
@@ -138,24 +141,25 @@ impl ForwardContext {
 
     /// # Panics
     ///
-    /// When `[batch, sequence]` are not those of the context.
+    /// If `[batch, sequence]` is not the context's.
     pub(crate) fn check(&self, [batch, sequence]: [usize; 2]) {
         let expected = [self.batch, self.sequence];
-        assert_eq!([batch, sequence], expected, "the context is of another batch or sequence length");
+        assert_eq!([batch, sequence], expected, "the context is of another batch size or sequence length");
     }
 }
 
-/// New tokens for a cache.
+/// The context of new tokens that are added to a cache.
 pub(crate) struct DecodeContext {
-    /// The tokens as one packed sequence.
+    /// All new tokens as one packed sequence.
     pub(crate) tokens: ForwardContext,
-    /// The sequences that they belong to.
+    /// Which tokens belong to which sequence of the cache.
     pub(crate) spans: Arc<Vec<CacheSpan>>,
 }
 
 impl DecodeContext {
-    /// Whether they begin their sequences, and are enough for whole attention to be cheaper than attention to a cache.
-    pub(crate) fn are_prompts(&self) -> bool {
+    /// Whether the tokens are prompts of empty sequences, for which attention over expanded keys and values is cheaper than
+    /// cached attention. With one token a sequence there is nothing to expand for, and the cached form wins.
+    pub(crate) fn is_prefill(&self) -> bool {
         self.spans.iter().all(|span| span.start == 0) && self.tokens.sequence > self.spans.len()
     }
 }

@@ -1,27 +1,28 @@
-//! Statistics of a forward pass.
+//! [`ForwardStats`]: expert loads and attention logits of a forward pass, and [`Probe`], which asks for the latter.
 
 use burn::tensor::Tensor;
 
-/// What to measure beyond expert loads, which cost nothing.
+/// Which statistics to compute in addition to expert loads, which are a by-product of routing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Probe {
-    /// The largest attention logit of each head and the share of logits above 100. Computes the logits once more.
+    /// The largest attention logit of each head and the share of logits above 100. Computes the logits a second time: the
+    /// attention kernels never hold them.
     pub attention_logits: bool,
 }
 
-/// One entry for each decoder layer.
+/// The statistics of all decoder layers.
 #[derive(Debug, Clone, Default)]
 pub struct ForwardStats {
-    /// In the order of the layers.
+    /// One entry for each layer, first layer first.
     pub layers: Vec<LayerStats>,
 }
 
-/// The statistics of one layer.
+/// The statistics of one decoder layer.
 #[derive(Debug, Clone, Default)]
 pub struct LayerStats {
-    /// Index of the layer.
+    /// Index of the layer, from 0.
     pub layer: usize,
-    /// Number of tokens routed to each expert, `[experts]`; `None` for a dense layer.
+    /// Number of tokens routed to each expert, `[experts]`, without padding; `None` for a dense layer.
     pub expert_load: Option<Vec<u64>>,
     /// The largest scaled attention logit of each head, f32 `[heads]`; `None` unless probed.
     pub max_attention_logit: Option<Tensor<1>>,
@@ -30,7 +31,7 @@ pub struct LayerStats {
 }
 
 impl ForwardStats {
-    /// The expert loads of all layers, for [`CausalLm::update_router_bias`](crate::CausalLm::update_router_bias).
+    /// The expert load of each layer, for [`CausalLm::update_router_bias`](crate::CausalLm::update_router_bias).
     pub fn expert_loads(&self) -> Vec<Option<Vec<u64>>> {
         self.layers.iter().map(|layer| layer.expert_load.clone()).collect()
     }

@@ -1,7 +1,9 @@
-//! Fresh parameters: normal with the configured standard deviation, biases zero, drawn when first used.
+//! Initialization of parameters: normal with the configured standard deviation, biases zero, drawn when first read.
 //!
-//! Every parameter of the family is made here and nowhere else, so that what it is for is said once, where its module is
-//! made; the list of parameters reads it from there.
+//! Every parameter of the crate is made here and nowhere else. The call names the parameter's kind and role, so both are
+//! stated once, next to the module that has the parameter; [`ModelConfig::parameter_shapes`] reads them from here.
+//!
+//! [`ModelConfig::parameter_shapes`]: crate::ModelConfig::parameter_shapes
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -13,10 +15,10 @@ use burn::tensor::{Device, Tensor};
 use crate::parameter::{MlpRole, ParameterKind, ProjectionRole};
 use crate::projection::Projection;
 
-/// What each parameter of a model is for, by its id.
+/// Kind and role of each parameter, by its id.
 pub(crate) type ParameterKinds = RefCell<HashMap<ParamId, (ParameterKind, Option<ProjectionRole>)>>;
 
-/// Makes parameters on a device, and notes what they are for where someone asks.
+/// Makes parameters on a device, and records their kinds and roles if a map is given.
 #[derive(Clone, Copy)]
 pub(crate) struct Init<'a> {
     pub(crate) device: &'a Device,
@@ -29,7 +31,7 @@ impl<'a> Init<'a> {
     }
 
     /// The same, noting in `kinds` what each parameter is for.
-    pub(crate) fn noting(device: &'a Device, kinds: &'a ParameterKinds) -> Self {
+    pub(crate) fn recording(device: &'a Device, kinds: &'a ParameterKinds) -> Self {
         Self { device, kinds: Some(kinds) }
     }
 
@@ -43,11 +45,11 @@ impl<'a> Init<'a> {
     ) -> Projection {
         let weight = self.normal(ParameterKind::Matrix, Some(role), [input, output], deviation);
         let bias =
-            bias.then(|| self.noted(Initializer::Zeros.init([output], self.device), ParameterKind::Bias, Some(role)));
+            bias.then(|| self.record(Initializer::Zeros.init([output], self.device), ParameterKind::Bias, Some(role)));
         Projection { weight, bias, lora: None, quantized: None, role }
     }
 
-    /// The routed experts' matrices of one projection, `[experts, input, output]`.
+    /// One projection of all routed experts, `[experts, input, output]`.
     pub(crate) fn experts(self, role: MlpRole, shape: [usize; 3], deviation: f64) -> Param<Tensor<3>> {
         self.normal(ParameterKind::Experts, Some(ProjectionRole::Experts(role)), shape, deviation)
     }
@@ -57,29 +59,29 @@ impl<'a> Init<'a> {
         self.normal(ParameterKind::Router, Some(ProjectionRole::Router), shape, deviation)
     }
 
-    /// A router's correction bias, which no gradient reaches.
+    /// A router's correction bias, `[experts]`: a buffer that is updated by a rule and has no gradient.
     pub(crate) fn correction_bias(self, experts: usize) -> Param<Tensor<1>> {
         let bias = Initializer::Zeros.init([experts], self.device).set_require_grad(false);
-        self.noted(bias, ParameterKind::CorrectionBias, None)
+        self.record(bias, ParameterKind::CorrectionBias, None)
     }
 
-    /// The gain of a norm.
+    /// The gain of a norm, `[width]`.
     pub(crate) fn gain(self, width: usize) -> Param<Tensor<1>> {
-        self.noted(Initializer::Ones.init([width], self.device), ParameterKind::Norm, None)
+        self.record(Initializer::Ones.init([width], self.device), ParameterKind::Norm, None)
     }
 
     /// The output head, `[input, output]`.
     pub(crate) fn head(self, [input, output]: [usize; 2], deviation: f64) -> Linear {
         let config = LinearConfig::new(input, output).with_bias(false).with_initializer(normal(deviation));
         let mut head = config.init(self.device);
-        head.weight = self.noted(head.weight, ParameterKind::Head, None);
+        head.weight = self.record(head.weight, ParameterKind::Head, None);
         head
     }
 
     /// The token embedding, `[rows, width]`.
     pub(crate) fn embedding(self, [rows, width]: [usize; 2], deviation: f64) -> Embedding {
         let mut embedding = EmbeddingConfig::new(rows, width).with_initializer(normal(deviation)).init(self.device);
-        embedding.weight = self.noted(embedding.weight, ParameterKind::Embedding, None);
+        embedding.weight = self.record(embedding.weight, ParameterKind::Embedding, None);
         embedding
     }
 
@@ -90,10 +92,10 @@ impl<'a> Init<'a> {
         shape: [usize; D],
         deviation: f64,
     ) -> Param<Tensor<D>> {
-        self.noted(normal(deviation).init(shape, self.device), kind, role)
+        self.record(normal(deviation).init(shape, self.device), kind, role)
     }
 
-    fn noted<const D: usize>(
+    fn record<const D: usize>(
         self,
         param: Param<Tensor<D>>,
         kind: ParameterKind,

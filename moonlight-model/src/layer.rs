@@ -1,4 +1,4 @@
-//! One decoder layer.
+//! A decoder layer: attention and a feed-forward part with their norms and residual connections.
 
 use burn::config::Config;
 use burn::module::Module;
@@ -20,9 +20,9 @@ use crate::projection::{projections_of_fields, projections_of_variants};
 /// The configuration of a [`DecoderLayer`].
 #[derive(Config, Debug, PartialEq)]
 pub struct DecoderLayerConfig {
-    /// The attention; its hidden width is the layer's.
+    /// Its hidden size is the layer's.
     pub attention: AttentionConfig,
-    /// The feed-forward part.
+    /// Dense or a mixture of experts; of the same hidden size.
     pub feed_forward: FeedForwardConfig,
     /// Epsilon of the two norms.
     #[config(default = 1e-5)]
@@ -32,18 +32,18 @@ pub struct DecoderLayerConfig {
 /// The configuration of a [`FeedForward`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FeedForwardConfig {
-    /// One MLP for every token.
+    /// One MLP that every token passes.
     Dense(MlpConfig),
     /// A mixture of experts.
     Moe(MoeConfig),
 }
 
 impl DecoderLayerConfig {
-    /// A layer with fresh parameters, drawn when they are first used.
+    /// Initializes a layer. A parameter is drawn when it is first read.
     ///
     /// # Panics
     ///
-    /// Where the `init` of its parts does, and when their hidden widths differ.
+    /// If the hidden sizes of attention and feed-forward part differ, or if the `init` of a part panics.
     pub fn init(&self, device: &Device) -> DecoderLayer {
         self.build(Init::new(device))
     }
@@ -54,7 +54,7 @@ impl DecoderLayerConfig {
             FeedForwardConfig::Dense(mlp) => mlp.hidden_size,
             FeedForwardConfig::Moe(moe) => moe.router.hidden_size,
         };
-        assert_eq!(hidden, other, "attention and feed-forward part have different hidden widths");
+        assert_eq!(hidden, other, "attention and feed-forward part have different hidden sizes");
         DecoderLayer {
             input_layernorm: RmsNorm::build(hidden, self.rms_norm_eps, init),
             self_attn: self.attention.build(init),
@@ -68,11 +68,11 @@ impl DecoderLayerConfig {
 }
 
 impl ModelConfig {
-    /// The configuration of decoder layer `layer`.
+    /// The config of decoder layer `layer`, from 0.
     ///
     /// # Panics
     ///
-    /// When the model has no such layer.
+    /// If the model has no such layer.
     pub fn layer(&self, layer: usize) -> DecoderLayerConfig {
         assert!(layer < self.num_hidden_layers, "the model has {} layers", self.num_hidden_layers);
         let (hidden_size, initializer_range) = (self.hidden_size, self.initializer_range);
@@ -94,28 +94,28 @@ impl ModelConfig {
         DecoderLayerConfig { attention, feed_forward, rms_norm_eps: self.rms_norm_eps }
     }
 
-    /// Decoder layer `layer` with fresh parameters, drawn when they are first used.
+    /// Initializes decoder layer `layer` alone, without the rest of the model.
     ///
     /// # Panics
     ///
-    /// When the model has no such layer.
+    /// If the model has no such layer.
     pub fn init_layer(&self, layer: usize, device: &Device) -> DecoderLayer {
         self.layer(layer).init(device)
     }
 }
 
-/// Attention, then a feed-forward part, each after a norm and beside the residual stream.
+/// `x + attention(norm(x))`, then `x + feed_forward(norm(x))` (pre-norm residual layer).
 ///
 /// Should be created with [`DecoderLayerConfig`].
 #[derive(Module, Debug)]
 pub struct DecoderLayer {
-    /// Before the attention.
+    /// The norm before the attention.
     pub input_layernorm: RmsNorm,
-    /// The attention.
+    /// Latent or grouped-query attention.
     pub self_attn: Attention,
-    /// Before the feed-forward part.
+    /// The norm before the feed-forward part.
     pub post_attention_layernorm: RmsNorm,
-    /// The feed-forward part.
+    /// Dense or a mixture of experts.
     pub mlp: FeedForward,
 }
 
@@ -125,7 +125,7 @@ projections_of_fields!(DecoderLayer { self_attn, mlp });
 #[derive(Debug, Clone)]
 #[expect(clippy::large_enum_variant, reason = "there are a few dozen, one a layer")]
 pub enum FeedForward {
-    /// One MLP for every token.
+    /// One MLP that every token passes.
     Dense(Mlp),
     /// A mixture of experts.
     Moe(Moe),
@@ -134,25 +134,27 @@ pub enum FeedForward {
 delegate_module!(FeedForward { Dense, Moe });
 projections_of_variants!(FeedForward { Dense, Moe });
 
-/// What comes out of a layer.
+/// The output of a layer, with its loss and statistics.
 #[derive(Debug)]
 pub struct LayerOutput<const D: usize> {
-    /// `[batch, sequence, hidden]`, or where the tokens came as rows `[tokens, hidden]`.
+    /// `[batch, sequence, hidden]` (`D` = 3), or `[tokens, hidden]` if the input was rows (`D` = 2).
     pub hidden: Tensor<D>,
-    /// The layer's weighted sequence-wise balance loss, f32 `[1]`; `None` where its weight is 0 or the layer is dense.
+    /// The layer's weighted sequence-wise balance loss, f32 `[1]`; `None` if its weight is 0 or the layer is dense.
     pub balance_loss: Option<Tensor<1>>,
-    /// Expert loads, and what the probe asked for.
+    /// Expert load, and what the [`Probe`](crate::Probe) asked for.
     pub stats: LayerStats,
 }
 
 impl DecoderLayer {
+    /// Runs the layer over whole sequences.
+    ///
     /// # Shapes
     ///
-    /// `[batch, sequence, hidden]` to the same.
+    /// - x, output: `[batch, sequence, hidden]`
     ///
     /// # Panics
     ///
-    /// When the context is of another batch or sequence length, or has no positions.
+    /// If the context has another batch size or sequence length, or no positions.
     pub fn forward(&self, x: Tensor<3>, context: &ForwardContext) -> LayerOutput<3> {
         let shape @ [batch, sequence, hidden] = x.dims();
         context.check([batch, sequence]);
@@ -161,19 +163,20 @@ impl DecoderLayer {
         LayerOutput { hidden: hidden.reshape(shape), balance_loss, stats }
     }
 
-    /// `[tokens, hidden]` over whole sequences.
+    /// [`forward`](Self::forward) over rows, `[tokens, hidden]`.
     pub(crate) fn forward_rows(&self, x: Tensor<2>, context: &ForwardContext) -> LayerOutput<2> {
         let (attended, logits) = self.self_attn.forward_rows(self.input_layernorm.forward_rows(x.clone()), context);
         let (hidden, load, balance_loss) = self.feed_forward(x + attended, context);
         let (max_attention_logit, share_above_100) = match logits {
-            Some(logits) => (Some(logits.largest), Some(logits.share_above_100)),
+            Some(logits) => (Some(logits.max_logit), Some(logits.share_above_100)),
             None => (None, None),
         };
+        // A layer does not know its index; `CausalLm::run_layer` sets it.
         let stats = LayerStats { layer: 0, expert_load: load, max_attention_logit, share_above_100 };
         LayerOutput { hidden, balance_loss, stats }
     }
 
-    /// `[tokens, hidden]` of tokens that follow those in the cache.
+    /// Runs the layer for new tokens, `[tokens, hidden]`, and appends their keys and values to the cache.
     pub(crate) fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2> {
         let attended = self.self_attn.decode(self.input_layernorm.forward_rows(x.clone()), new, cache);
         self.feed_forward(x + attended, &new.tokens).0

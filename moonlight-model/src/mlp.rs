@@ -1,4 +1,4 @@
-//! The gated MLP of dense layers and shared experts.
+//! The gated MLP (SwiGLU) of dense layers and shared experts.
 
 use burn::config::Config;
 use burn::module::Module;
@@ -12,20 +12,20 @@ use crate::projection::{Projection, projections_of_fields};
 /// The configuration of an [`Mlp`].
 #[derive(Config, Debug, PartialEq)]
 pub struct MlpConfig {
-    /// Width of the hidden states.
+    /// Width of input and output.
     pub hidden_size: usize,
-    /// Width between the projections.
+    /// Width of the gated product between the projections.
     pub intermediate_size: usize,
-    /// Biases on all three projections.
+    /// Whether the three projections have biases.
     #[config(default = false)]
     pub bias: bool,
-    /// Standard deviation of fresh weights.
+    /// Standard deviation of initialized weights.
     #[config(default = 0.02)]
     pub initializer_range: f64,
 }
 
 impl MlpConfig {
-    /// An MLP with fresh parameters, drawn when they are first used.
+    /// Initializes an MLP. A parameter is drawn when it is first read.
     pub fn init(&self, device: &Device) -> Mlp {
         self.build(Init::new(device), ProjectionRole::Mlp)
     }
@@ -41,31 +41,33 @@ impl MlpConfig {
     }
 }
 
-/// `down(silu(gate(x)) * up(x))` (arXiv 2002.05202).
+/// `down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202).
 ///
 /// Should be created with [`MlpConfig`].
 #[derive(Module, Debug)]
 pub struct Mlp {
-    /// `[hidden, width]`.
+    /// `[hidden, intermediate]`.
     pub gate_proj: Projection,
-    /// `[hidden, width]`.
+    /// `[hidden, intermediate]`.
     pub up_proj: Projection,
-    /// `[width, hidden]`.
+    /// `[intermediate, hidden]`.
     pub down_proj: Projection,
 }
 
 projections_of_fields!(Mlp { gate_proj, up_proj, down_proj });
 
 impl Mlp {
+    /// Applies the MLP to each token.
+    ///
     /// # Shapes
     ///
-    /// `[batch, sequence, hidden]` to the same.
+    /// - x, output: `[batch, sequence, hidden]`
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let shape @ [batch, sequence, hidden] = x.dims();
         self.forward_rows(x.reshape([batch * sequence, hidden])).reshape(shape)
     }
 
-    /// `[tokens, hidden]` to the same.
+    /// [`forward`](Self::forward) over `[tokens, hidden]`.
     pub(crate) fn forward_rows(&self, x: Tensor<2>) -> Tensor<2> {
         let gate = self.gate_proj.forward(x.clone());
         self.down_proj.forward(swiglu(gate, self.up_proj.forward(x)))

@@ -1,4 +1,4 @@
-//! The causal language model.
+//! [`CausalLm`]: embedding, decoder layers, final norm and head, with the loss of a training step.
 
 use burn::module::{Module, Param};
 use burn::nn::{Embedding, Linear};
@@ -17,17 +17,29 @@ use crate::rope::RotaryEmbedding;
 
 /// A decoder-only language model of the Moonlight family.
 ///
-/// Should be created with [`ModelConfig::init`]; parameters are drawn when they are first used, so a model that is about
-/// to be loaded costs nothing.
+/// Should be created with [`ModelConfig::init`]. Parameters are drawn when they are first read, so a model whose weights are
+/// about to be loaded allocates nothing.
+///
+/// ```
+/// use burn::tensor::{Device, Int, Tensor};
+/// use moonlight_model::ModelConfig;
+///
+/// let mut config = ModelConfig::preset("bench-small")?;
+/// config.num_hidden_layers = 2;
+/// let device = Device::default();
+/// let tokens = Tensor::<2, Int>::from_data([[1, 2, 3]], &device);
+/// assert_eq!(config.init(&device).forward(tokens).dims(), [1, 3, config.vocab_size]);
+/// # Ok::<(), moonlight_model::ConfigError>(())
+/// ```
 #[derive(Module, Debug)]
 pub struct CausalLm {
     /// `[vocab, hidden]`.
     pub embed_tokens: Embedding,
-    /// The decoder layers.
+    /// `num_hidden_layers` of them.
     pub layers: Vec<DecoderLayer>,
-    /// Before the head.
+    /// The final norm, before the head.
     pub norm: RmsNorm,
-    /// `[hidden, vocab]`; absent where the embedding is the head, transposed.
+    /// `[hidden, vocab]`; `None` if the head is the transposed embedding (`tie_word_embeddings`).
     pub lm_head: Option<Linear>,
     #[module(skip)]
     config: ModelConfig,
@@ -35,48 +47,48 @@ pub struct CausalLm {
     rotary: RotaryEmbedding,
 }
 
-/// What a training or validation step gets from a forward pass.
+/// The losses and statistics of a forward pass, for a training or validation step.
 #[derive(Debug)]
 pub struct LossOutput {
     /// Sum over the batch of `-mask log p(target)`, f32 `[1]`, differentiable.
     pub loss_sum: Tensor<1>,
-    /// The weighted sequence-wise balance loss, averaged over sequences and summed over layers, f32 `[1]`; `None` where
-    /// its weight is 0 or the model is dense.
+    /// The weighted sequence-wise balance loss, averaged over sequences and summed over layers, f32 `[1]`; `None` if its
+    /// weight is 0 or the model is dense.
     pub balance_loss: Option<Tensor<1>>,
-    /// Expert loads, and what the probe asked for.
+    /// Expert loads, and what the [`Probe`] asked for.
     pub stats: ForwardStats,
 }
 
-/// The result of the decoder's layers.
+/// The output of the decoder layers.
 #[derive(Debug)]
 pub struct HiddenOutput {
     /// `[tokens, hidden]`, before the final norm.
     pub hidden: Tensor<2>,
-    /// The weighted sequence-wise balance losses of the layers that have one, in their order, f32 `[1]` each.
+    /// The weighted sequence-wise balance loss of each layer that has one, first layer first, f32 `[1]` each.
     pub balance_losses: Vec<Tensor<1>>,
-    /// Expert loads, and what the probe asked for.
+    /// Expert loads, and what the [`Probe`] asked for.
     pub stats: ForwardStats,
 }
 
 impl HiddenOutput {
-    /// The sum of the layers' balance losses; `None` where no layer has one.
+    /// The sum of the layers' balance losses; `None` if no layer has one.
     pub fn balance_loss(&self) -> Option<Tensor<1>> {
         self.balance_losses.iter().cloned().reduce(|sum, loss| sum + loss)
     }
 }
 
 impl ModelConfig {
-    /// A model with fresh parameters on `device`: matrices and embeddings normal with `initializer_range`, norms 1, biases
-    /// 0. They are drawn when they are first used.
+    /// Initializes a model on `device`: matrices and embeddings are normal with standard deviation `initializer_range`, norms
+    /// are 1, biases 0. A parameter is drawn when it is first read.
     ///
     /// # Panics
     ///
-    /// For numbers that [`validate`](ModelConfig::validate) refuses.
+    /// If [`validate`](ModelConfig::validate) would refuse the config.
     pub fn init(&self, device: &Device) -> CausalLm {
         self.build(Init::new(device))
     }
 
-    /// The rotary embedding of the model's attention, for a [`ForwardContext`] of a layer by itself.
+    /// The rotary embedding of the model's attention, to make the [`ForwardContext`] of a single layer.
     pub fn rotary(&self) -> RotaryEmbedding {
         RotaryEmbedding::new(&self.rope, self.rope_dim())
     }
@@ -95,30 +107,36 @@ impl ModelConfig {
 }
 
 impl CausalLm {
-    /// The shape of the model.
+    /// The config that the model was made from.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// The dtype of the weights.
+    /// The dtype of the weights; that of activations and of a [`KvCache`](crate::KvCache).
     pub fn dtype(&self) -> DType {
         self.embed_tokens.weight.val().dtype()
     }
 
-    /// The logits of every token, in the dtype of the weights.
+    /// The logits of every token, in the dtype of the weights. Each sequence is one document at positions `0..sequence`.
     ///
     /// # Shapes
     ///
-    /// `[batch, sequence]` to `[batch, sequence, vocab]`.
+    /// - tokens: `[batch, sequence]`
+    /// - output: `[batch, sequence, vocab]`
     pub fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         self.logits(tokens, None)
     }
 
-    /// [`forward`](CausalLm::forward) over sequences that may be packed from documents.
+    /// [`forward`](CausalLm::forward) over packed sequences: attention stays within a document and positions restart with each.
+    ///
+    /// # Shapes
+    ///
+    /// - tokens: `[batch, sequence]`
+    /// - output: `[batch, sequence, vocab]`
     ///
     /// # Panics
     ///
-    /// When `segments` describe another batch.
+    /// If `segments` has another batch size or sequence length than `tokens`.
     pub fn logits(&self, tokens: Tensor<2, Int>, segments: Option<&Segments>) -> Tensor<3> {
         let [batch, sequence] = tokens.dims();
         let context = self.context(&tokens, segments);
@@ -126,9 +144,14 @@ impl CausalLm {
         self.head(hidden).reshape([batch, sequence, self.config.vocab_size])
     }
 
-    /// The language-modelling loss of a batch.
+    /// The language-modeling loss of a batch, as a sum over its tokens: the caller divides by the number of tokens of the whole
+    /// step, which this batch may be a part of.
     ///
-    /// `sequence_balance_weight` is the weight of the experts' balance loss, 0 for none.
+    /// `sequence_balance_weight` is the weight of the experts' balance loss (DeepSeek-V3, equation 17); 0 turns it off.
+    ///
+    /// # Panics
+    ///
+    /// If the batch's segments have another batch size or sequence length than its tokens.
     pub fn loss(&self, batch: &LmBatch, sequence_balance_weight: f64, probe: Probe) -> LossOutput {
         let [rows, sequence] = batch.tokens.dims();
         let context = self.forward_context(batch, sequence_balance_weight, probe);
@@ -139,29 +162,32 @@ impl CausalLm {
         LossOutput { loss_sum: (losses * mask).sum(), balance_loss, stats: output.stats }
     }
 
-    /// The context of a batch; `balance_weight` is that of the experts' balance loss, 0 for none.
+    /// The [`ForwardContext`] of a batch; `balance_weight` is the weight of the experts' balance loss, 0 to turn it off.
     ///
     /// # Panics
     ///
-    /// When the batch's segments describe another batch.
+    /// If the batch's segments have another batch size or sequence length than its tokens.
     pub fn forward_context(&self, batch: &LmBatch, balance_weight: f64, probe: Probe) -> ForwardContext {
         let context = self.context(&batch.tokens, batch.segments.as_ref());
         context.with_balance_weight(balance_weight).with_probe(probe)
     }
 
-    /// Embedding and all layers. [`loss`](CausalLm::loss) is this and [`token_losses`](CausalLm::token_losses).
+    /// Embeds the tokens and runs all layers. [`loss`](CausalLm::loss) is this followed by
+    /// [`token_losses`](CausalLm::token_losses).
     ///
     /// # Shapes
     ///
-    /// `[batch, sequence]` to `[batch * sequence, hidden]`.
+    /// - tokens: `[batch, sequence]`
+    /// - output: `[batch * sequence, hidden]`
     pub fn forward_hidden(&self, tokens: Tensor<2, Int>, context: &ForwardContext) -> HiddenOutput {
         self.forward_hidden_with(tokens, context, |_, _| {})
     }
 
-    /// [`forward_hidden`](CausalLm::forward_hidden); `visit` sees the number and the input, `[batch * sequence, hidden]`, of
-    /// each layer before it runs. Who keeps these inputs and nothing else can run a layer again, by
-    /// [`run_layer`](CausalLm::run_layer), when its gradient is wanted: that takes the memory of one layer's activations
-    /// instead of all.
+    /// [`forward_hidden`](CausalLm::forward_hidden), which calls `visit` with the index and the input
+    /// (`[batch * sequence, hidden]`) of each layer before it runs.
+    ///
+    /// For activation checkpointing: a caller that keeps only these inputs runs each layer again by
+    /// [`run_layer`](CausalLm::run_layer) in its backward pass, and so holds the activations of one layer instead of all.
     pub fn forward_hidden_with(
         &self,
         tokens: Tensor<2, Int>,
@@ -180,25 +206,26 @@ impl CausalLm {
         HiddenOutput { hidden, balance_losses, stats }
     }
 
-    /// Embeds tokens.
+    /// The input of layer 0.
     ///
     /// # Shapes
     ///
-    /// `[batch, sequence]` to `[batch * sequence, hidden]`, the input of layer 0.
+    /// - tokens: `[batch, sequence]`
+    /// - output: `[batch * sequence, hidden]`
     pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<2> {
         let [batch, sequence] = tokens.dims();
         self.embed_tokens.forward(tokens).reshape([batch * sequence, self.config.hidden_size])
     }
 
-    /// Runs one layer.
+    /// Runs layer `index`.
     ///
     /// # Shapes
     ///
-    /// `[batch * sequence, hidden]` to the same.
+    /// - hidden, output: `[batch * sequence, hidden]`
     ///
     /// # Panics
     ///
-    /// When the model has no layer `index`.
+    /// If the model has no layer `index`.
     pub fn run_layer(&self, index: usize, hidden: Tensor<2>, context: &ForwardContext) -> LayerOutput<2> {
         let mut output = self.layers[index].forward_rows(hidden, context);
         output.stats.layer = index;
@@ -209,7 +236,8 @@ impl CausalLm {
     ///
     /// # Shapes
     ///
-    /// `[tokens, hidden]` to `[tokens, vocab]`.
+    /// - hidden: `[tokens, hidden]`
+    /// - output: `[tokens, vocab]`
     pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
         let hidden = self.norm.forward_rows(hidden);
         match &self.lm_head {
@@ -218,19 +246,22 @@ impl CausalLm {
         }
     }
 
-    /// `-log p` of each token's target.
+    /// The cross-entropy `-log p(target)` of each token, computed in f32.
     ///
     /// # Shapes
     ///
-    /// The last layer's `[tokens, hidden]` and `[tokens]` to f32 `[tokens]`.
+    /// - hidden: `[tokens, hidden]`, the last layer's output
+    /// - targets: `[tokens]`
+    /// - output: f32 `[tokens]`
     pub fn token_losses(&self, hidden: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
         cross_entropy(self.head(hidden), targets)
     }
 
-    /// Moves each router's correction bias against its load: `b += rate (sign(e) - mean(sign(e)))`.
+    /// Moves each router's correction bias against its load: `b += rate (sign(e) - mean(sign(e)))`, where `e` is the mean load
+    /// less the expert's own (auxiliary-loss-free balancing, arXiv 2408.15664; centered as in the Muon report, appendix C).
     ///
-    /// `loads` has an entry for each layer, as [`ForwardStats::expert_loads`] gives them, summed over all
-    /// micro-batches of the step; `None` leaves a layer alone, and so does a router without a bias.
+    /// `loads` has an entry for each layer as [`ForwardStats::expert_loads`] returns them, summed over all micro-batches and
+    /// ranks of the step. A layer with `None`, or with a router without a correction bias, does not change.
     pub fn update_router_bias(mut self, loads: &[Option<Vec<u64>>], rate: f64) -> Self {
         if rate == 0.0 {
             return self;
@@ -239,7 +270,7 @@ impl CausalLm {
             let (FeedForward::Moe(moe), Some(load)) = (&mut layer.mlp, load) else { continue };
             moe.router.e_score_correction_bias = moe.router.e_score_correction_bias.take().map(|bias| {
                 let step = bias_step(load, rate);
-                move_bias(bias, step)
+                add_to_bias(bias, step)
             });
         }
         self
@@ -249,7 +280,8 @@ impl CausalLm {
         let (shape, device) = (tokens.dims(), tokens.device());
         match segments {
             Some(segments) => {
-                assert_eq!([segments.batch, segments.sequence], shape, "segments describe another batch");
+                let described = [segments.batch, segments.sequence];
+                assert_eq!(described, shape, "the segments are of another batch size or sequence length");
                 ForwardContext::packed(&self.rotary, segments, &device)
             }
             None => ForwardContext::new(&self.rotary, shape, &device),
@@ -261,7 +293,7 @@ impl CausalLm {
     }
 }
 
-fn move_bias(bias: Param<Tensor<1>>, step: Vec<f32>) -> Param<Tensor<1>> {
+fn add_to_bias(bias: Param<Tensor<1>>, step: Vec<f32>) -> Param<Tensor<1>> {
     let experts = step.len();
     bias.map(|bias| {
         let step = Tensor::<1>::from_data(TensorData::new(step, [experts]), &bias.device());

@@ -1,9 +1,9 @@
-//! Enums of modules that leave no trace in parameter paths.
+//! `Module` for enums whose variants do not appear in parameter paths.
 
-/// Implements Burn's `Module` for an enum by handing everything to the variant's module.
+/// Implements Burn's `Module` for an enum by delegating every method to the variant's module.
 ///
-/// Burn's derive puts the variant's name into the path of every parameter below it; a path must be
-/// `layers.0.mlp.gate_proj.weight` whatever kind of MLP the layer has.
+/// Burn's derive adds the variant's name to the path of every parameter below it. Checkpoints need
+/// `layers.0.mlp.gate_proj.weight` whichever kind of MLP the layer has.
 macro_rules! delegate_module {
     ($name:ident { $($variant:ident),+ }) => {
         impl burn::module::Module for $name {

@@ -1,4 +1,4 @@
-//! RMS normalisation.
+//! RMSNorm.
 
 use burn::config::Config;
 use burn::module::{Module, Param};
@@ -10,21 +10,34 @@ use crate::kernels::rms_norm;
 /// The configuration of an [`RmsNorm`].
 #[derive(Config, Debug, PartialEq)]
 pub struct RmsNormConfig {
-    /// Width of the rows.
+    /// Size of the dimension that is normalized.
     pub width: usize,
-    /// Added to the mean of squares.
+    /// Added to the mean of squares before the root.
     #[config(default = 1e-5)]
     pub epsilon: f64,
 }
 
 impl RmsNormConfig {
-    /// A norm with a gain of 1.
+    /// Initializes a norm with a gain of 1.
     pub fn init(&self, device: &Device) -> RmsNorm {
         RmsNorm::build(self.width, self.epsilon, Init::new(device))
     }
 }
 
-/// `weight * x / sqrt(mean(x^2) + epsilon)` (arXiv 1910.07467), with f32 statistics whatever the dtype.
+/// `weight * x / sqrt(mean(x^2) + epsilon)` over the last dimension (arXiv 1910.07467).
+///
+/// Differs from `burn::nn::RmsNorm`: statistics are computed in f32 in every dtype, and the normalized value is rounded to
+/// the dtype of `x` before it is multiplied by the gain, as the published models do.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use moonlight_model::RmsNormConfig;
+///
+/// let device = Device::default();
+/// let norm = RmsNormConfig::new(2).with_epsilon(1e-6).init(&device);
+/// let y = norm.forward(Tensor::<1>::from_data([3.0, -3.0], &device));
+/// assert!((y.max().into_scalar::<f32>() - 1.0).abs() < 1e-5);
+/// ```
 ///
 /// Should be created with [`RmsNormConfig`].
 #[derive(Module, Debug)]
@@ -39,11 +52,15 @@ impl RmsNorm {
         Self { weight: init.gain(width), epsilon }
     }
 
-    /// Normalises each row.
+    /// Normalizes the last dimension.
     ///
     /// # Shapes
     ///
-    /// `[.., width]` to the same.
+    /// - x, output: `[.., width]`
+    ///
+    /// # Panics
+    ///
+    /// If the last dimension is not `width`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let shape = x.shape();
         let [width] = self.weight.lazy_shape().dims();
@@ -51,7 +68,7 @@ impl RmsNorm {
         self.forward_rows(x.reshape([rows, width])).reshape(shape)
     }
 
-    /// `[rows, width]` to the same.
+    /// [`forward`](Self::forward) over `[rows, width]`.
     pub(crate) fn forward_rows(&self, x: Tensor<2>) -> Tensor<2> {
         rms_norm(x, self.weight.val(), self.epsilon)
     }

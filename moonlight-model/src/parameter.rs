@@ -1,27 +1,27 @@
-//! What is known of a tensor of the model: its path, its shape and what it is for.
+//! The description of a parameter: its path, shape, kind and role.
 
-/// One tensor of the model, under the path that Burn's module visitors see.
+/// One parameter of a model, without its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParameterShape {
-    /// The path, e.g. `layers.3.mlp.experts.gate_proj`.
+    /// The path that Burn's module visitors see, e.g. `layers.3.mlp.experts.gate_proj`.
     pub path: String,
     /// The shape in Burn's layout: a projection is `[in, out]`, a stack of experts `[experts, in, out]`.
     pub shape: Vec<usize>,
-    /// What kind of tensor it is.
+    /// Decides its optimizer, and how a checkpoint stores it.
     pub kind: ParameterKind,
-    /// The projection that it belongs to; `None` for embedding, head, router and norms.
+    /// The projection that it belongs to, as weight or bias; `None` for embedding, head, norms and correction bias.
     pub role: Option<ProjectionRole>,
-    /// The decoder layer that it belongs to, from 0; `None` outside of the layers.
+    /// The decoder layer that it belongs to, from 0; `None` outside the layers.
     pub layer: Option<usize>,
 }
 
 impl ParameterShape {
-    /// Number of values.
+    /// The number of values.
     pub fn count(&self) -> u64 {
         self.shape.iter().map(|&dim| dim as u64).product()
     }
 
-    /// The path inside the decoder layer, e.g. `mlp.experts.gate_proj`; the whole path outside of the layers.
+    /// The path within the decoder layer, e.g. `mlp.experts.gate_proj`; outside the layers the whole path.
     pub fn path_in_layer(&self) -> &str {
         match self.layer {
             Some(_) => self.path.splitn(3, '.').nth(2).unwrap_or(&self.path),
@@ -43,71 +43,71 @@ pub enum ParameterKind {
     Experts,
     /// The router's matrix, `[hidden, experts]`.
     Router,
-    /// The gain of a norm.
+    /// The gain of a norm, `[width]`.
     Norm,
-    /// The bias of a projection.
+    /// The bias of a projection, `[out]`.
     Bias,
-    /// The router's correction bias: a buffer that no gradient reaches.
+    /// The router's correction bias, `[experts]`: a buffer without a gradient.
     CorrectionBias,
 }
 
 impl ParameterKind {
-    /// Whether it is a weight that may have an adapter: a projection, a stack of experts', a router.
+    /// Whether it is a weight that may have an adapter: a projection, a stack of experts, or a router.
     pub fn is_projection(self) -> bool {
         matches!(self, Self::Matrix | Self::Experts | Self::Router)
     }
 }
 
-/// What a projection does, and in which part of its layer.
+/// Which projection of a decoder layer a parameter is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProjectionRole {
-    /// In the attention.
+    /// A projection of the attention.
     Attention(AttentionRole),
-    /// In a dense layer's MLP.
+    /// A projection of a dense layer's MLP.
     Mlp(MlpRole),
-    /// In the experts that every token visits.
+    /// A projection of the shared experts.
     SharedExperts(MlpRole),
-    /// In the routed experts.
+    /// A projection of the routed experts.
     Experts(MlpRole),
-    /// The matrix that chooses among the routed experts; it is never quantized.
+    /// The router's matrix, which is never quantized: an error in it sends tokens to other experts.
     Router,
 }
 
-/// What a projection of an attention makes.
+/// A projection of an attention, by its output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum AttentionRole {
-    /// Queries, from the hidden state.
+    /// Queries, from the hidden state (`q_proj`).
     Query,
-    /// The latent of queries, from the hidden state.
+    /// The query latent, from the hidden state (`q_a_proj`).
     QueryDown,
-    /// Queries, from their latent.
+    /// Queries, from their latent (`q_b_proj`).
     QueryUp,
-    /// Keys, from the hidden state.
+    /// Keys, from the hidden state (`k_proj`).
     Key,
-    /// Values, from the hidden state.
+    /// Values, from the hidden state (`v_proj`).
     Value,
-    /// The latent of keys and values, from the hidden state.
+    /// The latent of keys and values with the shared key, from the hidden state (`kv_a_proj_with_mqa`).
     KeyValueDown,
-    /// Keys and values, from their latent.
+    /// Keys and values, from their latent (`kv_b_proj`).
     KeyValueUp,
-    /// The hidden state, from the weighted values of all heads.
+    /// The hidden state, from the outputs of all heads (`o_proj`).
     Output,
 }
 
-/// The part of a gated MLP that a projection is.
+/// A projection of a gated MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum MlpRole {
-    /// The half that goes through SiLU.
+    /// `gate_proj`, whose output passes through SiLU.
     Gate,
-    /// The half that is gated.
+    /// `up_proj`, whose output is multiplied by the gate.
     Up,
-    /// Back to the hidden state.
+    /// `down_proj`, back to the hidden size.
     Down,
 }
 
 impl ProjectionRole {
-    /// Whether the projection reads the layer's normed hidden state (a routed expert reads a copy of it), not what another
-    /// projection made.
+    /// Whether the projection's input is the layer's normalized hidden state (of which a routed expert reads a copy), and not
+    /// the output of another projection.
     pub fn reads_hidden(self) -> bool {
         match self {
             Self::Attention(role) => {
@@ -118,21 +118,20 @@ impl ProjectionRole {
         }
     }
 
-    /// Whether QK-clip (MuonClip, arXiv 2507.20534) may rewrite the projection: what makes heads' queries, and keys from a
-    /// latent.
+    /// Whether QK-clip (MuonClip, arXiv 2507.20534) may rescale the projection: those that output queries, or keys from a latent.
     pub fn is_clipped(self) -> bool {
         use AttentionRole::{KeyValueUp, Query, QueryUp};
         matches!(self, Self::Attention(Query | QueryUp | KeyValueUp))
     }
 }
 
-/// How many parameters a model has.
+/// The number of parameters of a model. A count that exceeds `u64` is `u64::MAX`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ParameterCount {
-    /// All of them, the correction bias included.
+    /// All parameters, correction biases included.
     pub total: u64,
-    /// Those that one token's forward pass uses: of the routed experts only the chosen ones.
+    /// Those that the forward pass of one token uses: only `num_experts_per_tok` of the routed experts.
     pub activated: u64,
-    /// The embedding and the head, which the report's sizes leave out.
+    /// Embedding and head, which the model sizes in the Muon report leave out.
     pub embeddings: u64,
 }

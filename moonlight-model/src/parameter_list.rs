@@ -1,5 +1,5 @@
-//! Every parameter of a model with its shape and what it is for, read from the module itself: a model is made whose
-//! parameters are not drawn, and visited.
+//! The list of all parameters of a model, read from the module itself: the module is built lazily, without drawing a parameter,
+//! and visited.
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
@@ -9,16 +9,25 @@ use crate::init::{Init, ParameterKinds};
 use crate::layer::DecoderLayerConfig;
 use crate::parameter::{ParameterCount, ParameterKind, ParameterShape};
 
-/// The field of the model that has the decoder layers.
+/// The field of [`CausalLm`](crate::CausalLm) with the decoder layers.
 const LAYERS: &str = "layers";
 
 impl ModelConfig {
-    /// All tensors of the model in the order in which the module holds them. Nothing is allocated for them.
+    /// All parameters of the model, in the order of the module's fields. No weight is allocated.
+    ///
+    /// This is the one list of parameters: loading, saving, memory plans, freezing and LoRA targets read it.
+    ///
+    /// ```
+    /// let config = moonlight_model::ModelConfig::preset("moonlight-16b-a3b")?;
+    /// let first = &config.parameter_shapes()[0];
+    /// assert_eq!((first.path.as_str(), &first.shape[..]), ("embed_tokens.weight", &[163_840, 2048][..]));
+    /// # Ok::<(), moonlight_model::ConfigError>(())
+    /// ```
     pub fn parameter_shapes(&self) -> Vec<ParameterShape> {
-        // The model around its layers; these are added where the visitor enters their field. Layers of one configuration
-        // have one list, so that the depth of a model costs no more than the list itself.
-        let around = Self { num_hidden_layers: 0, ..self.clone() };
-        listed(|init| around.build(init), |shapes| self.push_layers(shapes))
+        // The model is built without layers, and theirs are added where the visitor enters the field. Layers with equal configs
+        // share one list, so a deep model costs no more than writing its list.
+        let outer = Self { num_hidden_layers: 0, ..self.clone() };
+        list_parameters(|init| outer.build(init), |shapes| self.push_layers(shapes))
     }
 
     fn push_layers(&self, shapes: &mut Vec<ParameterShape>) {
@@ -26,7 +35,7 @@ impl ModelConfig {
         for layer in 0..self.num_hidden_layers {
             let config = self.layer(layer);
             let index = known.iter().position(|(other, _)| *other == config).unwrap_or_else(|| {
-                let list = listed(|init| config.build(init), |_| {});
+                let list = list_parameters(|init| config.build(init), |_| {});
                 shapes.reserve_exact((self.num_hidden_layers - layer) * list.len());
                 known.push((config, list));
                 known.len() - 1
@@ -41,7 +50,7 @@ impl ModelConfig {
         }
     }
 
-    /// Counts the parameters from their shapes; what is more than 64 bits count is the largest number.
+    /// Counts the parameters from their shapes.
     pub fn parameter_count(&self) -> ParameterCount {
         let mut count = ParameterCount { total: 0, activated: 0, embeddings: 0 };
         for parameter in self.parameter_shapes() {
@@ -62,26 +71,26 @@ impl ModelConfig {
     }
 }
 
-/// The parameters of a module by their paths in it; `at_layers` is called where the visitor enters the decoder layers.
-fn listed<M: Module>(
+/// The parameters of a module with their paths in it; `at_layers` is called when the visitor enters the decoder layers.
+fn list_parameters<M: Module>(
     build: impl FnOnce(Init<'_>) -> M,
     at_layers: impl FnMut(&mut Vec<ParameterShape>),
 ) -> Vec<ParameterShape> {
     let (device, kinds) = (Device::default(), ParameterKinds::default());
-    let module = build(Init::noting(&device, &kinds));
-    let mut visitor = Listing { kinds: &kinds, path: Vec::new(), shapes: Vec::new(), at_layers };
+    let module = build(Init::recording(&device, &kinds));
+    let mut visitor = ParameterLister { kinds: &kinds, path: Vec::new(), shapes: Vec::new(), at_layers };
     module.visit(&mut visitor);
     visitor.shapes
 }
 
-struct Listing<'a, F> {
+struct ParameterLister<'a, F> {
     kinds: &'a ParameterKinds,
     path: Vec<String>,
     shapes: Vec<ParameterShape>,
     at_layers: F,
 }
 
-impl<F: FnMut(&mut Vec<ParameterShape>)> ModuleVisitor for Listing<'_, F> {
+impl<F: FnMut(&mut Vec<ParameterShape>)> ModuleVisitor for ParameterLister<'_, F> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         if self.path.is_empty() && name == LAYERS {
             (self.at_layers)(&mut self.shapes);
@@ -108,7 +117,7 @@ mod tests {
     use crate::config::PRESETS;
     use crate::parameter::{AttentionRole, MlpRole, ProjectionRole};
 
-    /// The figures of the published checkpoint and of the report's table of sizes.
+    /// The counts of the published checkpoint and of the Muon report's table of model sizes.
     #[test]
     fn moonlight_has_the_published_number_of_parameters() {
         let count = ModelConfig::preset("moonlight-16b-a3b").unwrap().parameter_count();
@@ -130,14 +139,14 @@ mod tests {
         }
     }
 
-    /// What is read from the module is what the paper and the published files say, kind by kind.
+    /// Every kind of parameter of DeepSeek-V3, against the shapes of the published checkpoint.
     #[test]
-    fn kinds_and_roles_are_those_of_the_modules() {
+    fn kinds_roles_and_shapes_are_those_of_deepseek_v3() {
         let shapes = ModelConfig::preset("deepseek-v3").unwrap().parameter_shapes();
         let attention = |role| Some(ProjectionRole::Attention(role));
         let find = |path: &str| {
             let found = shapes.iter().find(|parameter| parameter.path == path);
-            let found = found.unwrap_or_else(|| panic!("there is no {path}"));
+            let found = found.unwrap_or_else(|| panic!("no parameter `{path}`"));
             (found.shape.as_slice(), found.kind, found.role, found.layer)
         };
         use AttentionRole::{KeyValueDown, KeyValueUp, Output, QueryDown, QueryUp};
@@ -178,9 +187,8 @@ mod tests {
         );
     }
 
-    /// Paths, shapes and order are those that any visitor of the whole model sees.
     #[test]
-    fn the_list_is_what_a_visitor_of_the_whole_model_sees() {
+    fn the_list_has_the_paths_shapes_and_order_that_a_visitor_sees() {
         struct Visited {
             path: Vec<String>,
             found: Vec<(String, Vec<usize>)>,
@@ -201,7 +209,7 @@ mod tests {
         for preset in PRESETS {
             let mut config = ModelConfig::preset(preset).unwrap();
             for freq in [1, 3] {
-                // Dense layers between those with experts, too.
+                // With 3, dense layers alternate with layers of experts.
                 if let Some(moe) = &mut config.moe {
                     moe.moe_layer_freq = freq;
                 }
@@ -214,7 +222,7 @@ mod tests {
         }
     }
 
-    /// No weight is made for it: 16B parameters are listed in milliseconds.
+    /// Drawing 16B parameters would take minutes; listing them takes milliseconds.
     #[test]
     fn the_list_is_cheap() {
         let start = std::time::Instant::now();

@@ -1,4 +1,5 @@
-//! A linear layer of the decoder, with or without a low-rank adapter beside it, and how projections are found in a module.
+//! [`Projection`], a linear layer of the decoder that may be quantized or have a LoRA adapter, and the search for projections in
+//! a module.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
@@ -8,25 +9,30 @@ use crate::lora::low_rank::LowRank;
 use crate::parameter::ProjectionRole;
 use crate::quantization::QuantizedWeight;
 
-/// `x W + bias`, and where it has an adapter, `+ s x A B` beside it.
+/// A linear layer: `x W + bias`, plus `s x A B` if it has an adapter.
+///
+/// Made by the layers that have projections; `CausalLm::quantized` and `CausalLm::with_lora` change them.
 #[derive(Module, Debug)]
 pub struct Projection {
-    /// `[in, out]`; a single zero where the weight is quantized.
+    /// `[in, out]`; a `[1, 1]` zero if the weight is quantized, so that the parameter keeps its path and dtype.
     pub weight: Param<Tensor<2>>,
     /// `[out]`.
     pub bias: Option<Param<Tensor<1>>>,
-    /// The adapter that is trained in place of the weight.
+    /// The adapter, which is trained instead of the weight.
     pub lora: Option<LowRank<2>>,
-    /// The weight in 8 or 4 bits, in place of `weight`.
+    /// The weight in 8 or 4 bits, used instead of `weight`.
     pub quantized: Option<QuantizedWeight>,
     #[module(skip)]
     pub(crate) role: ProjectionRole,
 }
 
 impl Projection {
+    /// Applies the projection, its bias and its adapter.
+    ///
     /// # Shapes
     ///
-    /// `[rows, in]` to `[rows, out]`.
+    /// - x: `[rows, in]`
+    /// - output: `[rows, out]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         match &self.lora {
             None => self.base(x),
@@ -34,12 +40,12 @@ impl Projection {
         }
     }
 
-    /// What the projection does.
+    /// Which projection of its layer it is.
     pub fn role(&self) -> ProjectionRole {
         self.role
     }
 
-    /// Without the adapter.
+    /// `x W + bias`, without the adapter.
     fn base(&self, x: Tensor<2>) -> Tensor<2> {
         let product = match &self.quantized {
             None => project(x, self.weight.val()),
@@ -51,7 +57,7 @@ impl Projection {
         }
     }
 
-    /// The weight that the layer acts by, its adapter included: `[in, out]`, in the dtype of the weight.
+    /// The weight with its adapter merged, dequantized: `[in, out]`, in the dtype of `weight`.
     pub fn effective_weight(&self) -> Tensor<2> {
         let weight = match &self.quantized {
             None => self.weight.val(),
@@ -64,22 +70,22 @@ impl Projection {
     }
 }
 
-/// The quantized form and the adapter of a weight, where it has them.
+/// Shared access to the quantized form and the adapter of a weight.
 pub(crate) struct WeightRef<'a, const D: usize> {
-    /// `None` for a weight that is never quantized.
+    /// The outer option is `None` for a weight that is never quantized (a router's).
     pub(crate) quantized: Option<&'a Option<QuantizedWeight>>,
     pub(crate) lora: &'a Option<LowRank<D>>,
 }
 
-/// A weight with its quantized form and its adapter.
+/// Mutable access to a weight, its quantized form and its adapter.
 pub(crate) struct WeightMut<'a, const D: usize> {
     pub(crate) weight: &'a mut Param<Tensor<D>>,
-    /// `None` for a weight that is never quantized.
+    /// The outer option is `None` for a weight that is never quantized (a router's).
     pub(crate) quantized: Option<&'a mut Option<QuantizedWeight>>,
     pub(crate) lora: &'a mut Option<LowRank<D>>,
 }
 
-/// A matrix, or a stack of experts'.
+/// A projection of any rank: a matrix, or the stack of all experts' matrices.
 pub(crate) enum ProjectionRef<'a> {
     Matrix(WeightRef<'a, 2>),
     Experts(WeightRef<'a, 3>),
@@ -91,59 +97,71 @@ pub(crate) enum ProjectionMut<'a> {
     Experts(WeightMut<'a, 3>),
 }
 
-/// A projection with its place in the module.
-pub(crate) struct Placed<P> {
-    /// Names of the fields from the decoder layer on.
+/// A projection with its path within a decoder layer.
+pub(crate) struct LayerProjection<P> {
+    /// The names of the fields from the decoder layer down, e.g. `["self_attn", "q_proj"]`.
     pub(crate) fields: Vec<&'static str>,
     pub(crate) role: ProjectionRole,
     pub(crate) projection: P,
 }
 
-/// Finds every projection of a module, in the order of its fields. [`projections_of_fields`] implements it.
+/// Lists every projection of a module in the order of its fields. [`projections_of_fields`] implements it.
 pub(crate) trait Projections {
-    /// Adds the projections to `list`; `path` are the names of the fields that lead here.
-    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>);
+    /// Appends the projections to `list`; `path` holds the names of the fields that lead to this module.
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<LayerProjection<ProjectionRef<'a>>>);
 
     /// See [`Projections::projections`].
-    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>);
+    fn projections_mut<'a>(
+        &'a mut self,
+        path: &mut Vec<&'static str>,
+        list: &mut Vec<LayerProjection<ProjectionMut<'a>>>,
+    );
 }
 
 impl Projections for Projection {
-    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>) {
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<LayerProjection<ProjectionRef<'a>>>) {
         let Self { quantized, lora, role, .. } = self;
         let projection = ProjectionRef::Matrix(WeightRef { quantized: Some(quantized), lora });
-        list.push(Placed { fields: path.clone(), role: *role, projection });
+        list.push(LayerProjection { fields: path.clone(), role: *role, projection });
     }
 
-    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>) {
+    fn projections_mut<'a>(
+        &'a mut self,
+        path: &mut Vec<&'static str>,
+        list: &mut Vec<LayerProjection<ProjectionMut<'a>>>,
+    ) {
         let Self { weight, quantized, lora, role, .. } = self;
         let projection = ProjectionMut::Matrix(WeightMut { weight, quantized: Some(quantized), lora });
-        list.push(Placed { fields: path.clone(), role: *role, projection });
+        list.push(LayerProjection { fields: path.clone(), role: *role, projection });
     }
 }
 
 impl<T: Projections> Projections for Option<T> {
-    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>) {
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<LayerProjection<ProjectionRef<'a>>>) {
         if let Some(module) = self {
             module.projections(path, list);
         }
     }
 
-    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>) {
+    fn projections_mut<'a>(
+        &'a mut self,
+        path: &mut Vec<&'static str>,
+        list: &mut Vec<LayerProjection<ProjectionMut<'a>>>,
+    ) {
         if let Some(module) = self {
             module.projections_mut(path, list);
         }
     }
 }
 
-/// Implements [`Projections`] for a struct by the fields that are or have projections.
+/// Implements [`Projections`] for a struct, given the fields that are or contain projections.
 macro_rules! projections_of_fields {
     ($module:ident { $($field:ident),+ }) => {
         impl $crate::projection::Projections for $module {
             fn projections<'a>(
                 &'a self,
                 path: &mut Vec<&'static str>,
-                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionRef<'a>>>,
+                list: &mut Vec<$crate::projection::LayerProjection<$crate::projection::ProjectionRef<'a>>>,
             ) {
                 $(
                     path.push(stringify!($field));
@@ -155,7 +173,7 @@ macro_rules! projections_of_fields {
             fn projections_mut<'a>(
                 &'a mut self,
                 path: &mut Vec<&'static str>,
-                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionMut<'a>>>,
+                list: &mut Vec<$crate::projection::LayerProjection<$crate::projection::ProjectionMut<'a>>>,
             ) {
                 $(
                     path.push(stringify!($field));
@@ -167,14 +185,14 @@ macro_rules! projections_of_fields {
     };
 }
 
-/// Implements [`Projections`] for an enum of modules by its variants.
+/// Implements [`Projections`] for an enum of modules, given its variants.
 macro_rules! projections_of_variants {
     ($module:ident { $($variant:ident),+ }) => {
         impl $crate::projection::Projections for $module {
             fn projections<'a>(
                 &'a self,
                 path: &mut Vec<&'static str>,
-                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionRef<'a>>>,
+                list: &mut Vec<$crate::projection::LayerProjection<$crate::projection::ProjectionRef<'a>>>,
             ) {
                 match self { $(Self::$variant(module) => module.projections(path, list)),+ }
             }
@@ -182,7 +200,7 @@ macro_rules! projections_of_variants {
             fn projections_mut<'a>(
                 &'a mut self,
                 path: &mut Vec<&'static str>,
-                list: &mut Vec<$crate::projection::Placed<$crate::projection::ProjectionMut<'a>>>,
+                list: &mut Vec<$crate::projection::LayerProjection<$crate::projection::ProjectionMut<'a>>>,
             ) {
                 match self { $(Self::$variant(module) => module.projections_mut(path, list)),+ }
             }

@@ -1,5 +1,4 @@
-//! What is done to every projection of the decoder's layers, whatever kind of layer it is in: quantizing, dequantizing,
-//! merging.
+//! Operations on every projection of a model, whichever layer it is in: quantize, dequantize, merge adapters.
 
 use burn::module::Param;
 use burn::tensor::Tensor;
@@ -7,10 +6,10 @@ use burn::tensor::Tensor;
 use crate::layer::DecoderLayer;
 use crate::model::CausalLm;
 use crate::parameter::ProjectionRole;
-use crate::projection::{Placed, ProjectionMut, ProjectionRef, Projections, WeightMut};
+use crate::projection::{LayerProjection, ProjectionMut, ProjectionRef, Projections, WeightMut};
 use crate::quantization::{QuantBits, QuantizedWeight};
 
-/// A projection of a model.
+/// A projection with its path in the model.
 pub(crate) struct ModelProjection<P> {
     layer: usize,
     fields: Vec<&'static str>,
@@ -19,8 +18,8 @@ pub(crate) struct ModelProjection<P> {
 }
 
 impl<P> ModelProjection<P> {
-    fn new(layer: usize, placed: Placed<P>) -> Self {
-        let Placed { fields, role, projection } = placed;
+    fn new(layer: usize, found: LayerProjection<P>) -> Self {
+        let LayerProjection { fields, role, projection } = found;
         Self { layer, fields, role, projection }
     }
 
@@ -29,22 +28,22 @@ impl<P> ModelProjection<P> {
         format!("layers.{}.{}", self.layer, self.fields.join("."))
     }
 
-    /// The last name of the path.
+    /// The last component of the path, e.g. `q_proj`.
     pub(crate) fn name(&self) -> &'static str {
         self.fields.last().copied().unwrap_or_default()
     }
 }
 
 impl<const D: usize> WeightMut<'_, D> {
-    /// The shape of the weight, quantized or not.
+    /// The shape of the weight, also if it is quantized.
     pub(crate) fn dims(&self) -> [usize; D] {
         match self.quantized.as_deref().and_then(Option::as_ref) {
             None => self.weight.lazy_shape().dims(),
-            Some(quantized) => last(quantized.dims()),
+            Some(quantized) => trailing_dims(quantized.dims()),
         }
     }
 
-    /// Adds the adapter, where there is one, to the weight.
+    /// Adds the adapter, if there is one, to the weight.
     fn merge(self) {
         let Self { weight, quantized, lora } = self;
         if lora.is_none() {
@@ -54,34 +53,36 @@ impl<const D: usize> WeightMut<'_, D> {
             dequantize(weight, quantized);
         }
         let Some(lora) = lora.take() else { return };
-        replace(weight, |old| lora.merged_into(old));
+        replace_value(weight, |old| lora.merged_into(old));
     }
 
     fn quantize(self, bits: QuantBits) {
         let dims: [usize; D] = self.dims();
+        // Skips routers, which have no quantized form, and weights that are quantized already.
         let Some(quantized) = self.quantized.filter(|quantized| quantized.is_none()) else { return };
         let mut stack = [1; 3];
-        stack[3 - D..].copy_from_slice(&dims);
+        stack[3 - D..].copy_from_slice(&dims); // [in, out] -> [1, in, out]
         *quantized = Some(QuantizedWeight::new(self.weight.val().reshape(stack), bits));
-        replace(self.weight, |old| Tensor::zeros([1; D], (&old.device(), old.dtype())));
+        replace_value(self.weight, |old| Tensor::zeros([1; D], (&old.device(), old.dtype())));
         *self.weight = self.weight.clone().set_require_grad(false);
     }
 }
 
-fn last<const D: usize>(dims: [usize; 3]) -> [usize; D] {
-    let mut own = [0; D];
-    own.copy_from_slice(&dims[3 - D..]);
-    own
+/// The last `D` dimensions: `[experts, in, out]`, or `[in, out]` of a single matrix.
+fn trailing_dims<const D: usize>(dims: [usize; 3]) -> [usize; D] {
+    let mut trailing = [0; D];
+    trailing.copy_from_slice(&dims[3 - D..]);
+    trailing
 }
 
 fn dequantize<const D: usize>(weight: &mut Param<Tensor<D>>, quantized: &mut Option<QuantizedWeight>) {
     let Some(quantized) = quantized.take() else { return };
-    let dims: [usize; D] = last(quantized.dims());
-    replace(weight, |old| quantized.dequantized().reshape(dims).cast(old.dtype()));
+    let dims: [usize; D] = trailing_dims(quantized.dims());
+    replace_value(weight, |old| quantized.dequantized().reshape(dims).cast(old.dtype()));
 }
 
-/// A new value, which trains as the old one did.
-fn replace<const D: usize>(param: &mut Param<Tensor<D>>, new: impl FnOnce(Tensor<D>) -> Tensor<D>) {
+/// Replaces a parameter's value and keeps its id and whether it requires a gradient.
+fn replace_value<const D: usize>(param: &mut Param<Tensor<D>>, new: impl FnOnce(Tensor<D>) -> Tensor<D>) {
     *param = param.clone().map(|old| {
         let trained = old.is_require_grad();
         new(old).detach().set_require_grad(trained)
@@ -89,12 +90,12 @@ fn replace<const D: usize>(param: &mut Param<Tensor<D>>, new: impl FnOnce(Tensor
 }
 
 impl DecoderLayer {
-    /// The layer with every projection in few bits and frozen; norms and router stay as they are.
+    /// Quantizes and freezes every projection; norms and router do not change.
     pub fn quantized(mut self, bits: QuantBits) -> Self {
         let mut list = Vec::new();
         self.projections_mut(&mut Vec::new(), &mut list);
-        for placed in list {
-            match placed.projection {
+        for found in list {
+            match found.projection {
                 ProjectionMut::Matrix(weight) => weight.quantize(bits),
                 ProjectionMut::Experts(weight) => weight.quantize(bits),
             }
@@ -104,14 +105,14 @@ impl DecoderLayer {
 }
 
 impl CausalLm {
-    /// The model with every projection of its layers in few bits and frozen; embedding, head, norms and routers stay as they
-    /// are.
+    /// Quantizes and freezes every projection of the layers, one layer at a time; embedding, head, norms and routers do not
+    /// change.
     pub fn quantized(mut self, bits: QuantBits) -> Self {
         self.layers = self.layers.into_iter().map(|layer| layer.quantized(bits)).collect();
         self
     }
 
-    /// The model with its weights in full again, as far as the bits have kept them.
+    /// Replaces quantized weights by their dequantized values, in the dtype that they had.
     pub fn dequantized(mut self) -> Self {
         for each in self.projections_mut() {
             match each.projection {
@@ -127,8 +128,8 @@ impl CausalLm {
         self
     }
 
-    /// The model with its adapters added to its weights; gradients reach the weights as they did before. A weight in few
-    /// bits that has an adapter is dequantized for it.
+    /// Adds each adapter to its weight and removes it. A frozen weight stays frozen; a quantized weight that has an adapter is
+    /// dequantized first.
     pub fn merge(mut self) -> Self {
         for each in self.projections_mut() {
             match each.projection {
@@ -139,12 +140,12 @@ impl CausalLm {
         self
     }
 
-    /// Whether any weight is in few bits.
+    /// Whether any weight is quantized.
     pub fn is_quantized(&self) -> bool {
         self.quantized_bytes() > 0
     }
 
-    /// Bytes of all weights in few bits, with their scales.
+    /// Bytes of all quantized weights, scales included.
     pub fn quantized_bytes(&self) -> usize {
         let quantized = self.projections().into_iter().filter_map(|each| match each.projection {
             ProjectionRef::Matrix(weight) => weight.quantized.and_then(Option::as_ref),
@@ -153,22 +154,22 @@ impl CausalLm {
         quantized.map(QuantizedWeight::bytes).sum()
     }
 
-    /// Every projection of the decoder's layers, routers included. Embedding, head and norms are none.
+    /// Every projection of the decoder layers, routers included; not embedding, head and norms.
     pub(crate) fn projections(&self) -> Vec<ModelProjection<ProjectionRef<'_>>> {
         let of_layer = |(layer, module): (usize, _)| {
             let mut list = Vec::new();
             DecoderLayer::projections(module, &mut Vec::new(), &mut list);
-            list.into_iter().map(move |placed| ModelProjection::new(layer, placed))
+            list.into_iter().map(move |found| ModelProjection::new(layer, found))
         };
         self.layers.iter().enumerate().flat_map(of_layer).collect()
     }
 
-    /// [`projections`](CausalLm::projections), to change them.
+    /// See [`projections`](CausalLm::projections).
     pub(crate) fn projections_mut(&mut self) -> Vec<ModelProjection<ProjectionMut<'_>>> {
         let of_layer = |(layer, module): (usize, _)| {
             let mut list = Vec::new();
             DecoderLayer::projections_mut(module, &mut Vec::new(), &mut list);
-            list.into_iter().map(move |placed| ModelProjection::new(layer, placed))
+            list.into_iter().map(move |found| ModelProjection::new(layer, found))
         };
         self.layers.iter_mut().enumerate().flat_map(of_layer).collect()
     }
@@ -180,7 +181,7 @@ mod tests {
 
     use crate::config::{ModelConfig, PRESETS};
 
-    /// A projection that a module forgets to name in `projections_of_fields!` would be neither quantized nor adapted.
+    /// A projection missing from a module's `projections_of_fields!` would be neither quantized nor adapted.
     #[test]
     fn the_projections_are_those_of_the_list_of_parameters() {
         for preset in PRESETS {

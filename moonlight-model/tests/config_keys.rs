@@ -4,7 +4,7 @@
 #![recursion_limit = "512"] // long `json!`
 
 use moonlight_model::config::{
-    AttentionShape, RopeScaling, Scoring, SlidingWindow, TopkMethod, WindowLayers, shape_keys,
+    AttentionShape, RopeScaling, ScoringFunc, SlidingWindow, TopkMethod, WindowLayers, shape_keys,
 };
 use moonlight_model::{AttentionConfig, ConfigError, ModelConfig};
 use serde_json::{Value, json};
@@ -504,9 +504,9 @@ fn a_key_that_config_json_lacks_has_the_default_of_its_class() {
         let layers = [moe.n_group, moe.topk_group, moe.first_k_dense_replace, moe.n_shared_experts, moe.moe_layer_freq];
         (routing, layers, mla.q_lora_rank, config.rms_norm_eps, config.rope.theta)
     };
-    let v3 = ((Scoring::Sigmoid, TopkMethod::NoauxTc, true, 2.5), [8, 4, 3, 1, 1], Some(1536), 1e-6, 1e4);
+    let v3 = ((ScoringFunc::Sigmoid, TopkMethod::NoauxTc, true, 2.5), [8, 4, 3, 1, 1], Some(1536), 1e-6, 1e4);
     assert_eq!([of("deepseek_v3"), of("kimi_k2")], [v3, v3]);
-    let v2 = ((Scoring::Softmax, TopkMethod::Greedy, false, 1.0), [1, 1, 0, 2, 1], Some(1536), 1e-6, 1e4);
+    let v2 = ((ScoringFunc::Softmax, TopkMethod::Greedy, false, 1.0), [1, 1, 0, 2, 1], Some(1536), 1e-6, 1e4);
     assert_eq!(of("deepseek_v2"), v2);
     // A null is what it says, and a wrapper's text model has the same defaults.
     let null = read(&with(&moonlight(), json!({"q_lora_rank": null, "n_group": null, "topk_group": null})));

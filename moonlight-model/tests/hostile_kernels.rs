@@ -39,9 +39,9 @@ type Outcome = Option<(Vec<usize>, Vec<Vec<f64>>)>;
 
 /// Sizes of a call, and which of its arguments are spoiled, and how.
 #[derive(Debug, Clone)]
-struct Plan {
+struct TestCase {
     sizes: [usize; 5],
-    spoils: Vec<(usize, usize)>,
+    corruptions: Vec<(usize, usize)>,
     seed: u64,
 }
 
@@ -50,7 +50,7 @@ const OTHER_DTYPE: usize = 5;
 
 /// Makes the arguments of a call, all valid but those that are to be spoiled.
 struct Arguments<'a> {
-    plan: &'a Plan,
+    case: &'a TestCase,
     device: Device,
     dtype: DType,
     /// Whether a tensor may be empty: not every backend can make one.
@@ -60,18 +60,18 @@ struct Arguments<'a> {
 
 impl Arguments<'_> {
     /// How the next argument is spoiled.
-    fn spoil(&mut self) -> Option<usize> {
+    fn corruption(&mut self) -> Option<usize> {
         self.made += 1;
-        self.plan.spoils.iter().find(|(argument, _)| *argument == self.made - 1).map(|(_, how)| *how)
+        self.case.corruptions.iter().find(|(argument, _)| *argument == self.made - 1).map(|(_, how)| *how)
     }
 
     /// The shape, dtype and layout in memory of the next tensor. Strided and broadcast ones are valid.
     fn tensor<const D: usize>(&mut self, shape: [usize; D], dtype: DType) -> Tensor<D> {
-        let spoil = self.spoil();
+        let corruption = self.corruption();
         let mut made = shape;
         let mut dtype = dtype;
-        let place = spoil.unwrap_or(0) / 8 % D;
-        match spoil.map(|how| how % 8) {
+        let place = corruption.unwrap_or(0) / 8 % D;
+        match corruption.map(|how| how % 8) {
             Some(0) if self.empty => made[place] = 0,
             Some(0 | 1) => made[place] += 1,
             Some(2) => made[place] = (made[place] - 1).max(1),
@@ -80,14 +80,14 @@ impl Arguments<'_> {
             Some(OTHER_DTYPE) => dtype = DType::BF16,
             _ => {}
         }
-        let seed = self.plan.seed as usize + self.made;
+        let seed = self.case.seed as usize + self.made;
         let values = |shape: [usize; D]| {
             let values: Vec<f32> = (0..shape.iter().product())
                 .map(|index: usize| ((index * 7919 + seed % 10_007 * 131 + 1) as f32 * 0.618_034).fract() - 0.5)
                 .collect();
             Tensor::<D>::from_data(TensorData::new(values, shape), &self.device).cast(dtype)
         };
-        match spoil.map(|how| how % 8) {
+        match corruption.map(|how| how % 8) {
             Some(6) => {
                 made.reverse();
                 let mut axes: [isize; D] = std::array::from_fn(|axis| axis as isize);
@@ -109,14 +109,14 @@ impl Arguments<'_> {
     }
 
     fn number(&mut self, number: usize) -> usize {
-        match self.spoil() {
+        match self.corruption() {
             None => number,
             Some(how) => [0, number + 1, usize::MAX, number.saturating_sub(1), usize::MAX / 2 + 1, 2 * number][how % 6],
         }
     }
 
     fn list<T: Copy + TryFrom<u64>>(&mut self, mut list: Vec<T>) -> Vec<T> {
-        let Some(how) = self.spoil() else { return list };
+        let Some(how) = self.corruption() else { return list };
         let value = |value: u64| T::try_from(value).ok();
         let place = how / 8 % list.len().max(1);
         match how % 8 {
@@ -146,7 +146,7 @@ impl Arguments<'_> {
     fn starts(&mut self, batch: usize, sequence: usize) -> Option<Arc<Vec<u32>>> {
         let starts = (0..batch * sequence).map(|token| (token % sequence / 2 * 2) as u32).collect();
         let starts = self.list(starts);
-        (!self.plan.seed.is_multiple_of(3)).then(|| Arc::new(starts))
+        (!self.case.seed.is_multiple_of(3)).then(|| Arc::new(starts))
     }
 }
 
@@ -171,14 +171,14 @@ fn outcome<const D: usize>(output: Tensor<D>, inputs: Vec<GradientOf>) -> Outcom
 }
 
 fn call_project(arguments: &mut Arguments) -> Outcome {
-    let [rows, input, output, ..] = arguments.plan.sizes;
+    let [rows, input, output, ..] = arguments.case.sizes;
     let (rows, weight) = (arguments.float([rows, input]), arguments.float([input, output]));
     let inputs = vec![of(&rows), of(&weight)];
     outcome(project(rows, weight), inputs)
 }
 
 fn call_grouped_matmul(arguments: &mut Arguments) -> Outcome {
-    let [tokens, input, output, groups, k] = arguments.plan.sizes;
+    let [tokens, input, output, groups, k] = arguments.case.sizes;
     let layout = arguments.layout(tokens, k, groups)?;
     let (rows, weight) = (arguments.float([tokens * k, input]), arguments.float([groups, input, output]));
     let inputs = vec![of(&rows), of(&weight)];
@@ -186,9 +186,9 @@ fn call_grouped_matmul(arguments: &mut Arguments) -> Outcome {
 }
 
 fn call_quantized_matmul(arguments: &mut Arguments) -> Outcome {
-    let [tokens, input, output, groups, k] = arguments.plan.sizes;
+    let [tokens, input, output, groups, k] = arguments.case.sizes;
     let layout = arguments.layout(tokens, k, groups)?;
-    let bits = if arguments.plan.seed.is_multiple_of(2) { QuantBits::Eight } else { QuantBits::Four };
+    let bits = if arguments.case.seed.is_multiple_of(2) { QuantBits::Eight } else { QuantBits::Four };
     let blocks = (input * output).div_ceil(QUANT_BLOCK);
     let spec = QuantizedSpec { bits, input: arguments.number(input), output: arguments.number(output) };
     let rows = arguments.float([tokens * k, input]);
@@ -202,7 +202,7 @@ fn call_quantized_matmul(arguments: &mut Arguments) -> Outcome {
 }
 
 fn call_dispatch_rows(arguments: &mut Arguments) -> Outcome {
-    let [tokens, width, _, groups, k] = arguments.plan.sizes;
+    let [tokens, width, _, groups, k] = arguments.case.sizes;
     let layout = arguments.layout(tokens, k, groups)?;
     let tokens = arguments.float([tokens, width]);
     let inputs = vec![of(&tokens)];
@@ -210,7 +210,7 @@ fn call_dispatch_rows(arguments: &mut Arguments) -> Outcome {
 }
 
 fn call_combine_rows(arguments: &mut Arguments) -> Outcome {
-    let [tokens, width, _, groups, k] = arguments.plan.sizes;
+    let [tokens, width, _, groups, k] = arguments.case.sizes;
     let layout = arguments.layout(tokens, k, groups)?;
     let rows = arguments.float([tokens * k, width]);
     let weights = arguments.tensor([tokens, k], DType::F32).require_grad();
@@ -219,31 +219,31 @@ fn call_combine_rows(arguments: &mut Arguments) -> Outcome {
 }
 
 fn call_swiglu(arguments: &mut Arguments) -> Outcome {
-    let [rows, width, ..] = arguments.plan.sizes;
+    let [rows, width, ..] = arguments.case.sizes;
     let (gate, up) = (arguments.float([rows, width]), arguments.float([rows, width]));
     let inputs = vec![of(&gate), of(&up)];
     outcome(swiglu(gate, up), inputs)
 }
 
 fn call_rms_norm(arguments: &mut Arguments) -> Outcome {
-    let [rows, width, ..] = arguments.plan.sizes;
+    let [rows, width, ..] = arguments.case.sizes;
     let (x, gain) = (arguments.float([rows, width]), arguments.float([width]));
     let inputs = vec![of(&x), of(&gain)];
     outcome(rms_norm(x, gain, 1e-3), inputs)
 }
 
 fn call_rotate(arguments: &mut Arguments) -> Outcome {
-    let [batch, sequence, heads, pairs, start] = arguments.plan.sizes;
+    let [batch, sequence, heads, pairs, start] = arguments.case.sizes;
     let x = arguments.float([batch, sequence, heads, start + 2 * pairs]);
     let cos = arguments.tensor([batch * sequence, pairs], DType::F32);
     let sin = arguments.tensor([batch * sequence, pairs], DType::F32);
-    let spec = RotationSpec { start: arguments.number(start), interleave: arguments.plan.seed.is_multiple_of(2) };
+    let spec = RotationSpec { start: arguments.number(start), interleave: arguments.case.seed.is_multiple_of(2) };
     let inputs = vec![of(&x)];
     outcome(rotate(x, cos, sin, spec), inputs)
 }
 
 fn call_latent_attention(arguments: &mut Arguments) -> Outcome {
-    let [batch, sequence, heads, nope, rope] = arguments.plan.sizes;
+    let [batch, sequence, heads, nope, rope] = arguments.case.sizes;
     let starts = arguments.starts(batch, sequence);
     let query = arguments.float([batch, sequence, heads, nope + rope]);
     let key_value = arguments.float([batch, sequence, heads, nope + 2]);
@@ -253,7 +253,7 @@ fn call_latent_attention(arguments: &mut Arguments) -> Outcome {
 }
 
 fn call_grouped_attention(arguments: &mut Arguments) -> Outcome {
-    let [batch, sequence, key_heads, width, group] = arguments.plan.sizes;
+    let [batch, sequence, key_heads, width, group] = arguments.case.sizes;
     let starts = arguments.starts(batch, sequence);
     let query = arguments.float([batch, sequence, key_heads * group, width]);
     let key_value = arguments.float([batch, sequence, key_heads, width + 3]);
@@ -262,17 +262,17 @@ fn call_grouped_attention(arguments: &mut Arguments) -> Outcome {
 }
 
 fn call_cached_attention(arguments: &mut Arguments) -> Outcome {
-    let [batch, count, key_heads, width, group] = arguments.plan.sizes;
+    let [batch, count, key_heads, width, group] = arguments.case.sizes;
     let cache = arguments.tensor([batch, key_heads, 7 + count, width + 3], arguments.dtype);
     let query = arguments.tensor([batch * count, key_heads * group, width], arguments.dtype);
     // Every sequence, all in step or each at a position of its own.
     let mut spans = Vec::new();
     for sequence in 0..batch {
-        let start = if arguments.plan.seed.is_multiple_of(2) { 5 } else { sequence % 5 + 2 };
+        let start = if arguments.case.seed.is_multiple_of(2) { 5 } else { sequence % 5 + 2 };
         let [sequence, start, count] = [sequence, start, count].map(|number| arguments.number(number));
         spans.push(CacheSpan { sequence, start, count });
     }
-    let window = arguments.plan.seed.is_multiple_of(3).then_some(1 + count);
+    let window = arguments.case.seed.is_multiple_of(3).then_some(1 + count);
     let (keys, values) = (0..arguments.number(width), arguments.number(width)..arguments.number(width + 3));
     outcome(
         cached_attention(
@@ -285,13 +285,13 @@ fn call_cached_attention(arguments: &mut Arguments) -> Outcome {
 }
 
 fn call_cross_entropy(arguments: &mut Arguments) -> Outcome {
-    let [rows, vocab, ..] = arguments.plan.sizes;
+    let [rows, vocab, ..] = arguments.case.sizes;
     let mut targets: Vec<i32> = (0..rows).map(|row| (row * 3 % vocab) as i32).collect();
-    if let Some(how) = arguments.spoil() {
+    if let Some(how) = arguments.corruption() {
         let place = how / 8 % rows;
         targets[place] = [-1, vocab as i32, i32::MAX, i32::MIN, -100, 1 << 30][how % 6];
     }
-    if let Some(how) = arguments.spoil() {
+    if let Some(how) = arguments.corruption() {
         targets.resize([rows + 1, 2 * rows][how % 2], 0);
     }
     let logits = arguments.float([rows, vocab]);
@@ -318,9 +318,9 @@ fn install_hook() {
 }
 
 /// Runs a call, and gives its outcome or the message of its panic, which is not printed.
-fn caught(call: Call, plan: &Plan, device: &Device, dtype: DType, empty: bool) -> Result<Outcome, String> {
+fn caught(call: Call, case: &TestCase, device: &Device, dtype: DType, empty: bool) -> Result<Outcome, String> {
     install_hook();
-    let mut arguments = Arguments { plan, device: device.clone(), dtype, empty, made: 0 };
+    let mut arguments = Arguments { case, device: device.clone(), dtype, empty, made: 0 };
     QUIET.set(true);
     let result = catch_unwind(AssertUnwindSafe(|| call(&mut arguments)));
     QUIET.set(false);
@@ -345,24 +345,24 @@ fn cpu() -> Device {
     Device::flex().autodiff()
 }
 
-fn plans(largest: usize) -> impl Strategy<Value = Plan> {
+fn test_cases(largest: usize) -> impl Strategy<Value = TestCase> {
     let sizes = prop::array::uniform5(1..=largest);
-    let spoils = prop::collection::vec((0_usize..14, 0_usize..64), 0..3);
-    (sizes, spoils, 0_u64..1000).prop_map(|(sizes, spoils, seed)| Plan { sizes, spoils, seed })
+    let corruptions = prop::collection::vec((0_usize..14, 0_usize..64), 0..3);
+    (sizes, corruptions, 0_u64..1000).prop_map(|(sizes, corruptions, seed)| TestCase { sizes, corruptions, seed })
 }
 
 /// One call of every function.
-fn check(plan: &Plan) -> Result<(), TestCaseError> {
+fn check(case: &TestCase) -> Result<(), TestCaseError> {
     for (name, call) in CALLS {
-        let found = caught(call, plan, &cpu(), DType::F32, true);
-        let expected = caught(call, plan, &cpu(), DType::F64, true);
+        let found = caught(call, case, &cpu(), DType::F32, true);
+        let expected = caught(call, case, &cpu(), DType::F64, true);
         match (found, expected) {
             (Ok(found), Ok(expected)) => {
                 prop_assert!(agrees(&found, &expected), "{name}: {found:?} and not {expected:?}");
             }
             (Err(message), Err(_)) => {
                 prop_assert!(message.starts_with(&format!("{name}: ")), "{name} panicked with {message:?}");
-                prop_assert!(!plan.spoils.is_empty(), "{name} refused good arguments: {message}");
+                prop_assert!(!case.corruptions.is_empty(), "{name} refused good arguments: {message}");
             }
             (found, expected) => prop_assert!(false, "{name}: {found:?}, where the reference has {expected:?}"),
         }
@@ -374,8 +374,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn hostile_arguments_are_refused_or_give_what_the_reference_gives(plan in plans(5)) {
-        check(&plan)?;
+    fn hostile_arguments_are_refused_or_give_what_the_reference_gives(case in test_cases(5)) {
+        check(&case)?;
     }
 }
 
@@ -409,8 +409,8 @@ proptest! {
 fn large_arguments_are_refused_or_give_what_the_reference_gives() {
     for (argument, how) in (0..8).map(|argument| (argument, 3 * argument + 1)) {
         for sizes in [[3, 70, 3, 5, 2], [40, 33, 9, 12, 3], [150, 20, 70, 3, 1]] {
-            for spoils in [vec![], vec![(argument, how)]] {
-                check(&Plan { sizes, spoils, seed: argument as u64 + 1 }).unwrap();
+            for corruptions in [vec![], vec![(argument, how)]] {
+                check(&TestCase { sizes, corruptions, seed: argument as u64 + 1 }).unwrap();
             }
         }
     }
@@ -419,11 +419,11 @@ fn large_arguments_are_refused_or_give_what_the_reference_gives() {
 /// Which arguments must be refused, so that the test above does not pass by refusing nothing.
 #[test]
 fn arguments_that_break_a_rule_are_refused() {
-    let refused = |name: &str, sizes: [usize; 5], spoil: (usize, usize), message: &str| {
+    let refused = |name: &str, sizes: [usize; 5], corruption: (usize, usize), message: &str| {
         let (_, call) = CALLS.into_iter().find(|(known, _)| *known == name).expect("the function is in the list");
-        let plan = Plan { sizes, spoils: vec![spoil], seed: 1 };
-        let found = caught(call, &plan, &cpu(), DType::F32, true);
-        let found = found.expect_err(&format!("{name} takes {spoil:?}"));
+        let case = TestCase { sizes, corruptions: vec![corruption], seed: 1 };
+        let found = caught(call, &case, &cpu(), DType::F32, true);
+        let found = found.expect_err(&format!("{name} takes {corruption:?}"));
         assert!(found.starts_with(&format!("{name}: ")) && found.contains(message), "{name}: {found}");
     };
     let sizes = [2, 4, 3, 5, 2];
@@ -489,18 +489,18 @@ fn cube_hostile_arguments_are_refused_or_give_what_the_reference_gives() {
     // software. What fails is not shrunk for the same reason.
     let config =
         ProptestConfig { cases: 12, max_shrink_iters: 0, failure_persistence: None, ..ProptestConfig::default() };
-    let result = TestRunner::new(config).run(&plans(2), |mut plan| {
+    let result = TestRunner::new(config).run(&test_cases(2), |mut case| {
         // Not every device has a second float type to confuse the kernels with (WGSL has no bf16): the CPU's tests do that.
-        plan.spoils.retain(|(_, how)| how % 8 != OTHER_DTYPE);
+        case.corruptions.retain(|(_, how)| how % 8 != OTHER_DTYPE);
         for (name, call) in CALLS {
-            let found = caught(call, &plan, &device, DType::F32, false);
-            match (found, caught(call, &plan, &cpu(), DType::F64, false)) {
+            let found = caught(call, &case, &device, DType::F32, false);
+            match (found, caught(call, &case, &cpu(), DType::F64, false)) {
                 (Ok(found), Ok(expected)) => {
                     prop_assert!(agrees(&found, &expected), "{name}: {found:?} and not {expected:?}");
                 }
                 (Ok(Some((_, values))), Err(message)) if message.contains("is not in a vocabulary") => {
-                    let spoiled = values.iter().all(|values| values.iter().any(|value| value.is_nan()));
-                    prop_assert!(spoiled, "{name}: {values:?} for {message}");
+                    let corrupted = values.iter().all(|values| values.iter().any(|value| value.is_nan()));
+                    prop_assert!(corrupted, "{name}: {values:?} for {message}");
                 }
                 (Err(message), Err(_)) => {
                     prop_assert!(message.starts_with(&format!("{name}: ")), "{name} panicked with {message:?}");

@@ -3,7 +3,7 @@
 use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, Tolerance};
-use moonlight_model::config::{AttentionShape, GqaShape, MlaShape, ModelType, Scoring, TopkMethod};
+use moonlight_model::config::{AttentionShape, GqaShape, MlaShape, ModelType, ScoringFunc, TopkMethod};
 use moonlight_model::rope::RotaryEmbedding;
 use moonlight_model::{
     AttentionConfig, DecoderLayerConfig, Experts, ExpertsConfig, FeedForward, FeedForwardConfig, ForwardContext,
@@ -180,7 +180,7 @@ fn configurations_are_saved_and_loaded() {
     again(&latent().with_q_lora_rank(Some(8)).with_softmax_scale(Some(0.1)), "mla");
     again(&grouped(), "gqa");
     again(&mixture(), "moe");
-    let router = RouterConfig::new(HIDDEN, 8, 2).with_scoring(Scoring::Softmax);
+    let router = RouterConfig::new(HIDDEN, 8, 2).with_scoring(ScoringFunc::Softmax);
     again(&router.with_topk_method(TopkMethod::GroupLimitedGreedy).with_n_group(4).with_topk_group(2), "router");
     again(&ExpertsConfig::new(HIDDEN, 4, 8), "experts");
     again(&RmsNormConfig::new(HIDDEN), "norm");
@@ -214,7 +214,7 @@ fn a_model_is_configured_in_rust_as_in_json() {
 }
 
 #[test]
-#[should_panic(expected = "another batch or sequence length")]
+#[should_panic(expected = "another batch size or sequence length")]
 fn a_context_of_another_batch_is_refused() {
     let device = Device::default();
     let context = ForwardContext::new(&rotary(), [2, 6], &device);

@@ -81,13 +81,13 @@ impl Level {
         match self {
             Level::Scalar => true,
             #[cfg(target_arch = "aarch64")]
-            Level::Neon => compiled() == Level::Neon,
+            Level::Neon => compiled_level() == Level::Neon,
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => compiled() >= Level::Avx2 && gemm::has_fused_kernels(),
+            Level::Avx2 => compiled_level() >= Level::Avx2 && gemm::has_fused_kernels(),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512F => is_x86_feature_detected!("avx512f"),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => is_x86_feature_detected!("avx512f") && compiled() == Level::Avx512,
+            Level::Avx512 => is_x86_feature_detected!("avx512f") && compiled_level() == Level::Avx512,
             #[allow(unreachable_patterns, reason = "each architecture has some of them")]
             _ => false,
         }
@@ -96,7 +96,7 @@ impl Level {
     fn parse(name: &str) -> Result<Self, LevelError> {
         let level = Self::ALL.iter().copied().find(|level| level.name().eq_ignore_ascii_case(name));
         let level = level.ok_or_else(|| LevelError::Unknown { name: name.to_owned() })?;
-        if level.is_available() { Ok(level) } else { Err(LevelError::Absent { level, best: Self::best() }) }
+        if level.is_available() { Ok(level) } else { Err(LevelError::Unavailable { level, best: Self::best() }) }
     }
 }
 
@@ -109,7 +109,7 @@ impl fmt::Display for Level {
 /// The widest of the targets of [`by_level!`] that this processor has: `multiversion` looks for the same features here as it
 /// compiles for there.
 #[multiversion::multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
-fn compiled() -> Level {
+fn compiled_level() -> Level {
     multiversion::target::match_target! {
         "x86_64+avx512f" => Level::Avx512,
         "x86_64+avx2" => Level::Avx2,
@@ -130,7 +130,7 @@ pub enum LevelError {
     },
     /// The processor lacks it.
     #[error("MOONLIGHT_SIMD is `{level}`, which this processor lacks: it has `{best}` at most")]
-    Absent {
+    Unavailable {
         /// What was asked for.
         level: Level,
         /// The highest that there is.
@@ -170,12 +170,12 @@ thread_local! {
 pub fn level() -> Level {
     match LEVEL.get() {
         Some(level) => level,
-        None => of_the_process(),
+        None => process_level(),
     }
 }
 
 #[cold]
-fn of_the_process() -> Level {
+fn process_level() -> Level {
     static PROCESS: OnceLock<Level> = OnceLock::new();
     let level = *PROCESS.get_or_init(|| from_environment().unwrap_or_else(|_| Level::best()));
     LEVEL.set(Some(level));
@@ -252,11 +252,11 @@ mod tests {
             "MOONLIGHT_SIMD is `avx9000\\u{1b}`, which is none of this architecture's levels"
         );
         assert!(error.hint().unwrap().contains("scalar"));
-        let absent = LevelError::Absent { level: Level::Avx512, best: Level::Avx2 };
+        let absent = LevelError::Unavailable { level: Level::Avx512, best: Level::Avx2 };
         let text = "MOONLIGHT_SIMD is `avx512`, which this processor lacks: it has `avx2` at most";
         assert_eq!(absent.to_string(), text);
         for &level in Level::ALL.iter().filter(|level| !level.is_available()) {
-            assert_eq!(Level::parse(level.name()), Err(LevelError::Absent { level, best: Level::best() }));
+            assert_eq!(Level::parse(level.name()), Err(LevelError::Unavailable { level, best: Level::best() }));
         }
     }
 

@@ -41,10 +41,10 @@ pub fn at_each_level(what: &str, mut work: impl FnMut(Level) + Send) {
 /// Says `SKIPPED: what, for why`, once: past the test harness, which hides what tests that pass have printed, and into the file
 /// that [`SKIPPED`] names.
 pub fn skipped(what: &str, why: &str) {
-    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    static PRINTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let line = format!("SKIPPED: {what}, for {why}\n");
-    let mut said = SAID.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if said.contains(&line) {
+    let mut printed = PRINTED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if printed.contains(&line) {
         return;
     }
     drop(std::io::stderr().write_all(line.as_bytes()));
@@ -52,7 +52,7 @@ pub fn skipped(what: &str, why: &str) {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
         drop(file.and_then(|mut file| file.write_all(line.as_bytes())));
     }
-    said.insert(line);
+    printed.insert(line);
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What can go wrong in a run.
+//! Why a run or a command of `moonlight` fails.
 
 use std::io;
 use std::path::PathBuf;
@@ -18,56 +18,56 @@ use crate::data::DataError;
 use crate::hints::infer_hint;
 use crate::recipe::RecipeError;
 
-/// Why a program stopped. Every message is one sentence for the person who started it.
+/// Why a run or a command failed. Each message is one sentence, and [`hint`](TrainError::hint) says what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
-    /// The recipe.
+    /// A recipe that cannot be read or asks for something impossible.
     #[error(transparent)]
     Recipe(#[from] RecipeError),
-    /// A model that cannot be opened, run or saved: weights, adapter, tokenizer, chat template or device.
+    /// A model that cannot be opened, run or saved: its weights, adapter, tokenizer, chat template or device.
     #[error(transparent)]
     Infer(#[from] InferError),
     /// Adapters that the model cannot have.
     #[error("`lora.targets`: {0}")]
     Lora(#[from] LoraError),
-    /// The data.
+    /// Data that cannot be read or do not fit the recipe.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// The division of the parameters among the optimizers.
+    /// Rules that do not assign every parameter to an optimizer.
     #[error(transparent)]
     Rules(#[from] RuleError),
-    /// The optimizer's state.
+    /// The optimizer's state in a checkpoint is damaged, or that of another model or optimizer.
     #[error("the optimizer's state `{}`: {source}", path.display())]
     OptimizerState {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Why it cannot be loaded.
         source: StateError,
     },
     /// A file of the run cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The run's folder is there already.
+    /// The run's folder exists, and the run is not resumed.
     #[error("the run `{}` exists", .0.display())]
     RunExists(PathBuf),
-    /// Another process trains there.
+    /// Another process holds the lock on the run's folder.
     #[error("the run `{}` is in use{}", folder.display(), by(holder))]
     RunLocked {
         /// The run's folder.
         folder: PathBuf,
-        /// The process that has it, its host, and since when.
+        /// The process, its host, and since when it holds the lock; may be empty.
         holder: String,
     },
-    /// The run has checkpoints, and none of them is whole.
-    #[error("no checkpoint to resume from is whole: {}", damaged.iter()
+    /// The run has checkpoints, and all of them are damaged.
+    #[error("the run has no complete checkpoint to resume from: {}", damaged.iter()
         .map(|it| format!("`{}`: {}", it.path.display(), it.problem)).collect::<Vec<_>>().join("; "))]
-    NoWholeCheckpoint {
-        /// All of them.
+    NoCompleteCheckpoint {
+        /// Every checkpoint of the run.
         damaged: Vec<DamagedCheckpoint>,
     },
-    /// A checkpoint of a newer program.
-    #[error("`{}` was written by a newer version of this program (its `trainer.json` has the version {version})",
+    /// A checkpoint that a newer version of the program wrote.
+    #[error("`{}` was written by a newer version of this program: its `trainer.json` has the version {version}",
         path.display())]
     NewerCheckpoint {
         /// The checkpoint.
@@ -75,85 +75,85 @@ pub enum TrainError {
         /// The version of its `trainer.json`.
         version: u64,
     },
-    /// The run to resume is not the one that the checkpoint is of.
-    #[error("this is not the run that `{}` is a checkpoint of: {}", checkpoint.display(), differences.iter()
+    /// The recipe differs from the checkpoint's in what may not change when a run is resumed.
+    #[error("`{}` is a checkpoint of another run: {}", checkpoint.display(), differences.iter()
         .map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     OtherRun {
         /// The checkpoint.
         checkpoint: PathBuf,
-        /// What differs.
+        /// What differs and may not.
         differences: Vec<Difference>,
     },
     /// A non-finite loss or gradient.
-    #[error("step {step}: the {what} is {value}{}{}", worker.map(|worker| format!(" on worker {worker}"))
+    #[error("step {step}: the {what} is {value}{}{}", rank.map(|rank| format!(" on rank {rank}"))
         .unwrap_or_default(), last_checkpoint.as_ref()
-        .map(|path| format!("; the last good checkpoint is `{}`", path.display())).unwrap_or_default())]
+        .map(|path| format!("; the newest checkpoint is `{}`", path.display())).unwrap_or_default())]
     NonFinite {
         /// The step, counted from 1.
         step: u64,
-        /// The loss or the gradient norm.
+        /// `loss` or `gradient norm`.
         what: &'static str,
-        /// Its value.
+        /// NaN or an infinity.
         value: f64,
-        /// Which of several workers had it, where that is known.
-        worker: Option<usize>,
-        /// The newest checkpoint.
+        /// The rank that computed it; `None` with one rank, and for the gradient norm, a sum over all ranks.
+        rank: Option<usize>,
+        /// The newest complete checkpoint, written before this step.
         last_checkpoint: Option<PathBuf>,
     },
-    /// A matrix without singular values.
-    #[error("`layers.{layer}.{path}` has no singular values: it is not finite")]
-    NotFiniteMatrix {
-        /// The decoder layer, from 0.
+    /// A weight matrix without singular values, because it has non-finite elements.
+    #[error("`layers.{layer}.{path}` has no singular values: it contains NaN or infinity")]
+    NonFiniteMatrix {
+        /// The decoder layer, counted from 0.
         layer: usize,
-        /// The matrix, by its path inside the layer.
+        /// The path of the matrix inside the layer.
         path: String,
     },
-    /// A plot in a file of no known kind.
+    /// A plot in a file whose name ends in neither `.svg` nor `.png`.
     #[error("`{}` is neither an SVG nor a PNG", .0.display())]
     PlotFormat(PathBuf),
-    /// A metric that no run has.
-    #[error("none of the runs has the figure `{metric}`")]
+    /// A metric that none of the plotted runs has.
+    #[error("none of the runs has the metric `{metric}`")]
     UnknownMetric {
         /// The metric that was asked for.
         metric: String,
-        /// Those that the runs have, with commas between.
+        /// The metrics that the runs have, separated by commas.
         known: String,
     },
-    /// Arguments that do not go together with the model.
+    /// A request that cannot be fulfilled, such as options that the model does not support.
     #[error("{problem}")]
     Request {
-        /// The sentence.
+        /// The whole message.
         problem: String,
-        /// What to do, where we know.
+        /// What to do about it.
         hint: Option<String>,
     },
-    /// The dashboard's `k`.
-    #[error("killed from the dashboard")]
+    /// The user pressed `k` on the dashboard.
+    #[error("the run was killed from the dashboard")]
     Killed,
-    /// Several workers lost each other.
+    /// A collective failed: a rank ended or stopped responding.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
-    /// An optimizer that cannot be built for these ranks.
+    /// An optimizer that cannot be built, or not for several ranks.
     #[error(transparent)]
     Optimizer(#[from] OptimizerError),
-    /// One of several workers failed.
-    #[error("worker {rank}: {source}")]
-    Worker {
-        /// Its number.
+    /// One of several ranks failed.
+    #[error("rank {rank}: {source}")]
+    Rank {
+        /// The rank, counted from 0.
         rank: usize,
-        /// Why.
+        /// Why it failed.
         source: Box<TrainError>,
     },
-    /// Another worker failed, and says so itself.
-    #[error("another worker failed")]
+    /// Another rank failed and reports its own error.
+    #[error("another rank failed")]
     RemoteFailure,
-    /// burn-train's machinery failed.
-    #[error("training stopped: {0}")]
-    Stage(String),
+    /// The program cannot run here, or has a defect: a rank panicked, or signals cannot be handled.
+    #[error("{0}")]
+    Internal(String),
 }
 
 impl TrainError {
-    /// What to do about it, where we know.
+    /// What to do about the error, if that is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Recipe(error) => error.hint(),
@@ -161,40 +161,42 @@ impl TrainError {
             Self::Lora(error) => error.hint(),
             Self::Data(error) => error.hint(),
             Self::OptimizerState { source, .. } => source.hint(),
-            Self::RunExists(_) => Some("resume it with `--resume`, or choose another `--set run.name=...`".into()),
-            Self::RunLocked { .. } => Some("wait for it, stop it, or choose another `--set run.name=...`".into()),
-            Self::NoWholeCheckpoint { .. } => {
-                Some("restore one of them from a copy, or start anew with another `--set run.name=...`".into())
+            Self::RunExists(_) => Some("resume with `--resume`, or choose another `run.name`".into()),
+            Self::RunLocked { .. } => Some("wait for that run, stop it, or choose another `run.name`".into()),
+            Self::NoCompleteCheckpoint { .. } => {
+                Some("restore a checkpoint from a copy, or start again with another `run.name`".into())
             }
-            Self::NewerCheckpoint { .. } => Some("resume with that version".into()),
+            Self::NewerCheckpoint { .. } => Some("resume with the version that wrote the checkpoint".into()),
             Self::OtherRun { .. } => Some(
-                "resume with what the checkpoint was made with, or start another run from it by `model.path`".into(),
+                "resume with the values of the checkpoint, or start another run from its weights by `model.path`"
+                    .into(),
             ),
-            Self::NonFinite { .. } => {
-                Some("lower `optimizer.learning_rate`, lengthen the warm-up, or look at the batch of that step".into())
-            }
+            Self::NonFinite { .. } => Some(
+                "lower `optimizer.learning_rate`, raise `schedule.warmup_steps`, or inspect the batch of that step"
+                    .into(),
+            ),
             Self::Collective(error) => error.hint(),
             Self::Optimizer(error) => error.hint(),
-            Self::Worker { source, .. } => source.hint(),
+            Self::Rank { source, .. } => source.hint(),
             Self::Killed => Some("resume from the newest checkpoint with `--resume`".into()),
             Self::Request { hint, .. } => hint.clone(),
-            Self::File(error) if error.is_full() => Some("free some space and resume with `--resume`".into()),
-            Self::PlotFormat(_) => Some("let the name end in .svg or .png".into()),
-            Self::UnknownMetric { known, .. } => Some(format!("they have: {known}")),
+            Self::File(error) if error.is_full() => Some("free disk space and resume with `--resume`".into()),
+            Self::PlotFormat(_) => Some("end the file name in `.svg` or `.png`".into()),
+            Self::UnknownMetric { known, .. } => Some(format!("choose one of: {known}")),
             _ => None,
         }
     }
 
-    /// Logs it in one line, and its hint in another. The failure of another rank is not repeated.
+    /// Logs the error in one line and its hint in another. The failure of another rank is not repeated.
     pub(crate) fn report(&self) {
         self.report_with(self.hint());
     }
 
-    /// [`report`](Self::report) for a command that is no run, and has nothing to resume.
+    /// Like [`report`](Self::report), for a command other than `train`, which has no run to resume.
     pub(crate) fn report_without_run(&self) {
         self.report_with(match self {
             Self::File(error) | Self::Infer(InferError::File(error)) if error.is_full() => {
-                Some("free some space, and start again".into())
+                Some("free disk space and start again".into())
             }
             error => error.hint(),
         });
@@ -204,7 +206,7 @@ impl TrainError {
         if matches!(self, Self::RemoteFailure) {
             return;
         }
-        // One line each, whatever a nested message contains.
+        // Programs that read stderr rely on one line each, so line breaks of nested messages go.
         let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
         let hint = hint.map(|hint| format!("\nhint: {}", line(hint))).unwrap_or_default();
         tracing::error!("{}{hint}", line(self.to_string()));
@@ -219,12 +221,12 @@ impl TrainError {
     }
 }
 
-/// ` by HOLDER`, or nothing.
+/// ` by HOLDER`, or an empty text for an unknown holder.
 fn by(holder: &str) -> String {
     if holder.is_empty() { String::new() } else { format!(" by {holder}") }
 }
 
-/// The errors of opening and running a model, by their own types.
+/// Converts the errors of opening and running a model, so that `?` takes each by its own type.
 macro_rules! from_infer {
     ($($error:ty),*) => {
         $(impl From<$error> for TrainError {

@@ -1,13 +1,13 @@
-//! Which file a path leads to.
+//! The identity of a file, whatever path leads to it.
 
 use std::fs::Metadata;
 use std::io;
 use std::path::Path;
 
-/// What tells a file from all others, by whatever path, link or hard link it is reached: device and inode; elsewhere than on
-/// Unix its path without links.
+/// Identifies a file by whatever path, link or hard link it is reached: device and inode on Unix, elsewhere its path with
+/// links resolved.
 ///
-/// The crate `same-file` compares open files, and to open a pipe is to wait for its other end.
+/// The crate `same-file` opens the files that it compares, and opening a pipe blocks until its other end is opened.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct FileId(Id);
 
@@ -17,7 +17,7 @@ type Id = (u64, u64);
 type Id = std::path::PathBuf;
 
 impl FileId {
-    /// Of the file at a path, with what the system says of it.
+    /// The identity of the file at a path, and its metadata.
     pub(crate) fn of(path: &Path) -> io::Result<(Self, Metadata)> {
         let metadata = std::fs::metadata(path)?;
         #[cfg(unix)]
@@ -30,7 +30,8 @@ impl FileId {
         Ok((Self(id), metadata))
     }
 
-    /// Whether both paths lead to one plain file. Devices and pipes may well be read and written at once.
+    /// Whether both paths lead to the same regular file. Devices and pipes do not count: reading and writing one at the same
+    /// time does no harm.
     pub(crate) fn is_same_file(one: &Path, other: &Path) -> bool {
         match (Self::of(one), Self::of(other)) {
             (Ok((one, metadata)), Ok((other, _))) => metadata.is_file() && one == other,

@@ -1,4 +1,4 @@
-//! Which parameters a recipe's `[train] freeze` means.
+//! Which parameters `train.freeze` selects.
 
 use moonlight_convert::hugging_face_tensors;
 use moonlight_model::{ModelConfig, NamePattern};
@@ -16,30 +16,34 @@ pub(crate) fn frozen_parameters(config: &ModelConfig, patterns: &[String]) -> Re
     let mut frozen = vec![false; shapes.len()];
     for text in patterns {
         let pattern = NamePattern::new(text).map_err(|problem| {
-            wrong(format!("the pattern `{text}` is malformed: {problem}"), "`*` is within one name, `**` any number")
+            freeze_error(
+                format!("the pattern `{text}` is malformed: {problem}"),
+                "`*` matches within one name, `**` any number of names",
+            )
         })?;
         let mut matches = false;
         for (shape, frozen) in shapes.iter().zip(&mut frozen) {
             let names = hugging_face_tensors(shape);
             let hits = names.iter().filter(|tensor| pattern.matches(&tensor.name)).count();
             if hits > 0 && hits < names.len() {
-                return Err(wrong(
+                return Err(freeze_error(
                     format!("`{text}` matches {hits} of the {} experts of `{}`", names.len(), shape.path),
-                    "the experts of a layer are one parameter: write `*` for their number",
+                    "write `*` for the expert's number: the experts of a layer are one parameter",
                 ));
             }
             matches |= hits > 0;
             *frozen |= hits > 0;
         }
         if !matches {
-            let hint = "names are those of the checkpoint, e.g. `model.layers.*.mlp.gate.weight`; `**` is any number of \
-                        names";
-            return Err(wrong(format!("`{text}` matches no parameter of the model"), hint));
+            let hint = "use the names of the checkpoint, such as `model.layers.*.mlp.gate.weight`; `**` matches any \
+                        number of names";
+            return Err(freeze_error(format!("`{text}` matches no parameter of the model"), hint));
         }
     }
     Ok(frozen)
 }
 
-pub(crate) fn wrong(problem: String, hint: &str) -> TrainError {
+/// An error about the key `train.freeze`.
+pub(crate) fn freeze_error(problem: String, hint: &str) -> TrainError {
     TrainError::Request { problem: format!("`train.freeze`: {problem}"), hint: Some(hint.into()) }
 }

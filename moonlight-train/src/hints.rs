@@ -1,32 +1,32 @@
-//! What to do about errors of the libraries, in the words of this program's command line: the libraries name no program and
-//! no option of one.
+//! Hints for errors of the libraries that name options of this program. The libraries themselves name no program and none of
+//! its options.
 
 use moonlight_convert::CheckpointError;
 use moonlight_convert::adapter::AdapterError;
 use moonlight_infer::InferError;
 use moonlight_infer::chat::ChatError;
 
-/// What to do about an error of a checkpoint. The library names no program; this one's users fetch models by the other.
+/// The hint for an error of a checkpoint: the library's, except that a model missing from the cache can be downloaded.
 pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
     let Some((repo, revision)) = error.not_cached() else { return error.hint() };
     let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
-    Some(format!("`moonlight-convert download {repo}{revision}` fetches it"))
+    Some(format!("download it with `moonlight-convert download {repo}{revision}`"))
 }
 
-/// What to do about a model that cannot be opened or run, in the words of this program's command line.
+/// The hint for a model that cannot be opened or run.
 pub(crate) fn infer_hint(error: &InferError) -> Option<String> {
     match error {
         InferError::Checkpoint(error) | InferError::Adapter(AdapterError::Checkpoint(error)) => checkpoint_hint(error),
         InferError::Adapter(AdapterError::NoBase { .. }) => {
-            Some("name the base as `--model BASE`, and the adapter as `--adapter DIR`".into())
+            Some("name the base model by `--model BASE`, and the adapter by `--adapter DIR`".into())
         }
         InferError::AdapterOnAdapter(_) => {
-            Some("`--model` beside `--adapter` is the model that the adapter belongs to".into())
+            Some("with `--adapter`, name by `--model` the base model that the adapter belongs to".into())
         }
-        InferError::TooFewExamples { .. } => Some("take fewer `--shots`, or another file".into()),
+        InferError::TooFewExamples { .. } => Some("lower `--shots`, or use a file with more rows".into()),
         InferError::Chat(ChatError::NoTemplate { .. }) => Some(
-            "let a base model continue a text with `moonlight generate --prompt`; a chat model needs its \
-             `chat_template.jinja` in the folder"
+            "use `moonlight generate --prompt` for a base model; for a chat model put its `chat_template.jinja` into the \
+             folder"
                 .into(),
         ),
         error => error.hint(),
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_are_named_here_and_not_by_the_library() {
+    fn the_program_names_its_options_and_the_library_does_not() {
         let error = InferError::AdapterOnAdapter("x".into());
         assert!(infer_hint(&error).unwrap().contains("--adapter"));
         assert!(!error.hint().unwrap().contains("--"));
@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn other_hints_are_the_librarys() {
+    fn other_hints_are_those_of_the_library() {
         let error = InferError::NoTokenizer("x".into());
         assert_eq!(infer_hint(&error), error.hint());
     }

@@ -1,5 +1,5 @@
 #![doc = include_str!("../README.md")]
-// The macros end the program where stdout or stderr is closed or full: `cli/output.rs` and the log are used in their place.
+// `print!` and its like panic if stdout or stderr is closed or full; `cli/output.rs` and the log do not.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod analysis;

@@ -1,4 +1,4 @@
-//! `moonlight`: train and run language models of the Moonlight family.
+//! The program `moonlight`: trains and runs language models of the Moonlight family.
 
 fn main() -> std::process::ExitCode {
     moonlight_model::keep_freed_memory();

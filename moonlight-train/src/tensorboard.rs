@@ -1,7 +1,8 @@
 //! TensorBoard event files.
 //!
-//! A file is a row of TFRecords, each `length: u64, masked crc of the length, event, masked crc of the event`; an event
-//! is a protocol buffer. Only a handful of its fields is needed, so they are written by hand.
+//! A file is a sequence of TFRecords, each `length: u64, masked CRC of the length, event, masked CRC of the event`. An event
+//! is a protocol buffer (`tensorflow/core/util/event.proto`), of which four fields are needed; they are encoded by hand here
+//! rather than by a code generator.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -11,14 +12,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::error::TrainError;
 use crate::metrics::{Metrics, Reporter};
 
-/// Writes scalars into one event file.
+/// Writes scalars to one event file.
 #[derive(Debug)]
 pub struct EventWriter {
     file: File,
 }
 
 impl EventWriter {
-    /// Begins a new file in `dir`, beside those of earlier parts of the run.
+    /// Creates a new file in `dir`. A resumed run has several files, and TensorBoard merges them.
     ///
     /// # Errors
     ///
@@ -26,14 +27,14 @@ impl EventWriter {
     pub fn create(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         let now = now();
-        // A number makes the name this writer's own, whoever else begins one in the same second.
+        // The number keeps the names of two writers apart that start in the same second.
         let open = |number: u32| {
             let name = format!("events.out.tfevents.{:010}.{number}.moonlight", now as u64);
             File::options().write(true).create_new(true).open(dir.join(name))
         };
-        let taken =
+        let exists =
             |file: &io::Result<File>| matches!(file, Err(error) if error.kind() == io::ErrorKind::AlreadyExists);
-        let file = (0..).map(open).find(|file| !taken(file)).expect("numbers do not run out")?;
+        let file = (0..).map(open).find(|file| !exists(file)).expect("fewer than 2^32 files in a folder")?;
         let mut writer = Self { file };
         let mut event = Vec::new();
         double(&mut event, 1, now);
@@ -72,7 +73,7 @@ impl EventWriter {
     }
 }
 
-/// The event file of a run. Where it cannot be written, the run goes on without it.
+/// The event file of a run. If it cannot be written, the run continues without it.
 #[derive(Debug)]
 pub(crate) struct EventFile {
     dir: PathBuf,
@@ -80,19 +81,19 @@ pub(crate) struct EventFile {
 }
 
 impl EventFile {
-    /// Begins a new file in `dir`.
+    /// Creates a new file in `dir`.
     pub(crate) fn create(dir: &Path) -> Self {
         let mut file = Self { dir: dir.to_owned(), writer: None };
         match EventWriter::create(dir) {
             Ok(writer) => file.writer = Some(writer),
-            Err(error) => file.give_up(&error),
+            Err(error) => file.close_after(&error),
         }
         file
     }
 
-    /// A record that was written in part would make the rest of the file unreadable.
-    fn give_up(&mut self, error: &io::Error) {
-        tracing::warn!("`{}` cannot be written: {error}; the run goes on without TensorBoard", self.dir.display());
+    /// Stops writing: after a record that was written in part, nothing in the file can be read.
+    fn close_after(&mut self, error: &io::Error) {
+        tracing::warn!("`{}` cannot be written: {error}; the run continues without TensorBoard", self.dir.display());
         self.writer = None;
     }
 }
@@ -102,7 +103,7 @@ impl Reporter for EventFile {
         let Some(writer) = &mut self.writer else { return Ok(()) };
         let written = metrics.scalars().try_for_each(|(tag, value)| writer.scalar(&tag, metrics.step, value));
         if let Err(error) = written {
-            self.give_up(&error);
+            self.close_after(&error);
         }
         Ok(())
     }
@@ -136,7 +137,7 @@ fn bytes(message: &mut Vec<u8>, field: u64, value: &[u8]) {
     message.extend(value);
 }
 
-/// CRC-32C, turned and offset, so that the crc of data that holds crcs is not special.
+/// TFRecord's CRC-32C, rotated and offset: the CRC of data that contains its own CRC would be a constant otherwise.
 fn masked_crc(data: &[u8]) -> u32 {
     crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
@@ -165,21 +166,21 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_written_costs_the_events_alone() {
+    fn an_event_file_that_cannot_be_written_does_not_end_the_run() {
         let home = tempfile::tempdir().unwrap();
         let taken = home.path().join("tensorboard");
         fs::write(&taken, "a file").unwrap();
         let mut file = EventFile::create(&taken);
         file.report(&Metrics { loss: Some(1.0), ..Metrics::default() }).unwrap();
         assert!(file.writer.is_none());
-        // Two that begin in the same second have files of their own.
+        // Two writers that start in the same second have different files.
         let both = [EventFile::create(home.path()), EventFile::create(home.path())];
         assert!(both.iter().all(|file| file.writer.is_some()));
         assert_eq!(fs::read_dir(home.path()).unwrap().count(), 3);
     }
 
     #[test]
-    fn records_are_framed_and_hold_their_tag() {
+    fn records_are_framed_and_contain_their_tag() {
         let home = tempfile::tempdir().unwrap();
         let mut writer = EventWriter::create(home.path()).unwrap();
         writer.scalar("train/loss", 300, 1.5).unwrap();

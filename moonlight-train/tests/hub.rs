@@ -55,7 +55,7 @@ fn a_model_of_the_cache_runs_by_its_name() {
     }
     let absent = generate("moonshotai/absent");
     assert_fails(&absent, "`moonshotai/absent` is neither a directory nor a model in the Hub's cache");
-    assert!(text(&absent.stderr).contains("hint: `moonlight-convert download moonshotai/absent` fetches it"));
+    assert!(text(&absent.stderr).contains("hint: download it with `moonlight-convert download moonshotai/absent`"));
 }
 
 #[test]

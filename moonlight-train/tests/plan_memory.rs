@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::train::Interrupter;
 use moonlight_infer::device::Target;
-use moonlight_train::plan::{Plan, Threads};
+use moonlight_train::plan::{MemoryPlan, Threads};
 use moonlight_train::recipe::Recipe;
 use moonlight_train::trainer::train;
 
@@ -91,7 +91,7 @@ plots = false
 type Sets = &'static [&'static str];
 
 /// Bytes that training took beyond what there was before, and bytes that were foretold.
-fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, Plan) {
+fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, MemoryPlan) {
     let path = home.join(format!("{name}.toml"));
     let mut text = RECIPE.replace("HOME", &home.display().to_string()).replace("NAME", name);
     if name.starts_with("lora") {
@@ -100,7 +100,7 @@ fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, Plan
     std::fs::write(&path, text).unwrap();
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let recipe = Recipe::load(&path, &sets).unwrap();
-    let plan = Plan::of_recipe(&recipe, Threads::here()).unwrap();
+    let plan = MemoryPlan::for_recipe(&recipe, Threads::available()).unwrap();
     let target = Target::open("cpu").unwrap();
     let before = LIVE.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
@@ -231,7 +231,7 @@ fn the_plan_is_within_a_tenth_of_what_training_takes() {
     let mut wrong = Vec::new();
     for (name, base, changes) in GRID {
         let (taken, plan) = measured_and_foretold(home.path(), name, &[*base, *changes].concat());
-        let (moment, foretold) = (&plan.largest_phase().what, plan.peak());
+        let (moment, foretold) = (&plan.largest_phase().name, plan.peak());
         let ratio = foretold as f64 / taken as f64;
         let (taken, foretold) = (mib(taken as f64), mib(foretold as f64));
         writeln!(table, "| {name} | {taken:.1} | {foretold:.1} | {ratio:.3} | {moment} |").unwrap();

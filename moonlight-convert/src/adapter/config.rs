@@ -36,7 +36,7 @@ enum Rule {
     /// Without effect on an adapter that is trained, whatever it says.
     Ignored,
     /// Without effect where it is null, false or empty, and refused where it is anything else: why, and what to do.
-    Off(&'static str, &'static str),
+    MustBeOff(&'static str, &'static str),
 }
 
 pub(super) const MERGE_IN_PEFT: &str =
@@ -46,16 +46,16 @@ const TRAIN_WITHOUT: &str = "it cannot be merged into weights: train one without
 /// Every key that peft 0.21 writes, those of older releases, and those that ms-swift adds. A key that is not here is refused:
 /// it may change the arithmetic.
 const KEYS: [(&str, Rule); 47] = [
-    ("alora_invocation_tokens", Rule::Off("is activated LoRA, which acts from certain tokens on", TRAIN_WITHOUT)),
+    ("alora_invocation_tokens", Rule::MustBeOff("is activated LoRA, which acts from certain tokens on", TRAIN_WITHOUT)),
     ("alpha_pattern", Rule::Read),
-    ("arrow_config", Rule::Off("routes among several adapters (Arrow)", TRAIN_WITHOUT)),
+    ("arrow_config", Rule::MustBeOff("routes among several adapters (Arrow)", TRAIN_WITHOUT)),
     // Classes of the base's Python code.
     ("auto_mapping", Rule::Ignored),
     ("base_model_name_or_path", Rule::Read),
     ("bias", Rule::Read),
     // What fresh matrices were made of; `init_lora_weights` says whether that matters.
     ("corda_config", Rule::Ignored),
-    ("enable_lora", Rule::Off("adapts parts of a projection, as peft before 0.3 did", MERGE_IN_PEFT)),
+    ("enable_lora", Rule::MustBeOff("adapts parts of a projection, as peft before 0.3 did", MERGE_IN_PEFT)),
     // Embedding and head of one weight: their adapters are refused where the model has that.
     ("ensure_weight_tying", Rule::Ignored),
     ("eva_config", Rule::Ignored),
@@ -64,25 +64,25 @@ const KEYS: [(&str, Rule); 47] = [
     ("fan_in_fan_out", Rule::Ignored),
     ("inference_mode", Rule::Ignored),
     ("init_lora_weights", Rule::Read),
-    ("kasa_config", Rule::Off("is KaSA, which changes the base's weights", MERGE_IN_PEFT)),
-    ("layer_replication", Rule::Off("repeats layers of the base", MERGE_IN_PEFT)),
+    ("kasa_config", Rule::MustBeOff("is KaSA, which changes the base's weights", MERGE_IN_PEFT)),
+    ("layer_replication", Rule::MustBeOff("repeats layers of the base", MERGE_IN_PEFT)),
     ("layers_pattern", Rule::Read),
     ("layers_to_transform", Rule::Read),
     // peft passes it over unless `init_lora_weights` is `loftq`, which is refused.
     ("loftq_config", Rule::Ignored),
     ("lora_alpha", Rule::Read),
-    ("lora_bias", Rule::Off("has biases in its adapters", MERGE_IN_PEFT)),
+    ("lora_bias", Rule::MustBeOff("has biases in its adapters", MERGE_IN_PEFT)),
     ("lora_dropout", Rule::Read),
     // ms-swift: the dtype and the learning rates of training.
     ("lora_dtype", Rule::Ignored),
     ("lora_ga_config", Rule::Ignored),
     ("lorap_emb_lr", Rule::Ignored),
     ("lorap_lr_ratio", Rule::Ignored),
-    ("megatron_config", Rule::Off("is for Megatron's parallel layers", MERGE_IN_PEFT)),
+    ("megatron_config", Rule::MustBeOff("is for Megatron's parallel layers", MERGE_IN_PEFT)),
     ("megatron_core", Rule::Ignored),
     ("merge_weights", Rule::Ignored),
     ("modules_to_save", Rule::Read),
-    ("monteclora_config", Rule::Off("draws its matrices anew at each pass (MonteCLoRA)", TRAIN_WITHOUT)),
+    ("monteclora_config", Rule::MustBeOff("draws its matrices anew at each pass (MonteCLoRA)", TRAIN_WITHOUT)),
     ("peft_type", Rule::Read),
     ("peft_version", Rule::Ignored),
     // The groups of `use_qalora`.
@@ -95,27 +95,27 @@ const KEYS: [(&str, Rule); 47] = [
     ("target_parameters", Rule::Read),
     ("task_type", Rule::Read),
     ("trainable_token_indices", Rule::Read),
-    ("use_bdlora", Rule::Off("has block-diagonal matrices (BD-LoRA)", MERGE_IN_PEFT)),
+    ("use_bdlora", Rule::MustBeOff("has block-diagonal matrices (BD-LoRA)", MERGE_IN_PEFT)),
     ("use_dora", Rule::Read),
-    ("use_qalora", Rule::Off("pools its inputs (QA-LoRA)", TRAIN_WITHOUT)),
+    ("use_qalora", Rule::MustBeOff("pools its inputs (QA-LoRA)", TRAIN_WITHOUT)),
     ("use_rslora", Rule::Read),
-    ("velora_config", Rule::Off("is VeLoRA", MERGE_IN_PEFT)),
+    ("velora_config", Rule::MustBeOff("is VeLoRA", MERGE_IN_PEFT)),
 ];
 
 /// What is wrong with a file, as the rest of a sentence that begins with its name, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Problem {
+pub(super) struct ConfigProblem {
     pub(super) text: String,
     pub(super) hint: Option<String>,
 }
 
-impl From<String> for Problem {
+impl From<String> for ConfigProblem {
     fn from(text: String) -> Self {
         Self { text, hint: None }
     }
 }
 
-impl Problem {
+impl ConfigProblem {
     pub(super) fn with_hint(text: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { text: text.into(), hint: Some(hint.into()) }
     }
@@ -123,18 +123,18 @@ impl Problem {
 
 /// What peft takes off the base's weights when it puts a saved adapter beside them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Initial {
-    /// Nothing.
-    Nothing,
+pub(super) enum BaseInit {
+    /// Unchanged.
+    Unchanged,
     /// The part of the largest singular values (PiSSA).
-    Principal,
+    Pissa,
     /// The first columns of `Q` times the first rows of `R` (OLoRA).
-    FirstColumns,
+    Olora,
 }
 
 /// Which biases were trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Biases {
+pub(super) enum TrainedBiases {
     None,
     All,
     /// Those of projections with adapters.
@@ -143,7 +143,7 @@ pub(super) enum Biases {
 
 /// `trainable_token_indices`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Tokens {
+pub(super) enum TrainedTokens {
     None,
     /// Of the embedding, and of the head where it is the same weight.
     Embedding(Vec<usize>),
@@ -163,12 +163,12 @@ pub(super) struct AdapterConfig {
     lora_dropout: f64,
     use_rslora: bool,
     pub(super) dora: bool,
-    pub(super) initial: Initial,
-    pub(super) biases: Biases,
+    pub(super) initial: BaseInit,
+    pub(super) biases: TrainedBiases,
     rank_pattern: Option<Patterns>,
     alpha_pattern: Option<Patterns>,
     pub(super) targets: Targets,
-    pub(super) tokens: Tokens,
+    pub(super) tokens: TrainedTokens,
 }
 
 /// The keys with their values as text, in the file's order.
@@ -203,7 +203,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Entries<'a> {
 }
 
 /// A value of the file. The error is the rest of a sentence that begins with the file's name.
-fn value<'a, T: Deserialize<'a>>(key: &str, raw: &'a RawValue) -> Result<T, Problem> {
+fn value<'a, T: Deserialize<'a>>(key: &str, raw: &'a RawValue) -> Result<T, ConfigProblem> {
     serde_json::from_str(raw.get()).map_err(|error| {
         // Its place would be that in the value.
         let text = error.to_string();
@@ -232,11 +232,11 @@ impl AdapterConfig {
         let Some(bytes) = confined.read(ADAPTER_CONFIG, LONGEST)? else {
             return Err(AdapterError::NoConfig { dir: dir.to_path_buf() });
         };
-        Self::parse(&bytes).map_err(|Problem { text, hint }| AdapterError::Config { path, problem: text, hint })
+        Self::parse(&bytes).map_err(|ConfigProblem { text, hint }| AdapterError::Config { path, problem: text, hint })
     }
 
     /// The configuration of its text.
-    pub(super) fn parse(bytes: &[u8]) -> Result<Self, Problem> {
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, ConfigProblem> {
         let text = std::str::from_utf8(bytes).map_err(|_| "is not UTF-8".to_owned())?;
         let Entries(entries) = serde_json::from_str(text).map_err(|error| format!("cannot be read: it has {error}"))?;
         // What is not LoRA at all is said before its keys are gone through.
@@ -247,14 +247,14 @@ impl AdapterConfig {
                 _ => return Err("has no type of adapter as its `peft_type`".to_owned().into()),
             },
             None if entries.iter().any(|(key, _)| matches!(key.as_str(), "fine_tune_type" | "lora_parameters")) => {
-                return Err(Problem::with_hint(
+                return Err(ConfigProblem::with_hint(
                     "is mlx-lm's, not peft's",
                     "fuse it with `mlx_lm.fuse` and use that model",
                 ));
             }
             None => {
                 let hint = "peft writes `\"peft_type\": \"LORA\"`; other libraries' adapters are not read";
-                return Err(Problem::with_hint("has no `peft_type`", hint));
+                return Err(ConfigProblem::with_hint("has no `peft_type`", hint));
             }
         }
         // peft's own defaults.
@@ -266,25 +266,25 @@ impl AdapterConfig {
             lora_dropout: 0.0,
             use_rslora: false,
             dora: false,
-            initial: Initial::Nothing,
-            biases: Biases::None,
+            initial: BaseInit::Unchanged,
+            biases: TrainedBiases::None,
             rank_pattern: None,
             alpha_pattern: None,
             targets: Targets::default(),
-            tokens: Tokens::None,
+            tokens: TrainedTokens::None,
         };
         for (key, raw) in &entries {
             match KEYS.iter().find(|(known, _)| known == key) {
                 None => {
-                    return Err(Problem::with_hint(
+                    return Err(ConfigProblem::with_hint(
                         format!("has the key `{key}`, which is not known here"),
                         "it may change what the adapter computes; where it does not, take it out of the file",
                     ));
                 }
                 Some((_, Rule::Ignored)) => {}
-                Some((_, Rule::Off(why, hint))) => {
+                Some((_, Rule::MustBeOff(why, hint))) => {
                     if !is_off(&value(key, raw)?) {
-                        return Err(Problem::with_hint(format!("has `{key}`: it {why}"), *hint));
+                        return Err(ConfigProblem::with_hint(format!("has `{key}`: it {why}"), *hint));
                     }
                 }
                 Some((_, Rule::Read)) => config.take(key, raw)?,
@@ -295,10 +295,10 @@ impl AdapterConfig {
     }
 
     /// Takes the value of a key that is read.
-    fn take(&mut self, key: &str, raw: &RawValue) -> Result<(), Problem> {
+    fn take(&mut self, key: &str, raw: &RawValue) -> Result<(), ConfigProblem> {
         let with = |problem: String| {
             let hint = "peft writes a list there; where it takes an expression, name the modules instead";
-            Problem::with_hint(format!("has `{key}` with {problem}"), hint)
+            ConfigProblem::with_hint(format!("has `{key}` with {problem}"), hint)
         };
         match key {
             "base_model_name_or_path" => self.base = value(key, raw)?,
@@ -324,9 +324,9 @@ impl AdapterConfig {
             "trainable_token_indices" => self.tokens = tokens(&value(key, raw)?).map_err(with)?,
             "bias" => {
                 self.biases = match value::<Option<String>>(key, raw)?.as_deref() {
-                    None | Some("none") => Biases::None,
-                    Some("all") => Biases::All,
-                    Some("lora_only") => Biases::Adapted,
+                    None | Some("none") => TrainedBiases::None,
+                    Some("all") => TrainedBiases::All,
+                    Some("lora_only") => TrainedBiases::Adapted,
                     Some(other) => {
                         return Err(format!("has the `bias` `{other}`; peft knows none, all, lora_only").into());
                     }
@@ -335,7 +335,7 @@ impl AdapterConfig {
             "task_type" => match value::<Option<String>>(key, raw)?.as_deref() {
                 None | Some("CAUSAL_LM") => {}
                 Some(task) => {
-                    return Err(Problem::with_hint(
+                    return Err(ConfigProblem::with_hint(
                         format!("is for the task `{task}`; models here are of CAUSAL_LM"),
                         "a classifier's or an encoder's head is not loaded; an adapter of the layers alone is once the task \
                          is CAUSAL_LM or null",
@@ -348,7 +348,7 @@ impl AdapterConfig {
     }
 
     /// Refuses numbers that no adapter has, and combinations that peft has not.
-    fn check(&self) -> Result<(), Problem> {
+    fn check(&self) -> Result<(), ConfigProblem> {
         let Self { lora_dropout, rank_pattern, alpha_pattern, .. } = self;
         let numbers = |patterns: &Option<Patterns>| -> Vec<f64> {
             patterns.iter().flat_map(|patterns| patterns.numbers().collect::<Vec<_>>()).collect()
@@ -387,9 +387,9 @@ impl AdapterConfig {
 }
 
 /// What `init_lora_weights` means for an adapter that is loaded (`LoraLayer.update_layer` of peft 0.21).
-fn initial(value: &Value) -> Result<Initial, Problem> {
+fn initial(value: &Value) -> Result<BaseInit, ConfigProblem> {
     let text = match value {
-        Value::Null | Value::Bool(_) => return Ok(Initial::Nothing),
+        Value::Null | Value::Bool(_) => return Ok(BaseInit::Unchanged),
         Value::String(text) => text.as_str(),
         _ => return Err("has an `init_lora_weights` that is neither a truth value nor a word".to_owned().into()),
     };
@@ -397,22 +397,22 @@ fn initial(value: &Value) -> Result<Initial, Problem> {
                    it, or merge it into its model in peft";
     match text.to_ascii_lowercase().as_str() {
         // How fresh matrices are drawn; the base keeps its weights.
-        "gaussian" | "eva" | "orthogonal" | "mica" => Ok(Initial::Nothing),
-        "pissa" => Ok(Initial::Principal),
-        "olora" => Ok(Initial::FirstColumns),
-        fast if fast.starts_with("pissa_niter_") => Err(Problem::with_hint(
+        "gaussian" | "eva" | "orthogonal" | "mica" => Ok(BaseInit::Unchanged),
+        "pissa" => Ok(BaseInit::Pissa),
+        "olora" => Ok(BaseInit::Olora),
+        fast if fast.starts_with("pissa_niter_") => Err(ConfigProblem::with_hint(
             format!(
                 "has `init_lora_weights` `{text}`: peft draws random numbers for what it takes off the base's weights"
             ),
             convert,
         )),
-        "corda" | "lora_ga" | "loftq" => Err(Problem::with_hint(
+        "corda" | "lora_ga" | "loftq" => Err(ConfigProblem::with_hint(
             format!(
                 "has `init_lora_weights` `{text}`: it fits weights that training has changed, which only its data give"
             ),
             convert,
         )),
-        _ => Err(Problem::with_hint(
+        _ => Err(ConfigProblem::with_hint(
             format!("has the `init_lora_weights` `{text}`, which is not known here"),
             "where it does not change the base's weights, set it to true",
         )),
@@ -420,18 +420,18 @@ fn initial(value: &Value) -> Result<Initial, Problem> {
 }
 
 /// `trainable_token_indices`. The error is the end of "has KEY with ...".
-fn tokens(value: &Value) -> Result<Tokens, String> {
+fn tokens(value: &Value) -> Result<TrainedTokens, String> {
     let list = |value: &Value| -> Option<Vec<usize>> {
         let list = value.as_array().filter(|list| list.len() <= MOST_TOKENS)?;
         list.iter().map(|token| token.as_u64().and_then(|token| usize::try_from(token).ok())).collect()
     };
     let read = match value {
-        Value::Null => Some(Tokens::None),
+        Value::Null => Some(TrainedTokens::None),
         Value::Object(map) => {
             let entries = map.iter().map(|(module, value)| Some((module.clone(), list(value)?)));
-            entries.collect::<Option<_>>().map(Tokens::ByModule)
+            entries.collect::<Option<_>>().map(TrainedTokens::ByModule)
         }
-        value => list(value).map(Tokens::Embedding),
+        value => list(value).map(TrainedTokens::Embedding),
     };
     read.ok_or_else(|| "a value that is no list of token ids".into())
 }
@@ -506,7 +506,7 @@ fn number(value: f64) -> Value {
 mod tests {
     use super::*;
 
-    fn parsed(change: Value) -> Result<AdapterConfig, Problem> {
+    fn parsed(change: Value) -> Result<AdapterConfig, ConfigProblem> {
         let mut config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]});
         let Value::Object(change) = change else { panic!("not an object") };
         change.into_iter().for_each(|(key, value)| config[key] = value);
@@ -587,9 +587,9 @@ mod tests {
             json!({"enable_lora": null, "merge_weights": false, "loftq_config": {"loftq_bits": 4}}),
             json!({"lora_dtype": null, "lorap_lr_ratio": null, "lorap_emb_lr": 1e-6, "qalora_group_size": 32}),
         ] {
-            assert_eq!(parsed(change.clone()).unwrap().initial, Initial::Nothing, "{change}");
+            assert_eq!(parsed(change.clone()).unwrap().initial, BaseInit::Unchanged, "{change}");
         }
-        assert_eq!(parsed(json!({"init_lora_weights": "pissa"})).unwrap().initial, Initial::Principal);
-        assert_eq!(parsed(json!({"init_lora_weights": "OLoRA"})).unwrap().initial, Initial::FirstColumns);
+        assert_eq!(parsed(json!({"init_lora_weights": "pissa"})).unwrap().initial, BaseInit::Pissa);
+        assert_eq!(parsed(json!({"init_lora_weights": "OLoRA"})).unwrap().initial, BaseInit::Olora);
     }
 }

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use moonlight_model::lora::LoraError;
 
-use crate::error::{CheckpointError, OneLine};
+use crate::error::CheckpointError;
+use crate::printable::Printable;
 
 /// An adapter that cannot be opened, loaded or saved.
 ///
@@ -16,13 +17,13 @@ pub enum AdapterError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The directory has no `adapter_config.json`.
-    #[error("`{}` has no `adapter_config.json`", OneLine(dir.display()))]
+    #[error("`{}` has no `adapter_config.json`", Printable(dir.display()))]
     NoConfig {
         /// The directory.
         dir: PathBuf,
     },
     /// The `adapter_config.json` cannot be read, or asks for what is not LoRA as we know it.
-    #[error("`{}` {}", OneLine(path.display()), OneLine(problem))]
+    #[error("`{}` {}", Printable(path.display()), Printable(problem))]
     Config {
         /// The file.
         path: PathBuf,
@@ -32,13 +33,13 @@ pub enum AdapterError {
         hint: Option<String>,
     },
     /// The directory has no `adapter_model.safetensors`.
-    #[error("`{}` has no `adapter_model.safetensors`", OneLine(dir.display()))]
+    #[error("`{}` has no `adapter_model.safetensors`", Printable(dir.display()))]
     NoWeights {
         /// The directory.
         dir: PathBuf,
     },
     /// The file of weights is broken, or holds what is not an adapter of this model.
-    #[error("`{}` {}", OneLine(path.display()), OneLine(problem))]
+    #[error("`{}` {}", Printable(path.display()), Printable(problem))]
     Weights {
         /// The file.
         path: PathBuf,
@@ -48,7 +49,7 @@ pub enum AdapterError {
         hint: Option<String>,
     },
     /// The adapter changes more than projections, as DoRA or trained embeddings do: it can be used and merged, not trained.
-    #[error("the adapter `{}` {}, and cannot be trained further", OneLine(dir.display()), OneLine(what))]
+    #[error("the adapter `{}` {}, and cannot be trained further", Printable(dir.display()), Printable(what))]
     NotTrainable {
         /// The adapter.
         dir: PathBuf,
@@ -56,7 +57,7 @@ pub enum AdapterError {
         what: String,
     },
     /// The adapter changes weights that are in few bits.
-    #[error("the adapter `{}` changes `{}` itself, which is in few bits", OneLine(dir.display()), OneLine(path))]
+    #[error("the adapter `{}` changes `{}` itself, which is in few bits", Printable(dir.display()), Printable(path))]
     Quantized {
         /// The adapter.
         dir: PathBuf,
@@ -66,7 +67,7 @@ pub enum AdapterError {
     /// Matrices of another rank than the configuration names.
     #[error(
         "`{}` holds an adapter of rank {found} for `{}`; `adapter_config.json` says {expected}",
-        OneLine(path.display()), OneLine(module)
+        Printable(path.display()), Printable(module)
     )]
     Rank {
         /// The file.
@@ -79,8 +80,8 @@ pub enum AdapterError {
         expected: usize,
     },
     /// The base model is not where the adapter says.
-    #[error("the adapter `{}` {}", OneLine(dir.display()), match base {
-        Some(base) => format!("was trained on `{}`, which is not there", OneLine(base)),
+    #[error("the adapter `{}` {}", Printable(dir.display()), match base {
+        Some(base) => format!("was trained on `{}`, which is not there", Printable(base)),
         None => "does not say which model it was trained on".into(),
     })]
     NoBase {
@@ -90,8 +91,8 @@ pub enum AdapterError {
         base: Option<String>,
     },
     /// The adapter does not fit the model.
-    #[error("the adapter `{}` does not fit: {source}", OneLine(dir.display()))]
-    Misfit {
+    #[error("the adapter `{}` does not fit: {source}", Printable(dir.display()))]
+    Mismatch {
         /// The adapter.
         dir: PathBuf,
         /// Why not.
@@ -112,7 +113,7 @@ impl AdapterError {
             }
             Self::NoBase { .. } => Some("name the base model beside the adapter".into()),
             Self::Rank { .. } => Some("the two files are not of one adapter".into()),
-            Self::Misfit { source, .. } => source.hint(),
+            Self::Mismatch { source, .. } => source.hint(),
             Self::Config { hint, .. } | Self::Weights { hint, .. } => hint.clone(),
             Self::NotTrainable { .. } => {
                 Some("merge it into its model first, and train a new adapter on what comes of that".into())

@@ -10,13 +10,13 @@
 //! for the experts' (`_convert_peft_config_moe`, peft 0.21), so adapters of dense and shared MLPs are named as
 //! *parameters* (`mlp.gate_proj.weight`); beside those peft refuses a dropout, so that it is written as 0.
 
-mod change;
 mod config;
 mod error;
 mod names;
 mod pattern;
 mod read;
 mod targets;
+mod weight_change;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ use moonlight_model::lora::{Adapter, LowRankSettings};
 use serde::{Deserialize, Serialize};
 
 pub use error::AdapterError;
-pub use read::{load_adapter, load_adapter_beside, read_adapter};
+pub use read::{load_adapter, load_adapter_with_head, read_adapter};
 pub use write::write_adapter;
 
 use crate::checkpoint::CONFIG;

@@ -1,4 +1,4 @@
-//! Names of peft's, and which of them an adapter of ours goes by. No other file spells one.
+//! Names of peft's, and which of them an adapter of module_path goes by. No other file spells one.
 //!
 //! | what | file, with `base_model.model.model.` before it |
 //! |---|---|
@@ -29,7 +29,7 @@ const ROUTER: (&str, &str) = (".mlp.router", ".mlp.gate");
 
 /// What a tensor of the file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Part {
+pub(super) enum TensorRole {
     /// `[rank, in]`.
     A,
     /// `[out, rank]`.
@@ -41,47 +41,47 @@ pub(super) enum Part {
     /// DoRA's, `[out]`.
     Magnitude,
     /// `[tokens, hidden]`.
-    Tokens,
+    TrainedTokens,
     /// A tensor of the model itself.
-    Whole,
+    FullWeight,
 }
 
 /// A tensor's module below the decoder (`layers.3.mlp.experts.base_layer`) and what it is of it. For
-/// [`Part::Whole`] it is the name of a checkpoint's tensor instead.
-pub(super) fn parse(tensor: &str) -> (String, Part) {
+/// [`TensorRole::FullWeight`] it is the name of a checkpoint's tensor instead.
+pub(super) fn parse(tensor: &str) -> (String, TensorRole) {
     let name = tensor.strip_prefix(PREFIX).unwrap_or(tensor);
     let bare = name.strip_suffix(".weight").unwrap_or(name);
     let bare = bare.strip_suffix(".default").unwrap_or(bare);
     let suffixes = [
-        (".lora_A", Part::A),
-        (".lora_B", Part::B),
-        (".lora_embedding_A", Part::EmbeddingA),
-        (".lora_embedding_B", Part::EmbeddingB),
-        (".lora_magnitude_vector", Part::Magnitude),
-        (".token_adapter.trainable_tokens_delta", Part::Tokens),
-        (".trainable_tokens_delta", Part::Tokens),
+        (".lora_A", TensorRole::A),
+        (".lora_B", TensorRole::B),
+        (".lora_embedding_A", TensorRole::EmbeddingA),
+        (".lora_embedding_B", TensorRole::EmbeddingB),
+        (".lora_magnitude_vector", TensorRole::Magnitude),
+        (".token_adapter.trainable_tokens_delta", TensorRole::TrainedTokens),
+        (".trainable_tokens_delta", TensorRole::TrainedTokens),
     ];
     match suffixes.iter().find_map(|(suffix, part)| Some((bare.strip_suffix(suffix)?, *part))) {
-        Some((module, part)) => (ours(key(module)), part),
+        Some((module, part)) => (module_path(key(module)), part),
         None => {
             let name = [".base_layer", ".token_adapter", ".modules_to_save.default", ".original_module"]
                 .iter()
                 .fold(name.to_owned(), |name, wrapper| name.replace(&format!("{wrapper}."), "."));
-            (key(&name).to_owned(), Part::Whole)
+            (key(&name).to_owned(), TensorRole::FullWeight)
         }
     }
 }
 
-/// A module of ours by the name that the file has for it.
-fn ours(module: &str) -> String {
+/// A module of module_path by the name that the file has for it.
+fn module_path(module: &str) -> String {
     match module.strip_suffix(ROUTER.1) {
         Some(layer) => format!("{layer}{}", ROUTER.0),
         None => module.to_owned(),
     }
 }
 
-/// A module of ours as the file names it.
-pub(super) fn theirs(module: &str) -> String {
+/// A module of module_path as the file names it.
+pub(super) fn peft_module(module: &str) -> String {
     match module.strip_suffix(ROUTER.0) {
         Some(layer) => format!("{layer}{}", ROUTER.1),
         None => module.to_owned(),
@@ -90,27 +90,27 @@ pub(super) fn theirs(module: &str) -> String {
 
 /// The two tensors of a module below the decoder.
 pub(super) fn tensors(module: &str) -> [String; 2] {
-    let module = theirs(module);
+    let module = peft_module(module);
     ["A", "B"].map(|part| format!("{PREFIX}{MODEL}{module}.lora_{part}.weight"))
 }
 
 /// The module as transformers names it.
-pub(super) fn full(module: &str) -> String {
-    if module == HEAD { HEAD.into() } else { format!("{MODEL}{}", theirs(module)) }
+pub(super) fn transformers_name(module: &str) -> String {
+    if module == HEAD { HEAD.into() } else { format!("{MODEL}{}", peft_module(module)) }
 }
 
 /// What a parameter of a module is called in peft's lists of parameters, without `model.`.
 pub(super) fn as_parameter(module: &str) -> String {
-    format!("{}.weight", theirs(module))
+    format!("{}.weight", peft_module(module))
 }
 
 /// The names under which peft's configuration may know a projection: the module, and its weight as a parameter.
 pub(super) fn names_of(path: &str) -> Vec<String> {
-    vec![full(path), format!("{}.weight", full(path))]
+    vec![transformers_name(path), format!("{}.weight", transformers_name(path))]
 }
 
 /// `layers.3.mlp.experts` and `7`, `gate_proj` of `layers.3.mlp.experts.7.gate_proj`.
-pub(super) fn single_expert(module: &str) -> Option<(&str, usize, &str)> {
+pub(super) fn parse_expert(module: &str) -> Option<(&str, usize, &str)> {
     let (front, projection) = module.rsplit_once('.')?;
     let (stack, expert) = front.rsplit_once('.')?;
     stack.ends_with(".experts").then_some(())?;
@@ -118,7 +118,7 @@ pub(super) fn single_expert(module: &str) -> Option<(&str, usize, &str)> {
 }
 
 /// `layers.3.mlp.experts` and whether it is the inner of two, of the names that a stack may have.
-pub(super) fn whole_stack(module: &str) -> Option<(&str, bool)> {
+pub(super) fn parse_stack(module: &str) -> Option<(&str, bool)> {
     if module.ends_with(".experts") {
         return Some((module, false));
     }

@@ -65,7 +65,7 @@ impl<'de> Deserialize<'de> for Patterns {
                         }
                     } else {
                         text += key.len();
-                        wild += if compiled.fixed() { 0 } else { key.len() };
+                        wild += if compiled.has_fixed_length() { 0 } else { key.len() };
                         patterns.expressions.push((at, compiled, number));
                     }
                     at += 1;
@@ -86,14 +86,14 @@ impl<'de> Deserialize<'de> for Patterns {
 /// One piece of a pattern.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Piece {
-    what: What,
+    class: CharClass,
     least: usize,
     /// Whether there may be more than one.
     many: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum What {
+enum CharClass {
     Literal(char),
     Any,
     Digit,
@@ -115,19 +115,19 @@ impl Key {
         let mut rest = text.strip_suffix('$').unwrap_or(text);
         let mut pieces = Vec::new();
         while let Some(first) = rest.chars().next() {
-            let (what, length) = if rest.starts_with("[0-9]") {
-                (What::Digit, 5)
+            let (class, length) = if rest.starts_with("[0-9]") {
+                (CharClass::Digit, 5)
             } else if rest.starts_with("\\d") {
-                (What::Digit, 2)
+                (CharClass::Digit, 2)
             } else if let Some(escaped) = rest.strip_prefix('\\') {
                 let escaped = escaped.chars().next().filter(|escaped| !escaped.is_alphanumeric())?;
-                (What::Literal(escaped), 1 + escaped.len_utf8())
+                (CharClass::Literal(escaped), 1 + escaped.len_utf8())
             } else if first == '.' {
-                (What::Any, 1)
+                (CharClass::Any, 1)
             } else if "()[]{}|^$*+?".contains(first) {
                 return None;
             } else {
-                (What::Literal(first), first.len_utf8())
+                (CharClass::Literal(first), first.len_utf8())
             };
             rest = &rest[length..];
             let (least, many, length) = match rest.chars().next() {
@@ -137,7 +137,7 @@ impl Key {
                 _ => (1, false, 0),
             };
             rest = &rest[length..];
-            pieces.push(Piece { what, least, many });
+            pieces.push(Piece { class, least, many });
         }
         Some(Self { pieces, from_start })
     }
@@ -145,26 +145,26 @@ impl Key {
     /// The name that it stands for, where it is one and no expression.
     fn literal(&self) -> Option<String> {
         let once = |piece: &Piece| match piece {
-            Piece { what: What::Literal(literal), least: 1, many: false } => Some(*literal),
+            Piece { class: CharClass::Literal(literal), least: 1, many: false } => Some(*literal),
             _ => None,
         };
         self.pieces.iter().map(once).collect::<Option<String>>().filter(|_| !self.from_start)
     }
 
     /// Whether all names that it stands for have one length.
-    fn fixed(&self) -> bool {
+    fn has_fixed_length(&self) -> bool {
         self.pieces.iter().all(|piece| piece.least == 1 && !piece.many)
     }
 
-    /// Whether the whole name matches, or what is behind one of its dots: peft's `(.*\.)?(KEY)$`.
+    /// Whether the whole name matches, or class is behind one of its dots: peft's `(.*\.)?(KEY)$`.
     fn matches(&self, name: &str) -> bool {
-        if self.fixed() {
+        if self.has_fixed_length() {
             let mut name = name.chars().rev();
             return self
                 .pieces
                 .iter()
                 .rev()
-                .all(|piece| name.next().is_some_and(|character| piece.what.fits(character)))
+                .all(|piece| name.next().is_some_and(|character| piece.class.fits(character)))
                 && name.next().is_none_or(|before| before == '.' && !self.from_start);
         }
         // Which places in the key the characters so far may lead to, all at once.
@@ -176,9 +176,9 @@ impl Key {
             self.skip(&mut now);
             next.fill(false);
             for (at, piece) in self.pieces.iter().enumerate().filter(|(at, _)| now[*at]) {
-                if piece.what.fits(character) {
+                if piece.class.fits(character) {
                     next[at + 1] = true;
-                    // Once more; what is then left of it may be nothing.
+                    // Once more; class is then left of it may be nothing.
                     next[at] |= piece.many;
                 }
             }
@@ -197,7 +197,7 @@ impl Key {
     }
 }
 
-impl What {
+impl CharClass {
     fn fits(&self, character: char) -> bool {
         match self {
             Self::Literal(literal) => *literal == character,

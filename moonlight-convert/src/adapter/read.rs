@@ -11,11 +11,13 @@ use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_model::lora::{Adapter, LoraError, LowRankSettings};
 use moonlight_model::{CausalLm, ModelConfig};
 
-use super::change::{self, Change, Changes};
-use super::config::{ADAPTER_CONFIG, AdapterConfig, Biases, Initial, MERGE_IN_PEFT, Tokens, check_scale};
+use super::config::{
+    ADAPTER_CONFIG, AdapterConfig, BaseInit, MERGE_IN_PEFT, TrainedBiases, TrainedTokens, check_scale,
+};
 use super::error::AdapterError;
-use super::names::{self, Part};
+use super::names::{self, TensorRole};
 use super::targets::Names;
+use super::weight_change::{self, WeightChange, WeightChanges};
 use super::{ADAPTER_WEIGHTS, Note};
 use crate::checkpoint::TiedHead;
 use crate::dtype::conversion::{WeightDtype, convert_bytes};
@@ -29,13 +31,13 @@ use crate::mapping::names::hugging_face_tensors;
 /// Bytes that are read at a time.
 const CHUNK: usize = 1 << 20;
 /// The longest note of ours that is read: 200 bytes for each of more projections than any model has.
-const LONGEST_NOTE: usize = 20_000_000;
+const MAX_NOTE_BYTES: usize = 20_000_000;
 /// An adapter may have so many values whatever its model, and more only where the model has more itself.
-const ALWAYS_ALLOWED: u64 = 1 << 26;
+const MIN_ALLOWED_VALUES: u64 = 1 << 26;
 
 /// A tensor of the file, which has not been read; a vector is a matrix of one row.
 #[derive(Debug, Clone)]
-struct Stored {
+struct StoredMatrix {
     rows: usize,
     columns: usize,
     dtype: WeightDtype,
@@ -45,27 +47,27 @@ struct Stored {
 
 /// The two matrices of a module: `[rank, in]`, `[out, rank]`.
 #[derive(Debug, Default)]
-struct Pair {
-    a: Option<Stored>,
-    b: Option<Stored>,
+struct MatrixPair {
+    a: Option<StoredMatrix>,
+    b: Option<StoredMatrix>,
 }
 
 /// What the file holds, by modules.
 #[derive(Debug, Default)]
-struct Found {
-    pairs: BTreeMap<String, Pair>,
-    embeddings: BTreeMap<String, Pair>,
-    magnitudes: BTreeMap<String, Stored>,
-    tokens: BTreeMap<String, Stored>,
+struct AdapterTensors {
+    pairs: BTreeMap<String, MatrixPair>,
+    embeddings: BTreeMap<String, MatrixPair>,
+    magnitudes: BTreeMap<String, StoredMatrix>,
+    tokens: BTreeMap<String, StoredMatrix>,
     /// By the name of a checkpoint's tensor, with the name in the file.
-    whole: BTreeMap<String, (String, Stored)>,
+    whole: BTreeMap<String, (String, StoredMatrix)>,
 }
 
 /// What an adapter comes to beside its model.
 #[derive(Debug)]
-struct Contents {
+struct AdapterContents {
     adapters: Vec<Adapter>,
-    changes: Changes,
+    changes: WeightChanges,
 }
 
 /// Loads the adapter of a directory into a model: ours, or one that peft wrote, for any of the model's projections, embedding
@@ -77,21 +79,21 @@ struct Contents {
 /// [`AdapterError`]: files that are absent or broken, ranks that are not those of the configuration, a configuration with
 /// what is not known here, tensors and shapes that do not belong to the model, weights in few bits that are to be changed.
 pub fn load_adapter(model: CausalLm, dir: &Path) -> Result<CausalLm, AdapterError> {
-    load_adapter_beside(model, TiedHead::Nothing, dir)
+    load_adapter_with_head(model, TiedHead::Absent, dir)
 }
 
 /// [`load_adapter`] for a model whose files hold `head` ([`Checkpoint::tied_head`](crate::Checkpoint::tied_head)): where it is
-/// [`TiedHead::Own`], `config.json` ties a head that differs from the embedding, and tokens that were trained are peft's in
-/// both, because peft goes by `config.json`.
+/// [`TiedHead::Separate`], `config.json` ties a head that differs from the embedding, and tokens that were trained are peft's in
+/// complete_pair, because peft goes by `config.json`.
 ///
 /// # Errors
 ///
 /// Those of [`load_adapter`].
-pub fn load_adapter_beside(model: CausalLm, head: TiedHead, dir: &Path) -> Result<CausalLm, AdapterError> {
-    let Contents { adapters, changes } = contents(model.config(), head, dir)?;
-    let model =
-        change::apply(model, changes).map_err(|path| AdapterError::Quantized { dir: dir.to_path_buf(), path })?;
-    model.with_adapters(adapters).map_err(|source| AdapterError::Misfit { dir: dir.to_path_buf(), source })
+pub fn load_adapter_with_head(model: CausalLm, head: TiedHead, dir: &Path) -> Result<CausalLm, AdapterError> {
+    let AdapterContents { adapters, changes } = contents(model.config(), head, dir)?;
+    let model = weight_change::apply(model, changes)
+        .map_err(|path| AdapterError::Quantized { dir: dir.to_path_buf(), path })?;
+    model.with_adapters(adapters).map_err(|source| AdapterError::Mismatch { dir: dir.to_path_buf(), source })
 }
 
 /// The adapters of a directory for a model of this configuration, to be trained further.
@@ -100,12 +102,12 @@ pub fn load_adapter_beside(model: CausalLm, head: TiedHead, dir: &Path) -> Resul
 ///
 /// Those of [`load_adapter`], and [`AdapterError::NotTrainable`] for one that changes weights beside its projections'.
 pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, AdapterError> {
-    let Contents { adapters, changes } = contents(model, TiedHead::Nothing, dir)?;
-    let what = |(path, changes): (&String, &Vec<Change>)| match changes.last() {
-        Some(Change::WithoutPrincipal(_)) => "is PiSSA, which changes the base's weights".to_owned(),
-        Some(Change::WithoutFirstColumns { .. }) => "is OLoRA, which changes the base's weights".to_owned(),
-        Some(Change::Dora { .. }) => "is DoRA".to_owned(),
-        Some(Change::Add { .. }) => format!("has an adapter of `{path}`"),
+    let AdapterContents { adapters, changes } = contents(model, TiedHead::Absent, dir)?;
+    let what = |(path, changes): (&String, &Vec<WeightChange>)| match changes.last() {
+        Some(WeightChange::SubtractPrincipal(_)) => "is PiSSA, which changes the base's weights".to_owned(),
+        Some(WeightChange::SubtractFirstColumns { .. }) => "is OLoRA, which changes the base's weights".to_owned(),
+        Some(WeightChange::Dora { .. }) => "is DoRA".to_owned(),
+        Some(WeightChange::Add { .. }) => format!("has an adapter of `{path}`"),
         _ => format!("has a `{path}` of its own"),
     };
     match changes.iter().next() {
@@ -115,7 +117,7 @@ pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, Ada
 }
 
 /// The file's tensors, and how they become the model's.
-struct Reading {
+struct AdapterReader {
     path: PathBuf,
     dir: PathBuf,
     shard: Shard,
@@ -124,18 +126,18 @@ struct Reading {
     targets_gate_up: bool,
     tied: bool,
     /// Whether `config.json` ties a head that differs in the files.
-    said_tied: bool,
+    tied_in_config: bool,
     shapes: BTreeMap<String, ParameterShape>,
     notes: HashMap<String, Note>,
     adapters: Vec<Adapter>,
-    changes: Changes,
+    changes: WeightChanges,
     /// The most values of the whole adapter.
     most: u64,
     /// Those of them that may still be asked for.
     allowed: u64,
 }
 
-fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<Contents, AdapterError> {
+fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<AdapterContents, AdapterError> {
     let mut config = AdapterConfig::read(dir)?;
     if config.targets.modules.is_none() && config.targets.parameters.is_empty() {
         config.targets.modules = Some(default_targets(model).ok_or_else(|| AdapterError::Config {
@@ -148,9 +150,9 @@ fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<Contents,
     let Some(path) = confined.file(ADAPTER_WEIGHTS)? else {
         return Err(AdapterError::NoWeights { dir: dir.to_path_buf() });
     };
-    let wrong = |problem: String| AdapterError::Weights { path: path.clone(), problem, hint: None };
-    let mut shard = Shard::open(&path).map_err(wrong)?;
-    let notes = shard.note.take().map_or(Ok(HashMap::new()), |note| read_notes(&note)).map_err(wrong)?;
+    let error = |problem: String| AdapterError::Weights { path: path.clone(), problem, hint: None };
+    let mut shard = Shard::open(&path).map_err(error)?;
+    let notes = shard.note.take().map_or(Ok(HashMap::new()), |note| read_notes(&note)).map_err(error)?;
     let tensors = std::mem::take(&mut shard.tensors);
     if tensors.is_empty() {
         let hint = "it was saved from a model without an adapter, or by a training run whose parts were not gathered";
@@ -158,7 +160,7 @@ fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<Contents,
         return Err(AdapterError::Weights { path, problem, hint: Some(hint.into()) });
     }
     if let Some(TensorEntry { name, shape, .. }) =
-        tensors.iter().find(|tensor| tensor.shape.len() > 2 && names::parse(&tensor.name).1 == Part::Whole)
+        tensors.iter().find(|tensor| tensor.shape.len() > 2 && names::parse(&tensor.name).1 == TensorRole::FullWeight)
     {
         let stack = name.contains(".experts.");
         let what =
@@ -167,25 +169,25 @@ fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<Contents,
         let hint = stack.then(|| format!("{MERGE_IN_PEFT}, or train adapters of the experts (`target_parameters`)"));
         return Err(AdapterError::Weights { path, problem, hint });
     }
-    let found = sorted(tensors).map_err(wrong)?;
+    let found = sorted(tensors).map_err(error)?;
     let shapes = model.parameter_shapes().into_iter();
     let shapes =
         shapes.map(|shape| (shape.path.strip_suffix(".weight").unwrap_or(&shape.path).to_owned(), shape)).collect();
     let mut targets = config.targets.parameters.iter();
     let targets_gate_up = targets.any(|target| target.rsplit('.').next() == Some(names::GATE_UP));
-    let most = model.parameter_count().total.max(ALWAYS_ALLOWED);
-    let reading = Reading {
+    let most = model.parameter_count().total.max(MIN_ALLOWED_VALUES);
+    let reading = AdapterReader {
         path: path.clone(),
         dir: dir.to_path_buf(),
         shard,
         config,
         targets_gate_up,
         tied: model.tie_word_embeddings,
-        said_tied: head == TiedHead::Own,
+        tied_in_config: head == TiedHead::Separate,
         shapes,
         notes,
         adapters: Vec::new(),
-        changes: Changes::new(),
+        changes: WeightChanges::new(),
         most,
         allowed: most,
     };
@@ -199,32 +201,34 @@ fn default_targets(model: &ModelConfig) -> Option<Names> {
 }
 
 /// The tensors by what they are. The error is the rest of a sentence that begins with the file's name.
-fn sorted(tensors: Vec<TensorEntry>) -> Result<Found, String> {
-    let mut found = Found::default();
+fn sorted(tensors: Vec<TensorEntry>) -> Result<AdapterTensors, String> {
+    let mut found = AdapterTensors::default();
     for tensor in tensors {
         let name = &tensor.name;
         let (module, part) = names::parse(name);
         let (rows, columns) = match (part, tensor.shape.as_slice()) {
-            (Part::Magnitude | Part::Whole, &[columns]) => (1, columns),
+            (TensorRole::Magnitude | TensorRole::FullWeight, &[columns]) => (1, columns),
             // Releases before 0.9 kept a magnitude as a column.
-            (Part::Magnitude, &[columns, 1]) => (1, columns),
-            (Part::Magnitude, shape) => return Err(format!("holds `{name}` of shape {shape:?}; it must be a vector")),
+            (TensorRole::Magnitude, &[columns, 1]) => (1, columns),
+            (TensorRole::Magnitude, shape) => {
+                return Err(format!("holds `{name}` of shape {shape:?}; it must be a vector"));
+            }
             (_, &[rows, columns]) => (rows, columns),
             (_, shape) => return Err(format!("holds `{name}` of shape {shape:?}; it must be a matrix")),
         };
         let Some(dtype) = WeightDtype::from_safetensors(tensor.dtype) else {
             return Err(format!("holds `{name}` as {}; f32, bf16 and f16 are read", tensor.dtype));
         };
-        let stored = Stored { rows, columns, dtype, range: tensor.range };
-        let Found { pairs, embeddings, magnitudes, tokens, whole } = &mut found;
+        let stored = StoredMatrix { rows, columns, dtype, range: tensor.range };
+        let AdapterTensors { pairs, embeddings, magnitudes, tokens, whole } = &mut found;
         let twice = match part {
-            Part::A => pairs.entry(module).or_default().a.replace(stored).is_some(),
-            Part::B => pairs.entry(module).or_default().b.replace(stored).is_some(),
-            Part::EmbeddingA => embeddings.entry(module).or_default().a.replace(stored).is_some(),
-            Part::EmbeddingB => embeddings.entry(module).or_default().b.replace(stored).is_some(),
-            Part::Magnitude => magnitudes.insert(module, stored).is_some(),
-            Part::Tokens => tokens.insert(module, stored).is_some(),
-            Part::Whole => whole.insert(module, (name.clone(), stored)).is_some(),
+            TensorRole::A => pairs.entry(module).or_default().a.replace(stored).is_some(),
+            TensorRole::B => pairs.entry(module).or_default().b.replace(stored).is_some(),
+            TensorRole::EmbeddingA => embeddings.entry(module).or_default().a.replace(stored).is_some(),
+            TensorRole::EmbeddingB => embeddings.entry(module).or_default().b.replace(stored).is_some(),
+            TensorRole::Magnitude => magnitudes.insert(module, stored).is_some(),
+            TensorRole::TrainedTokens => tokens.insert(module, stored).is_some(),
+            TensorRole::FullWeight => whole.insert(module, (name.clone(), stored)).is_some(),
         };
         if twice {
             return Err(format!("holds `{name}` twice, under two names"));
@@ -234,14 +238,14 @@ fn sorted(tensors: Vec<TensorEntry>) -> Result<Found, String> {
 }
 
 /// A matrix on its side.
-fn turned(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+fn transposed_values(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     (0..rows * columns).map(|at| values[(at % rows) * columns + at / rows]).collect()
 }
 
 /// Our note of a file, by the adapters' paths. The error is the rest of a sentence that begins with the file's name.
 fn read_notes(note: &str) -> Result<HashMap<String, Note>, String> {
-    if note.len() > LONGEST_NOTE {
-        return Err(format!("has a note of {} bytes on its adapters; none has more than {LONGEST_NOTE}", note.len()));
+    if note.len() > MAX_NOTE_BYTES {
+        return Err(format!("has a note of {} bytes on its adapters; none has more than {MAX_NOTE_BYTES}", note.len()));
     }
     let list: Vec<Note> =
         serde_json::from_str(note).map_err(|error| format!("has a note on its adapters that is broken: {error}"))?;
@@ -254,9 +258,9 @@ fn read_notes(note: &str) -> Result<HashMap<String, Note>, String> {
     Ok(list.into_iter().map(|note| (note.path.clone(), note)).collect())
 }
 
-impl Reading {
-    fn read(mut self, found: Found) -> Result<Contents, AdapterError> {
-        let Found { pairs, embeddings, mut magnitudes, tokens, whole } = found;
+impl AdapterReader {
+    fn read(mut self, found: AdapterTensors) -> Result<AdapterContents, AdapterError> {
+        let AdapterTensors { pairs, embeddings, mut magnitudes, tokens, whole } = found;
         let mut held: HashSet<String> = pairs.keys().cloned().collect();
         // Weights that take the place of the model's come first: what follows may change them.
         let by_key: HashMap<String, ParameterShape> = if whole.is_empty() {
@@ -270,95 +274,106 @@ impl Reading {
             // The copy of a tied head is one of the embedding.
             if self.tied && key == mapping::HEAD && !self.config.targets.saves(names::HEAD) {
                 match whole.get(mapping::EMBEDDING) {
-                    Some((other, embedding)) => self.same(name, stored, other, embedding)?,
+                    Some((other, embedding)) => self.check_equal(name, stored, other, embedding)?,
                     None => self.whole(by_key.get(mapping::EMBEDDING), mapping::EMBEDDING, name, stored)?,
                 }
                 continue;
             }
             self.whole(by_key.get(key), key, name, stored)?;
         }
-        let mut singles: BTreeMap<(String, String), BTreeMap<usize, (Stored, Stored)>> = BTreeMap::new();
+        let mut separate_experts: BTreeMap<(String, String), BTreeMap<usize, (StoredMatrix, StoredMatrix)>> =
+            BTreeMap::new();
         let has_base_layer: HashSet<String> =
             pairs.keys().filter_map(|module| Some(module.strip_suffix(".base_layer")?.to_owned())).collect();
         for (module, pair) in pairs {
-            let (a, b) = self.both(&module, pair)?;
-            if let Some((stack, expert, projection)) = names::single_expert(&module) {
-                self.announced(&module, &[format!("{stack}.{projection}")], &[self.stacked(stack, projection)])?;
+            let (a, b) = self.complete_pair(&module, pair)?;
+            if let Some((stack, expert, projection)) = names::parse_expert(&module) {
+                self.check_targeted(&module, &[format!("{stack}.{projection}")], &[self.stacked(stack, projection)])?;
                 let stack = (stack.to_owned(), projection.to_owned());
-                if singles.entry(stack).or_default().insert(expert, (a, b)).is_some() {
-                    return Err(self.wrong(format!("holds two adapters of `{module}`")));
+                if separate_experts.entry(stack).or_default().insert(expert, (a, b)).is_some() {
+                    return Err(self.error(format!("holds two adapters of `{module}`")));
                 }
-            } else if let Some((stack, inner)) = names::whole_stack(&module) {
+            } else if let Some((stack, inner)) = names::parse_stack(&module) {
                 let has_inner = inner || has_base_layer.contains(stack);
                 self.stack(stack, &module, (inner, has_inner), &a, &b)?;
             } else {
-                self.plain(&module, &a, &b, magnitudes.remove(&module))?;
+                self.projection(&module, &a, &b, magnitudes.remove(&module))?;
             }
         }
-        for ((stack, projection), experts) in singles {
-            self.singles(&stack, &projection, &experts)?;
+        for ((stack, projection), experts) in separate_experts {
+            self.separate_experts(&stack, &projection, &experts)?;
         }
         for (module, pair) in embeddings {
-            let (a, b) = self.both(&module, pair)?;
+            let (a, b) = self.complete_pair(&module, pair)?;
             self.embedding(&module, &a, &b)?;
             held.insert(module);
         }
         if let Some(module) = magnitudes.keys().next() {
-            return Err(self.hinted(
-                format!("holds a DoRA magnitude of `{module}`, which has no adapter of a plain projection"),
+            return Err(self.error_with_hint(
+                format!("holds a DoRA magnitude of `{module}`, which has no adapter of a projection projection"),
                 MERGE_IN_PEFT,
             ));
         }
         self.tokens(&tokens)?;
-        self.all_there(&held, &whole)?;
-        Ok(Contents { adapters: self.adapters, changes: self.changes })
+        self.check_complete(&held, &whole)?;
+        Ok(AdapterContents { adapters: self.adapters, changes: self.changes })
     }
 
-    fn both(&self, module: &str, Pair { a, b }: Pair) -> Result<(Stored, Stored), AdapterError> {
+    fn complete_pair(
+        &self,
+        module: &str,
+        MatrixPair { a, b }: MatrixPair,
+    ) -> Result<(StoredMatrix, StoredMatrix), AdapterError> {
         match (a, b) {
             (Some(a), Some(b)) => Ok((a, b)),
-            _ => Err(self.wrong(format!("holds only one of the two matrices of `{module}`"))),
+            _ => Err(self.error(format!("holds only one of the two matrices of `{module}`"))),
         }
     }
 
-    fn wrong(&self, problem: String) -> AdapterError {
+    fn error(&self, problem: String) -> AdapterError {
         AdapterError::Weights { path: self.path.clone(), problem, hint: None }
     }
 
-    fn hinted(&self, problem: String, hint: &str) -> AdapterError {
+    fn error_with_hint(&self, problem: String, hint: &str) -> AdapterError {
         AdapterError::Weights { path: self.path.clone(), problem, hint: Some(hint.to_owned()) }
     }
 
     /// The parameter of transformers 5 that has a projection of a stack.
     fn stacked(&self, stack: &str, projection: &str) -> String {
         let parameter = if projection == "down_proj" { "down_proj" } else { names::GATE_UP };
-        names::full(&format!("{stack}.{parameter}"))
+        names::transformers_name(&format!("{stack}.{parameter}"))
     }
 
     /// Refuses an adapter that the configuration does not ask for, under any of the names that it may have as a module, or
     /// as a parameter: peft passes such tensors over.
-    fn announced(&self, module: &str, modules: &[String], parameters: &[String]) -> Result<(), AdapterError> {
+    fn check_targeted(&self, module: &str, modules: &[String], parameters: &[String]) -> Result<(), AdapterError> {
         let targets = &self.config.targets;
-        let own = [names::full(module)];
-        let named = own.iter().cloned().chain(modules.iter().map(|module| names::full(module)));
+        let own = [names::transformers_name(module)];
+        let named = own.iter().cloned().chain(modules.iter().map(|module| names::transformers_name(module)));
         if named.into_iter().any(|name| targets.has_module(&name))
             || parameters.iter().any(|parameter| targets.has_parameter(parameter))
         {
             return Ok(());
         }
-        Err(self.hinted(
+        Err(self.error_with_hint(
             format!("holds an adapter of `{module}`, which `adapter_config.json` does not target"),
             "peft would leave it out; add the module to `target_modules`, or take the tensors out of the file",
         ))
     }
 
     /// Refuses two copies of the one embedding that differ.
-    fn same(&self, name: &str, stored: &Stored, other: &str, embedding: &Stored) -> Result<(), AdapterError> {
+    fn check_equal(
+        &self,
+        name: &str,
+        stored: &StoredMatrix,
+        other: &str,
+        embedding: &StoredMatrix,
+    ) -> Result<(), AdapterError> {
         let shapes = [stored, embedding].map(|stored| [stored.rows, stored.columns]);
         if shapes[0] == shapes[1] && self.values(name, stored)? == self.values(other, embedding)? {
             return Ok(());
         }
-        Err(self.hinted(
+        Err(self.error_with_hint(
             format!(
                 "holds `{other}` and another `{name}`, and the model's head is its embedding (`tie_word_embeddings`)"
             ),
@@ -372,14 +387,14 @@ impl Reading {
         parameter: Option<&ParameterShape>,
         key: &str,
         name: &str,
-        stored: &Stored,
+        stored: &StoredMatrix,
     ) -> Result<(), AdapterError> {
         let Some(parameter) = parameter else {
             if mapping::HEAD == key && self.tied {
                 return Err(self.tied(name));
             }
             return Err(
-                self.wrong(format!("holds `{name}`, which is no part of a LoRA adapter and no weight of the model"))
+                self.error(format!("holds `{name}`, which is no part of a LoRA adapter and no weight of the model"))
             );
         };
         let module = key.rsplit_once('.').map_or(key, |(module, _)| module);
@@ -387,17 +402,17 @@ impl Reading {
         let targets = &self.config.targets;
         let bias = parameter.kind == ParameterKind::Bias || parameter.kind == ParameterKind::CorrectionBias;
         // peft saves embedding and head beside adapters of them, and where tokens were added.
-        let announced = targets.saves(&full)
+        let check_targeted = targets.saves(&full)
             || matches!(parameter.kind, ParameterKind::Embedding | ParameterKind::Head)
             || (bias && self.trains_bias(&full));
-        if !announced {
-            return Err(self.hinted(
+        if !check_targeted {
+            return Err(self.error_with_hint(
                 format!("holds `{name}`, which `adapter_config.json` does not announce"),
                 "take the tensor out of the file, or name what was trained: its module in `modules_to_save`, biases by `bias`",
             ));
         }
         // peft gives a module of `modules_to_save` a weight of its own. A copy that it saves beside an adapter
-        // (`save_embedding_layers`) it loads into the one weight of both.
+        // (`save_embedding_layers`) it loads into the one weight of complete_pair.
         if self.tied && parameter.kind == ParameterKind::Embedding && targets.saves(&full) {
             return Err(self.tied(name));
         }
@@ -415,73 +430,78 @@ impl Reading {
                 }
                 _ => "the adapter was made for another model, or damaged",
             };
-            return Err(self.hinted(format!("holds `{name}` of shape {found:?}; the model's is {shape:?}"), hint));
+            return Err(
+                self.error_with_hint(format!("holds `{name}` of shape {found:?}; the model's is {shape:?}"), hint)
+            );
         }
-        self.spend(name, parameter.count())?;
+        self.reserve(name, parameter.count())?;
         let mut values = self.values(name, stored)?;
         if transposed {
-            values = turned(&values, stored.rows, stored.columns);
+            values = transposed_values(&values, stored.rows, stored.columns);
         }
-        self.change(&parameter.path, Change::Replace(TensorData::new(values, parameter.shape.clone())));
+        self.change(&parameter.path, WeightChange::Replace(TensorData::new(values, parameter.shape.clone())));
         Ok(())
     }
 
     /// Whether the bias of a module, by its name in transformers, was trained.
     fn trains_bias(&self, module: &str) -> bool {
         match self.config.biases {
-            Biases::None => false,
-            Biases::All => true,
-            Biases::Adapted => self.config.targets.has_module(module),
+            TrainedBiases::None => false,
+            TrainedBiases::All => true,
+            TrainedBiases::Adapted => self.config.targets.has_module(module),
         }
     }
 
     fn tied(&self, name: &str) -> AdapterError {
-        self.hinted(
+        self.error_with_hint(
             format!("holds `{name}`, and the model's head is its embedding (`tie_word_embeddings`)"),
             "an adapter of one of the two makes them two weights in peft; untie the model first, or train single tokens \
              (`trainable_token_indices`)",
         )
     }
 
-    fn change(&mut self, path: &str, change: Change) {
+    fn change(&mut self, path: &str, change: WeightChange) {
         self.changes.entry(path.to_owned()).or_default().push(change);
     }
 
     /// Takes what peft takes off the base's weight.
     fn without_initial(&mut self, path: &str, rank: usize, scale: f64) {
         match self.config.initial {
-            Initial::Nothing => {}
-            Initial::Principal => self.change(path, Change::WithoutPrincipal(rank)),
-            Initial::FirstColumns => self.change(path, Change::WithoutFirstColumns { rank, scale }),
+            BaseInit::Unchanged => {}
+            BaseInit::Pissa => self.change(path, WeightChange::SubtractPrincipal(rank)),
+            BaseInit::Olora => self.change(path, WeightChange::SubtractFirstColumns { rank, scale }),
         }
     }
 
     /// An adapter of the embedding: `A` is `[rank, vocab]` and `B` `[hidden, rank]`.
-    fn embedding(&mut self, module: &str, a: &Stored, b: &Stored) -> Result<(), AdapterError> {
+    fn embedding(&mut self, module: &str, a: &StoredMatrix, b: &StoredMatrix) -> Result<(), AdapterError> {
         let shape = self.shapes.get(module).filter(|shape| shape.kind == ParameterKind::Embedding);
         let Some(shape) = shape.cloned() else { return Err(self.unknown(module)) };
-        self.announced(module, &[], &[])?;
+        self.check_targeted(module, &[], &[])?;
         if self.tied {
             return Err(self.tied(module));
         }
-        if self.config.dora || self.config.initial != Initial::Nothing {
-            return Err(self.hinted("holds an adapter of the embedding that is no plain LoRA".into(), MERGE_IN_PEFT));
+        if self.config.dora || self.config.initial != BaseInit::Unchanged {
+            return Err(self.error_with_hint(
+                "holds an adapter of the embedding that is no projection LoRA".into(),
+                MERGE_IN_PEFT,
+            ));
         }
         let settings = self.rank(module, &names::names_of(module), a.rows, b.columns)?;
         if shape.shape != [a.columns, b.rows] {
             return Err(self.misfit(module, [a.columns, a.rows, b.rows], &shape.shape));
         }
-        let (a, b, scale) = self.turned_pair(module, a, b, settings)?;
-        self.change(&shape.path, Change::Add { a, b, scale });
+        let (a, b, scale) = self.load_pair(module, a, b, settings)?;
+        self.change(&shape.path, WeightChange::Add { a, b, scale });
         Ok(())
     }
 
     /// `A` and `B` as we have them, `[in, rank]` and `[rank, out]`, and their scale.
-    fn turned_pair(
+    fn load_pair(
         &mut self,
         module: &str,
-        a: &Stored,
-        b: &Stored,
+        a: &StoredMatrix,
+        b: &StoredMatrix,
         settings: LowRankSettings,
     ) -> Result<(TensorData, TensorData, f64), AdapterError> {
         let (input, rank, output) = (a.columns, a.rows, b.rows);
@@ -498,22 +518,22 @@ impl Reading {
     fn misfit(&self, module: &str, [input, rank, output]: [usize; 3], weight: &[usize]) -> AdapterError {
         let (path, a, b) = (module.to_owned(), vec![input, rank], vec![rank, output]);
         let source = LoraError::Shape { path, a, b, weight: weight.to_vec() };
-        AdapterError::Misfit { dir: self.dir.clone(), source }
+        AdapterError::Mismatch { dir: self.dir.clone(), source }
     }
 
     /// Rows of the embedding, and columns of the head, that were trained by themselves.
-    fn tokens(&mut self, found: &BTreeMap<String, Stored>) -> Result<(), AdapterError> {
+    fn tokens(&mut self, found: &BTreeMap<String, StoredMatrix>) -> Result<(), AdapterError> {
         let by_module = match &self.config.tokens {
-            Tokens::None => Vec::new(),
-            Tokens::Embedding(tokens) => vec![(names::EMBEDDING.to_owned(), tokens.clone())],
-            Tokens::ByModule(list) => list.clone(),
+            TrainedTokens::None => Vec::new(),
+            TrainedTokens::Embedding(tokens) => vec![(names::EMBEDDING.to_owned(), tokens.clone())],
+            TrainedTokens::ByModule(list) => list.clone(),
         };
         let short = |module: &str| module.rsplit('.').next().unwrap_or_default().to_owned();
-        let announced: BTreeMap<String, Vec<usize>> =
+        let check_targeted: BTreeMap<String, Vec<usize>> =
             by_module.into_iter().map(|(module, tokens)| (short(&module), tokens)).collect();
         for (module, stored) in found {
-            let Some(tokens) = announced.get(module) else {
-                return Err(self.hinted(
+            let Some(tokens) = check_targeted.get(module) else {
+                return Err(self.error_with_hint(
                     format!("holds trained tokens of `{module}`, which `adapter_config.json` does not announce"),
                     "`trainable_token_indices` says which tokens they are",
                 ));
@@ -528,27 +548,30 @@ impl Reading {
             let (vocab, hidden) =
                 if head { (shape.shape[1], shape.shape[0]) } else { (shape.shape[0], shape.shape[1]) };
             if let Some(token) = tokens.iter().find(|token| **token >= vocab) {
-                return Err(self.wrong(format!("holds a token {token} of `{module}`; the model has {vocab}")));
+                return Err(self.error(format!("holds a token {token} of `{module}`; the model has {vocab}")));
             }
             if (stored.rows, stored.columns) != (tokens.len(), hidden) {
-                return Err(self.wrong(format!(
-                    "holds trained tokens of `{module}` as [{}, {}]; {} of {hidden} are announced",
+                return Err(self.error(format!(
+                    "holds trained tokens of `{module}` as [{}, {}]; {} of {hidden} are check_targeted",
                     stored.rows,
                     stored.columns,
                     tokens.len()
                 )));
             }
-            self.spend(module, (stored.rows as u64).saturating_mul(stored.columns as u64))?;
+            self.reserve(module, (stored.rows as u64).saturating_mul(stored.columns as u64))?;
             let values = TensorData::new(self.values(module, stored)?, [stored.rows, stored.columns]);
-            if !head && self.said_tied && !announced.contains_key(names::HEAD) {
+            if !head && self.tied_in_config && !check_targeted.contains_key(names::HEAD) {
                 let shape = self.shapes.get(names::HEAD).cloned();
                 let Some(shape) = shape else { return Err(self.unknown(names::HEAD)) };
-                self.change(&shape.path, Change::Columns(tokens.clone(), values.clone()));
+                self.change(&shape.path, WeightChange::Columns(tokens.clone(), values.clone()));
             }
             let tokens = tokens.clone();
-            self.change(&shape.path, if head { Change::Columns(tokens, values) } else { Change::Rows(tokens, values) });
+            self.change(
+                &shape.path,
+                if head { WeightChange::Columns(tokens, values) } else { WeightChange::Rows(tokens, values) },
+            );
         }
-        match announced.keys().find(|module| !found.contains_key(*module)) {
+        match check_targeted.keys().find(|module| !found.contains_key(*module)) {
             Some(module) => Err(self.missing(&format!("trained tokens of `{module}`"), 0)),
             None => Ok(()),
         }
@@ -556,7 +579,7 @@ impl Reading {
 
     fn missing(&self, what: &str, more: usize) -> AdapterError {
         let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
-        self.hinted(
+        self.error_with_hint(
             format!("holds no {what}{more}, which `adapter_config.json` announces"),
             "the file is not whole, or is another adapter's",
         )
@@ -566,13 +589,13 @@ impl Reading {
     /// one by one, one of them is enough.
     fn missing_of_stack(&self, stack: &str, held: &HashSet<String>) -> Option<String> {
         let names = [names::GATE_UP, "down_proj"].map(|parameter| format!("{stack}.{parameter}"));
-        let asked = names.each_ref().map(|name| self.config.targets.has_parameter(&names::full(name)));
+        let asked = names.each_ref().map(|name| self.config.targets.has_parameter(&names::transformers_name(name)));
         let single = |projections: &[&str]| {
             held.iter()
-                .filter_map(|module| names::single_expert(module))
+                .filter_map(|module| names::parse_expert(module))
                 .any(|(of, _, projection)| of == stack && projections.contains(&projection))
         };
-        let singles = [single(&["gate_proj", "up_proj"]), single(&["down_proj"])];
+        let separate_experts = [single(&["gate_proj", "up_proj"]), single(&["down_proj"])];
         // Two in one file are told apart by the inner one's name; one alone is whichever is targeted.
         let stacked = [format!("{stack}.base_layer"), stack.to_owned()].map(|module| held.contains(&module));
         let there = match (asked, stacked) {
@@ -580,15 +603,15 @@ impl Reading {
             ([true, true], [inner, outer]) => [inner, outer],
             (_, [inner, outer]) => [inner || outer; 2],
         };
-        let missing = (0..2).find(|&at| asked[at] && !there[at] && !singles[at])?;
+        let missing = (0..2).find(|&at| asked[at] && !there[at] && !separate_experts[at])?;
         names.into_iter().nth(missing)
     }
 
     /// Refuses a file without what the configuration announces: peft would leave it as it was before training.
-    fn all_there(
+    fn check_complete(
         &self,
         held: &HashSet<String>,
-        whole: &BTreeMap<String, (String, Stored)>,
+        whole: &BTreeMap<String, (String, StoredMatrix)>,
     ) -> Result<(), AdapterError> {
         let targets = &self.config.targets;
         let moe = self.shapes.values().any(|shape| shape.kind == ParameterKind::Experts);
@@ -597,7 +620,7 @@ impl Reading {
         let unclear = |module: &str| moe && module.contains(".mlp") && !module.ends_with(".router");
         let has = |module: &String, shape: &ParameterShape| match shape.kind {
             ParameterKind::Matrix | ParameterKind::Router => {
-                let full = names::full(module);
+                let full = names::transformers_name(module);
                 let all_linear = matches!(targets.modules, Some(Names::AllLinear));
                 let by_module = targets.has_module(&full) && !unclear(module);
                 (by_module && !(all_linear && shape.kind == ParameterKind::Router))
@@ -605,7 +628,7 @@ impl Reading {
             }
             ParameterKind::Head | ParameterKind::Embedding => {
                 matches!(targets.modules, Some(Names::List(_) | Names::Expression(_)))
-                    && targets.has_module(&names::full(module))
+                    && targets.has_module(&names::transformers_name(module))
             }
             _ => false,
         };
@@ -631,7 +654,7 @@ impl Reading {
     }
 
     fn unknown(&self, module: &str) -> AdapterError {
-        self.wrong(format!("holds an adapter of `{module}`, which is no projection of the model"))
+        self.error(format!("holds an adapter of `{module}`, which is no projection of the model"))
     }
 
     fn settings(&self, names: &[String]) -> Result<(usize, LowRankSettings), AdapterError> {
@@ -659,12 +682,12 @@ impl Reading {
         [input, rank, output]: [usize; 3],
     ) -> Result<(Vec<f32>, Vec<f32>), AdapterError> {
         let count = |width: usize| (experts as u64).saturating_mul(width as u64).saturating_mul(rank as u64);
-        self.spend(module, count(input).saturating_add(count(output)))?;
+        self.reserve(module, count(input).saturating_add(count(output)))?;
         Ok((vec![0.0; experts * input * rank], vec![0.0; experts * rank * output]))
     }
 
     /// Notes that so many values more are held.
-    fn spend(&mut self, module: &str, wanted: u64) -> Result<(), AdapterError> {
+    fn reserve(&mut self, module: &str, wanted: u64) -> Result<(), AdapterError> {
         let Some(left) = self.allowed.checked_sub(wanted) else {
             return Err(self.larger_than_its_model(module, wanted));
         };
@@ -673,11 +696,11 @@ impl Reading {
     }
 
     fn larger_than_its_model(&self, module: &str, values: u64) -> AdapterError {
-        self.wrong(format!("holds more values than its model has: with the {values} of `{module}`, over {}", self.most))
+        self.error(format!("holds more values than its model has: with the {values} of `{module}`, over {}", self.most))
     }
 
     /// The values of a matrix, row by row.
-    fn values(&self, module: &str, matrix: &Stored) -> Result<Vec<f32>, AdapterError> {
+    fn values(&self, module: &str, matrix: &StoredMatrix) -> Result<Vec<f32>, AdapterError> {
         let size = matrix.dtype.size();
         let count = (matrix.rows as u64).saturating_mul(matrix.columns as u64);
         if count > self.most {
@@ -696,56 +719,62 @@ impl Reading {
                 WeightDtype::F16 => convert_bytes::<f16, f32>(bytes, values),
             };
         }
-        if finite { Ok(values) } else { Err(self.wrong(format!("holds infinite or NaN values for `{module}`"))) }
+        if finite { Ok(values) } else { Err(self.error(format!("holds infinite or NaN values for `{module}`"))) }
     }
 
-    fn noted(&self, path: &str) -> Option<&Note> {
+    fn note_of(&self, path: &str) -> Option<&Note> {
         self.notes.get(path)
     }
 
     fn push(&mut self, path: String, a: (Vec<f32>, Vec<usize>), b: (Vec<f32>, Vec<usize>), settings: LowRankSettings) {
-        let settings = self.noted(&path).map_or(settings, Note::settings);
+        let settings = self.note_of(&path).map_or(settings, Note::settings);
         self.adapters.push(Adapter { path, a: TensorData::new(a.0, a.1), b: TensorData::new(b.0, b.1), settings });
     }
 
-    fn plain(&mut self, module: &str, a: &Stored, b: &Stored, magnitude: Option<Stored>) -> Result<(), AdapterError> {
+    fn projection(
+        &mut self,
+        module: &str,
+        a: &StoredMatrix,
+        b: &StoredMatrix,
+        magnitude: Option<StoredMatrix>,
+    ) -> Result<(), AdapterError> {
         use ParameterKind::{Head, Matrix, Router};
         let shape = self.shapes.get(module).filter(|shape| matches!(shape.kind, Matrix | Router | Head)).cloned();
         let Some(shape) = shape else {
             return Err(if module == names::HEAD && self.tied { self.tied(module) } else { self.unknown(module) });
         };
         let known = names::names_of(module);
-        self.announced(module, &[], &known[1..])?;
+        self.check_targeted(module, &[], &known[1..])?;
         let settings = self.rank(module, &known, a.rows, b.columns)?;
         let (input, rank, output) = (a.columns, a.rows, b.rows);
         if shape.shape != [input, output] {
             return Err(self.misfit(module, [input, rank, output], &shape.shape));
         }
         // What peft wraps as a parameter, where it knows neither DoRA nor PiSSA.
-        if shape.kind == Router && (self.config.dora || self.config.initial != Initial::Nothing) {
-            return Err(self.no_plain_lora(module));
+        if shape.kind == Router && (self.config.dora || self.config.initial != BaseInit::Unchanged) {
+            return Err(self.unsupported_kind(module));
         }
         self.without_initial(&shape.path, rank, settings.scale(rank));
-        let (a, b, scale) = self.turned_pair(module, a, b, settings)?;
+        let (a, b, scale) = self.load_pair(module, a, b, settings)?;
         match (self.config.dora, magnitude) {
-            (false, None) if shape.kind == Head => self.change(&shape.path, Change::Add { a, b, scale }),
+            (false, None) if shape.kind == Head => self.change(&shape.path, WeightChange::Add { a, b, scale }),
             (false, None) => {
-                let settings = self.noted(module).map_or(settings, Note::settings);
+                let settings = self.note_of(module).map_or(settings, Note::settings);
                 self.adapters.push(Adapter { path: module.to_owned(), a, b, settings });
             }
             (true, Some(magnitude)) => {
                 if magnitude.columns != output {
-                    return Err(self.wrong(format!(
+                    return Err(self.error(format!(
                         "holds {} magnitudes of `{module}`, which has {output} outputs",
                         magnitude.columns
                     )));
                 }
                 let magnitude = TensorData::new(self.values(module, &magnitude)?, [output]);
-                self.change(&shape.path, Change::Dora { a, b, scale, magnitude });
+                self.change(&shape.path, WeightChange::Dora { a, b, scale, magnitude });
             }
             (true, None) => return Err(self.missing(&format!("DoRA magnitudes of `{module}`"), 0)),
             (false, Some(_)) => {
-                return Err(self.wrong(format!(
+                return Err(self.error(format!(
                     "holds DoRA magnitudes of `{module}`, and `adapter_config.json` has no `use_dora`"
                 )));
             }
@@ -753,9 +782,9 @@ impl Reading {
         Ok(())
     }
 
-    fn no_plain_lora(&self, module: &str) -> AdapterError {
+    fn unsupported_kind(&self, module: &str) -> AdapterError {
         let problem = format!("holds an adapter of `{module}`, for which peft has neither DoRA nor PiSSA nor OLoRA");
-        self.hinted(problem, MERGE_IN_PEFT)
+        self.error_with_hint(problem, MERGE_IN_PEFT)
     }
 
     /// A stack as transformers 5 keeps it. `(inner, has_inner)`: whether this is the inner of two, and whether there are
@@ -765,12 +794,12 @@ impl Reading {
         stack: &str,
         module: &str,
         (inner, has_inner): (bool, bool),
-        a: &Stored,
-        b: &Stored,
+        a: &StoredMatrix,
+        b: &StoredMatrix,
     ) -> Result<(), AdapterError> {
         let shape = |projection: &str| self.shapes.get(&format!("{stack}.{projection}")).map(|s| s.shape.clone());
-        if self.config.dora || self.config.initial != Initial::Nothing {
-            return Err(self.no_plain_lora(module));
+        if self.config.dora || self.config.initial != BaseInit::Unchanged {
+            return Err(self.unsupported_kind(module));
         }
         let (Some(gate), Some(down)) = (shape("gate_proj"), shape("down_proj")) else {
             return Err(self.unknown(module));
@@ -778,7 +807,7 @@ impl Reading {
         let (&[experts, hidden, width], &[_, _, _]) = (gate.as_slice(), down.as_slice()) else {
             return Err(self.unknown(module));
         };
-        // One alone is told by its shape, or where that fits both, by the configuration.
+        // One alone is told by its shape, or where that fits complete_pair, by the configuration.
         let alone_is_gate_up = || {
             let fits = |input, output| (a.columns, b.rows) == (input, output);
             fits(hidden, 2 * width) && (!fits(width, hidden) || self.targets_gate_up)
@@ -792,7 +821,7 @@ impl Reading {
             || !a.rows.is_multiple_of(experts)
             || !b.columns.is_multiple_of(experts)
         {
-            return Err(self.wrong(format!(
+            return Err(self.error(format!(
                 "holds an adapter of `{module}` with A [{}, {}] and B [{}, {}], which do not fit {experts} experts of \
                  {input} inputs and {} outputs",
                 a.rows,
@@ -804,16 +833,16 @@ impl Reading {
         }
         let rank = a.rows / experts;
         let parameter = if is_gate_up { names::GATE_UP } else { "down_proj" };
-        let name = names::full(&format!("{stack}.{parameter}"));
+        let name = names::transformers_name(&format!("{stack}.{parameter}"));
         let modules: Vec<String> = parts.iter().map(|part| format!("{stack}.{part}")).collect();
-        self.announced(module, &modules, std::slice::from_ref(&name))?;
+        self.check_targeted(module, &modules, std::slice::from_ref(&name))?;
         let settings = self.rank(module, &[name], rank, b.columns / experts)?;
         // In our own files each part has ranks of its own; in peft's, all parts share all of them.
-        let noted: Vec<_> = parts.iter().map(|part| self.noted(&format!("{stack}.{part}")).cloned()).collect();
-        let ours = noted.iter().flatten().fold(0, |all: usize, note| all.saturating_add(note.rank)) == rank;
+        let note_of: Vec<_> = parts.iter().map(|part| self.note_of(&format!("{stack}.{part}")).cloned()).collect();
+        let ours = note_of.iter().flatten().fold(0, |all: usize, note| all.saturating_add(note.rank)) == rank;
         let (columns, a, b) = (b.columns, self.values(module, a)?, self.values(module, b)?);
         let mut first = 0;
-        for (half, (part, note)) in parts.iter().zip(noted).enumerate() {
+        for (half, (part, note)) in parts.iter().zip(note_of).enumerate() {
             let (from, own) = match (ours, note) {
                 (true, Some(note)) => (first, note.rank),
                 (true, None) => continue,
@@ -845,17 +874,17 @@ impl Reading {
     }
 
     /// Experts one by one; one without an adapter has zeros.
-    fn singles(
+    fn separate_experts(
         &mut self,
         stack: &str,
         projection: &str,
-        found: &BTreeMap<usize, (Stored, Stored)>,
+        found: &BTreeMap<usize, (StoredMatrix, StoredMatrix)>,
     ) -> Result<(), AdapterError> {
         let path = format!("{stack}.{projection}");
         let shape = self.shapes.get(&path).map(|shape| shape.shape.clone());
         let Some(&[experts, input, output]) = shape.as_deref() else { return Err(self.unknown(&path)) };
-        if self.config.dora || self.config.initial != Initial::Nothing {
-            return Err(self.no_plain_lora(&path));
+        if self.config.dora || self.config.initial != BaseInit::Unchanged {
+            return Err(self.unsupported_kind(&path));
         }
         let (_, settings) = self.settings(&names::names_of(&path))?;
         let Some(rank) = found.values().next().map(|(a, _)| a.rows) else { return Ok(()) };
@@ -866,7 +895,7 @@ impl Reading {
             }
             self.rank(&module, &names::names_of(&module), a.rows, b.columns)?;
             if (a.rows, a.columns, b.rows) != (rank, input, output) {
-                return Err(self.wrong(format!(
+                return Err(self.error(format!(
                     "holds an adapter of `{module}` with A [{}, {}] and B [{}, {}]; the expert takes {input} inputs to \
                      {output} outputs, and the others have rank {rank}",
                     a.rows, a.columns, b.rows, b.columns

@@ -205,7 +205,7 @@ fn config(modules: &[Module], adapters: &[Adapter], model: &CausalLm, base: &Pat
         let plain = short.strip_suffix(".weight").unwrap_or(&short);
         let all = everywhere.get(plain).is_some_and(|&count| count == modules.len());
         let alike = modules.iter().all(|module| (module.rank, module.alpha) == (modules[0].rank, modules[0].alpha));
-        let full: Vec<String> = modules.iter().map(|module| names::full(&module.target)).collect();
+        let full: Vec<String> = modules.iter().map(|module| names::transformers_name(&module.target)).collect();
         list.extend(if all { vec![short.clone()] } else { full.clone() });
         let names = if all && alike { vec![short] } else { full };
         for (name, module) in names.into_iter().zip(modules) {
@@ -226,7 +226,7 @@ fn candidates(model: &CausalLm) -> Vec<String> {
     for parameter in model.config().parameter_shapes() {
         let path = match parameter.kind {
             ParameterKind::Matrix | ParameterKind::Router => {
-                names::theirs(parameter.path.strip_suffix(".weight").unwrap_or(&parameter.path))
+                names::peft_module(parameter.path.strip_suffix(".weight").unwrap_or(&parameter.path))
             }
             ParameterKind::Experts => parameter
                 .path

@@ -14,12 +14,12 @@ use crate::Failure;
 
 /// What to convert, and into what.
 #[derive(Debug, Args)]
-pub(crate) struct Convert {
+pub(crate) struct Arguments {
     /// The checkpoint to read.
     src: PathBuf,
     /// The directory to write.
     dst: PathBuf,
-    /// The dtype of the weights; as stored where it is not given (quantised ones as what they stand for).
+    /// The dtype of the weights; as stored where it is not given (quantized ones as what they stand for).
     #[arg(long)]
     dtype: Option<Dtype>,
     /// Hugging Face's files, or Burn's.
@@ -31,7 +31,7 @@ pub(crate) struct Convert {
     /// One file a layer, as Moonlight was published.
     #[arg(long, conflicts_with = "max_shard_size")]
     shard_by_layer: bool,
-    /// Convert what is there of SRC, where files of it are absent.
+    /// Arguments what is there of SRC, where files of it are absent.
     #[arg(long)]
     partial: bool,
     /// Replace a checkpoint that stands at DST.
@@ -79,8 +79,8 @@ fn bytes(text: &str) -> Result<u64, String> {
 }
 
 /// Converts, and says what was written.
-pub(crate) fn run(arguments: Convert) -> Result<ExitCode, Failure> {
-    let Convert { src, dst, dtype, format, max_shard_size, shard_by_layer, partial, force } = arguments;
+pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
+    let Arguments { src, dst, dtype, format, max_shard_size, shard_by_layer, partial, force } = arguments;
     let options = SaveOptions {
         dtype: dtype.map(Into::into),
         format: match format {

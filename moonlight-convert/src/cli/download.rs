@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use moonlight_convert::hub::{Progress, Request, download};
+use moonlight_convert::hub::{DownloadEvent, DownloadRequest, download};
 use moonlight_convert::printable;
 
 use super::output::{Output, note};
@@ -27,27 +27,27 @@ pub(crate) struct Arguments {
 pub(crate) fn run(Arguments { repo, revision, include }: Arguments) -> Result<ExitCode, Failure> {
     // Hidden by itself where stderr is no terminal.
     let bar = ProgressBar::no_length().with_style(style());
-    let watch = |progress: Progress<'_>| match progress {
-        Progress::Begun { files, bytes } => {
+    let watch = |progress: DownloadEvent<'_>| match progress {
+        DownloadEvent::Started { files, bytes } => {
             bar.set_length(bytes);
             bar.set_message(format!("{files} files"));
         }
-        Progress::Had { bytes } => {
+        DownloadEvent::Cached { bytes } => {
             bar.inc(bytes);
             // What was there did not come over the line: it is no part of the rate.
             bar.reset_eta();
         }
-        Progress::Fetched { bytes } => bar.inc(bytes),
-        Progress::Lost { bytes } => bar.dec(bytes),
-        Progress::Again { file, problem } => above(&bar, &format!("{file}: {problem}; once more")),
-        Progress::Waiting { file } => above(&bar, &format!("{file}: another process fetches it; waiting for it")),
-        Progress::Done { file, bytes, fetched } => {
+        DownloadEvent::Fetched { bytes } => bar.inc(bytes),
+        DownloadEvent::Discarded { bytes } => bar.dec(bytes),
+        DownloadEvent::Retrying { file, problem } => above(&bar, &format!("{file}: {problem}; once more")),
+        DownloadEvent::Waiting { file } => above(&bar, &format!("{file}: another process fetches it; waiting for it")),
+        DownloadEvent::Finished { file, bytes, fetched } => {
             above(&bar, &format!("{file}: {bytes} bytes, {}", if fetched { "fetched" } else { "there already" }));
         }
         _ => {}
     };
     // A signal ends the program at once: what is there of a file is gone on from, and nothing else is left behind.
-    let done = download(&Request { repo, revision, include }, &watch);
+    let done = download(&DownloadRequest { repo, revision, include }, &watch);
     bar.finish_and_clear();
     let done = done.map_err(Failure::Download)?;
     note(format_args!("{} files, {} bytes, {} fetched; all of them are checked", done.files, done.bytes, done.fetched));

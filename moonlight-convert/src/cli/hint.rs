@@ -22,7 +22,7 @@ pub(crate) fn checkpoint(error: &CheckpointError) -> Option<String> {
 #[cfg(feature = "download")]
 pub(crate) fn download(error: &DownloadError) -> Option<String> {
     match error {
-        DownloadError::Nothing { .. } => Some("`--include '*'` takes every file".into()),
+        DownloadError::NoMatch { .. } => Some("`--include '*'` takes every file".into()),
         _ => error.hint(),
     }
 }

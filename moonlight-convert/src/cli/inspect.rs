@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use moonlight_convert::report::{CheckpointState, Summary, unfinished_downloads};
+use moonlight_convert::report::{CheckpointState, CheckpointSummary, unfinished_downloads};
 use moonlight_convert::{Checkpoint, CheckpointError};
 use serde_json::json;
 
@@ -13,7 +13,7 @@ use crate::Failure;
 
 /// What to look at.
 #[derive(Debug, Args)]
-pub(crate) struct Inspect {
+pub(crate) struct Arguments {
     /// The directory.
     dir: PathBuf,
     /// One JSON object instead of text.
@@ -22,8 +22,8 @@ pub(crate) struct Inspect {
 }
 
 /// Prints what a checkpoint holds; every problem goes to stderr, and any of them is a failure.
-pub(crate) fn run(arguments: &Inspect) -> Result<ExitCode, Failure> {
-    let Inspect { dir, json } = arguments;
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let Arguments { dir, json } = arguments;
     let summary = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint.summary()?,
         Err(error) => return unopened(dir, error, *json),
@@ -59,9 +59,9 @@ fn unopened(dir: &Path, error: CheckpointError, json: bool) -> Result<ExitCode, 
     Err(error.into())
 }
 
-fn print(summary: &Summary, output: &mut Output) {
+fn print(summary: &CheckpointSummary, output: &mut Output) {
     let mut line = |line: std::fmt::Arguments<'_>| output.line(line);
-    let Summary { parameters, .. } = summary;
+    let CheckpointSummary { parameters, .. } = summary;
     let billions = |count: u64| format!("{count} ({:.2} B)", count as f64 / 1e9);
     line(format_args!("{}", summary.directory.display()));
     line(format_args!(
@@ -87,7 +87,7 @@ fn print(summary: &Summary, output: &mut Output) {
         billions(parameters.activated_without_embeddings)
     ));
     if let Some(method) = &summary.quantization {
-        line(format_args!("quantised      {method}"));
+        line(format_args!("quantized      {method}"));
     }
     for form in &summary.quantized_forms {
         line(format_args!("               {}: {} matrices", form.form, form.tensors));
@@ -118,7 +118,7 @@ fn print(summary: &Summary, output: &mut Output) {
         let tensor = if skipped.tensors.len() == 1 { "tensor" } else { "tensors" };
         line(format_args!("not needed     {} {tensor}: {}", skipped.tensors.len(), skipped.reason));
     }
-    for (reason, keys) in &summary.keys_passed_over {
+    for (reason, keys) in &summary.ignored_keys {
         line(format_args!("passed over    {} ({reason})", keys.join(", ")));
     }
     for note in &summary.notes {

@@ -7,6 +7,8 @@ pub(crate) mod hint;
 pub(crate) mod inspect;
 pub(crate) mod output;
 mod progress;
+#[cfg(all(test, feature = "download"))]
+mod reference;
 pub(crate) mod signals;
 pub(crate) mod tokenizer;
 pub(crate) mod verify;

@@ -15,7 +15,7 @@ use crate::Failure;
 
 /// What to compare.
 #[derive(Debug, Args)]
-pub(crate) struct Verify {
+pub(crate) struct Arguments {
     /// One checkpoint.
     a: PathBuf,
     /// The other. Without it, A is compared with the manifest that it was saved with.
@@ -37,8 +37,8 @@ pub(crate) struct Verify {
 }
 
 /// Exit code 0 where all is equal or whole, 1 where it is not.
-pub(crate) fn run(arguments: Verify) -> Result<ExitCode, Failure> {
-    let Verify { a, b, sha256, tolerance, partial, model_only } = arguments;
+pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
+    let Arguments { a, b, sha256, tolerance, partial, model_only } = arguments;
     match (b, sha256) {
         (_, Some(list)) => digests(&a, &list),
         (Some(b), None) => compare(&Checkpoint::open(a)?, &Checkpoint::open(b)?, tolerance, partial, model_only),

@@ -195,12 +195,12 @@ pub(crate) enum Outcome {
     /// Only finite values.
     Finite,
     /// At least one value that is not finite after the conversion.
-    NotFinite,
+    NonFinite,
 }
 
 impl Outcome {
     pub(crate) fn of(finite: bool) -> Self {
-        if finite { Self::Finite } else { Self::NotFinite }
+        if finite { Self::Finite } else { Self::NonFinite }
     }
 }
 
@@ -239,14 +239,14 @@ impl<S: Weight, T: Weight> RowSource<T> for PlainRows<'_, S> {
 }
 
 /// A matrix in pieces that were read one by one.
-pub(crate) struct Pieces<R> {
+pub(crate) struct RowPieces<R> {
     /// The rows of a piece (the last may have fewer) are 2 to this power.
     pub(crate) shift: u32,
     /// Each answers for its rows by their places in the whole matrix.
     pub(crate) pieces: Vec<R>,
 }
 
-impl<T, R: RowSource<T>> RowSource<T> for Pieces<R> {
+impl<T, R: RowSource<T>> RowSource<T> for RowPieces<R> {
     fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool {
         self.pieces[row >> self.shift].read_row(row, first, target)
     }
@@ -328,12 +328,12 @@ mod tests {
                 let mut source = vec![0.5f32; 6_400];
                 source[at] = bad;
                 let mut target = vec![bf16::ZERO; 6_400];
-                assert_eq!(transpose(&plain(&source, 100), 64, 0, &mut target), Outcome::NotFinite);
-                assert_eq!(convert(&source, &mut target), Outcome::NotFinite);
+                assert_eq!(transpose(&plain(&source, 100), 64, 0, &mut target), Outcome::NonFinite);
+                assert_eq!(convert(&source, &mut target), Outcome::NonFinite);
             }
         }
         // Finite before, infinite after.
-        assert_eq!(convert(&[70_000.0f32], &mut [f16::ZERO]), Outcome::NotFinite);
+        assert_eq!(convert(&[70_000.0f32], &mut [f16::ZERO]), Outcome::NonFinite);
     }
 
     #[test]

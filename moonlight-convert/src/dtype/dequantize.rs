@@ -5,7 +5,7 @@ use std::ops::Range;
 use moonlight_model::disjoint::DisjointMut;
 
 use crate::checkpoint::Checkpoint;
-use crate::dtype::conversion::{self, Outcome, Pieces, PlainRows, Weight, WeightDtype, with_weight};
+use crate::dtype::conversion::{self, Outcome, PlainRows, RowPieces, Weight, WeightDtype, with_weight};
 use crate::dtype::quant::{Fp8, Int4, Scales, scales};
 use crate::dtype::transpose::{transpose, transpose_into};
 use crate::error::CheckpointError;
@@ -68,8 +68,8 @@ impl SourceTensor {
         FileRange { shard: self.part.shard, range: start + rows.start * row..start + rows.end * row }
     }
 
-    /// How a quantised tensor is kept, in words; `None` for plain values.
-    pub(crate) fn quantised_form(&self) -> Option<String> {
+    /// How a quantized tensor is kept, in words; `None` for plain values.
+    pub(crate) fn quantized_form(&self) -> Option<String> {
         let &[rows, columns] = self.tensor.shape.as_slice() else { return None };
         Some(match self.encoding {
             Encoding::Plain(_) => return None,
@@ -165,7 +165,7 @@ impl SourceTensor {
         let pieces = || pieces.iter().enumerate().map(|(at, bytes)| (at << shift, *bytes));
         with_rows!(
             self, scales,
-            part => Pieces { shift, pieces: pieces().map(|(first, bytes)| part(first, bytes)).collect() },
+            part => RowPieces { shift, pieces: pieces().map(|(first, bytes)| part(first, bytes)).collect() },
             lines => transpose(lines, rows, first, target)
         )
     }
@@ -220,12 +220,12 @@ impl Checkpoint {
     }
 
     /// Whose fault it is that a value is not finite in a dtype; or why that cannot be read.
-    pub(crate) fn blame(&self, source: &SourceTensor, dtype: WeightDtype) -> CheckpointError {
+    pub(crate) fn value_error(&self, source: &SourceTensor, dtype: WeightDtype) -> CheckpointError {
         let found = &self.tensor_list()[source.stored_index];
         let (tensor, file) = (found.name.clone(), Some(self.dir().join(&found.file)));
         match self.all_finite(source) {
             Ok(true) => CheckpointError::Overflow { tensor, file, dtype },
-            Ok(false) => CheckpointError::NotFinite { tensor, file },
+            Ok(false) => CheckpointError::NonFinite { tensor, file },
             Err(error) => error,
         }
     }
@@ -243,7 +243,7 @@ impl Checkpoint {
             bytes.resize(part.range.len(), 0);
             self.read_part(&part, &mut bytes)?;
             values.resize(rows.len() * columns, 0.0f32);
-            if source.decode(first, &bytes, &self.scales(source, &rows)?, &mut values) == Outcome::NotFinite {
+            if source.decode(first, &bytes, &self.scales(source, &rows)?, &mut values) == Outcome::NonFinite {
                 return Ok(false);
             }
         }

@@ -1,4 +1,4 @@
-//! Values: their dtypes, quantised forms and orientation.
+//! Values: their dtypes, quantized forms and orientation.
 
 pub(crate) mod conversion;
 pub(crate) mod dequantize;

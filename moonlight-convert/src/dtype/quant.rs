@@ -1,4 +1,4 @@
-//! Quantised matrices: FP8 in blocks (DeepSeek-V3, Kimi-K2), by row or as a whole (compressed-tensors' `float-quantized`),
+//! Quantized matrices: FP8 in blocks (DeepSeek-V3, Kimi-K2), by row or as a whole (compressed-tensors' `float-quantized`),
 //! INT4 in groups (Kimi-K2-Thinking, Kimi-K2.5).
 //!
 //! Both are a small number times a scale. The product is taken in f32 and rounded once, to the dtype asked for, which is
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::dtype::conversion::{RowSource, Weight, WeightDtype};
 
-mod strict;
+mod config_keys;
 
 /// DeepSeek-V3's block, where the configuration names none.
 const DEFAULT_BLOCK: [usize; 2] = [128, 128];
@@ -27,42 +27,43 @@ pub(crate) struct QuantScheme {
     /// Rows and columns that one FP8 scale is for.
     block: Option<[usize; 2]>,
     /// What the configuration says that FP8 scales are for; empty where it does not.
-    strategies: Vec<Strategy>,
+    strategies: Vec<ScaleStrategy>,
     /// Why packed weights of this checkpoint cannot be read, as the rest of a sentence.
-    pub(crate) unreadable_packing: Option<String>,
+    pub(crate) int4_problem: Option<String>,
     /// Why FP8 weights of this checkpoint cannot be read, likewise.
-    pub(crate) unreadable_fp8: Option<String>,
+    pub(crate) fp8_problem: Option<String>,
     /// Values of a row that share a scale, as the groups of 4-bit weights say; empty where none does.
     groups: Vec<usize>,
     /// What the configuration asks for that is not followed, each as a sentence without its full stop.
-    pub(crate) not_followed: Vec<String>,
+    pub(crate) unsupported: Vec<String>,
 }
 
 impl QuantScheme {
     pub(crate) fn of(config: &ModelConfig) -> Self {
-        let Some(quantisation) = quantisation(config) else { return Self::default() };
-        let method = quantisation.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        let groups = quantisation.get("config_groups").and_then(Value::as_object);
+        let Some(quantization) = quantization(config) else { return Self::default() };
+        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+        let groups = quantization.get("config_groups").and_then(Value::as_object);
         let weights: Vec<&Value> =
             groups.map(|groups| groups.values().filter_map(|group| group.get("weights")).collect()).unwrap_or_default();
-        let own = quantisation.get("weight_block_size").and_then(block);
-        let mut strategies: Vec<Strategy> = weights.iter().filter_map(|weights| Strategy::of(weights)).collect();
-        strategies.extend(own.map(|_| Strategy::Block));
+        let own = quantization.get("weight_block_size").and_then(block);
+        let mut strategies: Vec<ScaleStrategy> =
+            weights.iter().filter_map(|weights| ScaleStrategy::of(weights)).collect();
+        strategies.extend(own.map(|_| ScaleStrategy::Block));
         Self {
             method: Some(method.to_owned()),
             block: own.or_else(|| weights.iter().find_map(|weights| block(weights.get("block_structure")?))),
             strategies,
-            unreadable_packing: weights
+            int4_problem: weights
                 .iter()
                 .find_map(|weights| unreadable(weights))
                 .or_else(|| none_of(&weights, "int", "4-bit integers")),
-            unreadable_fp8: none_of(&weights, "float", "FP8"),
+            fp8_problem: none_of(&weights, "float", "FP8"),
             groups: weights
                 .iter()
                 .filter(|weights| is_type(weights, "int"))
                 .filter_map(|weights| group(weights))
                 .collect(),
-            not_followed: strict::not_followed(quantisation),
+            unsupported: config_keys::unsupported(quantization),
         }
     }
 
@@ -92,30 +93,30 @@ impl QuantScheme {
         found: Option<&[usize]>,
     ) -> Result<([usize; 2], Vec<usize>), String> {
         let block = self.block();
-        let fits = |strategy: &Strategy| found.is_some_and(|found| strategy.fits(matrix, block, found));
+        let fits = |strategy: &ScaleStrategy| found.is_some_and(|found| strategy.fits(matrix, block, found));
         let declared = self.strategies.first().copied();
-        let every = [Strategy::Tensor, Strategy::Row, Strategy::Block];
+        let every = [ScaleStrategy::Tensor, ScaleStrategy::Row, ScaleStrategy::Block];
         let strategy = match self.strategies.iter().chain(&every).find(|strategy| fits(strategy)) {
             Some(strategy) if declared.is_none() || self.strategies.contains(strategy) => *strategy,
             Some(strategy) => {
-                let declared = declared.map_or("", Strategy::name);
+                let declared = declared.map_or("", ScaleStrategy::name);
                 return Err(format!("has {}, and `quantization_config` says `{declared}`", strategy.describe()));
             }
-            None => declared.unwrap_or(Strategy::Block),
+            None => declared.unwrap_or(ScaleStrategy::Block),
         };
         let shape = found.filter(|_| fits(&strategy)).map(<[usize]>::to_vec);
         Ok(match strategy {
-            Strategy::Tensor => (matrix, shape.unwrap_or_else(|| vec![1])),
-            Strategy::Row => ([1, columns], shape.unwrap_or_else(|| vec![rows, 1])),
-            Strategy::Group(group) => ([1, group], vec![rows, columns.div_ceil(group)]),
-            Strategy::Block => (block, vec![rows.div_ceil(block[0]), columns.div_ceil(block[1])]),
+            ScaleStrategy::Tensor => (matrix, shape.unwrap_or_else(|| vec![1])),
+            ScaleStrategy::Row => ([1, columns], shape.unwrap_or_else(|| vec![rows, 1])),
+            ScaleStrategy::Group(group) => ([1, group], vec![rows, columns.div_ceil(group)]),
+            ScaleStrategy::Block => (block, vec![rows.div_ceil(block[0]), columns.div_ceil(block[1])]),
         })
     }
 }
 
 /// What one scale of an FP8 matrix is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Strategy {
+enum ScaleStrategy {
     Tensor,
     Row,
     /// So many values of a row.
@@ -123,7 +124,7 @@ enum Strategy {
     Block,
 }
 
-impl Strategy {
+impl ScaleStrategy {
     /// That of a group of `config_groups`, where it is one of floats.
     fn of(weights: &Value) -> Option<Self> {
         if weights.get("type").is_some_and(|kind| kind != "float") {
@@ -170,16 +171,16 @@ impl Strategy {
     }
 }
 
-/// What the configuration says of quantised weights, under the name of today or compressed-tensors' first one.
-pub(crate) const QUANTISATION: [&str; 2] = ["quantization_config", "compression_config"];
+/// What the configuration says of quantized weights, under the name of today or compressed-tensors' first one.
+pub(crate) const QUANTIZATION: [&str; 2] = ["quantization_config", "compression_config"];
 
-fn quantisation(config: &ModelConfig) -> Option<&Value> {
-    QUANTISATION.iter().find_map(|key| config.extra.get(*key).filter(|value| !value.is_null()))
+fn quantization(config: &ModelConfig) -> Option<&Value> {
+    QUANTIZATION.iter().find_map(|key| config.extra.get(*key).filter(|value| !value.is_null()))
 }
 
-/// Whether the configuration speaks of quantised weights.
-pub(crate) fn is_quantised(config: &ModelConfig) -> bool {
-    quantisation(config).is_some()
+/// Whether the configuration speaks of quantized weights.
+pub(crate) fn is_quantized(config: &ModelConfig) -> bool {
+    quantization(config).is_some()
 }
 
 /// Whether a group of `config_groups` may be of this type.
@@ -390,19 +391,19 @@ mod tests {
         let fp8 = scheme(json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 32]}));
         assert_eq!((fp8.method.as_deref(), fp8.block()), (Some("fp8"), [64, 32]));
         let packed = |weights: Value| json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}});
-        assert_eq!(scheme(packed(json!({"num_bits": 4, "symmetric": true}))).unreadable_packing, None);
-        assert!(scheme(packed(json!({"num_bits": 4, "symmetric": false}))).unreadable_packing.is_some());
-        assert!(scheme(packed(json!({"num_bits": 3}))).unreadable_packing.is_some());
+        assert_eq!(scheme(packed(json!({"num_bits": 4, "symmetric": true}))).int4_problem, None);
+        assert!(scheme(packed(json!({"num_bits": 4, "symmetric": false}))).int4_problem.is_some());
+        assert!(scheme(packed(json!({"num_bits": 3}))).int4_problem.is_some());
         for structure in [json!([128, 64]), json!("128x64")] {
             assert_eq!(scheme(packed(json!({"num_bits": 8, "block_structure": structure}))).block(), [128, 64]);
         }
         let int8 = scheme(packed(json!({"num_bits": 8, "type": "int"})));
-        assert!(int8.unreadable_packing.unwrap().contains("weights of 8 bits"));
+        assert!(int8.int4_problem.unwrap().contains("weights of 8 bits"));
         let mixed = scheme(packed(json!({"num_bits": 8, "type": "float"})));
-        assert!(mixed.unreadable_packing.unwrap().contains("no group of the `type` `int`"));
-        assert_eq!(mixed.unreadable_fp8, None);
+        assert!(mixed.int4_problem.unwrap().contains("no group of the `type` `int`"));
+        assert_eq!(mixed.fp8_problem, None);
         let int4 = scheme(packed(json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64})));
-        assert!(int4.unreadable_fp8.is_some() && int4.check_group(64).is_ok());
+        assert!(int4.fp8_problem.is_some() && int4.check_group(64).is_ok());
         assert!(int4.check_group(32).unwrap_err().contains("says `group_size` 64"));
     }
 }

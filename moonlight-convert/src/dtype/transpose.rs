@@ -85,7 +85,9 @@ fn transpose_tile<T: Weight>(
     for column in (0..right).step_by(SIDE) {
         for row in (0..bottom).step_by(SIDE) {
             // SAFETY: by the two assertions, the square lies inside the tile, and what it is transposed into in the target.
-            unsafe { turn_square(tile.as_ptr().add(row * WIDTH + column), target.add(column * stride + row), stride) };
+            unsafe {
+                transpose_square(tile.as_ptr().add(row * WIDTH + column), target.add(column * stride + row), stride)
+            };
         }
     }
     for column in 0..width {
@@ -101,13 +103,13 @@ fn transpose_tile<T: Weight>(
 /// `square` can be read at `row * WIDTH + column`, and `target` written at `column * stride + row`, for rows and columns
 /// below [`SIDE`].
 #[inline(always)]
-unsafe fn turn_square<T: Weight>(square: *const T, target: *mut T, stride: usize) {
+unsafe fn transpose_square<T: Weight>(square: *const T, target: *mut T, stride: usize) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the caller's promises; both handle plain bits.
     unsafe {
         match size_of::<T>() {
-            2 => return sse2::turn_square_of_2(square.cast(), target.cast(), stride),
-            4 => return sse2::turn_square_of_4(square.cast(), target.cast(), stride),
+            2 => return sse2::transpose_square_16(square.cast(), target.cast(), stride),
+            4 => return sse2::transpose_square_32(square.cast(), target.cast(), stride),
             _ => {}
         }
     }
@@ -129,9 +131,9 @@ mod sse2 {
 
     /// # Safety
     ///
-    /// That of [`turn_square`](super::turn_square).
+    /// That of [`transpose_square`](super::transpose_square).
     #[inline(always)]
-    pub(super) unsafe fn turn_square_of_2(square: *const u16, target: *mut u16, stride: usize) {
+    pub(super) unsafe fn transpose_square_16(square: *const u16, target: *mut u16, stride: usize) {
         // SAFETY: the caller's promises; neither side need be aligned.
         unsafe {
             let rows: [__m128i; SIDE] = from_fn(|row| _mm_loadu_si128(square.add(row * WIDTH).cast()));
@@ -155,9 +157,9 @@ mod sse2 {
 
     /// # Safety
     ///
-    /// That of [`turn_square`](super::turn_square).
+    /// That of [`transpose_square`](super::transpose_square).
     #[inline(always)]
-    pub(super) unsafe fn turn_square_of_4(square: *const u32, target: *mut u32, stride: usize) {
+    pub(super) unsafe fn transpose_square_32(square: *const u32, target: *mut u32, stride: usize) {
         for column in [0, 4] {
             for row in [0, 4] {
                 // SAFETY: the caller's promises; neither side need be aligned.

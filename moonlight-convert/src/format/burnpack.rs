@@ -15,9 +15,9 @@ use burn_pack::{HEADER_SIZE, Header, MAX_FILE_SIZE, MAX_METADATA_SIZE, TENSOR_AL
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-use crate::error::OneLine;
 use crate::format::index::unprintable;
 use crate::format::tensor_entry::TensorEntry;
+use crate::printable::Printable;
 
 /// The name of the file in a directory.
 pub(crate) const BURNPACK: &str = "model.bpk";
@@ -44,7 +44,7 @@ struct Descriptor {
 }
 
 /// One tensor that is going to be written.
-pub(crate) struct Entry {
+pub(crate) struct PlannedTensor {
     pub(crate) name: String,
     pub(crate) dtype: DType,
     pub(crate) shape: Vec<usize>,
@@ -53,7 +53,7 @@ pub(crate) struct Entry {
 
 /// Where everything lies in a file that is going to be written.
 #[derive(Debug)]
-pub(crate) struct Arrangement {
+pub(crate) struct FileLayout {
     /// All bytes in front of the tensors.
     pub(crate) header: Vec<u8>,
     /// For each tensor, where it begins in the file.
@@ -63,7 +63,7 @@ pub(crate) struct Arrangement {
 }
 
 /// Lays tensors out. The error is the rest of a sentence that begins with the file's name.
-pub(crate) fn arrange(entries: &[Entry]) -> Result<Arrangement, String> {
+pub(crate) fn lay_out_tensors(entries: &[PlannedTensor]) -> Result<FileLayout, String> {
     let mut tensors = BTreeMap::new();
     let mut starts = Vec::with_capacity(entries.len());
     let mut end = 0u64;
@@ -93,7 +93,7 @@ pub(crate) fn arrange(entries: &[Entry]) -> Result<Arrangement, String> {
     for start in &mut starts {
         *start += data as u64;
     }
-    Ok(Arrangement { header, starts, length })
+    Ok(FileLayout { header, starts, length })
 }
 
 /// The tensors of a file, their ranges counted from its beginning. The error is the rest of a sentence that begins with
@@ -101,16 +101,16 @@ pub(crate) fn arrange(entries: &[Entry]) -> Result<Arrangement, String> {
 pub(crate) fn read(path: &Path) -> Result<Vec<TensorEntry>, String> {
     // Checks the header, the number of tensors, that every range has the length that its dtype and shape ask for, and
     // that it lies in the file.
-    burn_pack::Reader::from_file_exact(path).map_err(|error| format!("is no burnpack file: {}", OneLine(error)))?;
+    burn_pack::Reader::from_file_exact(path).map_err(|error| format!("is no burnpack file: {}", Printable(error)))?;
     let cannot = |error: std::io::Error| format!("cannot be read: {error}");
     let mut file = File::open(path).map_err(cannot)?;
     let mut header = [0u8; HEADER_SIZE];
     file.read_exact(&mut header).map_err(cannot)?;
-    let header = Header::from_bytes(&header).map_err(|error| format!("is no burnpack file: {}", OneLine(error)))?;
+    let header = Header::from_bytes(&header).map_err(|error| format!("is no burnpack file: {}", Printable(error)))?;
     let size = header.metadata_size as usize;
     let reader = std::io::BufReader::new(file.take(size as u64));
     let descriptors: Descriptors = ciborium::de::from_reader_with_recursion_limit(reader, DEEPEST)
-        .map_err(|error| format!("has a broken header: {}", OneLine(error)))?;
+        .map_err(|error| format!("has a broken header: {}", Printable(error)))?;
     let data = aligned_data_section_start(size);
     let mut tensors: Vec<TensorEntry> = descriptors
         .tensors
@@ -163,16 +163,16 @@ mod tests {
             ("layers.0.experts", DType::BF16, vec![2, 3, 50]),
         ];
         let bytes = |dtype: DType, shape: &[usize]| dtype.size() * shape.iter().product::<usize>();
-        let entries: Vec<Entry> = shapes
+        let entries: Vec<PlannedTensor> = shapes
             .iter()
-            .map(|(name, dtype, shape)| Entry {
+            .map(|(name, dtype, shape)| PlannedTensor {
                 name: (*name).into(),
                 dtype: *dtype,
                 shape: shape.clone(),
                 bytes: bytes(*dtype, shape) as u64,
             })
             .collect();
-        let ours = arrange(&entries).unwrap();
+        let ours = lay_out_tensors(&entries).unwrap();
         let tensors = shapes.iter().zip(1u8..).map(|((name, dtype, shape), fill)| {
             let data = Bytes::from_bytes_vec(vec![fill; bytes(*dtype, shape)]);
             Tensor::new((*name).into(), *dtype, shape.clone(), None, data)
@@ -207,8 +207,8 @@ mod tests {
         };
         assert!(problem(b"").contains("is no burnpack file"));
         assert!(problem(&[0; 300]).contains("is no burnpack file"));
-        let entry = Entry { name: "a".into(), dtype: DType::F32, shape: vec![4], bytes: 16 };
-        let whole = arrange(&[entry]).unwrap();
+        let entry = PlannedTensor { name: "a".into(), dtype: DType::F32, shape: vec![4], bytes: 16 };
+        let whole = lay_out_tensors(&[entry]).unwrap();
         assert!(problem(&whole.header).contains("truncated"), "the tensor is not there");
         let mut huge = whole.header.clone();
         huge[6..10].copy_from_slice(&u32::MAX.to_le_bytes());

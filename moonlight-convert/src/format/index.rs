@@ -31,10 +31,10 @@ pub(crate) struct Index {
 
 /// What is read of an index.
 #[derive(Deserialize)]
-struct Read {
+struct IndexFile {
     #[serde(rename = "metadata", default)]
     _metadata: IgnoredAny,
-    #[serde(deserialize_with = "once_each")]
+    #[serde(deserialize_with = "unique_keys")]
     weight_map: BTreeMap<String, String>,
 }
 
@@ -46,14 +46,14 @@ impl Index {
     }
 
     pub(crate) fn parse(text: &[u8], path: PathBuf) -> Result<Self, CheckpointError> {
-        let problem = match serde_json::from_slice::<Read>(text) {
+        let problem = match serde_json::from_slice::<IndexFile>(text) {
             Err(error) => format!("is not an index of safetensors files: {error}"),
-            Ok(Read { weight_map, .. }) if weight_map.is_empty() => "lists no tensor".into(),
-            Ok(Read { weight_map, .. }) => {
-                return match weight_map.iter().find(|(_, file)| !stays_inside(file)) {
+            Ok(IndexFile { weight_map, .. }) if weight_map.is_empty() => "lists no tensor".into(),
+            Ok(IndexFile { weight_map, .. }) => {
+                return match weight_map.iter().find(|(_, file)| !is_inside(file)) {
                     None => Ok(Self { metadata: serde_json::Map::new(), weight_map }),
                     Some((tensor, entry)) => {
-                        Err(CheckpointError::Escape { path, tensor: tensor.clone(), entry: entry.clone() })
+                        Err(CheckpointError::OutsideDirectory { path, tensor: tensor.clone(), entry: entry.clone() })
                     }
                 };
             }
@@ -70,9 +70,9 @@ impl Index {
 
 /// A map of names, of which none may be there twice: whoever reads the last one sees another model than who reads the
 /// first.
-fn once_each<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
-    struct OnceEach;
-    impl<'de> Visitor<'de> for OnceEach {
+fn unique_keys<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
+    struct UniqueKeys;
+    impl<'de> Visitor<'de> for UniqueKeys {
         type Value = BTreeMap<String, String>;
 
         fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -95,7 +95,7 @@ fn once_each<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Stri
             Ok(map)
         }
     }
-    deserializer.deserialize_map(OnceEach)
+    deserializer.deserialize_map(UniqueKeys)
 }
 
 /// What is wrong with a name that holds what would move a terminal's cursor or forge a line of a report.
@@ -106,7 +106,7 @@ pub(crate) fn unprintable(name: &str) -> Option<String> {
 
 /// Whether a relative path names something below where it starts from. Where links lead is looked at when the file is
 /// opened.
-pub(crate) fn stays_inside(file: &str) -> bool {
+pub(crate) fn is_inside(file: &str) -> bool {
     let mut components = Path::new(file).components().peekable();
     components.peek().is_some()
         && components.all(|component| matches!(component, Component::Normal(_)))
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn entries_stay_inside() {
         for file in ["model-1-of-27.safetensors", "shards/a.safetensors", "..model"] {
-            assert!(stays_inside(file), "{file}");
+            assert!(is_inside(file), "{file}");
         }
         for file in [
             "../../etc/passwd",
@@ -135,7 +135,7 @@ mod tests {
             "a\x1b[2J",
             "a\u{202e}b",
         ] {
-            assert!(!stays_inside(file), "{file}");
+            assert!(!is_inside(file), "{file}");
         }
     }
 

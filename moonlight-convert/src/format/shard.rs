@@ -11,12 +11,13 @@ use safetensors::tensor::{self, TensorInfo};
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::error::{Bytes, OneLine};
+use crate::error::Bytes;
 use crate::format::burnpack;
 use crate::format::index::unprintable;
 use crate::format::tensor_entry::TensorEntry;
 use crate::io::confined_dir::open_plain;
 use crate::io::read_at::read_exact_at;
+use crate::printable::Printable;
 
 /// Bytes of the length that a file begins with.
 const LENGTH: usize = 8;
@@ -175,7 +176,7 @@ fn header_length(claimed: u64, length: u64) -> Result<usize, String> {
 
 /// The tensors of a header in the order of their offsets, and our note; `held` bytes follow the header.
 pub(crate) fn read_header(header: &[u8], held: u64) -> Result<(Vec<TensorEntry>, Option<String>), String> {
-    let broken = |error: &dyn fmt::Display| format!("has a broken header: {}", OneLine(error));
+    let broken = |error: &dyn fmt::Display| format!("has a broken header: {}", Printable(error));
     let Header { tensors: mut infos, note } = serde_json::from_slice(header).map_err(|error| broken(&error))?;
     infos.sort_by_key(|(_, info)| info.data_offsets);
     // This checks that the offsets follow one another without gap or overlap, and that each tensor is as long as its

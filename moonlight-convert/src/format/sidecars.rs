@@ -10,14 +10,14 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoint::CONFIG;
 use crate::dtype::conversion::WeightDtype;
-use crate::dtype::quant::QUANTISATION;
+use crate::dtype::quant::QUANTIZATION;
 use crate::error::CheckpointError;
 use crate::format::burnpack::BURNPACK;
 use crate::format::index::INDEX;
 use crate::io::confined_dir::ConfinedDir;
 use crate::io::temporary::create_anew;
 use crate::io::writer::{write_failure, write_file};
-use crate::mapping::names::PREDICTION_LAYERS;
+use crate::mapping::names::MTP_LAYER_KEYS;
 
 /// How generation ends, for transformers.
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
@@ -134,10 +134,10 @@ pub(crate) fn write(
 fn saved_config(config: &ModelConfig, dtype: WeightDtype, sidecars: &[String]) -> ModelConfig {
     let mut config = config.clone();
     config.dtype = Some(dtype.torch_name().to_owned());
-    for key in QUANTISATION {
+    for key in QUANTIZATION {
         config.extra.remove(key);
     }
-    for key in PREDICTION_LAYERS {
+    for key in MTP_LAYER_KEYS {
         if let Some(layers) = config.extra.get_mut(key) {
             *layers = json!(0);
         }

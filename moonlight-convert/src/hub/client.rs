@@ -10,7 +10,7 @@ use hf_hub::Cache;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 
 use super::error::DownloadError;
-use super::list::{Listing, Wanted};
+use super::listing::{FileSelection, Listing};
 use super::url::Address;
 use super::{RepoId, home_dir, is_commit};
 
@@ -20,9 +20,9 @@ const ENDPOINT: &str = "https://huggingface.co";
 const LONGEST_LIST: u64 = 64 << 20;
 const CONNECT: Duration = Duration::from_secs(20);
 /// The longest that nothing may come, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise (in seconds).
-const SILENCE: Duration = Duration::from_secs(30);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A list of files, which has some kilobytes, may take so many times as long.
-const SILENCES: u32 = 4;
+const STALL_FACTOR: u32 = 4;
 /// Answers that lead elsewhere, one after another.
 const MOST_REDIRECTS: usize = 10;
 /// Longer than any token.
@@ -33,7 +33,7 @@ pub(super) struct Settings {
     pub(super) cache: Cache,
     endpoint: Address,
     token: Option<String>,
-    silence: Duration,
+    idle_timeout: Duration,
     pub(super) offline: bool,
 }
 
@@ -53,7 +53,7 @@ impl Settings {
             cache: Cache::new(super::cache_dir(os)),
             endpoint: endpoint.map_err(|problem| DownloadError::Endpoint { problem: problem.to_owned() })?,
             token: if offline { None } else { token()? },
-            silence: seconds.map_or(SILENCE, |seconds| Duration::from_secs(seconds.min(86_400))),
+            idle_timeout: seconds.map_or(IDLE_TIMEOUT, |seconds| Duration::from_secs(seconds.min(86_400))),
             offline,
         })
     }
@@ -106,32 +106,32 @@ pub(super) struct Client {
     revision: String,
     endpoint: Address,
     token: bool,
-    silence: Duration,
+    idle_timeout: Duration,
 }
 
 /// Why a file did not come.
-pub(super) enum Refusal {
+pub(super) enum FetchError {
     /// It will not come another time either.
-    Final(DownloadError),
+    Permanent(DownloadError),
     /// It may come if it is asked for again.
-    ForNow(String),
+    Transient(String),
     /// The file has no such part.
     Range,
 }
 
 /// A file that comes.
-pub(super) struct Answer {
+pub(super) struct FileResponse {
     /// The place in the file that it begins at.
     pub(super) start: u64,
     pub(super) body: Box<dyn Read>,
 }
 
 type Response = ureq::http::Response<ureq::Body>;
-type Request = ureq::RequestBuilder<ureq::typestate::WithoutBody>;
+type DownloadRequest = ureq::RequestBuilder<ureq::typestate::WithoutBody>;
 
 impl Client {
     pub(super) fn new(settings: &Settings, id: &RepoId, revision: &str) -> Result<Self, DownloadError> {
-        let Settings { cache, endpoint, token, silence, .. } = settings;
+        let Settings { cache, endpoint, token, idle_timeout, .. } = settings;
         let api = ApiBuilder::from_cache(cache.clone())
             .with_endpoint(endpoint.as_str().to_owned())
             .with_token(token.clone())
@@ -145,17 +145,17 @@ impl Client {
             revision: revision.to_owned(),
             endpoint: endpoint.clone(),
             token: token.is_some(),
-            silence: *silence,
+            idle_timeout: *idle_timeout,
         })
     }
 
     /// How long a server may take for next to nothing.
-    pub(super) fn patience(&self) -> Duration {
-        SILENCES * self.silence
+    pub(super) fn stall_timeout(&self) -> Duration {
+        STALL_FACTOR * self.idle_timeout
     }
 
     /// The files of the revision.
-    pub(super) fn list(&self, wanted: &Wanted) -> Result<Listing, DownloadError> {
+    pub(super) fn list(&self, wanted: &FileSelection) -> Result<Listing, DownloadError> {
         let what = || format!("model `{}` with a revision `{}` at {}", self.id, self.revision, self.endpoint);
         let url = format!("{}/api/{}", self.endpoint.as_str(), self.id.repo(&self.revision).api_url());
         // Sizes and digests are asked for, too.
@@ -179,26 +179,28 @@ impl Client {
     }
 
     /// A file from a place in it on.
-    pub(super) fn file(&self, commit: &str, name: &str, start: u64) -> Result<Answer, Refusal> {
+    pub(super) fn file(&self, commit: &str, name: &str, start: u64) -> Result<FileResponse, FetchError> {
         let path = format!("{}/resolve/{commit}/{}", self.id, escaped(name));
         let url = format!("{}/{path}", self.endpoint);
         let response =
-            self.send(&format!("{}/{path}", self.endpoint.as_str()), Some(start)).map_err(Refusal::ForNow)?;
+            self.send(&format!("{}/{path}", self.endpoint.as_str()), Some(start)).map_err(FetchError::Transient)?;
         let status = response.status().as_u16();
         let range = response.headers().get("content-range").and_then(|value| value.to_str().ok());
         let start = match status {
             200 => 0,
             206 => match range.and_then(first_of_range) {
                 Some(first) if first == start => start,
-                _ => return Err(Refusal::ForNow("the server sends another part than was asked for".into())),
+                _ => return Err(FetchError::Transient("the server sends another part than was asked for".into())),
             },
-            416 => return Err(Refusal::Range),
-            408 | 429 | 500.. => return Err(Refusal::ForNow(format!("the server answers with status {status}"))),
-            _ => return Err(Refusal::Final(self.refused(status, format!("file `{name}` in `{}`", self.id), url))),
+            416 => return Err(FetchError::Range),
+            408 | 429 | 500.. => return Err(FetchError::Transient(format!("the server answers with status {status}"))),
+            _ => {
+                return Err(FetchError::Permanent(self.refused(status, format!("file `{name}` in `{}`", self.id), url)));
+            }
         };
         // As long as the file is: the limit is ours, not the library's.
         let body = response.into_body().into_with_config().limit(u64::MAX).reader();
-        Ok(Answer { start, body: Box::new(body) })
+        Ok(FileResponse { start, body: Box::new(body) })
     }
 
     /// The answer to a request, whatever its status; of a file, from a place in it on. The error does not show the
@@ -222,7 +224,7 @@ impl Client {
         Err(format!("it leads elsewhere more than {MOST_REDIRECTS} times"))
     }
 
-    fn request(&self, address: &Address, start: Option<u64>, with_token: bool) -> Request {
+    fn request(&self, address: &Address, start: Option<u64>, with_token: bool) -> DownloadRequest {
         let mut request = self.repo.info_request().uri(address.as_str());
         if !with_token && let Some(headers) = request.headers_mut() {
             headers.remove("authorization");
@@ -237,9 +239,9 @@ impl Client {
             // Places in a compressed stream are not places in the file.
             .accept_encoding("identity")
             .timeout_connect(Some(CONNECT))
-            .timeout_recv_response(Some(self.silence))
-            .timeout_recv_body(start.is_none().then(|| self.patience()))
-            .timeout_per_read(Some(self.silence))
+            .timeout_recv_response(Some(self.idle_timeout))
+            .timeout_recv_body(start.is_none().then(|| self.stall_timeout()))
+            .timeout_per_read(Some(self.idle_timeout))
             .build()
     }
 

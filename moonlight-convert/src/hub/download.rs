@@ -13,18 +13,18 @@ use tempfile::Builder;
 
 use super::client::{Client, Settings};
 use super::error::DownloadError;
-use super::list::{Listing, RemoteFile, Wanted};
-use super::progress::Progress;
-use super::transfer::{Transfer, partial};
+use super::event::DownloadEvent;
+use super::file_download::{FileDownload, partial};
+use super::listing::{FileSelection, Listing, RemoteFile};
 use super::{MAIN, RepoId, is_commit, is_revision, snapshot};
 
 /// Files that are fetched at a time: one connection rarely fills a line.
-const AT_A_TIME: usize = 4;
+const CONCURRENT_FILES: usize = 4;
 
 /// What is to be fetched.
 #[derive(Debug, Clone, Default)]
-pub struct Request {
-    /// `organisation/model`.
+pub struct DownloadRequest {
+    /// `organization/model`.
     pub repo: String,
     /// A branch, tag or commit; `main` where it is not given.
     pub revision: Option<String>,
@@ -56,7 +56,10 @@ pub struct Downloaded {
 /// # Errors
 ///
 /// [`DownloadError`]. What was fetched stays in the cache, and the next call goes on from it.
-pub fn download(request: &Request, watch: &(dyn Fn(Progress<'_>) + Sync)) -> Result<Downloaded, DownloadError> {
+pub fn download(
+    request: &DownloadRequest,
+    watch: &(dyn Fn(DownloadEvent<'_>) + Sync),
+) -> Result<Downloaded, DownloadError> {
     let repo = &request.repo;
     let id = RepoId::parse(repo).ok_or_else(|| DownloadError::Name { repo: repo.clone() })?;
     let revision = request.revision.as_deref().unwrap_or(MAIN);
@@ -72,15 +75,15 @@ pub fn download(request: &Request, watch: &(dyn Fn(Progress<'_>) + Sync)) -> Res
     let client = Client::new(&settings, &id, revision)?;
     let Listing { commit, files } = client.list(&wanted)?;
     if files.is_empty() {
-        return Err(DownloadError::Nothing { repo: repo.clone() });
+        return Err(DownloadError::NoMatch { repo: repo.clone() });
     }
-    let place = Place::new(cache, &id, &commit);
+    let place = RepoFolders::new(cache, &id, &commit);
     place.check_room(&files)?;
     for folder in [&place.snapshot, &place.folder.join("refs")] {
         remove_stale(folder);
     }
     let bytes = files.iter().map(|file| file.size).sum();
-    watch(Progress::Begun { files: files.len(), bytes });
+    watch(DownloadEvent::Started { files: files.len(), bytes });
     let fetched = fetch_all(&client, &place, &commit, &files, watch)?;
     if !is_commit(revision) {
         let reference = place.folder.join("refs").join(revision);
@@ -89,13 +92,13 @@ pub fn download(request: &Request, watch: &(dyn Fn(Progress<'_>) + Sync)) -> Res
     Ok(Downloaded { dir: place.snapshot, files: files.len(), fetched, bytes })
 }
 
-fn wanted(include: &[String]) -> Result<Wanted, DownloadError> {
+fn wanted(include: &[String]) -> Result<FileSelection, DownloadError> {
     let pattern = |text: &String| {
         Pattern::new(text)
             .map_err(|error| DownloadError::Pattern { pattern: text.clone(), problem: error.msg.to_owned() })
     };
     let patterns = include.iter().map(pattern).collect::<Result<Vec<_>, _>>()?;
-    Ok(if patterns.is_empty() { Wanted::Checkpoint } else { Wanted::Matching(patterns) })
+    Ok(if patterns.is_empty() { FileSelection::Checkpoint } else { FileSelection::Matching(patterns) })
 }
 
 fn offline(cache: &Cache, id: &RepoId, revision: &str) -> Result<Downloaded, DownloadError> {
@@ -111,19 +114,19 @@ fn offline(cache: &Cache, id: &RepoId, revision: &str) -> Result<Downloaded, Dow
 /// All files, a few at a time; the first failure ends the others. Gives how many were fetched.
 fn fetch_all(
     client: &Client,
-    place: &Place,
+    place: &RepoFolders,
     commit: &str,
     files: &[RemoteFile],
-    watch: &(dyn Fn(Progress<'_>) + Sync),
+    watch: &(dyn Fn(DownloadEvent<'_>) + Sync),
 ) -> Result<usize, DownloadError> {
     let (next, fetched, stop) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicBool::new(false));
     let failure = Mutex::new(None);
     let one = |file: &RemoteFile| {
         let blob = place.folder.join("blobs").join(file.digest.text());
         let lock = place.locks.join(format!("{}.lock", file.digest.text()));
-        let new = Transfer { client, file, commit, blob, lock, watch, stop: &stop }.run()?;
+        let new = FileDownload { client, file, commit, blob, lock, watch, stop: &stop }.run()?;
         place.link(file)?;
-        watch(Progress::Done { file: &file.name, bytes: file.size, fetched: new });
+        watch(DownloadEvent::Finished { file: &file.name, bytes: file.size, fetched: new });
         Ok(new)
     };
     let work = || {
@@ -146,24 +149,24 @@ fn fetch_all(
         }
     };
     std::thread::scope(|scope| {
-        for _ in 0..AT_A_TIME.min(files.len()) {
+        for _ in 0..CONCURRENT_FILES.min(files.len()) {
             scope.spawn(work);
         }
     });
-    match failure.into_inner().unwrap_or(Some(DownloadError::GivenUp)) {
+    match failure.into_inner().unwrap_or(Some(DownloadError::Aborted)) {
         Some(error) => Err(error),
         None => Ok(fetched.into_inner()),
     }
 }
 
 /// The folders of a repository in the cache.
-struct Place {
+struct RepoFolders {
     folder: PathBuf,
     snapshot: PathBuf,
     locks: PathBuf,
 }
 
-impl Place {
+impl RepoFolders {
     fn new(cache: &Cache, id: &RepoId, commit: &str) -> Self {
         Self {
             folder: cache.path().join(id.folder_name()),
@@ -197,26 +200,26 @@ impl Place {
         if fs::read_link(&link).is_ok_and(|old| old == target) {
             return Ok(());
         }
-        replace(&link, |partial| point(partial, &target, &self.folder.join("blobs").join(file.digest.text())))
+        replace(&link, |partial| link_to_blob(partial, &target, &self.folder.join("blobs").join(file.digest.text())))
     }
 }
 
 #[cfg(unix)]
-fn point(link: &Path, target: &Path, _blob: &Path) -> io::Result<()> {
+fn link_to_blob(link: &Path, target: &Path, _blob: &Path) -> io::Result<()> {
     std::os::unix::fs::symlink(target, link)
 }
 
 /// Without a privilege, Windows has no symbolic links; a second name does as well.
 #[cfg(not(unix))]
-fn point(link: &Path, _target: &Path, blob: &Path) -> io::Result<()> {
+fn link_to_blob(link: &Path, _target: &Path, blob: &Path) -> io::Result<()> {
     fs::hard_link(blob, link)
         .or_else(|_| io::copy(&mut fs::File::open(blob)?, &mut fs::File::create_new(link)?).map(drop))
 }
 
 /// How names begin and end that a file or link has before it gets its own.
-const NEW: (&str, &str) = (".moonlight-", ".partial");
+const TEMPORARY_NAME: (&str, &str) = (".moonlight-", ".partial");
 /// Nobody needs a tenth of a second for what is made under such a name.
-const STALE: Duration = Duration::from_secs(3600);
+const STALE_AFTER: Duration = Duration::from_secs(3600);
 
 /// Makes something beside a path, under a name that no other process on any host has, and then gives it the path's name,
 /// so that there is never half of it.
@@ -231,7 +234,7 @@ fn replace(path: &Path, mut make: impl FnMut(&Path) -> io::Result<()>) -> Result
         })
     };
     let made = fs::create_dir_all(folder)
-        .and_then(|()| Builder::new().prefix(NEW.0).suffix(NEW.1).make_in(folder, make))
+        .and_then(|()| Builder::new().prefix(TEMPORARY_NAME.0).suffix(TEMPORARY_NAME.1).make_in(folder, make))
         .and_then(|new| new.into_temp_path().persist(path).map_err(|error| error.error));
     made.map_err(DownloadError::write(path))
 }
@@ -242,10 +245,11 @@ fn remove_stale(folder: &Path) {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     for entry in entries {
         let name = entry.file_name();
-        let ours = name.to_str().is_some_and(|name| name.starts_with(NEW.0) && name.ends_with(NEW.1));
+        let ours =
+            name.to_str().is_some_and(|name| name.starts_with(TEMPORARY_NAME.0) && name.ends_with(TEMPORARY_NAME.1));
         // Of the link, where it is one.
         let age = entry.metadata().and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
-        if ours && age.is_some_and(|age| age > STALE) {
+        if ours && age.is_some_and(|age| age > STALE_AFTER) {
             // It is only in the way.
             let _ = fs::remove_file(entry.path());
         }
@@ -277,7 +281,7 @@ mod tests {
             replace(&path, |partial| fs::write(partial, commit)).unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), commit);
         }
-        replace(&path, |link| point(link, Path::new("nowhere"), Path::new("nowhere"))).unwrap();
+        replace(&path, |link| link_to_blob(link, Path::new("nowhere"), Path::new("nowhere"))).unwrap();
         assert_eq!(fs::read_link(&path).unwrap(), Path::new("nowhere"));
         let failed = replace(&path, |partial| fs::write(partial, "half").and(Err(io::ErrorKind::StorageFull.into())));
         assert!(failed.is_err());
@@ -291,7 +295,7 @@ mod tests {
             let file = fs::File::create(home.path().join(name)).unwrap();
             file.set_modified(std::time::SystemTime::now() - age).unwrap();
         };
-        let (old, new) = (STALE * 2, STALE / 2);
+        let (old, new) = (STALE_AFTER * 2, STALE_AFTER / 2);
         file(".moonlight-abc.partial", old);
         file(".moonlight-def.partial", new);
         file("model.safetensors.partial", old);

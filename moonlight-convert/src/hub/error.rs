@@ -3,8 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::error::{Bytes, CheckpointError, OneLine};
+use crate::error::{Bytes, CheckpointError};
 use crate::io::file_error::is_full;
+use crate::printable::Printable;
 
 /// A download that did not end with every file in the cache. What was fetched stays there, and the same command goes on
 /// from it.
@@ -12,19 +13,19 @@ use crate::io::file_error::is_full;
 #[non_exhaustive]
 pub enum DownloadError {
     /// Not the name of a repository.
-    #[error("`{}` is not the name of a model on the Hub", OneLine(repo))]
+    #[error("`{}` is not the name of a model on the Hub", Printable(repo))]
     Name {
         /// As given.
         repo: String,
     },
     /// Not a branch, tag or commit.
-    #[error("`{}` is not a branch, tag or commit", OneLine(revision))]
+    #[error("`{}` is not a branch, tag or commit", Printable(revision))]
     Revision {
         /// As given.
         revision: String,
     },
     /// Not a glob.
-    #[error("`{}` is not a pattern of file names: {problem}", OneLine(pattern))]
+    #[error("`{}` is not a pattern of file names: {problem}", Printable(pattern))]
     Pattern {
         /// As given.
         pattern: String,
@@ -32,7 +33,7 @@ pub enum DownloadError {
         problem: String,
     },
     /// `HF_HUB_OFFLINE` is set, and the cache has no snapshot.
-    #[error("`{repo}` at `{revision}` is not in the cache `{}`, and `HF_HUB_OFFLINE` forbids to fetch it", OneLine(cache.display()))]
+    #[error("`{repo}` at `{revision}` is not in the cache `{}`, and `HF_HUB_OFFLINE` forbids to fetch it", Printable(cache.display()))]
     Offline {
         /// The repository.
         repo: String,
@@ -54,13 +55,13 @@ pub enum DownloadError {
         page: String,
     },
     /// There is no such repository, revision or file.
-    #[error("there is no {} (status 404)", OneLine(what))]
+    #[error("there is no {} (status 404)", Printable(what))]
     NotFound {
         /// What was asked for.
         what: String,
     },
     /// The token in the environment is none.
-    #[error("the token in {} {problem}", OneLine(place))]
+    #[error("the token in {} {problem}", Printable(place))]
     Token {
         /// The variable or file that it comes from.
         place: String,
@@ -74,7 +75,7 @@ pub enum DownloadError {
         problem: String,
     },
     /// The server cannot be reached.
-    #[error("`{}` cannot be reached: {}", OneLine(endpoint), OneLine(problem))]
+    #[error("`{}` cannot be reached: {}", Printable(endpoint), Printable(problem))]
     Network {
         /// The server.
         endpoint: String,
@@ -82,7 +83,7 @@ pub enum DownloadError {
         problem: String,
     },
     /// The server answered with an error.
-    #[error("`{}` answers with status {status}", OneLine(url))]
+    #[error("`{}` answers with status {status}", Printable(url))]
     Status {
         /// What was asked for.
         url: String,
@@ -90,7 +91,11 @@ pub enum DownloadError {
         status: u16,
     },
     /// The server's list of files is not what it must be.
-    #[error("the list of files that `{}` gives for `{repo}` cannot be used: {}", OneLine(endpoint), OneLine(problem))]
+    #[error(
+        "the list of files that `{}` gives for `{repo}` cannot be used: {}",
+        Printable(endpoint),
+        Printable(problem)
+    )]
     List {
         /// The server.
         endpoint: String,
@@ -101,12 +106,12 @@ pub enum DownloadError {
     },
     /// No file is asked for.
     #[error("`{repo}` has no file that matches")]
-    Nothing {
+    NoMatch {
         /// The repository.
         repo: String,
     },
     /// The disk has no room for what is missing.
-    #[error("{} are to be fetched, and the disk of `{}` has {} free", Bytes(*needed), OneLine(cache.display()), Bytes(*free))]
+    #[error("{} are to be fetched, and the disk of `{}` has {} free", Bytes(*needed), Printable(cache.display()), Bytes(*free))]
     Full {
         /// The cache.
         cache: PathBuf,
@@ -116,8 +121,8 @@ pub enum DownloadError {
         free: u64,
     },
     /// The connection broke again and again.
-    #[error("`{file}` stops at {got} of {size} bytes after {tries} tries: {}", OneLine(problem))]
-    Cut {
+    #[error("`{file}` stops at {got} of {size} bytes after {tries} tries: {}", Printable(problem))]
+    Incomplete {
         /// The file.
         file: String,
         /// Bytes that are there.
@@ -140,7 +145,7 @@ pub enum DownloadError {
         found: String,
     },
     /// A file of the cache cannot be read or written.
-    #[error("the cache's `{}` cannot be {}: {source}", OneLine(path.display()), if *write { "written" } else { "read" })]
+    #[error("the cache's `{}` cannot be {}: {source}", Printable(path.display()), if *write { "written" } else { "read" })]
     Cache {
         /// The file.
         path: PathBuf,
@@ -154,7 +159,7 @@ pub enum DownloadError {
     Checkpoint(#[from] CheckpointError),
     /// Another file failed first.
     #[error("the download was given up")]
-    GivenUp,
+    Aborted,
 }
 
 impl DownloadError {
@@ -172,7 +177,7 @@ impl DownloadError {
     pub fn hint(&self) -> Option<String> {
         let again = "run the same command again: it goes on from what is there";
         match self {
-            Self::Name { .. } => Some("a name is `organisation/model`, e.g. `moonshotai/Moonlight-16B-A3B`".into()),
+            Self::Name { .. } => Some("a name is `organization/model`, e.g. `moonshotai/Moonlight-16B-A3B`".into()),
             Self::Refused { token: false, page, .. } => Some(format!(
                 "it does not exist, or is private or gated: ask for access at {page} and set `HF_TOKEN` to a token of yours"
             )),
@@ -190,8 +195,8 @@ impl DownloadError {
                 Some("look at the network, at `HTTPS_PROXY`, and at `HF_ENDPOINT` if a mirror is meant".into())
             }
             Self::Status { status: 429, .. } => Some("the Hub asks to wait; a token in `HF_TOKEN` may do more".into()),
-            Self::Status { status: 500.., .. } | Self::Cut { .. } => Some(again.into()),
-            Self::Nothing { .. } => Some("the pattern `*` takes every file".into()),
+            Self::Status { status: 500.., .. } | Self::Incomplete { .. } => Some(again.into()),
+            Self::NoMatch { .. } => Some("the pattern `*` takes every file".into()),
             Self::Full { .. } => Some("free some space, or put the cache elsewhere by `HF_HOME`".into()),
             Self::Digest { .. } => Some(
                 "the damaged file is removed; if it comes damaged again, something between the Hub and here changes it"

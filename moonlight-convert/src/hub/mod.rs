@@ -18,11 +18,11 @@ mod download;
 #[cfg(feature = "download")]
 mod error;
 #[cfg(feature = "download")]
-mod list;
+mod event;
 #[cfg(feature = "download")]
-mod progress;
+mod file_download;
 #[cfg(feature = "download")]
-mod transfer;
+mod listing;
 #[cfg(feature = "download")]
 mod url;
 
@@ -36,11 +36,11 @@ use crate::error::CheckpointError;
 use crate::io::confined_dir::ConfinedDir;
 
 #[cfg(feature = "download")]
-pub use download::{Downloaded, Request, download};
+pub use download::{DownloadRequest, Downloaded, download};
 #[cfg(feature = "download")]
 pub use error::DownloadError;
 #[cfg(feature = "download")]
-pub use progress::Progress;
+pub use event::DownloadEvent;
 
 /// The branch that is meant where none is named.
 pub(crate) const MAIN: &str = "main";
@@ -52,11 +52,11 @@ const LONGEST_REFERENCE: u64 = 1_000;
 /// Reads the Hub's list of files: how many of them a checkpoint is made of.
 #[cfg(feature = "download")]
 pub(crate) fn parse_list(answer: &[u8]) -> Result<usize, String> {
-    list::Listing::parse(answer, &list::Wanted::Checkpoint).map(|listing| listing.files.len())
+    listing::Listing::parse(answer, &listing::FileSelection::Checkpoint).map(|listing| listing.files.len())
 }
 
 /// The directory of a model that a user names: a directory that exists, or else `org/name` (or `org/name@revision`),
-/// whose snapshot is looked up in the Hub's cache. Nothing is fetched.
+/// whose snapshot is looked up in the Hub's cache. NoMatch is fetched.
 ///
 /// A directory always wins. A name that cannot be a repository's is returned as it is, so that opening it says what is
 /// wrong with it.
@@ -74,7 +74,7 @@ fn resolve_in(path: &Path, cache: &Path) -> Result<PathBuf, CheckpointError> {
     let Some(id) = RepoId::parse(repo).filter(|_| is_revision(revision)) else { return Ok(path.to_owned()) };
     match snapshot(&Cache::new(cache.to_owned()), &id, revision)? {
         Some(snapshot) => Ok(snapshot),
-        // One word is far more often a directory that is misspelt than one of the few models without an organisation.
+        // One word is far more often a directory that is misspelled than one of the few models without an organization.
         None if !repo.contains('/') => Ok(path.to_owned()),
         None => Err(CheckpointError::NotCached { model: model.to_owned(), cache: cache.to_owned() }),
     }

@@ -9,7 +9,7 @@
 //!    are removed. At every moment `DIR` is whole: the old or the new.
 //! 4. Where the file system cannot exchange names, three renamings do it: the sibling to `.DIR.moonlight-new`, which marks
 //!    it as whole; `DIR` to `.DIR.moonlight-old`; `.DIR.moonlight-new` to `DIR`. Between the last two there is no `DIR`, and
-//!    both siblings are whole: opening `DIR` reads the new one where it stands ([`standing`]), and the next save of `DIR`
+//!    both siblings are whole: opening `DIR` reads the new one where it stands ([`complete_path`]), and the next save of `DIR`
 //!    finishes the job ([`recover`]). Whoever only reads renames nothing.
 //!
 //! The siblings' names are this program's own, so that no folder of the user's is taken for one. A writer holds a lock on
@@ -30,7 +30,7 @@ const NEW: &str = "moonlight-new";
 const OLD: &str = "moonlight-old";
 const REMOVED: &str = "moonlight-removed";
 /// The same as earlier versions wrote them; only a folder that is known to be ours alone is cleaned of them.
-const EARLIER: [(&str, &str); 4] = [("saving", SAVING), ("new", NEW), ("old", OLD), ("removed", REMOVED)];
+const EARLIER_NAMES: [(&str, &str); 4] = [("saving", SAVING), ("new", NEW), ("old", OLD), ("removed", REMOVED)];
 
 /// Fills a new directory by `fill` and puts it in the place of `dir`, whatever stood there, in one step.
 ///
@@ -95,7 +95,7 @@ pub fn clean_leftovers(parent: &Path, owned: impl Fn(&str) -> bool) -> Result<Ve
 /// The directory that a sibling belongs to, and its state.
 fn leftover(name: &str) -> Option<(&str, &'static str)> {
     let (target, state) = name.strip_prefix('.')?.rsplit_once('.')?;
-    let known = EARLIER.iter().find(|(earlier, now)| state == *earlier || state == *now)?;
+    let known = EARLIER_NAMES.iter().find(|(earlier, now)| state == *earlier || state == *now)?;
     Some((target, known.1))
 }
 
@@ -207,15 +207,15 @@ fn recover(target: &Path) -> io::Result<()> {
     if target.exists() || target.file_name().is_none() {
         return Ok(());
     }
-    match whole_sibling(target) {
+    match complete_sibling(target) {
         Some(whole) => storage::rename(&whole, target),
         None => Ok(()),
     }
 }
 
 /// Where the files of `target` stand: there, or in the sibling that is whole after a crash between two renamings.
-pub(crate) fn standing(target: &Path) -> PathBuf {
-    match whole_sibling(target) {
+pub(crate) fn complete_path(target: &Path) -> PathBuf {
+    match complete_sibling(target) {
         Some(whole) if !target.exists() && target.file_name().is_some() => whole,
         _ => target.to_owned(),
     }
@@ -223,7 +223,7 @@ pub(crate) fn standing(target: &Path) -> PathBuf {
 
 /// The sibling that is whole if there is no `target`: the new one is only there when it is, and without it the old one is
 /// what a failed replacement put aside.
-fn whole_sibling(target: &Path) -> Option<PathBuf> {
+fn complete_sibling(target: &Path) -> Option<PathBuf> {
     [sibling(target, NEW), sibling(target, OLD)].into_iter().find(|whole| whole.is_dir())
 }
 
@@ -339,8 +339,8 @@ mod tests {
             let dir = home.path().join("checkpoint");
             let before: Vec<_> = names(home.path());
             match whole {
-                "" => assert!(!standing(&dir).exists(), "{when}"),
-                whole => assert_eq!(text(&standing(&dir)), whole, "{when}"),
+                "" => assert!(!complete_path(&dir).exists(), "{when}"),
+                whole => assert_eq!(text(&complete_path(&dir)), whole, "{when}"),
             }
             assert_eq!(names(home.path()), before, "{when}: a reader changes nothing");
             recover(&dir).unwrap();
@@ -382,7 +382,7 @@ mod tests {
         for state in ["saving", "new", "old", "removed"] {
             write(&home.path().join(format!(".checkpoint.{state}")), "mine");
         }
-        assert_eq!(standing(&dir), dir);
+        assert_eq!(complete_path(&dir), dir);
         replace(&dir, "new").unwrap();
         assert_eq!(text(&dir), "new");
         assert_eq!(names(home.path()).len(), 5);

@@ -4,11 +4,11 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use crate::error::OneLine;
+use crate::printable::Printable;
 
 /// A file or directory that could not be read or written, with its path: [`io::Error`] alone does not name it.
 #[derive(Debug, thiserror::Error)]
-#[error("`{}` cannot be {access}: {source}", OneLine(path.display()))]
+#[error("`{}` cannot be {access}: {source}", Printable(path.display()))]
 #[non_exhaustive]
 pub struct FileError {
     /// The file or directory.

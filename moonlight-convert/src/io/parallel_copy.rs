@@ -27,7 +27,7 @@ const LARGEST_CHUNK: usize = 16 << 20;
 /// A chunk is about so large: it is written while a core's cache still holds it.
 const USUAL_CHUNK: usize = 1 << 20;
 /// How many chunks ahead the system is asked to read.
-const AHEAD: usize = 16;
+const PREFETCH_CHUNKS: usize = 16;
 
 /// A tensor, and where it goes.
 pub(crate) struct CopyTask<'a> {
@@ -110,18 +110,18 @@ pub(crate) struct Buffers {
 }
 
 /// The sources of chunks: asks for what comes next, and forgets a source behind its last chunk.
-pub(crate) struct Prefetcher<'a> {
+pub(crate) struct ChunkReader<'a> {
     checkpoint: &'a Checkpoint,
     /// Each with the layout that its rows are wanted in.
     sources: Vec<(&'a SourceTensor, Layout)>,
     remaining: Vec<AtomicUsize>,
     /// Those that are in memory as a whole.
-    whole: Vec<Mutex<Option<Arc<WholeTensor>>>>,
+    whole: Vec<Mutex<Option<Arc<BufferedTensor>>>>,
     /// Memory of those that no longer are.
     spare: Mutex<Vec<Vec<u8>>>,
 }
 
-impl<'a> Prefetcher<'a> {
+impl<'a> ChunkReader<'a> {
     pub(crate) fn new(
         checkpoint: &'a Checkpoint,
         sources: Vec<(&'a SourceTensor, Layout)>,
@@ -136,7 +136,7 @@ impl<'a> Prefetcher<'a> {
     }
 
     pub(crate) fn begin(&self, chunks: &[RowChunk], at: usize) {
-        let ahead = at + AHEAD * threads();
+        let ahead = at + PREFETCH_CHUNKS * threads();
         let first = if at == 0 { 0 } else { ahead };
         for chunk in chunks.iter().take(ahead + 1).skip(first).filter(|chunk| chunk.rows.start == 0) {
             self.sources[chunk.source].0.parts().for_each(|part| self.checkpoint.prefetch(part));
@@ -173,9 +173,9 @@ impl<'a> Prefetcher<'a> {
         Ok((bytemuck::cast_slice(target), Some(outcome)))
     }
 
-    fn whole(&self, source: usize) -> Arc<WholeTensor> {
+    fn whole(&self, source: usize) -> Arc<BufferedTensor> {
         let mut slot = self.whole[source].lock().unwrap_or_else(PoisonError::into_inner);
-        slot.get_or_insert_with(|| Arc::new(WholeTensor::new(self.sources[source].0))).clone()
+        slot.get_or_insert_with(|| Arc::new(BufferedTensor::new(self.sources[source].0))).clone()
     }
 
     pub(crate) fn end(&self, chunk: &RowChunk) {
@@ -198,23 +198,23 @@ const PIECE: usize = 1 << 20;
 const MOST_SPARE: usize = ALL_CHUNKS / PIECE;
 
 /// A tensor as it is stored, read into memory piece by piece.
-struct WholeTensor {
+struct BufferedTensor {
     /// A piece has 2 to this power of rows.
     shift: u32,
-    pieces: Vec<OnceLock<Result<Vec<u8>, Unread>>>,
+    pieces: Vec<OnceLock<Result<Vec<u8>, ReadFailure>>>,
     /// The next piece that nobody reads yet.
     next: AtomicUsize,
-    scales: OnceLock<Result<Scales, Unread>>,
+    scales: OnceLock<Result<Scales, ReadFailure>>,
 }
 
 /// Why something could not be read, for each of those who wait for it.
-struct Unread {
+struct ReadFailure {
     path: std::path::PathBuf,
     kind: io::ErrorKind,
     problem: String,
 }
 
-impl Unread {
+impl ReadFailure {
     fn of(error: CheckpointError) -> Self {
         match error {
             CheckpointError::File(FileError { path, source, .. }) => {
@@ -229,7 +229,7 @@ impl Unread {
     }
 }
 
-impl WholeTensor {
+impl BufferedTensor {
     fn new(source: &SourceTensor) -> Self {
         let (rows, _) = source.dims(source.stored());
         let row = (source.part.range.len() / rows.max(1)).max(1);
@@ -259,21 +259,21 @@ impl WholeTensor {
                     // Pages that the system has cleared are not cleared once more.
                     None => vec![0; length],
                 };
-                checkpoint.read_part(&part, &mut bytes).map(|()| bytes).map_err(Unread::of)
+                checkpoint.read_part(&part, &mut bytes).map(|()| bytes).map_err(ReadFailure::of)
             })
         };
         while let Some(number) = Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|&at| at < self.pieces.len()) {
             piece(number);
         }
-        let scales = self.scales.get_or_init(|| checkpoint.scales(source, &(0..rows)).map_err(Unread::of));
-        let pieces: Result<Vec<&[u8]>, &Unread> =
+        let scales = self.scales.get_or_init(|| checkpoint.scales(source, &(0..rows)).map_err(ReadFailure::of));
+        let pieces: Result<Vec<&[u8]>, &ReadFailure> =
             (0..self.pieces.len()).map(|number| piece(number).as_ref().map(Vec::as_slice)).collect();
-        Ok((pieces.map_err(Unread::error)?, scales.as_ref().map_err(Unread::error)?))
+        Ok((pieces.map_err(ReadFailure::error)?, scales.as_ref().map_err(ReadFailure::error)?))
     }
 }
 
 /// Writes every task's values. `progress` counts the bytes of the target.
-pub(crate) fn transfer(
+pub(crate) fn copy_tensors(
     checkpoint: &Checkpoint,
     tasks: &[CopyTask<'_>],
     output: &Output,
@@ -285,7 +285,7 @@ pub(crate) fn transfer(
         (rows, columns * task.dtype.size())
     }));
     let sources = tasks.iter().map(|task| (task.source, task.layout)).collect();
-    let reading = Prefetcher::new(checkpoint, sources, &chunks);
+    let reading = ChunkReader::new(checkpoint, sources, &chunks);
     in_order(&chunks, |at, chunk, buffers: &mut Buffers| {
         reading.begin(&chunks, at);
         let CopyTask { source, tensor, at, layout, dtype } = &tasks[chunk.source];
@@ -301,8 +301,8 @@ pub(crate) fn transfer(
             outcome
         });
         reading.end(chunk);
-        if outcome == Outcome::NotFinite {
-            return Err(checkpoint.blame(source, *dtype));
+        if outcome == Outcome::NonFinite {
+            return Err(checkpoint.value_error(source, *dtype));
         }
         match progress.advance((count * dtype.size()) as u64) {
             ControlFlow::Continue(()) => Ok(()),

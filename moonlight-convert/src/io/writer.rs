@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::dtype::conversion::WeightDtype;
 use crate::error::CheckpointError;
-use crate::format::burnpack::{self, BURNPACK, Entry};
+use crate::format::burnpack::{self, BURNPACK, PlannedTensor};
 use crate::format::index::{INDEX, Index, SINGLE};
 use crate::io::file_error::is_full;
 use crate::io::storage::{self, Call};
@@ -98,19 +98,19 @@ impl Output {
     /// One burnpack file.
     pub(crate) fn burnpack(dir: &Path, shown: &Path, tensors: &[OutTensor]) -> Result<Self, CheckpointError> {
         let mut output = Self::empty(dir, shown, tensors);
-        let entry = |tensor: &OutTensor| Entry {
+        let entry = |tensor: &OutTensor| PlannedTensor {
             name: tensor.name.clone(),
             dtype: DType::from(tensor.dtype),
             shape: tensor.shape.clone(),
             bytes: tensor.bytes(),
         };
-        let entries: Vec<Entry> = tensors.iter().map(entry).collect();
-        let arrangement = burnpack::arrange(&entries).map_err(|problem| invalid(shown, BURNPACK, problem))?;
-        for ((place, start), tensor) in output.places.iter_mut().zip(&arrangement.starts).zip(tensors) {
+        let entries: Vec<PlannedTensor> = tensors.iter().map(entry).collect();
+        let layout = burnpack::lay_out_tensors(&entries).map_err(|problem| invalid(shown, BURNPACK, problem))?;
+        for ((place, start), tensor) in output.places.iter_mut().zip(&layout.starts).zip(tensors) {
             *place = (0, *start, start + tensor.bytes());
         }
         let total = output.total;
-        output.add(BURNPACK.to_owned(), arrangement.header, arrangement.length, total);
+        output.add(BURNPACK.to_owned(), layout.header, layout.length, total);
         Ok(output)
     }
 

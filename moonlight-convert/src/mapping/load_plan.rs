@@ -54,7 +54,7 @@ impl PlannedParameter {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Scope<'a> {
     /// All of them.
-    Whole,
+    All,
     /// Those that the files hold whole: files and tensors may be missing, but nothing may be wrong.
     Present,
     /// Those at or below a path of the module. Files that none of them lies in may be missing or broken.
@@ -64,7 +64,7 @@ pub(crate) enum Scope<'a> {
 impl Checkpoint {
     /// Everything that keeps this checkpoint from being loaded; empty where nothing does.
     pub fn problems(&self) -> Vec<Problem> {
-        match self.plan(Scope::Whole) {
+        match self.plan(Scope::All) {
             Ok(_) => Vec::new(),
             Err(problems) => problems.list,
         }
@@ -73,7 +73,7 @@ impl Checkpoint {
     /// The names of tensors that loading passes over, by reason; where files or tensors are absent, those of what is there.
     /// Empty where the checkpoint has other [`problems`](Checkpoint::problems).
     pub fn skipped(&self) -> BTreeMap<SkipReason, Vec<String>> {
-        let plan = self.plan(Scope::Whole).or_else(|_| self.plan(Scope::Present));
+        let plan = self.plan(Scope::All).or_else(|_| self.plan(Scope::Present));
         plan.map(|plan| plan.skipped).unwrap_or_default()
     }
 
@@ -93,66 +93,66 @@ impl Checkpoint {
         Some(format!("the index lists `{first}`{more}, which its file does not hold and the model does not need"))
     }
 
-    /// How many matrices are kept in each quantised form, in words.
-    pub(crate) fn quantised_forms(&self) -> BTreeMap<String, usize> {
+    /// How many matrices are kept in each quantized form, in words.
+    pub(crate) fn quantized_forms(&self) -> BTreeMap<String, usize> {
         let mut forms = BTreeMap::new();
         let Ok(plan) = self.plan(Scope::Present) else { return forms };
         for source in plan.parameters.iter().flat_map(|planned| &planned.sources) {
-            if let Some(form) = source.quantised_form() {
+            if let Some(form) = source.quantized_form() {
                 *forms.entry(form).or_default() += 1;
             }
         }
         forms
     }
 
-    /// The `quant_method` of the configuration, where the weights are quantised.
-    pub(crate) fn quantisation(&self) -> Option<String> {
+    /// The `quant_method` of the configuration, where the weights are quantized.
+    pub(crate) fn quantization(&self) -> Option<String> {
         QuantScheme::of(self.config()).method
     }
 
     pub(crate) fn checked_plan(&self, scope: Scope<'_>) -> Result<LoadPlan, CheckpointError> {
-        self.plan(scope).map_err(|problems| CheckpointError::Misfit { dir: self.dir().to_path_buf(), problems })
+        self.plan(scope).map_err(|problems| CheckpointError::Mismatch { dir: self.dir().to_path_buf(), problems })
     }
 
     pub(crate) fn plan(&self, scope: Scope<'_>) -> Result<LoadPlan, ProblemList> {
         let scheme = QuantScheme::of(self.config());
-        let quantised = scheme.method.clone();
-        let not_followed = scheme.not_followed.clone().into_iter().map(|problem| Problem::Quantization { problem });
+        let quantized = scheme.method.clone();
+        let unsupported = scheme.unsupported.clone().into_iter().map(|problem| Problem::QuantizationConfig { problem });
         if let Some(problem) =
             implausible(self.config(), self.tensor_list().len(), self.unread.as_ref().map(|set| set.len()))
         {
             let mut list = self.broken.clone();
             list.push(Problem::Implausible { problem });
-            return Err(ProblemList { list, quantised });
+            return Err(ProblemList { list, quantized });
         }
         let wanted: Vec<ParameterShape> = self
             .config()
             .parameter_shapes()
             .into_iter()
             .filter(|parameter| match scope {
-                Scope::Whole | Scope::Present => true,
+                Scope::All | Scope::Present => true,
                 Scope::Below(prefix) => {
                     let rest = parameter.path.strip_prefix(prefix);
                     prefix.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
                 }
             })
             .collect();
-        let mut matching = TensorMatcher::new(self, scheme);
+        let mut matcher = TensorMatcher::new(self, scheme);
         let mut parameters: Vec<PlannedParameter> =
-            wanted.into_iter().map(|parameter| matching.plan(parameter)).collect();
-        let skipped = if matches!(scope, Scope::Below(_)) { BTreeMap::new() } else { matching.rest() };
-        let TensorMatcher { problems: found, unreadable_wanted, .. } = matching;
+            wanted.into_iter().map(|parameter| matcher.plan(parameter)).collect();
+        let skipped = if matches!(scope, Scope::Below(_)) { BTreeMap::new() } else { matcher.rest() };
+        let TensorMatcher { problems: found, wants_unreadable, .. } = matcher;
         let mut list = match scope {
-            Scope::Below(_) if !unreadable_wanted => Vec::new(),
+            Scope::Below(_) if !wants_unreadable => Vec::new(),
             _ => self.broken.clone(),
         };
-        list.extend(not_followed);
+        list.extend(unsupported);
         list.extend(found);
         if matches!(scope, Scope::Present) {
-            list.retain(|problem| !problem.is_absence());
+            list.retain(|problem| !problem.is_missing());
             parameters.retain(|planned| planned.sources.len() == sources_of(&planned.parameter));
         }
-        if list.is_empty() { Ok(LoadPlan { parameters, skipped }) } else { Err(ProblemList { list, quantised }) }
+        if list.is_empty() { Ok(LoadPlan { parameters, skipped }) } else { Err(ProblemList { list, quantized }) }
     }
 }
 
@@ -196,9 +196,9 @@ struct TensorMatcher<'a> {
     by_key: HashMap<&'a str, usize>,
     used: Vec<bool>,
     /// Tensors whose dtype has been complained of: gate_up_proj is asked for twice.
-    of_wrong_dtype: HashSet<&'a str>,
+    reported_dtypes: HashSet<&'a str>,
     /// Whether a tensor that was asked for may well lie in a file that could not be read.
-    unreadable_wanted: bool,
+    wants_unreadable: bool,
 }
 
 impl<'a> TensorMatcher<'a> {
@@ -209,11 +209,11 @@ impl<'a> TensorMatcher<'a> {
         for (index, tensor) in tensors.iter().enumerate() {
             let key = if checkpoint.is_burnpack() { tensor.name.as_str() } else { names::key(&tensor.name) };
             if let Some(other) = by_key.insert(key, index) {
-                problems.push(Problem::Twice { tensor: tensors[other].name.clone(), other: tensor.name.clone() });
+                problems.push(Problem::Duplicate { tensor: tensors[other].name.clone(), other: tensor.name.clone() });
             }
         }
         let used = vec![false; tensors.len()];
-        Self { checkpoint, scheme, problems, by_key, used, of_wrong_dtype: HashSet::new(), unreadable_wanted: false }
+        Self { checkpoint, scheme, problems, by_key, used, reported_dtypes: HashSet::new(), wants_unreadable: false }
     }
 
     fn plan(&mut self, parameter: ParameterShape) -> PlannedParameter {
@@ -223,15 +223,15 @@ impl<'a> TensorMatcher<'a> {
         }
         let transposed = names::transposed(parameter.kind);
         let one_by_one = wanted.iter().any(|tensor| {
-            let packed = names::packed(&tensor.name).values;
+            let packed = names::int4_names(&tensor.name).values;
             self.by_key.contains_key(names::key(&tensor.name)) || self.by_key.contains_key(names::key(&packed))
         });
         let stacked = names::stacked(&parameter)
             .filter(|_| !one_by_one)
             .filter(|stacked| self.knows(names::key(&stacked.tensor.name)));
         let sources = match stacked {
-            Some(stacked) => self.take_stacked(wanted, stacked, transposed),
-            None => wanted.into_iter().filter_map(|tensor| self.take_whole(tensor, transposed)).collect(),
+            Some(stacked) => self.match_stacked(wanted, stacked, transposed),
+            None => wanted.into_iter().filter_map(|tensor| self.match_tensor(tensor, transposed)).collect(),
         };
         PlannedParameter { parameter, sources }
     }
@@ -280,26 +280,26 @@ impl<'a> TensorMatcher<'a> {
         let found = self.stored(stored_index);
         let fits = found.shape == tensor.shape;
         if first_use && !fits {
-            self.misshapen(found, found.shape.clone(), tensor.shape.clone());
+            self.wrong_shape(found, found.shape.clone(), tensor.shape.clone());
         }
         fits.then(|| (stored_index, FileRange { shard: found.shard, range: found.range.clone() }))
     }
 
     fn missing(&mut self, key: &str, name: &str) {
         if self.unreadable(key) {
-            self.unreadable_wanted = true;
+            self.wants_unreadable = true;
         } else {
             self.problems.push(Problem::Missing { tensor: name.to_owned() });
         }
     }
 
-    fn misshapen(&mut self, tensor: &StoredTensor, found: Vec<usize>, expected: Vec<usize>) {
+    fn wrong_shape(&mut self, tensor: &StoredTensor, found: Vec<usize>, expected: Vec<usize>) {
         let (tensor, file) = (tensor.name.clone(), tensor.file.clone());
-        self.problems.push(Problem::Misshapen { tensor, file, found, expected });
+        self.problems.push(Problem::WrongShape { tensor, file, found, expected });
     }
 
     fn wrong_dtype(&mut self, tensor: &'a StoredTensor) {
-        if self.of_wrong_dtype.insert(&tensor.name) {
+        if self.reported_dtypes.insert(&tensor.name) {
             self.problems.push(Problem::WrongDtype {
                 tensor: tensor.name.clone(),
                 file: tensor.file.clone(),
@@ -318,23 +318,23 @@ impl<'a> TensorMatcher<'a> {
         dtype
     }
 
-    fn take_whole(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
-        if self.checkpoint.tied_head() == TiedHead::Alone && names::key(&tensor.name) == names::EMBEDDING {
+    fn match_tensor(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
+        if self.checkpoint.tied_head() == TiedHead::HeadOnly && names::key(&tensor.name) == names::EMBEDDING {
             let head = HfTensor { name: names::HEAD.into(), shape: tensor.shape.clone() };
-            return self.take_named(head, transposed).map(|source| SourceTensor { tensor, ..source });
+            return self.match_by_name(head, transposed).map(|source| SourceTensor { tensor, ..source });
         }
-        self.take_named(tensor, transposed)
+        self.match_by_name(tensor, transposed)
     }
 
-    fn take_named(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
-        let packed = names::packed(&tensor.name);
+    fn match_by_name(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
+        let packed = names::int4_names(&tensor.name);
         let key = names::key(&tensor.name);
         if !self.by_key.contains_key(key) && self.knows(names::key(&packed.values)) {
-            return self.take_packed(tensor, packed, transposed);
+            return self.match_int4(tensor, packed, transposed);
         }
         let (stored_index, part) = self.find(&tensor)?;
         if self.stored(stored_index).dtype == Dtype::F8_E4M3 {
-            return self.take_fp8(tensor, stored_index, part, transposed);
+            return self.match_fp8(tensor, stored_index, part, transposed);
         }
         let dtype = self.plain_dtype(stored_index)?;
         Some(SourceTensor {
@@ -348,7 +348,7 @@ impl<'a> TensorMatcher<'a> {
     }
 
     /// An FP8 matrix and its scales: one, one a row, or one a block.
-    fn take_fp8(
+    fn match_fp8(
         &mut self,
         tensor: HfTensor,
         stored_index: usize,
@@ -359,7 +359,7 @@ impl<'a> TensorMatcher<'a> {
             self.wrong_dtype(self.stored(stored_index));
             return None;
         };
-        if let Some(problem) = self.scheme.unreadable_fp8.clone() {
+        if let Some(problem) = self.scheme.fp8_problem.clone() {
             self.packing(stored_index, problem);
             names::fp8_scales(&tensor.name).iter().for_each(|name| self.mark(name));
             return None;
@@ -376,7 +376,7 @@ impl<'a> TensorMatcher<'a> {
                 return None;
             }
         };
-        let scale = self.take_scale(HfTensor { name, shape })?;
+        let scale = self.match_scale(HfTensor { name, shape })?;
         Some(SourceTensor {
             tensor,
             stored_index,
@@ -387,10 +387,10 @@ impl<'a> TensorMatcher<'a> {
         })
     }
 
-    /// Notes that a tensor is quantised in a way that is not read.
+    /// Notes that a tensor is quantized in a way that is not read.
     fn packing(&mut self, stored_index: usize, problem: String) {
         let StoredTensor { name, file, .. } = self.stored(stored_index);
-        self.problems.push(Problem::Packing { tensor: name.clone(), file: file.clone(), problem });
+        self.problems.push(Problem::QuantizedTensor { tensor: name.clone(), file: file.clone(), problem });
     }
 
     /// Notes that a tensor that may be there belongs to one that cannot be read.
@@ -400,13 +400,13 @@ impl<'a> TensorMatcher<'a> {
         }
     }
 
-    fn take_scale(&mut self, scale: HfTensor) -> Option<(FileRange, WeightDtype)> {
+    fn match_scale(&mut self, scale: HfTensor) -> Option<(FileRange, WeightDtype)> {
         let (stored_index, part) = self.find(&scale)?;
         Some((part, self.plain_dtype(stored_index)?))
     }
 
     /// A matrix of 4-bit values, the scales of its groups, and its shape.
-    fn take_packed(&mut self, tensor: HfTensor, packed: names::PackedNames, transposed: bool) -> Option<SourceTensor> {
+    fn match_int4(&mut self, tensor: HfTensor, packed: names::Int4Names, transposed: bool) -> Option<SourceTensor> {
         let &[rows, columns] = tensor.shape.as_slice() else {
             self.missing(names::key(&tensor.name), &tensor.name);
             return None;
@@ -416,7 +416,7 @@ impl<'a> TensorMatcher<'a> {
             let shape = self.stored(stored_index).shape.as_slice();
             let bytes = shape == [rows, columns.div_ceil(NIBBLES_PER_WORD / 2)] && shape != [rows, words];
             let of_bytes = || bytes.then(|| "has weights of 8 bits".to_owned());
-            if let Some(problem) = self.scheme.unreadable_packing.clone().or_else(of_bytes) {
+            if let Some(problem) = self.scheme.int4_problem.clone().or_else(of_bytes) {
                 self.packing(stored_index, problem);
                 [&packed.values, &packed.scale, &packed.shape].into_iter().for_each(|name| self.mark(name));
                 self.mark(&format!("{}_zero_point", tensor.name));
@@ -424,7 +424,7 @@ impl<'a> TensorMatcher<'a> {
             }
         }
         let values = self.find(&HfTensor { name: packed.values, shape: vec![rows, words] });
-        let scale = self.take_groups(packed.scale, rows, columns);
+        let scale = self.match_group_scales(packed.scale, rows, columns);
         self.check_packed_shape(&packed.shape, &tensor.shape);
         let (stored_index, part) = values?;
         let found = self.stored(stored_index);
@@ -448,14 +448,19 @@ impl<'a> TensorMatcher<'a> {
     }
 
     /// The scales `[rows, columns / group]`, and the group that their shape tells.
-    fn take_groups(&mut self, name: String, rows: usize, columns: usize) -> Option<((FileRange, WeightDtype), usize)> {
+    fn match_group_scales(
+        &mut self,
+        name: String,
+        rows: usize,
+        columns: usize,
+    ) -> Option<((FileRange, WeightDtype), usize)> {
         let key = names::key(&name);
         let groups = match self.by_key.get(key).map(|&stored_index| self.stored(stored_index).shape.as_slice()) {
             Some(&[_, groups]) if groups > 0 && columns.is_multiple_of(groups) => groups,
             // Not the shape of such scales, whatever the group: named with the group that Kimi's have.
             _ => columns.div_ceil(USUAL_GROUP),
         };
-        let scale = self.take_scale(HfTensor { name, shape: vec![rows, groups] })?;
+        let scale = self.match_scale(HfTensor { name, shape: vec![rows, groups] })?;
         columns.is_multiple_of(groups).then(|| (scale, columns / groups))
     }
 
@@ -471,13 +476,13 @@ impl<'a> TensorMatcher<'a> {
             _ => return self.wrong_dtype(found),
         };
         if found.shape != [2] {
-            return self.misshapen(found, found.shape.clone(), vec![2]);
+            return self.wrong_shape(found, found.shape.clone(), vec![2]);
         }
         let mut bytes = vec![0; 2 * size];
         let part = FileRange { shard: found.shard, range: found.range.clone() };
         if let Err(error) = self.checkpoint.read_part(&part, &mut bytes) {
             let (file, problem) = (found.file.clone(), error.to_string());
-            return self.problems.push(Problem::Packing { tensor: found.name.clone(), file, problem });
+            return self.problems.push(Problem::QuantizedTensor { tensor: found.name.clone(), file, problem });
         }
         let says: Vec<u64> = bytes
             .chunks_exact(size)
@@ -485,12 +490,12 @@ impl<'a> TensorMatcher<'a> {
             .collect();
         if !says.iter().copied().eq(expected.iter().map(|&size| size as u64)) {
             let says = says.into_iter().map(|size| usize::try_from(size).unwrap_or(usize::MAX)).collect();
-            self.misshapen(found, says, expected.to_vec());
+            self.wrong_shape(found, says, expected.to_vec());
         }
     }
 
     /// Each expert's rows of a stack: they lie beside one another, so that a source is a plain part of the file.
-    fn take_stacked(&mut self, wanted: Vec<HfTensor>, stacked: Stacked, transposed: bool) -> Vec<SourceTensor> {
+    fn match_stacked(&mut self, wanted: Vec<HfTensor>, stacked: Stacked, transposed: bool) -> Vec<SourceTensor> {
         let Some((stored_index, FileRange { shard, range })) = self.find(&stacked.tensor) else { return Vec::new() };
         let Some(dtype) = self.plain_dtype(stored_index) else { return Vec::new() };
         let (height, row) = (stacked.tensor.shape[1], stacked.tensor.shape[2] * dtype.size());
@@ -517,13 +522,13 @@ impl<'a> TensorMatcher<'a> {
         let mut skipped: BTreeMap<SkipReason, Vec<String>> = BTreeMap::new();
         let tensors = self.checkpoint.tensor_list();
         let config = self.checkpoint.config();
-        let predicting = names::predicting_layers(tensors.iter().map(|tensor| tensor.name.as_str()), config);
+        let predicting = names::mtp_layers_of(tensors.iter().map(|tensor| tensor.name.as_str()), config);
         let unannounced = |name: &str| names::layer_of_tensor(name).is_some_and(|layer| predicting.contains(&layer));
         for (tensor, _) in self.checkpoint.tensor_list().iter().zip(&self.used).filter(|(_, used)| !**used) {
             let reason = match self.checkpoint.is_burnpack() {
                 true => None,
                 false => names::skip_reason(&tensor.name, config)
-                    .or_else(|| unannounced(&tensor.name).then_some(SkipReason::UnannouncedPrediction)),
+                    .or_else(|| unannounced(&tensor.name).then_some(SkipReason::UndeclaredPrediction)),
             };
             match reason {
                 Some(reason) => skipped.entry(reason).or_default().push(tensor.name.clone()),

@@ -22,7 +22,7 @@ use std::ops::Range;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::{ParameterKind, ParameterShape};
 
-use crate::dtype::quant::is_quantised;
+use crate::dtype::quant::is_quantized;
 
 /// What stands before every tensor of the decoder.
 const MODEL: &str = "model.";
@@ -33,8 +33,8 @@ pub(crate) const EMBEDDING: &str = "embed_tokens.weight";
 const VISION: [&str; 3] = ["vision_tower.", "multi_modal_projector.", "mm_projector."];
 const INV_FREQ: &str = "rotary_emb.inv_freq";
 /// How a tensor ends that a multi-token-prediction layer has and no other layer does.
-const PREDICTION_MARK: &str = ".eh_proj.weight";
-/// How the scales of quantised activations and caches end.
+const MTP_SUFFIX: &str = ".eh_proj.weight";
+/// How the scales of quantized activations and caches end.
 const ACTIVATION_SCALES: [&str; 13] = [
     ".activation_scale",
     ".down_proj_activation_scale",
@@ -65,12 +65,12 @@ pub enum SkipReason {
     /// A layer after the last one, for multi-token prediction.
     MultiTokenPrediction,
     /// The same, in a configuration that does not announce one.
-    UnannouncedPrediction,
+    UndeclaredPrediction,
     /// A vision tower or its projector.
     Vision,
     /// An `lm_head.weight` that repeats the embedding, to which the configuration ties it.
     TiedHead,
-    /// A scale by which activations or the cache would be quantised; here they are not.
+    /// A scale by which activations or the cache would be quantized; here they are not.
     ActivationScales,
 }
 
@@ -80,12 +80,12 @@ impl SkipReason {
         match self {
             Self::InverseFrequencies => "stale rotary frequencies (computed instead)",
             Self::MultiTokenPrediction => "multi-token-prediction layers (not computed)",
-            Self::UnannouncedPrediction => {
+            Self::UndeclaredPrediction => {
                 "multi-token-prediction layers that config.json does not announce (not computed)"
             }
             Self::Vision => "vision tower and projector (not computed)",
             Self::TiedHead => "output head (repeats the embedding, to which it is tied)",
-            Self::ActivationScales => "scales of quantised activations (activations are not quantised here)",
+            Self::ActivationScales => "scales of quantized activations (activations are not quantized here)",
         }
     }
 
@@ -93,7 +93,7 @@ impl SkipReason {
     pub fn is_redundant(self) -> bool {
         match self {
             Self::InverseFrequencies | Self::TiedHead => true,
-            Self::MultiTokenPrediction | Self::UnannouncedPrediction | Self::Vision | Self::ActivationScales => false,
+            Self::MultiTokenPrediction | Self::UndeclaredPrediction | Self::Vision | Self::ActivationScales => false,
         }
     }
 }
@@ -122,19 +122,15 @@ pub(crate) fn fp8_scales(weight: &str) -> [String; 2] {
 }
 
 /// The three tensors that stand for a matrix packed by compressed-tensors.
-pub(crate) struct PackedNames {
+pub(crate) struct Int4Names {
     pub(crate) values: String,
     pub(crate) scale: String,
     pub(crate) shape: String,
 }
 
-/// See [`PackedNames`].
-pub(crate) fn packed(weight: &str) -> PackedNames {
-    PackedNames {
-        values: format!("{weight}_packed"),
-        scale: format!("{weight}_scale"),
-        shape: format!("{weight}_shape"),
-    }
+/// See [`Int4Names`].
+pub(crate) fn int4_names(weight: &str) -> Int4Names {
+    Int4Names { values: format!("{weight}_packed"), scale: format!("{weight}_scale"), shape: format!("{weight}_shape") }
 }
 
 /// The layer that a tensor belongs to, `None` for those of no layer.
@@ -210,7 +206,7 @@ pub(crate) fn skip_reason(name: &str, config: &ModelConfig) -> Option<SkipReason
     }
     if let Some(layer) = layer_of(key) {
         let layers = config.num_hidden_layers;
-        let predicting = prediction_layers(config);
+        let predicting = declared_mtp_layers(config);
         if (layers..layers.saturating_add(predicting)).contains(&layer) {
             return Some(SkipReason::MultiTokenPrediction);
         }
@@ -221,33 +217,33 @@ pub(crate) fn skip_reason(name: &str, config: &ModelConfig) -> Option<SkipReason
     if key == INV_FREQ {
         return Some(SkipReason::InverseFrequencies);
     }
-    if is_quantised(config) && ACTIVATION_SCALES.iter().any(|end| key.ends_with(end)) {
+    if is_quantized(config) && ACTIVATION_SCALES.iter().any(|end| key.ends_with(end)) {
         return Some(SkipReason::ActivationScales);
     }
     (config.tie_word_embeddings && key == HEAD).then_some(SkipReason::TiedHead)
 }
 
 /// Layers after the last one that hold what only multi-token-prediction layers do, whatever the configuration announces.
-pub(crate) fn predicting_layers<'a>(names: impl Iterator<Item = &'a str>, config: &ModelConfig) -> BTreeSet<usize> {
+pub(crate) fn mtp_layers_of<'a>(names: impl Iterator<Item = &'a str>, config: &ModelConfig) -> BTreeSet<usize> {
     names
         .map(key)
-        .filter(|key| key.ends_with(PREDICTION_MARK))
+        .filter(|key| key.ends_with(MTP_SUFFIX))
         .filter_map(layer_of)
         .filter(|layer| *layer >= config.num_hidden_layers)
         .collect()
 }
 
 /// The number of layers after the last one that are for multi-token prediction.
-pub(crate) fn prediction_layers(config: &ModelConfig) -> usize {
-    PREDICTION_LAYERS
+pub(crate) fn declared_mtp_layers(config: &ModelConfig) -> usize {
+    MTP_LAYER_KEYS
         .iter()
         .find_map(|key| config.extra.get(*key)?.as_u64())
         .and_then(|layers| usize::try_from(layers).ok())
         .unwrap_or(0)
 }
 
-/// The configuration's keys for [`prediction_layers`]: as published, as transformers 5 names it.
-pub(crate) const PREDICTION_LAYERS: [&str; 2] = ["num_nextn_predict_layers", "num_mtp_layers"];
+/// The configuration's keys for [`declared_mtp_layers`]: as published, as transformers 5 names it.
+pub(crate) const MTP_LAYER_KEYS: [&str; 2] = ["num_nextn_predict_layers", "num_mtp_layers"];
 
 fn layer_of(key: &str) -> Option<usize> {
     key.strip_prefix("layers.")?.split_once('.')?.0.parse().ok()

@@ -10,7 +10,7 @@ use crate::dtype::conversion::{Weight, with_weight};
 use crate::dtype::dequantize::{Layout, SourceTensor};
 use crate::error::CheckpointError;
 use crate::format::shard::FileRange;
-use crate::io::parallel_copy::{Buffers, Prefetcher, in_order, row_chunks};
+use crate::io::parallel_copy::{Buffers, ChunkReader, in_order, row_chunks};
 use crate::mapping::load_plan::{LoadPlan, Scope};
 use crate::mapping::names::{self, SkipReason};
 use crate::progress::Progress;
@@ -172,7 +172,7 @@ impl Sums {
 
 impl Checkpoint {
     /// Compares with another checkpoint, whatever files, names and layouts either has: a burnpack file with shards, stacks
-    /// of experts with experts one by one, quantised weights with what they stand for. Tensors that both keep in the same
+    /// of experts with experts one by one, quantized weights with what they stand for. Tensors that both keep in the same
     /// dtype are equal when they are so bit by bit; others, and all where `tolerance` is above 0, when no value is further
     /// away than `tolerance`.
     ///
@@ -299,8 +299,8 @@ impl Checkpoint {
         let sources = |of: fn(&(&'p SourceTensor, &'p SourceTensor)) -> &'p SourceTensor| {
             pairs.iter().map(|pair| (of(pair), common(pair.0, pair.1))).collect()
         };
-        let reading = Prefetcher::new(self, sources(|pair| pair.0), &chunks);
-        let theirs = Prefetcher::new(other, sources(|pair| pair.1), &chunks);
+        let reading = ChunkReader::new(self, sources(|pair| pair.0), &chunks);
+        let theirs = ChunkReader::new(other, sources(|pair| pair.1), &chunks);
         let sums = Mutex::new(vec![Sums::default(); pairs.len()]);
         in_order(&chunks, |at, chunk, [first, second]: &mut [Buffers; 2]| {
             reading.begin(&chunks, at);

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::error::CheckpointError;
-use crate::format::index::stays_inside;
+use crate::format::index::is_inside;
 use crate::io::confined_dir::ConfinedDir;
 use crate::progress::Progress;
 
@@ -142,7 +142,7 @@ fn parse_line(line: &str) -> Option<Listed> {
         let name = rest.trim_start();
         let name = name.strip_prefix('*').unwrap_or(name);
         let name = name.strip_prefix("./").unwrap_or(name);
-        return stays_inside(name).then(|| Listed { file: Name::Of(name.to_owned()), bytes: None, digest });
+        return is_inside(name).then(|| Listed { file: Name::Of(name.to_owned()), bytes: None, digest });
     }
     let (bytes, last) = rest.trim_start().split_once(char::is_whitespace)?;
     let (number, bytes) = (first.parse().ok()?, bytes.parse().ok()?);

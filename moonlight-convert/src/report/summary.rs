@@ -29,7 +29,7 @@ pub enum CheckpointState {
 
 /// What is in a checkpoint.
 #[derive(Debug, Clone, Serialize)]
-pub struct Summary {
+pub struct CheckpointSummary {
     /// The directory.
     #[serde(serialize_with = "lossy")]
     pub directory: PathBuf,
@@ -64,10 +64,10 @@ pub struct Summary {
     pub sidecars: Vec<String>,
     /// What loading passes over.
     pub skipped: Vec<SkippedTensors>,
-    /// The forms that quantised matrices are kept in, and how many of each.
+    /// The forms that quantized matrices are kept in, and how many of each.
     pub quantized_forms: Vec<QuantizedForm>,
     /// The keys of `config.json` that change nothing and are passed over, by reason.
-    pub keys_passed_over: BTreeMap<&'static str, Vec<String>>,
+    pub ignored_keys: BTreeMap<&'static str, Vec<String>>,
     /// What a reader of `config.json` might not expect.
     pub notes: Vec<String>,
     /// Files that are still being fetched.
@@ -120,7 +120,7 @@ pub struct SkippedTensors {
     pub tensors: Vec<String>,
 }
 
-/// Quantised matrices that are kept in one form.
+/// Quantized matrices that are kept in one form.
 #[derive(Debug, Clone, Serialize)]
 pub struct QuantizedForm {
     /// The form.
@@ -144,7 +144,7 @@ impl Checkpoint {
     /// # Errors
     ///
     /// [`CheckpointError`] where the directory cannot be read any more.
-    pub fn summary(&self) -> Result<Summary, CheckpointError> {
+    pub fn summary(&self) -> Result<CheckpointSummary, CheckpointError> {
         let config = self.config();
         let count = config.parameter_count();
         let problems = self.problems();
@@ -156,7 +156,7 @@ impl Checkpoint {
         }
         let sidecars = sidecars_in(self.dir())?;
         let tokenizer = ["tokenizer.json", "tiktoken.model", "tokenizer.model", "vocab.json"];
-        Ok(Summary {
+        Ok(CheckpointSummary {
             directory: self.dir().to_path_buf(),
             state: state(&problems, &unfinished),
             format: if self.is_burnpack() { "burnpack" } else { "safetensors" },
@@ -170,7 +170,7 @@ impl Checkpoint {
                 without_embeddings: count.total - count.embeddings,
                 activated_without_embeddings: count.activated - count.embeddings,
             },
-            quantization: self.quantisation(),
+            quantization: self.quantization(),
             tensors: self.tensor_list().len(),
             tensor_bytes: dtypes.values().map(|(_, bytes)| bytes).sum(),
             dtypes: dtypes
@@ -194,11 +194,11 @@ impl Checkpoint {
                 .map(|(reason, tensors)| SkippedTensors { reason: reason.describe(), tensors })
                 .collect(),
             quantized_forms: self
-                .quantised_forms()
+                .quantized_forms()
                 .into_iter()
                 .map(|(form, tensors)| QuantizedForm { form, tensors })
                 .collect(),
-            keys_passed_over: self.keys_passed_over(),
+            ignored_keys: self.ignored_keys(),
             notes: self.notes(),
             unfinished,
             problems: problems
@@ -213,7 +213,7 @@ impl Checkpoint {
 }
 
 impl Checkpoint {
-    fn keys_passed_over(&self) -> BTreeMap<&'static str, Vec<String>> {
+    fn ignored_keys(&self) -> BTreeMap<&'static str, Vec<String>> {
         let mut keys: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
         for (key, reason) in self.config().keys_passed_over() {
             keys.entry(reason).or_default().push(key.to_owned());
@@ -235,7 +235,7 @@ fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
 
 /// A file that is being fetched under its own name is too short, and so is a reason to wait, too.
 fn state(problems: &[Problem], unfinished: &[String]) -> CheckpointState {
-    let waits = |problem: &Problem| problem.is_absence() || matches!(problem, Problem::BrokenFile { .. });
+    let waits = |problem: &Problem| problem.is_missing() || matches!(problem, Problem::BrokenFile { .. });
     match problems {
         [] => CheckpointState::Complete,
         problems if !unfinished.is_empty() && problems.iter().all(waits) => CheckpointState::Downloading,

@@ -44,7 +44,7 @@ pub enum Problem {
         file: String,
     },
     /// A tensor has another shape than the model's parameter.
-    Misshapen {
+    WrongShape {
         /// The tensor's name.
         tensor: String,
         /// The file that holds it.
@@ -63,8 +63,8 @@ pub enum Problem {
         /// The dtype as safetensors spells it.
         dtype: String,
     },
-    /// Quantised weights in a way that is not read.
-    Packing {
+    /// Quantized weights in a way that is not read.
+    QuantizedTensor {
         /// The tensor's name.
         tensor: String,
         /// The file that holds it.
@@ -73,12 +73,12 @@ pub enum Problem {
         problem: String,
     },
     /// The `quantization_config` asks for what is not followed.
-    Quantization {
+    QuantizationConfig {
         /// What, as a sentence without its full stop.
         problem: String,
     },
     /// Two tensors for one parameter.
-    Twice {
+    Duplicate {
         /// The one.
         tensor: String,
         /// The other.
@@ -99,31 +99,34 @@ impl Problem {
             | Self::BrokenFile { file, .. }
             | Self::NotInFile { file, .. }
             | Self::Unexpected { file, .. }
-            | Self::Misshapen { file, .. }
+            | Self::WrongShape { file, .. }
             | Self::WrongDtype { file, .. }
-            | Self::Packing { file, .. } => Some(file),
-            Self::Missing { .. } | Self::Twice { .. } | Self::Implausible { .. } | Self::Quantization { .. } => None,
+            | Self::QuantizedTensor { file, .. } => Some(file),
+            Self::Missing { .. }
+            | Self::Duplicate { .. }
+            | Self::Implausible { .. }
+            | Self::QuantizationConfig { .. } => None,
         }
     }
 
     /// Whether something is not there, and nothing is wrong with what is.
-    pub(crate) fn is_absence(&self) -> bool {
+    pub(crate) fn is_missing(&self) -> bool {
         matches!(self, Self::MissingFile { .. } | Self::Missing { .. })
     }
 
     fn kind(&self) -> Kind {
         match self {
-            Self::Packing { .. } => Kind::Packing,
-            Self::Quantization { .. } => Kind::Quantization,
+            Self::QuantizedTensor { .. } => Kind::QuantizedTensor,
+            Self::QuantizationConfig { .. } => Kind::QuantizationConfig,
             Self::Implausible { .. } => Kind::Implausible,
             Self::MissingFile { .. } => Kind::MissingFile,
             Self::BrokenFile { .. } => Kind::BrokenFile,
             Self::NotInFile { .. } => Kind::NotInFile,
             Self::Missing { .. } => Kind::Missing,
             Self::Unexpected { .. } => Kind::Unexpected,
-            Self::Misshapen { .. } => Kind::Misshapen,
+            Self::WrongShape { .. } => Kind::WrongShape,
             Self::WrongDtype { .. } => Kind::WrongDtype,
-            Self::Twice { .. } => Kind::Twice,
+            Self::Duplicate { .. } => Kind::Duplicate,
         }
     }
 
@@ -134,11 +137,11 @@ impl Problem {
             Self::BrokenFile { file, problem } => format!("`{file}` {problem}"),
             Self::NotInFile { tensor, file } => format!("`{tensor}` (not in `{file}`)"),
             Self::Missing { tensor } | Self::Unexpected { tensor, .. } => format!("`{tensor}`"),
-            Self::Misshapen { tensor, found, expected, .. } => format!("`{tensor}` is {found:?}, not {expected:?}"),
+            Self::WrongShape { tensor, found, expected, .. } => format!("`{tensor}` is {found:?}, not {expected:?}"),
             Self::WrongDtype { tensor, dtype, .. } => format!("`{tensor}` is {dtype}"),
-            Self::Packing { tensor, problem, .. } => format!("`{tensor}` {problem}"),
-            Self::Twice { tensor, other } => format!("`{tensor}` and `{other}`"),
-            Self::Implausible { problem } | Self::Quantization { problem } => problem.clone(),
+            Self::QuantizedTensor { tensor, problem, .. } => format!("`{tensor}` {problem}"),
+            Self::Duplicate { tensor, other } => format!("`{tensor}` and `{other}`"),
+            Self::Implausible { problem } | Self::QuantizationConfig { problem } => problem.clone(),
         }
     }
 }
@@ -155,7 +158,7 @@ impl fmt::Display for Problem {
             }
             Self::Missing { tensor } => write!(formatter, "`{tensor}` is missing"),
             Self::Unexpected { tensor, file } => write!(formatter, "`{tensor}` in `{file}` is unexpected"),
-            Self::Misshapen { tensor, file, found, expected } => {
+            Self::WrongShape { tensor, file, found, expected } => {
                 write!(formatter, "`{tensor}` in `{file}` is {found:?}; `config.json` asks for {expected:?}")
             }
             Self::WrongDtype { tensor, file, dtype } => {
@@ -164,11 +167,11 @@ impl fmt::Display for Problem {
                     "`{tensor}` in `{file}` is {dtype}; weights are read from F32, BF16, F16 and FP8 (E4M3)"
                 )
             }
-            Self::Packing { tensor, file, problem } => {
+            Self::QuantizedTensor { tensor, file, problem } => {
                 write!(formatter, "`{tensor}` in `{file}` {problem}")
             }
-            Self::Twice { tensor, other } => write!(formatter, "`{tensor}` and `{other}` are the same parameter"),
-            Self::Implausible { problem } | Self::Quantization { problem } => formatter.write_str(problem),
+            Self::Duplicate { tensor, other } => write!(formatter, "`{tensor}` and `{other}` are the same parameter"),
+            Self::Implausible { problem } | Self::QuantizationConfig { problem } => formatter.write_str(problem),
         }
     }
 }
@@ -176,16 +179,16 @@ impl fmt::Display for Problem {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Implausible,
-    Quantization,
+    QuantizationConfig,
     MissingFile,
     BrokenFile,
     NotInFile,
     Missing,
     Unexpected,
-    Misshapen,
+    WrongShape,
     WrongDtype,
-    Packing,
-    Twice,
+    QuantizedTensor,
+    Duplicate,
 }
 
 impl Kind {
@@ -193,19 +196,19 @@ impl Kind {
         let plural = |one: &str, many: &str| format!("{count} {}", if count == 1 { one } else { many });
         match self {
             Self::Implausible => "the configuration is implausible".into(),
-            Self::Quantization => "the weights are quantised in a way that is not read".into(),
+            Self::QuantizationConfig => "the weights are quantized in a way that is not read".into(),
             Self::MissingFile => plural("shard file is absent", "shard files are absent"),
             Self::BrokenFile => plural("file is broken", "files are broken"),
             Self::NotInFile => plural("tensor is not where the index says", "tensors are not where the index says"),
             Self::Missing => plural("tensor is missing", "tensors are missing"),
             Self::Unexpected => plural("tensor is unexpected", "tensors are unexpected"),
-            Self::Misshapen => plural("tensor has the wrong shape", "tensors have the wrong shape"),
+            Self::WrongShape => plural("tensor has the wrong shape", "tensors have the wrong shape"),
             Self::WrongDtype => plural("tensor has a dtype that is not read", "tensors have a dtype that is not read"),
-            Self::Packing => plural(
-                "tensor is quantised in a way that is not read",
-                "tensors are quantised in a way that is not read",
+            Self::QuantizedTensor => plural(
+                "tensor is quantized in a way that is not read",
+                "tensors are quantized in a way that is not read",
             ),
-            Self::Twice => plural("parameter is there twice", "parameters are there twice"),
+            Self::Duplicate => plural("parameter is there twice", "parameters are there twice"),
         }
     }
 }
@@ -215,7 +218,7 @@ impl Kind {
 pub struct ProblemList {
     pub(crate) list: Vec<Problem>,
     /// The `quant_method` of the configuration, where it has one.
-    pub(crate) quantised: Option<String>,
+    pub(crate) quantized: Option<String>,
 }
 
 impl ProblemList {
@@ -227,13 +230,16 @@ impl ProblemList {
     pub(crate) fn hint(&self) -> Option<String> {
         let any = |kind| self.list.iter().any(|problem| problem.kind() == kind);
         let all = |kinds: &[Kind]| self.list.iter().all(|problem| kinds.contains(&problem.kind()));
-        if let Some(method) = &self.quantised
-            && (any(Kind::WrongDtype) || any(Kind::Packing) || any(Kind::Quantization) || any(Kind::Unexpected))
+        if let Some(method) = &self.quantized
+            && (any(Kind::WrongDtype)
+                || any(Kind::QuantizedTensor)
+                || any(Kind::QuantizationConfig)
+                || any(Kind::Unexpected))
         {
             return Some(format!(
-                "the configuration speaks of quantised weights (`quant_method` `{method}`); read are FP8 (E4M3) with a scale a \
+                "the configuration speaks of quantized weights (`quant_method` `{method}`); read are FP8 (E4M3) with a scale a \
                  tensor, a row or a block, and INT4 in groups as compressed-tensors packs it; of others take the weights before \
-                 they were quantised, or write them in bf16 with the program that quantised them"
+                 they were quantized, or write them in bf16 with the program that quantized them"
             ));
         }
         if any(Kind::WrongDtype) {
@@ -266,7 +272,7 @@ impl ProblemList {
                 "the files hold less than the model that `config.json` describes; are all of them there?".into(),
             );
         }
-        if all(&[Kind::Missing, Kind::Unexpected, Kind::Misshapen, Kind::Implausible]) {
+        if all(&[Kind::Missing, Kind::Unexpected, Kind::WrongShape, Kind::Implausible]) {
             return Some("`config.json` and the files disagree; are both of the same model?".into());
         }
         None
@@ -301,14 +307,14 @@ mod tests {
     #[test]
     fn long_lists_are_counted_and_cut() {
         let mut list: Vec<Problem> = (0..30).map(|i| Problem::Missing { tensor: format!("t{i}") }).collect();
-        list.push(Problem::Misshapen {
+        list.push(Problem::WrongShape {
             tensor: "w".into(),
             file: "model.safetensors".into(),
             found: vec![2, 3],
             expected: vec![3, 2],
         });
         assert_eq!(
-            ProblemList { list, quantised: None }.to_string(),
+            ProblemList { list, quantized: None }.to_string(),
             "30 tensors are missing: `t0`, `t1`, `t2`, `t3` and 26 more; \
              1 tensor has the wrong shape: `w` is [2, 3], not [3, 2]"
         );

@@ -39,10 +39,10 @@ pub fn write_tokenizer_json(dir: impl AsRef<Path>, overwrite: bool) -> Result<Pa
     let model = dir.join(TIKTOKEN_MODEL);
     let unsound = |problem: String| CheckpointError::Tokenizer { path: model.clone(), problem };
     let ranks = Ranks::parse(&contents).map_err(|error| unsound(error.to_string()))?;
-    let names = SpecialNames::beside(&model)?;
+    let names = SpecialNames::next_to(&model)?;
     let special = special_tokens(ranks.count(), &names.added).map_err(unsound)?;
-    let around = TextEnds::of(&names, &special).map_err(unsound)?;
-    let json = tokenizer_json(&ranks, &special, &around).map_err(unsound)?;
+    let bos_eos = BosEos::new(&names, &special).map_err(unsound)?;
+    let json = tokenizer_json(&ranks, &special, &bos_eos).map_err(unsound)?;
 
     // Written beside and renamed, so that a crash leaves no half of one. An error removes what is there of it.
     let text = serde_json::to_vec(&json).expect("maps with strings as keys are JSON");
@@ -57,20 +57,20 @@ pub fn write_tokenizer_json(dir: impl AsRef<Path>, overwrite: bool) -> Result<Pa
 
 /// The tokens at the ends of each text, where `tokenizer_config.json` says `add_bos_token` or `add_eos_token`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct TextEnds {
+pub struct BosEos {
     /// Before a text.
     pub bos: Option<u32>,
     /// Behind a text.
     pub eos: Option<u32>,
 }
 
-impl TextEnds {
+impl BosEos {
     /// What the files beside ranks ask for.
     ///
     /// # Errors
     ///
     /// A sentence, where they ask for a token that there is not.
-    pub fn of(names: &SpecialNames, special: &BTreeMap<u32, AddedToken>) -> Result<Self, String> {
+    pub fn new(names: &SpecialNames, special: &BTreeMap<u32, AddedToken>) -> Result<Self, String> {
         let end = |add: Option<bool>, key: &str, name: &Option<String>, otherwise: &str| {
             if add != Some(true) {
                 return Ok(None);
@@ -111,7 +111,7 @@ impl TextEnds {
 ///
 /// A sentence, where two tokens have the same text, or a text that byte-level decoding would change: such a file would not
 /// mean what the ranks mean.
-pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: &TextEnds) -> Result<Value, String> {
+pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: &BosEos) -> Result<Value, String> {
     let spelled: Vec<String> = ranks.tokens().iter().map(|token| spell(token)).collect();
     let vocab: Map<String, Value> =
         spelled.iter().zip(0..ranks.count()).map(|(token, rank)| (token.clone(), rank.into())).collect();

@@ -1,6 +1,6 @@
 //! Moonlight's `tiktoken.model`, and the `tokenizer.json` that means the same.
 //!
-//! The published repositories hold ranks for tiktoken and Python code around them; nobody publishes a `tokenizer.json`,
+//! The published repositories hold ranks for tiktoken and Python code bos_eos them; nobody publishes a `tokenizer.json`,
 //! which is what transformers' fast tokenizers, vLLM, SGLang and the `tokenizers` crate read without running that code.
 //! [`write_tokenizer_json`] makes one:
 //!
@@ -24,9 +24,9 @@ mod ranks;
 mod special;
 
 pub use alphabet::byte_to_char;
-pub use json::{TextEnds, tokenizer_json, write_tokenizer_json};
-pub use ranks::{RankError, Ranks};
-pub use special::{AddedToken, SPECIALS, SpecialNames, special_tokens};
+pub use json::{BosEos, tokenizer_json, write_tokenizer_json};
+pub use ranks::{Ranks, TokenRankError};
+pub use special::{AddedToken, SPECIAL_COUNT, SpecialNames, special_tokens};
 
 /// The ranks' file name.
 pub const TIKTOKEN_MODEL: &str = "tiktoken.model";

@@ -20,7 +20,7 @@ pub struct Ranks {
 /// Ranks that are none.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum RankError {
+pub enum TokenRankError {
     /// A line that is not of the file's form.
     #[error("line {line} is not a token in base64, a space and its rank")]
     Line {
@@ -49,7 +49,7 @@ pub enum RankError {
     },
     /// A rank that is there twice, or is not below the number of tokens.
     #[error("the ranks are not 0 to {last}, each once: look at {rank}")]
-    NotARow {
+    NotConsecutive {
         /// The rank.
         rank: u32,
         /// One less than the number of tokens.
@@ -65,31 +65,31 @@ impl Ranks {
     ///
     /// # Errors
     ///
-    /// [`RankError`], where lines are not of the form, the ranks are not 0, 1, … without a gap, or a byte is missing.
-    pub fn parse(contents: &[u8]) -> Result<Self, RankError> {
+    /// [`TokenRankError`], where lines are not of the form, the ranks are not 0, 1, … without a gap, or a byte is missing.
+    pub fn parse(contents: &[u8]) -> Result<Self, TokenRankError> {
         let mut tokens = Vec::new();
         let mut known = HashSet::new();
         let lines = contents.split(|&byte| byte == b'\n').enumerate();
         for (number, line) in lines.filter(|(_, line)| !line.trim_ascii().is_empty()) {
-            let (token, rank) = parse_line(line).ok_or(RankError::Line { line: number + 1 })?;
+            let (token, rank) = parse_line(line).ok_or(TokenRankError::Line { line: number + 1 })?;
             if token.len() > LONGEST_TOKEN {
-                return Err(RankError::Long { line: number + 1, length: token.len() });
+                return Err(TokenRankError::Long { line: number + 1, length: token.len() });
             }
             if tokens.len() == MOST_TOKENS {
-                return Err(RankError::TooMany);
+                return Err(TokenRankError::TooMany);
             }
             if !known.insert(token.clone()) {
-                return Err(RankError::Repeated { line: number + 1 });
+                return Err(TokenRankError::Repeated { line: number + 1 });
             }
             tokens.push((rank, token));
         }
         if let Some(byte) = (0..=u8::MAX).find(|byte| !known.contains([*byte].as_slice())) {
-            return Err(RankError::NoByte { byte });
+            return Err(TokenRankError::NoByte { byte });
         }
-        let last = u32::try_from(tokens.len() - 1).map_err(|_| RankError::TooMany)?;
+        let last = u32::try_from(tokens.len() - 1).map_err(|_| TokenRankError::TooMany)?;
         tokens.sort_by_key(|(rank, _)| *rank);
         if let Some((_, &(rank, _))) = tokens.iter().enumerate().find(|(place, (rank, _))| *place != *rank as usize) {
-            return Err(RankError::NotARow { rank, last });
+            return Err(TokenRankError::NotConsecutive { rank, last });
         }
         Ok(Self { tokens: tokens.into_iter().map(|(_, token)| token).collect() })
     }
@@ -136,18 +136,21 @@ mod tests {
     #[test]
     fn broken_files_say_where() {
         let error = |text: &str| Ranks::parse(text.as_bytes()).unwrap_err();
-        assert_eq!(error("YQ== 0\nYQ==\n"), RankError::Line { line: 2 });
-        assert_eq!(error("YQ== 0\nY 1\n"), RankError::Line { line: 2 });
-        assert_eq!(error("YQ== -1\n"), RankError::Line { line: 1 });
-        assert_eq!(error("YQ== 4294967296\n"), RankError::Line { line: 1 });
-        assert_eq!(error("YQ== 0\nYQ== 1\n"), RankError::Repeated { line: 2 });
-        assert_eq!(error("YQ== 0\n"), RankError::NoByte { byte: 0 });
-        assert_eq!(error(""), RankError::NoByte { byte: 0 });
+        assert_eq!(error("YQ== 0\nYQ==\n"), TokenRankError::Line { line: 2 });
+        assert_eq!(error("YQ== 0\nY 1\n"), TokenRankError::Line { line: 2 });
+        assert_eq!(error("YQ== -1\n"), TokenRankError::Line { line: 1 });
+        assert_eq!(error("YQ== 4294967296\n"), TokenRankError::Line { line: 1 });
+        assert_eq!(error("YQ== 0\nYQ== 1\n"), TokenRankError::Repeated { line: 2 });
+        assert_eq!(error("YQ== 0\n"), TokenRankError::NoByte { byte: 0 });
+        assert_eq!(error(""), TokenRankError::NoByte { byte: 0 });
         let long = format!("YQ== 0\n{} 1\n", STANDARD.encode([b'a'; 513]));
-        assert_eq!(error(&long), RankError::Long { line: 2, length: 513 });
+        assert_eq!(error(&long), TokenRankError::Long { line: 2, length: 513 });
         assert!(Ranks::parse(b"\xFF 0\n").is_err());
         let row = file(bytes());
-        assert_eq!(error(&format!("{row}YWI= 7\n")), RankError::NotARow { rank: 7, last: 256 });
-        assert_eq!(error(&format!("{row}YWI= 4294967295\n")), RankError::NotARow { rank: u32::MAX, last: 256 });
+        assert_eq!(error(&format!("{row}YWI= 7\n")), TokenRankError::NotConsecutive { rank: 7, last: 256 });
+        assert_eq!(
+            error(&format!("{row}YWI= 4294967295\n")),
+            TokenRankError::NotConsecutive { rank: u32::MAX, last: 256 }
+        );
     }
 }

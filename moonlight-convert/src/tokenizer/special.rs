@@ -10,7 +10,7 @@ use crate::io::confined_dir::ConfinedDir;
 
 /// Special ids that follow the ranks. The published code names 258, of which the last two have no row in the embedding
 /// of 163,840; nobody needs those.
-pub const SPECIALS: u32 = 256;
+pub const SPECIAL_COUNT: u32 = 256;
 
 /// The names that the published tokenizer gives to the first specials, by their distance from the last rank; all
 /// others are `<|reserved_token_ID|>`. `tokenizer_config.json` has the last word.
@@ -116,7 +116,7 @@ impl SpecialNames {
     /// # Errors
     ///
     /// A file that is there and cannot be read, or is not JSON.
-    pub fn beside(path: &Path) -> Result<Self, CheckpointError> {
+    pub fn next_to(path: &Path) -> Result<Self, CheckpointError> {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
         let mut texts: [Option<Vec<u8>>; 4] = Default::default();
@@ -195,7 +195,7 @@ fn text_of(value: &Value) -> Option<String> {
 }
 
 /// The tokens behind so many ranks, by their id: as `added` names them, as the published code does, or else
-/// `<|reserved_token_ID|>`. There are [`SPECIALS`] of them without a gap, and more where `added` names more; a reserved token
+/// `<|reserved_token_ID|>`. There are [`SPECIAL_COUNT`] of them without a gap, and more where `added` names more; a reserved token
 /// behind them has no row in the embedding of the published models and is left out.
 ///
 /// # Errors
@@ -203,7 +203,7 @@ fn text_of(value: &Value) -> Option<String> {
 /// A sentence, where `added` names an id of the ranks or one far behind them, or two tokens have one text.
 pub fn special_tokens(ranks: u32, added: &BTreeMap<u32, AddedToken>) -> Result<BTreeMap<u32, AddedToken>, String> {
     let reserved = |id: u32| AddedToken::named(format!("<|reserved_token_{id}|>"));
-    let first_more = ranks.saturating_add(SPECIALS);
+    let first_more = ranks.saturating_add(SPECIAL_COUNT);
     let known = added.iter().filter(|(id, token)| {
         !token.content.is_empty() && (**id < first_more || token.content != reserved(**id).content)
     });
@@ -241,7 +241,7 @@ mod tests {
         for (name, text) in files {
             std::fs::write(dir.path().join(name), text).unwrap();
         }
-        SpecialNames::beside(&dir.path().join("tiktoken.model")).unwrap()
+        SpecialNames::next_to(&dir.path().join("tiktoken.model")).unwrap()
     }
 
     #[test]
@@ -331,7 +331,7 @@ mod tests {
         let inside = dir.path().join("model");
         std::fs::create_dir(&inside).unwrap();
         std::fs::write(dir.path().join("config.json"), r#"{"eos_token_id": 7}"#).unwrap();
-        let error = || SpecialNames::beside(&inside.join("tiktoken.model")).unwrap_err().to_string();
+        let error = || SpecialNames::next_to(&inside.join("tiktoken.model")).unwrap_err().to_string();
         std::os::unix::fs::symlink("../config.json", inside.join("config.json")).unwrap();
         assert!(error().contains("config.json"), "{}", error());
         std::os::unix::fs::symlink("/dev/zero", inside.join("special_tokens_map.json")).unwrap();
@@ -344,11 +344,11 @@ mod tests {
     #[test]
     fn a_file_that_is_not_json_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(SpecialNames::beside(&dir.path().join("x")).unwrap(), SpecialNames::default());
+        assert_eq!(SpecialNames::next_to(&dir.path().join("x")).unwrap(), SpecialNames::default());
         for name in FILES {
             let path = dir.path().join(name);
             std::fs::write(&path, "[1, 2").unwrap();
-            let error = SpecialNames::beside(&dir.path().join("x")).unwrap_err().to_string();
+            let error = SpecialNames::next_to(&dir.path().join("x")).unwrap_err().to_string();
             assert!(error.contains(&format!("{name}` is not sound: it is not JSON")), "{error}");
             std::fs::remove_file(path).unwrap();
         }

@@ -32,9 +32,9 @@ use std::ops::Range;
 use serde_json::{Map, Value};
 
 use super::ChatError;
-use super::encoder::{DIGITS, Finder, MARKS};
-use super::error::MOST_RENDERED;
-use super::given::Given;
+use super::encoder::{MARK_DIGITS, SpanFinder, MARKS};
+use super::error::MAX_RENDERED_MESSAGES;
+use super::template_input::TemplateInput;
 
 /// The assistant's turns of a conversation that all go through the methods.
 pub(super) const EXACT: usize = 32;
@@ -52,12 +52,12 @@ const IDS: [&str; 2] = ["id", "tool_call_id"];
 /// A message as JSON.
 type Fields = Map<String, Value>;
 
-impl Finder<'_> {
+impl SpanFinder<'_> {
     /// The text of a conversation and, for each message of the assistant's in order, the part of it that is learned; for
     /// each `{% generation %}` block where the template has such.
     ///
     /// The words must be disguised: whatever looks like a special token is the template's.
-    pub(super) fn spans(&self, given: &Given) -> Result<(String, Vec<Range<usize>>), ChatError> {
+    pub(super) fn spans(&self, given: &TemplateInput) -> Result<(String, Vec<Range<usize>>), ChatError> {
         let turns = turns_of(given);
         if self.template.has_generation_blocks() {
             return self.generation_blocks(given, &turns);
@@ -84,14 +84,14 @@ impl Finder<'_> {
     }
 
     /// The text of the first messages.
-    fn render(&self, given: &Given, messages: usize, add_generation_prompt: bool) -> Result<String, ChatError> {
-        self.template.render_given(given, &given.values[..messages], add_generation_prompt, ["", ""])
+    fn render(&self, given: &TemplateInput, messages: usize, add_generation_prompt: bool) -> Result<String, ChatError> {
+        self.template.render_input(given, &given.values[..messages], add_generation_prompt, ["", ""])
     }
 
     /// The text of the first messages with some of them changed.
     fn render_changed(
         &self,
-        given: &Given,
+        given: &TemplateInput,
         messages: usize,
         changed: impl IntoIterator<Item = (usize, Fields)>,
     ) -> Result<String, ChatError> {
@@ -99,19 +99,19 @@ impl Finder<'_> {
         for (index, message) in changed {
             values[index] = given.value(&message);
         }
-        self.template.render_given(given, &values, false, ["", ""])
+        self.template.render_input(given, &values, false, ["", ""])
     }
 
     /// Each turn by the second method, or else the third.
     pub(super) fn spans_one_by_one(
         &self,
-        given: &Given,
+        given: &TemplateInput,
         turns: &[usize],
         text: &str,
         regions: &Regions,
     ) -> Result<Vec<Range<usize>>, ChatError> {
         let messages = given.messages.len();
-        if turns.len().saturating_mul(messages) > MOST_RENDERED {
+        if turns.len().saturating_mul(messages) > MAX_RENDERED_MESSAGES {
             return Err(ChatError::TooManyTurns { turns: turns.len(), messages });
         }
         turns.iter().map(|&turn| Ok(self.exact_span(given, turn, text, regions)?.0)).collect()
@@ -120,7 +120,7 @@ impl Finder<'_> {
     /// The part of a turn by the second method, or else the third; and whether it was the second.
     fn exact_span(
         &self,
-        given: &Given,
+        given: &TemplateInput,
         turn: usize,
         text: &str,
         regions: &Regions,
@@ -140,8 +140,8 @@ impl Finder<'_> {
 
     /// The conversation before a turn and what asks for it: where the template cannot be asked, the header that it writes
     /// before a plain answer.
-    fn prompt(&self, given: &Given, turn: usize) -> Option<String> {
-        if self.template.prompts() {
+    fn prompt(&self, given: &TemplateInput, turn: usize) -> Option<String> {
+        if self.template.has_generation_prompt() {
             return self.render(given, turn, true).ok();
         }
         let header = self.plain_header(given, turn)?;
@@ -153,19 +153,19 @@ impl Finder<'_> {
     }
 
     /// The conversation before a turn, and what is written before the words of a plain answer.
-    fn plain_header(&self, given: &Given, turn: usize) -> Option<String> {
+    fn plain_header(&self, given: &TemplateInput, turn: usize) -> Option<String> {
         let words = format!("{}x{}", MARKS[0], MARKS[1]);
         let plain = Fields::from_iter([("role".into(), "assistant".into()), ("content".into(), words.into())]);
         let mut values = given.values[..turn].to_vec();
         values.push(given.value(&plain));
-        let marked = self.template.render_given(given, &values, false, ["", ""]).ok()?;
+        let marked = self.template.render_input(given, &values, false, ["", ""]).ok()?;
         Some(marked[..marked.find(MARKS[0])?].to_owned())
     }
 
     /// The parts of all turns from those of some; `None` where the template does not make all turns alike.
     pub(super) fn spans_by_pattern(
         &self,
-        given: &Given,
+        given: &TemplateInput,
         turns: &[usize],
         text: &str,
         regions: &Regions,
@@ -217,13 +217,13 @@ impl Finder<'_> {
 
     /// Where the words of all turns are in the text, by one rendering with numbered marks around them; `None` where the
     /// template does not keep the marks, or makes another text of marked words.
-    fn all_marked(&self, given: &Given, turns: &[usize], text: &str, ids: bool) -> Option<Vec<Words>> {
+    fn all_marked(&self, given: &TemplateInput, turns: &[usize], text: &str, ids: bool) -> Option<Vec<Words>> {
         let mut words: Vec<Words> = Vec::with_capacity(turns.len());
         let mut changed = Vec::with_capacity(turns.len());
-        let cuts = self.template.cuts();
+        let split_markers = self.template.split_markers();
         for (number, &turn) in turns.iter().enumerate() {
             let mut message = given.messages[turn].clone();
-            let (before, after) = mark_words(&mut message, &in_digits(number), ids, &cuts);
+            let (before, after) = mark_words(&mut message, &in_digits(number), ids, &split_markers);
             words.push(Words { place: 0..0, before, after });
             changed.push((turn, message));
         }
@@ -235,7 +235,7 @@ impl Finder<'_> {
         while let Some(character) = characters.next() {
             if character == MARKS[0] {
                 let mut number = String::new();
-                while let Some(digit) = characters.next_if(|&digit| DIGITS.contains(&digit)) {
+                while let Some(digit) = characters.next_if(|&digit| MARK_DIGITS.contains(&digit)) {
                     number.push(digit);
                 }
                 // The next turn, or another text of the last one.
@@ -256,9 +256,9 @@ impl Finder<'_> {
         (plain == text && next == turns.len() && open.is_none()).then_some(words)
     }
 
-    fn generation_blocks(&self, given: &Given, turns: &[usize]) -> Result<(String, Vec<Range<usize>>), ChatError> {
+    fn generation_blocks(&self, given: &TemplateInput, turns: &[usize]) -> Result<(String, Vec<Range<usize>>), ChatError> {
         let marks = MARKS.map(String::from);
-        let marked = self.template.render_given(given, &given.values, false, marks.each_ref().map(String::as_str))?;
+        let marked = self.template.render_input(given, &given.values, false, marks.each_ref().map(String::as_str))?;
         let mut text = String::with_capacity(marked.len());
         let mut blocks: Vec<Range<usize>> = Vec::new();
         let mut open = Vec::new();
@@ -296,7 +296,7 @@ impl Finder<'_> {
     /// The third method.
     fn between_marks(
         &self,
-        given: &Given,
+        given: &TemplateInput,
         turn: usize,
         text: &str,
         [prompt, upto]: [Option<&str>; 2],
@@ -364,7 +364,7 @@ impl Finder<'_> {
     /// prompt for it is.
     fn start_in(
         &self,
-        given: &Given,
+        given: &TemplateInput,
         turn: usize,
         text: &str,
         [before, prompt]: [Option<&str>; 2],
@@ -455,11 +455,11 @@ impl Finder<'_> {
     /// What stands in the content before the first text that is marked.
     fn lead<'a>(&self, message: &'a Fields) -> &'a str {
         let content = message.get("content").and_then(Value::as_str).unwrap_or_default();
-        &content[..pieces(content, &self.template.cuts())[0].start]
+        &content[..pieces(content, &self.template.split_markers())[0].start]
     }
 
     /// Where the texts of the first messages are in their text.
-    pub(super) fn regions(&self, given: &Given, messages: usize, text: &str) -> Regions {
+    pub(super) fn regions(&self, given: &TemplateInput, messages: usize, text: &str) -> Regions {
         let all: Vec<usize> = (0..messages).collect();
         for texts in [Texts::All, Texts::NoIds] {
             if let Some(found) = self.regions_of(given, messages, text, &all, texts) {
@@ -467,7 +467,7 @@ impl Finder<'_> {
             }
         }
         // A template that looks into one of the messages may take the marks amiss there.
-        if messages.saturating_mul(messages) > MOST_RENDERED / 8 {
+        if messages.saturating_mul(messages) > MAX_RENDERED_MESSAGES / 8 {
             return Regions { found: Vec::new(), unknown: all };
         }
         let mut regions = Regions { found: Vec::new(), unknown: Vec::new() };
@@ -483,7 +483,7 @@ impl Finder<'_> {
 
     /// Where the texts of a message are in the text of the first messages; `None` where the template does not keep the
     /// marks, or makes another text of marked words.
-    fn regions_of_one(&self, given: &Given, messages: usize, text: &str, index: usize) -> Option<Vec<Region>> {
+    fn regions_of_one(&self, given: &TemplateInput, messages: usize, text: &str, index: usize) -> Option<Vec<Region>> {
         let fields = given.messages[index].keys().map(|name| Texts::Field(name));
         let sets = [Texts::All, Texts::NoIds, Texts::Field("content"), Texts::Others].into_iter().chain(fields);
         let mut kept = None;
@@ -499,31 +499,31 @@ impl Finder<'_> {
     }
 
     /// Where the content of a message ends of which nothing is written.
-    fn end_of(&self, given: &Given, messages: usize, text: &str, index: usize) -> Option<Vec<Region>> {
+    fn end_of(&self, given: &TemplateInput, messages: usize, text: &str, index: usize) -> Option<Vec<Region>> {
         self.regions_of(given, messages, text, &[index], Texts::End)
     }
 
     /// The same of several messages, of some of their texts.
     fn regions_of(
         &self,
-        given: &Given,
+        given: &TemplateInput,
         messages: usize,
         text: &str,
         marked: &[usize],
         texts: Texts<'_>,
     ) -> Option<Vec<Region>> {
-        let cuts = self.template.cuts();
+        let split_markers = self.template.split_markers();
         let mut values = given.values[..messages].to_vec();
         let mut numbers: Vec<(usize, usize)> = Vec::new();
         for &index in marked {
             let mut message = given.messages[index].clone();
-            let mut marker = Marker { next: numbers.len(), texts, cuts: &cuts };
+            let mut marker = Marker { next: numbers.len(), texts, split_markers: &split_markers };
             marker.mark(&mut message);
             numbers.extend((0..marker.next - numbers.len()).map(|number| (index, number)));
             values[index] = given.value(&message);
         }
         // A template that fails at marked words has not kept them.
-        let marked = self.template.render_given(given, &values, false, ["", ""]).ok()?;
+        let marked = self.template.render_input(given, &values, false, ["", ""]).ok()?;
         let mut plain = String::with_capacity(text.len());
         let mut open: Option<Region> = None;
         let mut found = Vec::new();
@@ -531,9 +531,9 @@ impl Finder<'_> {
         while let Some(character) = characters.next() {
             if character == MARKS[0] {
                 let mut number = 0usize;
-                while let Some(digit) = characters.next_if(|digit| DIGITS.contains(digit)) {
-                    let digit = DIGITS.iter().position(|&other| other == digit)?;
-                    number = number.checked_mul(DIGITS.len())?.checked_add(digit)?;
+                while let Some(digit) = characters.next_if(|digit| MARK_DIGITS.contains(digit)) {
+                    let digit = MARK_DIGITS.iter().position(|&other| other == digit)?;
+                    number = number.checked_mul(MARK_DIGITS.len())?.checked_add(digit)?;
                 }
                 let &(message, text) = numbers.get(number)?;
                 if open.replace(Region { message, text, place: plain.len()..plain.len() }).is_some() {
@@ -608,7 +608,7 @@ struct Marker<'a> {
     /// The number of the next text; one that is not wanted has a number, too.
     next: usize,
     texts: Texts<'a>,
-    cuts: &'a [String],
+    split_markers: &'a [String],
 }
 
 impl Marker<'_> {
@@ -652,7 +652,7 @@ impl Marker<'_> {
     }
 
     fn mark_text(&mut self, text: &mut String, wanted: bool) {
-        let pieces = pieces(text, self.cuts);
+        let pieces = pieces(text, self.split_markers);
         if wanted {
             *text = with_marks(text, &pieces, |index| in_digits(self.next + index));
         }
@@ -661,7 +661,7 @@ impl Marker<'_> {
 }
 
 /// The assistant's messages.
-pub(super) fn turns_of(given: &Given) -> Vec<usize> {
+pub(super) fn turns_of(given: &TemplateInput) -> Vec<usize> {
     let is_assistant = |&index: &usize| given.messages[index].get("role").is_some_and(|role| role == "assistant");
     (0..given.messages.len()).filter(is_assistant).collect()
 }
@@ -675,43 +675,43 @@ fn kind_of(message: &Fields) -> Vec<&str> {
 }
 
 /// Marks the words of a message: its content, or else what it has in place of it. Gives the white space around the content.
-fn mark_words(message: &mut Fields, number: &str, ids: bool, cuts: &[String]) -> (String, String) {
+fn mark_words(message: &mut Fields, number: &str, ids: bool, split_markers: &[String]) -> (String, String) {
     match message.get_mut("content") {
-        Some(Value::String(text)) if !text.trim().is_empty() => mark_text(text, number, cuts),
+        Some(Value::String(text)) if !text.trim().is_empty() => mark_text(text, number, split_markers),
         _ => {
             let before = message.clone();
             for (name, value) in message.iter_mut().filter(|(name, _)| name.as_str() != "content") {
-                mark_field(name, value, number, ids, cuts);
+                mark_field(name, value, number, ids, split_markers);
             }
             if *message == before
                 && let Some(Value::String(text)) = message.get_mut("content")
             {
-                return mark_text(text, number, cuts);
+                return mark_text(text, number, split_markers);
             }
             (String::new(), String::new())
         }
     }
 }
 
-fn mark_field(name: &str, value: &mut Value, number: &str, ids: bool, cuts: &[String]) {
+fn mark_field(name: &str, value: &mut Value, number: &str, ids: bool, split_markers: &[String]) {
     if !COMPARED.contains(&name) && (ids || !IDS.contains(&name)) {
-        mark_value(value, number, ids, cuts);
+        mark_value(value, number, ids, split_markers);
     }
 }
 
 /// Marks the texts in a value.
-fn mark_value(value: &mut Value, number: &str, ids: bool, cuts: &[String]) {
+fn mark_value(value: &mut Value, number: &str, ids: bool, split_markers: &[String]) {
     match value {
-        Value::String(text) if !text.trim().is_empty() => drop(mark_text(text, number, cuts)),
-        Value::Array(items) => items.iter_mut().for_each(|item| mark_value(item, number, ids, cuts)),
-        Value::Object(map) => map.iter_mut().for_each(|(name, value)| mark_field(name, value, number, ids, cuts)),
+        Value::String(text) if !text.trim().is_empty() => drop(mark_text(text, number, split_markers)),
+        Value::Array(items) => items.iter_mut().for_each(|item| mark_value(item, number, ids, split_markers)),
+        Value::Object(map) => map.iter_mut().for_each(|(name, value)| mark_field(name, value, number, ids, split_markers)),
         _ => {}
     }
 }
 
 /// Puts marks around a text, within its white space and on either side of cuts; gives what stands before and behind them.
-fn mark_text(text: &mut String, number: &str, cuts: &[String]) -> (String, String) {
-    let pieces = pieces(text, cuts);
+fn mark_text(text: &mut String, number: &str, split_markers: &[String]) -> (String, String) {
+    let pieces = pieces(text, split_markers);
     let around = (text[..pieces[0].start].to_owned(), text[pieces[pieces.len() - 1].end..].to_owned());
     *text = with_marks(text, &pieces, |_| number.to_owned());
     around
@@ -735,11 +735,11 @@ fn with_marks(text: &str, pieces: &[Range<usize>], number: impl Fn(usize) -> Str
 
 /// The parts of a text between the cuts, each within its white space, which templates trim; one that may be empty where all
 /// is white.
-fn pieces(text: &str, cuts: &[String]) -> Vec<Range<usize>> {
+fn pieces(text: &str, split_markers: &[String]) -> Vec<Range<usize>> {
     let mut pieces = Vec::new();
     let mut start = 0;
     while start <= text.len() {
-        let next = cuts.iter().filter_map(|cut| Some((text[start..].find(cut.as_str())?, cut.len()))).min();
+        let next = split_markers.iter().filter_map(|cut| Some((text[start..].find(cut.as_str())?, cut.len()))).min();
         let end = next.map_or(text.len(), |(at, _)| start + at);
         let part = &text[start..end];
         if !part.trim().is_empty() {
@@ -758,10 +758,10 @@ fn pieces(text: &str, cuts: &[String]) -> Vec<Range<usize>> {
 
 /// A number in characters that no template makes anything of.
 fn in_digits(mut number: usize) -> String {
-    let mut digits = vec![DIGITS[number % DIGITS.len()]];
-    while number >= DIGITS.len() {
-        number /= DIGITS.len();
-        digits.push(DIGITS[number % DIGITS.len()]);
+    let mut digits = vec![MARK_DIGITS[number % MARK_DIGITS.len()]];
+    while number >= MARK_DIGITS.len() {
+        number /= MARK_DIGITS.len();
+        digits.push(MARK_DIGITS[number % MARK_DIGITS.len()]);
     }
     digits.iter().rev().collect()
 }
@@ -873,5 +873,5 @@ fn only(mut values: impl Iterator<Item = usize>) -> Option<usize> {
 }
 
 fn no_span(turn: usize, problem: &str) -> ChatError {
-    ChatError::NoSpan { message: turn + 1, problem: problem.into() }
+    ChatError::AssistantSpanNotFound { message: turn + 1, problem: problem.into() }
 }

@@ -18,14 +18,14 @@
 use serde_json::{Map, Value, json};
 
 use super::error::THE_RECORD;
-use super::given::REASONING;
+use super::template_input::REASONING_FIELDS;
 use super::{ConversationError, Message};
 use crate::records::parse;
 
 /// Which of the shapes a record has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Shape {
+pub enum ConversationFormat {
     /// `messages` of `role` and `content`.
     Messages,
     /// `conversations` of `from` and `value`.
@@ -36,7 +36,7 @@ pub enum Shape {
     PromptCompletion,
 }
 
-impl std::fmt::Display for Shape {
+impl std::fmt::Display for ConversationFormat {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str(match self {
             Self::Messages => "`messages` (OpenAI)",
@@ -64,7 +64,7 @@ impl Turn {
         Self { message, weight }
     }
 
-    fn of_text(role: &str, content: impl Into<String>, weight: f32) -> Self {
+    fn from_text(role: &str, content: impl Into<String>, weight: f32) -> Self {
         Self::new(Message::new(role, content), weight)
     }
 }
@@ -73,7 +73,7 @@ impl Turn {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conversation {
     /// The shape that it had.
-    pub shape: Shape,
+    pub shape: ConversationFormat,
     /// What was said, in order.
     pub turns: Vec<Turn>,
     /// What the record holds beside that: `tools` and other variables of templates, and what may be of no use.
@@ -81,11 +81,11 @@ pub struct Conversation {
 }
 
 /// Fields of a message that say whether it is learned: OpenAI's, axolotl's two names, LoongForge's and ms-swift's.
-const WEIGHTS: [&str; 5] = ["weight", "train", "training", "loss_mask", "loss"];
+const WEIGHT_FIELDS: [&str; 5] = ["weight", "train", "training", "loss_mask", "loss"];
 /// axolotl's parts of a message that are learned or not, in characters.
-const DETAILS: [&str; 2] = ["train_detail", "training_detail"];
+const WEIGHT_DETAIL_FIELDS: [&str; 2] = ["train_detail", "training_detail"];
 /// Parts of a message that no text can stand for.
-const MEDIA: [&str; 10] = [
+const MEDIA_PART_TYPES: [&str; 10] = [
     "image",
     "image_url",
     "input_image",
@@ -100,12 +100,12 @@ const MEDIA: [&str; 10] = [
 
 /// Fields of messages that are read here, whatever a template reads.
 pub(super) fn is_read_here(field: &str) -> bool {
-    ["role", "content", "from", "value"].contains(&field) || WEIGHTS.contains(&field)
+    ["role", "content", "from", "value"].contains(&field) || WEIGHT_FIELDS.contains(&field)
 }
 
 impl From<Vec<Turn>> for Conversation {
     fn from(turns: Vec<Turn>) -> Self {
-        Self { shape: Shape::Messages, turns, fields: Map::new() }
+        Self { shape: ConversationFormat::Messages, turns, fields: Map::new() }
     }
 }
 
@@ -127,30 +127,30 @@ impl Conversation {
     ///
     /// As [`parse`](Conversation::parse), but for the first two.
     pub fn from_json(value: &Value, knows: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
-        let Value::Object(record) = value else { return Err(ConversationError::Shape { keys: Vec::new() }) };
+        let Value::Object(record) = value else { return Err(ConversationError::UnknownFormat { keys: Vec::new() }) };
         let mut fields: Map<String, Value> = record
             .iter()
             .filter(|(_, value)| !value.is_null())
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
         let has = |key: &str| fields.get(key).is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty()));
-        if let Some(key) = preference(&fields, has("messages")) {
+        if let Some(key) = preference_field(&fields, has("messages")) {
             return Err(ConversationError::Preference { key });
         }
         let weight = weight_of_record(&fields)?;
         let of_prompt = has("prompt") && has("completion");
         let (shape, mut turns) = if has("messages") {
-            (Shape::Messages, taken(&mut fields, "messages", &knows)?)
+            (ConversationFormat::Messages, take_messages(&mut fields, "messages", &knows)?)
         } else if has("conversations") {
-            (Shape::ShareGpt, taken(&mut fields, "conversations", &knows)?)
+            (ConversationFormat::ShareGpt, take_messages(&mut fields, "conversations", &knows)?)
         } else if of_prompt {
-            (Shape::PromptCompletion, prompt_and_completion(&mut fields, &knows)?)
+            (ConversationFormat::PromptCompletion, prompt_and_completion(&mut fields, &knows)?)
         } else if has("instruction") {
-            (Shape::Alpaca, alpaca(&mut fields)?)
+            (ConversationFormat::Alpaca, alpaca(&mut fields)?)
         } else if fields.contains_key("messages") || fields.contains_key("conversations") {
             return Err(ConversationError::NoAssistant);
         } else {
-            return Err(ConversationError::Shape { keys: fields.keys().cloned().collect() });
+            return Err(ConversationError::UnknownFormat { keys: fields.keys().cloned().collect() });
         };
         if let Some(weight) = weight {
             turns.iter_mut().for_each(|turn| turn.weight *= weight);
@@ -160,12 +160,12 @@ impl Conversation {
             && turns.first().is_none_or(|turn| turn.message.role() != "system")
         {
             if !system.is_empty() {
-                turns.insert(0, Turn::of_text("system", system.as_str(), 0.0));
+                turns.insert(0, Turn::from_text("system", system.as_str(), 0.0));
             }
             fields.shift_remove("system");
         }
         if let Some(tools) = fields.shift_remove("tools") {
-            fields.extend(tools_of(tools, shape)?.map(|tools| ("tools".to_owned(), tools)));
+            fields.extend(parse_tools(tools, shape)?.map(|tools| ("tools".to_owned(), tools)));
         }
         let mut of_assistant = turns.iter().filter(|turn| turn.message.role() == "assistant").peekable();
         if of_assistant.peek().is_none() {
@@ -188,7 +188,7 @@ fn wrong(place: impl Into<String>, problem: impl Into<String>) -> ConversationEr
 }
 
 /// The messages of a field of the record.
-fn taken(
+fn take_messages(
     fields: &mut Map<String, Value>,
     key: &str,
     knows: &impl Fn(&str) -> bool,
@@ -196,14 +196,14 @@ fn taken(
     let Some(Value::Array(messages)) = fields.shift_remove(key) else {
         return Err(wrong(key, "is not a list of messages"));
     };
-    let turn = |(index, message)| turn_of(format!("{key}[{index}]"), message, knows);
+    let turn = |(index, message)| parse_turn(format!("{key}[{index}]"), message, knows);
     messages.into_iter().enumerate().map(turn).collect()
 }
 
 /// The field that makes a record one of preferences: a better and a worse answer, or whether the answer is a good one. Beside
 /// `messages` the two answers say nothing new: there the answer to be learned is the last message.
-fn preference(fields: &Map<String, Value>, has_messages: bool) -> Option<&'static str> {
-    let holds = |key: &str| fields.get(key).is_some_and(|value| !is_empty(value));
+fn preference_field(fields: &Map<String, Value>, has_messages: bool) -> Option<&'static str> {
+    let holds = |key: &str| fields.get(key).is_some_and(|value| !is_empty_value(value));
     let is_bool = |key: &str| fields.get(key).is_some_and(Value::is_boolean);
     let of_answers = || ["chosen", "rejected"].into_iter().find(|key| !has_messages && holds(key));
     ["label", "kto_tag"].into_iter().find(|key| is_bool(key)).or_else(of_answers)
@@ -217,18 +217,18 @@ fn prompt_and_completion(
     let is_text = |key: &str| fields.get(key).is_some_and(Value::is_string);
     for key in ["prompt", "completion"] {
         if is_text(key) {
-            return Err(ConversationError::Texts { key, both: is_text("prompt") && is_text("completion") });
+            return Err(ConversationError::TextPrompt { key, both: is_text("prompt") && is_text("completion") });
         }
     }
-    let mut turns = taken(fields, "prompt", knows)?;
+    let mut turns = take_messages(fields, "prompt", knows)?;
     turns.iter_mut().for_each(|turn| turn.weight = 0.0);
-    turns.extend(taken(fields, "completion", knows)?);
+    turns.extend(take_messages(fields, "completion", knows)?);
     Ok(turns)
 }
 
 /// The names that ShareGPT's exports and those that followed them use. A template that names one of the last rows itself is
 /// given it as it is.
-fn role_of<'a>(role: &'a str, knows: &impl Fn(&str) -> bool) -> Option<&'a str> {
+fn normalize_role<'a>(role: &'a str, knows: &impl Fn(&str) -> bool) -> Option<&'a str> {
     Some(match role {
         "human" => "user",
         "gpt" | "chatgpt" | "bot" | "model" => "assistant",
@@ -240,7 +240,7 @@ fn role_of<'a>(role: &'a str, knows: &impl Fn(&str) -> bool) -> Option<&'a str> 
     })
 }
 
-fn turn_of(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> Result<Turn, ConversationError> {
+fn parse_turn(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> Result<Turn, ConversationError> {
     let Value::Object(mut message) = message else { return Err(wrong(place, "is not a message")) };
     message.retain(|_, value| !value.is_null());
     for (key, other) in [("role", "from"), ("content", "value")] {
@@ -259,30 +259,30 @@ fn turn_of(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> Resu
             Some(_) => return Err(wrong(place, format!("has both `{key}` and `{other}`, and they differ"))),
         }
     }
-    one_reasoning(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
+    merge_reasoning(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
     let Some(Value::String(said)) = message.get("role") else {
         return Err(wrong(place, "does not say who speaks: it lacks `role` (or `from`)"));
     };
     let calls = ["function_call", "tool_call"].contains(&said.as_str()) && !knows(said);
-    let Some(role) = role_of(said, knows).map(str::to_owned) else {
+    let Some(role) = normalize_role(said, knows).map(str::to_owned) else {
         return Err(ConversationError::Role { place, role: said.clone() });
     };
     message.insert("role".into(), Value::String(role.clone()));
     if calls {
-        calls_of_text(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
+        parse_tool_calls(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
     }
     tool_calls(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
     content(&mut message, &role, knows).map_err(|problem| wrong(place.clone(), problem))?;
-    let weight = weight_of(&message, role == "assistant").map_err(|problem| wrong(place, problem))?;
+    let weight = message_weight(&message, role == "assistant").map_err(|problem| wrong(place, problem))?;
     Ok(Turn::new(Message(message), weight))
 }
 
 /// Leaves one of the fields that hold what the assistant thinks to be given under all their names: what says the same twice,
 /// or nothing, is removed.
-fn one_reasoning(message: &mut Map<String, Value>) -> Result<(), String> {
+fn merge_reasoning(message: &mut Map<String, Value>) -> Result<(), String> {
     let mut found: Option<&str> = None;
-    for name in REASONING {
-        match (message.get(name).filter(|value| !is_empty(value)), found) {
+    for name in REASONING_FIELDS {
+        match (message.get(name).filter(|value| !is_empty_value(value)), found) {
             (None, _) => {}
             (Some(_), None) => found = Some(name),
             (Some(value), Some(first)) if message.get(first) == Some(value) => {}
@@ -290,20 +290,20 @@ fn one_reasoning(message: &mut Map<String, Value>) -> Result<(), String> {
         }
     }
     if let Some(kept) = found {
-        message.retain(|name, _| name == kept || !REASONING.contains(&name.as_str()));
+        message.retain(|name, _| name == kept || !REASONING_FIELDS.contains(&name.as_str()));
     }
     Ok(())
 }
 
 /// `tool_calls` from the text of a ShareGPT turn: a call as JSON, or a list of them, perhaps behind what was thought.
-fn calls_of_text(message: &mut Map<String, Value>) -> Result<(), String> {
+fn parse_tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
     let Some(Value::String(text)) = message.get("content") else { return Err("has no call".into()) };
     let mut call = text.trim();
     let mut thought = None;
     if let Some((inner, rest)) = call.strip_prefix("<think>").and_then(|text| text.split_once("</think>")) {
         (thought, call) = (Some(inner.trim().to_owned()), rest.trim());
     }
-    let read = json_of(call)
+    let read = parse_json_text(call)
         .ok_or_else(|| "is a call that is not JSON, as `{\"name\": \"...\", \"arguments\": {...}}` is".to_owned())?;
     let calls = match read {
         Value::Array(calls) => calls,
@@ -323,7 +323,7 @@ fn calls_of_text(message: &mut Map<String, Value>) -> Result<(), String> {
 }
 
 /// A text that holds JSON, read as records are.
-fn json_of(text: &str) -> Option<Value> {
+fn parse_json_text(text: &str) -> Option<Value> {
     parse(text.as_bytes()).ok().map(|parsed| parsed.value)
 }
 
@@ -333,7 +333,7 @@ fn tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
     if let Value::String(text) = calls {
         *calls = match text.trim() {
             "" => Value::Null,
-            text => json_of(text).ok_or("has `tool_calls` that are a text and not JSON")?,
+            text => parse_json_text(text).ok_or("has `tool_calls` that are a text and not JSON")?,
         };
     }
     match calls {
@@ -366,7 +366,7 @@ fn content(message: &mut Map<String, Value>, role: &str, knows: &impl Fn(&str) -
                         match part.get("type").and_then(Value::as_str) {
                             Some("text") if part.get("text").is_some_and(Value::is_string) => {}
                             Some("text") => return Err("has a part without text".into()),
-                            Some(kind) if MEDIA.contains(&kind) => {
+                            Some(kind) if MEDIA_PART_TYPES.contains(&kind) => {
                                 return Err(format!("has a part of the type `{kind}`; only text is learned from"));
                             }
                             Some(kind) if knows(kind) || is_called => {}
@@ -390,7 +390,7 @@ fn content(message: &mut Map<String, Value>, role: &str, knows: &impl Fn(&str) -
         Some(_) => Err("has content that is not text".into()),
         None => {
             let stands_for_it = |(name, value): (&String, &Value)| {
-                !is_read_here(name) && !matches!(name.as_str(), "id" | "name") && !is_empty(value)
+                !is_read_here(name) && !matches!(name.as_str(), "id" | "name") && !is_empty_value(value)
             };
             match message.iter().any(stands_for_it) {
                 true => Ok(()),
@@ -401,7 +401,7 @@ fn content(message: &mut Map<String, Value>, role: &str, knows: &impl Fn(&str) -
 }
 
 /// Nothing, and nobody misses it.
-pub(super) fn is_empty(value: &Value) -> bool {
+pub(super) fn is_empty_value(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::String(text) => text.is_empty(),
@@ -412,14 +412,14 @@ pub(super) fn is_empty(value: &Value) -> bool {
 }
 
 /// How much a message counts: 0 where any of the fields that say it does.
-fn weight_of(message: &Map<String, Value>, of_assistant: bool) -> Result<f32, String> {
-    for key in DETAILS {
+fn message_weight(message: &Map<String, Value>, of_assistant: bool) -> Result<f32, String> {
+    for key in WEIGHT_DETAIL_FIELDS {
         if message.contains_key(key) {
             return Err(format!("has `{key}`: parts of a message cannot be left out, only all of it (`train`)"));
         }
     }
     let mut whole = 1.0;
-    for key in WEIGHTS {
+    for key in WEIGHT_FIELDS {
         let weight = match message.get(key) {
             None | Some(Value::Null) => continue,
             Some(Value::Bool(learned)) => f32::from(u8::from(*learned)),
@@ -449,13 +449,13 @@ fn weight_of(message: &Map<String, Value>, of_assistant: bool) -> Result<f32, St
 /// Whether a field beside the messages says how much all of them count. `loss` does only where it is true or false: as a
 /// number it is what some model's loss on the record was.
 fn is_weight_of_record(key: &str, value: &Value) -> bool {
-    WEIGHTS.contains(&key) && (key != "loss" || value.is_boolean())
+    WEIGHT_FIELDS.contains(&key) && (key != "loss" || value.is_boolean())
 }
 
 /// How much a whole record counts: a factor on each of its turns, where it says so.
 fn weight_of_record(fields: &Map<String, Value>) -> Result<Option<f32>, ConversationError> {
     let of_record = |(key, value): &(&String, &Value)| {
-        DETAILS.contains(&key.as_str()) || is_weight_of_record(key, value) || key.as_str() == "loss" && value.is_array()
+        WEIGHT_DETAIL_FIELDS.contains(&key.as_str()) || is_weight_of_record(key, value) || key.as_str() == "loss" && value.is_array()
     };
     let mut given = Map::new();
     for (key, value) in fields.iter().filter(of_record) {
@@ -465,15 +465,15 @@ fn weight_of_record(fields: &Map<String, Value>) -> Result<Option<f32>, Conversa
         }
         given.insert(key.clone(), value.clone());
     }
-    let weight = weight_of(&given, true).map_err(|problem| wrong(THE_RECORD, problem))?;
+    let weight = message_weight(&given, true).map_err(|problem| wrong(THE_RECORD, problem))?;
     Ok(Some(weight).filter(|_| !given.is_empty()))
 }
 
 /// The tools of a record: a list, or the JSON of one. ShareGPT's are bare functions.
-fn tools_of(tools: Value, shape: Shape) -> Result<Option<Value>, ConversationError> {
+fn parse_tools(tools: Value, shape: ConversationFormat) -> Result<Option<Value>, ConversationError> {
     let tools = match tools {
         Value::String(text) if text.trim().is_empty() => return Ok(None),
-        Value::String(text) => json_of(&text).ok_or_else(|| wrong("tools", "is a text that is not JSON"))?,
+        Value::String(text) => parse_json_text(&text).ok_or_else(|| wrong("tools", "is a text that is not JSON"))?,
         tools => tools,
     };
     match tools {
@@ -483,7 +483,7 @@ fn tools_of(tools: Value, shape: Shape) -> Result<Option<Value>, ConversationErr
                 if !tool.is_object() {
                     return Err(wrong("tools", "has an entry that is not a tool"));
                 }
-                if shape == Shape::ShareGpt && tool["function"].is_null() && tool["name"].is_string() {
+                if shape == ConversationFormat::ShareGpt && tool["function"].is_null() && tool["name"].is_string() {
                     *tool = json!({"type": "function", "function": tool.take()});
                 }
             }
@@ -508,8 +508,8 @@ fn alpaca(record: &mut Map<String, Value>) -> Result<Vec<Turn>, ConversationErro
                 let Some([Some(question), Some(answer)]) = texts.as_deref() else {
                     return Err(wrong("history", "has an entry that is not a question and its answer"));
                 };
-                turns.push(Turn::of_text("user", *question, 0.0));
-                turns.push(Turn::of_text("assistant", *answer, 1.0));
+                turns.push(Turn::from_text("user", *question, 0.0));
+                turns.push(Turn::from_text("assistant", *answer, 1.0));
             }
         }
         Some(_) => return Err(wrong("history", "is not a list of pairs")),
@@ -532,8 +532,8 @@ fn alpaca(record: &mut Map<String, Value>) -> Result<Vec<Turn>, ConversationErro
     if !input.is_empty() {
         question = if question.is_empty() { input } else { format!("{question}\n{input}") };
     }
-    turns.push(Turn::of_text("user", question, 0.0));
-    turns.push(Turn::of_text("assistant", answer, 1.0));
+    turns.push(Turn::from_text("user", question, 0.0));
+    turns.push(Turn::from_text("assistant", answer, 1.0));
     Ok(turns)
 }
 
@@ -564,14 +564,14 @@ mod tests {
             (
                 r#"{"id": 3, "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q\nI"},
                     {"role": "assistant", "content": "A"}], "source": "x"}"#,
-                Shape::Messages,
+                ConversationFormat::Messages,
             ),
             (
                 r#"{"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q\nI"},
                     {"from": "gpt", "value": "A"}]}"#,
-                Shape::ShareGpt,
+                ConversationFormat::ShareGpt,
             ),
-            (r#"{"instruction": "Q", "input": "I", "output": "A", "system": "S"}"#, Shape::Alpaca),
+            (r#"{"instruction": "Q", "input": "I", "output": "A", "system": "S"}"#, ConversationFormat::Alpaca),
         ] {
             assert_eq!(turns(line), expected);
             assert_eq!(parse(line).unwrap().shape, shape);

@@ -8,30 +8,30 @@ use std::sync::{Arc, Mutex, PoisonError};
 use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::{Map, Value, json};
 
-use super::conversation::{is_empty, is_read_here};
-use super::given::{Given, REASONING, with_reasoning};
+use super::conversation::{is_empty_value, is_read_here};
+use super::template_input::{TemplateInput, REASONING_FIELDS, with_reasoning};
 use super::{ChatError, ChatTemplate, Conversation, ConversationError, Message, Turn, sandbox};
 use crate::tokenizer::{Piece, Tokenizer};
 
 /// Characters of a private-use plane. The `n`th replaces the `n`th special token where a message spells it, so that the
 /// template may cut and trim the message as it likes, and the text is still distinguished from the template's own tokens.
-const FIRST_STAND_IN: u32 = 0x10_0000;
-const STAND_INS: usize = 0xFFF0;
+const FIRST_PLACEHOLDER: u32 = 0x10_0000;
+const MAX_PLACEHOLDERS: usize = 0xFFF0;
 
 /// In a text by people, characters of the private-use plane before it stand for those that stand for something here: the same
 /// ones from this on, and behind it the marks. No font that we know has anything there.
-const FIRST_OF_PEOPLE: u32 = 0xF_8000;
-const OF_PEOPLE: u32 = 0x7F00;
-const MARKS_OF_PEOPLE: u32 = 0xF_FF00;
+const FIRST_ESCAPED: u32 = 0xF_8000;
+const ESCAPED_COUNT: u32 = 0x7F00;
+const FIRST_ESCAPED_MARK: u32 = 0xF_FF00;
 
 /// The last characters of the same plane mark the ends of the assistant's words.
 pub(super) const MARKS: [char; 2] = ['\u{10FFFA}', '\u{10FFFB}'];
 /// And these number them.
-pub(super) const DIGITS: [char; 8] =
+pub(super) const MARK_DIGITS: [char; 8] =
     ['\u{10FFF0}', '\u{10FFF1}', '\u{10FFF2}', '\u{10FFF3}', '\u{10FFF4}', '\u{10FFF5}', '\u{10FFF6}', '\u{10FFF7}'];
 
 /// Variables that a record cannot set: transformers' own, and what the environment has.
-const RESERVED: [&str; 19] = [
+const RESERVED_VARIABLES: [&str; 19] = [
     "messages",
     "conversation",
     "chat_template",
@@ -56,15 +56,15 @@ const RESERVED: [&str; 19] = [
 /// A template and a tokenizer that turn conversations into tokens.
 #[derive(Debug)]
 pub struct ChatEncoder {
-    core: Arc<Core>,
+    core: Arc<EncoderCore>,
     tokenizer: Tokenizer,
 }
 
 /// What finds the assistant's words in a text, on a thread of the sandbox.
 #[derive(Debug)]
-pub(super) struct Core {
+pub(super) struct EncoderCore {
     pub(super) template: ChatTemplate,
-    specials: Specials,
+    specials: SpecialTokens,
     /// Whether the template writes the parts of a list that is the content of a message of a role; asked once.
     takes_parts: Mutex<HashMap<(String, bool), bool>>,
 }
@@ -95,8 +95,8 @@ struct Variables {
 impl ChatEncoder {
     /// Prepares the search for special tokens, which is kept.
     pub fn new(template: ChatTemplate, tokenizer: Tokenizer) -> Self {
-        let specials = Specials::new(&tokenizer);
-        Self { core: Arc::new(Core { template, specials, takes_parts: Mutex::default() }), tokenizer }
+        let specials = SpecialTokens::new(&tokenizer);
+        Self { core: Arc::new(EncoderCore { template, specials, takes_parts: Mutex::default() }), tokenizer }
     }
 
     /// The template.
@@ -113,7 +113,7 @@ impl ChatEncoder {
     /// Those of [`ChatTemplate::render`], and [`ChatError::Tokenizer`] for a text without tokens.
     pub fn tokens(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<u32>, ChatError> {
         let given = self.core.given(messages.iter(), Map::new())?;
-        let text = self.core.template.render_given(&given, &given.values, add_generation_prompt, ["", ""])?;
+        let text = self.core.template.render_input(&given, &given.values, add_generation_prompt, ["", ""])?;
         let mut tokens = Vec::new();
         self.core.specials.encode(&self.tokenizer, &text, &mut tokens)?;
         Ok(tokens)
@@ -138,10 +138,10 @@ impl ChatEncoder {
     ///
     /// # Errors
     ///
-    /// [`ChatError::Refused`] where the template fails, [`ChatError::NoSpan`] and [`ChatError::TooManyTurns`] where the
+    /// [`ChatError::RenderFailed`] where the template fails, [`ChatError::AssistantSpanNotFound`] and [`ChatError::TooManyTurns`] where the
     /// assistant's words cannot be found in what it makes, [`ChatError::Tokenizer`] for a text without tokens,
     /// [`ChatError::Conversation`] for a call that the template does not write.
-    pub fn weighted(&self, conversation: &Conversation) -> Result<WeightedTokens, ChatError> {
+    pub fn weighted_tokens(&self, conversation: &Conversation) -> Result<WeightedTokens, ChatError> {
         let turns = &conversation.turns;
         let Variables { values: variables, given: named, mut unread } = self.core.variables(&conversation.fields)?;
         let tools = !variables["tools"].is_null();
@@ -149,12 +149,12 @@ impl ChatEncoder {
         let given = Arc::new(self.core.given(messages, variables)?);
         // All renderings are one job of the sandbox.
         let (core, of_job) = (self.core.clone(), given.clone());
-        let found = sandbox::run(given.budget.time(), move || core.of_tools(tools).spans(&of_job));
-        let found = found.map_err(|overrun| self.core.template.of_tools(tools).overrun(overrun)).flatten();
+        let found = sandbox::run(given.budget.time(), move || core.variant_for_tools(tools).spans(&of_job));
+        let found = found.map_err(|overrun| self.core.template.variant_for_tools(tools).overrun(overrun)).flatten();
         let unread_of_messages = || unread_of_messages(turns, &given);
         let (text, spans) = match found {
             // Words that are not written may be the fault of a call that the template does not read.
-            Err(error @ ChatError::NoSpan { .. }) => return Err(unread_of_messages().err().unwrap_or(error)),
+            Err(error @ ChatError::AssistantSpanNotFound { .. }) => return Err(unread_of_messages().err().unwrap_or(error)),
             found => found?,
         };
         unread.extend(unread_of_messages()?);
@@ -167,7 +167,7 @@ impl ChatEncoder {
         let weights: Vec<f32> =
             turns.iter().filter(|turn| turn.message.role() == "assistant").map(|turn| turn.weight).collect();
         if spans.len() != weights.len() && weights.iter().any(|weight| *weight != weights[0]) {
-            return Err(ChatError::Blocks { blocks: spans.len(), turns: weights.len() });
+            return Err(ChatError::GenerationBlocks { blocks: spans.len(), turns: weights.len() });
         }
         let mut end = 0;
         for (index, span) in spans.into_iter().enumerate() {
@@ -184,34 +184,34 @@ impl ChatEncoder {
     pub fn end_token(&self) -> Option<u32> {
         let turn = |role: &str, weight| Turn::new(Message::new(role, "x"), weight);
         let turns = vec![turn("user", 0.0), turn("assistant", 1.0)];
-        let WeightedTokens { tokens, weights, .. } = self.weighted(&Conversation::from(turns)).ok()?;
+        let WeightedTokens { tokens, weights, .. } = self.weighted_tokens(&Conversation::from(turns)).ok()?;
         let last = weights.iter().rposition(|&weight| weight > 0.0)?;
         Some(tokens[last]).filter(|&token| self.tokenizer.is_added(token))
     }
 
     #[cfg(test)]
-    pub(super) fn core(&self) -> &Core {
+    pub(super) fn core(&self) -> &EncoderCore {
         &self.core
     }
 }
 
 /// Fields of messages that hold something and that nobody has read.
-fn unread_of_messages(turns: &[Turn], given: &Given) -> Result<Vec<String>, ChatError> {
-    let is_read = |name: &str| match REASONING.contains(&name) {
+fn unread_of_messages(turns: &[Turn], given: &TemplateInput) -> Result<Vec<String>, ChatError> {
+    let is_read = |name: &str| match REASONING_FIELDS.contains(&name) {
         // They are given under each other's names.
-        true => REASONING.iter().any(|name| given.names.is_read(name)),
+        true => REASONING_FIELDS.iter().any(|name| given.names.is_read(name)),
         false => given.names.is_read(name),
     };
     let mut unread = BTreeSet::new();
     for (index, turn) in turns.iter().enumerate() {
         let fields = turn.message.fields();
-        let of_use = |(name, value): &(&String, &Value)| !is_read_here(name) && !is_empty(value);
+        let of_use = |(name, value): &(&String, &Value)| !is_read_here(name) && !is_empty_value(value);
         let missed = fields.iter().filter(of_use).map(|(name, _)| name).filter(|name| !is_read(name));
         unread.extend(missed.clone().map(|name| format!("messages[].{name}")));
         // A turn that says nothing, but for what is not written, would be learned as an empty answer.
         let says_nothing = fields.get("content").is_none_or(|content| match content {
             Value::String(text) => text.trim().is_empty(),
-            content => is_empty(content),
+            content => is_empty_value(content),
         });
         let calls =
             fields.iter().filter(of_use).map(|(name, _)| name).filter(|name| !["id", "name"].contains(&name.as_str()));
@@ -220,33 +220,33 @@ fn unread_of_messages(turns: &[Turn], given: &Given) -> Result<Vec<String>, Chat
             && !calls.clone().any(|name| is_read(name))
             && let Some(field) = calls.clone().next().cloned()
         {
-            return Err(ConversationError::Call { message: index + 1, field }.into());
+            return Err(ConversationError::UnwrittenField { message: index + 1, field }.into());
         }
     }
     Ok(unread.into_iter().collect())
 }
 
-impl Core {
+impl EncoderCore {
     /// The messages as templates are given them: with their reasoning under each of its names, with parts joined where the
     /// template takes none, and in disguise.
     pub(super) fn given<'a>(
         &self,
         messages: impl Iterator<Item = &'a Message>,
         variables: Map<String, Value>,
-    ) -> Result<Given, ChatError> {
+    ) -> Result<TemplateInput, ChatError> {
         let tools = variables.get("tools").is_some_and(|tools| !tools.is_null());
         let mut given = Vec::new();
         for message in messages {
             let mut fields = message.fields().clone();
             if let Some(Value::Array(parts)) = fields.get("content")
-                && let Some(joined) = joined(parts)
+                && let Some(join_text_parts) = join_text_parts(parts)
                 && !self.takes_parts(message.role(), tools)
             {
-                fields.insert("content".into(), joined.into());
+                fields.insert("content".into(), join_text_parts.into());
             }
-            given.push(self.specials.disguised_map(with_reasoning(fields))?);
+            given.push(self.specials.escape_map(with_reasoning(fields))?);
         }
-        Ok(Given::new(given, self.specials.disguised_map(variables)?))
+        Ok(TemplateInput::new(given, self.specials.escape_map(variables)?))
     }
 
     /// The variables of a record.
@@ -255,38 +255,38 @@ impl Core {
         let mut given_fields = Vec::new();
         let mut unread = Vec::new();
         let tools = fields.get("tools").cloned().unwrap_or_default();
-        let template = self.template.of_tools(!tools.is_null());
+        let template = self.template.variant_for_tools(!tools.is_null());
         let wrong = |problem: &str| ConversationError::Message {
             place: "chat_template_kwargs".into(),
             problem: problem.into(),
         };
-        let documents = fields.get("documents").filter(|_| template.names_variable("documents"));
+        let documents = fields.get("documents").filter(|_| template.uses_variable("documents"));
         if documents.is_some_and(|list| list.as_array().is_none_or(|list| !list.iter().all(Value::is_object))) {
             let problem = "is not a list of documents, each a map".into();
             return Err(ConversationError::Message { place: "documents".into(), problem }.into());
         }
         for (name, value) in fields {
-            let named = template.names_variable(name);
+            let named = template.uses_variable(name);
             match name.as_str() {
                 "chat_template_kwargs" => {
                     let Value::Object(given) = value else { return Err(wrong("is not a map of variables").into()) };
                     for (name, value) in given.iter().filter(|(_, value)| !value.is_null()) {
-                        if RESERVED.contains(&name.as_str()) || is_name_of_token(name) || name.starts_with("moonlight_")
+                        if RESERVED_VARIABLES.contains(&name.as_str()) || is_token_variable(name) || name.starts_with("moonlight_")
                         {
-                            return Err(ConversationError::Variable { name: name.clone() }.into());
+                            return Err(ConversationError::ReservedVariable { name: name.clone() }.into());
                         }
-                        match template.names_variable(name) {
+                        match template.uses_variable(name) {
                             true => drop(variables.insert(name.clone(), value.clone())),
                             false => unread.push(format!("chat_template_kwargs.{name}")),
                         }
                     }
                 }
                 "tools" | "documents" if named => {}
-                _ if named && !RESERVED.contains(&name.as_str()) && !is_name_of_token(name) => {
+                _ if named && !RESERVED_VARIABLES.contains(&name.as_str()) && !is_token_variable(name) => {
                     variables.entry(name.clone()).or_insert_with(|| value.clone());
                     given_fields.push(name.clone());
                 }
-                _ if is_empty(value) => {}
+                _ if is_empty_value(value) => {}
                 _ => unread.push(name.clone()),
             }
         }
@@ -303,7 +303,7 @@ impl Core {
             return takes;
         }
         const PROBE: &str = "moonlightprobe";
-        let template = self.template.of_tools(tools);
+        let template = self.template.variant_for_tools(tools);
         let message = |role: &str, content: Value| {
             Message::from_fields(Map::from_iter([("role".into(), role.into()), ("content".into(), content)]))
         };
@@ -330,23 +330,23 @@ impl Core {
     }
 
     /// What finds the words in what the template for tools makes, or the other.
-    fn of_tools(&self, tools: bool) -> Finder<'_> {
-        Finder { template: self.template.of_tools(tools), specials: &self.specials }
+    fn variant_for_tools(&self, tools: bool) -> SpanFinder<'_> {
+        SpanFinder { template: self.template.variant_for_tools(tools), specials: &self.specials }
     }
 
     #[cfg(test)]
-    pub(super) fn finder(&self) -> Finder<'_> {
-        self.of_tools(false)
+    pub(super) fn finder(&self) -> SpanFinder<'_> {
+        self.variant_for_tools(false)
     }
 }
 
 /// `bos_token` and the like.
-fn is_name_of_token(name: &str) -> bool {
+fn is_token_variable(name: &str) -> bool {
     name.ends_with("_token")
 }
 
 /// Parts that are all texts as one.
-fn joined(parts: &[Value]) -> Option<String> {
+fn join_text_parts(parts: &[Value]) -> Option<String> {
     let text = |part: &Value| match part {
         Value::String(text) => Some(text.clone()),
         part if part["type"] == "text" => part["text"].as_str().map(str::to_owned),
@@ -357,12 +357,12 @@ fn joined(parts: &[Value]) -> Option<String> {
 
 /// A template and the special tokens in its text.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Finder<'a> {
+pub(super) struct SpanFinder<'a> {
     pub(super) template: &'a ChatTemplate,
-    specials: &'a Specials,
+    specials: &'a SpecialTokens,
 }
 
-impl Finder<'_> {
+impl SpanFinder<'_> {
     /// Where the last special token of a text ends, if only white space follows it.
     pub(super) fn end_of_last_special(&self, text: &str) -> Option<usize> {
         let end = self.specials.finder.find_iter(text).last()?.end();
@@ -390,108 +390,108 @@ impl Finder<'_> {
 
 /// The special tokens of a tokenizer, to be found in texts.
 #[derive(Debug)]
-struct Specials {
+struct SpecialTokens {
     names: Vec<(String, u32)>,
     finder: AhoCorasick,
     /// Those that are not special as well.
     added: AhoCorasick,
 }
 
-impl Specials {
+impl SpecialTokens {
     fn new(tokenizer: &Tokenizer) -> Self {
         let mut names = tokenizer.specials();
         // One without a text would be found everywhere.
         names.retain(|(name, _)| !name.is_empty());
-        names.truncate(STAND_INS);
+        names.truncate(MAX_PLACEHOLDERS);
         let finder = |names: Vec<&str>| {
             let finder = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(names);
             finder.expect("a few hundred short names are no load for the automaton")
         };
-        let added = finder(tokenizer.added_texts().take(STAND_INS).collect());
+        let added = finder(tokenizer.added_texts().take(MAX_PLACEHOLDERS).collect());
         Self { finder: finder(names.iter().map(|(name, _)| name.as_str()).collect()), added, names }
     }
 
     /// All that people wrote in a map, at any depth, keys included.
-    fn disguised_map(&self, map: Map<String, Value>) -> Result<Map<String, Value>, ConversationError> {
-        map.into_iter().map(|(name, value)| Ok((self.disguise(&name)?, self.disguised(value)?))).collect()
+    fn escape_map(&self, map: Map<String, Value>) -> Result<Map<String, Value>, ConversationError> {
+        map.into_iter().map(|(name, value)| Ok((self.escape(&name)?, self.escape_value(value)?))).collect()
     }
 
-    fn disguised(&self, value: Value) -> Result<Value, ConversationError> {
+    fn escape_value(&self, value: Value) -> Result<Value, ConversationError> {
         Ok(match value {
-            Value::String(text) => self.disguise(&text)?.into(),
-            Value::Array(items) => items.into_iter().map(|item| self.disguised(item)).collect::<Result<_, _>>()?,
-            Value::Object(map) => Value::Object(self.disguised_map(map)?),
+            Value::String(text) => self.escape(&text)?.into(),
+            Value::Array(items) => items.into_iter().map(|item| self.escape_value(item)).collect::<Result<_, _>>()?,
+            Value::Object(map) => Value::Object(self.escape_map(map)?),
             value => value,
         })
     }
 
     /// Whether a character is a stand-in or a mark.
-    fn is_ours(&self, character: char) -> bool {
-        self.index_of(character).is_some() || MARKS.contains(&character) || DIGITS.contains(&character)
+    fn is_reserved(&self, character: char) -> bool {
+        self.placeholder_index(character).is_some() || MARKS.contains(&character) || MARK_DIGITS.contains(&character)
     }
 
     /// The character that stands for a stand-in or a mark that somebody wrote.
-    fn stand_in_for(&self, character: char) -> Option<char> {
-        match self.index_of(character) {
+    fn escape_reserved(&self, character: char) -> Option<char> {
+        match self.placeholder_index(character) {
             Some(index) => {
-                u32::try_from(index).ok().filter(|&index| index < OF_PEOPLE).map(|index| FIRST_OF_PEOPLE + index)
+                u32::try_from(index).ok().filter(|&index| index < ESCAPED_COUNT).map(|index| FIRST_ESCAPED + index)
             }
-            None => Some(MARKS_OF_PEOPLE + (u32::from(character) & 0xFF)),
+            None => Some(FIRST_ESCAPED_MARK + (u32::from(character) & 0xFF)),
         }
         .and_then(char::from_u32)
     }
 
     /// The stand-in or the mark that such a character stands for.
-    fn meant_by(&self, character: char) -> Option<char> {
+    fn unescape_reserved(&self, character: char) -> Option<char> {
         let number = u32::from(character);
         let ours = match number {
-            FIRST_OF_PEOPLE..MARKS_OF_PEOPLE => FIRST_STAND_IN + (number - FIRST_OF_PEOPLE),
-            MARKS_OF_PEOPLE..FIRST_STAND_IN => 0x10_FF00 + (number - MARKS_OF_PEOPLE),
+            FIRST_ESCAPED..FIRST_ESCAPED_MARK => FIRST_PLACEHOLDER + (number - FIRST_ESCAPED),
+            FIRST_ESCAPED_MARK..FIRST_PLACEHOLDER => 0x10_FF00 + (number - FIRST_ESCAPED_MARK),
             _ => return None,
         };
-        char::from_u32(ours).filter(|&ours| self.is_ours(ours))
+        char::from_u32(ours).filter(|&ours| self.is_reserved(ours))
     }
 
     /// Words with a stand-in for each special token that they spell, and with another character for a stand-in or a mark
     /// that somebody wrote. What cannot be told from it is refused.
-    fn disguise(&self, words: &str) -> Result<String, ConversationError> {
+    fn escape(&self, words: &str) -> Result<String, ConversationError> {
         // Nearly all words have none.
-        let is_private = |character: char| u32::from(character) >= FIRST_OF_PEOPLE;
+        let is_private = |character: char| u32::from(character) >= FIRST_ESCAPED;
         let words = match words.contains(is_private) {
             false => Cow::Borrowed(words),
             true => {
-                let told = |character: char| match self.is_ours(character) {
-                    true => self.stand_in_for(character).ok_or(character),
-                    false if self.meant_by(character).is_some() => Err(character),
+                let told = |character: char| match self.is_reserved(character) {
+                    true => self.escape_reserved(character).ok_or(character),
+                    false if self.unescape_reserved(character).is_some() => Err(character),
                     false => Ok(character),
                 };
                 let told: Result<String, char> = words.chars().map(told).collect();
-                Cow::Owned(told.map_err(|character| ConversationError::Character { character })?)
+                Cow::Owned(told.map_err(|character| ConversationError::ReservedCharacter { character })?)
             }
         };
         let words = words.as_ref();
-        let mut disguised = String::with_capacity(words.len());
+        let mut escape_value = String::with_capacity(words.len());
         let mut end = 0;
         for found in self.finder.find_iter(words) {
-            disguised.push_str(&words[end..found.start()]);
-            disguised.extend(char::from_u32(FIRST_STAND_IN + found.pattern().as_u32()));
+            escape_value.push_str(&words[end..found.start()]);
+            escape_value.extend(char::from_u32(FIRST_PLACEHOLDER + found.pattern().as_u32()));
             end = found.end();
         }
-        disguised.push_str(&words[end..]);
-        Ok(disguised)
+        escape_value.push_str(&words[end..]);
+        Ok(escape_value)
     }
 
-    fn index_of(&self, character: char) -> Option<usize> {
-        let index = u32::from(character).checked_sub(FIRST_STAND_IN)? as usize;
+    fn placeholder_index(&self, character: char) -> Option<usize> {
+        let index = u32::from(character).checked_sub(FIRST_PLACEHOLDER)? as usize;
         (index < self.names.len()).then_some(index)
     }
 
     fn encode(&self, tokenizer: &Tokenizer, text: &str, tokens: &mut Vec<u32>) -> Result<(), ChatError> {
         let ordinary = |text: &str, tokens: &mut Vec<u32>| -> Result<(), ChatError> {
             if !text.is_empty() {
-                let words = self.reveal(text);
+                let words = self.unescape(text);
                 let first = tokens.is_empty();
-                tokens.extend(if first { tokenizer.encode(&words)? } else { tokenizer.encode_behind(&words)? });
+                tokens.extend(if first { tokenizer.encode(&words)? } else { tokenizer.encode_continuation(&words)? });
             }
             Ok(())
         };
@@ -505,12 +505,12 @@ impl Specials {
     }
 
     /// The words as they were.
-    fn reveal(&self, text: &str) -> String {
+    fn unescape(&self, text: &str) -> String {
         let mut words = String::with_capacity(text.len());
         for character in text.chars() {
-            match self.index_of(character) {
+            match self.placeholder_index(character) {
                 Some(index) => words.push_str(&self.names[index].0),
-                None => words.push(self.meant_by(character).unwrap_or(character)),
+                None => words.push(self.unescape_reserved(character).unwrap_or(character)),
             }
         }
         words

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use moonlight_convert::Printable;
 
-use super::given::REASONING;
+use super::template_input::REASONING_FIELDS;
 use crate::records::JsonError;
 use crate::tokenizer::TokenizerError;
 
 /// Messages that are rendered for one conversation, all renderings together, before a template that rewrites earlier turns
 /// is given up: some ten seconds.
-pub(super) const MOST_RENDERED: usize = 8_000_000;
+pub(super) const MAX_RENDERED_MESSAGES: usize = 8_000_000;
 
 /// Why a conversation has no tokens.
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +24,7 @@ pub enum ChatError {
     },
     /// A template that cannot be read or is none.
     #[error("the chat template of `{}` is broken: {}", Printable(path.display()), Printable(problem))]
-    Broken {
+    InvalidTemplate {
         /// The file that holds it.
         path: PathBuf,
         /// What is wrong with it.
@@ -32,7 +32,7 @@ pub enum ChatError {
     },
     /// A template that refuses a conversation, or fails at it.
     #[error("the chat template does not take this conversation: {}", Printable(problem))]
-    Refused {
+    RenderFailed {
         /// What it says.
         problem: String,
     },
@@ -41,7 +41,7 @@ pub enum ChatError {
         "the assistant's words cannot be found in what the chat template makes of message {message}: {}",
         Printable(problem)
     )]
-    NoSpan {
+    AssistantSpanNotFound {
         /// Its number, from 1.
         message: usize,
         /// What was tried.
@@ -51,7 +51,7 @@ pub enum ChatError {
     #[error(
         "the chat template rewrites the conversation, so that the assistant's words in {turns} of its {messages} messages \
              would each need the whole of it: the limit is {} messages in all",
-        MOST_RENDERED
+        MAX_RENDERED_MESSAGES
     )]
     TooManyTurns {
         /// The assistant's messages.
@@ -64,7 +64,7 @@ pub enum ChatError {
         "the chat template has {blocks} `{{% generation %}}` blocks for {turns} messages of the assistant's, of which not \
              all are learned alike: there is no telling which is which"
     )]
-    Blocks {
+    GenerationBlocks {
         /// The blocks.
         blocks: usize,
         /// The assistant's messages.
@@ -85,12 +85,12 @@ impl ChatError {
             Self::NoTemplate { .. } => {
                 Some("give a base model a text to continue, or put its `chat_template.jinja` into the folder".into())
             }
-            Self::NoSpan { .. } | Self::TooManyTurns { .. } | Self::Blocks { .. } => Some(
+            Self::AssistantSpanNotFound { .. } | Self::TooManyTurns { .. } | Self::GenerationBlocks { .. } => Some(
                 "put `{% generation %}` and `{% endgeneration %}` around the assistant's words in the template".into(),
             ),
             Self::Conversation(error) => error.hint(),
             Self::Tokenizer(error) => error.hint(),
-            Self::Broken { .. } | Self::Refused { .. } => None,
+            Self::InvalidTemplate { .. } | Self::RenderFailed { .. } => None,
         }
     }
 }
@@ -105,7 +105,7 @@ pub enum ConversationError {
     /// None of the shapes.
     #[error("{}", if keys.is_empty() { "the record is not a JSON object".to_owned() } else {
         format!("the record is no conversation: it has {}", list(keys)) })]
-    Shape {
+    UnknownFormat {
         /// The keys that it has.
         keys: Vec<String>,
     },
@@ -133,7 +133,7 @@ pub enum ConversationError {
     },
     /// A prompt and its completion that are texts, and no messages.
     #[error("`{key}` is a text and not a list of messages")]
-    Texts {
+    TextPrompt {
         /// Which of the two.
         key: &'static str,
         /// Whether both are.
@@ -147,7 +147,7 @@ pub enum ConversationError {
     },
     /// A character that stands for another while a template writes.
     #[error("the conversation holds the character U+{:X}, which is needed to tell words from special tokens", u32::from(*character))]
-    Character {
+    ReservedCharacter {
         /// The character.
         character: char,
     },
@@ -157,7 +157,7 @@ pub enum ConversationError {
         said_by(field),
         Printable(field)
     )]
-    Call {
+    UnwrittenField {
         /// Its number, from 1.
         message: usize,
         /// The field.
@@ -165,7 +165,7 @@ pub enum ConversationError {
     },
     /// A variable that is not the record's to set.
     #[error("`chat_template_kwargs` sets `{}`, which is not its to set", Printable(name))]
-    Variable {
+    ReservedVariable {
         /// Its name.
         name: String,
     },
@@ -182,7 +182,7 @@ impl ConversationError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Json(error) => error.hint(),
-            Self::Shape { .. } => Some(
+            Self::UnknownFormat { .. } => Some(
                 "a record has `messages` (OpenAI), `conversations` (ShareGPT), `prompt` and `completion` (TRL), or \
                  `instruction` and `output` (Alpaca)"
                     .into(),
@@ -193,7 +193,7 @@ impl ConversationError {
             Self::Preference { .. } => {
                 Some("write the answer that is to be learned as the last of its `messages`".into())
             }
-            Self::Texts { key, both: false } => {
+            Self::TextPrompt { key, both: false } => {
                 let role = if *key == "prompt" { "user" } else { "assistant" };
                 Some(format!("write it as messages: [{{\"role\": \"{role}\", \"content\": \"...\"}}]"))
             }
@@ -212,15 +212,15 @@ impl ConversationError {
                     false => format!("rename {}", renamed.join(" and ")),
                 })
             }
-            Self::Character { .. } => Some("replace it: it is one of those for private use, which no script has".into()),
+            Self::ReservedCharacter { .. } => Some("replace it: it is one of those for private use, which no script has".into()),
             Self::NothingLearned => Some("leave the record out, or set data.broken = \"skip\"".into()),
-            Self::Texts { .. } => Some(
+            Self::TextPrompt { .. } => Some(
                 "write `messages`, or rename `prompt` to `instruction` and `completion` to `output` (Alpaca)".into(),
             ),
-            Self::Call { field, .. } if REASONING.contains(&field.as_str()) => {
+            Self::UnwrittenField { field, .. } if REASONING_FIELDS.contains(&field.as_str()) => {
                 Some("name a chat template that writes it by data.chat_template, or write it into `content`".into())
             }
-            Self::Call { .. } => Some("name a chat template that knows tools by data.chat_template".into()),
+            Self::UnwrittenField { .. } => Some("name a chat template that knows tools by data.chat_template".into()),
             Self::Role { .. } => Some(
                 "roles are system, user (human) and assistant (gpt), and others that the chat template names, as `tool`; \
                  name one that knows the role by data.chat_template"
@@ -249,7 +249,7 @@ fn shown(place: &str) -> String {
 /// What a message does that has nothing but this field.
 fn said_by(field: &str) -> &'static str {
     match field {
-        field if REASONING.contains(&field) => "what the assistant thinks",
+        field if REASONING_FIELDS.contains(&field) => "what the assistant thinks",
         "tool_calls" | "function_call" => "calls a tool",
         _ => "what a field beside `content` holds",
     }

@@ -12,19 +12,19 @@ mod assistant_mask;
 mod conversation;
 mod encoder;
 mod error;
-mod fields;
-mod given;
 mod python;
 mod sandbox;
 mod template;
+mod template_input;
 #[cfg(test)]
 mod tests;
+mod tracked_message;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 pub use crate::moonlight_template::MOONLIGHT_TEMPLATE;
-pub use conversation::{Conversation, Shape, Turn};
+pub use conversation::{Conversation, ConversationFormat, Turn};
 pub use encoder::{ChatEncoder, WeightedTokens};
 pub use error::{ChatError, ConversationError};
 pub use template::{ChatTemplate, TemplateSource};

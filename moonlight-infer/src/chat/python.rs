@@ -10,17 +10,17 @@ use std::fmt::Write;
 use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Environment, Error, Output, State};
 
-use super::sandbox::refusal;
+use super::sandbox::refused_value;
 
 /// Values in values, as deep as they are written.
-const DEEPEST: usize = 200;
+const MAX_DEPTH: usize = 200;
 /// Characters of the planes for private use stand for special tokens that people spelled, or mark places. They are never
 /// escaped: see `encoder.rs`.
 const FIRST_PRIVATE: char = '\u{10_0000}';
 /// Characters by which JSON is indented, at most: they come before each value, once for each that it is in.
-const WIDEST: i64 = 100;
+const MAX_INDENT: i64 = 100;
 /// Bytes that are written for one step.
-const STEP: usize = 16;
+const BYTES_PER_STEP: usize = 16;
 
 /// Puts into an environment what Python has otherwise than the engine.
 pub(super) fn install(environment: &mut Environment<'static>) {
@@ -44,7 +44,7 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_filter("indent", indent);
     environment.add_filter("trim", |state: &State, value: Value, set: Option<&str>| -> Result<Value, Error> {
         let text = str_of(state, &value)?;
-        state.consume_fuel((text.len().saturating_mul(set.map_or(1, str::len)) / STEP) as u64)?;
+        state.consume_fuel((text.len().saturating_mul(set.map_or(1, str::len)) / BYTES_PER_STEP) as u64)?;
         Ok(Value::from(match set {
             Some(set) => text.trim_matches(|character| set.contains(character)),
             None => text.trim_matches(is_space),
@@ -93,22 +93,22 @@ pub(super) fn str_of(state: &State, value: &Value) -> Result<String, Error> {
     match value.as_str() {
         Some(plain) => text.push_str(plain),
         None if value.is_undefined() => {}
-        None => write_repr(&mut Written { text: &mut text, paid: 0 }, state, value, 0)?,
+        None => write_repr(&mut FueledString { text: &mut text, paid: 0 }, state, value, 0)?,
     }
     Ok(text)
 }
 
 /// A text that is paid for as it grows.
-struct Written<'a> {
+struct FueledString<'a> {
     text: &'a mut String,
     paid: usize,
 }
 
-impl Written<'_> {
+impl FueledString<'_> {
     fn pay(&mut self, state: &State) -> Result<(), Error> {
         let grown = self.text.len() - self.paid;
         self.paid = self.text.len();
-        state.consume_fuel(1 + (grown / STEP) as u64)
+        state.consume_fuel(1 + (grown / BYTES_PER_STEP) as u64)
     }
 
     fn push(&mut self, text: &str) {
@@ -117,49 +117,49 @@ impl Written<'_> {
 }
 
 /// What Python's `repr` makes of a value.
-fn write_repr(to: &mut Written<'_>, state: &State, value: &Value, depth: usize) -> Result<(), Error> {
-    if depth > DEEPEST {
-        return Err(refusal(format!("a value exceeds the limit of {DEEPEST} in each other")));
+fn write_repr(out: &mut FueledString<'_>, state: &State, value: &Value, depth: usize) -> Result<(), Error> {
+    if depth > MAX_DEPTH {
+        return Err(refused_value(format!("a value exceeds the limit of {MAX_DEPTH} in each other")));
     }
-    let items = |to: &mut Written<'_>, ends: [&str; 2]| -> Result<(), Error> {
-        to.push(ends[0]);
+    let items = |out: &mut FueledString<'_>, ends: [&str; 2]| -> Result<(), Error> {
+        out.push(ends[0]);
         for (index, item) in value.try_iter()?.enumerate() {
             if index > 0 {
-                to.push(", ");
+                out.push(", ");
             }
-            write_repr(to, state, &item, depth + 1)?;
+            write_repr(out, state, &item, depth + 1)?;
         }
-        to.push(ends[1]);
+        out.push(ends[1]);
         Ok(())
     };
     match value.kind() {
-        ValueKind::String => write_quoted(to.text, value.as_str().unwrap_or_default()),
-        ValueKind::Number => write_number(to.text, value, ["nan", "inf", "-inf"]),
-        ValueKind::Undefined => to.push("Undefined"),
+        ValueKind::String => write_quoted(out.text, value.as_str().unwrap_or_default()),
+        ValueKind::Number => write_number(out.text, value, ["nan", "inf", "-inf"]),
+        ValueKind::Undefined => out.push("Undefined"),
         ValueKind::Seq => match value.downcast_object_ref::<Tuple>() {
-            Some(_) if value.len() == Some(1) => items(to, ["(", ",)"])?,
-            Some(_) => items(to, ["(", ")"])?,
-            None => items(to, ["[", "]"])?,
+            Some(_) if value.len() == Some(1) => items(out, ["(", ",)"])?,
+            Some(_) => items(out, ["(", ")"])?,
+            None => items(out, ["[", "]"])?,
         },
-        ValueKind::Iterable => items(to, ["[", "]"])?,
+        ValueKind::Iterable => items(out, ["[", "]"])?,
         ValueKind::Map if is_a_dict(value) => {
-            to.push("{");
+            out.push("{");
             for (index, key) in value.try_iter()?.enumerate() {
                 if index > 0 {
-                    to.push(", ");
+                    out.push(", ");
                 }
-                write_repr(to, state, &key, depth + 1)?;
-                to.push(": ");
-                write_repr(to, state, &value.get_item(&key)?, depth + 1)?;
+                write_repr(out, state, &key, depth + 1)?;
+                out.push(": ");
+                write_repr(out, state, &value.get_item(&key)?, depth + 1)?;
             }
-            to.push("}");
+            out.push("}");
         }
         // `True`, `None`, and objects of the engine.
         _ => {
-            let _ = write!(to.text, "{value}");
+            let _ = write!(out.text, "{value}");
         }
     }
-    to.pay(state)
+    out.pay(state)
 }
 
 /// Namespaces, loops and macros are no dicts, though the engine gives their parts by name.
@@ -169,67 +169,67 @@ fn is_a_dict(value: &Value) -> bool {
 }
 
 /// A number as Python writes it: of the shortest digits, `1e-05` and `1e+16` where the point would be far.
-fn write_number(to: &mut String, value: &Value, [nan, inf, minus_inf]: [&str; 3]) {
+fn write_number(out: &mut String, value: &Value, [nan, inf, minus_inf]: [&str; 3]) {
     if value.is_integer() {
-        let _ = write!(to, "{value}");
+        let _ = write!(out, "{value}");
         return;
     }
     let number = f64::try_from(value.clone()).unwrap_or(f64::NAN);
     if number.is_nan() {
-        to.push_str(nan);
+        out.push_str(nan);
     } else if number.is_infinite() {
-        to.push_str(if number > 0.0 { inf } else { minus_inf });
+        out.push_str(if number > 0.0 { inf } else { minus_inf });
     } else {
-        write_float(to, number);
+        write_float(out, number);
     }
 }
 
-fn write_float(to: &mut String, number: f64) {
+fn write_float(out: &mut String, number: f64) {
     let scientific = format!("{number:e}");
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     match exponent.parse::<i32>() {
         Ok(exponent) if !(-4..16).contains(&exponent) => {
             let sign = if exponent < 0 { '-' } else { '+' };
-            let _ = write!(to, "{digits}e{sign}{:02}", exponent.abs());
+            let _ = write!(out, "{digits}e{sign}{:02}", exponent.abs());
         }
         _ => {
-            let _ = write!(to, "{number}");
+            let _ = write!(out, "{number}");
             if number.fract() == 0.0 {
-                to.push_str(".0");
+                out.push_str(".0");
             }
         }
     }
 }
 
 /// A text in quotes, as Python's `repr` writes it.
-fn write_quoted(to: &mut String, text: &str) {
+fn write_quoted(out: &mut String, text: &str) {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
-    to.push(quote);
+    out.push(quote);
     for character in text.chars() {
         match character {
-            '\\' => to.push_str("\\\\"),
-            '\n' => to.push_str("\\n"),
-            '\r' => to.push_str("\\r"),
-            '\t' => to.push_str("\\t"),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
             ' '..='~' => {
                 if character == quote {
-                    to.push('\\');
+                    out.push('\\');
                 }
-                to.push(character);
+                out.push(character);
             }
-            _ if character >= FIRST_PRIVATE || is_printable(character) => to.push(character),
+            _ if character >= FIRST_PRIVATE || is_printable(character) => out.push(character),
             '\0'..='\u{ff}' => {
-                let _ = write!(to, "\\x{:02x}", u32::from(character));
+                let _ = write!(out, "\\x{:02x}", u32::from(character));
             }
             '\u{100}'..='\u{ffff}' => {
-                let _ = write!(to, "\\u{:04x}", u32::from(character));
+                let _ = write!(out, "\\u{:04x}", u32::from(character));
             }
             _ => {
-                let _ = write!(to, "\\U{:08x}", u32::from(character));
+                let _ = write!(out, "\\U{:08x}", u32::from(character));
             }
         }
     }
-    to.push(quote);
+    out.push(quote);
 }
 
 /// Whether Python's `str.isprintable` holds: the standard library's table is made of the same categories.
@@ -241,25 +241,25 @@ fn is_printable(character: char) -> bool {
 }
 
 /// Arguments by place or by name, as `names` has them in order; none that is left over.
-fn bound<const N: usize>(
+fn bind_arguments<const N: usize>(
     arguments: Rest<ValueOrKwargs>,
     names: [&'static str; N],
 ) -> Result<[Option<Value>; N], Error> {
     let arguments = arguments.into_values();
     let (positional, named): (&[Value], Kwargs) = from_args(&arguments)?;
     if positional.len() > N {
-        return Err(refusal(format!("too many arguments: {} for {N}", positional.len())));
+        return Err(refused_value(format!("too many arguments: {} for {N}", positional.len())));
     }
-    let mut bound = [const { None }; N];
-    for (index, (place, name)) in bound.iter_mut().zip(names).enumerate() {
+    let mut bind_arguments = [const { None }; N];
+    for (index, (place, name)) in bind_arguments.iter_mut().zip(names).enumerate() {
         *place = match (positional.get(index), named.get::<Option<Value>>(name)?) {
-            (Some(_), Some(_)) => return Err(refusal(format!("`{name}` is given twice"))),
+            (Some(_), Some(_)) => return Err(refused_value(format!("`{name}` is given twice"))),
             (Some(value), None) => Some(value.clone()),
             (None, value) => value,
         };
     }
     named.assert_all_used()?;
-    Ok(bound)
+    Ok(bind_arguments)
 }
 
 fn is_true(setting: &Option<Value>) -> bool {
@@ -268,29 +268,29 @@ fn is_true(setting: &Option<Value>) -> bool {
 
 /// `json.dumps` as transformers offers it to templates.
 fn tojson(state: &State, value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
-    let settings = bound(arguments, ["ensure_ascii", "indent", "separators", "sort_keys"])?;
+    let settings = bind_arguments(arguments, ["ensure_ascii", "indent", "separators", "sort_keys"])?;
     let [ascii, indent, separators, sorted] = settings;
     let indent = match indent.filter(|indent| !indent.is_none()) {
         None => None,
         Some(indent) => Some(match indent.as_str() {
             Some(text) => text.to_owned(),
-            None => " ".repeat(i64::try_from(indent)?.clamp(0, WIDEST + 1) as usize),
+            None => " ".repeat(i64::try_from(indent)?.clamp(0, MAX_INDENT + 1) as usize),
         }),
     };
-    if indent.as_ref().is_some_and(|indent| indent.len() > WIDEST as usize) {
-        return Err(refusal(format!("`indent` of `tojson` exceeds the limit of {WIDEST}")));
+    if indent.as_ref().is_some_and(|indent| indent.len() > MAX_INDENT as usize) {
+        return Err(refused_value(format!("`indent` of `tojson` exceeds the limit of {MAX_INDENT}")));
     }
     let [mut between, mut after_key] = if indent.is_some() { [",", ": "] } else { [", ", ": "] }.map(String::from);
     if let Some(separators) = separators.filter(|separators| !separators.is_none()) {
         let texts: Vec<Value> = separators.try_iter()?.collect();
         let [Some(first), Some(second)] = [0, 1].map(|index| texts.get(index).and_then(Value::as_str)) else {
-            return Err(refusal("`separators` of `tojson` are two texts"));
+            return Err(refused_value("`separators` of `tojson` are two texts"));
         };
         [between, after_key] = [first.to_owned(), second.to_owned()];
     }
     let style = Style { ascii: is_true(&ascii), indent, between, after_key, sorted: is_true(&sorted) };
     let mut text = String::new();
-    dumps(&mut Written { text: &mut text, paid: 0 }, state, &value, &style, 0)?;
+    dumps(&mut FueledString { text: &mut text, paid: 0 }, state, &value, &style, 0)?;
     Ok(Value::from(text))
 }
 
@@ -304,38 +304,38 @@ struct Style {
 }
 
 impl Style {
-    fn line(&self, to: &mut Written<'_>, depth: usize) {
+    fn line(&self, out: &mut FueledString<'_>, depth: usize) {
         if let Some(indent) = &self.indent {
-            to.push("\n");
-            (0..depth).for_each(|_| to.push(indent));
+            out.push("\n");
+            (0..depth).for_each(|_| out.push(indent));
         }
     }
 }
 
-fn dumps(to: &mut Written<'_>, state: &State, value: &Value, style: &Style, depth: usize) -> Result<(), Error> {
-    if depth > DEEPEST {
-        return Err(refusal(format!("a value exceeds the limit of {DEEPEST} in each other")));
+fn dumps(out: &mut FueledString<'_>, state: &State, value: &Value, style: &Style, depth: usize) -> Result<(), Error> {
+    if depth > MAX_DEPTH {
+        return Err(refused_value(format!("a value exceeds the limit of {MAX_DEPTH} in each other")));
     }
     match value.kind() {
-        ValueKind::None => to.push("null"),
-        ValueKind::Bool => to.push(if value.is_true() { "true" } else { "false" }),
-        ValueKind::Number => write_number(to.text, value, ["NaN", "Infinity", "-Infinity"]),
-        ValueKind::String => write_json(to.text, value.as_str().unwrap_or_default(), style.ascii),
+        ValueKind::None => out.push("null"),
+        ValueKind::Bool => out.push(if value.is_true() { "true" } else { "false" }),
+        ValueKind::Number => write_number(out.text, value, ["NaN", "Infinity", "-Infinity"]),
+        ValueKind::String => write_json(out.text, value.as_str().unwrap_or_default(), style.ascii),
         ValueKind::Seq | ValueKind::Iterable => {
             let mut any = false;
-            to.push("[");
+            out.push("[");
             for item in value.try_iter()? {
                 if any {
-                    to.push(&style.between);
+                    out.push(&style.between);
                 }
                 any = true;
-                style.line(to, depth + 1);
-                dumps(to, state, &item, style, depth + 1)?;
+                style.line(out, depth + 1);
+                dumps(out, state, &item, style, depth + 1)?;
             }
             if any {
-                style.line(to, depth);
+                style.line(out, depth);
             }
-            to.push("]");
+            out.push("]");
         }
         ValueKind::Map if is_a_dict(value) => {
             let mut keys: Vec<Value> = value.try_iter()?.collect();
@@ -344,81 +344,81 @@ fn dumps(to: &mut Written<'_>, state: &State, value: &Value, style: &Style, dept
                 keys.sort();
             }
             let any = !keys.is_empty();
-            to.push("{");
+            out.push("{");
             for (index, key) in keys.into_iter().enumerate() {
                 if index > 0 {
-                    to.push(&style.between);
+                    out.push(&style.between);
                 }
-                style.line(to, depth + 1);
-                write_key(to, &key, style)?;
-                to.push(&style.after_key);
-                dumps(to, state, &value.get_item(&key)?, style, depth + 1)?;
+                style.line(out, depth + 1);
+                write_key(out, &key, style)?;
+                out.push(&style.after_key);
+                dumps(out, state, &value.get_item(&key)?, style, depth + 1)?;
             }
             if any {
-                style.line(to, depth);
+                style.line(out, depth);
             }
-            to.push("}");
+            out.push("}");
         }
-        kind => return Err(refusal(format!("`tojson` takes no value of the kind `{kind}`"))),
+        kind => return Err(refused_value(format!("`tojson` takes no value of the kind `{kind}`"))),
     }
-    to.pay(state)
+    out.pay(state)
 }
 
-fn write_key(to: &mut Written<'_>, key: &Value, style: &Style) -> Result<(), Error> {
+fn write_key(out: &mut FueledString<'_>, key: &Value, style: &Style) -> Result<(), Error> {
     match key.kind() {
-        ValueKind::String => write_json(to.text, key.as_str().unwrap_or_default(), style.ascii),
-        ValueKind::None => to.push("\"null\""),
-        ValueKind::Bool => to.push(if key.is_true() { "\"true\"" } else { "\"false\"" }),
+        ValueKind::String => write_json(out.text, key.as_str().unwrap_or_default(), style.ascii),
+        ValueKind::None => out.push("\"null\""),
+        ValueKind::Bool => out.push(if key.is_true() { "\"true\"" } else { "\"false\"" }),
         ValueKind::Number => {
-            to.push("\"");
-            write_number(to.text, key, ["NaN", "Infinity", "-Infinity"]);
-            to.push("\"");
+            out.push("\"");
+            write_number(out.text, key, ["NaN", "Infinity", "-Infinity"]);
+            out.push("\"");
         }
-        kind => return Err(refusal(format!("`tojson` takes no key of the kind `{kind}`"))),
+        kind => return Err(refused_value(format!("`tojson` takes no key of the kind `{kind}`"))),
     }
     Ok(())
 }
 
-fn write_json(to: &mut String, text: &str, ascii: bool) {
-    to.push('"');
+fn write_json(out: &mut String, text: &str, ascii: bool) {
+    out.push('"');
     for character in text.chars() {
         match character {
-            '"' => to.push_str("\\\""),
-            '\\' => to.push_str("\\\\"),
-            '\n' => to.push_str("\\n"),
-            '\r' => to.push_str("\\r"),
-            '\t' => to.push_str("\\t"),
-            '\u{8}' => to.push_str("\\b"),
-            '\u{c}' => to.push_str("\\f"),
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\u{8}' => out.push_str("\\b"),
+            '\u{c}' => out.push_str("\\f"),
             '\0'..='\u{1f}' => {
-                let _ = write!(to, "\\u{:04x}", u32::from(character));
+                let _ = write!(out, "\\u{:04x}", u32::from(character));
             }
             _ if ascii && character > '~' && character < FIRST_PRIVATE => {
                 for unit in character.encode_utf16(&mut [0; 2]) {
-                    let _ = write!(to, "\\u{unit:04x}");
+                    let _ = write!(out, "\\u{unit:04x}");
                 }
             }
-            _ => to.push(character),
+            _ => out.push(character),
         }
     }
-    to.push('"');
+    out.push('"');
 }
 
 /// Jinja's `join`: of values as they are written, perhaps of an attribute of each.
 fn join(state: &State, values: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
-    let [separator, attribute] = bound(arguments, ["d", "attribute"])?;
+    let [separator, attribute] = bind_arguments(arguments, ["d", "attribute"])?;
     let separator = separator.map(|separator| str_of(state, &separator)).transpose()?.unwrap_or_default();
     let mut text = String::new();
     if values.is_undefined() {
         return Ok(Value::from(text));
     }
-    for (index, item) in iterated(state, values)?.try_iter()?.enumerate() {
+    for (index, item) in check_iterable(state, values)?.try_iter()?.enumerate() {
         let item = match &attribute {
-            Some(attribute) => path(&item, attribute)?,
+            Some(attribute) => attribute_path(&item, attribute)?,
             None => item,
         };
         let item = str_of(state, &item)?;
-        state.consume_fuel(1 + ((separator.len() + item.len()) / STEP) as u64)?;
+        state.consume_fuel(1 + ((separator.len() + item.len()) / BYTES_PER_STEP) as u64)?;
         if index > 0 {
             text.push_str(&separator);
         }
@@ -428,7 +428,7 @@ fn join(state: &State, values: Value, arguments: Rest<ValueOrKwargs>) -> Result<
 }
 
 /// `a.0.b` of a value.
-fn path(value: &Value, attribute: &Value) -> Result<Value, Error> {
+fn attribute_path(value: &Value, attribute: &Value) -> Result<Value, Error> {
     let Some(names) = attribute.as_str() else { return value.get_item(attribute) };
     let mut found = value.clone();
     for name in names.split('.') {
@@ -442,7 +442,7 @@ fn path(value: &Value, attribute: &Value) -> Result<Value, Error> {
 
 /// Jinja's `indent`: by so many spaces or by a text, of all lines but the first and those without anything in them.
 fn indent(state: &State, text: Value, arguments: Rest<ValueOrKwargs>) -> Result<String, Error> {
-    let [width, first, blank] = bound(arguments, ["width", "first", "blank"])?;
+    let [width, first, blank] = bind_arguments(arguments, ["width", "first", "blank"])?;
     let (first, blank) = (is_true(&first), is_true(&blank));
     let indent = match width {
         None => " ".repeat(4),
@@ -450,15 +450,15 @@ fn indent(state: &State, text: Value, arguments: Rest<ValueOrKwargs>) -> Result<
             Some(text) => text.to_owned(),
             None => {
                 let width = usize::try_from(i64::try_from(width)?).unwrap_or(0);
-                state.consume_fuel((width / STEP) as u64)?;
+                state.consume_fuel((width / BYTES_PER_STEP) as u64)?;
                 " ".repeat(width)
             }
         },
     };
     let text = str_of(state, &text)? + "\n";
     let breaks = text.chars().filter(|&character| is_line_break(character)).count();
-    state.consume_fuel((breaks.saturating_mul(32 + indent.len()) / STEP) as u64)?;
-    let lines = lines_of(&text, false);
+    state.consume_fuel((breaks.saturating_mul(32 + indent.len()) / BYTES_PER_STEP) as u64)?;
+    let lines = split_lines(&text, false);
     let mut indented = if first { indent.clone() } else { String::new() };
     for (index, line) in lines.into_iter().enumerate() {
         if index > 0 {
@@ -473,22 +473,22 @@ fn indent(state: &State, text: Value, arguments: Rest<ValueOrKwargs>) -> Result<
 }
 
 /// What a loop goes over: Python refuses `none` and numbers, and takes an undefined value for nothing.
-pub(super) fn iterated(state: &State, value: Value) -> Result<Value, Error> {
+pub(super) fn check_iterable(state: &State, value: Value) -> Result<Value, Error> {
     if let Some(text) = value.as_str() {
         // The engine does not know how many characters there are, and so no last one.
         state.consume_fuel(text.len() as u64 / 2)?;
         return Ok(text.chars().map(Value::from).collect());
     }
     match value.kind() {
-        ValueKind::None => Err(refusal("`none` is not iterable")),
-        ValueKind::Number | ValueKind::Bool => Err(refusal(format!("a {} is not iterable", value.kind()))),
+        ValueKind::None => Err(refused_value("`none` is not iterable")),
+        ValueKind::Number | ValueKind::Bool => Err(refused_value(format!("a {} is not iterable", value.kind()))),
         _ => Ok(value),
     }
 }
 
 /// Jinja's `int`: what Python's `int` reads, the integer part of what `float` reads, or a default.
 fn int(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
-    let [default, base] = bound(arguments, ["default", "base"])?;
+    let [default, base] = bind_arguments(arguments, ["default", "base"])?;
     let default = default.unwrap_or_else(|| Value::from(0));
     let base = base.map(u32::try_from).transpose()?.unwrap_or(10);
     if let Some(text) = value.as_str() {
@@ -526,7 +526,7 @@ fn int(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
 
 /// Jinja's `float`.
 fn float(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
-    let [default] = bound(arguments, ["default"])?;
+    let [default] = bind_arguments(arguments, ["default"])?;
     let default = default.unwrap_or_else(|| Value::from(0.0));
     let read = match value.as_str() {
         Some(text) => text.trim().replace('_', "").parse::<f64>().ok(),
@@ -539,7 +539,7 @@ fn float(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
 
 /// Jinja's `default`: for what is undefined, or with `boolean` for what is not true.
 fn default(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
-    let [default, boolean] = bound(arguments, ["default_value", "boolean"])?;
+    let [default, boolean] = bind_arguments(arguments, ["default_value", "boolean"])?;
     let wanted = value.is_undefined() || (is_true(&boolean) && !value.is_true());
     Ok(if wanted { default.unwrap_or_else(|| Value::from("")) } else { value })
 }
@@ -560,7 +560,7 @@ fn dict(state: &State, first: Option<Value>, named: Kwargs) -> Result<Value, Err
             for pair in pairs.try_iter()? {
                 state.consume_fuel(1)?;
                 let pair: Vec<Value> = pair.try_iter()?.take(3).collect();
-                let [key, value] = <[Value; 2]>::try_from(pair).map_err(|_| refusal("`dict` takes pairs"))?;
+                let [key, value] = <[Value; 2]>::try_from(pair).map_err(|_| refused_value("`dict` takes pairs"))?;
                 entries.push((key, value));
             }
         }
@@ -587,7 +587,7 @@ fn method_of_map(state: &State, value: &Value, name: &str, arguments: &[Value]) 
         "copy" if arguments.is_empty() && is_a_dict(value) => {
             dict(state, Some(value.clone()), Kwargs::from_iter([] as [(&str, Value); 0])).map(Some)
         }
-        "pop" | "update" | "setdefault" | "clear" | "popitem" => Err(refusal(format!("`{name}` would change a map"))),
+        "pop" | "update" | "setdefault" | "clear" | "popitem" => Err(refused_value(format!("`{name}` would change a map"))),
         _ => Ok(None),
     }
 }
@@ -602,7 +602,7 @@ fn method_of_list(state: &State, value: &Value, name: &str, arguments: &[Value])
                     return Ok(Some(Value::from(index)));
                 }
             }
-            return Err(refusal("`index` finds nothing in the list"));
+            return Err(refused_value("`index` finds nothing in the list"));
         }
         "copy" if arguments.is_empty() => {
             let mut items = Vec::new();
@@ -613,7 +613,7 @@ fn method_of_list(state: &State, value: &Value, name: &str, arguments: &[Value])
             Some(Value::from(items))
         }
         "append" | "extend" | "insert" | "pop" | "remove" | "reverse" | "sort" | "clear" => {
-            return Err(refusal(format!("`{name}` would change a list")));
+            return Err(refused_value(format!("`{name}` would change a list")));
         }
         _ => None,
     })
@@ -630,7 +630,7 @@ fn is_line_break(character: char) -> bool {
 }
 
 /// Python's `str.splitlines`, with what breaks the lines or without it.
-fn lines_of(text: &str, keep: bool) -> Vec<&str> {
+fn split_lines(text: &str, keep: bool) -> Vec<&str> {
     let mut lines = Vec::new();
     let mut rest = text;
     while let Some((at, first)) = rest.char_indices().find(|(_, character)| is_line_break(*character)) {
@@ -643,7 +643,7 @@ fn lines_of(text: &str, keep: bool) -> Vec<&str> {
 }
 
 fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
-    let pay = |bytes: usize| state.consume_fuel((bytes / STEP) as u64);
+    let pay = |bytes: usize| state.consume_fuel((bytes / BYTES_PER_STEP) as u64);
     pay(text.len() / 4)?;
     // Paid for before there are any.
     let room = |parts: usize| pay(parts.saturating_mul(64));
@@ -680,8 +680,8 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
                     list(split_at_spaces(text, most, name == "rsplit"))
                 }
                 Some(separator) => match separator.as_str() {
-                    None => Err(refusal(format!("`{name}` takes a text"))),
-                    Some("") => Err(refusal(format!("`{name}` takes no empty separator"))),
+                    None => Err(refused_value(format!("`{name}` takes a text"))),
+                    Some("") => Err(refused_value(format!("`{name}` takes no empty separator"))),
                     Some(separator) if name == "split" => {
                         room(text.matches(separator).count().min(most))?;
                         list(text.splitn(most, separator).collect())
@@ -698,7 +698,7 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
         "partition" | "rpartition" => {
             let (separator,): (&str,) = from_args(arguments)?;
             if separator.is_empty() {
-                return Err(refusal(format!("`{name}` takes no empty separator")));
+                return Err(refused_value(format!("`{name}` takes no empty separator")));
             }
             let parts = match (name, text.split_once(separator), text.rsplit_once(separator)) {
                 ("partition", Some((before, after)), _) | ("rpartition", _, Some((before, after))) => {
@@ -716,15 +716,15 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
                 None => named.get::<Option<bool>>("keepends")?.unwrap_or(false),
             };
             room(text.chars().filter(|&character| is_line_break(character)).count())?;
-            return list(lines_of(text, keep));
+            return list(split_lines(text, keep));
         }
         "startswith" | "endswith" => {
             let (wanted, start, end): (&Value, Option<i64>, Option<i64>) = from_args(arguments)?;
-            let Some(part) = part(text, start, end) else { return Ok(Some(Value::from(false))) };
+            let Some(slice_characters) = slice_characters(text, start, end) else { return Ok(Some(Value::from(false))) };
             let fits = |wanted: &Value| match wanted.as_str() {
-                Some(wanted) if name == "startswith" => Ok(part.starts_with(wanted)),
-                Some(wanted) => Ok(part.ends_with(wanted)),
-                None => Err(refusal(format!("`{name}` takes a text or a tuple of texts"))),
+                Some(wanted) if name == "startswith" => Ok(slice_characters.starts_with(wanted)),
+                Some(wanted) => Ok(slice_characters.ends_with(wanted)),
+                None => Err(refused_value(format!("`{name}` takes a text or a tuple of texts"))),
             };
             if wanted.downcast_object_ref::<Tuple>().is_some() {
                 let mut any = false;
@@ -738,21 +738,21 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
         }
         "find" | "rfind" | "index" | "rindex" | "count" => {
             let (wanted, start, end): (&str, Option<i64>, Option<i64>) = from_args(arguments)?;
-            let part = part(text, start, end);
+            let slice_characters = slice_characters(text, start, end);
             if name == "count" {
-                return Ok(Some(Value::from(part.map_or(0, |part| match wanted {
-                    "" => part.chars().count() + 1,
-                    wanted => part.matches(wanted).count(),
+                return Ok(Some(Value::from(slice_characters.map_or(0, |slice_characters| match wanted {
+                    "" => slice_characters.chars().count() + 1,
+                    wanted => slice_characters.matches(wanted).count(),
                 }))));
             }
-            let found = part.and_then(|part| {
-                let at = if name.starts_with('r') { part.rfind(wanted) } else { part.find(wanted) }?;
-                let before = part.as_ptr() as usize - text.as_ptr() as usize;
+            let found = slice_characters.and_then(|slice_characters| {
+                let at = if name.starts_with('r') { slice_characters.rfind(wanted) } else { slice_characters.find(wanted) }?;
+                let before = slice_characters.as_ptr() as usize - text.as_ptr() as usize;
                 Some(text[..before + at].chars().count())
             });
             match found {
                 Some(at) => Value::from(at),
-                None if name.ends_with("index") => return Err(refusal(format!("`{name}` finds nothing in the text"))),
+                None if name.ends_with("index") => return Err(refused_value(format!("`{name}` finds nothing in the text"))),
                 None => Value::from(-1),
             }
         }
@@ -781,7 +781,7 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
             }
             Value::from(swapped)
         }
-        "casefold" => return Err(refusal("`casefold` is not known; `lower` is")),
+        "casefold" => return Err(refused_value("`casefold` is not known; `lower` is")),
         "removeprefix" | "removesuffix" => {
             let (wanted,): (&str,) = from_args(arguments)?;
             let rest = if name == "removeprefix" { text.strip_prefix(wanted) } else { text.strip_suffix(wanted) };
@@ -793,7 +793,7 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
             let missing = usize::try_from(width).unwrap_or(0).saturating_sub(length);
             let fill = if name == "zfill" { "0" } else { fill.unwrap_or(" ") };
             if fill.chars().count() != 1 {
-                return Err(refusal(format!("`{name}` fills with one character")));
+                return Err(refused_value(format!("`{name}` fills with one character")));
             }
             pay(missing.saturating_mul(fill.len()))?;
             let left = match name {
@@ -824,7 +824,7 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
                 match is_digit(character) {
                     Some(digit) => all &= digit,
                     // Fractions and digits of other scripts are told apart by tables that are not here.
-                    None => return Err(refusal(format!("`{name}` of `{character}` is not known"))),
+                    None => return Err(refused_value(format!("`{name}` of `{character}` is not known"))),
                 }
             }
             Value::from(all)
@@ -832,9 +832,9 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
         "join" => {
             let (items,): (Value,) = from_args(arguments)?;
             let mut whole = String::new();
-            for (index, item) in iterated(state, items)?.try_iter()?.enumerate() {
-                let Some(item) = item.as_str() else { return Err(refusal("`join` takes texts")) };
-                state.consume_fuel(1 + ((text.len() + item.len()) / STEP) as u64)?;
+            for (index, item) in check_iterable(state, items)?.try_iter()?.enumerate() {
+                let Some(item) = item.as_str() else { return Err(refused_value("`join` takes texts")) };
+                state.consume_fuel(1 + ((text.len() + item.len()) / BYTES_PER_STEP) as u64)?;
                 if index > 0 {
                     whole.push_str(text);
                 }
@@ -872,16 +872,16 @@ fn split_at_spaces(text: &str, most: usize, from_end: bool) -> Vec<&str> {
 }
 
 /// `text[start:end]` in characters; `None` where the start is behind the end of the text.
-fn part(text: &str, start: Option<i64>, end: Option<i64>) -> Option<&str> {
+fn slice_characters(text: &str, start: Option<i64>, end: Option<i64>) -> Option<&str> {
     if start.is_none() && end.is_none() {
         return Some(text);
     }
     let length = text.chars().count() as i64;
     let at = |place: i64| if place < 0 { (length + place).max(0) } else { place.min(length) };
-    let (from, to) = (at(start.unwrap_or(0)), at(end.unwrap_or(length)));
-    if start.unwrap_or(0) > length || from > to {
+    let (from, out) = (at(start.unwrap_or(0)), at(end.unwrap_or(length)));
+    if start.unwrap_or(0) > length || from > out {
         return None;
     }
     let byte = |place: i64| text.char_indices().nth(place as usize).map_or(text.len(), |(at, _)| at);
-    Some(&text[byte(from)..byte(to)])
+    Some(&text[byte(from)..byte(out)])
 }

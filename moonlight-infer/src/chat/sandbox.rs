@@ -24,27 +24,27 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State};
 
-use super::fields::Fields;
+use super::tracked_message::TrackedMessage;
 use super::python;
-use crate::guard::unpanicked;
+use crate::catch_panic::catch_panic;
 
 /// The longest source, in bytes; published templates have a few thousand, the longest some 40,000.
-pub(super) const LONGEST_SOURCE: usize = 1 << 20;
+pub(super) const MAX_SOURCE_BYTES: usize = 1 << 20;
 /// Tokens between `{{` and `}}`, or `{%` and `%}`: the parser goes as deep as there are.
-const TOKENS_OF_A_TAG: usize = 4096;
+const MAX_TAG_TOKENS: usize = 4096;
 /// `elif` branches in all: each is one level deeper than the last.
-const ELIFS: usize = 1000;
+const MAX_ELIFS: usize = 1000;
 /// Of the thread that parses and renders: 50 macros deep, each with the longest expression.
-const STACK: usize = 256 << 20;
+const STACK_BYTES: usize = 256 << 20;
 /// The engine's own measure: a macro costs four more than those around it.
-const RECURSION: usize = 200;
+const RECURSION_LIMIT: usize = 200;
 
 /// Bytes of text in a list or map, its parts counted as often as they are in it.
-const LARGEST_VALUE: u64 = 64 << 20;
+const MAX_VALUE_BYTES: u64 = 64 << 20;
 /// Lists in lists.
-const DEEPEST_VALUE: usize = 64;
+const MAX_VALUE_DEPTH: usize = 64;
 /// What a slot of a list counts for, in bytes.
-const SLOT: u64 = 32;
+const SLOT_BYTES: u64 = 32;
 
 const CHECKED: &str = "moonlight_checked";
 const KEPT: &str = "moonlight_kept";
@@ -55,8 +55,8 @@ const WRITTEN: &str = "moonlight_written";
 /// What a template may use for a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Budget {
-    /// Of the [steps](LADDER), by index.
-    rung: usize,
+    /// Of the [steps](STEP_LIMITS), by index.
+    level: usize,
     time: Duration,
 }
 
@@ -64,11 +64,11 @@ pub(super) struct Budget {
 ///
 /// The first is for what a template does whatever the conversation: published ones take a few hundred steps for their
 /// preamble, and tools of some hundred kB as JSON some ten thousand. At 64 bytes a step it is 32 MB.
-pub(super) const LADDER: [u64; 6] = [500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000];
+pub(super) const STEP_LIMITS: [u64; 6] = [500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000];
 /// Published templates take 30 to 200 steps for a message.
-const STEPS_OF_A_MESSAGE: u64 = 1000;
+const STEPS_PER_MESSAGE: u64 = 1000;
 /// A step for so many bytes of the conversation: each may be read, cut and written sixteen times.
-const BYTES_OF_A_STEP: u64 = 4;
+const BYTES_PER_STEP: u64 = 4;
 
 impl Budget {
     /// For a conversation of so many messages, with so many bytes of JSON handed over in all, tools and documents included:
@@ -76,19 +76,19 @@ impl Budget {
     /// billion bytes, are the end.
     pub(super) fn of(messages: usize, bytes: usize) -> Self {
         let (count, bytes) = (messages as u64, bytes as u64);
-        let steps = LADDER[0] + count * STEPS_OF_A_MESSAGE + bytes / BYTES_OF_A_STEP;
-        let rung = LADDER.iter().position(|&rung| rung >= steps).unwrap_or(LADDER.len() - 1);
+        let steps = STEP_LIMITS[0] + count * STEPS_PER_MESSAGE + bytes / BYTES_PER_STEP;
+        let level = STEP_LIMITS.iter().position(|&level| level >= steps).unwrap_or(STEP_LIMITS.len() - 1);
         // Hundreds of times what it takes on a slow machine.
         let time = Duration::from_secs(3) + Duration::from_millis(2 * count) + Duration::from_micros(bytes / 4);
-        Self { rung, time }
+        Self { level, time }
     }
 
-    pub(super) fn rung(self) -> usize {
-        self.rung
+    pub(super) fn level(self) -> usize {
+        self.level
     }
 
     pub(super) fn steps(self) -> u64 {
-        LADDER[self.rung]
+        STEP_LIMITS[self.level]
     }
 
     pub(super) fn time(self) -> Duration {
@@ -97,7 +97,7 @@ impl Budget {
 }
 
 /// The time that parsing may take.
-pub(super) const PARSING: Duration = Duration::from_secs(3);
+pub(super) const PARSE_TIME: Duration = Duration::from_secs(3);
 
 /// Why there is no answer from [`run`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,26 +132,26 @@ pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + S
         /// On a thread of the sandbox: how many jobs were begun or ended within the one that it runs.
         static INSIDE: RefCell<Option<Arc<AtomicU64>>> = const { RefCell::new(None) };
     }
-    if let Some(beats) = INSIDE.with_borrow(Clone::clone) {
-        beats.fetch_add(1, Ordering::Relaxed);
-        let answer = unpanicked(job);
-        beats.fetch_add(1, Ordering::Relaxed);
+    if let Some(progress) = INSIDE.with_borrow(Clone::clone) {
+        progress.fetch_add(1, Ordering::Relaxed);
+        let answer = catch_panic(job);
+        progress.fetch_add(1, Ordering::Relaxed);
         return answer.ok_or(Overrun::Panic);
     }
     let idle = || IDLE.lock().unwrap_or_else(PoisonError::into_inner);
     let (answer, answers) = channel();
-    let beats = Arc::new(AtomicU64::new(0));
-    let within = beats.clone();
+    let progress = Arc::new(AtomicU64::new(0));
+    let within = progress.clone();
     let mut job: Job = Box::new(move || {
         INSIDE.set(Some(within));
-        let result = unpanicked(job);
+        let result = catch_panic(job);
         INSIDE.set(None);
         // Nobody listens any more when the time is over.
         let _ = answer.send(result);
     });
     let thread = loop {
         let kept = idle().pop();
-        let thread = kept.map_or_else(worker, Ok)?;
+        let thread = kept.map_or_else(spawn_thread, Ok)?;
         match thread.send(job) {
             Ok(()) => break thread,
             Err(SendError(unsent)) => job = unsent, // it has ended
@@ -169,7 +169,7 @@ pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + S
             Err(RecvTimeoutError::Timeout) => slice += 1,
             Err(RecvTimeoutError::Disconnected) => return Err(Overrun::Panic),
         }
-        let now = beats.load(Ordering::Relaxed);
+        let now = progress.load(Ordering::Relaxed);
         if now != seen {
             (slice, seen) = (0, now);
         }
@@ -183,9 +183,9 @@ type Job = Box<dyn FnOnce() + Send>;
 static IDLE: Mutex<Vec<Sender<Job>>> = Mutex::new(Vec::new());
 
 /// A new thread, which runs what it is sent until nobody can send any more.
-fn worker() -> Result<Sender<Job>, Overrun> {
+fn spawn_thread() -> Result<Sender<Job>, Overrun> {
     let (jobs, received) = channel::<Job>();
-    let builder = thread::Builder::new().name("chat template".into()).stack_size(STACK);
+    let builder = thread::Builder::new().name("chat template".into()).stack_size(STACK_BYTES);
     builder.spawn(move || received.into_iter().for_each(|job| job())).map_err(|_| Overrun::NoThread)?;
     Ok(jobs)
 }
@@ -195,15 +195,15 @@ fn worker() -> Result<Sender<Job>, Overrun> {
 /// # Errors
 ///
 /// What limit it exceeds, as part of a sentence; the engine's own error where it has no tokens.
-pub(super) fn prepared(source: &str, syntax: &SyntaxConfig) -> Result<String, String> {
-    if source.len() > LONGEST_SOURCE {
-        return Err(format!("it has {} bytes, more than the limit of {LONGEST_SOURCE}", source.len()));
+pub(super) fn guard_source(source: &str, syntax: &SyntaxConfig) -> Result<String, String> {
+    if source.len() > MAX_SOURCE_BYTES {
+        return Err(format!("it has {} bytes, more than the limit of {MAX_SOURCE_BYTES}", source.len()));
     }
     let mut insertions: Vec<(usize, &'static str)> = Vec::new();
     let mut tag: Vec<Lexed<'_>> = Vec::new();
     let mut elifs = 0;
     for token in tokenize(source, false, syntax.clone()) {
-        let (token, span) = token.map_err(|error| super::template::sentence(&error))?;
+        let (token, span) = token.map_err(|error| super::template::error_message(&error))?;
         let begins = matches!(token, Token::BlockStart | Token::VariableStart);
         let ends = matches!(token, Token::BlockEnd | Token::VariableEnd);
         if matches!(token, Token::TemplateData(_)) {
@@ -218,28 +218,28 @@ pub(super) fn prepared(source: &str, syntax: &SyntaxConfig) -> Result<String, St
             return Err(format!("`\\{escape}` in a text is not known (line {})", span.start_line));
         }
         tag.push(Lexed { token, start: span.start_offset as usize, end: span.end_offset as usize });
-        if tag.len() > TOKENS_OF_A_TAG + 2 {
-            return Err(format!("a tag exceeds the limit of {TOKENS_OF_A_TAG} tokens (line {})", span.start_line));
+        if tag.len() > MAX_TAG_TOKENS + 2 {
+            return Err(format!("a tag exceeds the limit of {MAX_TAG_TOKENS} tokens (line {})", span.start_line));
         }
         if ends {
             elifs += usize::from(matches!(tag.get(1), Some(Lexed { token: Token::Ident("elif"), .. })));
-            if elifs > ELIFS {
-                return Err(format!("it exceeds the limit of {ELIFS} `elif` branches (line {})", span.start_line));
+            if elifs > MAX_ELIFS {
+                return Err(format!("it exceeds the limit of {MAX_ELIFS} `elif` branches (line {})", span.start_line));
             }
             guard_tag(&tag, &mut insertions);
         }
     }
     insertions.sort_by_key(|&(place, _)| place);
-    let mut prepared = String::with_capacity(source.len() + 24 * insertions.len());
+    let mut guard_source = String::with_capacity(source.len() + 24 * insertions.len());
     let mut end = 0;
     for (place, text) in insertions {
         // The engine's own places are between characters.
-        prepared.push_str(source.get(end..place).unwrap_or_default());
-        prepared.push_str(text);
+        guard_source.push_str(source.get(end..place).unwrap_or_default());
+        guard_source.push_str(text);
         end = place;
     }
-    prepared.push_str(&source[end..]);
-    Ok(prepared)
+    guard_source.push_str(&source[end..]);
+    Ok(guard_source)
 }
 
 /// An escape in a text that Python reads and the engine does not, or reads otherwise.
@@ -414,35 +414,35 @@ fn closed(tag: &[Lexed<'_>], index: usize) -> Option<usize> {
 pub(super) fn guard(environment: &mut Environment<'static>) {
     // The values of an error are not wanted, and may be endless.
     environment.set_debug(false);
-    environment.set_recursion_limit(RECURSION);
+    environment.set_recursion_limit(RECURSION_LIMIT);
     environment.remove_global("debug");
     // Not of Jinja, and both give what they are given many times over without a measure.
     environment.remove_filter("chain");
     environment.remove_filter("zip");
     python::install(environment);
     environment.add_filter(CHECKED, |state: &State, value: Value| -> Result<Value, Error> {
-        measured(state, &value)?;
+        check_size(state, &value)?;
         Ok(value)
     });
     environment.add_filter(KEPT, |state: &State, value: Value| -> Result<Value, Error> {
-        measured(state, &value)?;
-        copied(&value, 0)
+        check_size(state, &value)?;
+        deep_copy(&value, 0)
     });
     environment.add_filter(REPEATED, |value: Value| match is_container(&value) {
-        true => Err(refusal("`*` repeats a list, and there is no limit to that")),
+        true => Err(refused_value("`*` repeats a list, and there is no limit to that")),
         false => Ok(value),
     });
-    environment.add_filter(ITERATED, |state: &State, value: Value| python::iterated(state, value));
+    environment.add_filter(ITERATED, |state: &State, value: Value| python::check_iterable(state, value));
     environment.add_filter(WRITTEN, |state: &State, value: Value| -> Result<Value, Error> {
         match value.as_str() {
             Some(_) => Ok(value),
             None => python::str_of(state, &value).map(Value::from),
         }
     });
-    environment.set_unknown_method_callback(method);
+    environment.set_unknown_method_callback(call_method);
 }
 
-pub(super) fn refusal(problem: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+pub(super) fn refused_value(problem: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, problem)
 }
 
@@ -451,7 +451,7 @@ fn is_container(value: &Value) -> bool {
 }
 
 /// Pays for the size of a value with its parts, and refuses one that is too large or too deep.
-fn measured(state: &State, value: &Value) -> Result<(), Error> {
+fn check_size(state: &State, value: &Value) -> Result<(), Error> {
     if !is_container(value) {
         return Ok(());
     }
@@ -460,18 +460,18 @@ fn measured(state: &State, value: &Value) -> Result<(), Error> {
 }
 
 fn measure(state: &State, value: &Value, size: &mut u64, depth: usize) -> Result<(), Error> {
-    let own = SLOT + value.as_str().map_or(0, |text| text.len() as u64);
+    let own = SLOT_BYTES + value.as_str().map_or(0, |text| text.len() as u64);
     *size += own;
-    if *size > LARGEST_VALUE {
-        return Err(refusal(format!("a list exceeds the limit of {LARGEST_VALUE} bytes")));
+    if *size > MAX_VALUE_BYTES {
+        return Err(refused_value(format!("a list exceeds the limit of {MAX_VALUE_BYTES} bytes")));
     }
     if !is_container(value) {
         return Ok(());
     }
-    if depth >= DEEPEST_VALUE {
-        return Err(refusal(format!("lists exceed the limit of {DEEPEST_VALUE} in each other")));
+    if depth >= MAX_VALUE_DEPTH {
+        return Err(refused_value(format!("lists exceed the limit of {MAX_VALUE_DEPTH} in each other")));
     }
-    if let Some(fields) = value.downcast_object_ref::<Fields>() {
+    if let Some(fields) = value.downcast_object_ref::<TrackedMessage>() {
         // What is measured is not read.
         for (_, item) in fields.entries() {
             state.consume_fuel(1)?;
@@ -491,16 +491,16 @@ fn measure(state: &State, value: &Value, size: &mut u64, depth: usize) -> Result
 }
 
 /// A value of its own, with no namespace in it and nothing that is made when it is asked for.
-fn copied(value: &Value, depth: usize) -> Result<Value, Error> {
-    if depth > DEEPEST_VALUE {
-        return Err(refusal(format!("lists exceed the limit of {DEEPEST_VALUE} in each other")));
+fn deep_copy(value: &Value, depth: usize) -> Result<Value, Error> {
+    if depth > MAX_VALUE_DEPTH {
+        return Err(refused_value(format!("lists exceed the limit of {MAX_VALUE_DEPTH} in each other")));
     }
-    if value.downcast_object_ref::<Fields>().is_some() {
+    if value.downcast_object_ref::<TrackedMessage>().is_some() {
         return Ok(value.clone());
     }
     Ok(match value.kind() {
         ValueKind::Seq | ValueKind::Iterable => {
-            let items = value.try_iter()?.map(|item| copied(&item, depth + 1)).collect::<Result<Vec<_>, _>>()?;
+            let items = value.try_iter()?.map(|item| deep_copy(&item, depth + 1)).collect::<Result<Vec<_>, _>>()?;
             match value.downcast_object_ref::<Tuple>() {
                 Some(_) => Value::from(Tuple::from(items)),
                 None => Value::from(items),
@@ -508,7 +508,7 @@ fn copied(value: &Value, depth: usize) -> Result<Value, Error> {
         }
         ValueKind::Map => {
             let pairs = value.try_iter()?.map(|key| {
-                let item = copied(&value.get_item(&key)?, depth + 1)?;
+                let item = deep_copy(&value.get_item(&key)?, depth + 1)?;
                 Ok((key, item))
             });
             Value::from_pairs(pairs.collect::<Result<Vec<(Value, Value)>, Error>>()?)
@@ -518,7 +518,7 @@ fn copied(value: &Value, depth: usize) -> Result<Value, Error> {
 }
 
 /// Python's methods; those that can make much of little after they are paid for.
-fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
+fn call_method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
     if let Some(result) = python::method(state, value, name, arguments)? {
         return Ok(result);
     }
@@ -526,12 +526,12 @@ fn method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> 
         (Some(text), "format") => {
             let digits = text.as_bytes().chunk_by(|a, b| a.is_ascii_digit() && b.is_ascii_digit());
             if text.contains(":{") || digits.into_iter().any(|run| run.len() > 4 && run[0].is_ascii_digit()) {
-                return Err(refusal("a width in `format` exceeds the limit of four digits"));
+                return Err(refused_value("a width in `format` exceeds the limit of four digits"));
             }
             let (positional, named): (&[Value], Kwargs) = from_args(arguments)?;
             let named: Vec<Value> = named.args().map(|name| named.get(name)).collect::<Result<_, _>>()?;
             if positional.iter().chain(&named).any(is_container) {
-                return Err(refusal("`format` takes texts and numbers"));
+                return Err(refused_value("`format` takes texts and numbers"));
             }
         }
         (None, "count") if is_container(value) => {
@@ -553,12 +553,12 @@ mod tests {
         let asleep = || thread::sleep(Duration::from_secs(20));
         assert_eq!(run(Duration::from_millis(200), asleep), Err(Overrun::Time));
         assert_eq!(
-            run(PARSING, || if true {
+            run(PARSE_TIME, || if true {
                 panic!("no")
             }),
             Err(Overrun::Panic)
         );
-        assert_eq!(run(PARSING, || 3), Ok(3));
+        assert_eq!(run(PARSE_TIME, || 3), Ok(3));
     }
 
     #[test]

@@ -15,10 +15,10 @@ use minijinja::{Environment, ErrorKind};
 use moonlight_convert::{Printable, printable};
 use serde_json::Value;
 
-use super::given::Given;
-use super::sandbox::{self, LADDER, LONGEST_SOURCE, Overrun, PARSING};
+use super::template_input::TemplateInput;
+use super::sandbox::{self, STEP_LIMITS, MAX_SOURCE_BYTES, Overrun, PARSE_TIME};
 use super::{ChatError, Message};
-use crate::files::{self, ModelFiles};
+use crate::model_files::{self, ModelFiles};
 use crate::moonlight_template::{MOONLIGHT_TEMPLATE, MOONLIGHT_TOKENS};
 use crate::tokenizer::Tokenizer;
 
@@ -53,7 +53,7 @@ impl std::fmt::Display for TemplateSource {
 /// A chat template, ready to render.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    /// One for each of the [`LADDER`]'s steps.
+    /// One for each of the [`STEP_LIMITS`]'s steps.
     environments: Vec<Arc<Environment<'static>>>,
     /// A conversation has taken more than its time: the thread that renders it may still run, and no other joins it.
     given_up: AtomicBool,
@@ -66,7 +66,7 @@ pub struct ChatTemplate {
     variables: HashSet<String>,
     /// The template for conversations with tools, where there is another: of several in `tokenizer_config.json` the one
     /// that is called `tool_use`.
-    for_tools: Option<Box<ChatTemplate>>,
+    tool_template: Option<Box<ChatTemplate>>,
 }
 
 impl ChatTemplate {
@@ -75,24 +75,24 @@ impl ChatTemplate {
     ///
     /// # Errors
     ///
-    /// [`ChatError::NoTemplate`] where there is none of them, [`ChatError::Broken`] for one that is no template.
-    pub fn of_model(dir: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
+    /// [`ChatError::NoTemplate`] where there is none of them, [`ChatError::InvalidTemplate`] for one that is no template.
+    pub fn from_model_dir(dir: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
         let files = ModelFiles::new(dir);
-        let unreadable = |(path, problem): (PathBuf, String)| ChatError::Broken { path, problem };
-        let jinja = files.read(JINJA, LONGEST_SOURCE as u64).map_err(unreadable)?;
-        let config = files.read(CONFIG, files::LONGEST_SETTINGS).map_err(unreadable)?;
-        let map = files.read(TOKENS_MAP, files::LONGEST_SETTINGS).map_err(unreadable)?;
+        let unreadable = |(path, problem): (PathBuf, String)| ChatError::InvalidTemplate { path, problem };
+        let jinja = files.read(JINJA, MAX_SOURCE_BYTES as u64).map_err(unreadable)?;
+        let config = files.read(CONFIG, model_files::MAX_SETTINGS_BYTES).map_err(unreadable)?;
+        let map = files.read(TOKENS_MAP, model_files::MAX_SETTINGS_BYTES).map_err(unreadable)?;
         Self::from_parts(dir, [jinja.as_deref(), config.as_deref(), map.as_deref()], tokenizer)
     }
 
     /// The template that belongs to a tokenizer: of the files beside it, in the order of
-    /// [`of_model`](ChatTemplate::of_model).
+    /// [`from_model_dir`](ChatTemplate::from_model_dir).
     ///
     /// # Errors
     ///
-    /// As [`of_model`](ChatTemplate::of_model).
-    pub fn of_tokenizer(tokenizer: &Tokenizer) -> Result<Self, ChatError> {
-        let files = tokenizer.companions();
+    /// As [`from_model_dir`](ChatTemplate::from_model_dir).
+    pub fn for_tokenizer(tokenizer: &Tokenizer) -> Result<Self, ChatError> {
+        let files = tokenizer.files();
         let file = |name| files.iter().find(|file| file.name == name).map(|file| file.contents.as_slice());
         Self::from_parts(Path::new(tokenizer.name()), [JINJA, CONFIG, TOKENS_MAP].map(file), tokenizer)
     }
@@ -101,15 +101,15 @@ impl ChatTemplate {
     ///
     /// # Errors
     ///
-    /// [`ChatError::Broken`] for a file that cannot be read or is no template.
-    pub fn of_file(path: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
-        let broken = |problem: String| ChatError::Broken { path: path.into(), problem };
-        let text = files::read_named(path, LONGEST_SOURCE as u64).map_err(broken)?;
+    /// [`ChatError::InvalidTemplate`] for a file that cannot be read or is no template.
+    pub fn from_file(path: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
+        let broken = |problem: String| ChatError::InvalidTemplate { path: path.into(), problem };
+        let text = model_files::read_named(path, MAX_SOURCE_BYTES as u64).map_err(broken)?;
         let text = String::from_utf8(text).map_err(|error| broken(error.to_string()))?;
-        let files = tokenizer.companions();
+        let files = tokenizer.files();
         let [config, map] = [CONFIG, TOKENS_MAP].map(|name| {
             let file = files.iter().find(|file| file.name == name).map(|file| file.contents.as_slice());
-            read(file).map_err(|problem| ChatError::Broken { path: name.into(), problem })
+            read(file).map_err(|problem| ChatError::InvalidTemplate { path: name.into(), problem })
         });
         Self::new(text, TemplateSource::File(path.into()), names(&config?, &map?))
     }
@@ -118,9 +118,9 @@ impl ChatTemplate {
     ///
     /// # Errors
     ///
-    /// [`ChatError::Broken`] for a text that is no template.
+    /// [`ChatError::InvalidTemplate`] for a text that is no template.
     #[doc(hidden)]
-    pub fn of_source(source: &str) -> Result<Self, ChatError> {
+    pub fn from_source(source: &str) -> Result<Self, ChatError> {
         Self::new(source.into(), TemplateSource::File(JINJA.into()), Vec::new())
     }
 
@@ -129,14 +129,14 @@ impl ChatTemplate {
         [jinja, config, map]: [Option<&[u8]>; 3],
         tokenizer: &Tokenizer,
     ) -> Result<Self, ChatError> {
-        let broken = |name: &str, problem| ChatError::Broken { path: dir.join(name), problem };
+        let broken = |name: &str, problem| ChatError::InvalidTemplate { path: dir.join(name), problem };
         let config = read(config).map_err(|problem| broken(CONFIG, problem))?;
         let map = read(map).map_err(|problem| broken(TOKENS_MAP, problem))?;
         let names = names(&config, &map);
         let (text, source) = if let Some(jinja) = jinja {
             let path = dir.join(JINJA);
             let text = String::from_utf8(jinja.to_owned());
-            let text = text.map_err(|error| ChatError::Broken { path: path.clone(), problem: error.to_string() })?;
+            let text = text.map_err(|error| ChatError::InvalidTemplate { path: path.clone(), problem: error.to_string() })?;
             (text, TemplateSource::File(path))
         } else if let Some(text) = named_template(&config["chat_template"], "default") {
             let source = TemplateSource::File(dir.join(CONFIG));
@@ -144,7 +144,7 @@ impl ChatTemplate {
             if config["chat_template"].is_array()
                 && let Some(text) = named_template(&config["chat_template"], "tool_use")
             {
-                template.for_tools = Some(Box::new(Self::new(text.to_owned(), source, names)?));
+                template.tool_template = Some(Box::new(Self::new(text.to_owned(), source, names)?));
             }
             return Ok(template);
         } else if MOONLIGHT_TOKENS.iter().all(|token| tokenizer.added(token).is_some()) {
@@ -156,21 +156,21 @@ impl ChatTemplate {
     }
 
     fn new(text: String, source: TemplateSource, names: Vec<(&'static str, String)>) -> Result<Self, ChatError> {
-        let broken = |problem: String| ChatError::Broken {
+        let broken = |problem: String| ChatError::InvalidTemplate {
             path: match &source {
                 TemplateSource::File(path) => path.clone(),
                 TemplateSource::Moonlight => NAME.into(),
             },
             problem,
         };
-        if text.len() > LONGEST_SOURCE {
-            return Err(broken(format!("it has {} bytes, more than the limit of {LONGEST_SOURCE}", text.len())));
+        if text.len() > MAX_SOURCE_BYTES {
+            return Err(broken(format!("it has {} bytes, more than the limit of {MAX_SOURCE_BYTES}", text.len())));
         }
         // Jinja makes line feeds of all line ends of a source.
-        let marked = with_marks(&text.replace("\r\n", "\n").replace('\r', "\n"));
-        let parsed = sandbox::run(PARSING, move || {
+        let marked = replace_generation_blocks(&text.replace("\r\n", "\n").replace('\r', "\n"));
+        let parsed = sandbox::run(PARSE_TIME, move || {
             let environment = environment(&marked)?;
-            let template = environment.get_template(NAME).map_err(|error| sentence(&error))?;
+            let template = environment.get_template(NAME).map_err(|error| error_message(&error))?;
             let variables = template.undeclared_variables(false);
             Ok((environment, variables))
         });
@@ -181,9 +181,9 @@ impl ChatTemplate {
             environment.set_fuel(Some(steps));
             Arc::new(environment)
         };
-        let environments = LADDER.iter().map(with).collect();
+        let environments = STEP_LIMITS.iter().map(with).collect();
         let given_up = AtomicBool::new(false);
-        Ok(Self { environments, given_up, source, text, names, variables, for_tools: None })
+        Ok(Self { environments, given_up, source, text, names, variables, tool_template: None })
     }
 
     /// Where the template came from.
@@ -197,65 +197,65 @@ impl ChatTemplate {
     }
 
     /// Whether it came from a file, and not from this program.
-    pub fn is_in_a_file(&self) -> bool {
+    pub fn is_from_file(&self) -> bool {
         matches!(self.source, TemplateSource::File(_))
     }
 
     /// All that the text of a conversation depends on, beside the conversation: for caches of what came of it.
     pub fn fingerprint(&self) -> String {
         let names: Vec<String> = self.names.iter().map(|(key, name)| format!("\0{key}\0{name}")).collect();
-        let for_tools = self.for_tools.as_ref().map_or("", |template| &template.text);
-        format!("{}\0{for_tools}{}", self.text, names.concat())
+        let tool_template = self.tool_template.as_ref().map_or("", |template| &template.text);
+        format!("{}\0{tool_template}{}", self.text, names.concat())
     }
 
     /// Whether it writes the date of the day on which it is rendered.
-    pub fn writes_the_date(&self) -> bool {
-        let templates = [Some(self), self.for_tools.as_deref()];
-        templates.into_iter().flatten().any(|template| template.names_variable("strftime_now"))
+    pub fn uses_date(&self) -> bool {
+        let templates = [Some(self), self.tool_template.as_deref()];
+        templates.into_iter().flatten().any(|template| template.uses_variable("strftime_now"))
     }
 
     /// The template for a conversation with tools or without.
-    pub(super) fn of_tools(&self, tools: bool) -> &Self {
-        self.for_tools.as_deref().filter(|_| tools).unwrap_or(self)
+    pub(super) fn variant_for_tools(&self, tools: bool) -> &Self {
+        self.tool_template.as_deref().filter(|_| tools).unwrap_or(self)
     }
 
     /// Whether the template names a role, in quotes as templates do; `tool` and other roles beside `system`, `user` and
     /// `assistant` also where it tells no roles apart.
     pub fn knows_role(&self, role: &str) -> bool {
-        self.names_text(role)
-            || self.for_tools.as_ref().is_some_and(|template| template.names_text(role))
-            || (["tool", "developer", "function"].contains(&role) && !self.names_text("user"))
+        self.quotes_text(role)
+            || self.tool_template.as_ref().is_some_and(|template| template.quotes_text(role))
+            || (["tool", "developer", "function"].contains(&role) && !self.quotes_text("user"))
     }
 
-    fn names_text(&self, text: &str) -> bool {
+    fn quotes_text(&self, text: &str) -> bool {
         !text.contains(['\'', '"'])
             && ['\'', '"'].iter().any(|quote| self.text.contains(&format!("{quote}{text}{quote}")))
     }
 
     /// Whether the template asks for a variable that it does not set itself.
-    pub(super) fn names_variable(&self, name: &str) -> bool {
+    pub(super) fn uses_variable(&self, name: &str) -> bool {
         self.variables.contains(name)
     }
 
     /// Whether the template heeds `add_generation_prompt`.
-    pub(super) fn prompts(&self) -> bool {
+    pub(super) fn has_generation_prompt(&self) -> bool {
         self.text.contains("add_generation_prompt")
     }
 
     /// What it cuts texts at or looks for at their ends: the tags of thoughts, and whatever else it splits by or asks for.
-    pub(super) fn cuts(&self) -> Vec<String> {
-        let mut cuts = vec!["<think>".to_owned(), "</think>".to_owned()];
+    pub(super) fn split_markers(&self) -> Vec<String> {
+        let mut split_markers = vec!["<think>".to_owned(), "</think>".to_owned()];
         let calls = ["split(", "startswith(", "endswith("].into_iter().flat_map(|call| self.text.match_indices(call));
         for (at, call) in calls {
             let argument = self.text[at + call.len()..].trim_start();
             let Some(quote) = argument.chars().next().filter(|quote| ['\'', '"'].contains(quote)) else { continue };
             let Some((cut, _)) = argument[1..].split_once(quote) else { continue };
             let is_tag = cut.len() > 2 && !cut.contains('\\') && !cut.contains(char::is_whitespace);
-            if is_tag && !cuts.iter().any(|known| known == cut) {
-                cuts.push(cut.to_owned());
+            if is_tag && !split_markers.iter().any(|known| known == cut) {
+                split_markers.push(cut.to_owned());
             }
         }
-        cuts
+        split_markers
     }
 
     /// Whether the template says itself where the assistant speaks.
@@ -267,23 +267,23 @@ impl ChatTemplate {
     ///
     /// # Errors
     ///
-    /// [`ChatError::Refused`] where the template fails, on purpose or not.
+    /// [`ChatError::RenderFailed`] where the template fails, on purpose or not.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
-        let given = Given::of_messages(messages);
-        self.render_given(&given, &given.values, add_generation_prompt, ["", ""])
+        let given = TemplateInput::of_messages(messages);
+        self.render_input(&given, &given.values, add_generation_prompt, ["", ""])
     }
 
     /// Like [`render`](ChatTemplate::render), of some of the messages that are given, or of changed ones, with `marks`
     /// around what `{% generation %}` blocks make.
-    pub(super) fn render_given(
+    pub(super) fn render_input(
         &self,
-        given: &Given,
+        given: &TemplateInput,
         messages: &[minijinja::Value],
         add_generation_prompt: bool,
         marks: [&str; 2],
     ) -> Result<String, ChatError> {
         use minijinja::Value;
-        let refused = |problem: String| ChatError::Refused { problem };
+        let refused = |problem: String| ChatError::RenderFailed { problem };
         if self.given_up.load(Ordering::Relaxed) {
             return Err(refused("it exceeded the limit of time before, and is not asked again".into()));
         }
@@ -293,12 +293,12 @@ impl ChatTemplate {
         context.push(("messages".into(), Value::from(messages.to_vec())));
         context.push(("add_generation_prompt".into(), add_generation_prompt.into()));
         context.extend(GENERATION.iter().zip(marks).map(|(key, mark)| ((*key).to_owned(), mark.into())));
-        let environment = self.environments[given.budget.rung()].clone();
+        let environment = self.environments[given.budget.level()].clone();
         let rendered = sandbox::run(given.budget.time(), move || {
             // The engine's error stays on the thread: it may hold values of the template.
             let context = Value::from_pairs(context);
             let rendered = environment.get_template(NAME).and_then(|template| template.render(context));
-            rendered.map_err(|error| (error.kind() == ErrorKind::OutOfFuel, sentence(&error)))
+            rendered.map_err(|error| (error.kind() == ErrorKind::OutOfFuel, error_message(&error)))
         });
         match rendered {
             Ok(Ok(text)) => Ok(text),
@@ -317,7 +317,7 @@ impl ChatTemplate {
         if overrun == Overrun::Time {
             self.given_up.store(true, Ordering::Relaxed);
         }
-        ChatError::Refused { problem: overrun.to_string() }
+        ChatError::RenderFailed { problem: overrun.to_string() }
     }
 }
 
@@ -326,7 +326,7 @@ impl ChatTemplate {
 fn environment(source: &str) -> Result<Environment<'static>, String> {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     let syntax = syntax.expect("the delimiters are the usual ones");
-    let source = sandbox::prepared(source, &syntax)?;
+    let source = sandbox::guard_source(source, &syntax)?;
     let mut environment = Environment::new();
     environment.set_syntax(syntax);
     sandbox::guard(&mut environment);
@@ -336,18 +336,18 @@ fn environment(source: &str) -> Result<Environment<'static>, String> {
     });
     // One day for all conversations that are rendered with it.
     let now = Local::now();
-    environment.add_function("strftime_now", move |format: &str| formatted(&now, format));
-    environment.add_template_owned(NAME, source).map_err(|error| sentence(&error))?;
+    environment.add_function("strftime_now", move |format: &str| strftime(&now, format));
+    environment.add_template_owned(NAME, source).map_err(|error| error_message(&error))?;
     Ok(environment)
 }
 
 /// Python's `strftime` of a time.
-fn formatted(time: &DateTime<Local>, format: &str) -> Result<String, minijinja::Error> {
+fn strftime(time: &DateTime<Local>, format: &str) -> Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut text = String::new();
     match write!(text, "{}", time.format(format)) {
         Ok(()) => Ok(text),
-        Err(_) => Err(sandbox::refusal(format!("`strftime_now` does not know a part of `{format}`"))),
+        Err(_) => Err(sandbox::refused_value(format!("`strftime_now` does not know a part of `{format}`"))),
     }
 }
 
@@ -396,7 +396,7 @@ fn tags(text: &str) -> impl Iterator<Item = Tag> + '_ {
 }
 
 /// The template with blocks and marks in the place of `{% generation %}` blocks.
-fn with_marks(text: &str) -> String {
+fn replace_generation_blocks(text: &str) -> String {
     let mut marked = String::with_capacity(text.len());
     let mut end = 0;
     for Tag { place, ends, signs: [left, right] } in tags(text) {
@@ -421,7 +421,7 @@ fn named_template<'a>(value: &'a Value, name: &str) -> Option<&'a str> {
 }
 
 /// An error of the engine as part of a sentence, of a length that can be read.
-pub(super) fn sentence(error: &minijinja::Error) -> String {
+pub(super) fn error_message(error: &minijinja::Error) -> String {
     const LONGEST: usize = 500;
     // What went wrong in a macro or an inner template is the source of an error that says no more than where it was.
     let mut error = error;

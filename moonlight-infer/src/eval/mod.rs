@@ -20,7 +20,7 @@
 //! | takes a choice's tokens from where those of the context end, though a token may reach over the seam: a choice with no token left has the log-likelihood 0, and wins; others follow a context that the tokenizer does not write | scores the tokens of context and choice as one text, from the first that any choice of the row has otherwise than the context |
 //! | puts BOS before a text that the tokenizer has begun with BOS, and counts how well BOS predicts BOS | has one BOS, which is given |
 
-mod python;
+mod python_str;
 mod requests;
 mod statistics;
 mod task;
@@ -37,7 +37,7 @@ use serde_json::{Map, Value, json};
 
 use crate::chat::{ChatEncoder, ChatTemplate};
 use crate::error::InferError;
-use crate::score::{Scored, score_batch};
+use crate::score::{TokenScore, score_batch};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use requests::{Request, TextEncoder, windows};
 
@@ -48,9 +48,9 @@ use statistics::{mean, ratio};
 use task::{Question, Row, rows};
 
 /// Logits that are in memory at once, at most (unless one sequence has more): 256 MiB in f32.
-const LOGITS: usize = 64 << 20;
+const MAX_LOGITS: usize = 64 << 20;
 /// Sequences in a batch, at most.
-const BATCH: usize = 32;
+const MAX_BATCH: usize = 32;
 
 /// What to evaluate, and how.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -102,7 +102,7 @@ pub struct Metric {
 
 /// A model with its tokenizer and chat template.
 #[derive(Debug, Clone, Copy)]
-pub struct Reader<'a> {
+pub struct EvalModel<'a> {
     /// The model.
     pub model: &'a CausalLm,
     /// Its tokenizer.
@@ -117,7 +117,7 @@ pub struct Reader<'a> {
 ///
 /// A file that cannot be read, a row that is none of the format (with file and line), a conversation that does not fit into
 /// the model's context, a model without a chat template where rows are conversations.
-pub fn evaluate(reader: Reader<'_>, task: &Task) -> Result<Evaluation, InferError> {
+pub fn evaluate(reader: EvalModel<'_>, task: &Task) -> Result<Evaluation, InferError> {
     let rows = rows(&task.path, task.limit)?;
     let format = match task.format {
         Some(format) => format,
@@ -129,7 +129,7 @@ pub fn evaluate(reader: Reader<'_>, task: &Task) -> Result<Evaluation, InferErro
     if task.shots > 0 && !format.has_choices() {
         return Err(InferError::ShotsWithoutChoices { format: format.to_string() });
     }
-    let Outcome { metrics, records, notes } = match format {
+    let TaskResult { metrics, records, notes } = match format {
         TaskFormat::Mmlu | TaskFormat::Arc | TaskFormat::HellaSwag => choices(reader, task, format, &rows)?,
         TaskFormat::Perplexity => perplexity(reader, task, &rows)?,
         TaskFormat::Chat => conversations(reader, task, &rows)?,
@@ -140,13 +140,13 @@ pub fn evaluate(reader: Reader<'_>, task: &Task) -> Result<Evaluation, InferErro
 }
 
 /// Figures by name, a record for each row, and what is to be known of them.
-struct Outcome {
+struct TaskResult {
     metrics: Vec<(&'static str, Estimate)>,
     records: Vec<Value>,
     notes: Vec<String>,
 }
 
-fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) -> Result<Outcome, InferError> {
+fn choices(reader: EvalModel<'_>, task: &Task, format: TaskFormat, rows: &[Row]) -> Result<TaskResult, InferError> {
     let read = |path: &Path, row: &Row| {
         Question::read(format, &row.fields).map_err(|problem| InferError::line(path, row.line, problem, None))
     };
@@ -163,7 +163,7 @@ fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) ->
     let (mut requests, mut first, mut merged) = (Vec::new(), Vec::new(), Vec::new());
     for (question, row) in questions.iter().zip(rows) {
         let usable = examples.iter().filter(|example| example.subject == question.subject && *example != question);
-        let shots: Vec<String> = usable.take(task.shots).map(|example| example.answered() + "\n\n").collect();
+        let shots: Vec<String> = usable.take(task.shots).map(|example| example.with_answer() + "\n\n").collect();
         if shots.len() < task.shots {
             return Err(InferError::TooFewExamples { examples: shots.len(), shots: task.shots });
         }
@@ -175,7 +175,7 @@ fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) ->
             true => encoder.choices(&context, &choices)?,
             false => encoder.choices_as_harness(&context, &choices)?,
         };
-        if encoded.iter().any(|choice| choice.crosses_seam) {
+        if encoded.iter().any(|choice| choice.crosses_boundary) {
             merged.push(row.line);
         }
         for choice in encoded {
@@ -209,15 +209,15 @@ fn choices(reader: Reader<'_>, task: &Task, format: TaskFormat, rows: &[Row]) ->
     }
     let [acc, norm, bytes] = figures.map(|values| mean(&values));
     let metrics = vec![("acc", acc), ("acc_norm", norm), ("acc_bytes", bytes)];
-    Ok(Outcome { metrics, records, notes: seam_note(&merged, task.fix_harness).into_iter().collect() })
+    Ok(TaskResult { metrics, records, notes: boundary_note(&merged, task.fix_harness).into_iter().collect() })
 }
 
 /// Of rows in which a token reaches from the context into a choice, by their lines.
-fn seam_note(lines: &[usize], fixed: bool) -> Option<String> {
+fn boundary_note(lines: &[usize], fixed: bool) -> Option<String> {
     let first = lines.first()?;
     let count = lines.len();
     let what = format!(
-        "in {count} rows (the first on line {first}) the tokenizer has one token for the end of the context and the beginning \
+        "in {count} rows (the first on line {first}) the tokenizer has one token for the end of the context and the first_token \
          of a choice"
     );
     Some(match fixed {
@@ -243,7 +243,7 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
     best.0
 }
 
-fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, InferError> {
+fn perplexity(reader: EvalModel<'_>, task: &Task, rows: &[Row]) -> Result<TaskResult, InferError> {
     let context = reader.model.config().max_position_embeddings;
     let encoder = TextEncoder::new(reader.tokenizer)?;
     let (mut requests, mut twice) = (Vec::new(), Vec::new());
@@ -253,18 +253,18 @@ fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, 
         // The harness scores a page of WikiText without the spaces around signs, and divides by the words and bytes that it
         // has with them.
         let (text, scored) = match (row.fields.contains_key("text"), field("page")) {
-            (false, Some(page)) => (Some(page), Cow::Owned(python::wikitext_detokenizer(page))),
+            (false, Some(page)) => (Some(page), Cow::Owned(python_str::wikitext_detokenizer(page))),
             _ => (field("text"), Cow::Borrowed(field("text").unwrap_or_default())),
         };
         let text = text.ok_or_else(|| InferError::line(&task.path, row.line, "the row has no `text`", None))?;
         let here = |error: TokenizerError| InferError::line(&task.path, row.line, &error, error.hint());
         let tokens = encoder.encode(&scored).map_err(here)?;
-        let begun = encoder.beginning().is_some_and(|first| tokens.first() == Some(&first));
+        let begun = encoder.first_token().is_some_and(|first| tokens.first() == Some(&first));
         if begun && !task.fix_harness {
             twice.push(row.line);
         }
         let tokens = if begun && task.fix_harness { &tokens[1..] } else { &tokens };
-        let windows = windows(tokens, encoder.beginning(), context);
+        let windows = windows(tokens, encoder.first_token(), context);
         documents.push((text, requests.len()..requests.len() + windows.len()));
         requests.extend(windows);
     }
@@ -272,9 +272,9 @@ fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, 
     let (mut words, mut bytes, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
     let mut records = Vec::new();
     for (row, (text, windows)) in rows.iter().zip(documents) {
-        let scored: Vec<Scored> = scores[windows].concat();
+        let scored: Vec<TokenScore> = scores[windows].concat();
         let sum = log_likelihood(&scored);
-        let word_count = words_of(text);
+        let word_count = count_words(text);
         words.push((sum, word_count as f64));
         bytes.push((sum, text.len() as f64));
         tokens.push((sum, scored.len() as f64));
@@ -298,26 +298,26 @@ fn perplexity(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, 
             twice.len()
         )
     });
-    Ok(Outcome { metrics, records, notes: note.into_iter().collect() })
+    Ok(TaskResult { metrics, records, notes: note.into_iter().collect() })
 }
 
 /// The pieces that Python's `re.split(r"\s+", text)` gives: one more than there are stretches of white space.
-fn words_of(text: &str) -> usize {
-    let white: Vec<bool> = text.chars().map(python::is_space).collect();
+fn count_words(text: &str) -> usize {
+    let white: Vec<bool> = text.chars().map(python_str::is_space).collect();
     1 + white.chunk_by(|a, b| a == b).filter(|stretch| stretch[0]).count()
 }
 
-fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcome, InferError> {
+fn conversations(reader: EvalModel<'_>, task: &Task, rows: &[Row]) -> Result<TaskResult, InferError> {
     let template = match reader.dir {
-        Some(dir) => ChatTemplate::of_model(dir, reader.tokenizer)?,
-        None => ChatTemplate::of_tokenizer(reader.tokenizer)?,
+        Some(dir) => ChatTemplate::from_model_dir(dir, reader.tokenizer)?,
+        None => ChatTemplate::for_tokenizer(reader.tokenizer)?,
     };
     let encoder = ChatEncoder::new(template, reader.tokenizer.clone());
     let context = reader.model.config().max_position_embeddings;
     let (mut requests, mut weights) = (Vec::new(), Vec::new());
     for row in rows {
         let here = |problem: String, hint| InferError::line(&task.path, row.line, problem, hint);
-        let read = encoder.parse(row.text.as_bytes()).and_then(|conversation| encoder.weighted(&conversation));
+        let read = encoder.parse(row.text.as_bytes()).and_then(|conversation| encoder.weighted_tokens(&conversation));
         let read = read.map_err(|error| here(error.to_string(), error.hint()))?;
         if read.tokens.len() > context + 1 {
             let problem = format!("{} tokens are more than the model's context of {context}", read.tokens.len());
@@ -329,7 +329,7 @@ fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcom
     let scores = scored(reader.model, &requests)?;
     let (mut losses, mut matches, mut records) = (Vec::new(), Vec::new(), Vec::new());
     for ((row, scored), weights) in rows.iter().zip(&scores).zip(&weights) {
-        let learned: Vec<(&Scored, f32)> = scored.iter().zip(weights.iter().skip(1).copied()).collect();
+        let learned: Vec<(&TokenScore, f32)> = scored.iter().zip(weights.iter().skip(1).copied()).collect();
         let (mut sum, mut count, mut exact) = (0.0, 0.0, Vec::new());
         // Greedy decoding gives the answer if and only if each of its tokens is the likeliest given those before it.
         for answer in learned.chunk_by(|a, b| (a.1 > 0.0) == (b.1 > 0.0)).filter(|part| part[0].1 > 0.0) {
@@ -342,16 +342,16 @@ fn conversations(reader: Reader<'_>, task: &Task, rows: &[Row]) -> Result<Outcom
         records.push(json!({"line": row.line, "nll": sum / count, "exact_match": exact}));
     }
     let metrics = vec![("nll", ratio(&losses, |sum, count| sum / count)), ("exact_match", mean(&matches))];
-    Ok(Outcome { metrics, records, notes: Vec::new() })
+    Ok(TaskResult { metrics, records, notes: Vec::new() })
 }
 
-fn log_likelihood(scored: &[Scored]) -> f64 {
+fn log_likelihood(scored: &[TokenScore]) -> f64 {
     // The sum of nothing is -0 otherwise.
     scored.iter().fold(0.0, |sum, scored| sum + f64::from(scored.logprob))
 }
 
 /// The scored tokens of each request, in the order of the requests; batches are made of requests of like length.
-fn scored(model: &CausalLm, requests: &[Request]) -> Result<Vec<Vec<Scored>>, InferError> {
+fn scored(model: &CausalLm, requests: &[Request]) -> Result<Vec<Vec<TokenScore>>, InferError> {
     let mut order: Vec<usize> = (0..requests.len()).collect();
     order.sort_by_key(|&index| std::cmp::Reverse(requests[index].tokens.len()));
     let vocab = model.config().vocab_size;
@@ -359,7 +359,7 @@ fn scored(model: &CausalLm, requests: &[Request]) -> Result<Vec<Vec<Scored>>, In
     let mut at = 0;
     while at < order.len() {
         let longest = requests[order[at]].tokens.len().max(1);
-        let rows = (LOGITS / (longest * vocab)).clamp(1, BATCH).min(order.len() - at);
+        let rows = (MAX_LOGITS / (longest * vocab)).clamp(1, MAX_BATCH).min(order.len() - at);
         let batch = &order[at..at + rows];
         // The last token is predicted, not read.
         let sequences: Vec<&[u32]> = batch.iter().map(|&index| requests[index].tokens.as_slice()).collect();

@@ -1,6 +1,6 @@
 //! Texts as the tokens that a model scores: a context with its continuation, and a long text in windows.
 
-use super::python;
+use super::python_str;
 use crate::error::InferError;
 use crate::tokenizer::{AddBos, Tokenizer, TokenizerError};
 
@@ -30,39 +30,39 @@ impl Request {
 pub(super) struct EncodedChoice {
     pub(super) request: Request,
     /// Whether context and choice as one text do not begin with the tokens of the context.
-    pub(super) crosses_seam: bool,
+    pub(super) crosses_boundary: bool,
 }
 
 /// A tokenizer as lm-evaluation-harness uses one (`HFLM.tok_encode`, 0.4.13).
 pub(super) struct TextEncoder {
     /// Begins and ends a text as it is told, and reads special tokens out of it.
-    whole: Tokenizer,
+    with_affixes: Tokenizer,
     /// Adds nothing.
     bare: Tokenizer,
-    beginning: Option<u32>,
+    first_token: Option<u32>,
     /// How the beginning is spelt.
-    spelling: Option<String>,
+    first_token_text: Option<String>,
 }
 
 impl TextEncoder {
     pub(super) fn new(tokenizer: &Tokenizer) -> Result<Self, TokenizerError> {
-        let whole = tokenizer.clone().with_parse_special(true);
-        let bare = whole.clone().with_bos(AddBos::Never)?.for_prompts();
-        let beginning = tokenizer.bos().or(tokenizer.eos());
-        let spelling = beginning.map(|token| tokenizer.decode_with_special(&[token]));
-        Ok(Self { whole, bare, beginning, spelling: spelling.filter(|spelling| !spelling.is_empty()) })
+        let with_affixes = tokenizer.clone().with_parse_special(true);
+        let bare = with_affixes.clone().with_bos(AddBos::Never)?.for_prompts();
+        let first_token = tokenizer.bos().or(tokenizer.eos());
+        let first_token_text = first_token.map(|token| tokenizer.decode_with_special(&[token]));
+        Ok(Self { with_affixes, bare, first_token, first_token_text: first_token_text.filter(|first_token_text| !first_token_text.is_empty()) })
     }
 
     /// The token that is put before a text without a context: the one that begins a text, else the one that ends it
     /// (`prefix_token_id`).
-    pub(super) fn beginning(&self) -> Option<u32> {
-        self.beginning
+    pub(super) fn first_token(&self) -> Option<u32> {
+        self.first_token
     }
 
     /// The tokens of a text by itself; one that spells its beginning out has no second.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let spelt = self.spelling.as_ref().is_some_and(|spelling| text.starts_with(spelling.as_str()));
-        if spelt { self.bare.encode_text(text) } else { self.whole.encode_text(text) }
+        let spelt = self.first_token_text.as_ref().is_some_and(|first_token_text| text.starts_with(first_token_text.as_str()));
+        if spelt { self.bare.encode_text(text) } else { self.with_affixes.encode_text(text) }
     }
 
     /// A context and its choices by the harness's `loglikelihood` and `_encode_pair`: spaces that end the context belong to
@@ -73,20 +73,20 @@ impl TextEncoder {
         context: &str,
         choices: &[String],
     ) -> Result<Vec<EncodedChoice>, InferError> {
-        let alone = self.encode(python::rstrip(context))?;
+        let alone = self.encode(python_str::rstrip(context))?;
         let encode = |choice: &String| {
             if context.is_empty() {
-                return Ok(EncodedChoice { request: self.without_context(choice)?, crosses_seam: false });
+                return Ok(EncodedChoice { request: self.without_context(choice)?, crosses_boundary: false });
             }
-            let whole = self.encode(&format!("{context}{choice}"))?;
-            let crosses_seam = !whole.starts_with(&alone);
+            let with_affixes = self.encode(&format!("{context}{choice}"))?;
+            let crosses_boundary = !with_affixes.starts_with(&alone);
             let mut tokens = alone.clone();
             if tokens.is_empty() {
-                tokens.push(self.beginning.ok_or(InferError::NothingToBeginWith)?);
+                tokens.push(self.first_token.ok_or(InferError::NoFirstToken)?);
             }
             let from = tokens.len();
-            tokens.extend(whole.iter().skip(alone.len()));
-            Ok(EncodedChoice { request: Request { tokens, from }, crosses_seam })
+            tokens.extend(with_affixes.iter().skip(alone.len()));
+            Ok(EncodedChoice { request: Request { tokens, from }, crosses_boundary })
         };
         choices.iter().map(encode).collect()
     }
@@ -97,29 +97,29 @@ impl TextEncoder {
         if context.is_empty() {
             return self.choices_as_harness(context, choices);
         }
-        let alone = self.encode(python::rstrip(context))?;
+        let alone = self.encode(python_str::rstrip(context))?;
         let wholes = choices.iter().map(|choice| self.encode(&format!("{context}{choice}")));
         let wholes = wholes.collect::<Result<Vec<_>, _>>()?;
-        let common = |whole: &Vec<u32>| whole.iter().zip(&alone).take_while(|(a, b)| a == b).count();
+        let common = |with_affixes: &Vec<u32>| with_affixes.iter().zip(&alone).take_while(|(a, b)| a == b).count();
         let from = wholes.iter().map(common).min().unwrap_or_default();
-        let request = |whole: Vec<u32>| {
-            let crosses_seam = !whole.starts_with(&alone);
-            let mut request = Request { tokens: whole, from };
+        let request = |with_affixes: Vec<u32>| {
+            let crosses_boundary = !with_affixes.starts_with(&alone);
+            let mut request = Request { tokens: with_affixes, from };
             if from == 0 {
-                request.tokens.insert(0, self.beginning.ok_or(InferError::NothingToBeginWith)?);
+                request.tokens.insert(0, self.first_token.ok_or(InferError::NoFirstToken)?);
                 request.from = 1;
             }
-            Ok(EncodedChoice { request, crosses_seam })
+            Ok(EncodedChoice { request, crosses_boundary })
         };
         wholes.into_iter().map(request).collect()
     }
 
     /// A text after nothing: its own beginning, or one that is put before it.
     fn without_context(&self, text: &str) -> Result<Request, InferError> {
-        let beginning = self.beginning.ok_or(InferError::NothingToBeginWith)?;
+        let first_token = self.first_token.ok_or(InferError::NoFirstToken)?;
         let mut tokens = self.bare.encode_text(text)?;
-        if tokens.first() != Some(&beginning) {
-            tokens.insert(0, beginning);
+        if tokens.first() != Some(&first_token) {
+            tokens.insert(0, first_token);
         }
         Ok(Request { tokens, from: 1 })
     }

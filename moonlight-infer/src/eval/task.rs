@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde_json::{Map, Value};
 
-use super::python;
+use super::python_str;
 use crate::error::InferError;
 use crate::records::{Record, RecordReader, parse};
 
@@ -149,7 +149,7 @@ impl Question {
                     description: about.map_or(String::new(), |subject| {
                         format!("The following are multiple choice questions (with answers) about {subject}.\n\n")
                     }),
-                    context: format!("{}\n{}Answer:", python::strip(text("question")?), lines.concat()),
+                    context: format!("{}\n{}Answer:", python_str::strip(text("question")?), lines.concat()),
                     gold: gold(row.get("answer"), &letters[..choices.len()])
                         .ok_or("`answer` is none of the choices")?,
                     choices: letters.into_iter().take(choices.len()).collect(),
@@ -176,7 +176,7 @@ impl Question {
                 let endings = strings(row.get("endings")).ok_or("`endings` is not a list of texts")?;
                 let context = match (row.get("ctx_a").and_then(Value::as_str), row.get("ctx_b").and_then(Value::as_str))
                 {
-                    (Some(a), Some(b)) => format!("{a} {}", python::capitalize(b)),
+                    (Some(a), Some(b)) => format!("{a} {}", python_str::capitalize(b)),
                     _ => text("ctx")?.to_owned(),
                 };
                 let context = match row.get("activity_label").and_then(Value::as_str) {
@@ -186,9 +186,9 @@ impl Question {
                 let places: Vec<String> = (0..endings.len()).map(|index| index.to_string()).collect();
                 Self {
                     description: String::new(),
-                    context: without_artifacts(&context),
+                    context: clean_hellaswag(&context),
                     gold: gold(row.get("label"), &places).ok_or("`label` is none of the endings")?,
-                    choices: endings.iter().map(|ending| without_artifacts(ending)).collect(),
+                    choices: endings.iter().map(|ending| clean_hellaswag(ending)).collect(),
                     subject: None,
                 }
             }
@@ -201,7 +201,7 @@ impl Question {
     }
 
     /// The question with its answer, as an example before another.
-    pub(super) fn answered(&self) -> String {
+    pub(super) fn with_answer(&self) -> String {
         format!("{} {}", self.context, self.choices[self.gold])
     }
 }
@@ -222,8 +222,8 @@ fn gold(value: Option<&Value>, labels: &[String]) -> Option<usize> {
 }
 
 /// HellaSwag's texts from WikiHow without the marks of their origin, as the harness cleans them.
-fn without_artifacts(text: &str) -> String {
-    let text = python::strip(text).replace(" [title]", ". ");
+fn clean_hellaswag(text: &str) -> String {
+    let text = python_str::strip(text).replace(" [title]", ". ");
     let mut clean = String::with_capacity(text.len());
     let mut rest = text.as_str();
     while let Some(open) = rest.find('[') {
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(format, TaskFormat::Mmlu);
         assert_eq!(question.context, "1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:");
         assert_eq!((question.choices.concat(), question.gold), ("ABCD".into(), 1));
-        assert_eq!(question.answered(), format!("{} B", question.context));
+        assert_eq!(question.with_answer(), format!("{} B", question.context));
         assert_eq!(
             question.description,
             "The following are multiple choice questions (with answers) about abstract algebra.\n\n"
@@ -275,7 +275,7 @@ mod tests {
             "answerKey": "2"});
         let (format, question) = read(row).unwrap();
         assert_eq!((format, question.gold), (TaskFormat::Arc, 1));
-        assert_eq!(question.answered(), "Question: Why?\nAnswer: no");
+        assert_eq!(question.with_answer(), "Question: Why?\nAnswer: no");
     }
 
     #[test]

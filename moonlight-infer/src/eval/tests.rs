@@ -26,7 +26,7 @@ fn run(model: &CausalLm, name: &str, lines: &str, change: impl FnOnce(&mut Task)
     let mut task = Task { path: dir.path().join(name), ..Task::default() };
     std::fs::write(&task.path, lines).unwrap();
     change(&mut task);
-    evaluate(Reader { model, tokenizer: &Tokenizer::bytes_chat(), dir: None }, &task)
+    evaluate(EvalModel { model, tokenizer: &Tokenizer::bytes_chat(), dir: None }, &task)
 }
 
 fn value(evaluation: &Evaluation, name: &str) -> Estimate {
@@ -148,14 +148,14 @@ fn a_page_of_wikitext_is_scored_as_detokenized() {
         .map(|row| run(&model, "x.jsonl", &format!("{row}\n"), |_| {}).unwrap());
     let [wiki, text] = [&wiki.records[0], &text.records[0]];
     assert_eq!(wiki["loglikelihood"], text["loglikelihood"]);
-    assert_eq!((&wiki["words"], &wiki["bytes"]), (&json!(words_of(page)), &json!(page.len())));
-    assert_eq!((&text["words"], &text["bytes"]), (&json!(words_of(plain)), &json!(plain.len())));
+    assert_eq!((&wiki["words"], &wiki["bytes"]), (&json!(count_words(page)), &json!(page.len())));
+    assert_eq!((&text["words"], &text["bytes"]), (&json!(count_words(plain)), &json!(plain.len())));
 }
 
 #[test]
 fn words_are_pythons() {
     for (text, words) in [("", 1), (" ", 2), ("a", 1), ("a  b\nc", 3), (" a ", 3)] {
-        assert_eq!(words_of(text), words, "{text:?}");
+        assert_eq!(count_words(text), words, "{text:?}");
     }
 }
 
@@ -163,7 +163,7 @@ fn words_are_pythons() {
 fn answers_are_exact_where_greedy_decoding_gives_them() {
     let model = model();
     let tokenizer = Tokenizer::bytes_chat();
-    let encoder = ChatEncoder::new(ChatTemplate::of_tokenizer(&tokenizer).unwrap(), tokenizer.clone());
+    let encoder = ChatEncoder::new(ChatTemplate::for_tokenizer(&tokenizer).unwrap(), tokenizer.clone());
     let turns = |answer: &str| {
         json!({"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "?"},
             {"role": "assistant", "content": answer}]})
@@ -171,7 +171,7 @@ fn answers_are_exact_where_greedy_decoding_gives_them() {
     // Each conversation's loss by hand.
     let line = turns("yes").to_string();
     let conversation = encoder.parse(line.as_bytes()).unwrap();
-    let read = encoder.weighted(&conversation).unwrap();
+    let read = encoder.weighted_tokens(&conversation).unwrap();
     let scores = crate::score::score(&model, &read.tokens).unwrap();
     let learned: Vec<f64> = scores
         .iter()
@@ -250,7 +250,7 @@ fn run_with(model: &CausalLm, tokenizer: &Tokenizer, lines: &str, fix_harness: b
     let dir = tempfile::tempdir().unwrap();
     let task = Task { path: dir.path().join("x.jsonl"), fix_harness, ..Task::default() };
     std::fs::write(&task.path, lines).unwrap();
-    evaluate(Reader { model, tokenizer, dir: None }, &task)
+    evaluate(EvalModel { model, tokenizer, dir: None }, &task)
 }
 
 /// The log-likelihood of the tokens from `from` on.

@@ -2,11 +2,11 @@
 
 use moonlight_model::CausalLm;
 
-use super::{FIRST_ROOM, Generated, Sampler, Sampling, Stop, cache, check_prompt, make_room, rows};
+use super::{INITIAL_CACHE_TOKENS, Generated, Sampler, Sampling, StopReason, cache, check_prompt, grow_cache, logit_rows};
 use crate::error::InferError;
 
 /// A sequence that is being generated.
-struct Writing {
+struct ActiveSequence {
     /// Its prompt's place among the prompts.
     place: usize,
     sampler: Sampler,
@@ -40,27 +40,27 @@ pub fn generate_many(
         check_prompt(prompt, config.vocab_size, config.max_position_embeddings)?;
     }
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let mut seats: Vec<Option<Writing>> = (0..batch.clamp(1, prompts.len().max(1))).map(|_| None).collect();
+    let mut slots: Vec<Option<ActiveSequence>> = (0..batch.clamp(1, prompts.len().max(1))).map(|_| None).collect();
     let room = longest.saturating_add(max_new_tokens).min(config.max_position_embeddings);
-    let mut cache = cache(model, seats.len(), room.min(longest + FIRST_ROOM));
+    let mut cache = cache(model, slots.len(), room.min(longest + INITIAL_CACHE_TOKENS));
     let mut waiting = prompts.iter().enumerate();
     loop {
-        for (sequence, seat) in seats.iter_mut().enumerate().filter(|(_, seat)| seat.is_none()) {
-            *seat = waiting.next().map(|(place, prompt)| {
+        for (sequence, slot) in slots.iter_mut().enumerate().filter(|(_, slot)| slot.is_none()) {
+            *slot = waiting.next().map(|(place, prompt)| {
                 cache.truncate(sequence, 0);
                 let sampling = Sampling { seed: sampling.seed.wrapping_add(place as u64), ..sampling };
-                Writing { place, sampler: Sampler::new(sampling), tokens: Vec::new(), unread: prompt.clone() }
+                ActiveSequence { place, sampler: Sampler::new(sampling), tokens: Vec::new(), unread: prompt.clone() }
             });
         }
-        for (sequence, seat) in seats.iter_mut().enumerate() {
-            let full = |writing: &Writing| {
+        for (sequence, slot) in slots.iter_mut().enumerate() {
+            let full = |writing: &ActiveSequence| {
                 writing.tokens.len() == max_new_tokens || cache.lengths()[sequence] + writing.unread.len() > room
             };
-            if let Some(ended) = seat.take_if(|writing| full(writing)) {
-                each(ended.place, Generated { tokens: ended.tokens, stop: Stop::Length, stop_token: None })?;
+            if let Some(ended) = slot.take_if(|writing| full(writing)) {
+                each(ended.place, Generated { tokens: ended.tokens, stop: StopReason::Length, stop_token: None })?;
             }
         }
-        let unread: Vec<&[u32]> = seats.iter().map(|seat| seat.as_ref().map_or(&[][..], |seat| &seat.unread)).collect();
+        let unread: Vec<&[u32]> = slots.iter().map(|slot| slot.as_ref().map_or(&[][..], |slot| &slot.unread)).collect();
         if unread.iter().all(|unread| unread.is_empty()) {
             if waiting.len() == 0 {
                 return Ok(());
@@ -68,14 +68,14 @@ pub fn generate_many(
             continue;
         }
         let needed = cache.lengths().iter().zip(&unread).map(|(length, unread)| length + unread.len()).max();
-        make_room(&mut cache, needed.unwrap_or(0), room);
-        let mut logits = rows(model.extend(&unread, &mut cache)).into_iter();
-        for seat in &mut seats {
-            let Some(writing) = seat else { continue };
+        grow_cache(&mut cache, needed.unwrap_or(0), room);
+        let mut logits = logit_rows(model.extend(&unread, &mut cache)).into_iter();
+        for slot in &mut slots {
+            let Some(writing) = slot else { continue };
             let next = writing.sampler.choose(&logits.next().expect("each text that is read has logits"))?;
             if eos.contains(&next) {
-                if let Some(ended) = seat.take() {
-                    each(ended.place, Generated { tokens: ended.tokens, stop: Stop::Eos, stop_token: Some(next) })?;
+                if let Some(ended) = slot.take() {
+                    each(ended.place, Generated { tokens: ended.tokens, stop: StopReason::Eos, stop_token: Some(next) })?;
                 }
             } else {
                 writing.tokens.push(next);
@@ -142,7 +142,7 @@ mod tests {
             Ok(())
         })
         .unwrap();
-        assert_eq!(ended, [(0, 0, Stop::Length), (1, 0, Stop::Length), (2, 0, Stop::Length)]);
+        assert_eq!(ended, [(0, 0, StopReason::Length), (1, 0, StopReason::Length), (2, 0, StopReason::Length)]);
     }
 
     /// As large a context as a configuration can name takes no more memory than the tokens do, and a cache that grows holds
@@ -158,7 +158,7 @@ mod tests {
         device.seed(7);
         let model = ModelConfig::from_value(shape).unwrap().init(&device);
         let prompt = vec![1, 2, 3];
-        let count = super::super::FIRST_ROOM + 100;
+        let count = super::super::INITIAL_CACHE_TOKENS + 100;
         let mut session = super::super::Session::new(&model, usize::MAX);
         let mut sampler = Sampler::new(Sampling::default());
         let each = |_| std::ops::ControlFlow::Continue(());
@@ -166,7 +166,7 @@ mod tests {
         let mut cache = moonlight_model::KvCache::new(model.config(), 1, 2 * count, &device, model.dtype());
         let mut unread = prompt.clone();
         for token in &grown.tokens {
-            let logits = rows(model.extend(&[&unread], &mut cache)).remove(0);
+            let logits = logit_rows(model.extend(&[&unread], &mut cache)).remove(0);
             assert_eq!(sampler.choose(&logits).unwrap(), *token);
             unread = vec![*token];
         }

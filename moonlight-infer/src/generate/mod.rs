@@ -17,7 +17,7 @@ pub use sampler::{Sampler, Sampling};
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Stop {
+pub enum StopReason {
     /// The model wrote a token that ends a text.
     Eos,
     /// `max_new_tokens`, or the end of the model's context, was reached.
@@ -32,8 +32,8 @@ pub struct Generated {
     /// The new tokens, without the one that ended the text.
     pub tokens: Vec<u32>,
     /// Why it ended.
-    pub stop: Stop,
-    /// The token that ended the text, where one did ([`Stop::Eos`]).
+    pub stop: StopReason,
+    /// The token that ended the text, where one did ([`StopReason::Eos`]).
     pub stop_token: Option<u32>,
 }
 
@@ -51,7 +51,7 @@ impl<'m> Session<'m> {
     /// An empty session, with room for `capacity` tokens, the model's context at most. Memory is taken as tokens come.
     pub fn new(model: &'m CausalLm, capacity: usize) -> Self {
         let room = capacity.min(model.config().max_position_embeddings);
-        Self { model, cache: cache(model, 1, room.min(FIRST_ROOM)), room, read: Vec::new() }
+        Self { model, cache: cache(model, 1, room.min(INITIAL_CACHE_TOKENS)), room, read: Vec::new() }
     }
 
     /// Continues `prompt` and hands each new token to `each` as it comes. The prefix that the prompt shares with what is in
@@ -82,22 +82,22 @@ impl<'m> Session<'m> {
         while tokens.len() < max_new_tokens && self.read.len() + input.len() <= capacity {
             let next = sampler.choose(&self.read(&input))?;
             if eos.contains(&next) {
-                return Ok(Generated { tokens, stop: Stop::Eos, stop_token: Some(next) });
+                return Ok(Generated { tokens, stop: StopReason::Eos, stop_token: Some(next) });
             }
             tokens.push(next);
             if each(next).is_break() {
-                return Ok(Generated { tokens, stop: Stop::Interrupted, stop_token: None });
+                return Ok(Generated { tokens, stop: StopReason::Interrupted, stop_token: None });
             }
             input = vec![next];
         }
-        Ok(Generated { tokens, stop: Stop::Length, stop_token: None })
+        Ok(Generated { tokens, stop: StopReason::Length, stop_token: None })
     }
 
     /// Runs the model over tokens and returns the logits of the next one.
     fn read(&mut self, tokens: &[u32]) -> Vec<f32> {
         self.read.extend(tokens);
-        make_room(&mut self.cache, self.read.len(), self.room);
-        rows(self.model.extend(&[tokens], &mut self.cache)).remove(0)
+        grow_cache(&mut self.cache, self.read.len(), self.room);
+        logit_rows(self.model.extend(&[tokens], &mut self.cache)).remove(0)
     }
 }
 
@@ -124,10 +124,10 @@ pub fn generate(
 }
 
 /// Tokens that a cache has room for at first.
-const FIRST_ROOM: usize = 512;
+const INITIAL_CACHE_TOKENS: usize = 512;
 
 /// Lets a cache grow to what is needed, twice what it had if that is more, but never past `most`.
-fn make_room(cache: &mut KvCache, needed: usize, most: usize) {
+fn grow_cache(cache: &mut KvCache, needed: usize, most: usize) {
     if needed > cache.capacity() {
         cache.grow(needed.max(2 * cache.capacity()).min(most));
     }
@@ -141,7 +141,7 @@ fn cache(model: &CausalLm, batch: usize, capacity: usize) -> KvCache {
 }
 
 /// Logits on the host, row by row.
-fn rows(logits: Tensor<2>) -> Vec<Vec<f32>> {
+fn logit_rows(logits: Tensor<2>) -> Vec<Vec<f32>> {
     let width = logits.dims()[1];
     let values: Vec<f32> = logits.cast(DType::F32).into_data().try_into_vec().expect("the logits were cast to f32");
     values.chunks(width).map(<[f32]>::to_vec).collect()

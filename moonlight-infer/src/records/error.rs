@@ -9,14 +9,14 @@ use crate::parquet::ParquetError;
 
 /// Where in a file something is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Place {
+pub struct FilePosition {
     /// The line, from 1; in a parquet file the row.
     pub line: usize,
     /// The character in the line, from 1; 0 where the line says enough.
     pub column: usize,
 }
 
-impl Place {
+impl FilePosition {
     /// A whole line.
     pub fn line(line: usize) -> Self {
         Self { line, column: 0 }
@@ -32,7 +32,7 @@ impl Place {
 }
 
 /// `3`, or `3:17` with a column.
-impl fmt::Display for Place {
+impl fmt::Display for FilePosition {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.column {
             0 => write!(formatter, "{}", self.line),
@@ -61,7 +61,7 @@ pub enum RecordError {
         /// The file.
         path: PathBuf,
         /// The place.
-        place: Place,
+        place: FilePosition,
         /// What is wrong there.
         problem: String,
         /// What to do, where we know.
@@ -89,7 +89,7 @@ impl RecordError {
         Self::File { path: path.to_owned(), problem: problem.into(), hint: Some(hint.into()) }
     }
 
-    pub(super) fn at(path: &Path, place: Place, problem: impl Into<String>, hint: Option<&str>) -> Self {
+    pub(super) fn at(path: &Path, place: FilePosition, problem: impl Into<String>, hint: Option<&str>) -> Self {
         Self::Record { path: path.to_owned(), place, problem: problem.into(), hint: hint.map(Into::into) }
     }
 }

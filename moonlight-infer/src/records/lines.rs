@@ -85,7 +85,7 @@ impl Lines {
             match read_line(&mut self.reader, record, longest)? {
                 Line::End => return Ok(Ok(false)),
                 // Whether there is more of it nobody has looked.
-                Line::Unended if self.reader.is_cut() => return Ok(Ok(false)),
+                Line::Unended if self.reader.reached_limit() => return Ok(Ok(false)),
                 Line::TooLong => return Ok(Err(TooLong)),
                 Line::Whole | Line::Unended => {}
             }

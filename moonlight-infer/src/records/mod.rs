@@ -10,27 +10,27 @@
 //! * `reader.rs`: one reader of them all.
 //! * `parse.rs`: a record to JSON.
 
-mod delimited;
+mod csv;
 mod error;
+mod file_kind;
+mod json;
+mod json_nesting;
+mod json_values;
 mod lines;
-mod nesting;
-mod parse;
 mod reader;
-mod sniff;
 mod source;
-mod values;
 
-pub use error::{Place, RecordError};
-pub use parse::{
-    JsonError, MOST_VALUES, Parsed, TokensRecord, large_integer, lone_surrogates, non_finite, not_finite, parse,
+pub use error::{FilePosition, RecordError};
+pub use json::{
+    JsonError, MAX_VALUES, ParsedJson, TokensRecord, large_integer_digits, lone_surrogates, non_finite_from_json, non_finite_to_json, parse,
     parse_tokens,
 };
 pub use reader::{Record, RecordReader};
-pub use sniff::{FileKind, ending};
+pub use file_kind::{FileKind, extension};
 pub use source::Source;
 
 /// The longest record in bytes: a line, an element of an array, a row.
-pub const LONGEST_RECORD: usize = 256 << 20;
+pub const MAX_RECORD_BYTES: usize = 256 << 20;
 
 #[cfg(test)]
 mod tests;

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::Printable;
 use serde_json::{Map, Value};
 
-use super::delimited::{self, Delimited};
+use super::csv::{self, CsvRows};
 use super::lines::{Lines, TooLong};
 use super::source::Limited;
-use super::values::{self, Values};
-use super::{FileKind, LONGEST_RECORD, Place, RecordError, Source, parse};
-use crate::parquet::{self, ParquetError, Wanted};
+use super::json_values::{self, JsonValues};
+use super::{FileKind, MAX_RECORD_BYTES, FilePosition, RecordError, Source, parse};
+use crate::parquet::{self, ParquetError, RequiredColumns};
 
 /// A record of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub struct Record {
     /// Its JSON: of a line or an element as the file has it, of a row made from it.
     pub json: Vec<u8>,
     /// Where it begins.
-    pub place: Place,
+    pub place: FilePosition,
 }
 
 /// The records of a file, one after the other.
@@ -27,15 +27,15 @@ pub struct RecordReader {
     kind: FileKind,
     rows: Rows,
     /// What was read to look at it.
-    ahead: Option<Record>,
+    peeked: Option<Record>,
     /// Blank rows of a file that is read.
     blank: u64,
 }
 
 enum Rows {
     Lines(Lines),
-    Values(Box<Values<Limited>>),
-    Delimited(Box<Delimited<Limited>>),
+    JsonValues(Box<JsonValues<Limited>>),
+    Delimited(Box<CsvRows<Limited>>),
     Parquet { rows: Box<dyn Iterator<Item = Result<String, ParquetError>>>, row: usize, left: u64 },
     End,
 }
@@ -48,8 +48,8 @@ impl RecordReader {
     /// # Errors
     ///
     /// [`RecordError`]: a file that cannot be read or is of another kind, which is named.
-    pub fn open(path: &Path, wanted: Wanted, limit: Option<u64>) -> Result<Self, RecordError> {
-        Self::of(Source::open(path)?, wanted, limit)
+    pub fn open(path: &Path, wanted: RequiredColumns, limit: Option<u64>) -> Result<Self, RecordError> {
+        Self::from_source(Source::open(path)?, wanted, limit)
     }
 
     /// Like [`open`](Self::open), of a file that was opened already.
@@ -57,26 +57,26 @@ impl RecordReader {
     /// # Errors
     ///
     /// As [`open`](Self::open).
-    pub fn of(source: Source, wanted: Wanted, limit: Option<u64>) -> Result<Self, RecordError> {
+    pub fn from_source(source: Source, wanted: RequiredColumns, limit: Option<u64>) -> Result<Self, RecordError> {
         let kind = source.kind()?;
         let path = source.path().to_owned();
         let rows = match kind {
             FileKind::JsonLines => Rows::Lines(Lines::new(source.into_reader(limit))),
-            FileKind::JsonArray => Rows::Values(Box::new(Values::new(source.into_reader(limit), true))),
-            FileKind::JsonObjects => Rows::Values(Box::new(Values::new(source.into_reader(limit), false))),
+            FileKind::JsonArray => Rows::JsonValues(Box::new(JsonValues::new(source.into_reader(limit), true))),
+            FileKind::JsonObjects => Rows::JsonValues(Box::new(JsonValues::new(source.into_reader(limit), false))),
             FileKind::Delimited(delimiter) => {
-                let file = Delimited::new(source.into_reader(limit), delimiter);
-                Rows::Delimited(Box::new(file.map_err(|fault| of_row(&path, kind, fault))?))
+                let file = CsvRows::new(source.into_reader(limit), delimiter);
+                Rows::Delimited(Box::new(file.map_err(|fault| csv_error(&path, kind, fault))?))
             }
             FileKind::Parquet => {
                 let rows = Box::new(parquet::rows(&path, wanted)?);
                 Rows::Parquet { rows, row: 0, left: limit.unwrap_or(u64::MAX) }
             }
         };
-        let mut reader = Self { path, kind, rows, ahead: None, blank: 0 };
-        reader.ahead = reader.advance()?;
+        let mut reader = Self { path, kind, rows, peeked: None, blank: 0 };
+        reader.peeked = reader.advance()?;
         let is_json = matches!(kind, FileKind::JsonLines | FileKind::JsonArray | FileKind::JsonObjects);
-        match reader.ahead.as_ref().filter(|_| is_json).and_then(|record| wrapped(&record.json)) {
+        match reader.peeked.as_ref().filter(|_| is_json).and_then(|record| detect_wrapped_records(&record.json)) {
             Some((problem, hint)) => Err(RecordError::file(&reader.path, problem, hint)),
             None => Ok(reader),
         }
@@ -99,7 +99,7 @@ impl RecordReader {
 
     /// The first record, before any is taken.
     pub fn first(&self) -> Option<&Record> {
-        self.ahead.as_ref()
+        self.peeked.as_ref()
     }
 
     /// The next record; `None` behind the last, and behind an error.
@@ -109,7 +109,7 @@ impl RecordReader {
     /// [`RecordError`]: what is wrong with the file, so that there is no next record. What is wrong with a record is found when
     /// it is parsed.
     pub fn next_record(&mut self) -> Result<Option<Record>, RecordError> {
-        match self.ahead.take() {
+        match self.peeked.take() {
             Some(record) => Ok(Some(record)),
             None => self.advance(),
         }
@@ -130,18 +130,18 @@ impl RecordReader {
         let place = match &mut self.rows {
             Rows::End => None,
             Rows::Lines(lines) => {
-                let read = lines.next(&mut json, LONGEST_RECORD).map_err(|error| RecordError::io(path, &error))?;
-                let found = read.map_err(|TooLong| too_long(path, kind, Place::line(lines.line())))?;
-                found.then(|| Place::line(lines.line()))
+                let read = lines.next(&mut json, MAX_RECORD_BYTES).map_err(|error| RecordError::io(path, &error))?;
+                let found = read.map_err(|TooLong| too_long(path, kind, FilePosition::line(lines.line())))?;
+                found.then(|| FilePosition::line(lines.line()))
             }
-            Rows::Values(values) => values.next(&mut json, LONGEST_RECORD).map_err(|fault| match fault {
-                values::Fault::Io(error) => RecordError::io(path, &error),
-                values::Fault::TooLong(place) => too_long(path, kind, place),
-                values::Fault::At(place, problem) => RecordError::at(path, place, problem, None),
+            Rows::JsonValues(values) => values.next(&mut json, MAX_RECORD_BYTES).map_err(|fault| match fault {
+                json_values::JsonSplitError::Io(error) => RecordError::io(path, &error),
+                json_values::JsonSplitError::TooLong(place) => too_long(path, kind, place),
+                json_values::JsonSplitError::At(place, problem) => RecordError::at(path, place, problem, None),
             })?,
             Rows::Delimited(file) => {
-                let row = file.next(&mut json, LONGEST_RECORD).map_err(|fault| of_row(path, kind, fault))?;
-                row.map(Place::line)
+                let row = file.next(&mut json, MAX_RECORD_BYTES).map_err(|fault| csv_error(path, kind, fault))?;
+                row.map(FilePosition::line)
             }
             Rows::Parquet { rows, row, left } => {
                 *row += 1;
@@ -149,11 +149,11 @@ impl RecordReader {
                     // Whole records only.
                     Some(text) if text.len() as u64 <= *left => {
                         *left -= text.len() as u64;
-                        if text.len() > LONGEST_RECORD {
-                            return Err(too_long(path, kind, Place::line(*row)));
+                        if text.len() > MAX_RECORD_BYTES {
+                            return Err(too_long(path, kind, FilePosition::line(*row)));
                         }
                         json = text.into_bytes();
-                        Some(Place::line(*row))
+                        Some(FilePosition::line(*row))
                     }
                     _ => None,
                 }
@@ -163,8 +163,8 @@ impl RecordReader {
     }
 }
 
-fn too_long(path: &Path, kind: FileKind, place: Place) -> RecordError {
-    let problem = format!("the record is longer than {} MiB", LONGEST_RECORD >> 20);
+fn too_long(path: &Path, kind: FileKind, place: FilePosition) -> RecordError {
+    let problem = format!("the record is longer than {} MiB", MAX_RECORD_BYTES >> 20);
     let hint = match kind {
         FileKind::JsonLines => Some("a record is a line of JSONL"),
         FileKind::JsonArray | FileKind::JsonObjects => {
@@ -176,16 +176,16 @@ fn too_long(path: &Path, kind: FileKind, place: Place) -> RecordError {
     RecordError::at(path, place, problem, hint)
 }
 
-fn of_row(path: &Path, kind: FileKind, fault: delimited::Fault) -> RecordError {
+fn csv_error(path: &Path, kind: FileKind, fault: csv::CsvError) -> RecordError {
     match fault {
-        delimited::Fault::Io(error) => RecordError::io(path, &error),
-        delimited::Fault::TooLong(line) => too_long(path, kind, Place::line(line)),
-        delimited::Fault::At(line, problem, hint) => RecordError::at(path, Place::line(line), problem, hint),
+        csv::CsvError::Io(error) => RecordError::io(path, &error),
+        csv::CsvError::TooLong(line) => too_long(path, kind, FilePosition::line(line)),
+        csv::CsvError::At(line, problem, hint) => RecordError::at(path, FilePosition::line(line), problem, hint),
     }
 }
 
 /// Fields that records of all kinds are read by.
-const OF_RECORDS: &[&str] = &[
+const RECORD_FIELDS: &[&str] = &[
     "messages",
     "conversations",
     "instruction",
@@ -200,7 +200,7 @@ const OF_RECORDS: &[&str] = &[
     "endings",
 ];
 /// Names under which files keep the list of their records.
-const OF_LISTS: &[&str] = &[
+const LIST_FIELDS: &[&str] = &[
     "data",
     "rows",
     "train",
@@ -217,16 +217,16 @@ const OF_LISTS: &[&str] = &[
 ];
 
 /// What is wrong with a file whose first record holds all the others, and what to do.
-fn wrapped(json: &[u8]) -> Option<(String, String)> {
+fn detect_wrapped_records(json: &[u8]) -> Option<(String, String)> {
     let Value::Object(record) = parse(json).ok()?.value else { return None };
-    if let Some(problem) = by_columns(&record) {
+    if let Some(problem) = detect_columns(&record) {
         return Some((problem, "write it by `to_json(path, orient=\"records\", lines=True)`".into()));
     }
-    if record.keys().any(|key| OF_RECORDS.contains(&key.as_str())) {
+    if record.keys().any(|key| RECORD_FIELDS.contains(&key.as_str())) {
         return None;
     }
     let (name, first) = record.iter().find_map(|(name, value)| match value {
-        Value::Array(list) if OF_LISTS.contains(&name.as_str()) => Some((name, list.first()?.as_object()?)),
+        Value::Array(list) if LIST_FIELDS.contains(&name.as_str()) => Some((name, list.first()?.as_object()?)),
         _ => None,
     })?;
     // The Hub's viewer answers with rows that are wrapped once more.
@@ -236,7 +236,7 @@ fn wrapped(json: &[u8]) -> Option<(String, String)> {
 }
 
 /// Whether the file is one object of columns, as pandas' `to_json` writes a table: `{"text": {"0": "...", "1": "..."}}`.
-fn by_columns(record: &Map<String, Value>) -> Option<String> {
+fn detect_columns(record: &Map<String, Value>) -> Option<String> {
     let of_rows = |value: &Value| {
         value.as_object().is_some_and(|rows| !rows.is_empty() && rows.keys().all(|key| key.parse::<u64>().is_ok()))
     };

@@ -8,23 +8,23 @@ use flate2::read::MultiGzDecoder;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 
 use super::RecordError;
-use super::sniff::{self, FileKind};
+use super::file_kind::{self, FileKind};
 
 /// Bytes by which a file is recognised.
-const HEAD: usize = 64 << 10;
+const HEAD_BYTES: usize = 64 << 10;
 /// The UTF-8 byte order mark.
-const MARK: &[u8] = b"\xef\xbb\xbf";
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// The first [`HEAD`] bytes. Of a pipe no more than up to its first line: who writes the records one by one may wait for the
+/// The first [`HEAD_BYTES`] bytes. Of a pipe no more than up to its first line: who writes the records one by one may wait for the
 /// answer to each.
 fn read_head(reader: &mut impl Read, is_pipe: bool) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
     if !is_pipe {
-        reader.take(HEAD as u64).read_to_end(&mut head)?;
+        reader.take(HEAD_BYTES as u64).read_to_end(&mut head)?;
         return Ok(head);
     }
     let mut piece = [0; 4096];
-    while head.len() < HEAD && !head.trim_ascii_start().contains(&b'\n') {
+    while head.len() < HEAD_BYTES && !head.trim_ascii_start().contains(&b'\n') {
         match reader.read(&mut piece) {
             Ok(0) => break,
             Ok(read) => head.extend_from_slice(&piece[..read]),
@@ -68,16 +68,16 @@ impl Source {
         let mut rest: Box<dyn Read + Send> = match packed {
             None => Box::new(file),
             Some(Compression::Gzip) => Box::new(MultiGzDecoder::new(file)),
-            Some(Compression::Zstandard) => Box::new(Frames::new(file)),
+            Some(Compression::Zstandard) => Box::new(ZstdFrames::new(file)),
         };
         let mut head = read_head(&mut rest, is_pipe).map_err(io)?;
-        let mark = if head.starts_with(MARK) { MARK.len() } else { 0 };
+        let mark = if head.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
         head.drain(..mark);
         Ok(Self { path: path.to_owned(), head, rest, mark, packed: packed.is_some() })
     }
 
     /// Whether its size is not that of its contents: it is compressed.
-    pub fn is_packed(&self) -> bool {
+    pub fn is_compressed(&self) -> bool {
         self.packed
     }
 
@@ -96,8 +96,8 @@ impl Source {
     /// # Errors
     ///
     /// [`RecordError::File`], which says what the file is.
-    pub fn refuse_foreign(&self) -> Result<(), RecordError> {
-        match sniff::foreign(&self.head) {
+    pub fn refuse_binary(&self) -> Result<(), RecordError> {
+        match file_kind::detect_binary(&self.head) {
             Some(foreign) => Err(RecordError::file(&self.path, format!("it is {}", foreign.what), foreign.hint)),
             None => Ok(()),
         }
@@ -109,7 +109,7 @@ impl Source {
     ///
     /// [`RecordError::File`] for a file of another kind, which it names.
     pub fn kind(&self) -> Result<FileKind, RecordError> {
-        sniff::kind(&self.path, &self.head)
+        file_kind::detect_kind(&self.path, &self.head)
     }
 
     /// The bytes, at most `limit` of the file's where there is one, its mark counted.
@@ -125,7 +125,7 @@ pub struct Limited(BufReader<Take<Box<dyn Read + Send>>>);
 
 impl Limited {
     /// Whether all bytes up to the limit were taken from the file: it may have more.
-    pub fn is_cut(&self) -> bool {
+    pub fn reached_limit(&self) -> bool {
         self.0.get_ref().limit() == 0
     }
 }
@@ -184,19 +184,19 @@ type Frame<R> = StreamingDecoder<Chain<Cursor<[u8; 4]>, BufReader<R>>, FrameDeco
 
 /// One zstd frame after the other, as the programs that compress in parallel write them; frames of other data, as `pzstd` puts
 /// between them, are passed over.
-struct Frames<R: Read> {
+struct ZstdFrames<R: Read> {
     /// The file, while no frame is open.
     file: Option<BufReader<R>>,
     frame: Option<Frame<R>>,
 }
 
-impl<R: Read> Frames<R> {
+impl<R: Read> ZstdFrames<R> {
     fn new(file: R) -> Self {
         Self { file: Some(BufReader::with_capacity(1 << 20, file)), frame: None }
     }
 }
 
-impl<R: Read> Read for Frames<R> {
+impl<R: Read> Read for ZstdFrames<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             if let Some(mut frame) = self.frame.take() {
@@ -276,7 +276,7 @@ mod tests {
             let mut reader = Source::open(&path).unwrap().into_reader(limit);
             let mut text = String::new();
             reader.read_to_string(&mut text).unwrap();
-            assert_eq!((text.as_str(), reader.is_cut()), (expected, cut));
+            assert_eq!((text.as_str(), reader.reached_limit()), (expected, cut));
         }
     }
 }

@@ -141,7 +141,7 @@ fn a_record_has_a_longest_size() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
         fs::write(&path, start).unwrap();
-        fs::File::options().write(true).open(&path).unwrap().set_len(2 * LONGEST_RECORD as u64).unwrap();
+        fs::File::options().write(true).open(&path).unwrap().set_len(2 * MAX_RECORD_BYTES as u64).unwrap();
         let error = read(&path, None).unwrap_err();
         assert!(error.to_string().ends_with(&format!("{name}:{place}: the record is longer than 256 MiB")), "{error}");
         assert!(error.hint().unwrap().contains(hint), "{error}");

@@ -8,30 +8,30 @@ use tokenizers::Tokenizer as Inner;
 use tokenizers::tokenizer::{NormalizedString, Normalizer};
 use tokenizers::{NormalizerWrapper, normalizers};
 
-use super::added::AddedTokens;
+use super::added_tokens::AddedTokens;
 use super::limits;
-use super::post_processor::Around;
-use crate::guard::unpanicked;
+use super::post_processor::AffixTokens;
+use crate::catch_panic::catch_panic;
 
 /// What is said of a panic: the crate takes a file's word for much.
-const FAILED: &str =
+const LIBRARY_FAILED: &str =
     "the `tokenizers` library failed at it: its tokenizer.json is damaged, or of a form that is not known";
 
 /// So much of a text is normalized first where the normalizer is watched.
-const PREFIX: usize = 4096;
+const TRIAL_BYTES: usize = 4096;
 
 /// A tokenizer as `tokenizers` runs it, special tokens in a text being text.
 pub(super) struct HuggingFace {
     inner: Inner,
     vocab_size: usize,
     /// Whether a text could grow so much while it is normalized that each is tried step by step first.
-    watched: bool,
-    around: Around,
+    may_expand: bool,
+    affixes: AffixTokens,
     added: AddedTokens,
     /// The same with special text being special: as large as the first, and made for those who ask for it.
     parsing: OnceLock<Box<Inner>>,
     /// Whether the beginning of a text is encoded in another way than the same words behind others.
-    marks_first: bool,
+    prepends_first_only: bool,
     /// The same with [`ANCHOR`] as a token, where that is so.
     anchored: OnceLock<Box<Inner>>,
 }
@@ -44,25 +44,25 @@ impl HuggingFace {
     /// reason not to go on is a sentence of `notes`.
     pub(super) fn parse(contents: &[u8], names: &SpecialNames, notes: &mut Vec<String>) -> Result<Self, String> {
         // Before the crate sees them: what aborts cannot be caught.
-        let limits::Checked { json, watched, marks_first, around } = limits::checked(contents)?;
-        let parsed = unpanicked(|| Self::parse_checked(&json, watched, around, names, notes));
-        parsed.unwrap_or_else(|| Err(FAILED.into())).map(|tokenizer| Self { marks_first, ..tokenizer })
+        let limits::Checked { json, may_expand, prepends_first_only, affixes } = limits::checked(contents)?;
+        let parsed = catch_panic(|| Self::parse_checked(&json, may_expand, affixes, names, notes));
+        parsed.unwrap_or_else(|| Err(LIBRARY_FAILED.into())).map(|tokenizer| Self { prepends_first_only, ..tokenizer })
     }
 
     fn parse_checked(
         json: &[u8],
-        watched: bool,
-        around: Around,
+        may_expand: bool,
+        affixes: AffixTokens,
         names: &SpecialNames,
         notes: &mut Vec<String>,
     ) -> Result<Self, String> {
-        let listed: Listed = serde_json::from_slice(json).map_err(|error| error.to_string())?;
-        if let Some(normalizer) = listed.normalizer.as_ref().filter(|_| watched) {
+        let listed: JsonParts = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+        if let Some(normalizer) = listed.normalizer.as_ref().filter(|_| may_expand) {
             // The crate normalizes them, however long they become.
             let listed = listed.added_tokens.iter().filter(|token| token.normalized).map(|token| &token.content);
             let named = names.added.values().filter(|token| token.normalized).map(|token| &token.content);
             for text in listed.chain(named) {
-                grown(normalizer, &mut NormalizedString::from(text.as_str()), limits::SLACK)?;
+                check_growth(normalizer, &mut NormalizedString::from(text.as_str()), limits::GROWTH_SLACK)?;
             }
         }
         let mut inner = Inner::from_bytes(json).map_err(|error| error.to_string())?;
@@ -71,8 +71,8 @@ impl HuggingFace {
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| error.to_string())?;
         let vocab = inner.get_vocab(true);
-        if let Some(token) = vocab.keys().find(|token| token.len() > limits::LONGEST_TOKEN) {
-            let (bytes, most) = (token.len(), limits::LONGEST_TOKEN);
+        if let Some(token) = vocab.keys().find(|token| token.len() > limits::MAX_TOKEN_BYTES) {
+            let (bytes, most) = (token.len(), limits::MAX_TOKEN_BYTES);
             return Err(format!("it has a token of {bytes} bytes, more than the limit of {most}"));
         }
         let vocab_size = vocab.into_values().max().map_or(0, |id| id as usize + 1);
@@ -93,7 +93,7 @@ impl HuggingFace {
         });
         let added = AddedTokens::new(added.collect())?;
         let (parsing, anchored) = (OnceLock::new(), OnceLock::new());
-        let tokenizer = Self { inner, vocab_size, watched, around, added, parsing, marks_first: false, anchored };
+        let tokenizer = Self { inner, vocab_size, may_expand, affixes, added, parsing, prepends_first_only: false, anchored };
         // A model that has neither bytes nor an unknown token fails on a character that it has not seen, and a table of
         // characters that is damaged at those that are in it. Say so now, not in the middle of the data.
         let ordinary: String = (' '..='~').chain('\u{A0}'..='\u{17F}').collect();
@@ -107,12 +107,12 @@ impl HuggingFace {
     /// The tokens of a text, its special ones where `parse_special` says so; the error is why it has none.
     pub(super) fn encode(&self, text: &str, parse_special: bool) -> Result<Vec<u32>, String> {
         let inner = if parse_special { self.parsing() } else { &self.inner };
-        unpanicked(|| self.tokens(inner, text)).unwrap_or_else(|| Err(FAILED.into()))
+        catch_panic(|| self.tokens(inner, text)).unwrap_or_else(|| Err(LIBRARY_FAILED.into()))
     }
 
     /// The tokens of a text that follows others.
-    pub(super) fn encode_behind(&self, text: &str) -> Result<Vec<u32>, String> {
-        if !self.marks_first || text.contains(ANCHOR) {
+    pub(super) fn encode_continuation(&self, text: &str) -> Result<Vec<u32>, String> {
+        if !self.prepends_first_only || text.contains(ANCHOR) {
             return self.encode(text, false);
         }
         let anchored = self.anchored.get_or_init(|| {
@@ -122,8 +122,8 @@ impl HuggingFace {
             let _ = anchored.add_tokens([token]);
             anchored
         });
-        let tokens = unpanicked(|| self.tokens(anchored, &format!("{ANCHOR}{text}")));
-        let mut tokens = tokens.unwrap_or_else(|| Err(FAILED.into()))?;
+        let tokens = catch_panic(|| self.tokens(anchored, &format!("{ANCHOR}{text}")));
+        let mut tokens = tokens.unwrap_or_else(|| Err(LIBRARY_FAILED.into()))?;
         match tokens.first() == anchored.token_to_id(&ANCHOR.to_string()).as_ref() {
             true => tokens.remove(0),
             false => return self.encode(text, false),
@@ -140,14 +140,14 @@ impl HuggingFace {
     }
 
     fn tokens(&self, inner: &Inner, text: &str) -> Result<Vec<u32>, String> {
-        if self.watched
+        if self.may_expand
             && let Some(normalizer) = self.inner.get_normalizer()
         {
             // A beginning first: a text that runs away does so there, in little memory.
-            for length in [PREFIX.min(text.len()), text.len()] {
+            for length in [TRIAL_BYTES.min(text.len()), text.len()] {
                 let tried = &text[..text.floor_char_boundary(length)];
-                let most = limits::GROWTH.saturating_mul(tried.len()).saturating_add(limits::SLACK);
-                grown(normalizer, &mut NormalizedString::from(tried), most)?;
+                let most = limits::MAX_GROWTH.saturating_mul(tried.len()).saturating_add(limits::GROWTH_SLACK);
+                check_growth(normalizer, &mut NormalizedString::from(tried), most)?;
             }
         }
         let encoding = inner.encode_fast(text, false).map_err(|error| error.to_string())?;
@@ -156,7 +156,7 @@ impl HuggingFace {
 
     /// The text of tokens, special ones `with_special` only; U+FFFD where the crate fails at them.
     pub(super) fn decode(&self, tokens: &[u32], with_special: bool) -> String {
-        let decoded = unpanicked(|| self.inner.decode(tokens, !with_special).ok());
+        let decoded = catch_panic(|| self.inner.decode(tokens, !with_special).ok());
         decoded.flatten().unwrap_or_else(|| char::REPLACEMENT_CHARACTER.into())
     }
 
@@ -165,8 +165,8 @@ impl HuggingFace {
     }
 
     /// What the file puts around a text.
-    pub(super) fn around(&self) -> &Around {
-        &self.around
+    pub(super) fn affixes(&self) -> &AffixTokens {
+        &self.affixes
     }
 
     pub(super) fn id(&self, text: &str) -> Option<u32> {
@@ -180,15 +180,15 @@ impl HuggingFace {
 
 /// Tokens of a `tokenizer.json`, as far as they are wanted.
 #[derive(Deserialize)]
-struct Listed {
+struct JsonParts {
     #[serde(default)]
-    added_tokens: Vec<Entry>,
+    added_tokens: Vec<AddedTokenEntry>,
     #[serde(default)]
     normalizer: Option<NormalizerWrapper>,
 }
 
 #[derive(Deserialize)]
-struct Entry {
+struct AddedTokenEntry {
     id: u32,
     content: String,
     #[serde(default)]
@@ -198,7 +198,7 @@ struct Entry {
 /// Adds what the files beside a `tokenizer.json` name, as transformers does: tokens of their `added_tokens_decoder` with the
 /// properties that it gives them, and that `eos_token` and the like are special. Where the crate gives a token another id
 /// than a file says, transformers has that id, too; it is said.
-fn add(inner: &mut Inner, listed: &Listed, names: &SpecialNames, notes: &mut Vec<String>) -> Result<(), String> {
+fn add(inner: &mut Inner, listed: &JsonParts, names: &SpecialNames, notes: &mut Vec<String>) -> Result<(), String> {
     let as_named = |token: &AddedToken| {
         tokenizers::AddedToken::from(token.content.clone(), token.special)
             .single_word(token.single_word)
@@ -225,10 +225,10 @@ fn add(inner: &mut Inner, listed: &Listed, names: &SpecialNames, notes: &mut Vec
 }
 
 /// Normalizes a text step by step; each may make it larger only so much, so that no chain of them runs away.
-fn grown(normalizer: &NormalizerWrapper, text: &mut NormalizedString, most: usize) -> Result<(), String> {
+fn check_growth(normalizer: &NormalizerWrapper, text: &mut NormalizedString, most: usize) -> Result<(), String> {
     if let NormalizerWrapper::Sequence(steps) = normalizer {
         let steps: &normalizers::Sequence = steps;
-        return steps.as_ref().iter().try_for_each(|step| grown(step, text, most));
+        return steps.as_ref().iter().try_for_each(|step| check_growth(step, text, most));
     }
     normalizer.normalize(text).map_err(|error| error.to_string())?;
     match text.len() > most {

@@ -8,38 +8,38 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use super::post_processor::Around;
+use super::post_processor::AffixTokens;
 
 /// The longest `tokenizer.json`; that of Gemma, with 262,144 tokens, has 33 MB.
-pub(super) const LONGEST_FILE: u64 = 100_000_000;
+pub(super) const MAX_FILE_BYTES: u64 = 100_000_000;
 /// The longest token.
-pub(super) const LONGEST_TOKEN: usize = 65_536;
+pub(super) const MAX_TOKEN_BYTES: usize = 65_536;
 /// The longest text that a step puts in the place of another, or before one.
-const LONGEST_CONTENT: usize = 1024;
+const MAX_CONTENT_BYTES: usize = 1024;
 /// The longest text that stands for a character in a table; in SentencePiece's own it is U+FDFA's, of 33 bytes.
-const LONGEST_REPLACEMENT: usize = 64;
+const MAX_REPLACEMENT_BYTES: usize = 64;
 /// The longest post-processor, in bytes of JSON; that of Whisper, with a token for each language, has 12 kB.
-const LONGEST_PROCESSOR: usize = 1 << 20;
+const MAX_PROCESSOR_BYTES: usize = 1 << 20;
 /// Steps of a normalizer, a pre-tokenizer or a decoder, sequences in sequences included.
-const STEPS: usize = 32;
+const MAX_STEPS: usize = 32;
 /// How many times its length a text may grow to where it is not tried first, and as the product of what pre-tokenizers and
 /// decoders can make of it.
-pub(super) const GROWTH: usize = 16;
+pub(super) const MAX_GROWTH: usize = 16;
 /// What a text may grow by besides.
-pub(super) const SLACK: usize = 65_536;
+pub(super) const GROWTH_SLACK: usize = 65_536;
 /// The longest word that WordPiece looks at: it tries each of its parts.
-const LONGEST_WORD: u64 = 10_000;
+const MAX_WORD_CHARS: u64 = 10_000;
 
 /// A file that may be read.
 pub(super) struct Checked {
     /// What the crate is given: the parts that were looked at are written again, so that both see the same.
     pub(super) json: Vec<u8>,
-    /// Whether its normalizer can make a text more than [`GROWTH`] times as long.
-    pub(super) watched: bool,
+    /// Whether its normalizer can make a text more than [`MAX_GROWTH`] times as long.
+    pub(super) may_expand: bool,
     /// Whether only the first words of a text begin with a space that is not in it.
-    pub(super) marks_first: bool,
+    pub(super) prepends_first_only: bool,
     /// What its post-processor puts around a text. The crate is not given it.
-    pub(super) around: Around,
+    pub(super) affixes: AffixTokens,
 }
 
 /// The file's fields. Unknown ones are left out, and one that is there twice is an error.
@@ -79,63 +79,63 @@ struct Model {
 ///
 /// What is wrong with it, as part of a sentence.
 pub(super) fn checked(contents: &[u8]) -> Result<Checked, String> {
-    if contents.len() as u64 > LONGEST_FILE {
-        return Err(format!("it has {} bytes, more than the limit of {LONGEST_FILE}", contents.len()));
+    if contents.len() as u64 > MAX_FILE_BYTES {
+        return Err(format!("it has {} bytes, more than the limit of {MAX_FILE_BYTES}", contents.len()));
     }
     let file: File<'_> = serde_json::from_slice(contents).map_err(|error| error.to_string())?;
     let model: Model = serde_json::from_str(file.model.get()).map_err(|error| error.to_string())?;
-    if let Some(length) = model.max_input_chars_per_word.filter(|&length| length > LONGEST_WORD) {
-        return Err(format!("its words have up to {length} characters, more than the limit of {LONGEST_WORD}"));
+    if let Some(length) = model.max_input_chars_per_word.filter(|&length| length > MAX_WORD_CHARS) {
+        return Err(format!("its words have up to {length} characters, more than the limit of {MAX_WORD_CHARS}"));
     }
     let normalizer = growth("normalizer", file.normalizer.as_ref())?;
     for (name, part) in [("pre_tokenizer", &file.pre_tokenizer), ("decoder", &file.decoder)] {
         let growth = growth(name, part.as_ref())?;
-        if growth > GROWTH {
-            return Err(format!("its {name} can make a text {growth} times as long, past the limit of {GROWTH}"));
+        if growth > MAX_GROWTH {
+            return Err(format!("its {name} can make a text {growth} times as long, past the limit of {MAX_GROWTH}"));
         }
     }
-    let processor = file.post_processor.map(|raw| match raw.get().len() > LONGEST_PROCESSOR {
-        true => Err(format!("its post_processor has more than {LONGEST_PROCESSOR} bytes")),
+    let processor = file.post_processor.map(|raw| match raw.get().len() > MAX_PROCESSOR_BYTES {
+        true => Err(format!("its post_processor has more than {MAX_PROCESSOR_BYTES} bytes")),
         false => serde_json::from_str(raw.get()).map_err(|error| error.to_string()),
     });
-    let around = Around::read(processor.transpose()?.as_ref())?;
+    let affixes = AffixTokens::read(processor.transpose()?.as_ref())?;
     let json = serde_json::to_vec(&file).map_err(|error| error.to_string())?;
-    let marks_first = marks_first(file.pre_tokenizer.as_ref());
-    Ok(Checked { json, watched: normalizer > GROWTH, marks_first, around })
+    let prepends_first_only = prepends_first_only(file.pre_tokenizer.as_ref());
+    Ok(Checked { json, may_expand: normalizer > MAX_GROWTH, prepends_first_only, affixes })
 }
 
 /// Whether a pre-tokenizer is SentencePiece's `Metaspace` with `prepend_scheme = "first"`, or has it among its steps.
-fn marks_first(part: Option<&Value>) -> bool {
+fn prepends_first_only(part: Option<&Value>) -> bool {
     let Some(Value::Object(step)) = part else { return false };
     let steps = step.get("pretokenizers").and_then(Value::as_array).into_iter().flatten();
     step.get("prepend_scheme").is_some_and(|scheme| scheme == "first")
-        || steps.into_iter().any(|step| marks_first(Some(step)))
+        || steps.into_iter().any(|step| prepends_first_only(Some(step)))
 }
 
 /// How many times its length a text can become, at most.
 fn growth(name: &str, part: Option<&Value>) -> Result<usize, String> {
     let (mut steps, mut growth) = (0, 1);
     match part {
-        Some(part) => follow(name, part, &mut steps, &mut growth).map(|()| growth),
+        Some(part) => follow_steps(name, part, &mut steps, &mut growth).map(|()| growth),
         None => Ok(1),
     }
 }
 
 /// Follows the steps of a part into its sequences.
-fn follow(name: &str, part: &Value, steps: &mut usize, growth: &mut usize) -> Result<(), String> {
+fn follow_steps(name: &str, part: &Value, steps: &mut usize, growth: &mut usize) -> Result<(), String> {
     *steps += 1;
-    if *steps > STEPS {
-        return Err(format!("its {name} exceeds the limit of {STEPS} steps"));
+    if *steps > MAX_STEPS {
+        return Err(format!("its {name} exceeds the limit of {MAX_STEPS} steps"));
     }
     let Value::Object(step) = part else { return Ok(()) };
     for list in ["normalizers", "pretokenizers", "decoders"] {
         if let Some(Value::Array(parts)) = step.get(list) {
-            parts.iter().try_for_each(|part| follow(name, part, steps, growth))?;
+            parts.iter().try_for_each(|part| follow_steps(name, part, steps, growth))?;
         }
     }
-    let own = growth_of(name, step)?;
-    if own > GROWTH && !step.contains_key("precompiled_charsmap") && !is_unicode(step) {
-        return Err(format!("a step of its {name} can make a text {own} times as long, past the limit of {GROWTH}"));
+    let own = step_growth(name, step)?;
+    if own > MAX_GROWTH && !step.contains_key("precompiled_charsmap") && !is_unicode(step) {
+        return Err(format!("a step of its {name} can make a text {own} times as long, past the limit of {MAX_GROWTH}"));
     }
     *growth = growth.saturating_mul(own);
     Ok(())
@@ -147,12 +147,12 @@ fn is_unicode(step: &Map<String, Value>) -> bool {
 }
 
 /// How many times its length one step can make a text. By the keys, not the type: old files have none.
-fn growth_of(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
+fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
     let text = |key: &str| step.get(key).and_then(Value::as_str);
     for key in ["content", "prepend", "prefix", "suffix", "replacement"] {
-        if let Some(content) = text(key).filter(|content| content.len() > LONGEST_CONTENT) {
+        if let Some(content) = text(key).filter(|content| content.len() > MAX_CONTENT_BYTES) {
             let bytes = content.len();
-            return Err(format!("its {name} writes a text of {bytes} bytes, more than the limit of {LONGEST_CONTENT}"));
+            return Err(format!("its {name} writes a text of {bytes} bytes, more than the limit of {MAX_CONTENT_BYTES}"));
         }
     }
     if step.get("length").and_then(Value::as_u64) == Some(0) {
@@ -200,7 +200,7 @@ fn charsmap(name: &str, map: &Value) -> Result<usize, String> {
     }
     let texts = std::str::from_utf8(&rest[length..]).map_err(|_| wrong())?;
     let longest = texts.split('\0').map(str::len).max().unwrap_or(0);
-    match longest > LONGEST_REPLACEMENT {
+    match longest > MAX_REPLACEMENT_BYTES {
         true => Err(wrong()),
         false => Ok(longest.max(1)),
     }

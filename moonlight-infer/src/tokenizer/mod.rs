@@ -29,14 +29,14 @@
 //! `add_special_tokens = true`: the [`prefix`](Tokenizer::prefix) and the [`suffix`](Tokenizer::suffix) that the
 //! tokenizer's post-processor puts around a text, such as BOS. [`with_bos`](Tokenizer::with_bos) changes the prefix.
 
-mod added;
-mod bytes;
+mod added_tokens;
+mod byte_tokenizer;
 mod error;
 mod hugging_face;
 mod limits;
 mod post_processor;
-mod stream;
 mod tiktoken;
+mod token_stream;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::ErrorKind;
@@ -48,14 +48,14 @@ use moonlight_convert::tokenizer::{AddedToken, SpecialNames, TIKTOKEN_MODEL, TOK
 use moonlight_convert::{CheckpointError, Printable, hub};
 use tiktoken::Tiktoken;
 
-use crate::expand::expand;
-use crate::files::{self, ModelFiles};
-use added::AddedTokens;
-pub use added::Piece;
-use bytes::Bytes;
-pub use bytes::{BOS, EOS, PAD};
+use crate::expand_env::expand_env;
+use crate::model_files::{self, ModelFiles};
+use added_tokens::AddedTokens;
+pub use added_tokens::Piece;
+use byte_tokenizer::ByteTokenizer;
+pub use byte_tokenizer::{BOS, EOS, PAD};
 pub use error::TokenizerError;
-pub use stream::TokenStream;
+pub use token_stream::TokenStream;
 
 /// The name of the tokenizer of bytes.
 pub const BYTES_TOKENIZER: &str = "bytes";
@@ -64,7 +64,7 @@ pub const BYTES_CHAT_TOKENIZER: &str = "bytes-chat";
 
 const ADDED_TOKENS: &str = "added_tokens.json";
 /// Files that belong to a tokenizer, where they are in its folder.
-const BESIDE: [&str; 5] = [
+const COMPANION_FILES: [&str; 5] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     ADDED_TOKENS,
@@ -73,10 +73,10 @@ const BESIDE: [&str; 5] = [
 ];
 
 /// Said once, not for each text.
-static TWICE: Once = Once::new();
+static WARN_DOUBLE_BOS: Once = Once::new();
 
 /// The longest `tiktoken.model`; the published one has 2,795,286 bytes.
-const LONGEST_RANKS: u64 = 100_000_000;
+const MAX_RANKS_BYTES: u64 = 100_000_000;
 
 /// Whether a text begins with the tokenizer's BOS token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
@@ -101,7 +101,7 @@ pub struct Tokenizer {
     vocab_size: usize,
     bos: Option<u32>,
     eos: Option<u32>,
-    companions: Arc<Vec<Companion>>,
+    files: Arc<Vec<TokenizerFile>>,
     fingerprint: String,
     name: Arc<str>,
     /// What `tokenizer_config.json` says of BOS (`add_bos_token`).
@@ -110,7 +110,7 @@ pub struct Tokenizer {
 
 #[derive(Clone)]
 enum Kind {
-    Bytes(Bytes),
+    Bytes(ByteTokenizer),
     HuggingFace(Arc<HuggingFace>),
     Tiktoken(Arc<Tiktoken>),
 }
@@ -126,7 +126,7 @@ impl std::fmt::Debug for Tokenizer {
 
 /// A file that a checkpoint carries so that its tokens can be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Companion {
+pub struct TokenizerFile {
     /// Its name in the checkpoint's folder.
     pub name: String,
     /// Its bytes.
@@ -136,25 +136,25 @@ pub struct Companion {
 impl Tokenizer {
     /// The 256 bytes, and [`BOS`], [`EOS`] and [`PAD`].
     pub fn bytes() -> Self {
-        Self::of_bytes(Bytes::Plain)
+        Self::of_bytes(ByteTokenizer::Plain)
     }
 
     /// [`bytes`](Tokenizer::bytes) with Moonlight's tokens of a conversation and its chat template: `<|im_end|>`,
     /// `<|im_user|>`, `<|im_assistant|>`, `<|im_system|>` and `<|im_middle|>` stand for 0xF5 to 0xF9, which no UTF-8 holds.
     pub fn bytes_chat() -> Self {
-        Self::of_bytes(Bytes::Chat)
+        Self::of_bytes(ByteTokenizer::Chat)
     }
 
-    fn of_bytes(kind: Bytes) -> Self {
+    fn of_bytes(kind: ByteTokenizer) -> Self {
         let (fingerprint, name) = match kind {
-            Bytes::Plain => ("bytes-1", BYTES_TOKENIZER),
-            Bytes::Chat => ("bytes-chat-1", BYTES_CHAT_TOKENIZER),
+            ByteTokenizer::Plain => ("bytes-1", BYTES_TOKENIZER),
+            ByteTokenizer::Chat => ("bytes-chat-1", BYTES_CHAT_TOKENIZER),
         };
         Self {
-            vocab_size: bytes::VOCAB_SIZE,
+            vocab_size: byte_tokenizer::VOCAB_SIZE,
             bos: Some(BOS),
             eos: Some(EOS),
-            companions: Arc::new(kind.companions()),
+            files: Arc::new(kind.files()),
             fingerprint: fingerprint.into(),
             name: name.into(),
             add_bos: None,
@@ -178,7 +178,7 @@ impl Tokenizer {
         if spec == BYTES_CHAT_TOKENIZER {
             return Ok(Self::bytes_chat());
         }
-        let path = PathBuf::from(expand(spec).unwrap_or_else(|_| spec.to_owned()));
+        let path = PathBuf::from(expand_env(spec).unwrap_or_else(|_| spec.to_owned()));
         let path = hub::resolve(&path).unwrap_or(path);
         let unreadable = |problem: String| TokenizerError::Read { path: path.clone(), problem };
         match std::fs::metadata(&path) {
@@ -192,8 +192,8 @@ impl Tokenizer {
             Err(error) => return Err(unreadable(error.to_string())),
         }
         let is_json = path.extension().is_some_and(|ending| ending == "json");
-        let most = if is_json { limits::LONGEST_FILE } else { LONGEST_RANKS };
-        let contents = files::read_named(&path, most).map_err(unreadable)?;
+        let most = if is_json { limits::MAX_FILE_BYTES } else { MAX_RANKS_BYTES };
+        let contents = model_files::read_named(&path, most).map_err(unreadable)?;
         if is_json { Self::from_tokenizer_json(&path, contents) } else { Self::from_tiktoken_model(&path, contents) }
     }
 
@@ -205,25 +205,25 @@ impl Tokenizer {
     pub fn from_model_dir(dir: &Path) -> Result<Option<Self>, TokenizerError> {
         let files = ModelFiles::new(dir);
         let read = |name, most| files.read(name, most).map_err(unreadable);
-        if let Some(contents) = read(TOKENIZER_JSON, limits::LONGEST_FILE)? {
+        if let Some(contents) = read(TOKENIZER_JSON, limits::MAX_FILE_BYTES)? {
             return Self::from_tokenizer_json(&dir.join(TOKENIZER_JSON), contents).map(Some);
         }
-        if let Some(contents) = read(TIKTOKEN_MODEL, LONGEST_RANKS)? {
+        if let Some(contents) = read(TIKTOKEN_MODEL, MAX_RANKS_BYTES)? {
             return Self::from_tiktoken_model(&dir.join(TIKTOKEN_MODEL), contents).map(Some);
         }
         Ok(None)
     }
 
     fn from_tokenizer_json(path: &Path, contents: Vec<u8>) -> Result<Self, TokenizerError> {
-        let mut companions = companions(path, TOKENIZER_JSON, &contents)?;
+        let mut files = read_files(path, TOKENIZER_JSON, &contents)?;
         for bytes in [Self::bytes(), Self::bytes_chat()] {
-            let same = |file: &Companion| file.name == TOKENIZER_JSON && file.contents == contents;
-            if bytes.companions.iter().any(same) {
+            let same = |file: &TokenizerFile| file.name == TOKENIZER_JSON && file.contents == contents;
+            if bytes.files.iter().any(same) {
                 // A checkpoint of ours: the same tokens without the `tokenizers` crate. The files beside it may be newer than ours.
-                return Ok(Self { companions: Arc::new(companions), name: name(path), ..bytes });
+                return Ok(Self { files: Arc::new(files), name: name(path), ..bytes });
             }
         }
-        let names = names_beside(path, &mut companions)?;
+        let names = read_special_names(path, &mut files)?;
         let mut notes = Vec::new();
         let kind = HuggingFace::parse(&contents, &names, &mut notes)
             .map_err(|problem| TokenizerError::Read { path: path.to_owned(), problem })?;
@@ -239,20 +239,20 @@ impl Tokenizer {
             vocab_size: kind.vocab_size(),
             bos: id(names.bos.as_ref(), names.bos_id),
             eos: id(names.eos.as_ref(), names.eos_id),
-            companions: Arc::new(companions),
+            files: Arc::new(files),
             fingerprint: fingerprint("tokenizer.json", &contents, kind.added()),
             name: name(path),
             add_bos: names.add_bos,
-            prefix: kind.around().before.as_slice().into(),
-            suffix: kind.around().behind.as_slice().into(),
+            prefix: kind.affixes().prefix.as_slice().into(),
+            suffix: kind.affixes().suffix.as_slice().into(),
             parse_special: false,
             kind: Kind::HuggingFace(Arc::new(kind)),
         })
     }
 
     fn from_tiktoken_model(path: &Path, contents: Vec<u8>) -> Result<Self, TokenizerError> {
-        let mut companions = companions(path, TIKTOKEN_MODEL, &contents)?;
-        let names = names_beside(path, &mut companions)?;
+        let mut files = read_files(path, TIKTOKEN_MODEL, &contents)?;
+        let names = read_special_names(path, &mut files)?;
         let kind = Tiktoken::parse(&contents, &names)
             .map_err(|problem| TokenizerError::Read { path: path.to_owned(), problem })?;
         for text in [&names.bos, &names.eos].into_iter().flatten().chain(&names.additional) {
@@ -265,12 +265,12 @@ impl Tokenizer {
             vocab_size: kind.vocab_size(),
             bos: kind.added().id(names.bos.as_deref().unwrap_or("[BOS]")),
             eos: kind.added().id(names.eos.as_deref().unwrap_or("[EOS]")),
-            companions: Arc::new(companions),
+            files: Arc::new(files),
             fingerprint: fingerprint("tiktoken.model", &contents, kind.added()),
             name: name(path),
             add_bos: names.add_bos,
-            prefix: kind.around().before.as_slice().into(),
-            suffix: kind.around().behind.as_slice().into(),
+            prefix: kind.affixes().prefix.as_slice().into(),
+            suffix: kind.affixes().suffix.as_slice().into(),
             parse_special: false,
             kind: Kind::Tiktoken(Arc::new(kind)),
         })
@@ -289,12 +289,12 @@ impl Tokenizer {
             vocab_size: kind.vocab_size(),
             bos: None,
             eos: None,
-            companions: Arc::default(),
+            files: Arc::default(),
             fingerprint: fingerprint("tokenizer.json", contents, kind.added()),
             name: TOKENIZER_JSON.into(),
             add_bos: None,
-            prefix: kind.around().before.as_slice().into(),
-            suffix: kind.around().behind.as_slice().into(),
+            prefix: kind.affixes().prefix.as_slice().into(),
+            suffix: kind.affixes().suffix.as_slice().into(),
             parse_special: false,
             kind: Kind::HuggingFace(Arc::new(kind)),
         })
@@ -353,7 +353,7 @@ impl Tokenizer {
         if let [first, ..] = *self.prefix
             && tokens.get(self.prefix.len()) == Some(&first)
         {
-            TWICE.call_once(|| {
+            WARN_DOUBLE_BOS.call_once(|| {
                 let name = self.decode_with_special(&[first]);
                 tracing::warn!(
                     "a text begins with `{0}` twice: it spells it, and the tokenizer adds it",
@@ -380,10 +380,10 @@ impl Tokenizer {
     /// # Errors
     ///
     /// As [`encode`](Tokenizer::encode).
-    pub fn encode_behind(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+    pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         match &self.kind {
             Kind::HuggingFace(kind) => kind
-                .encode_behind(text)
+                .encode_continuation(text)
                 .map_err(|problem| TokenizerError::Encode { tokenizer: self.name().to_owned(), problem }),
             _ => self.encode(text),
         }
@@ -504,7 +504,7 @@ impl Tokenizer {
 
     /// What `tokenizer_config.json` says of BOS and is not so, as a sentence: transformers 5 adds what the post-processor of
     /// `tokenizer.json` adds, and ignores `add_bos_token` where there is that file.
-    pub fn bos_note(&self) -> Option<String> {
+    pub fn bos_conflict(&self) -> Option<String> {
         let adds = self.bos.is_some_and(|bos| self.prefix.contains(&bos));
         let says = self.add_bos.filter(|&says| says != adds && self.bos.is_some())?;
         let does = if adds { "begins texts with BOS" } else { "adds no BOS to a text" };
@@ -515,8 +515,8 @@ impl Tokenizer {
     }
 
     /// The files to keep in a checkpoint's folder so that this tokenizer, or transformers' `AutoTokenizer`, opens it.
-    pub fn companions(&self) -> Vec<Companion> {
-        self.companions.to_vec()
+    pub fn files(&self) -> Vec<TokenizerFile> {
+        self.files.to_vec()
     }
 
     /// Writes the [`companions`](Tokenizer::companions) into a folder, which is made if need be.
@@ -529,7 +529,7 @@ impl Tokenizer {
             result.map_err(|error| TokenizerError::Write { path: path.to_owned(), problem: error.to_string() })
         };
         write(dir, std::fs::create_dir_all(dir))?;
-        for companion in self.companions.iter() {
+        for companion in self.files.iter() {
             let path = dir.join(&companion.name);
             write(&path, std::fs::write(&path, &companion.contents))?;
         }
@@ -557,15 +557,15 @@ fn unreadable((path, problem): (PathBuf, String)) -> TokenizerError {
 }
 
 /// The tokenizer's file under its usual name, and the files that belong to it.
-fn companions(path: &Path, name: &str, contents: &[u8]) -> Result<Vec<Companion>, TokenizerError> {
-    let mut companions = vec![Companion { name: name.into(), contents: contents.to_owned() }];
-    let files = ModelFiles::new(path.parent().unwrap_or(Path::new("")));
-    for name in BESIDE {
-        if let Some(contents) = files.read(name, files::LONGEST_SETTINGS).map_err(unreadable)? {
-            companions.push(Companion { name: name.into(), contents });
+fn read_files(path: &Path, name: &str, contents: &[u8]) -> Result<Vec<TokenizerFile>, TokenizerError> {
+    let mut files = vec![TokenizerFile { name: name.into(), contents: contents.to_owned() }];
+    let folder = ModelFiles::new(path.parent().unwrap_or(Path::new("")));
+    for name in COMPANION_FILES {
+        if let Some(contents) = folder.read(name, model_files::MAX_SETTINGS_BYTES).map_err(unreadable)? {
+            files.push(TokenizerFile { name: name.into(), contents });
         }
     }
-    Ok(companions)
+    Ok(files)
 }
 
 /// The folder of a tokenizer's file.
@@ -584,12 +584,12 @@ fn fingerprint(kind: &str, contents: &[u8], added: &AddedTokens) -> String {
 }
 
 /// What the files beside a tokenizer name. A file that was not read for it is not kept.
-fn names_beside(path: &Path, companions: &mut Vec<Companion>) -> Result<SpecialNames, TokenizerError> {
+fn read_special_names(path: &Path, files: &mut Vec<TokenizerFile>) -> Result<SpecialNames, TokenizerError> {
     let names = SpecialNames::beside(path).map_err(|error| match error {
         CheckpointError::Tokenizer { path, problem } => TokenizerError::Read { path, problem },
         error => TokenizerError::Read { path: path.to_owned(), problem: error.to_string() },
     })?;
-    companions.retain(|companion| names.from_added_tokens_json || companion.name != ADDED_TOKENS);
+    files.retain(|companion| names.from_added_tokens_json || companion.name != ADDED_TOKENS);
     Ok(names)
 }
 

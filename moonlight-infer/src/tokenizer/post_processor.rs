@@ -6,37 +6,37 @@
 use serde_json::Value;
 
 /// Tokens that a post-processor may put before or behind a text.
-const MOST_TOKENS: usize = 64;
+const MAX_AFFIX_TOKENS: usize = 64;
 /// Sequences in sequences.
-const DEEPEST: usize = 8;
+const MAX_DEPTH: usize = 8;
 
 /// The tokens around a text.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Around {
-    pub(super) before: Vec<u32>,
-    pub(super) behind: Vec<u32>,
+pub(super) struct AffixTokens {
+    pub(super) prefix: Vec<u32>,
+    pub(super) suffix: Vec<u32>,
 }
 
-impl Around {
+impl AffixTokens {
     /// Reads a post-processor as transformers applies it to a single text with `add_special_tokens = true`.
     ///
     /// # Errors
     ///
     /// What is not known of it, as part of a sentence.
     pub(super) fn read(processor: Option<&Value>) -> Result<Self, String> {
-        let mut around = Self::default();
+        let mut affixes = Self::default();
         match processor {
             None | Some(Value::Null) => {}
-            Some(processor) => around.add(processor, DEEPEST)?,
+            Some(processor) => affixes.add(processor, MAX_DEPTH)?,
         }
-        if around.before.len().max(around.behind.len()) > MOST_TOKENS {
-            return Err(format!("its post_processor adds more than {MOST_TOKENS} tokens to a text"));
+        if affixes.prefix.len().max(affixes.suffix.len()) > MAX_AFFIX_TOKENS {
+            return Err(format!("its post_processor adds more than {MAX_AFFIX_TOKENS} tokens to a text"));
         }
-        Ok(around)
+        Ok(affixes)
     }
 
     fn is_empty(&self) -> bool {
-        self.before.is_empty() && self.behind.is_empty()
+        self.prefix.is_empty() && self.suffix.is_empty()
     }
 
     fn add(&mut self, processor: &Value, depth: usize) -> Result<(), String> {
@@ -46,14 +46,14 @@ impl Around {
             Some("Sequence") => {
                 let parts = processor["processors"].as_array().ok_or("its post_processor has no `processors`")?;
                 if depth == 0 {
-                    return Err(format!("its post_processor has sequences in more than {DEEPEST} others"));
+                    return Err(format!("its post_processor has sequences in more than {MAX_DEPTH} others"));
                 }
                 return parts.iter().try_for_each(|part| self.add(part, depth - 1));
             }
             Some("TemplateProcessing") => template(processor)?,
             // [CLS] text [SEP]
             Some("BertProcessing" | "RobertaProcessing") => {
-                Self { before: vec![pair(processor, "cls")?], behind: vec![pair(processor, "sep")?] }
+                Self { prefix: vec![pair(processor, "cls")?], suffix: vec![pair(processor, "sep")?] }
             }
             Some(other) => {
                 return Err(format!("its post_processor has the type `{}`, which is not known", other.escape_debug()));
@@ -72,10 +72,10 @@ impl Around {
 }
 
 /// The `single` template: special tokens, the text once, special tokens.
-fn template(processor: &Value) -> Result<Around, String> {
+fn template(processor: &Value) -> Result<AffixTokens, String> {
     let damaged = || "its post_processor has a template that is damaged".to_owned();
     let pieces = processor["single"].as_array().ok_or_else(damaged)?;
-    let (mut around, mut texts) = (Around::default(), 0);
+    let (mut affixes, mut texts) = (AffixTokens::default(), 0);
     for piece in pieces {
         if let Some(sequence) = piece.get("Sequence") {
             if sequence["id"] != "A" {
@@ -88,16 +88,16 @@ fn template(processor: &Value) -> Result<Around, String> {
         let ids = processor["special_tokens"][name]["ids"].as_array().ok_or_else(|| {
             format!("its post_processor adds the token `{}`, and does not say its id", name.escape_debug())
         })?;
-        let side = if texts == 0 { &mut around.before } else { &mut around.behind };
-        for id in ids.iter().take(MOST_TOKENS + 1) {
+        let side = if texts == 0 { &mut affixes.prefix } else { &mut affixes.suffix };
+        for id in ids.iter().take(MAX_AFFIX_TOKENS + 1) {
             side.push(id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(damaged)?);
         }
-        if side.len() > MOST_TOKENS {
-            return Err(format!("its post_processor adds more than {MOST_TOKENS} tokens to a text"));
+        if side.len() > MAX_AFFIX_TOKENS {
+            return Err(format!("its post_processor adds more than {MAX_AFFIX_TOKENS} tokens to a text"));
         }
     }
     match texts {
-        1 => Ok(around),
+        1 => Ok(affixes),
         _ => Err(format!("its post_processor has a template with the text in it {texts} times")),
     }
 }

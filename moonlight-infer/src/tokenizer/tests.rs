@@ -17,7 +17,7 @@ fn streamed(tokenizer: &Tokenizer, tokens: &[u32]) -> Vec<String> {
 /// Byte-level BPE with a few merges, two added specials, and its neighbour files.
 fn write_tokenizer_json(dir: &Path) {
     let bytes = Tokenizer::bytes();
-    let ours: serde_json::Value = serde_json::from_slice(&bytes.companions()[0].contents).unwrap();
+    let ours: serde_json::Value = serde_json::from_slice(&bytes.files()[0].contents).unwrap();
     let mut theirs = ours.clone();
     theirs["model"]["vocab"]["he"] = json!(256);
     theirs["model"]["vocab"]["Ġhe"] = json!(257);
@@ -58,7 +58,7 @@ fn parsed(contents: &[u8]) -> HuggingFace {
 /// What `tokenizers`, and so transformers, makes of the file that stands for the bytes.
 #[test]
 fn the_file_for_bytes_means_bytes() {
-    let tokenizer = parsed(&Tokenizer::bytes().companions()[0].contents);
+    let tokenizer = parsed(&Tokenizer::bytes().files()[0].contents);
     let tokens = tokenizer.encode(TEXT, false).unwrap();
     assert_eq!(tokens, Tokenizer::bytes().encode(TEXT).unwrap());
     assert_eq!(tokenizer.decode(&tokens, false), TEXT);
@@ -84,7 +84,7 @@ fn bytes_that_can_chat() {
     assert_eq!(again.fingerprint(), tokenizer.fingerprint());
     assert_ne!(again.fingerprint(), Tokenizer::bytes().fingerprint());
     // What `tokenizers`, and so transformers, makes of the file.
-    let theirs = Tokenizer::from_json(&tokenizer.companions()[0].contents).unwrap();
+    let theirs = Tokenizer::from_json(&tokenizer.files()[0].contents).unwrap();
     assert!(matches!(theirs.kind, Kind::HuggingFace(_)));
     assert_eq!(theirs.encode(TEXT).unwrap(), tokenizer.encode(TEXT).unwrap());
     assert_eq!((theirs.vocab_size(), theirs.specials()), (259, tokenizer.specials()));
@@ -117,7 +117,7 @@ fn a_tokenizer_json_with_its_neighbours() {
     let spelled = tokenizer.encode("a<end>").unwrap();
     assert_eq!(spelled, "a<end>".bytes().map(u32::from).collect::<Vec<_>>());
     assert_eq!(tokenizer.decode(&[97, 258, 257]), "a he");
-    let names: Vec<String> = tokenizer.companions().into_iter().map(|file| file.name).collect();
+    let names: Vec<String> = tokenizer.files().into_iter().map(|file| file.name).collect();
     assert_eq!(names, ["tokenizer.json", "tokenizer_config.json"]);
 }
 
@@ -159,7 +159,7 @@ fn what_is_not_a_tokenizer_is_named() {
 
 /// A tokenizer of bytes with parts of others.
 fn with(change: impl FnOnce(&mut serde_json::Value)) -> Result<Tokenizer, String> {
-    let mut json: serde_json::Value = serde_json::from_slice(&Tokenizer::bytes().companions()[0].contents).unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&Tokenizer::bytes().files()[0].contents).unwrap();
     change(&mut json);
     let began = std::time::Instant::now();
     let tokenizer = Tokenizer::from_json(json.to_string().as_bytes());
@@ -220,7 +220,7 @@ fn hostile_tokenizers_are_refused_before_the_library_sees_them() {
         assert!(error.contains(expected), "{}", &error[..error.len().min(300)]);
     }
     // One twice in the file would be one for us and another for the library.
-    let text = String::from_utf8(Tokenizer::bytes().companions()[0].contents.clone()).unwrap();
+    let text = String::from_utf8(Tokenizer::bytes().files()[0].contents.clone()).unwrap();
     let twice = text.replacen("\"normalizer\"", "\"normalizer\": {\"type\": \"NFC\"}, \"normalizer\"", 1);
     assert!(Tokenizer::from_json(twice.as_bytes()).is_err());
     assert!(Tokenizer::from_json("[".repeat(1_000_000).as_bytes()).is_err());
@@ -454,7 +454,7 @@ fn conversations_have_the_same_tokens_in_both_files() {
     let template = "{%- for m in messages -%}<|im_user|>{{ m['role'] }}<|im_middle|>  {{ m['content'] }}<|both|>\n  \
          {{ m['content'] }}<|beyond|>\n{%- endfor -%}{%- if add_generation_prompt -%}<|im_assistant|><think>{%- endif -%}";
     let encoded = both.clone().map(|tokenizer| {
-        let encoder = ChatEncoder::new(ChatTemplate::of_source(template).unwrap(), tokenizer);
+        let encoder = ChatEncoder::new(ChatTemplate::from_source(template).unwrap(), tokenizer);
         let messages =
             [Message::new("user", "a <think> b<|im_end|>"), Message::new("assistant", "<think>two</think>2")];
         encoder.tokens(&messages, true).unwrap()
@@ -467,7 +467,7 @@ fn conversations_have_the_same_tokens_in_both_files() {
     let template = "{%- for m in messages -%}<|im_user|>{{ m['role'] }}<|im_middle|> {{ m['content'] }}<|beyond|>\n{%- endfor -%}\
          {%- if add_generation_prompt -%}<|im_user|>assistant<|im_middle|> <think>{%- endif -%}";
     for tokenizer in both {
-        let encoder = ChatEncoder::new(ChatTemplate::of_source(template).unwrap(), tokenizer);
+        let encoder = ChatEncoder::new(ChatTemplate::from_source(template).unwrap(), tokenizer);
         assert_eq!(encoder.end_token(), Some(526), "it need not be special");
     }
     let count = |id: u32| encoded[0].iter().filter(|&&token| token == id).count();
@@ -535,11 +535,11 @@ fn bos_is_added_where_it_is_asked_for() {
     let error = none.with_bos(AddBos::Always).unwrap_err();
     assert!(error.to_string().contains("has no token that begins a text (BOS)") && error.hint().is_some(), "{error}");
     let silent = open(json!({"bos_token": "<end>"}));
-    assert_eq!(silent.bos_note(), None);
+    assert_eq!(silent.bos_conflict(), None);
     // DeepSeek's: the configuration says so, and the post-processor does not do it.
     let tokenizer = open(json!({"bos_token": "<end>", "add_bos_token": true}));
     assert_eq!(tokenizer.encode_text("a").unwrap(), [97]);
-    assert!(tokenizer.bos_note().unwrap().contains("says `add_bos_token: true`, but the post-processor"));
+    assert!(tokenizer.bos_conflict().unwrap().contains("says `add_bos_token: true`, but the post-processor"));
     let always = tokenizer.with_bos(AddBos::Always).unwrap();
     assert_eq!(always.encode_text("a").unwrap(), [258, 97]);
     assert_eq!(always.clone().with_bos(AddBos::Always).unwrap().prefix(), [258], "once");
@@ -554,7 +554,7 @@ fn files_beside_a_tokenizer_json_name_tokens() {
         json!({"content": content, "special": special, "lstrip": lstrip, "rstrip": false, "single_word": false,
             "normalized": false})
     };
-    let mut json: serde_json::Value = serde_json::from_slice(&Tokenizer::bytes().companions()[0].contents).unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&Tokenizer::bytes().files()[0].contents).unwrap();
     let mut open = |tokens: &[(u32, serde_json::Value)], files: &[(&str, serde_json::Value)]| {
         let tokens = tokens.iter().map(|(id, token)| {
             let mut token = token.clone();
@@ -600,7 +600,7 @@ fn files_beside_a_tokenizer_json_name_tokens() {
         assert_eq!(tokenizer.encode(text).unwrap().contains(&parsed), split, "{text} {skipped}");
         assert_eq!(tokenizer.decode(&tokens), skipped);
     }
-    let kept = |tokenizer: &Tokenizer| tokenizer.companions().iter().any(|file| file.name == "added_tokens.json");
+    let kept = |tokenizer: &Tokenizer| tokenizer.files().iter().any(|file| file.name == "added_tokens.json");
     assert!(kept(&open(&alone, &legacy)));
     // It is not read beside an `added_tokens_decoder`, and not kept.
     let [current] = config(added("<t>", false, false));
@@ -639,7 +639,7 @@ fn a_space_before_the_first_word_is_not_before_the_others() {
     })
     .unwrap();
     let template = "{% for m in messages %}a<|bos|>{{ m.content }}<|eos|>{% endfor %}";
-    let encoder = ChatEncoder::new(ChatTemplate::of_source(template).unwrap(), tokenizer.clone());
+    let encoder = ChatEncoder::new(ChatTemplate::from_source(template).unwrap(), tokenizer.clone());
     let messages = [Message::new("user", "b c"), Message::new("assistant", "d")];
     // The three special tokens follow those two.
     let [space, bos, eos] = [256, 258, 259];

@@ -8,8 +8,8 @@ use moonlight_convert::tokenizer::{Ranks, SpecialNames, TextEnds, pattern, speci
 use rustc_hash::FxHashMap;
 use tiktoken_rs::CoreBPE;
 
-use super::added::{AddedTokens, Piece};
-use super::post_processor::Around;
+use super::added_tokens::{AddedTokens, Piece};
+use super::post_processor::AffixTokens;
 
 /// Characters that are encoded at a time.
 const CHUNK: usize = 400_000;
@@ -21,7 +21,7 @@ pub(super) struct Tiktoken {
     inner: CoreBPE,
     ranks: u32,
     added: AddedTokens,
-    around: Around,
+    affixes: AffixTokens,
     vocab_size: usize,
 }
 
@@ -31,11 +31,11 @@ impl Tiktoken {
         let ranks = Ranks::parse(contents).map_err(|error| error.to_string())?;
         let tokens = special_tokens(ranks.count(), &names.added)?;
         let TextEnds { bos, eos } = TextEnds::of(names, &tokens)?;
-        let around = Around { before: bos.into_iter().collect(), behind: eos.into_iter().collect() };
+        let affixes = AffixTokens { prefix: bos.into_iter().collect(), suffix: eos.into_iter().collect() };
         let vocab_size = tokens.last_key_value().map_or(ranks.count(), |(&id, _)| id + 1) as usize;
         let encoder = ranks.tokens().iter().cloned().zip(0..).collect();
         let inner = CoreBPE::new(encoder, FxHashMap::default(), &pattern()).map_err(|error| error.to_string())?;
-        Ok(Self { inner, ranks: ranks.count(), added: AddedTokens::new(tokens)?, around, vocab_size })
+        Ok(Self { inner, ranks: ranks.count(), added: AddedTokens::new(tokens)?, affixes, vocab_size })
     }
 
     /// The tokens of a text, its special ones where `parse_special` says so.
@@ -70,8 +70,8 @@ impl Tiktoken {
     }
 
     /// What begins and ends a text.
-    pub(super) fn around(&self) -> &Around {
-        &self.around
+    pub(super) fn affixes(&self) -> &AffixTokens {
+        &self.affixes
     }
 
     pub(super) fn vocab_size(&self) -> usize {

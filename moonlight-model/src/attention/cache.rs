@@ -54,7 +54,7 @@ impl LayerCache {
     }
 
     /// `[batch, key heads, capacity, row]`.
-    pub(crate) fn past(&self) -> Tensor<4> {
+    pub(crate) fn rows(&self) -> Tensor<4> {
         self.store.clone().expect("the store is always put back")
     }
 }

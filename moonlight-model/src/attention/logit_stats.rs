@@ -5,21 +5,21 @@ use burn::tensor::{Bool, Device, Tensor, TensorData};
 use crate::forward::ForwardContext;
 
 /// Above this a logit counts as large.
-const LARGE: f64 = 100.0;
+const THRESHOLD: f64 = 100.0;
 /// Queries whose logits are held at once.
-const BLOCK: usize = 128;
+const QUERY_BLOCK: usize = 128;
 
 /// Statistics of one layer's scaled attention logits over all visible pairs.
 #[derive(Debug, Clone)]
 pub(crate) struct LogitStats {
     /// The largest of each head, f32 `[heads]`.
-    pub(crate) largest: Tensor<1>,
+    pub(crate) max_logit: Tensor<1>,
     /// The share above 100, f32 `[1]`.
     pub(crate) share_above_100: Tensor<1>,
 }
 
 /// Measures `scale * query key^T`; both are `[batch, sequence, heads, width]` and are not differentiated.
-pub(crate) fn measure(
+pub(crate) fn logit_stats(
     query: Tensor<4>,
     key: Tensor<4>,
     scale: f64,
@@ -32,43 +32,43 @@ pub(crate) fn measure(
     let query = query.detach().swap_dims(1, 2); // [batch, heads, sequence, width]
     let key = key.detach().swap_dims(1, 2).swap_dims(2, 3);
     let heads = query.dims()[1];
-    let mut largest: Option<Tensor<1>> = None;
+    let mut max_logit: Option<Tensor<1>> = None;
     let mut large: Option<Tensor<1>> = None;
     let mut visible_pairs = 0u64;
-    for first in (0..context.sequence()).step_by(BLOCK) {
-        let rows = first..context.sequence().min(first + BLOCK);
-        let (hidden, visible) = hidden(context, starts, rows.clone(), &device);
+    for first in (0..context.sequence()).step_by(QUERY_BLOCK) {
+        let rows = first..context.sequence().min(first + QUERY_BLOCK);
+        let (masked, visible) = masked(context, starts, rows.clone(), &device);
         visible_pairs += visible * heads as u64;
         let block = query.clone().slice_dim(2, rows).matmul(key.clone()).cast(burn::tensor::DType::F32) * scale;
         let shape = block.dims();
-        let block = block.mask_fill(hidden.expand(shape), f32::NEG_INFINITY);
-        let count = block.clone().greater_elem(LARGE).float().sum();
+        let block = block.mask_fill(masked.expand(shape), f32::NEG_INFINITY);
+        let count = block.clone().greater_elem(THRESHOLD).float().sum();
         let block = block.swap_dims(0, 1).reshape([heads as i32, -1]).max_dim(1).reshape([heads]);
-        largest = Some(largest.map_or(block.clone(), |largest| largest.max_pair(block)));
+        max_logit = Some(max_logit.map_or(block.clone(), |max_logit| max_logit.max_pair(block)));
         large = Some(large.map_or(count.clone(), |large| large + count));
     }
     LogitStats {
-        largest: largest.expect("a sequence has at least one token"),
+        max_logit: max_logit.expect("a sequence has at least one token"),
         share_above_100: large.expect("a sequence has at least one token") / visible_pairs as f64,
     }
 }
 
 /// True where query `rows[i]` may not see a key, `[batch, 1, rows, sequence]`, and the number of pairs that are seen.
-fn hidden(
+fn masked(
     context: &ForwardContext,
     starts: Option<&[u32]>,
     rows: std::ops::Range<usize>,
     device: &Device,
 ) -> (Tensor<4, Bool>, u64) {
-    let mut hidden = Vec::with_capacity(context.batch() * rows.len() * context.sequence());
+    let mut masked = Vec::with_capacity(context.batch() * rows.len() * context.sequence());
     let mut visible = 0;
     for batch in 0..context.batch() {
         for row in rows.clone() {
             let start = starts.map_or(0, |starts| starts[batch * context.sequence() + row] as usize);
             visible += (row - start + 1) as u64;
-            hidden.extend((0..context.sequence()).map(|key| key < start || key > row));
+            masked.extend((0..context.sequence()).map(|key| key < start || key > row));
         }
     }
     let shape = [context.batch(), 1, rows.len(), context.sequence()];
-    (Tensor::from_data(TensorData::new(hidden, shape), device), visible)
+    (Tensor::from_data(TensorData::new(masked, shape), device), visible)
 }

@@ -74,13 +74,13 @@ struct Unknown<'a>(&'a [String]);
 
 impl fmt::Display for Unknown<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const SPELLED_OUT: usize = 8;
-        const LONGEST: usize = 64;
-        let name = |key: &String| format!("`{}`", key.chars().take(LONGEST).collect::<String>());
-        let names: Vec<String> = self.0.iter().take(SPELLED_OUT).map(name).collect();
+        const MAX_NAMES: usize = 8;
+        const MAX_CHARS: usize = 64;
+        let name = |key: &String| format!("`{}`", key.chars().take(MAX_CHARS).collect::<String>());
+        let names: Vec<String> = self.0.iter().take(MAX_NAMES).map(name).collect();
         let keys = if self.0.len() == 1 { "key" } else { "keys" };
         write!(formatter, "the unknown {keys} {}", names.join(", "))?;
-        match self.0.len().saturating_sub(SPELLED_OUT) {
+        match self.0.len().saturating_sub(MAX_NAMES) {
             0 => Ok(()),
             more => write!(formatter, " and {more} more"),
         }

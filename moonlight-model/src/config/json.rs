@@ -6,7 +6,7 @@ use super::class_defaults::fill_class_defaults;
 use super::error::ConfigError;
 use super::keys::Keys;
 use super::model_type::ModelType;
-use super::other_keys::{self, cut, is_not_computed};
+use super::other_keys::{self, is_unsupported, truncate};
 use super::rope::RopeConfig;
 use super::{AttentionShape, ModelConfig, MoeShape};
 
@@ -50,8 +50,8 @@ impl ModelConfig {
             let Value::Object(mut text) = text else {
                 return Err(ConfigError::Json("its `text_config` is not an object".into()));
             };
-            wrapper(&map, &text)?;
-            for key in OUTSIDE {
+            check_wrapper(&map, &text)?;
+            for key in WRAPPER_KEYS {
                 let Some(value) = map.remove(*key).filter(|value| !value.is_null()) else { continue };
                 // The head is the wrapper's.
                 if *key == "tie_word_embeddings" || text.get(*key).is_none_or(Value::is_null) {
@@ -84,7 +84,7 @@ impl ModelConfig {
 }
 
 /// The keys that may stand beside `text_config` and are about the text model.
-const OUTSIDE: &[&str] = &[
+const WRAPPER_KEYS: &[&str] = &[
     "bos_token_id",
     "compression_config",
     "dtype",
@@ -97,19 +97,19 @@ const OUTSIDE: &[&str] = &[
 
 /// Refuses what is no wrapper that is known, and keys outside that shape a model otherwise than the text model's own: nobody
 /// can say which of the two is meant.
-fn wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Result<(), ConfigError> {
+fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Result<(), ConfigError> {
     let name = outside.get("model_type").and_then(Value::as_str).unwrap_or_default();
-    if !WRAPPERS.contains(&name) {
+    if !WRAPPER_TYPES.contains(&name) {
         return Err(ConfigError::NotFollowed {
             key: "text_config".into(),
-            problem: format!("stands in a model of the type `{}`; kimi_vl and kimi_k25 have one", cut(name)),
+            problem: format!("stands in a model of the type `{}`; kimi_vl and kimi_k25 have one", truncate(name)),
             hint: Some("where the files hold a language model alone, put the keys of `text_config` in its place"),
         });
     }
     let shapes = shape_keys();
     let shapes = |key: &str| {
         key != "model_type"
-            && !OUTSIDE.contains(&key)
+            && !WRAPPER_KEYS.contains(&key)
             && (shapes.contains(&key) || key == "original_max_position_embeddings")
     };
     let differs = |value: &Value, inner: Option<&Value>| match inner {
@@ -117,7 +117,7 @@ fn wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Result<()
         inner => inner != Some(value),
     };
     let other = outside.iter().find(|(key, value)| {
-        !value.is_null() && (shapes(key) || is_not_computed(key, value)) && differs(value, text.get(key.as_str()))
+        !value.is_null() && (shapes(key) || is_unsupported(key, value)) && differs(value, text.get(key.as_str()))
     });
     match other {
         None => Ok(()),
@@ -130,7 +130,7 @@ fn wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Result<()
 }
 
 /// The `model_type`s that have a `text_config`.
-const WRAPPERS: [&str; 2] = ["kimi_k25", "kimi_vl"];
+const WRAPPER_TYPES: [&str; 2] = ["kimi_k25", "kimi_vl"];
 
 /// The keys of `config.json` that belong to no part of the model.
 const KEYS: &[&str] = &[

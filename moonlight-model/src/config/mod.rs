@@ -22,7 +22,7 @@ mod validate;
 pub use crate::attention::gqa::{GqaShape, SlidingWindow, WindowLayers};
 pub use crate::attention::mla::MlaShape;
 pub use crate::attention::{AttentionShape, AttentionWidths};
-pub use crate::moe::shape::{MoeShape, Scoring, TopkMethod};
+pub use crate::moe::shape::{MoeShape, ScoringFunc, TopkMethod};
 pub use crate::parameter::{AttentionRole, MlpRole, ParameterCount, ParameterKind, ParameterShape, ProjectionRole};
 pub use class_defaults::fill_class_defaults;
 pub use error::{ConfigError, PRESETS};

@@ -191,7 +191,7 @@ enum Neutral {
 }
 
 impl Neutral {
-    fn holds(self, value: &Value) -> bool {
+    fn matches(self, value: &Value) -> bool {
         match self {
             Self::Off => match value {
                 Value::Bool(value) => !value,
@@ -333,7 +333,7 @@ const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
 ];
 
 /// How to go on where a key is not known.
-const REMOVE: &str = "if it changes nothing that the model computes, remove it from config.json";
+const REMOVE_HINT: &str = "if it changes nothing that the model computes, remove it from config.json";
 
 /// Why a key of `config.json` changes nothing that a model computes, whatever its value; `None` for every other key.
 pub fn passed_over(key: &str) -> Option<&'static str> {
@@ -341,8 +341,8 @@ pub fn passed_over(key: &str) -> Option<&'static str> {
 }
 
 /// Whether a key with this value switches on what is not computed here.
-pub(super) fn is_not_computed(key: &str, value: &Value) -> bool {
-    NOT_COMPUTED.iter().any(|(_, neutral, keys)| keys.contains(&key) && !neutral.holds(value))
+pub(super) fn is_unsupported(key: &str, value: &Value) -> bool {
+    NOT_COMPUTED.iter().any(|(_, neutral, keys)| keys.contains(&key) && !neutral.matches(value))
 }
 
 /// Refuses the keys that [`ModelConfig`] did not read and that may shape what the model computes.
@@ -353,18 +353,18 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
         if passed_over(key).is_some() {
             continue;
         }
-        match of_the_class(config, &shapes, key, value) {
+        match check_class_key(config, &shapes, key, value) {
             Some(Ok(())) => continue,
             Some(Err(error)) => return Err(error),
             None => {}
         }
         match NOT_COMPUTED.iter().find(|(_, _, keys)| keys.contains(&key.as_str())) {
-            Some((_, neutral, _)) if neutral.holds(value) => {}
+            Some((_, neutral, _)) if neutral.matches(value) => {}
             Some((what, ..)) => {
                 return Err(ConfigError::NotFollowed {
                     key: key.clone(),
-                    problem: format!("is {}: {what}", shown(value)),
-                    hint: Some(REMOVE),
+                    problem: format!("is {}: {what}", quote(value)),
+                    hint: Some(REMOVE_HINT),
                 });
             }
             None => unknown.push(key.clone()),
@@ -374,10 +374,10 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
 }
 
 /// A key whose meaning depends on the others; `None` for any other key.
-fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value) -> Option<Result<(), ConfigError>> {
-    let refuse = |holds: bool, problem: &str, hint: Option<&'static str>| {
-        let problem = format!("is {}: {problem}", shown(value));
-        if holds { Ok(()) } else { Err(ConfigError::NotFollowed { key: key.to_owned(), problem, hint }) }
+fn check_class_key(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value) -> Option<Result<(), ConfigError>> {
+    let refuse = |supported: bool, problem: &str, hint: Option<&'static str>| {
+        let problem = format!("is {}: {problem}", quote(value));
+        if supported { Ok(()) } else { Err(ConfigError::NotFollowed { key: key.to_owned(), problem, hint }) }
     };
     let is = |number: usize| value.as_u64() == Some(number as u64);
     Some(match (key, &config.attention) {
@@ -388,12 +388,12 @@ fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value)
                 .chain(config.hidden_size.checked_div(config.num_attention_heads))
                 .any(is),
             "the heads of this class have the widths `qk_rope_head_dim`, `qk_nope_head_dim` and `v_head_dim`",
-            Some(REMOVE),
+            Some(REMOVE_HINT),
         ),
         ("qk_head_dim", AttentionShape::Mla(mla)) => refuse(
             is(mla.qk_nope_head_dim + mla.qk_rope_head_dim),
             "it is not the sum of `qk_nope_head_dim` and `qk_rope_head_dim`",
-            Some(REMOVE),
+            Some(REMOVE_HINT),
         ),
         ("num_key_value_heads", AttentionShape::Mla(_)) => refuse(
             is(config.num_attention_heads),
@@ -421,9 +421,9 @@ fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value)
         // Read with the attention, which leaves them for the file to have again.
         ("layer_types" | "sliding_window", AttentionShape::Gqa(_)) if config.model_type == ModelType::Qwen2 => Ok(()),
         ("use_sliding_window" | "max_window_layers", _) => Ok(()),
-        ("sliding_window" | "layer_types", _) => windows(config),
+        ("sliding_window" | "layer_types", _) => check_sliding_window(config),
         ("original_max_position_embeddings", _) => Ok(()),
-        ("architectures", _) => architectures(value),
+        ("architectures", _) => check_architectures(value),
         _ if shapes.contains(&key) => {
             // A key of another class. The ones about experts mean nothing without experts.
             let dense = config.moe.is_none() && config.model_type.may_have_experts();
@@ -432,7 +432,7 @@ fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value)
             }
             let class = config.model_type.as_str();
             refuse(
-                Neutral::Off.holds(value),
+                Neutral::Off.matches(value),
                 &format!("it is not computed in models of the type `{class}`"),
                 Some("the model is of another class than `model_type` says, or the key does not belong there"),
             )
@@ -443,7 +443,7 @@ fn of_the_class(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value)
 
 /// Sliding windows are computed in Qwen2 alone: in the other classes, refuses those that are shorter than the longest
 /// sequence.
-fn windows(config: &ModelConfig) -> Result<(), ConfigError> {
+fn check_sliding_window(config: &ModelConfig) -> Result<(), ConfigError> {
     let refuse = |key: &str, problem: String, hint| Err(ConfigError::NotFollowed { key: key.into(), problem, hint });
     let used = config.extra.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(true);
     let window = config.extra.get("sliding_window").and_then(Value::as_f64);
@@ -453,7 +453,7 @@ fn windows(config: &ModelConfig) -> Result<(), ConfigError> {
         let is = |kind: &str| types.as_array().is_some_and(|types| types.iter().any(|layer| layer == kind));
         let known = |kind: &Value| matches!(kind.as_str(), Some("full_attention" | "sliding_attention"));
         if !types.as_array().is_some_and(|types| types.iter().all(known)) {
-            let problem = format!("is {}: layers other than `full_attention` are not computed", shown(types));
+            let problem = format!("is {}: layers other than `full_attention` are not computed", quote(types));
             return refuse("layer_types", problem, None);
         }
         if !is("sliding_attention") {
@@ -481,32 +481,32 @@ fn windows(config: &ModelConfig) -> Result<(), ConfigError> {
 }
 
 /// A class with another head computes something else.
-fn architectures(value: &Value) -> Result<(), ConfigError> {
+fn check_architectures(value: &Value) -> Result<(), ConfigError> {
     let named = |class: &Value| class.as_str().is_some_and(|class| class.ends_with("ForCausalLM"));
-    let holds = value.as_array().is_some_and(|classes| classes.is_empty() || classes.iter().any(named));
-    if holds {
+    let is_language_model = value.as_array().is_some_and(|classes| classes.is_empty() || classes.iter().any(named));
+    if is_language_model {
         return Ok(());
     }
     Err(ConfigError::NotFollowed {
         key: "architectures".into(),
-        problem: format!("is {}: only language models (`…ForCausalLM`) are computed", shown(value)),
+        problem: format!("is {}: only language models (`…ForCausalLM`) are computed", quote(value)),
         hint: Some("if the files hold a language model all the same, correct the name in config.json"),
     })
 }
 
 /// A value for a message.
-pub(super) fn shown(value: &Value) -> String {
+pub(super) fn quote(value: &Value) -> String {
     match value {
         Value::Object(_) => "an object".to_owned(),
         Value::Array(list) if list.len() > 4 => format!("a list of {}", list.len()),
-        value => cut(&value.to_string()),
+        value => truncate(&value.to_string()),
     }
 }
 
 /// A text for a message, cut short: a file's keys and values may be of any length.
-pub(super) fn cut(text: &str) -> String {
-    const LONGEST: usize = 80;
-    match text.char_indices().nth(LONGEST) {
+pub(super) fn truncate(text: &str) -> String {
+    const MAX_CHARS: usize = 80;
+    match text.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_owned(),
     }
@@ -535,8 +535,8 @@ impl ModelConfig {
         ];
         DROPOUTS
             .iter()
-            .filter_map(|key| Some((key, self.extra.get(*key).filter(|value| !Neutral::Off.holds(value))?)))
-            .map(|(key, value)| format!("`{key}` is {} in config.json; training here has no dropout", shown(value)))
+            .filter_map(|key| Some((key, self.extra.get(*key).filter(|value| !Neutral::Off.matches(value))?)))
+            .map(|(key, value)| format!("`{key}` is {} in config.json; training here has no dropout", quote(value)))
             .collect()
     }
 }

@@ -6,8 +6,8 @@ use serde_json::{Map, Value, json};
 
 use super::error::ConfigError;
 use super::keys::Keys;
-use super::limits::{LONGEST, positive_number, require, size};
-use super::other_keys::{cut, shown};
+use super::limits::{MAX_LENGTH, check_positive_number, check_size, require};
+use super::other_keys::{quote, truncate};
 
 /// transformers' default of `rope_theta` for every class of the family.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
@@ -163,7 +163,7 @@ impl RopeConfig {
                     key: field.into(),
                     problem: format!(
                         "has the type `{}`; known are default, linear, dynamic, llama3 and yarn",
-                        cut(other)
+                        truncate(other)
                     ),
                     hint: None,
                 });
@@ -180,8 +180,8 @@ impl RopeConfig {
             };
             if !harmless {
                 return Err(ConfigError::NotFollowed {
-                    key: format!("{field}.{}", cut(&key)),
-                    problem: format!("is {}, and the scaling `{kind}` knows no such key here", shown(&value)),
+                    key: format!("{field}.{}", truncate(&key)),
+                    problem: format!("is {}, and the scaling `{kind}` knows no such key here", quote(&value)),
                     hint: Some("if it changes nothing that the model computes, remove it from config.json"),
                 });
             }
@@ -204,7 +204,7 @@ impl RopeConfig {
         match &self.scaling {
             None => Ok(()),
             Some(RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor }) => {
-                positive_number(*factor, "rope_scaling.factor")
+                check_positive_number(*factor, "rope_scaling.factor")
             }
             Some(RopeScaling::Llama3(llama)) => llama.validate(),
             Some(RopeScaling::Yarn(yarn)) => yarn.validate(),
@@ -247,7 +247,7 @@ impl RopeScaling {
 impl Llama3Config {
     fn read(keys: &mut Keys, original_max_position_embeddings: usize) -> Result<Self, ConfigError> {
         let mut number =
-            |field: &'static str, shown: &'static str| keys.number(field)?.ok_or(ConfigError::Missing { field: shown });
+            |key: &'static str, field: &'static str| keys.number(key)?.ok_or(ConfigError::Missing { field });
         Ok(Self {
             factor: number("factor", "rope_scaling.factor")?,
             low_freq_factor: number("low_freq_factor", "rope_scaling.low_freq_factor")?,
@@ -257,10 +257,10 @@ impl Llama3Config {
     }
 
     fn validate(&self) -> Result<(), ConfigError> {
-        size(self.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings", LONGEST)?;
-        positive_number(self.factor, "rope_scaling.factor")?;
-        positive_number(self.low_freq_factor, "rope_scaling.low_freq_factor")?;
-        positive_number(self.high_freq_factor, "rope_scaling.high_freq_factor")?;
+        check_size(self.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings", MAX_LENGTH)?;
+        check_positive_number(self.factor, "rope_scaling.factor")?;
+        check_positive_number(self.low_freq_factor, "rope_scaling.low_freq_factor")?;
+        check_positive_number(self.high_freq_factor, "rope_scaling.high_freq_factor")?;
         require(self.high_freq_factor > self.low_freq_factor, "rope_scaling.high_freq_factor", || {
             format!("is {}, not above low_freq_factor ({})", self.high_freq_factor, self.low_freq_factor)
         })
@@ -288,10 +288,10 @@ impl YarnConfig {
     }
 
     fn validate(&self) -> Result<(), ConfigError> {
-        size(self.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings", LONGEST)?;
-        positive_number(self.factor, "rope_scaling.factor")?;
-        positive_number(self.beta_fast, "rope_scaling.beta_fast")?;
-        positive_number(self.beta_slow, "rope_scaling.beta_slow")?;
+        check_size(self.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings", MAX_LENGTH)?;
+        check_positive_number(self.factor, "rope_scaling.factor")?;
+        check_positive_number(self.beta_fast, "rope_scaling.beta_fast")?;
+        check_positive_number(self.beta_slow, "rope_scaling.beta_slow")?;
         require(self.beta_fast >= self.beta_slow, "rope_scaling.beta_fast", || {
             format!("is {}, below beta_slow ({})", self.beta_fast, self.beta_slow)
         })

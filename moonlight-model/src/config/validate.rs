@@ -1,7 +1,9 @@
 //! Impossible combinations, each refused by the name of its field.
 
 use super::error::ConfigError;
-use super::limits::{LARGEST_VOCABULARY, LONGEST, MOST_HEADS, MOST_LAYERS, WIDEST, positive_number, require, size};
+use super::limits::{
+    MAX_HEADS, MAX_LAYERS, MAX_LENGTH, MAX_VOCABULARY, MAX_WIDTH, check_positive_number, check_size, require,
+};
 use super::{ModelConfig, MoeShape};
 
 impl ModelConfig {
@@ -11,14 +13,14 @@ impl ModelConfig {
     ///
     /// [`ConfigError::Invalid`] for the first field that cannot.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        size(self.vocab_size, "vocab_size", LARGEST_VOCABULARY)?;
-        size(self.hidden_size, "hidden_size", WIDEST)?;
-        size(self.intermediate_size, "intermediate_size", WIDEST)?;
-        size(self.num_hidden_layers, "num_hidden_layers", MOST_LAYERS)?;
-        size(self.num_attention_heads, "num_attention_heads", MOST_HEADS)?;
-        size(self.max_position_embeddings, "max_position_embeddings", LONGEST)?;
-        positive_number(self.rms_norm_eps, "rms_norm_eps")?;
-        positive_number(self.rope.theta, "rope_theta")?;
+        check_size(self.vocab_size, "vocab_size", MAX_VOCABULARY)?;
+        check_size(self.hidden_size, "hidden_size", MAX_WIDTH)?;
+        check_size(self.intermediate_size, "intermediate_size", MAX_WIDTH)?;
+        check_size(self.num_hidden_layers, "num_hidden_layers", MAX_LAYERS)?;
+        check_size(self.num_attention_heads, "num_attention_heads", MAX_HEADS)?;
+        check_size(self.max_position_embeddings, "max_position_embeddings", MAX_LENGTH)?;
+        check_positive_number(self.rms_norm_eps, "rms_norm_eps")?;
+        check_positive_number(self.rope.theta, "rope_theta")?;
         require(self.initializer_range.is_finite() && self.initializer_range >= 0.0, "initializer_range", || {
             format!("must not be negative, but is {}", self.initializer_range)
         })?;
@@ -35,7 +37,7 @@ impl ModelConfig {
 
 #[cfg(test)]
 mod tests {
-    use super::super::limits::{MOST_EXPERTS, WIDEST};
+    use super::super::limits::{MAX_EXPERTS, MAX_WIDTH};
     use super::super::{AttentionShape, MlaShape};
     use super::*;
 
@@ -88,16 +90,16 @@ mod tests {
         assert_eq!(refused(|c| moe(c).n_shared_experts = usize::MAX), "n_shared_experts");
         assert_eq!(refused(|c| mla(c, |mla| mla.qk_nope_head_dim = usize::MAX)), "qk_nope_head_dim");
         assert_eq!(refused(|c| mla(c, |mla| mla.kv_lora_rank = usize::MAX)), "kv_lora_rank");
-        assert_eq!(refused(|c| moe(c).n_routed_experts = MOST_EXPERTS + 64), "n_routed_experts");
+        assert_eq!(refused(|c| moe(c).n_routed_experts = MAX_EXPERTS + 64), "n_routed_experts");
         // The largest of everything is still counted without overflow.
         let mut largest = ModelConfig::preset("moonlight-16b-a3b").unwrap();
-        (largest.hidden_size, largest.intermediate_size, largest.vocab_size) = (WIDEST, WIDEST, LARGEST_VOCABULARY);
-        (largest.num_attention_heads, largest.num_hidden_layers) = (MOST_HEADS, MOST_LAYERS);
+        (largest.hidden_size, largest.intermediate_size, largest.vocab_size) = (MAX_WIDTH, MAX_WIDTH, MAX_VOCABULARY);
+        (largest.num_attention_heads, largest.num_hidden_layers) = (MAX_HEADS, MAX_LAYERS);
         mla(&mut largest, |mla| {
-            (mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank) = (MOST_HEADS, MOST_HEADS, WIDEST)
+            (mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank) = (MAX_HEADS, MAX_HEADS, MAX_WIDTH)
         });
-        (moe(&mut largest).n_routed_experts, moe(&mut largest).moe_intermediate_size) = (MOST_EXPERTS, WIDEST);
-        moe(&mut largest).n_shared_experts = MOST_HEADS;
+        (moe(&mut largest).n_routed_experts, moe(&mut largest).moe_intermediate_size) = (MAX_EXPERTS, MAX_WIDTH);
+        moe(&mut largest).n_shared_experts = MAX_HEADS;
         largest.validate().unwrap();
         assert!(largest.parameter_count().total > 1 << 62);
     }

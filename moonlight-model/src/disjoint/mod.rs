@@ -45,7 +45,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[cfg(debug_assertions)]
-mod record;
+mod claim_bitmap;
 
 /// A slice of which several tasks write, each its own rows or blocks.
 pub struct DisjointMut<'a, T> {
@@ -53,8 +53,8 @@ pub struct DisjointMut<'a, T> {
     length: usize,
     claimed: AtomicUsize,
     #[cfg(debug_assertions)]
-    record: record::Record,
-    life: PhantomData<&'a mut [T]>,
+    bitmap: claim_bitmap::ClaimBitmap,
+    lifetime: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: it stands for a `&mut [T]`, which may be sent where `T` may.
@@ -78,8 +78,8 @@ impl<'a, T> DisjointMut<'a, T> {
             length,
             claimed: AtomicUsize::new(0),
             #[cfg(debug_assertions)]
-            record: record::Record::new(length),
-            life: PhantomData,
+            bitmap: claim_bitmap::ClaimBitmap::new(length),
+            lifetime: PhantomData,
         }
     }
 
@@ -138,7 +138,7 @@ impl<'a, T> DisjointMut<'a, T> {
             rows: rows.len(),
             columns: columns.len(),
             row_stride: width,
-            life: PhantomData,
+            lifetime: PhantomData,
         }
     }
 
@@ -155,7 +155,7 @@ impl<'a, T> DisjointMut<'a, T> {
     fn claim(&self, first: &Range<usize>, rows: usize, stride: usize) {
         #[cfg(debug_assertions)]
         for row in 0..rows {
-            self.record.claim(first.start + row * stride..first.end + row * stride);
+            self.bitmap.claim(first.start + row * stride..first.end + row * stride);
         }
         let _ = stride;
         self.claimed.fetch_add(first.len() * rows, Ordering::Relaxed);
@@ -173,7 +173,7 @@ impl<'a, T> DisjointMut<'a, T> {
 
     fn first_gap(&self) -> String {
         #[cfg(debug_assertions)]
-        if let Some(gap) = self.record.first_gap(self.length) {
+        if let Some(gap) = self.bitmap.first_gap(self.length) {
             return format!(", not element {gap}");
         }
         String::new()
@@ -209,7 +209,7 @@ impl<T> DisjointVec<T> {
         #[cfg_attr(not(debug_assertions), allow(unused_mut, reason = "there is no record"))]
         let mut this = ManuallyDrop::new(self);
         #[cfg(debug_assertions)]
-        drop(std::mem::take(&mut this.claims.record)); // which would leak with the rest of `this`
+        drop(std::mem::take(&mut this.claims.bitmap)); // which would leak with the rest of `this`
         let memory = this.memory();
         // SAFETY: the memory is that of `new`, which `self` no longer frees. As many elements were claimed as there are, none
         // of them twice (rule 2), so all were; and what was claimed was written, as the caller promises.
@@ -242,7 +242,7 @@ pub struct BlockMut<'a, T> {
     rows: usize,
     columns: usize,
     row_stride: usize,
-    life: PhantomData<&'a mut [T]>,
+    lifetime: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: it stands for a `&mut [T]`, of which it reaches a part.
@@ -263,7 +263,7 @@ impl<'a, T> BlockMut<'a, T> {
             "[{rows}, {columns}] with rows {row_stride} apart leaves a slice of {}",
             values.len()
         );
-        Self { start: NonNull::from(values).cast(), rows, columns, row_stride, life: PhantomData }
+        Self { start: NonNull::from(values).cast(), rows, columns, row_stride, lifetime: PhantomData }
     }
 
     /// Number of rows.

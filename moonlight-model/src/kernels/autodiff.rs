@@ -182,7 +182,7 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     }
 }
 
-const KEPT: &str = "what a tracked operand's gradient needs was kept";
+const SAVED: &str = "what a tracked operand's gradient needs was kept";
 
 #[derive(Debug)]
 struct Project;
@@ -198,8 +198,8 @@ impl<B: Kernels> Backward<B, 2> for Project {
             ops.parents,
             ops.node,
             grads,
-            |grad| B::project_rows_grad(grad, weight.expect(KEPT)),
-            |grad| B::project_weight_grad(rows.expect(KEPT), grad),
+            |grad| B::project_rows_grad(grad, weight.expect(SAVED)),
+            |grad| B::project_weight_grad(rows.expect(SAVED), grad),
         );
     }
 }
@@ -218,8 +218,8 @@ impl<B: Kernels> Backward<B, 2> for GroupedMatmul {
             ops.parents,
             ops.node,
             grads,
-            |grad| B::grouped_matmul_rows_grad(grad, weight.expect(KEPT), &layout),
-            |grad| B::grouped_matmul_weight_grad(rows.expect(KEPT), grad, &layout),
+            |grad| B::grouped_matmul_rows_grad(grad, weight.expect(SAVED), &layout),
+            |grad| B::grouped_matmul_weight_grad(rows.expect(SAVED), grad, &layout),
         );
     }
 }

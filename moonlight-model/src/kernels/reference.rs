@@ -35,7 +35,7 @@ pub(super) fn grouped_matmul_forward<B: Backend>(
     weight: FloatTensor<B>,
     layout: &GroupLayout,
 ) -> FloatTensor<B> {
-    product_by_group::<B>(rows, weight, layout, false)
+    grouped_product::<B>(rows, weight, layout, false)
 }
 
 /// Gradient of [`super::grouped_matmul`] for the rows: `grad x weight^T`.
@@ -44,7 +44,7 @@ pub(super) fn grouped_matmul_rows_grad<B: Backend>(
     weight: FloatTensor<B>,
     layout: &GroupLayout,
 ) -> FloatTensor<B> {
-    product_by_group::<B>(grad, weight, layout, true)
+    grouped_product::<B>(grad, weight, layout, true)
 }
 
 /// Gradient of [`super::grouped_matmul`] for the weight: `rows^T x grad` of each group, zero where it has none.
@@ -79,7 +79,7 @@ pub(super) fn quantized_matmul_forward<B: Backend>(
     layout: &GroupLayout,
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(rows.dtype());
-    by_group::<B>(rows, layout, |group| dequantized::<B>(values.clone(), scales.clone(), spec, group, dtype))
+    matmul_by_group::<B>(rows, layout, |group| dequantized::<B>(values.clone(), scales.clone(), spec, group, dtype))
 }
 
 /// Gradient of [`super::quantized_matmul`] for the rows: `grad x weight^T`.
@@ -91,7 +91,7 @@ pub(super) fn quantized_matmul_rows_grad<B: Backend>(
     layout: &GroupLayout,
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(grad.dtype());
-    by_group::<B>(grad, layout, |group| {
+    matmul_by_group::<B>(grad, layout, |group| {
         B::float_transpose(dequantized::<B>(values.clone(), scales.clone(), spec, group, dtype))
     })
 }
@@ -127,13 +127,13 @@ fn dequantized<B: Backend>(
 /// See [`super::dispatch_rows`].
 pub(super) fn dispatch_rows_forward<B: Backend>(tokens: FloatTensor<B>, layout: &GroupLayout) -> FloatTensor<B> {
     let device = tokens.device();
-    B::float_select(tokens, 0, indices::<B>(layout.token_of_row(), &device))
+    B::float_select(tokens, 0, int_tensor::<B>(layout.token_of_row(), &device))
 }
 
 /// Gradient of [`super::dispatch_rows`]: the sum of each token's rows.
 pub(super) fn dispatch_rows_grad<B: Backend>(grad: FloatTensor<B>, layout: &GroupLayout) -> FloatTensor<B> {
     let dtype = FloatDType::from(grad.dtype());
-    let slots = by_slot::<B>(grad, layout);
+    let slots = rows_by_slot::<B>(grad, layout);
     let [tokens, _, width] = slots.shape().dims();
     B::float_cast(B::float_reshape(B::float_sum_dim(slots, 1), Shape::new([tokens, width])), dtype)
 }
@@ -145,7 +145,7 @@ pub(super) fn combine_rows_forward<B: Backend>(
     layout: &GroupLayout,
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(rows.dtype());
-    let slots = by_slot::<B>(rows, layout);
+    let slots = rows_by_slot::<B>(rows, layout);
     let [tokens, k, width] = slots.shape().dims();
     let weights = B::float_reshape(weights, Shape::new([tokens, k, 1]));
     let sum = B::float_sum_dim(B::float_mul(slots, weights), 1);
@@ -161,15 +161,15 @@ pub(super) fn combine_rows_grad<B: Backend>(
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (device, dtype) = (rows.device(), FloatDType::from(rows.dtype()));
     let (count, k) = (layout.rows(), layout.k());
-    let grad_of_row = B::float_select(f32_of::<B>(grad), 0, indices::<B>(layout.token_of_row(), &device));
-    let dots = B::float_sum_dim(B::float_mul(f32_of::<B>(rows), grad_of_row.clone()), 1);
-    let grad_weights = B::float_select(dots, 0, indices::<B>(layout.row_of_slot(), &device));
+    let grad_of_row = B::float_select(to_f32::<B>(grad), 0, int_tensor::<B>(layout.token_of_row(), &device));
+    let dots = B::float_sum_dim(B::float_mul(to_f32::<B>(rows), grad_of_row.clone()), 1);
+    let grad_weights = B::float_select(dots, 0, int_tensor::<B>(layout.row_of_slot(), &device));
     let mut slot_of_row = vec![0; count];
     for (slot, &row) in layout.row_of_slot().iter().enumerate() {
         slot_of_row[row as usize] = slot as u32;
     }
     let weights = B::float_reshape(weights, Shape::new([count, 1]));
-    let weight_of_row = B::float_select(weights, 0, indices::<B>(&slot_of_row, &device));
+    let weight_of_row = B::float_select(weights, 0, int_tensor::<B>(&slot_of_row, &device));
     (
         B::float_cast(B::float_mul(grad_of_row, weight_of_row), dtype),
         B::float_reshape(grad_weights, Shape::new([count / k, k])),
@@ -201,7 +201,7 @@ pub(super) fn swiglu_grad<B: Backend>(
 /// See [`super::rms_norm`].
 pub(super) fn rms_norm_forward<B: Backend>(x: FloatTensor<B>, gain: FloatTensor<B>, epsilon: f32) -> FloatTensor<B> {
     let dtype = FloatDType::from(x.dtype());
-    let x = f32_of::<B>(x);
+    let x = to_f32::<B>(x);
     let normalised = B::float_mul(x.clone(), inverse_rms::<B>(x, epsilon));
     let width = gain.shape()[0];
     let gain = B::float_reshape(gain, Shape::new([1, width]));
@@ -219,8 +219,8 @@ pub(super) fn rms_norm_grad<B: Backend>(
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (x_dtype, gain_dtype) = (FloatDType::from(x.dtype()), FloatDType::from(gain.dtype()));
     let width = gain.shape()[0];
-    let (x, grad) = (f32_of::<B>(x), f32_of::<B>(grad));
-    let gain = B::float_reshape(f32_of::<B>(gain), Shape::new([1, width]));
+    let (x, grad) = (to_f32::<B>(x), to_f32::<B>(grad));
+    let gain = B::float_reshape(to_f32::<B>(gain), Shape::new([1, width]));
     let inverse = inverse_rms::<B>(x.clone(), epsilon);
     let normalised = B::float_mul(x, inverse.clone());
     let grad_gain = B::float_sum_dim(B::float_mul(grad.clone(), normalised.clone()), 0);
@@ -307,8 +307,8 @@ pub(super) fn attention_grad<B: Backend>(
     let probabilities = B::float_exp(B::float_sub(heads.scores(spec), log_sum));
     let grad = B::float_swap_dims(grad, 1, 2);
     let output = B::float_swap_dims(output, 1, 2);
-    let delta = B::float_sum_dim(B::float_mul(f32_of::<B>(grad.clone()), f32_of::<B>(output)), 3);
-    let grad_probabilities = f32_of::<B>(B::float_matmul(grad.clone(), B::float_transpose(heads.value)));
+    let delta = B::float_sum_dim(B::float_mul(to_f32::<B>(grad.clone()), to_f32::<B>(output)), 3);
+    let grad_probabilities = to_f32::<B>(B::float_matmul(grad.clone(), B::float_transpose(heads.value)));
     let grad_scores = B::float_mul(probabilities.clone(), B::float_sub(grad_probabilities, delta));
     let grad_scores = B::float_cast(B::float_mul_scalar(grad_scores, spec.scale.into()), dtype);
     let probabilities = B::float_cast(probabilities, dtype);
@@ -365,7 +365,7 @@ fn attend_span<B: Backend>(
     // [batch, tokens, key heads, group, width] to [batch, key heads, tokens * group, width]
     let query = B::float_reshape(query, Shape::new([batch, count, key_heads, group * width]));
     let query = B::float_reshape(B::float_swap_dims(query, 1, 2), Shape::new([batch, key_heads, count * group, width]));
-    let scores = f32_of::<B>(B::float_matmul(query, B::float_transpose(key)));
+    let scores = to_f32::<B>(B::float_matmul(query, B::float_transpose(key)));
     let mut scores = B::float_mul_scalar(scores, spec.scale.into());
     if count > 1 || spec.first_key(span.start) > 0 {
         let hidden: Vec<f32> = (0..count * group)
@@ -389,8 +389,8 @@ fn attend_span<B: Backend>(
 /// See [`super::cross_entropy`].
 pub(super) fn cross_entropy_forward<B: Backend>(logits: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
     let [rows, vocab] = logits.shape().dims();
-    let log_probabilities = B::log_softmax(f32_of::<B>(logits), 1);
-    let (targets, penalty) = bounded::<B>(targets, vocab);
+    let log_probabilities = B::log_softmax(to_f32::<B>(logits), 1);
+    let (targets, penalty) = clamp_targets::<B>(targets, vocab);
     let picked = B::float_gather(1, log_probabilities, B::int_reshape(targets, Shape::new([rows, 1])));
     B::float_sub(penalty, B::float_reshape(picked, Shape::new([rows])))
 }
@@ -403,9 +403,9 @@ pub(super) fn cross_entropy_grad<B: Backend>(
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(logits.dtype());
     let [rows, vocab] = logits.shape().dims();
-    let (targets, penalty) = bounded::<B>(targets, vocab);
-    let grad = B::float_reshape(B::float_add(f32_of::<B>(grad), penalty), Shape::new([rows, 1]));
-    let probabilities = B::float_mul(B::softmax(f32_of::<B>(logits), 1), grad.clone());
+    let (targets, penalty) = clamp_targets::<B>(targets, vocab);
+    let grad = B::float_reshape(B::float_add(to_f32::<B>(grad), penalty), Shape::new([rows, 1]));
+    let probabilities = B::float_mul(B::softmax(to_f32::<B>(logits), 1), grad.clone());
     let targets = B::int_reshape(targets, Shape::new([rows, 1]));
     let update = burn::tensor::IndexingUpdateOp::Add;
     B::float_cast(B::float_scatter(1, probabilities, targets, B::float_neg(grad), update), dtype)
@@ -416,7 +416,7 @@ pub(super) fn cross_entropy_grad<B: Backend>(
 ///
 /// The NaN is the root of a negative number: a constant one is not allowed in every shading language, and truth values are
 /// stored differently from backend to backend.
-fn bounded<B: Backend>(targets: IntTensor<B>, vocab: usize) -> (IntTensor<B>, FloatTensor<B>) {
+fn clamp_targets<B: Backend>(targets: IntTensor<B>, vocab: usize) -> (IntTensor<B>, FloatTensor<B>) {
     let wide = matches!(targets.dtype(), DType::I32 | DType::I64 | DType::U32 | DType::U64);
     let targets = if wide { targets } else { B::int_cast(targets, IntDType::I32) };
     let last = i32::try_from(vocab - 1).unwrap_or(i32::MAX);
@@ -473,19 +473,19 @@ impl<B: Backend> AttentionHeads<B> {
     /// Scaled scores in f32, `-inf` where a query may not see a key.
     fn scores(&self, spec: &AttentionSpec) -> FloatTensor<B> {
         let product = B::float_matmul(self.query.clone(), B::float_transpose(self.key.clone()));
-        let scores = B::float_mul_scalar(f32_of::<B>(product), spec.scale.into());
+        let scores = B::float_mul_scalar(to_f32::<B>(product), spec.scale.into());
         let [batch, count, sequence, _] = scores.shape().dims();
-        let mask = mask::<B>(batch, sequence, spec, &scores.device());
-        B::float_add(scores, B::float_expand(mask, Shape::new([batch, count, sequence, sequence])))
+        let causal_mask = causal_mask::<B>(batch, sequence, spec, &scores.device());
+        B::float_add(scores, B::float_expand(causal_mask, Shape::new([batch, count, sequence, sequence])))
     }
 }
 
 /// `-inf` where query `i` may not see key `j`: after it, or before its document; else 0. `[batch, 1, sequence, sequence]`.
 ///
 /// Numbers and not truth values, whose storage differs from backend to backend.
-fn mask<B: Backend>(batch: usize, sequence: usize, spec: &AttentionSpec, device: &Device<B>) -> FloatTensor<B> {
-    let mut mask = vec![0.0f32; batch * sequence * sequence];
-    for (query, row) in mask.chunks_mut(sequence).enumerate() {
+fn causal_mask<B: Backend>(batch: usize, sequence: usize, spec: &AttentionSpec, device: &Device<B>) -> FloatTensor<B> {
+    let mut causal_mask = vec![0.0f32; batch * sequence * sequence];
+    for (query, row) in causal_mask.chunks_mut(sequence).enumerate() {
         let start = spec.starts.as_ref().map_or(0, |starts| starts[query] as usize);
         for (key, value) in row.iter_mut().enumerate() {
             if key < start || key > query % sequence {
@@ -493,17 +493,17 @@ fn mask<B: Backend>(batch: usize, sequence: usize, spec: &AttentionSpec, device:
             }
         }
     }
-    B::float_from_data(TensorData::new(mask, [batch, 1, sequence, sequence]), device)
+    B::float_from_data(TensorData::new(causal_mask, [batch, 1, sequence, sequence]), device)
 }
 
-fn product_by_group<B: Backend>(
+fn grouped_product<B: Backend>(
     rows: FloatTensor<B>,
     weight: FloatTensor<B>,
     layout: &GroupLayout,
     transpose: bool,
 ) -> FloatTensor<B> {
     let [_, input, output] = weight.shape().dims();
-    by_group::<B>(rows, layout, |group| {
+    matmul_by_group::<B>(rows, layout, |group| {
         let weight = slice::<B>(weight.clone(), 0, group, group + 1);
         let weight = B::float_reshape(weight, Shape::new([input, output]));
         if transpose { B::float_transpose(weight) } else { weight }
@@ -511,7 +511,7 @@ fn product_by_group<B: Backend>(
 }
 
 /// Each group's rows by the matrix that `weight` gives for it; it is asked for those that have rows.
-fn by_group<B: Backend>(
+fn matmul_by_group<B: Backend>(
     rows: FloatTensor<B>,
     layout: &GroupLayout,
     weight: impl Fn(usize) -> FloatTensor<B>,
@@ -527,10 +527,10 @@ fn by_group<B: Backend>(
 }
 
 /// Rows in the order of slots, in f32: `[tokens, k, width]`.
-fn by_slot<B: Backend>(rows: FloatTensor<B>, layout: &GroupLayout) -> FloatTensor<B> {
+fn rows_by_slot<B: Backend>(rows: FloatTensor<B>, layout: &GroupLayout) -> FloatTensor<B> {
     let (device, width) = (rows.device(), rows.shape()[1]);
-    let slots = B::float_select(rows, 0, indices::<B>(layout.row_of_slot(), &device));
-    B::float_reshape(f32_of::<B>(slots), Shape::new([layout.tokens(), layout.k(), width]))
+    let slots = B::float_select(rows, 0, int_tensor::<B>(layout.row_of_slot(), &device));
+    B::float_reshape(to_f32::<B>(slots), Shape::new([layout.tokens(), layout.k(), width]))
 }
 
 fn inverse_rms<B: Backend>(x: FloatTensor<B>, epsilon: f32) -> FloatTensor<B> {
@@ -538,7 +538,7 @@ fn inverse_rms<B: Backend>(x: FloatTensor<B>, epsilon: f32) -> FloatTensor<B> {
     B::float_recip(B::float_sqrt(B::float_add_scalar(square, epsilon.into())))
 }
 
-fn indices<B: Backend>(values: &[u32], device: &Device<B>) -> IntTensor<B> {
+fn int_tensor<B: Backend>(values: &[u32], device: &Device<B>) -> IntTensor<B> {
     let values: Vec<i32> = values.iter().map(|&value| value as i32).collect();
     let count = values.len();
     B::int_from_data(TensorData::new(values, [count]), device)
@@ -554,6 +554,6 @@ fn slice<B: Backend>(tensor: FloatTensor<B>, dim: usize, start: usize, end: usiz
     B::float_slice(tensor, &slices)
 }
 
-fn f32_of<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
+fn to_f32<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
     if tensor.dtype() == DType::F32 { tensor } else { B::float_cast(tensor, FloatDType::F32) }
 }

@@ -68,19 +68,19 @@ struct Dropout {
 impl Dropout {
     /// Drops a share of the values and scales the others up. The mask depends on the seed and the adapter only, so that
     /// recomputing a pass, for its gradients or after a resume, drops the same values.
-    fn apply(&self, x: Tensor<2>, share: f64) -> Tensor<2> {
+    fn apply(&self, x: Tensor<2>, rate: f64) -> Tensor<2> {
         let seed = self.seed.0.load(Ordering::Relaxed);
-        if share == 0.0 || seed == 0 {
+        if rate == 0.0 || seed == 0 {
             return x;
         }
-        x.device().seed(mix(seed ^ mix(self.adapter + 1)));
-        let kept = x.random_like(Distribution::Bernoulli(1.0 - share));
-        x * kept.mul_scalar(1.0 / (1.0 - share))
+        x.device().seed(split_mix64(seed ^ split_mix64(self.adapter + 1)));
+        let kept = x.random_like(Distribution::Bernoulli(1.0 - rate));
+        x * kept.mul_scalar(1.0 / (1.0 - rate))
     }
 }
 
 /// A step of SplitMix64 (Steele, Lea and Flood 2014): close seeds become far ones.
-pub(crate) fn mix(seed: u64) -> u64 {
+pub(crate) fn split_mix64(seed: u64) -> u64 {
     let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

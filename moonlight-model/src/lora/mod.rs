@@ -25,7 +25,7 @@ use crate::model::CausalLm;
 use crate::parameter::{ParameterKind, ProjectionRole};
 use crate::projection::{ProjectionMut, ProjectionRef};
 use crate::projections::ModelProjection;
-use low_rank::{DropoutSeed, mix};
+use low_rank::{DropoutSeed, split_mix64};
 use target::Target;
 
 /// What adapters a model gets. The defaults are those of "LoRA Without Regret" (Schulman, Thinking Machines 2025), on attention.
@@ -247,10 +247,10 @@ impl CausalLm {
         for (index, each) in projections.into_iter().enumerate() {
             match each.projection {
                 ProjectionMut::Matrix(weight) => {
-                    *weight.lora = Some(fresh(weight.dims(), config, (seed, index), &shared, &device));
+                    *weight.lora = Some(init_adapter(weight.dims(), config, (seed, index), &shared, &device));
                 }
                 ProjectionMut::Experts(weight) => {
-                    *weight.lora = Some(fresh(weight.dims(), config, (seed, index), &shared, &device));
+                    *weight.lora = Some(init_adapter(weight.dims(), config, (seed, index), &shared, &device));
                 }
             }
         }
@@ -281,10 +281,10 @@ impl CausalLm {
             let Some(adapter) = by_path.remove(&each.path()) else { continue };
             match each.projection {
                 ProjectionMut::Matrix(weight) => {
-                    *weight.lora = Some(given(weight.dims(), adapter, index, &shared, &device)?);
+                    *weight.lora = Some(from_adapter(weight.dims(), adapter, index, &shared, &device)?);
                 }
                 ProjectionMut::Experts(weight) => {
-                    *weight.lora = Some(given(weight.dims(), adapter, index, &shared, &device)?);
+                    *weight.lora = Some(from_adapter(weight.dims(), adapter, index, &shared, &device)?);
                 }
             }
         }
@@ -299,8 +299,8 @@ impl CausalLm {
     /// The values of all adapters, in the order of the model.
     pub fn adapters(&self) -> Vec<Adapter> {
         let of_projection = |each: ModelProjection<ProjectionRef<'_>>| match &each.projection {
-            ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| taken(each.path(), lora)),
-            ProjectionRef::Experts(weight) => weight.lora.as_ref().map(|lora| taken(each.path(), lora)),
+            ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| to_adapter(each.path(), lora)),
+            ProjectionRef::Experts(weight) => weight.lora.as_ref().map(|lora| to_adapter(each.path(), lora)),
         };
         self.projections().into_iter().filter_map(of_projection).collect()
     }
@@ -335,7 +335,7 @@ impl CausalLm {
     }
 }
 
-fn fresh<const D: usize>(
+fn init_adapter<const D: usize>(
     weight: [usize; D],
     config: &LoraConfig,
     (seed, index): (u64, usize),
@@ -347,8 +347,8 @@ fn fresh<const D: usize>(
     shape_b[D - 2] = config.rank;
     let bound = (weight[D - 2] as f64).sqrt().recip();
     // Drawn on the host, the same on every device.
-    let seed = mix(seed ^ mix(index as u64));
-    let uniform = |number: usize| (mix(seed ^ mix(number as u64)) >> 11) as f64 / (1_u64 << 53) as f64;
+    let seed = split_mix64(seed ^ split_mix64(index as u64));
+    let uniform = |number: usize| (split_mix64(seed ^ split_mix64(number as u64)) >> 11) as f64 / (1_u64 << 53) as f64;
     let count: usize = shape_a.iter().product();
     let values: Vec<f32> = (0..count).map(|number| ((2.0 * uniform(number) - 1.0) * bound) as f32).collect();
     let a = Tensor::from_data(TensorData::new(values, shape_a), (device, DType::F32));
@@ -356,7 +356,7 @@ fn fresh<const D: usize>(
     LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings(), index, dropout.clone())
 }
 
-fn given<const D: usize>(
+fn from_adapter<const D: usize>(
     weight: [usize; D],
     adapter: Adapter,
     index: usize,
@@ -380,7 +380,7 @@ fn given<const D: usize>(
     Ok(LowRank::new(tensor(a), tensor(b), settings, index, seed.clone()))
 }
 
-fn taken<const D: usize>(path: String, lora: &LowRank<D>) -> Adapter {
+fn to_adapter<const D: usize>(path: String, lora: &LowRank<D>) -> Adapter {
     let data = |param: &Param<Tensor<D>>| param.val().into_data().convert::<f32>();
     Adapter { path, a: data(&lora.a), b: data(&lora.b), settings: lora.settings() }
 }

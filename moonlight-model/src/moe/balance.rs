@@ -2,12 +2,12 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::router::{Routed, best_by_score};
-use super::shape::Scoring;
+use super::router::{RouterOutput, top_k_by_score};
+use super::shape::ScoringFunc;
 use crate::forward::ForwardContext;
 
 /// How many tokens chose each expert; padding does not count.
-pub(super) fn load(choices: &[u32], k: usize, experts: usize, padding: Option<&[bool]>) -> Vec<u64> {
+pub(super) fn expert_load(choices: &[u32], k: usize, experts: usize, padding: Option<&[bool]>) -> Vec<u64> {
     let mut load = vec![0; experts];
     for (token, choices) in choices.chunks_exact(k).enumerate() {
         if !padding.is_some_and(|padding| padding[token]) {
@@ -32,9 +32,9 @@ pub(crate) fn bias_step(load: &[u64], rate: f64) -> Vec<f32> {
 ///
 /// `L = a sum_i f_i P_i` with `f_i = N / (k T) sum_t [i among the k best of s_t]` (by score, without the bias) and
 /// `P_i` the mean over the sequence of `s_i / sum_j s_j`. The gradient flows through `P` alone. Padding takes no part.
-pub(super) fn sequence_loss(routed: &Routed, experts: usize, context: &ForwardContext) -> Tensor<1> {
+pub(super) fn sequence_loss(routed: &RouterOutput, experts: usize, context: &ForwardContext) -> Tensor<1> {
     let (batch, sequence, k) = (context.batch(), context.sequence(), routed.k);
-    let best = best_by_score(&routed.host_scores, experts, k);
+    let top_k = top_k_by_score(&routed.host_scores, experts, k);
     let counts = |token: usize| !context.padding().is_some_and(|padding| padding[token]);
     // coefficients[t, i] = a f_i / (T sequences): the loss is their product with the normalised scores.
     let mut coefficients = vec![0.0f32; batch * sequence * experts];
@@ -43,7 +43,7 @@ pub(super) fn sequence_loss(routed: &Routed, experts: usize, context: &ForwardCo
         let length = tokens.clone().filter(|&token| counts(token)).count();
         let mut chosen = vec![0u64; experts];
         for token in tokens.clone().filter(|&token| counts(token)) {
-            best[token * k..(token + 1) * k].iter().for_each(|&expert| chosen[expert as usize] += 1);
+            top_k[token * k..(token + 1) * k].iter().for_each(|&expert| chosen[expert as usize] += 1);
         }
         let factor = context.balance_weight() * experts as f64 / (k as f64 * (length as f64).powi(2) * batch as f64);
         for token in tokens.filter(|&token| counts(token)) {
@@ -55,8 +55,8 @@ pub(super) fn sequence_loss(routed: &Routed, experts: usize, context: &ForwardCo
     let shape = [batch * sequence, experts];
     let coefficients = Tensor::<2>::from_data(TensorData::new(coefficients, shape), &routed.scores.device());
     let normalised = match routed.scoring {
-        Scoring::Softmax => routed.scores.clone(),
-        Scoring::Sigmoid => routed.scores.clone() / routed.scores.clone().sum_dim(1),
+        ScoringFunc::Softmax => routed.scores.clone(),
+        ScoringFunc::Sigmoid => routed.scores.clone() / routed.scores.clone().sum_dim(1),
     };
     (normalised * coefficients).sum()
 }
@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn padding_does_not_count() {
         let choices = [0, 1, 1, 2, 0, 2];
-        assert_eq!(load(&choices, 2, 3, None), [2, 2, 2]);
-        assert_eq!(load(&choices, 2, 3, Some(&[false, true, false])), [2, 1, 1]);
+        assert_eq!(expert_load(&choices, 2, 3, None), [2, 2, 2]);
+        assert_eq!(expert_load(&choices, 2, 3, Some(&[false, true, false])), [2, 1, 1]);
     }
 }

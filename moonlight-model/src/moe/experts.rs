@@ -10,7 +10,7 @@ use crate::init::Init;
 use crate::kernels::{GroupLayout, grouped_matmul, swiglu};
 use crate::lora::low_rank::LowRank;
 use crate::parameter::{MlpRole, ProjectionRole};
-use crate::projection::{Placed, ProjectionMut, ProjectionRef, Projections, WeightMut, WeightRef};
+use crate::projection::{LayerProjection, ProjectionMut, ProjectionRef, Projections, WeightMut, WeightRef};
 use crate::quantization::QuantizedWeight;
 
 /// The configuration of [`Experts`].
@@ -89,25 +89,34 @@ impl Experts {
 }
 
 impl Projections for Experts {
-    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>) {
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<LayerProjection<ProjectionRef<'a>>>) {
         let Self { gate_lora, up_lora, down_lora, gate_quantized, up_quantized, down_quantized, .. } = self;
         for (name, role, quantized, lora) in [
             ("gate_proj", MlpRole::Gate, gate_quantized, gate_lora),
             ("up_proj", MlpRole::Up, up_quantized, up_lora),
             ("down_proj", MlpRole::Down, down_quantized, down_lora),
         ] {
-            list.push(placed(path, name, role, ProjectionRef::Experts(WeightRef { quantized: Some(quantized), lora })));
+            list.push(layer_projection(
+                path,
+                name,
+                role,
+                ProjectionRef::Experts(WeightRef { quantized: Some(quantized), lora }),
+            ));
         }
     }
 
-    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>) {
+    fn projections_mut<'a>(
+        &'a mut self,
+        path: &mut Vec<&'static str>,
+        list: &mut Vec<LayerProjection<ProjectionMut<'a>>>,
+    ) {
         let Self { gate_proj, up_proj, down_proj, .. } = self;
         for (name, role, weight, quantized, lora) in [
             ("gate_proj", MlpRole::Gate, gate_proj, &mut self.gate_quantized, &mut self.gate_lora),
             ("up_proj", MlpRole::Up, up_proj, &mut self.up_quantized, &mut self.up_lora),
             ("down_proj", MlpRole::Down, down_proj, &mut self.down_quantized, &mut self.down_lora),
         ] {
-            list.push(placed(
+            list.push(layer_projection(
                 path,
                 name,
                 role,
@@ -117,8 +126,8 @@ impl Projections for Experts {
     }
 }
 
-fn placed<P>(path: &[&'static str], name: &'static str, role: MlpRole, projection: P) -> Placed<P> {
-    Placed { fields: [path, &[name]].concat(), role: ProjectionRole::Experts(role), projection }
+fn layer_projection<P>(path: &[&'static str], name: &'static str, role: MlpRole, projection: P) -> LayerProjection<P> {
+    LayerProjection { fields: [path, &[name]].concat(), role: ProjectionRole::Experts(role), projection }
 }
 
 fn project(

@@ -20,7 +20,7 @@ use crate::projection::projections_of_fields;
 
 pub(crate) use balance::bias_step;
 pub use experts::{Experts, ExpertsConfig};
-pub use router::{Routed, Router, RouterConfig};
+pub use router::{Router, RouterConfig, RouterOutput};
 
 /// The configuration of a [`Moe`], by the names of `config.json`.
 ///
@@ -136,7 +136,7 @@ impl Moe {
         if let Some(shared) = &self.shared_experts {
             hidden = hidden + shared.forward_rows(x);
         }
-        let load = balance::load(&routed.choices, routed.k, experts, context.padding());
+        let load = balance::expert_load(&routed.choices, routed.k, experts, context.padding());
         let balance_loss = (context.balance_weight() != 0.0).then(|| balance::sequence_loss(&routed, experts, context));
         MoeOutput { hidden, load, balance_loss }
     }

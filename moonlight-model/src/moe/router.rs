@@ -6,12 +6,12 @@ use burn::tensor::activation::{sigmoid, softmax};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
-use super::shape::{Scoring, TopkMethod};
-use crate::config::limits::MOST_EXPERTS;
+use super::shape::{ScoringFunc, TopkMethod};
+use crate::config::limits::MAX_EXPERTS;
 use crate::init::Init;
 use crate::lora::low_rank::LowRank;
 use crate::parameter::ProjectionRole;
-use crate::projection::{Placed, ProjectionMut, ProjectionRef, Projections, WeightMut, WeightRef};
+use crate::projection::{LayerProjection, ProjectionMut, ProjectionRef, Projections, WeightMut, WeightRef};
 
 /// Tokens that one task chooses for.
 const TOKENS_PER_TASK: usize = 64;
@@ -32,8 +32,8 @@ pub struct RouterConfig {
     #[config(default = 1)]
     pub topk_group: usize,
     /// How logits become scores.
-    #[config(default = "Scoring::Sigmoid")]
-    pub scoring: Scoring,
+    #[config(default = "ScoringFunc::Sigmoid")]
+    pub scoring: ScoringFunc,
     /// How experts are chosen from the scores.
     #[config(default = "TopkMethod::NoauxTc")]
     pub topk_method: TopkMethod,
@@ -69,14 +69,14 @@ impl RouterConfig {
             weight: init.router([self.hidden_size, experts], self.initializer_range),
             lora: None,
             e_score_correction_bias: corrected.then(|| init.correction_bias(experts)),
-            rule: Rule {
+            rule: RoutingRule {
                 experts,
                 k,
                 groups,
                 groups_per_token: self.topk_group,
                 scoring: self.scoring,
                 method: self.topk_method,
-                normalise: self.norm_topk_prob,
+                normalize: self.norm_topk_prob,
                 scale: self.routed_scaling_factor,
             },
         }
@@ -96,25 +96,25 @@ pub struct Router {
     /// Only `noaux_tc` routers have it.
     pub e_score_correction_bias: Option<Param<Tensor<1>>>,
     #[module(skip)]
-    rule: Rule,
+    rule: RoutingRule,
 }
 
 /// How experts are chosen.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Rule {
+pub(crate) struct RoutingRule {
     experts: usize,
     k: usize,
     groups: usize,
     groups_per_token: usize,
-    scoring: Scoring,
+    scoring: ScoringFunc,
     method: TopkMethod,
-    normalise: bool,
+    normalize: bool,
     scale: f64,
 }
 
 /// The experts of a batch of tokens.
 #[derive(Debug)]
-pub struct Routed {
+pub struct RouterOutput {
     /// `tokens * k` expert numbers.
     pub choices: Vec<u32>,
     /// Experts per token.
@@ -124,7 +124,7 @@ pub struct Routed {
     /// f32 `[tokens, experts]`: sigmoid or softmax of the logits.
     pub scores: Tensor<2>,
     /// How the scores were made.
-    pub(crate) scoring: Scoring,
+    pub(crate) scoring: ScoringFunc,
     /// The scores on the host.
     pub(crate) host_scores: Vec<f32>,
 }
@@ -140,7 +140,7 @@ impl Router {
     /// # Shapes
     ///
     /// `[batch, sequence, hidden]`; the tokens of the result are those of all sequences, one after the other.
-    pub fn forward(&self, x: Tensor<3>) -> Routed {
+    pub fn forward(&self, x: Tensor<3>) -> RouterOutput {
         let [batch, sequence, hidden] = x.dims();
         self.route(x.reshape([batch * sequence, hidden]))
     }
@@ -148,7 +148,7 @@ impl Router {
     /// Chooses the experts of each row of `[tokens, hidden]`.
     ///
     /// The choice is made on the host: the dispatch needs the counts there in any case.
-    pub(super) fn route(&self, x: Tensor<2>) -> Routed {
+    pub(super) fn route(&self, x: Tensor<2>) -> RouterOutput {
         let tokens = x.dims()[0];
         let x = x.cast(DType::F32);
         let mut logits = x.clone().matmul(self.weight.val().cast(DType::F32));
@@ -156,41 +156,45 @@ impl Router {
             logits = logits + lora.forward(x);
         }
         let scores = match self.rule.scoring {
-            Scoring::Sigmoid => sigmoid(logits),
-            Scoring::Softmax => softmax(logits, 1),
+            ScoringFunc::Sigmoid => sigmoid(logits),
+            ScoringFunc::Softmax => softmax(logits, 1),
         };
-        let host_scores = host(scores.clone().detach().into_data());
-        let bias = self.e_score_correction_bias.as_ref().map(|bias| host(bias.val().into_data()));
+        let host_scores = to_host(scores.clone().detach().into_data());
+        let bias = self.e_score_correction_bias.as_ref().map(|bias| to_host(bias.val().into_data()));
         let choices = self.rule.choose(&host_scores, bias.as_deref());
         let k = self.rule.k;
         let indices: Vec<i32> = choices.iter().map(|&expert| expert as i32).collect();
         let indices = Tensor::<2, Int>::from_data(TensorData::new(indices, [tokens, k]), &scores.device());
         let mut weights = scores.clone().gather(1, indices);
-        if self.rule.normalise {
+        if self.rule.normalize {
             weights = weights.clone() / (weights.sum_dim(1) + 1e-20);
         }
-        Routed { choices, k, weights: weights * self.rule.scale, scores, scoring: self.rule.scoring, host_scores }
+        RouterOutput { choices, k, weights: weights * self.rule.scale, scores, scoring: self.rule.scoring, host_scores }
     }
 }
 
 impl Projections for Router {
-    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionRef<'a>>>) {
+    fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<LayerProjection<ProjectionRef<'a>>>) {
         let projection = ProjectionRef::Matrix(WeightRef { quantized: None, lora: &self.lora });
-        list.push(Placed { fields: path.clone(), role: ProjectionRole::Router, projection });
+        list.push(LayerProjection { fields: path.clone(), role: ProjectionRole::Router, projection });
     }
 
-    fn projections_mut<'a>(&'a mut self, path: &mut Vec<&'static str>, list: &mut Vec<Placed<ProjectionMut<'a>>>) {
+    fn projections_mut<'a>(
+        &'a mut self,
+        path: &mut Vec<&'static str>,
+        list: &mut Vec<LayerProjection<ProjectionMut<'a>>>,
+    ) {
         let Self { weight, lora, .. } = self;
         let projection = ProjectionMut::Matrix(WeightMut { weight, quantized: None, lora });
-        list.push(Placed { fields: path.clone(), role: ProjectionRole::Router, projection });
+        list.push(LayerProjection { fields: path.clone(), role: ProjectionRole::Router, projection });
     }
 }
 
-fn host(data: TensorData) -> Vec<f32> {
+fn to_host(data: TensorData) -> Vec<f32> {
     data.convert::<f32>().try_into_vec().expect("the data was converted to f32")
 }
 
-impl Rule {
+impl RoutingRule {
     /// The `k` best experts of each token, best first; of equals the lower number.
     ///
     /// A score that is not a number counts as the worst: the loss is NaN then, and says so.
@@ -206,20 +210,20 @@ impl Rule {
                     if let Some(bias) = bias {
                         ranked.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
                     }
-                    self.keep_best_groups(&mut ranked);
-                    best(&mut ranked, choices);
+                    self.mask_groups(&mut ranked);
+                    top_k(&mut ranked, choices);
                 }
             });
         choices
     }
 
     /// Puts every expert outside the token's best groups out of reach.
-    fn keep_best_groups(&self, scores: &mut [f32]) {
+    fn mask_groups(&self, scores: &mut [f32]) {
         if self.groups == 1 || self.method == TopkMethod::Greedy {
             return;
         }
         let size = self.experts / self.groups;
-        let mut worth: Vec<f32> = scores
+        let mut group_scores: Vec<f32> = scores
             .chunks_exact(size)
             .map(|group| {
                 let mut group = group.to_vec();
@@ -231,7 +235,7 @@ impl Rule {
             })
             .collect();
         let mut kept = vec![0; self.groups_per_token];
-        best(&mut worth, &mut kept);
+        top_k(&mut group_scores, &mut kept);
         for (group, scores) in scores.chunks_exact_mut(size).enumerate() {
             if !kept.contains(&(group as u32)) {
                 scores.fill(f32::NEG_INFINITY);
@@ -241,10 +245,10 @@ impl Rule {
 }
 
 /// Fills `chosen` with the indices of the largest scores, best first, and strikes them from `scores`.
-fn best(scores: &mut [f32], chosen: &mut [u32]) {
+fn top_k(scores: &mut [f32], chosen: &mut [u32]) {
     // For the few choices of a router, looking k times beats sorting.
-    let mut taken = [0u64; MOST_EXPERTS / 64];
-    assert!(scores.len() <= MOST_EXPERTS, "a router has at most {MOST_EXPERTS} experts");
+    let mut taken = [0u64; MAX_EXPERTS / 64];
+    assert!(scores.len() <= MAX_EXPERTS, "a router has at most {MAX_EXPERTS} experts");
     for chosen in chosen {
         let mut index = usize::MAX;
         for (candidate, &score) in scores.iter().enumerate() {
@@ -259,10 +263,10 @@ fn best(scores: &mut [f32], chosen: &mut [u32]) {
 }
 
 /// The best experts by unbiased score, which the balance loss counts.
-pub(super) fn best_by_score(scores: &[f32], experts: usize, k: usize) -> Vec<u32> {
+pub(super) fn top_k_by_score(scores: &[f32], experts: usize, k: usize) -> Vec<u32> {
     let mut choices = vec![0; scores.len() / experts * k];
     choices.par_chunks_exact_mut(k).zip(scores.par_chunks_exact(experts)).for_each(|(choices, scores)| {
-        best(&mut scores.to_vec(), choices);
+        top_k(&mut scores.to_vec(), choices);
     });
     choices
 }
@@ -271,15 +275,15 @@ pub(super) fn best_by_score(scores: &[f32], experts: usize, k: usize) -> Vec<u32
 mod tests {
     use super::*;
 
-    fn rule(method: TopkMethod, groups: usize, groups_per_token: usize) -> Rule {
-        Rule {
+    fn rule(method: TopkMethod, groups: usize, groups_per_token: usize) -> RoutingRule {
+        RoutingRule {
             experts: 6,
             k: 2,
             groups,
             groups_per_token,
-            scoring: Scoring::Sigmoid,
+            scoring: ScoringFunc::Sigmoid,
             method,
-            normalise: true,
+            normalize: true,
             scale: 1.0,
         }
     }
@@ -293,9 +297,9 @@ mod tests {
 
     #[test]
     fn the_most_experts_of_a_configuration_are_chosen_from() {
-        let most = Rule { experts: MOST_EXPERTS, ..rule(TopkMethod::Greedy, 1, 1) };
-        let scores: Vec<f32> = (0..MOST_EXPERTS).map(|expert| expert as f32).collect();
-        assert_eq!(most.choose(&scores, None), [MOST_EXPERTS as u32 - 1, MOST_EXPERTS as u32 - 2]);
+        let most = RoutingRule { experts: MAX_EXPERTS, ..rule(TopkMethod::Greedy, 1, 1) };
+        let scores: Vec<f32> = (0..MAX_EXPERTS).map(|expert| expert as f32).collect();
+        assert_eq!(most.choose(&scores, None), [MAX_EXPERTS as u32 - 1, MAX_EXPERTS as u32 - 2]);
     }
 
     #[test]

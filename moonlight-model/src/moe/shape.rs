@@ -6,7 +6,9 @@ use serde_json::{Map, Value, json};
 use super::{MoeConfig, RouterConfig};
 use crate::config::error::ConfigError;
 use crate::config::keys::Keys;
-use crate::config::limits::{MOST_EXPERTS, MOST_HEADS, WIDEST, at_most, positive, positive_number, require, size};
+use crate::config::limits::{
+    MAX_EXPERTS, MAX_HEADS, MAX_WIDTH, check_at_most, check_positive, check_positive_number, check_size, require,
+};
 use crate::config::model_type::ModelType;
 
 /// Routed and shared experts, by their keys in `config.json`.
@@ -31,7 +33,7 @@ pub struct MoeShape {
     pub topk_group: usize,
     /// How router logits become scores.
     #[cfg_attr(feature = "schema", schemars(rename = "scoring_func"))]
-    pub scoring: Scoring,
+    pub scoring: ScoringFunc,
     /// How experts are chosen from the scores.
     pub topk_method: TopkMethod,
     /// Whether the chosen scores are normalised to a sum of one.
@@ -44,7 +46,7 @@ pub struct MoeShape {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
-pub enum Scoring {
+pub enum ScoringFunc {
     /// Each expert for itself (DeepSeek-V3).
     Sigmoid,
     /// Over all experts (DeepSeek-V2).
@@ -90,9 +92,9 @@ impl MoeShape {
         };
         let v2 = model_type == ModelType::DeepseekV2;
         let scoring = match keys.string("scoring_func")?.as_deref() {
-            None if v2 => Scoring::Softmax,
-            None | Some("sigmoid") => Scoring::Sigmoid,
-            Some("softmax") => Scoring::Softmax,
+            None if v2 => ScoringFunc::Softmax,
+            None | Some("sigmoid") => ScoringFunc::Sigmoid,
+            Some("softmax") => ScoringFunc::Softmax,
             Some(other) => {
                 return Err(ConfigError::Invalid {
                     field: "scoring_func",
@@ -176,13 +178,13 @@ impl MoeShape {
 
     /// Refuses impossible combinations.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
-        size(self.n_routed_experts, "n_routed_experts", MOST_EXPERTS)?;
-        positive(self.num_experts_per_tok, "num_experts_per_tok")?;
-        size(self.moe_intermediate_size, "moe_intermediate_size", WIDEST)?;
-        at_most(self.n_shared_experts, "n_shared_experts", MOST_HEADS)?;
-        positive(self.moe_layer_freq, "moe_layer_freq")?;
-        positive(self.n_group, "n_group")?;
-        positive_number(self.routed_scaling_factor, "routed_scaling_factor")?;
+        check_size(self.n_routed_experts, "n_routed_experts", MAX_EXPERTS)?;
+        check_positive(self.num_experts_per_tok, "num_experts_per_tok")?;
+        check_size(self.moe_intermediate_size, "moe_intermediate_size", MAX_WIDTH)?;
+        check_at_most(self.n_shared_experts, "n_shared_experts", MAX_HEADS)?;
+        check_positive(self.moe_layer_freq, "moe_layer_freq")?;
+        check_positive(self.n_group, "n_group")?;
+        check_positive_number(self.routed_scaling_factor, "routed_scaling_factor")?;
         let experts = self.n_routed_experts;
         require(self.num_experts_per_tok <= experts, "num_experts_per_tok", || {
             format!("is {}, more than the {experts} routed experts", self.num_experts_per_tok)
@@ -213,7 +215,7 @@ impl MoeShape {
     }
 }
 
-impl Scoring {
+impl ScoringFunc {
     fn as_str(self) -> &'static str {
         match self {
             Self::Sigmoid => "sigmoid",

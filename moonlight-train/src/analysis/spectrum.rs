@@ -88,7 +88,7 @@ pub struct GroupSpectrum {
 
 /// Which matrices are measured.
 #[derive(Debug, Clone, Copy)]
-pub struct Selection {
+pub struct ExpertSelection {
     /// Routed experts of each layer; 0 for all. The report takes 3 of 64.
     pub experts: usize,
     /// Chooses them.
@@ -99,11 +99,11 @@ pub struct Selection {
 ///
 /// # Errors
 ///
-/// A layer that does not load, and [`TrainError::NotFiniteMatrix`].
+/// A layer that does not load, and [`TrainError::NonFiniteMatrix`].
 pub fn layer_spectra(
     checkpoint: &Checkpoint,
     layer: usize,
-    selection: Selection,
+    selection: ExpertSelection,
 ) -> Result<Vec<MatrixSpectrum>, TrainError> {
     let device = Device::default();
     let fresh = checkpoint.config().init_layer(layer, &device);
@@ -121,7 +121,7 @@ pub fn layer_spectra(
         .map(|(path, group, matrix)| {
             let shape = matrix.dims();
             let spectrum =
-                singular_values(matrix).ok_or_else(|| TrainError::NotFiniteMatrix { layer, path: path.clone() })?;
+                singular_values(matrix).ok_or_else(|| TrainError::NonFiniteMatrix { layer, path: path.clone() })?;
             Ok(MatrixSpectrum {
                 layer,
                 path,
@@ -179,7 +179,7 @@ struct Collector {
     /// The groups of the layer's matrices, by their paths.
     groups: HashMap<String, MatrixGroup>,
     layer: usize,
-    selection: Selection,
+    selection: ExpertSelection,
     matrices: Vec<(String, MatrixGroup, Tensor<2>)>,
 }
 
@@ -233,7 +233,7 @@ mod tests {
         Checkpoint::open(dir.join("model")).unwrap()
     }
 
-    fn all(checkpoint: &Checkpoint, selection: Selection) -> Vec<MatrixSpectrum> {
+    fn all(checkpoint: &Checkpoint, selection: ExpertSelection) -> Vec<MatrixSpectrum> {
         (0..3).flat_map(|layer| layer_spectra(checkpoint, layer, selection).unwrap()).collect()
     }
 
@@ -241,7 +241,7 @@ mod tests {
     fn every_matrix_of_a_moonlight_has_its_group() {
         let dir = tempfile::tempdir().unwrap();
         let checkpoint = checkpoint(dir.path(), "bench-small");
-        let matrices = all(&checkpoint, Selection { experts: 3, seed: 0 });
+        let matrices = all(&checkpoint, ExpertSelection { experts: 3, seed: 0 });
         let groups = by_group(&matrices);
         let counts: Vec<_> = groups.iter().map(|group| (group.group, group.matrices)).collect();
         let expected = [
@@ -255,7 +255,7 @@ mod tests {
         assert_eq!(counts, expected);
         // Normal matrices are nearly of full rank.
         assert!(groups.iter().all(|group| group.entropy > 0.8 && group.entropy < 1.0), "{groups:?}");
-        let everything = all(&checkpoint, Selection { experts: 0, seed: 0 });
+        let everything = all(&checkpoint, ExpertSelection { experts: 0, seed: 0 });
         assert_eq!(everything.iter().filter(|matrix| matrix.group == MatrixGroup::Experts).count(), 2 * 3 * 32);
     }
 

@@ -14,26 +14,26 @@ pub struct RunIdentity {
     /// The dtype of the weights.
     pub dtype: String,
     /// The tokenizer, by its contents.
-    pub tokenizer: Digest,
+    pub tokenizer: ContentHash,
     /// The training data, by their tokens.
-    pub train_data: Digest,
+    pub train_data: ContentHash,
     /// The validation data, by their tokens.
-    pub valid_data: Digest,
+    pub valid_data: ContentHash,
     /// The model beside which adapters are trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub base: Option<Digest>,
+    pub base: Option<ContentHash>,
 }
 
 /// Something that is compared by its contents.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Digest {
+pub struct ContentHash {
     /// What people know it by: a path, or how much it is.
     pub name: String,
     /// A hash of its contents.
     pub hash: String,
 }
 
-impl PartialEq for Digest {
+impl PartialEq for ContentHash {
     /// The name makes no difference: files may have been moved.
     fn eq(&self, other: &Self) -> bool {
         self.hash == other.hash
@@ -143,9 +143,9 @@ impl RunIdentity {
                 Rule::Fixed => differences.refused.push(difference),
             }
         }
-        let mut by_contents = |what: &str, now: &Digest, then: &Digest| {
+        let mut by_contents = |what: &str, now: &ContentHash, then: &ContentHash| {
             if now != then {
-                let shown = |digest: &Digest, other: &Digest| match digest.name == other.name {
+                let shown = |digest: &ContentHash, other: &ContentHash| match digest.name == other.name {
                     // The same name with other contents.
                     true => format!("{} ({})", digest.name, digest.hash.get(..12).unwrap_or(&digest.hash)),
                     false => digest.name.clone(),
@@ -211,8 +211,8 @@ mod tests {
 
     use super::*;
 
-    fn digest(name: &str, hash: &str) -> Digest {
-        Digest { name: name.into(), hash: hash.into() }
+    fn digest(name: &str, hash: &str) -> ContentHash {
+        ContentHash { name: name.into(), hash: hash.into() }
     }
 
     fn identity(recipe: Value) -> RunIdentity {

@@ -38,7 +38,7 @@ use moonlight_model::CausalLm;
 
 use crate::error::TrainError;
 
-pub use identity::{Difference, Differences, Digest, RunIdentity, shape_differences};
+pub use identity::{ContentHash, Difference, Differences, RunIdentity, shape_differences};
 pub use recovery::DamagedCheckpoint;
 pub use state::{Best, TrainerState};
 
@@ -58,7 +58,7 @@ pub struct Checkpoints {
 
 /// A checkpoint to resume from.
 #[derive(Debug)]
-pub struct Found {
+pub struct FoundCheckpoint {
     /// Its folder.
     pub path: PathBuf,
     /// The run at its step.
@@ -79,7 +79,7 @@ impl Checkpoints {
     }
 
     /// Checkpoints of the adapters alone; their base model is in `companions_from`.
-    pub fn of_adapters(self) -> Self {
+    pub fn for_adapters(self) -> Self {
         Self { adapters: true, ..self }
     }
 
@@ -157,7 +157,7 @@ impl Checkpoints {
     /// # Errors
     ///
     /// One that is not there or not whole.
-    pub fn at(&self, step: u64) -> Result<Found, TrainError> {
+    pub fn at(&self, step: u64) -> Result<FoundCheckpoint, TrainError> {
         let path = self.path(step);
         if !path.exists() {
             return Err(TrainError::Request {
@@ -165,7 +165,7 @@ impl Checkpoints {
                 hint: Some("runs on several machines need a `run.dir` that all of them share".into()),
             });
         }
-        let damaged = |problem| TrainError::NoWholeCheckpoint {
+        let damaged = |problem| TrainError::NoCompleteCheckpoint {
             damaged: vec![DamagedCheckpoint { path: path.clone(), problem }],
         };
         match judge(&path, Depth::Sizes)? {
@@ -174,7 +174,7 @@ impl Checkpoints {
             Verdict::Newer { version } => return Err(TrainError::NewerCheckpoint { path, version }),
         }
         match TrainerState::read(&path)? {
-            Ok(state) => Ok(Found { path, state }),
+            Ok(state) => Ok(FoundCheckpoint { path, state }),
             Err(problem) => Err(damaged(problem)),
         }
     }
@@ -195,7 +195,7 @@ impl Checkpoints {
             .collect();
         let best = state.best.filter(|_| self.keep_best).map(|best| best.step);
         let protected: Vec<u64> = [Some(state.step), self.resumed_from, best].into_iter().flatten().collect();
-        for step in rotation::superfluous(&whole.keys().copied().collect(), self.keep, &protected) {
+        for step in rotation::steps_to_remove(&whole.keys().copied().collect(), self.keep, &protected) {
             let path = &whole[&step];
             // Somebody write-protected it to keep it.
             if path.metadata().is_ok_and(|data| data.permissions().readonly()) {
@@ -225,7 +225,7 @@ impl Checkpoints {
     }
 }
 
-impl Found {
+impl FoundCheckpoint {
     /// The files of the optimizer's state: a part of each rank that wrote it, or the single file of earlier versions. A
     /// part that is missing is listed as well, so that opening it fails.
     pub fn optimizer(&self) -> Vec<PathBuf> {

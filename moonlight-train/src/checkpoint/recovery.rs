@@ -9,7 +9,7 @@ use moonlight_convert::manifest::Depth;
 use moonlight_convert::{FileError, clean_leftovers, storage};
 use moonlight_infer::run_dir::{Verdict, checkpoint_folders, is_checkpoint_name, judge};
 
-use super::{Checkpoints, Found, TrainerState};
+use super::{Checkpoints, FoundCheckpoint, TrainerState};
 use crate::error::TrainError;
 
 /// The end of the name of a checkpoint that was set aside.
@@ -33,13 +33,13 @@ impl Checkpoints {
     ///
     /// # Errors
     ///
-    /// [`TrainError::NoWholeCheckpoint`] where there are checkpoints and all of them are damaged: then none is renamed.
+    /// [`TrainError::NoCompleteCheckpoint`] where there are checkpoints and all of them are damaged: then none is renamed.
     /// [`TrainError::NewerCheckpoint`] where a newer program wrote one. A folder or file that is there and cannot be read:
     /// nothing follows from that about the checkpoint.
-    pub fn newest_whole<T>(
+    pub fn newest_complete<T>(
         &self,
-        mut open: impl FnMut(&Found) -> Result<T, Result<String, TrainError>>,
-    ) -> Result<Option<(Found, T)>, TrainError> {
+        mut open: impl FnMut(&FoundCheckpoint) -> Result<T, Result<String, TrainError>>,
+    ) -> Result<Option<(FoundCheckpoint, T)>, TrainError> {
         self.finish_leftovers()?;
         let mut damaged: Vec<DamagedCheckpoint> = Vec::new();
         let mut newest = None;
@@ -63,7 +63,7 @@ impl Checkpoints {
                 Verdict::Whole { .. } => match TrainerState::read(&path)? {
                     Err(problem) => problem,
                     Ok(state) => {
-                        let found = Found { path: path.clone(), state };
+                        let found = FoundCheckpoint { path: path.clone(), state };
                         match open(&found) {
                             Ok(opened) => {
                                 newest = Some((found, opened));
@@ -78,7 +78,7 @@ impl Checkpoints {
             damaged.push(DamagedCheckpoint { path, problem });
         }
         if newest.is_none() && !damaged.is_empty() {
-            return Err(TrainError::NoWholeCheckpoint { damaged });
+            return Err(TrainError::NoCompleteCheckpoint { damaged });
         }
         damaged.iter().for_each(set_aside);
         Ok(newest)

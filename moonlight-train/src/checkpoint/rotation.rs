@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 /// The steps of the checkpoints to remove, of the whole ones at `whole`: all but the `keep` newest (0 keeps all) and those
 /// that are `protected`, whatever their age.
-pub(super) fn superfluous(whole: &BTreeSet<u64>, keep: usize, protected: &[u64]) -> Vec<u64> {
+pub(super) fn steps_to_remove(whole: &BTreeSet<u64>, keep: usize, protected: &[u64]) -> Vec<u64> {
     if keep == 0 {
         return Vec::new();
     }
@@ -25,7 +25,7 @@ mod tests {
             keep in 0usize..6,
             protected in vec(0u64..40, 0..4),
         ) {
-            let removed = superfluous(&whole, keep, &protected);
+            let removed = steps_to_remove(&whole, keep, &protected);
             let left: BTreeSet<u64> = whole.iter().copied().filter(|step| !removed.contains(step)).collect();
             prop_assert!(removed.iter().all(|step| whole.contains(step)));
             prop_assert!(protected.iter().all(|step| !removed.contains(step)));

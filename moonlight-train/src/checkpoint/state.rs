@@ -44,7 +44,7 @@ impl TrainerState {
     }
 
     /// Counts a validation loss; one that is not finite is never the best.
-    pub fn offer_best(&mut self, loss: f64) {
+    pub fn update_best(&mut self, loss: f64) {
         if loss.is_finite() && self.best.is_none_or(|best| loss < best.loss) {
             self.best = Some(Best { step: self.step, loss });
         }
@@ -96,13 +96,13 @@ mod tests {
     fn a_loss_that_is_not_finite_is_never_the_best() {
         let mut state = state();
         for loss in [f64::NAN, f64::INFINITY] {
-            state.offer_best(loss);
+            state.update_best(loss);
             assert_eq!(state.best, None);
         }
-        state.offer_best(2.0);
+        state.update_best(2.0);
         state.step = 4;
-        state.offer_best(f64::NAN);
-        state.offer_best(2.5);
+        state.update_best(f64::NAN);
+        state.update_best(2.5);
         assert_eq!(state.best, Some(Best { step: 3, loss: 2.0 }));
     }
 
@@ -110,7 +110,7 @@ mod tests {
     fn a_state_is_read_as_it_was_written_and_the_null_of_earlier_versions_too() {
         let home = tempfile::tempdir().unwrap();
         let mut state = state();
-        state.offer_best(1.25);
+        state.update_best(1.25);
         state.write(home.path()).unwrap();
         assert_eq!(TrainerState::read(home.path()).unwrap().unwrap(), state);
         let text = r#"{"version": 1, "step": 1, "tokens": 2, "data": {"epoch": 0, "sequence": 1, "data": 5}, "best": {"step": 1, "loss": null}}"#;

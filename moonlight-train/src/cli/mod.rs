@@ -10,6 +10,8 @@ mod model;
 mod output;
 mod plan;
 mod plot;
+#[cfg(test)]
+mod reference;
 mod score;
 mod signals;
 mod spectrum;

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::output::print;
 use crate::error::TrainError;
 use crate::plan::{
-    Advice, Cluster, MemoryPart, MultiGpuPlan, Plan, StepPhase, Threads, TokenFlops, available_memory, tokens_until,
+    Advice, Cluster, MemoryPart, MultiGpuPlan, MemoryPlan, StepPhase, Threads, TokenFlops, available_memory, tokens_for_share,
 };
 use crate::recipe::Recipe;
 
@@ -71,7 +71,7 @@ fn gigabytes(bytes: u64) -> f64 {
 
 /// The plan of a recipe, and what the arguments ask beside it.
 struct RunPlan {
-    plan: Plan,
+    plan: MemoryPlan,
     /// Micro-batches of a step.
     accumulation: usize,
     /// Bytes that the run has to fit into.
@@ -85,7 +85,7 @@ struct RunPlan {
 impl RunPlan {
     fn new(path: &Path, arguments: &Arguments) -> Result<Self, TrainError> {
         let recipe = Recipe::load(path, &arguments.sets)?;
-        let plan = Plan::of_recipe(&recipe, Threads::here())?;
+        let plan = MemoryPlan::for_recipe(&recipe, Threads::available())?;
         let settings = &plan.settings;
         let budget = match arguments.budget {
             Some(budget) => Some((budget * 1e9) as u64),
@@ -107,7 +107,7 @@ impl RunPlan {
         });
         let token = plan.token_flops().training(settings.recompute) as f64;
         let newton_schulz = plan.newton_schulz_flops(recipe.optimizer.newton_schulz_steps());
-        let newton_schulz = newton_schulz.map(|step| (step, tokens_until(0.1, step, token)));
+        let newton_schulz = newton_schulz.map(|step| (step, tokens_for_share(0.1, step, token)));
         Ok(Self { plan, accumulation, budget, advice, newton_schulz, multi_gpu })
     }
 

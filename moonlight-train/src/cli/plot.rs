@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::output::refuse_input;
-use crate::analysis::plots::{Axis, Comparison, compare};
+use crate::analysis::plots::{Axis, RunComparison, plot_runs};
 use crate::error::TrainError;
 
 /// Curves of several runs over each other.
@@ -28,8 +28,8 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let output = arguments.output.clone().unwrap_or_else(|| format!("{}.svg", arguments.metric).into());
     refuse_input(&output, &arguments.runs)?;
-    let comparison = Comparison { runs: arguments.runs.clone(), metric: arguments.metric.clone(), axis: arguments.x };
-    compare(&comparison, &output)?;
+    let comparison = RunComparison { runs: arguments.runs.clone(), metric: arguments.metric.clone(), axis: arguments.x };
+    plot_runs(&comparison, &output)?;
     tracing::info!("{}", output.display());
     Ok(())
 }

@@ -81,5 +81,5 @@ pub(super) fn install() -> Result<(), TrainError> {
 }
 
 fn failed(error: impl std::fmt::Display) -> TrainError {
-    TrainError::Stage(format!("signals cannot be handled: {error}"))
+    TrainError::Internal(format!("signals cannot be handled: {error}"))
 }

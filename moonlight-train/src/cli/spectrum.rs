@@ -8,7 +8,7 @@ use moonlight_infer::resolve_model;
 use serde_json::json;
 
 use super::output::print;
-use crate::analysis::spectrum::{Selection, by_group, layer_spectra};
+use crate::analysis::spectrum::{ExpertSelection, by_group, layer_spectra};
 use crate::error::TrainError;
 
 /// SVD entropy and stable rank of the weights, by the report's six groups.
@@ -33,7 +33,7 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let checkpoint = Checkpoint::open(resolve_model(&arguments.model)?)?;
-    let selection = Selection { experts: arguments.experts, seed: arguments.seed };
+    let selection = ExpertSelection { experts: arguments.experts, seed: arguments.seed };
     let layers = checkpoint.config().num_hidden_layers;
     let mut matrices = Vec::new();
     for layer in 0..layers {

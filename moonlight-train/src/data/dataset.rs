@@ -16,7 +16,7 @@ use super::token_store::{Origin, TokenStore};
 use super::tokenize::TokenizeJob;
 use super::{DataError, HostBatch, TrainStream};
 use crate::file_id::FileId;
-use crate::recipe::{DataConfig, DataFormat, TooLong};
+use crate::recipe::{DataConfig, DataFormat, LongRecords};
 
 /// The data of a recipe, tokenized and on disk.
 pub struct Dataset {
@@ -354,7 +354,7 @@ fn parts(store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Resul
         let Origin { file, line, column } = store.origin(document)?;
         let fault = Fault { file, line, column, problem: format!("{length} tokens") };
         match config.too_long {
-            TooLong::Error => {
+            LongRecords::Error => {
                 return Err(DataError::Record {
                     path: files.get(file as usize).map(|file| file.path.clone()).unwrap_or_default(),
                     place: Place { line: line as usize, column: column as usize },
@@ -369,8 +369,8 @@ fn parts(store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Resul
                     }),
                 });
             }
-            TooLong::Skip => skipped.add(fault),
-            TooLong::Truncate => {
+            LongRecords::Skip => skipped.add(fault),
+            LongRecords::Truncate => {
                 let end = span.start + longest;
                 if reader.read(span.start..end)?.skip(1).all(|(_, weight)| weight == 0.0) {
                     unlearned.add(fault);

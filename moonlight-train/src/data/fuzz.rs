@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::token_store::{Opened, TokenStore};
+use super::token_store::{OpenedStore, TokenStore};
 use super::tokenize::tokens_of;
 
 /// Reads a line of `format = "tokens"`; its tokens, or nothing where it is wrong.
@@ -12,7 +12,7 @@ pub fn tokens_record(line: &[u8]) -> Option<Vec<u32>> {
 
 /// Opens a token cache and reads all that is in it; whether it was taken. Its checksum is not believed to be hard to make.
 pub fn token_cache(path: &Path, key: [u64; 2], vocab_size: usize) -> bool {
-    let Ok(Opened::Whole(store)) = TokenStore::open(path, key, vocab_size) else { return false };
+    let Ok(OpenedStore::Whole(store)) = TokenStore::open(path, key, vocab_size) else { return false };
     let mut reader = store.reader(100);
     store
         .each_document(|document, span| {

@@ -59,8 +59,8 @@ impl Dataset {
         let count = samples.min(parts.len());
         let chosen = (0..count).map(|index| parts[index * parts.len() / count]);
         Ok(Inspection {
-            train: figures(&self.train)?,
-            valid: self.valid.as_ref().map(figures).transpose()?,
+            train: split_stats(&self.train)?,
+            valid: self.valid.as_ref().map(split_stats).transpose()?,
             samples: chosen.map(|part| self.sample(part)).collect::<Result<_, _>>()?,
         })
     }
@@ -74,7 +74,7 @@ impl Dataset {
     }
 }
 
-fn figures(sequences: &Sequences) -> Result<SplitStats, DataError> {
+fn split_stats(sequences: &Sequences) -> Result<SplitStats, DataError> {
     let mut lengths: Vec<u64> = sequences.parts().iter().map(DocumentSpan::len).collect();
     lengths.sort_unstable();
     let at = |index: usize| lengths.get(index).copied().unwrap_or(0);

@@ -41,7 +41,7 @@ pub use dataset::Dataset;
 pub use error::DataError;
 pub use inspect::{Inspection, Sample, SplitStats};
 pub use prefetch::{BatchRequest, Prefetcher};
-pub(crate) use stream::MOST_TOKENS;
+pub(crate) use stream::MAX_STEP_TOKENS;
 pub use stream::{DataPosition, TrainStream};
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::files::SourceFile;
 
 /// So many records are named; the rest are counted.
-const NAMED: usize = 5;
+const MAX_NAMED_RECORDS: usize = 5;
 
 /// What was found.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -40,8 +40,8 @@ pub(super) struct Report {
 }
 
 /// So many fields are named, and so long a name is kept.
-const FIELDS: usize = 200;
-const LONGEST_NAME: usize = 80;
+const MAX_FIELDS: usize = 200;
+const MAX_FIELD_NAME: usize = 80;
 
 /// Fields of records, and in how many records each is.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -56,11 +56,11 @@ impl Fields {
     pub(super) fn add(&mut self, fields: Vec<String>) {
         let mut others = false;
         for field in fields {
-            let field: String = match field.char_indices().nth(LONGEST_NAME) {
+            let field: String = match field.char_indices().nth(MAX_FIELD_NAME) {
                 Some((end, _)) => format!("{}…", &field[..end]),
                 None => field,
             };
-            let is_room = self.fields.len() < FIELDS;
+            let is_room = self.fields.len() < MAX_FIELDS;
             match self.fields.get_mut(&field) {
                 Some(count) => *count += 1,
                 None if is_room => drop(self.fields.insert(field, 1)),
@@ -111,7 +111,7 @@ pub(super) struct Fault {
 impl Faults {
     pub(super) fn add(&mut self, fault: Fault) {
         self.count += 1;
-        if self.first.len() < NAMED {
+        if self.first.len() < MAX_NAMED_RECORDS {
             self.first.push(fault);
         }
     }

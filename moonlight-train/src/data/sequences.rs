@@ -11,7 +11,7 @@ use super::token_store::{SpanReader, TokenStore};
 use super::{DataError, HostBatch};
 
 /// Tokens that are read at once where all of them are.
-pub(super) const AHEAD: usize = 1 << 16;
+pub(super) const PREFETCH_TOKENS: usize = 1 << 16;
 
 /// Rows that are not packed are padded to a multiple of this many tokens (or to the sequence length), so that a few
 /// shapes serve all batches.
@@ -111,7 +111,7 @@ impl Sequences {
         if !self.store.is_weighted() {
             return Ok(self.documents.iter().map(|part| part.len().saturating_sub(1)).sum());
         }
-        let mut reader = self.store.reader(AHEAD);
+        let mut reader = self.store.reader(PREFETCH_TOKENS);
         let mut predicted = 0;
         for part in self.documents.iter() {
             let tokens = reader.read(part.start..part.end)?;
@@ -138,7 +138,7 @@ impl Sequences {
 
     /// The tokens of each document, with their weights.
     pub(super) fn documents(&self) -> impl Iterator<Item = Result<std::vec::IntoIter<(u32, f32)>, DataError>> + '_ {
-        let mut reader = self.store.reader(AHEAD);
+        let mut reader = self.store.reader(PREFETCH_TOKENS);
         self.documents
             .iter()
             .map(move |part| reader.read(part.start..part.end).map(|tokens| tokens.collect::<Vec<_>>().into_iter()))
@@ -149,8 +149,8 @@ impl Sequences {
         let sequence = if matches!(self.rows, RowLayout::OneByOne) { self.padded(indices) } else { self.length };
         let mut rows = Rows { sequence, alone: true, ..Rows::default() };
         // Only where they are laid end to end, the documents of a row lie beside each other.
-        let ahead = if matches!(self.rows, RowLayout::EndToEnd) { self.length + 1 } else { 0 };
-        let mut reader = self.store.reader(ahead);
+        let prefetch = if matches!(self.rows, RowLayout::EndToEnd) { self.length + 1 } else { 0 };
+        let mut reader = self.store.reader(prefetch);
         for &index in indices {
             match &self.rows {
                 RowLayout::EndToEnd => self.pack_row(index, &mut reader, &mut rows)?,

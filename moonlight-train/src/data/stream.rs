@@ -10,7 +10,7 @@ use super::shuffle::Shuffle;
 use super::{DataError, HostBatch};
 
 /// The most tokens of a step, which are all laid out before it: some 16 bytes each.
-pub(crate) const MOST_TOKENS: u64 = 1 << 32;
+pub(crate) const MAX_STEP_TOKENS: u64 = 1 << 32;
 
 /// The position of a stream of batches; kept in checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,7 +68,7 @@ impl TrainStream {
 
     fn next_indices(&mut self, wanted: usize) -> Result<Vec<u64>, DataError> {
         let length = self.sequences.length();
-        if wanted.checked_mul(length).is_none_or(|tokens| tokens as u64 > MOST_TOKENS) {
+        if wanted.checked_mul(length).is_none_or(|tokens| tokens as u64 > MAX_STEP_TOKENS) {
             return Err(DataError::StepTooLarge { sequences: wanted, length });
         }
         let count = self.sequences.count();

@@ -3,7 +3,7 @@ use std::path::Path;
 use moonlight_infer::tokenizer::Tokenizer;
 
 use super::*;
-use crate::recipe::{Bos, Broken, DataConfig, DataFormat, TokenizerName, TooLong};
+use crate::recipe::{Bos, BrokenRecords, DataConfig, DataFormat, LongRecords, TokenizerName};
 
 const EOS: i32 = moonlight_infer::tokenizer::EOS as i32;
 
@@ -19,8 +19,8 @@ fn config(dir: &Path, glob: &str) -> DataConfig {
         sequence_length: 8,
         pack: true,
         shuffle: false,
-        too_long: TooLong::Error,
-        broken: Broken::Error,
+        too_long: LongRecords::Error,
+        broken: BrokenRecords::Error,
         max_bytes: 0,
         max_file_bytes: 0,
         max_tokens: 0,
@@ -140,7 +140,7 @@ fn wrong_records_are_named_by_file_and_line() {
 fn long_records_can_be_cut() {
     let dir = folder(&[("a.jsonl", "{\"tokens\": [1,2,3,4,5,6,7,8,9]}")]);
     let mut config = config(dir.path(), "*.jsonl");
-    (config.format, config.pack, config.too_long) = (DataFormat::Tokens, false, TooLong::Truncate);
+    (config.format, config.pack, config.too_long) = (DataFormat::Tokens, false, LongRecords::Truncate);
     let batch = Dataset::open(&config, None, 10, 0).unwrap().train_stream(1).next_batch().unwrap();
     assert_eq!(batch.tokens, [1, 2, 3, 4, 5, 6, 7, 8]);
     assert_eq!(batch.predicted(), 7.0);
@@ -485,7 +485,7 @@ fn broken_conversations_are_named_or_left_out() {
     bytes.extend(b"{\"messages\": \"\xff\"}\n");
     std::fs::write(dir.path().join("a.jsonl"), bytes).unwrap();
     let mut config = chat_config(dir.path(), "*.jsonl");
-    config.broken = Broken::Skip;
+    config.broken = BrokenRecords::Skip;
     for _ in 0..2 {
         let dataset = open_chat(&config).unwrap();
         assert_eq!(dataset.train_tokens(), 12);
@@ -505,20 +505,20 @@ fn conversations_that_are_too_long() {
     let dir = folder(&[("a.jsonl", &lines)]);
     let config = chat_config(dir.path(), "*.jsonl");
     let with = |too_long| open_chat(&DataConfig { too_long, ..config.clone() });
-    let error = with(TooLong::Error).err().unwrap();
+    let error = with(LongRecords::Error).err().unwrap();
     assert!(error.to_string().ends_with("a.jsonl:2: the record has 25 tokens; data.sequence_length is 16"), "{error}");
     assert!(error.hint().unwrap().contains("data.too_long"));
     let note = |dataset: &Dataset, what: &str| {
         let note = dataset.notes().iter().find(|note| note.contains(what));
         note.unwrap_or_else(|| panic!("{:?}", dataset.notes())).replace(&format!("{}/", dir.path().display()), "")
     };
-    let skipped = with(TooLong::Skip).unwrap();
+    let skipped = with(LongRecords::Skip).unwrap();
     assert_eq!(
         note(&skipped, "left out"),
         "data.train: 2 records were longer than 16 tokens and left out: a.jsonl:2 (25 tokens), a.jsonl:3 (25 tokens)"
     );
     assert_eq!(skipped.train_tokens(), 12);
-    let cut = with(TooLong::Truncate).unwrap();
+    let cut = with(LongRecords::Truncate).unwrap();
     assert!(note(&cut, "and cut").ends_with("1 record was longer than 16 tokens and cut: a.jsonl:2 (25 tokens)"));
     assert!(note(&cut, "nothing in the first 16 tokens is learned").ends_with("a.jsonl:3 (25 tokens)"));
     assert_eq!(cut.train_tokens(), 12 + 16);
@@ -715,7 +715,7 @@ fn a_record_has_a_longest_size() {
     for name in ["a.jsonl", "b.jsonl.gz"] {
         let mut config = config(dir.path(), name);
         config.format = DataFormat::Tokens;
-        for broken in [Broken::Error, Broken::Skip] {
+        for broken in [BrokenRecords::Error, BrokenRecords::Skip] {
             config.broken = broken;
             let error = Dataset::open(&config, None, 10, 0).err().unwrap();
             assert!(error.to_string().ends_with(&format!("{name}:2: the record is longer than 256 MiB")), "{error}");
@@ -777,7 +777,7 @@ fn records_of_text_are_documents() {
     let broken = b"{\"text\": \"a\"}\n{\"text\": 3}\n{\"text\": NaN}\n{\"txt\": \"b\"}\n{\n";
     let error = documents_of("a.jsonl", broken, |_| {}).unwrap_err();
     assert!(error.to_string().ends_with("a.jsonl:2: `text` is not a text"), "{error}");
-    let (documents, notes) = documents_of("a.jsonl", broken, |config| config.broken = Broken::Skip).unwrap();
+    let (documents, notes) = documents_of("a.jsonl", broken, |config| config.broken = BrokenRecords::Skip).unwrap();
     assert_eq!(documents, "a$");
     assert_eq!(
         notes[1],
@@ -851,7 +851,7 @@ fn files_that_hold_no_text_are_named() {
         ),
         ("a.txt", b"%PDF-1.7".to_vec(), "it is a PDF document", "glob"),
     ] {
-        for broken in [|_: &mut DataConfig| {}, |config: &mut DataConfig| config.broken = Broken::Skip] {
+        for broken in [|_: &mut DataConfig| {}, |config: &mut DataConfig| config.broken = BrokenRecords::Skip] {
             let error = documents_of(name, &text, broken).unwrap_err();
             assert!(error.to_string().starts_with("cannot read `") && error.to_string().contains(expected), "{error}");
             assert!(error.hint().unwrap().contains(hint), "{error}");
@@ -870,15 +870,15 @@ fn a_run_without_data_says_why() {
         (message.replace("the files of `data.train` hold nothing to learn from: ", "... "), error.hint())
     };
     let long = talk(&"long".repeat(5), "a");
-    let (message, hint) = nothing(&long, |config| config.too_long = TooLong::Truncate);
+    let (message, hint) = nothing(&long, |config| config.too_long = LongRecords::Truncate);
     assert_eq!(
         message,
         "... 1 record was left out, as nothing in the first 16 tokens is learned: a.jsonl:1 (25 tokens)"
     );
     assert_eq!(hint.unwrap(), "raise data.sequence_length");
-    let (message, _) = nothing(&long, |config| config.too_long = TooLong::Skip);
+    let (message, _) = nothing(&long, |config| config.too_long = LongRecords::Skip);
     assert_eq!(message, "... 1 record was longer than 16 tokens and left out: a.jsonl:1 (25 tokens)");
-    let (message, hint) = nothing("{\"a\" 1}\n", |config| config.broken = Broken::Skip);
+    let (message, hint) = nothing("{\"a\" 1}\n", |config| config.broken = BrokenRecords::Skip);
     assert_eq!(message, "... 1 record was broken and left out: a.jsonl:1:6 (the record is not JSON: expected `:`)");
     assert!(hint.unwrap().contains("data.broken"));
     let (message, _) = nothing(&talk("q", "a"), |config| config.max_file_bytes = 9);
@@ -893,7 +893,7 @@ fn a_broken_record_of_an_array_ends_the_file_only_if_it_is_not_json() {
     let open = |text: &str| -> Result<(u64, String), String> {
         let dir = folder(&[("a.json", text)]);
         let mut config = chat_config(dir.path(), "*.json");
-        config.broken = Broken::Skip;
+        config.broken = BrokenRecords::Skip;
         let dataset = open_chat(&config).map_err(|error| error.to_string())?;
         Ok((
             dataset.train_tokens(),
@@ -914,7 +914,7 @@ fn a_broken_record_of_an_array_ends_the_file_only_if_it_is_not_json() {
 fn a_file_without_a_sound_record_is_named() {
     let dir = folder(&[("a.jsonl", &talk("q", "a")), ("b.jsonl", "{\"a\": 1}\n{\"a\": 2}\n")]);
     let mut config = chat_config(dir.path(), "*.jsonl");
-    config.broken = Broken::Skip;
+    config.broken = BrokenRecords::Skip;
     for _ in 0..2 {
         let dataset = open_chat(&config).unwrap();
         let note = dataset.notes().iter().find(|note| note.contains("all 2 records of `")).unwrap();
@@ -933,7 +933,7 @@ fn documents_of_an_array_have_their_column() {
         error.ends_with(&format!("a.json:1:{column}: the record has 25 tokens; data.sequence_length is 16")),
         "{error}"
     );
-    let config = DataConfig { too_long: TooLong::Truncate, ..config };
+    let config = DataConfig { too_long: LongRecords::Truncate, ..config };
     let samples = open_chat(&config).unwrap().inspect(2).unwrap().samples;
     assert_eq!(
         samples.iter().map(|sample| (sample.line, sample.column as usize)).collect::<Vec<_>>(),

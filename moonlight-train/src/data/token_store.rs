@@ -29,8 +29,8 @@ const DOCUMENT_BYTES: usize = 24;
 const WEIGHTED: u64 = 8;
 /// Bytes that are read at once where a file is read from one end to the other; a multiple of all that is in it.
 const CHUNK_BYTES: usize = 3 << 19;
-/// Letters of a temporary file's name that are drawn.
-const DRAWN: usize = 12;
+/// Letters of a temporary file's name that are is_random_part.
+const RANDOM_CHARACTERS: usize = 12;
 
 /// The end of the file, which says what the rest is. In the file, an xxh3 of all before it follows, and [`MAGIC`].
 #[derive(Debug)]
@@ -67,7 +67,7 @@ pub(super) struct TokenStore {
 
 /// What there is at a path.
 #[derive(Debug)]
-pub(super) enum Opened {
+pub(super) enum OpenedStore {
     Whole(TokenStore),
     /// Nothing, or a file of an earlier release.
     None,
@@ -89,24 +89,26 @@ pub(super) struct Origin {
 impl TokenStore {
     /// Opens the file at `path` and reads it once: it has to be whole, unchanged since it was written, made from what
     /// `key` stands for, and within a vocabulary of `vocab_size`.
-    pub(super) fn open(path: &Path, key: [u64; 2], vocab_size: usize) -> Result<Opened, DataError> {
+    pub(super) fn open(path: &Path, key: [u64; 2], vocab_size: usize) -> Result<OpenedStore, DataError> {
         let file = match File::open(path) {
             Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Opened::None),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(OpenedStore::None),
             Err(error) => return Err(DataError::io("read", path, &error)),
         };
         match Self::checked(file, path, key, vocab_size) {
-            Ok(Ok(store)) => Ok(Opened::Whole(store)),
-            Ok(Err(Wrong::Earlier)) => Ok(Opened::None),
-            Ok(Err(Wrong::Damaged(problem))) => Ok(Opened::Damaged(problem)),
+            Ok(Ok(store)) => Ok(OpenedStore::Whole(store)),
+            Ok(Err(Unusable::Earlier)) => Ok(OpenedStore::None),
+            Ok(Err(Unusable::Damaged(problem))) => Ok(OpenedStore::Damaged(problem)),
             // It is being cut at this moment.
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(Opened::Damaged("it ends too early".into())),
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
+                Ok(OpenedStore::Damaged("it ends too early".into()))
+            }
             Err(error) => Err(DataError::io("read", path, &error)),
         }
     }
 
-    fn checked(file: File, path: &Path, key: [u64; 2], vocab_size: usize) -> io::Result<Result<Self, Wrong>> {
-        let damaged = |problem: &str| Ok(Err(Wrong::Damaged(problem.into())));
+    fn checked(file: File, path: &Path, key: [u64; 2], vocab_size: usize) -> io::Result<Result<Self, Unusable>> {
+        let damaged = |problem: &str| Ok(Err(Unusable::Damaged(problem.into())));
         let size = file.metadata()?.len();
         let Some(start) = size.checked_sub(FOOTER_BYTES as u64) else { return damaged("it ends too early") };
         let mut end = [0; FOOTER_BYTES];
@@ -115,7 +117,7 @@ impl TokenStore {
         let [key_0, key_1, documents, tokens, width, report, content, checksum, magic] = words;
         match magic {
             MAGIC => {}
-            before if MAGIC_BEFORE.contains(&before) => return Ok(Err(Wrong::Earlier)),
+            before if MAGIC_BEFORE.contains(&before) => return Ok(Err(Unusable::Earlier)),
             _ => return damaged("its end is not that of such a file"),
         }
         let footer = Footer { key: [key_0, key_1], documents, tokens, width, report, content };
@@ -158,7 +160,7 @@ impl TokenStore {
         }
         // What was written is never so; whoever can make a checksum can write what he likes.
         if let Some(problem) = foreign {
-            return Ok(Err(Wrong::Damaged(problem)));
+            return Ok(Err(Unusable::Damaged(problem)));
         }
         if !ordered {
             return damaged("its documents do not follow each other");
@@ -239,10 +241,10 @@ impl TokenStore {
         Ok((u64_at(&entry, 0), origin))
     }
 
-    /// A reader of spans of tokens. Where spans follow each other, it reads `ahead` tokens at once; 0 reads no more than is
+    /// A reader of spans of tokens. Where spans follow each other, it reads `prefetch` tokens at once; 0 reads no more than is
     /// asked for.
-    pub(super) fn reader(&self, ahead: usize) -> SpanReader<'_> {
-        SpanReader { store: self, ahead: ahead as u64, start: 0, bytes: Vec::new() }
+    pub(super) fn reader(&self, prefetch: usize) -> SpanReader<'_> {
+        SpanReader { store: self, prefetch: prefetch as u64, start: 0, bytes: Vec::new() }
     }
 
     /// Hands the bytes of a part of the file to `each` in order, until it says no.
@@ -302,7 +304,7 @@ impl TokenStore {
 }
 
 /// Why a file is not taken.
-enum Wrong {
+enum Unusable {
     Earlier,
     Damaged(String),
 }
@@ -310,7 +312,7 @@ enum Wrong {
 /// Reads spans of tokens through a buffer.
 pub(super) struct SpanReader<'a> {
     store: &'a TokenStore,
-    ahead: u64,
+    prefetch: u64,
     /// Position of the first token in `bytes`.
     start: u64,
     bytes: Vec<u8>,
@@ -325,7 +327,7 @@ impl SpanReader<'_> {
         let (store, width) = (self.store, self.store.footer.width);
         let end = self.start + self.bytes.len() as u64 / width;
         if span.start < self.start || span.end > end {
-            let end = span.end.max((span.start + self.ahead).min(store.footer.tokens));
+            let end = span.end.max((span.start + self.prefetch).min(store.footer.tokens));
             self.bytes.resize(((end - span.start) * width) as usize, 0);
             self.start = span.start;
             let read = read_exact_at(&store.file, &mut self.bytes, span.start * width);
@@ -376,11 +378,12 @@ fn stem(path: &Path) -> String {
 
 /// Whether a file's name is that of a temporary one: `train-0123456789abcdef.Xf3aP9wQz01k.tmp`.
 fn is_temporary(name: &str) -> bool {
-    let drawn = |text: &str| text.len() == DRAWN && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    let is_random_part =
+        |text: &str| text.len() == RANDOM_CHARACTERS && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
     let hash = |text: &str| text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    name.strip_suffix(".tmp")
-        .and_then(|name| name.split_once('.'))
-        .is_some_and(|(stem, rest)| drawn(rest) && stem.rsplit_once('-').is_some_and(|(_, digits)| hash(digits)))
+    name.strip_suffix(".tmp").and_then(|name| name.split_once('.')).is_some_and(|(stem, rest)| {
+        is_random_part(rest) && stem.rsplit_once('-').is_some_and(|(_, digits)| hash(digits))
+    })
 }
 
 /// Removes the temporary files of programs that were killed. Who writes one holds a lock on it, which ends with its process;
@@ -540,14 +543,14 @@ mod tests {
 
     fn opened(path: &Path, vocab_size: usize) -> TokenStore {
         match TokenStore::open(path, KEY, vocab_size).unwrap() {
-            Opened::Whole(store) => store,
+            OpenedStore::Whole(store) => store,
             other => panic!("{other:?}"),
         }
     }
 
     fn damage(path: &Path, key: [u64; 2], vocab_size: usize) -> String {
         match TokenStore::open(path, key, vocab_size).unwrap() {
-            Opened::Damaged(problem) => problem,
+            OpenedStore::Damaged(problem) => problem,
             other => panic!("{other:?}"),
         }
     }
@@ -604,11 +607,11 @@ mod tests {
         let document: Vec<u32> = (0..200).collect();
         write(&path, 300, &[&document]);
         let store = opened(&path, 300);
-        for ahead in [0, 1, 7, 1000] {
-            let mut reader = store.reader(ahead);
+        for prefetch in [0, 1, 7, 1000] {
+            let mut reader = store.reader(prefetch);
             for span in [0..3, 3..9, 2..5, 190..200, 0..0, 200..200, 5..180] {
                 let read: Vec<u32> = reader.read(span.clone()).unwrap().map(|(token, _)| token).collect();
-                assert_eq!(read, document[span.start as usize..span.end as usize], "{ahead}, {span:?}");
+                assert_eq!(read, document[span.start as usize..span.end as usize], "{prefetch}, {span:?}");
             }
         }
     }
@@ -652,7 +655,7 @@ mod tests {
     fn a_file_that_is_not_as_it_was_written_is_damaged() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
-        assert!(matches!(TokenStore::open(&path, KEY, 300).unwrap(), Opened::None));
+        assert!(matches!(TokenStore::open(&path, KEY, 300).unwrap(), OpenedStore::None));
         write(&path, 300, &[&[1, 2, 3], &[4]]);
         assert!(damage(&path, [1, 3], 300).contains("other data"));
         let bytes = fs::read(&path).unwrap();
@@ -675,7 +678,7 @@ mod tests {
         let end = earlier.len() - 8;
         earlier[end..].copy_from_slice(b"moontok2");
         fs::write(&path, earlier).unwrap();
-        assert!(matches!(TokenStore::open(&path, KEY, 300).unwrap(), Opened::None));
+        assert!(matches!(TokenStore::open(&path, KEY, 300).unwrap(), OpenedStore::None));
     }
 
     #[test]

@@ -18,19 +18,19 @@ use super::files::SourceFile;
 use super::hash::Hash;
 use super::report::{Fault, Report};
 use super::text_file::{PLAIN, TextFile};
-use super::token_store::{Opened, Origin, TokenStore, TokenStoreWriter, remove_abandoned};
-use crate::recipe::{Broken, DataFormat};
+use super::token_store::{OpenedStore, Origin, TokenStore, TokenStoreWriter, remove_abandoned};
+use crate::recipe::{BrokenRecords, DataFormat};
 
 /// Raised when the same template gives other tokens or weights.
-const TEMPLATES: u64 = 2;
+const TEMPLATE_VERSION: u64 = 2;
 /// Raised when the same file gives other records or other text.
-const READERS: u64 = 2;
+const READER_VERSION: u64 = 2;
 /// Fields of a record of text that are named, at most.
-const MOST_UNREAD: usize = 64;
+const MAX_IGNORED_FIELDS: usize = 64;
 /// Bytes of a text file that are tokenized at once.
 const BLOCK_BYTES: usize = 4 << 20;
 /// Bytes that are read before the blocks are shared out; bounds the memory.
-const ROUND_BYTES: usize = 32 << 20;
+const GROUP_BYTES: usize = 32 << 20;
 
 /// What is read, and how.
 pub(super) struct TokenizeJob<'a> {
@@ -40,7 +40,7 @@ pub(super) struct TokenizeJob<'a> {
     pub(super) tokenizer: Option<&'a Tokenizer>,
     /// For `format = "chat"`.
     pub(super) chat: Option<&'a ChatEncoder>,
-    pub(super) broken: Broken,
+    pub(super) broken: BrokenRecords,
     pub(super) vocab_size: usize,
     /// Stop after the document that reaches so many tokens; 0 for never.
     pub(super) max_tokens: u64,
@@ -90,7 +90,7 @@ impl Tokenized {
 
 /// A block that is left out.
 #[derive(Debug)]
-pub(super) struct Refused {
+pub(super) struct RejectedRecord {
     problem: String,
     hint: Option<String>,
     /// The line and column within the record.
@@ -99,13 +99,13 @@ pub(super) struct Refused {
     is_no_json: bool,
 }
 
-impl Refused {
+impl RejectedRecord {
     fn new(problem: impl Into<String>, hint: Option<String>) -> Self {
         Self { problem: problem.into(), hint, at: None, is_no_json: false }
     }
 }
 
-impl From<&JsonError> for Refused {
+impl From<&JsonError> for RejectedRecord {
     fn from(error: &JsonError) -> Self {
         Self { problem: error.to_string(), hint: error.hint(), at: error.at(), is_no_json: error.is_no_json() }
     }
@@ -118,16 +118,16 @@ impl TokenizeJob<'_> {
         let path = cache_dir.join(format!("{}-{:016x}.tokens", self.key, digest[0]));
         remove_abandoned(cache_dir);
         match TokenStore::open(&path, digest, self.vocab_size)? {
-            Opened::Whole(store) => return Ok(store),
-            Opened::None => {}
-            Opened::Damaged(problem) => {
+            OpenedStore::Whole(store) => return Ok(store),
+            OpenedStore::None => {}
+            OpenedStore::Damaged(problem) => {
                 tracing::warn!("the token cache `{}` is damaged and made anew: {problem}", path.display());
             }
         }
         self.write(&path, digest)?;
         match TokenStore::open(&path, digest, self.vocab_size)? {
-            Opened::Whole(store) => Ok(store),
-            Opened::None | Opened::Damaged(_) => Err(DataError::CacheChanged { path }),
+            OpenedStore::Whole(store) => Ok(store),
+            OpenedStore::None | OpenedStore::Damaged(_) => Err(DataError::CacheChanged { path }),
         }
     }
 
@@ -141,12 +141,12 @@ impl TokenizeJob<'_> {
                 DataFormat::Chat => 2,
             });
             hash.number(match self.broken {
-                Broken::Error => 0,
-                Broken::Skip => 1,
+                BrokenRecords::Error => 0,
+                BrokenRecords::Skip => 1,
             });
             hash.bytes(self.chat.map(|chat| chat.template().fingerprint()).unwrap_or_default().as_bytes());
-            hash.number(TEMPLATES);
-            hash.number(READERS);
+            hash.number(TEMPLATE_VERSION);
+            hash.number(READER_VERSION);
             hash.bytes(self.tokenizer.map(Tokenizer::fingerprint).unwrap_or_default().as_bytes());
             if let Some(tokenizer) = self.tokenizer.filter(|_| self.format == DataFormat::Text) {
                 for around in [tokenizer.prefix(), tokenizer.suffix()] {
@@ -167,28 +167,28 @@ impl TokenizeJob<'_> {
     }
 
     fn write(&self, path: &Path, digest: [u64; 2]) -> Result<(), DataError> {
-        let mut reading = Reading {
+        let mut state = TokenizeState {
             writer: TokenStoreWriter::create(path, self.vocab_size, self.format == DataFormat::Chat)?,
-            round: Round { blocks: Vec::new(), bytes: 0 },
-            found: Found::default(),
+            group: BlockGroup { blocks: Vec::new(), bytes: 0 },
+            findings: Findings::default(),
         };
         let mut is_enough = false;
         for (index, file) in self.files.iter().enumerate() {
-            is_enough = self.read(index as u32, file, &mut reading)?;
+            is_enough = self.read(index as u32, file, &mut state)?;
             if is_enough {
                 break;
             }
         }
         if !is_enough {
-            self.flush(&mut reading)?;
+            self.flush(&mut state)?;
         }
         let usual = if self.format == DataFormat::Text { PLAIN.to_owned() } else { FileKind::JsonLines.to_string() };
-        let Reading { writer, found, .. } = reading;
-        writer.finish(digest, &found.report(usual))
+        let TokenizeState { writer, findings, .. } = state;
+        writer.finish(digest, &findings.report(usual))
     }
 
     /// Reads a file; says whether there are tokens enough.
-    fn read(&self, index: u32, file: &SourceFile, reading: &mut Reading) -> Result<bool, DataError> {
+    fn read(&self, index: u32, file: &SourceFile, state: &mut TokenizeState) -> Result<bool, DataError> {
         // Where `max_bytes` ends in a file it is of the unpacked bytes, and of a parquet file of the records.
         let limit = (file.read < file.size).then_some(file.read);
         let wanted = match self.format {
@@ -197,64 +197,64 @@ impl TokenizeJob<'_> {
             DataFormat::Text => {
                 return match TextFile::open(&file.path, limit)? {
                     TextFile::Plain { source, what } => {
-                        reading.found.count(what.into());
-                        self.read_text(index, file, source, reading)
+                        state.findings.count(what.into());
+                        self.read_text(index, file, source, state)
                     }
                     TextFile::Records { reader, field } => {
-                        reading.found.count(format!("{} (a document in each `{field}`)", reader.kind()));
-                        self.read_records(index, reader, Some(field), reading)
+                        state.findings.count(format!("{} (a document in each `{field}`)", reader.kind()));
+                        self.read_records(index, reader, Some(field), state)
                     }
                 };
             }
         };
         let reader = RecordReader::open(&file.path, wanted, limit)?;
-        reading.found.count(reader.kind().to_string());
-        self.read_records(index, reader, None, reading)
+        state.findings.count(reader.kind().to_string());
+        self.read_records(index, reader, None, state)
     }
 
     /// Tokenises the blocks if they are many; says whether there are tokens enough.
-    fn is_enough(&self, reading: &mut Reading) -> Result<bool, DataError> {
-        if reading.round.bytes < ROUND_BYTES { Ok(false) } else { self.flush(reading) }
+    fn is_enough(&self, state: &mut TokenizeState) -> Result<bool, DataError> {
+        if state.group.bytes < GROUP_BYTES { Ok(false) } else { self.flush(state) }
     }
 
-    /// Tokenises the blocks of a round and writes them; says whether there are tokens enough.
-    fn flush(&self, Reading { writer, round, found }: &mut Reading) -> Result<bool, DataError> {
-        round.bytes = 0;
-        let blocks = std::mem::take(&mut round.blocks);
+    /// Tokenises the blocks of a group and writes them; says whether there are tokens enough.
+    fn flush(&self, TokenizeState { writer, group, findings }: &mut TokenizeState) -> Result<bool, DataError> {
+        group.bytes = 0;
+        let blocks = std::mem::take(&mut group.blocks);
         let tokenized: Vec<_> = blocks.par_iter().map(|block| self.tokenize(block)).collect();
         for (block, tokenized) in blocks.iter().zip(tokenized) {
             let Origin { file, line, column } = block.origin;
             let fault = |problem: String, place: Place| Fault {
                 file,
-                line: short(place.line),
-                column: short(place.column),
+                line: saturating_u32(place.line),
+                column: saturating_u32(place.column),
                 problem,
             };
             let here = Place { line: line as usize, column: column as usize };
             let tokenized = match tokenized? {
                 Ok(tokenized) => tokenized,
-                Err(refused) if self.broken == Broken::Skip && (block.skippable || !refused.is_no_json) => {
-                    let place = refused.at.map_or(here, |at| here.within(at));
-                    found.report.broken.add(fault(refused.problem, place));
-                    found.of_file.entry(file).or_default().broken += 1;
+                Err(rejected) if self.broken == BrokenRecords::Skip && (block.skippable || !rejected.is_no_json) => {
+                    let place = rejected.at.map_or(here, |at| here.within(at));
+                    findings.report.broken.add(fault(rejected.problem, place));
+                    findings.of_file.entry(file).or_default().broken += 1;
                     continue;
                 }
-                Err(refused) => return Err(self.record(block, refused)),
+                Err(rejected) => return Err(self.record(block, rejected)),
             };
-            found.of_file.entry(file).or_default().sound += 1;
+            findings.of_file.entry(file).or_default().sound += 1;
             if tokenized.replaced {
-                found.replaced.insert(file);
+                findings.replaced.insert(file);
             }
             if tokenized.surrogates > 0 {
-                found.report.surrogates.add(fault(String::new(), here));
+                findings.report.surrogates.add(fault(String::new(), here));
             }
             if let Some(shape) = tokenized.shape {
-                *found.report.shapes.entry(shape).or_default() += 1;
+                *findings.report.shapes.entry(shape).or_default() += 1;
             }
-            found.report.unread.add(tokenized.unread);
-            found.report.given.add(tokenized.given);
+            findings.report.unread.add(tokenized.unread);
+            findings.report.given.add(tokenized.given);
             if block.field.is_some() && tokenized.tokens.is_empty() {
-                found.report.empty.add(fault(String::new(), here));
+                findings.report.empty.add(fault(String::new(), here));
             }
             writer.extend(&tokenized.tokens, &tokenized.weights)?;
             if block.end.is_some() && writer.open_tokens() > 0 {
@@ -267,14 +267,14 @@ impl TokenizeJob<'_> {
         Ok(false)
     }
 
-    fn record(&self, block: &Block, Refused { problem, hint, at, .. }: Refused) -> DataError {
+    fn record(&self, block: &Block, RejectedRecord { problem, hint, at, .. }: RejectedRecord) -> DataError {
         let path = self.files[block.origin.file as usize].path.clone();
         let place = Place { line: block.origin.line as usize, column: block.origin.column as usize };
         DataError::Record { path, place: at.map_or(place, |at| place.within(at)), problem, hint }
     }
 
     /// The tokens of a block, or why it is left out; what concerns all blocks is an error.
-    fn tokenize(&self, block: &Block) -> Result<Result<Tokenized, Refused>, DataError> {
+    fn tokenize(&self, block: &Block) -> Result<Result<Tokenized, RejectedRecord>, DataError> {
         let tokenized = match self.format {
             DataFormat::Text => {
                 let tokenizer = self.tokenizer.ok_or(DataError::NoTokenizer)?;
@@ -282,14 +282,14 @@ impl TokenizeJob<'_> {
                     None => (String::from_utf8_lossy(&block.bytes), 0, Vec::new()),
                     Some(field) => match text_of(&block.bytes, field) {
                         Ok(Document { text, surrogates, unread }) => (text.into(), surrogates, unread),
-                        Err(refused) => return Ok(Err(refused)),
+                        Err(rejected) => return Ok(Err(rejected)),
                     },
                 };
                 // What a tokenizer has no tokens for would be missing from the data.
-                let refused = |error: TokenizerError| Refused::new(error.to_string(), error.hint());
+                let rejected = |error: TokenizerError| RejectedRecord::new(error.to_string(), error.hint());
                 let is_empty = block.field.is_some() && text.is_empty();
                 let mut tokens = if block.begins && !is_empty { tokenizer.prefix().to_vec() } else { Vec::new() };
-                tokens.extend(tokenizer.encode(&text).map_err(|error| self.record(block, refused(error)))?);
+                tokens.extend(tokenizer.encode(&text).map_err(|error| self.record(block, rejected(error)))?);
                 if block.end == Some(End::Whole) && !is_empty {
                     tokens.extend(tokenizer.suffix());
                     // One of them ends the document, be it of the text or of the tokenizer.
@@ -306,7 +306,7 @@ impl TokenizeJob<'_> {
             Some(token) => {
                 let problem = format!("token {token} is outside the model's vocabulary of {}", self.vocab_size);
                 let hint = Some("the data or the tokenizer belong to another model".into());
-                Err(self.record(block, Refused::new(problem, hint)))
+                Err(self.record(block, RejectedRecord::new(problem, hint)))
             }
             None => Ok(tokenized),
         }
@@ -318,7 +318,7 @@ impl TokenizeJob<'_> {
         index: u32,
         file: &SourceFile,
         source: Source,
-        reading: &mut Reading,
+        state: &mut TokenizeState,
     ) -> Result<bool, DataError> {
         let io = |error: std::io::Error| DataError::io("read", &file.path, &error);
         let origin = Origin { file: index, line: 0, column: 0 };
@@ -338,14 +338,14 @@ impl TokenizeJob<'_> {
                     bytes.truncate(whole_characters(&bytes));
                 }
                 if !(is_first && bytes.is_empty()) {
-                    reading.round.add(block(bytes, is_first, Some(if cut { End::Cut } else { End::Whole })));
+                    state.group.add(block(bytes, is_first, Some(if cut { End::Cut } else { End::Whole })));
                 }
-                return self.is_enough(reading);
+                return self.is_enough(state);
             }
             let rest = bytes.split_off(boundary(&bytes));
-            reading.round.add(block(std::mem::replace(&mut bytes, rest), is_first, None));
+            state.group.add(block(std::mem::replace(&mut bytes, rest), is_first, None));
             is_first = false;
-            if self.is_enough(reading)? {
+            if self.is_enough(state)? {
                 return Ok(true);
             }
         }
@@ -357,50 +357,50 @@ impl TokenizeJob<'_> {
         index: u32,
         mut reader: RecordReader,
         field: Option<&'static str>,
-        reading: &mut Reading,
+        state: &mut TokenizeState,
     ) -> Result<bool, DataError> {
         let skippable = reader.kind().ends_records();
         loop {
             let record = match reader.next_record() {
                 Ok(Some(record)) => record,
                 Ok(None) => {
-                    reading.found.report.blank_rows += reader.blank_rows();
+                    state.findings.report.blank_rows += reader.blank_rows();
                     return Ok(false);
                 }
                 Err(error) => {
                     // What is wrong with the records before it comes first.
-                    self.flush(reading)?;
+                    self.flush(state)?;
                     return Err(error.into());
                 }
             };
             let Record { json: bytes, place } = record;
-            let origin = Origin { file: index, line: short(place.line), column: short(place.column) };
-            reading.round.add(Block { origin, bytes, begins: true, field, end: Some(End::Whole), skippable });
-            if self.is_enough(reading)? {
+            let origin = Origin { file: index, line: saturating_u32(place.line), column: saturating_u32(place.column) };
+            state.group.add(Block { origin, bytes, begins: true, field, end: Some(End::Whole), skippable });
+            if self.is_enough(state)? {
                 return Ok(true);
             }
         }
     }
 }
 
-fn short(number: usize) -> u32 {
+fn saturating_u32(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 /// What is read, on its way to the disk.
-struct Reading {
+struct TokenizeState {
     writer: TokenStoreWriter,
-    round: Round,
-    found: Found,
+    group: BlockGroup,
+    findings: Findings,
 }
 
 /// Blocks that are tokenized together.
-struct Round {
+struct BlockGroup {
     blocks: Vec<Block>,
     bytes: usize,
 }
 
-impl Round {
+impl BlockGroup {
     fn add(&mut self, block: Block) {
         // A block costs more than its bytes, which counts where lines are short.
         self.bytes += block.bytes.len() + 64;
@@ -408,9 +408,9 @@ impl Round {
     }
 }
 
-/// What was found so far.
+/// What was findings so far.
 #[derive(Default)]
-struct Found {
+struct Findings {
     report: Report,
     /// The files whose bytes were not all UTF-8.
     replaced: BTreeSet<u32>,
@@ -424,7 +424,7 @@ struct Counts {
     broken: u64,
 }
 
-impl Found {
+impl Findings {
     fn count(&mut self, kind: String) {
         *self.report.kinds.entry(kind).or_default() += 1;
     }
@@ -445,8 +445,8 @@ struct Document {
 }
 
 /// The document in a record of `format = "text"`.
-fn text_of(record: &[u8], field: &str) -> Result<Document, Refused> {
-    let Parsed { value, replaced } = parse(record).map_err(|error| Refused::from(&error))?;
+fn text_of(record: &[u8], field: &str) -> Result<Document, RejectedRecord> {
+    let Parsed { value, replaced } = parse(record).map_err(|error| RejectedRecord::from(&error))?;
     match value {
         Value::Object(mut fields) => match fields.remove(field) {
             Some(text @ (Value::String(_) | Value::Null)) => {
@@ -455,7 +455,7 @@ fn text_of(record: &[u8], field: &str) -> Result<Document, Refused> {
                     Value::String(text) => text.is_empty(),
                     _ => false,
                 };
-                let others = fields.into_iter().filter(|(_, value)| !is_empty(value)).take(MOST_UNREAD);
+                let others = fields.into_iter().filter(|(_, value)| !is_empty(value)).take(MAX_IGNORED_FIELDS);
                 let unread = others.map(|(name, _)| name).collect();
                 Ok(match text {
                     Value::String(text) => Document { text, surrogates: replaced, unread },
@@ -463,35 +463,35 @@ fn text_of(record: &[u8], field: &str) -> Result<Document, Refused> {
                     _ => Document { text: String::new(), surrogates: 0, unread },
                 })
             }
-            Some(_) => Err(Refused::new(format!("`{field}` is not a text"), None)),
-            None => Err(Refused::new(format!("the record has no `{field}`"), None)),
+            Some(_) => Err(RejectedRecord::new(format!("`{field}` is not a text"), None)),
+            None => Err(RejectedRecord::new(format!("the record has no `{field}`"), None)),
         },
-        _ => Err(Refused::new("the record is not a JSON object", None)),
+        _ => Err(RejectedRecord::new("the record is not a JSON object", None)),
     }
 }
 
 /// The tokens of a record of `format = "tokens"`.
-pub(super) fn tokens_of(record: &[u8]) -> Result<Tokenized, Refused> {
+pub(super) fn tokens_of(record: &[u8]) -> Result<Tokenized, RejectedRecord> {
     let read = parse_tokens(record).map_err(|error| {
         let hint = error.hint().or_else(|| Some("a record is {\"tokens\": [1, 2, 3]}".into()));
-        Refused { hint, ..Refused::from(&error) }
+        RejectedRecord { hint, ..RejectedRecord::from(&error) }
     })?;
     if read.tokens.is_empty() {
-        return Err(Refused::new("the record has no tokens", None));
+        return Err(RejectedRecord::new("the record has no tokens", None));
     }
     Ok(Tokenized { unread: read.unread, ..Tokenized::new(read.tokens) })
 }
 
 /// The tokens and weights of a conversation.
-fn conversation_of(record: &[u8], chat: &ChatEncoder) -> Result<Tokenized, Refused> {
+fn conversation_of(record: &[u8], chat: &ChatEncoder) -> Result<Tokenized, RejectedRecord> {
     let read = chat.parse(record).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation)?)));
     match read {
         Ok((shape, WeightedTokens { tokens, weights, unread, given })) => {
             let surrogates = lone_surrogates(record);
             Ok(Tokenized { weights, surrogates, shape: Some(shape), unread, given, ..Tokenized::new(tokens) })
         }
-        Err(ChatError::Conversation(ConversationError::Json(error))) => Err(Refused::from(&error)),
-        Err(error) => Err(Refused::new(error.to_string(), error.hint())),
+        Err(ChatError::Conversation(ConversationError::Json(error))) => Err(RejectedRecord::from(&error)),
+        Err(error) => Err(RejectedRecord::new(error.to_string(), error.hint())),
     }
 }
 

@@ -1,7 +1,7 @@
 //! burn-train's terminal dashboard, driven through its renderer interface.
 //!
-//! burn-train counts epochs. Here an epoch is the steps between two validations, so that the dashboard shows how far the
-//! next one is; everything else (schedule, validation, checkpoints, resuming) goes by the step.
+//! burn-train counts epochs. Here an "epoch" is the steps between two validations, so that the progress bar shows how far
+//! the next validation is. Schedule, validation, checkpoints and resuming all count steps.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -22,15 +22,15 @@ use crate::trainer::terminal;
 /// The steps of a run, as the dashboard's progress bars show them.
 #[derive(Debug, Clone)]
 pub(crate) struct Progress {
-    /// The run's name.
+    /// `run.name`.
     pub(crate) label: String,
     /// Steps taken before the run started or resumed.
     pub(crate) first: u64,
     /// Steps of the whole run.
     pub(crate) steps: u64,
-    /// Steps between two validations; 0 for one at the end only.
+    /// Steps between two validations; 0 for a single one at the end.
     pub(crate) validate_every: u64,
-    /// Steps between two log lines, where the dashboard is lost.
+    /// Steps between two log lines, for the case that the dashboard fails.
     pub(crate) log_every: u64,
 }
 
@@ -41,26 +41,26 @@ impl Progress {
     }
 }
 
-/// The dashboard of a run; dropping it gives the terminal back.
+/// The dashboard of a run. Dropping it restores the terminal.
 ///
-/// The renderer has a thread of its own, because its `k` (kill the run) panics in whoever calls it next and it offers no
-/// other sign of it. So the panic ends that thread, and the training loop sees a closed channel. Any other panic is a
-/// terminal that is gone, and no reason to end the run.
+/// The renderer runs on its own thread: its key `k` (kill the run) panics in the next call of the renderer, and there is no
+/// other sign of it. Here the panic ends that thread only, and the training loop sees a closed channel. Any other panic
+/// means that the terminal is gone, which does not end the run.
 ///
-/// While it is up, what is written to stderr is held back: it would tear the picture, and once the terminal is gone,
-/// libraries that cannot write there panic.
+/// While the dashboard is up, stderr is held back: its lines would tear the picture, and once the terminal is gone, libraries
+/// that print to it panic.
 pub(crate) struct Dashboard {
-    /// `None` once closed.
+    /// `None` once the dashboard is closed.
     metrics: Option<Sender<Metrics>>,
     thread: Option<JoinHandle<()>>,
     stderr: Option<HeldStderr>,
     lines: LogEvery<ConsoleLines>,
-    /// The terminal is gone, or was none to draw on: log lines take the dashboard's place.
-    lost: bool,
+    /// Whether the dashboard has failed and log lines replace it.
+    failed: bool,
 }
 
-/// The start of the message of the renderer's panic for a kill.
-const KILL: &str = "Killing training";
+/// How the message of the renderer's panic starts if the user pressed `k`.
+const KILL_MESSAGE: &str = "Killing training";
 
 impl Dashboard {
     /// Takes over the terminal. Its `s` stops the run through `interrupter`.
@@ -68,31 +68,32 @@ impl Dashboard {
         terminal::remember();
         let stderr = HeldStderr::hold();
         let (metrics, received) = channel();
-        let lines = LogEvery { every: progress.log_every, last_step: progress.steps, reporter: ConsoleLines };
-        // Made there: taking over a terminal that is gone panics as well.
+        let console = ConsoleLines::new(progress.first, progress.steps);
+        let lines = LogEvery { every: progress.log_every, last_step: progress.steps, reporter: console };
+        // The renderer is created on its thread, since it panics if the terminal is already gone.
         let thread = spawn(move || show(default_renderer(interrupter, None), &progress, &received));
-        Self { metrics: Some(metrics), thread: Some(thread), stderr, lines, lost: false }
+        Self { metrics: Some(metrics), thread: Some(thread), stderr, lines, failed: false }
     }
 
-    /// Waits until the terminal is given back.
+    /// Waits until the terminal is restored.
     fn close(&mut self) -> Result<(), TrainError> {
         self.metrics = None;
         let Some(thread) = self.thread.take() else { return Ok(()) };
         let joined = thread.join();
         if joined.is_err() {
-            terminal::leave_screen(); // before stderr is shown again, which would be lost with the other screen
+            terminal::leave_screen(); // first: what stderr then prints would vanish with the alternate screen
         }
         self.stderr = None;
         let Err(panic) = joined else { return Ok(()) };
         // `keep_interrupt_key` may have changed the mode while the renderer restored it.
         terminal::restore_mode();
         let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-        if message.is_some_and(|message| message.starts_with(KILL)) {
+        if message.is_some_and(|message| message.starts_with(KILL_MESSAGE)) {
             return Err(TrainError::Killed);
         }
-        self.lost = true;
-        let reason = message.unwrap_or("it gave no reason");
-        tracing::warn!("the dashboard has failed ({reason}); the run continues with log lines");
+        self.failed = true;
+        let reason = message.unwrap_or("no reason given");
+        tracing::warn!("the dashboard stopped ({reason}); the run continues with log lines");
         Ok(())
     }
 }
@@ -100,6 +101,7 @@ impl Dashboard {
 impl Reporter for Dashboard {
     fn begin_step(&mut self) {
         terminal::keep_interrupt_key();
+        self.lines.begin_step(); // keeps time, should lines be needed
     }
 
     fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
@@ -107,7 +109,7 @@ impl Reporter for Dashboard {
         if !sent {
             self.close()?;
         }
-        if self.lost { self.lines.report(metrics) } else { Ok(()) }
+        if self.failed { self.lines.report(metrics) } else { Ok(()) }
     }
 
     fn finish(&mut self) -> Result<(), TrainError> {
@@ -121,7 +123,7 @@ impl Drop for Dashboard {
     }
 }
 
-/// Shows metrics until the sender is gone.
+/// Shows metrics until the sender is dropped.
 fn show(mut renderer: Box<dyn MetricsRenderer>, progress: &Progress, received: &Receiver<Metrics>) {
     let epoch_steps = progress.epoch_steps();
     let mut tracked: Vec<Tracked> = METRICS.iter().map(Tracked::new).collect();
@@ -155,7 +157,7 @@ fn show(mut renderer: Box<dyn MetricsRenderer>, progress: &Progress, received: &
         }
         tracked.iter_mut().for_each(|tracked| renderer.update_train(tracked.update(&metrics)));
         renderer.update_split(done as usize);
-        // The dashboard counts events of one name to show how many there are in a second.
+        // The dashboard counts events of one name and shows them as iterations per second.
         renderer.log_event_training("Iteration".into());
         if done == epoch_steps || step == progress.steps {
             tracked.iter_mut().for_each(|tracked| renderer.update_train(tracked.finish()));
@@ -172,15 +174,15 @@ struct Tracked {
     name: MetricName,
     id: MetricId,
     state: NumericMetricState,
-    /// Whether there was a value in this epoch; some metrics are measured every so many steps.
-    seen: bool,
+    /// Whether this epoch has a value; some metrics are measured every `train.probe_every` steps only.
+    has_value: bool,
 }
 
 impl Tracked {
     fn new(metric: &'static Metric) -> Self {
         let name: MetricName = Arc::new(metric.title.to_owned());
         let id = MetricId::new(name.clone());
-        Self { metric, name, id, state: NumericMetricState::new(), seen: false }
+        Self { metric, name, id, state: NumericMetricState::new(), has_value: false }
     }
 
     fn definition(&self) -> MetricDefinition {
@@ -198,23 +200,23 @@ impl Tracked {
     fn update(&mut self, metrics: &Metrics) -> MetricState {
         if let Some(value) = (self.metric.value)(metrics) {
             self.state.update(value, 1);
-            self.seen = true;
+            self.has_value = true;
         }
         self.rendered(self.state.compute_update(self.format()), self.state.current_value())
     }
 
-    /// The epoch's mean; the next epoch starts from nothing.
+    /// The epoch's mean; resets the state for the next epoch.
     fn finish(&mut self) -> MetricState {
         let state = self.rendered(self.state.compute_final(self.format()), self.state.final_value());
         self.state.reset();
-        self.seen = false;
+        self.has_value = false;
         state
     }
 
     fn rendered(&self, entry: SerializedEntry, value: NumericEntry) -> MetricState {
         let unit = self.metric.unit;
-        let entry = if self.seen { entry } else { SerializedEntry::not_available(unit) };
-        MetricState::Numeric(MetricEntry::new(self.id.clone(), entry), self.seen.then_some(value))
+        let entry = if self.has_value { entry } else { SerializedEntry::not_available(unit) };
+        MetricState::Numeric(MetricEntry::new(self.id.clone(), entry), self.has_value.then_some(value))
     }
 
     fn format(&self) -> FormatOptions {
@@ -235,7 +237,7 @@ mod tests {
 
     use super::*;
 
-    /// Writes down what it is told.
+    /// Records every call.
     #[derive(Clone, Default)]
     struct Recorder(Arc<Mutex<Vec<String>>>);
 
@@ -271,7 +273,7 @@ mod tests {
             self.note(format!("start {first} of {epochs}: {}", label.unwrap_or_default()));
         }
         fn update_epoch(&mut self, epoch: usize) {
-            self.note(format!("epoch {epoch} is over"));
+            self.note(format!("epoch {epoch} ended"));
         }
         fn start_split(&mut self, split: &str, items: usize) {
             self.note(format!("{split} of {items}"));
@@ -280,7 +282,7 @@ mod tests {
             self.note(format!("at {items}"));
         }
         fn end_split(&mut self) {
-            self.note("split is over".into());
+            self.note("split ended".into());
         }
         fn end(&mut self) {
             self.note("end".into());
@@ -332,31 +334,31 @@ mod tests {
             "train loss 1,1",
             "at 2",
             "train loss 2,final",
-            "split is over",
+            "split ended",
             "valid of 1",
             "valid loss 2.5,1",
             "at 1",
             "valid loss 2.5,final",
-            "split is over",
-            "epoch 2 is over",
+            "split ended",
+            "epoch 2 ended",
             "train of 1",
             "train loss 0.5,1",
             "at 1",
             "train loss 0.5,final",
-            "split is over",
+            "split ended",
             "valid of 1",
             "valid loss 0.25,1",
             "at 1",
             "valid loss 0.25,final",
-            "split is over",
+            "split ended",
             "end",
         ];
         assert_eq!(*recorder.0.lock().unwrap(), expected);
     }
 
     fn dashboard(metrics: Sender<Metrics>, thread: JoinHandle<()>) -> Dashboard {
-        let lines = LogEvery { every: 1, last_step: 1, reporter: ConsoleLines };
-        Dashboard { metrics: Some(metrics), thread: Some(thread), stderr: None, lines, lost: false }
+        let lines = LogEvery { every: 1, last_step: 1, reporter: ConsoleLines::new(0, 1) };
+        Dashboard { metrics: Some(metrics), thread: Some(thread), stderr: None, lines, failed: false }
     }
 
     #[test]
@@ -384,10 +386,10 @@ mod tests {
         });
         let mut dashboard = dashboard(metrics, thread);
         while dashboard.thread.is_some() {
-            assert!(!dashboard.lost);
+            assert!(!dashboard.failed);
             dashboard.report(&Metrics::default()).unwrap();
         }
-        assert!(dashboard.lost, "log lines take its place");
+        assert!(dashboard.failed, "log lines replace it");
         dashboard.report(&Metrics::default()).unwrap();
         dashboard.finish().unwrap();
     }

@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: a line for each step that is logged and for each validation.
+//! `metrics.jsonl`: one JSON object for each logged step and each validation.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -10,21 +10,21 @@ use super::{Metrics, Reporter};
 use crate::error::TrainError;
 use crate::output_file::temporary;
 
-/// No line of ours is longer; what is, is somebody else's and dropped.
-const LONGEST_LINE: u64 = 1 << 20;
+/// A longer line was not written by this program, and is dropped when a run resumes.
+const MAX_LINE_BYTES: u64 = 1 << 20;
 
-/// The open file. A line that cannot be written is lost, and the run goes on.
+/// The open file. A line that cannot be written is lost; the run continues, because its checkpoints are worth more.
 #[derive(Debug)]
 pub(crate) struct MetricsFile {
     path: PathBuf,
     file: File,
-    /// Lines that could not be written, in a row.
+    /// Consecutive lines that could not be written.
     lost: u64,
 }
 
 impl MetricsFile {
-    /// Opens the file for a run that resumes from `step`: lines of later steps, left by the run that was stopped, are
-    /// dropped, and so is what is no line of ours, such as a last one that was cut short.
+    /// Opens the file for a run that resumes after `step`. Lines of later steps, which the interrupted run wrote after its
+    /// last checkpoint, are dropped, and so is what is not a record, such as a last line that was cut short.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
         let folder = path.parent().unwrap_or(Path::new("."));
         let mut kept = temporary(folder, ".metrics.", None).map_err(TrainError::write(folder))?;
@@ -44,7 +44,7 @@ impl Reporter for MetricsFile {
         let mut line = serde_json::to_string(metrics).expect("numbers and names are always JSON");
         line.push('\n');
         if self.lost > 0 {
-            // The last one may have been written in part.
+            // The last line may have been written in part: end it, so that this one starts on its own.
             line.insert(0, '\n');
         }
         match self.file.write_all(line.as_bytes()) {
@@ -56,7 +56,7 @@ impl Reporter for MetricsFile {
             }
             Err(error) => {
                 if self.lost == 0 {
-                    tracing::warn!("`{}` cannot be written: {error}; the run goes on", self.path.display());
+                    tracing::warn!("`{}` cannot be written: {error}; the run continues", self.path.display());
                 }
                 self.lost += 1;
             }
@@ -70,7 +70,7 @@ fn keep_until(mut file: impl BufRead, step: u64, kept: &mut impl Write) -> io::R
     let mut line = Vec::new();
     loop {
         line.clear();
-        if file.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line)? == 0 {
+        if file.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
         let Ok(value) = serde_json::from_slice::<Value>(&line) else { continue };
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_line_of_ours_is_dropped_whatever_its_bytes() {
+    fn lines_that_are_not_records_are_dropped_whatever_their_bytes() {
         let mut text = b"{\"step\":1}\n\xff\xfe{\"step\":1}\n\n[]\n".to_vec();
         text.extend(vec![b' '; 3 << 20]);
         text.extend(b"\n{\"step\":2}");
@@ -107,7 +107,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn a_full_disk_costs_lines_and_not_the_run() {
+    fn a_full_disk_costs_metrics_but_not_the_run() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("metrics.jsonl");
         let mut metrics = MetricsFile::open(&path, 0).unwrap();

@@ -1,11 +1,11 @@
-//! The memory of this process.
+//! The memory of this process, from `/proc/self/status`.
 
-/// Resident memory in MiB; `None` where `/proc` does not say.
+/// Resident memory in MiB; `None` on systems without `/proc`.
 pub fn resident_memory_mib() -> Option<f64> {
     status("VmRSS:")
 }
 
-/// The most memory that the process ever held, in MiB; `None` where `/proc` does not say.
+/// Peak resident memory since the process started, in MiB; `None` on systems without `/proc`.
 pub fn peak_memory_mib() -> Option<f64> {
     status("VmHWM:")
 }

@@ -1,7 +1,7 @@
-//! The metrics of a run: one record for the dashboard, the log line, `metrics.jsonl` and TensorBoard alike.
+//! The metrics of a run: one record for the dashboard, the log line, `metrics.jsonl` and TensorBoard.
 //!
-//! A new metric needs a field of [`Metrics`] and its row of `METRICS` here, its value where it is measured (for what a
-//! step measures, `trainer/step_result.rs`), and, to be in the log line, a column in `console.rs`.
+//! To add a metric, give it a field of [`Metrics`] and a row of `METRICS` here, and set it where it is measured (what a step
+//! measures, in `trainer/step_result.rs`). A column in `console.rs` shows it in the log line as well.
 
 mod console;
 mod dashboard;
@@ -33,74 +33,74 @@ pub enum Split {
     Valid,
 }
 
-/// The metrics of one step or one validation; what was not measured is absent.
+/// The metrics of one step or one validation: a line of `metrics.jsonl`. What was not measured is absent from it.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Metrics {
-    /// Training or validation.
+    /// `train` or `valid`.
     pub split: Split,
-    /// Steps taken so far, this one included.
+    /// Steps taken so far, including this one.
     pub step: u64,
-    /// Tokens read so far.
+    /// Training tokens read so far over all ranks, without padding.
     pub tokens: u64,
-    /// Mean over the predicted tokens, nats.
+    /// Cross-entropy, the mean over the predicted tokens, in nats.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
     /// `e^loss`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub perplexity: Option<f64>,
-    /// The learning rate.
+    /// Learning rate of the step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
-    /// Global norm of the gradient before clipping.
+    /// Global L2 norm of the gradient before clipping.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grad_norm: Option<f64>,
-    /// Tokens read a second.
+    /// Tokens per second over all ranks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,
-    /// Resident memory of the process, MiB.
+    /// Resident memory of the process after the step, in MiB.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_mib: Option<f64>,
-    /// Load of the busiest expert over the mean load, the worst layer's.
+    /// Load of the busiest expert divided by the mean load of its layer; the largest over the layers. 1 is perfect balance.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expert_imbalance: Option<f64>,
-    /// Experts of all layers that got no token in the step.
+    /// Experts, over all layers, to which no token of the step was routed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_experts: Option<f64>,
-    /// The largest attention logit of all heads and layers.
+    /// The largest attention logit over all heads and layers, measured every `train.probe_every` steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_attention_logit: Option<f64>,
-    /// The share of attention logits above 100.
+    /// The share of attention logits above 100, the threshold of Kimi K2's QK-clip.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub share_above_100: Option<f64>,
-    /// RMS of Muon's last update, before the learning rate and without decay.
+    /// RMS of Muon's update, before the learning rate and without decay; every `train.probe_every` steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub update_rms_muon: Option<f64>,
-    /// RMS of AdamW's last update, before the learning rate and without decay.
+    /// RMS of AdamW's update, before the learning rate and without decay; every `train.probe_every` steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub update_rms_adamw: Option<f64>,
 }
 
-/// How one metric is shown.
+/// How a metric is named and shown.
 pub(crate) struct Metric {
-    /// Its name in files and on TensorBoard.
+    /// The key in `metrics.jsonl` and on TensorBoard.
     pub(crate) key: &'static str,
-    /// Its name on the dashboard.
+    /// The name on the dashboard.
     pub(crate) title: &'static str,
     pub(crate) unit: Option<&'static str>,
     pub(crate) higher_is_better: bool,
-    /// Whether validations have it too.
+    /// Whether a validation measures it too.
     pub(crate) validated: bool,
     pub(crate) value: fn(&Metrics) -> Option<f64>,
-    /// The plot at the end of a run; `None` for none.
+    /// The SVG that is drawn at the end of a run, if any.
     pub(crate) plot: Option<Plot>,
 }
 
 /// A plot of a metric over the steps.
 pub(crate) struct Plot {
-    /// The file's name without its extension.
+    /// The file name without its extension.
     pub(crate) file: &'static str,
     pub(crate) title: &'static str,
-    /// The legend of the training steps' curve; that of a validated metric has a second curve, "validation".
+    /// The legend of the curve of the training steps. A validated metric has a second curve, "validation".
     pub(crate) legend: &'static str,
 }
 
@@ -145,7 +145,7 @@ pub(crate) const METRICS: &[Metric] = &[
 ];
 
 impl Metrics {
-    /// Every metric that was measured, under its name on TensorBoard: `train/loss`.
+    /// Every metric that was measured, with its TensorBoard tag: `train/loss`.
     pub(crate) fn scalars(&self) -> impl Iterator<Item = (String, f64)> + '_ {
         let split = match self.split {
             Split::Train => "train",
@@ -154,16 +154,17 @@ impl Metrics {
         METRICS.iter().filter_map(move |metric| Some((format!("{split}/{}", metric.key), (metric.value)(self)?)))
     }
 
-    /// The balance of the experts' load: the worst layer's maximum over mean, and the number of experts without a
-    /// token; `None` for a dense model.
-    pub(crate) fn balance(loads: &[Option<Vec<u64>>]) -> Option<(f64, f64)> {
-        let of_layer = |load: &Vec<u64>| {
+    /// How evenly tokens are routed: the largest maximum over mean of a layer, and the number of experts without a token.
+    /// `None` for a dense model. `loads` are tokens for each expert of each layer.
+    pub(crate) fn expert_balance(loads: &[Option<Vec<u64>>]) -> Option<(f64, f64)> {
+        let imbalance = |load: &Vec<u64>| {
             let total: u64 = load.iter().sum();
             let largest = load.iter().copied().max().unwrap_or(0);
+            // A step in which a layer routed nothing has imbalance 0 and not NaN, which JSON could not hold.
             largest as f64 * load.len() as f64 / (total as f64).max(1.0)
         };
         let layers: Vec<&Vec<u64>> = loads.iter().flatten().collect();
-        let worst = layers.iter().map(|load| of_layer(load)).reduce(f64::max)?;
+        let worst = layers.iter().map(|load| imbalance(load)).reduce(f64::max)?;
         let dead = layers.iter().flat_map(|load| load.iter()).filter(|&&load| load == 0).count();
         Some((worst, dead as f64))
     }
@@ -174,14 +175,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn balance_is_of_the_worst_layer_and_dead_experts_are_counted() {
+    fn expert_balance_is_that_of_the_worst_layer_and_counts_dead_experts() {
         let loads = [None, Some(vec![4, 4, 4, 4]), Some(vec![0, 8, 8, 0])];
-        assert_eq!(Metrics::balance(&loads), Some((2.0, 2.0)));
-        assert_eq!(Metrics::balance(&[None]), None);
+        assert_eq!(Metrics::expert_balance(&loads), Some((2.0, 2.0)));
+        assert_eq!(Metrics::expert_balance(&[None]), None);
     }
 
     #[test]
-    fn a_record_holds_what_was_measured() {
+    fn a_record_contains_only_what_was_measured() {
         let metrics = Metrics { step: 3, tokens: 96, loss: Some(1.5), ..Metrics::default() };
         let json = serde_json::to_string(&metrics).unwrap();
         assert_eq!(json, r#"{"split":"train","step":3,"tokens":96,"loss":1.5}"#);

@@ -5,15 +5,15 @@ use crate::error::TrainError;
 
 /// Receives the metrics of a run from the training loop: the dashboard, log lines, `metrics.jsonl`, TensorBoard.
 ///
-/// A run that nobody watches, as on all ranks but the first, has an empty list of them.
+/// The ranks after the first one report nothing: their list of reporters is empty.
 pub(crate) trait Reporter {
     /// A step is about to start.
     fn begin_step(&mut self) {}
 
-    /// A step or a validation is over.
+    /// A step or a validation has ended.
     fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError>;
 
-    /// The run is over.
+    /// The run has ended.
     fn finish(&mut self) -> Result<(), TrainError> {
         Ok(())
     }
@@ -34,7 +34,7 @@ impl Reporter for Vec<Box<dyn Reporter>> {
     }
 }
 
-/// Passes on every validation, but of the training steps only one in `every`, and the last.
+/// Forwards every validation, but only one training step in `every`, and the last one.
 pub(crate) struct LogEvery<R> {
     pub(crate) every: u64,
     pub(crate) last_step: u64,
@@ -42,9 +42,13 @@ pub(crate) struct LogEvery<R> {
 }
 
 impl<R: Reporter> Reporter for LogEvery<R> {
+    fn begin_step(&mut self) {
+        self.reporter.begin_step();
+    }
+
     fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
-        let logged = metrics.step.is_multiple_of(self.every) || metrics.step == self.last_step;
-        if metrics.split == Split::Valid || logged { self.reporter.report(metrics) } else { Ok(()) }
+        let is_logged = metrics.step.is_multiple_of(self.every) || metrics.step == self.last_step;
+        if metrics.split == Split::Valid || is_logged { self.reporter.report(metrics) } else { Ok(()) }
     }
 
     fn finish(&mut self) -> Result<(), TrainError> {
@@ -59,9 +63,9 @@ mod tests {
 
     use super::*;
 
-    struct Seen(Rc<RefCell<Vec<(Split, u64)>>>);
+    struct Recorder(Rc<RefCell<Vec<(Split, u64)>>>);
 
-    impl Reporter for Seen {
+    impl Reporter for Recorder {
         fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
             self.0.borrow_mut().push((metrics.split, metrics.step));
             Ok(())
@@ -69,9 +73,9 @@ mod tests {
     }
 
     #[test]
-    fn one_step_in_so_many_is_logged_and_the_last_and_every_validation() {
+    fn every_nth_step_is_logged_and_the_last_one_and_every_validation() {
         let seen = Rc::new(RefCell::new(Vec::new()));
-        let reporters: Vec<Box<dyn Reporter>> = vec![Box::new(Seen(seen.clone()))];
+        let reporters: Vec<Box<dyn Reporter>> = vec![Box::new(Recorder(seen.clone()))];
         let mut log = LogEvery { every: 3, last_step: 7, reporter: reporters };
         for step in 1..=7 {
             log.report(&Metrics { step, ..Metrics::default() }).unwrap();

@@ -1,4 +1,4 @@
-//! Standard error under the dashboard.
+//! Standard error while the dashboard has the terminal.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -9,49 +9,50 @@ use rustix::io::dup;
 use rustix::pipe::pipe;
 use rustix::stdio::{dup2_stderr, stderr};
 
-/// Of more than this, the end is kept.
-const MOST: usize = 64 << 10;
+/// Bytes that are kept; of a longer text the end, which has the newest lines.
+const MAX_BYTES: usize = 64 << 10;
 
-/// Holds back what this process writes to stderr, and writes it there when dropped.
+/// Collects what this process writes to stderr, and writes it to the real stderr when dropped.
 pub(super) struct HeldStderr {
-    own: OwnedFd,
+    /// A duplicate of the real stderr.
+    original: OwnedFd,
     reader: Option<JoinHandle<Vec<u8>>>,
 }
 
 impl HeldStderr {
-    /// `None` where there is no stderr to hold.
+    /// `None` if stderr is closed.
     pub(super) fn hold() -> Option<Self> {
-        let own = dup(stderr()).ok()?;
+        let original = dup(stderr()).ok()?;
         let (read, write) = pipe().ok()?;
         dup2_stderr(&write).ok()?;
-        // Reads until `drop` puts the real one back, which closes the last writing end.
-        let reader = spawn(move || last_of(File::from(read)));
-        Some(Self { own, reader: Some(reader) })
+        // The thread reads until `drop` restores the real stderr: that closes the pipe's last writing end.
+        let reader = spawn(move || read_tail(File::from(read)));
+        Some(Self { original, reader: Some(reader) })
     }
 }
 
 impl Drop for HeldStderr {
     fn drop(&mut self) {
-        let restored = dup2_stderr(&self.own).is_ok();
+        let restored = dup2_stderr(&self.original).is_ok();
         if restored
             && let Some(reader) = self.reader.take()
             && let Ok(text) = reader.join()
         {
-            // The terminal may be gone.
+            // The terminal may be gone, and nothing is left to report that to.
             let _ = std::io::stderr().write_all(&text);
         }
     }
 }
 
-fn last_of(mut file: File) -> Vec<u8> {
+fn read_tail(mut file: File) -> Vec<u8> {
     let (mut text, mut chunk) = (Vec::new(), [0; 4096]);
     while let Ok(read @ 1..) = file.read(&mut chunk) {
         text.extend_from_slice(&chunk[..read]);
-        if text.len() > 2 * MOST {
-            text.drain(..text.len() - MOST);
+        if text.len() > 2 * MAX_BYTES {
+            text.drain(..text.len() - MAX_BYTES);
         }
     }
-    text.drain(..text.len().saturating_sub(MOST));
+    text.drain(..text.len().saturating_sub(MAX_BYTES));
     text
 }
 
@@ -68,9 +69,9 @@ mod tests {
                 writeln!(write, "line {line:06}").unwrap();
             }
         });
-        let text = last_of(File::from(read));
+        let text = read_tail(File::from(read));
         writer.join().unwrap();
-        assert_eq!(text.len(), MOST);
+        assert_eq!(text.len(), MAX_BYTES);
         assert!(text.ends_with(b"line 019999\n"));
     }
 }

@@ -1,6 +1,6 @@
-//! Standard error under the dashboard, where it cannot be replaced.
+//! Standard error under the dashboard, on systems where it cannot be redirected: it stays as it is.
 
-/// Nothing is held back.
+/// Holds nothing back.
 pub(super) struct HeldStderr;
 
 impl HeldStderr {

@@ -1,6 +1,6 @@
 //! What to change in a run so that it fits.
 
-use super::{MemorySettings, Plan};
+use super::{MemorySettings, MemoryPlan};
 
 /// A change, with all before it, and what the run needs then.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,7 +66,7 @@ const LADDER: &[Change] = &[
     },
 ];
 
-impl Plan {
+impl MemoryPlan {
     /// Changes, one upon the other, until the run fits into `budget` bytes or nothing is left to change. Those that it
     /// fits without are left out.
     pub fn advice(&self, budget: u64) -> Vec<Advice> {
@@ -96,7 +96,7 @@ impl Plan {
         let mut taken = Vec::new();
         for change in changes {
             let Some((change, changed)) = change(&settings) else { continue };
-            let peak = Plan::new(self.config.clone(), changed.clone()).peak();
+            let peak = MemoryPlan::new(self.config.clone(), changed.clone()).peak();
             settings = changed;
             taken.push(Advice { change, peak });
         }
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     /// Moonlight-16B in bf16 with f32 masters, one sequence of 4096 tokens a micro-batch, on a GPU.
-    fn sixteen() -> Plan {
+    fn sixteen() -> MemoryPlan {
         let settings = MemorySettings {
             batch: 1,
             sequence: 4096,
@@ -132,7 +132,7 @@ mod tests {
             packed: None,
             probed: false,
         };
-        Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), settings)
+        MemoryPlan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), settings)
     }
 
     #[test]

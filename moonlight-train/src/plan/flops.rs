@@ -57,7 +57,7 @@ pub fn newton_schulz_flops(config: &ModelConfig, steps: usize, symmetric: bool) 
 
 /// From how many tokens a step on an optimizer of so many operations takes no more than `share` of them, where a token
 /// takes `token`.
-pub fn tokens_until(share: f64, optimizer: f64, token: f64) -> u64 {
+pub fn tokens_for_share(share: f64, optimizer: f64, token: f64) -> u64 {
     (optimizer * (1.0 - share) / (share * token)).ceil() as u64
 }
 
@@ -88,7 +88,7 @@ mod tests {
     fn at_so_many_tokens_the_share_is_what_was_asked_for() {
         for preset in ["bench-small", "moonlight-16b-a3b"] {
             let (optimizer, token) = numbers(preset, 512);
-            let tokens = tokens_until(0.1, optimizer, token) as f64;
+            let tokens = tokens_for_share(0.1, optimizer, token) as f64;
             let share = |tokens: f64| optimizer / (optimizer + tokens * token);
             assert!(share(tokens) <= 0.1 && share(tokens - 1.0) > 0.1, "{preset}");
         }

@@ -26,7 +26,7 @@ use crate::frozen::frozen_parameters;
 use crate::recipe::{Checkpointing, LoraRecipe, ModelDtype, OptimizerName, Recipe};
 
 pub use advice::Advice;
-pub use flops::{TokenFlops, newton_schulz_flops, tokens_until};
+pub use flops::{TokenFlops, newton_schulz_flops, tokens_for_share};
 pub use multi_gpu::{Cluster, MultiGpuPlan, Quantity};
 pub use step_memory::{MemoryPart, MemorySettings, StepPhase, UpdatedBy};
 pub use system_memory::available_memory;
@@ -48,7 +48,7 @@ impl MemorySettings {
     /// # Errors
     ///
     /// A pattern of `train.freeze` that does not fit the model.
-    pub fn of_recipe(recipe: &Recipe, config: &ModelConfig, cpu: bool, threads: Threads) -> Result<Self, TrainError> {
+    pub fn for_recipe(recipe: &Recipe, config: &ModelConfig, cpu: bool, threads: Threads) -> Result<Self, TrainError> {
         let half = match recipe.model.dtype {
             ModelDtype::Bf16 | ModelDtype::F16 => true,
             ModelDtype::Auto if !cpu => config.dtype.as_deref().is_some_and(|dtype| dtype != "float32"),
@@ -84,7 +84,7 @@ impl MemorySettings {
 
 /// What a run needs.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub struct MemoryPlan {
     /// The model's shape.
     pub config: ModelConfig,
     /// How it trains.
@@ -92,7 +92,7 @@ pub struct Plan {
     phases: Vec<StepPhase>,
 }
 
-impl Plan {
+impl MemoryPlan {
     /// The plan of a shape under a settings.
     pub fn new(config: ModelConfig, settings: MemorySettings) -> Self {
         let phases = step_memory::phases(&config, &settings);
@@ -104,11 +104,11 @@ impl Plan {
     /// # Errors
     ///
     /// A tokenizer, a model or a device that does not open.
-    pub fn of_recipe(recipe: &Recipe, threads: Threads) -> Result<Self, TrainError> {
+    pub fn for_recipe(recipe: &Recipe, threads: Threads) -> Result<Self, TrainError> {
         let tokenizer = recipe.data.open_tokenizer()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
         let cpu = Target::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
-        let settings = MemorySettings::of_recipe(recipe, &config, cpu, threads)?;
+        let settings = MemorySettings::for_recipe(recipe, &config, cpu, threads)?;
         Ok(Self::new(config, settings))
     }
 

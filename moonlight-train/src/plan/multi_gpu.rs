@@ -8,7 +8,7 @@ use moonlight_model::config::ParameterKind;
 use serde::Serialize;
 
 use super::flops::{is_muon_parameter, newton_schulz_flops};
-use super::{MemoryPart, Plan};
+use super::{MemoryPart, MemoryPlan};
 
 /// What a run is asked about.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -53,7 +53,7 @@ pub struct MultiGpuPlan {
 
 impl MultiGpuPlan {
     /// Works it out.
-    pub fn new(plan: &Plan, cluster: Cluster) -> Self {
+    pub fn new(plan: &MemoryPlan, cluster: Cluster) -> Self {
         let settings = &plan.settings;
         let shapes = plan.config.parameter_shapes();
         let (mut muon, mut adamw) = (0_u64, 0_u64);
@@ -205,7 +205,7 @@ mod tests {
             lora: None,
             packed: None,
         };
-        let plan = Plan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), settings);
+        let plan = MemoryPlan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), settings);
         let tokens = 2048 * 8192;
         MultiGpuPlan::new(&plan, Cluster { workers, link: 50e9, matmul: 989e12, tokens, flat, gather_bytes: 2 })
     }

@@ -1,4 +1,4 @@
-//! `docs/memory.md` and the README's table of Moonlight-16B say what the code computes.
+//! The manual's page on memory and its table of what fits Moonlight-16B contain what the code computes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use super::activation_memory::{of_head, of_layer};
 use super::*;
 
+const PAGE: &str = "docs/src/concepts/memory.md";
+const TABLE: &str = "docs/src/guides/what-fits.md";
 const MODEL: &str = "path = \"moonshotai/Moonlight-16B-A3B\"";
 
 /// A way to fine-tune Moonlight-16B: its name, its recipe, and what is laid over it.
@@ -30,7 +32,7 @@ fn root() -> PathBuf {
 }
 
 /// The plan of a way on a GPU.
-fn plan((_, file, sets): Way, sequence: usize) -> Plan {
+fn plan((_, file, sets): Way, sequence: usize) -> MemoryPlan {
     let config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
     let model = tempfile::tempdir().unwrap();
     fs::write(model.path().join("config.json"), config.to_json()).unwrap();
@@ -41,8 +43,8 @@ fn plan((_, file, sets): Way, sequence: usize) -> Plan {
     let mut sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     sets.push(format!("data.sequence_length={sequence}"));
     let recipe = Recipe::parse(&text, &path, &sets).unwrap();
-    let settings = MemorySettings::of_recipe(&recipe, &config, false, Threads(1)).unwrap();
-    Plan::new(config, settings)
+    let settings = MemorySettings::for_recipe(&recipe, &config, false, Threads(1)).unwrap();
+    MemoryPlan::new(config, settings)
 }
 
 fn gigabytes(bytes: u64) -> String {
@@ -64,8 +66,8 @@ fn grouped(number: u64) -> String {
 
 #[test]
 fn the_page_ends_in_what_the_code_computes() {
-    let page = fs::read_to_string(root().join("docs/memory.md")).unwrap();
-    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let page = fs::read_to_string(root().join(PAGE)).unwrap();
+    let table = fs::read_to_string(root().join(TABLE)).unwrap();
     let mut missing = Vec::new();
     for way in WAYS {
         let mut both = Vec::new();
@@ -76,15 +78,15 @@ fn the_page_ends_in_what_the_code_computes() {
             let (name, tokens, total) = (way.0, grouped(sequence as u64), gigabytes(moment.total()));
             let row = format!("| {name} | {tokens} | {} | {} | **{total}** |", moment.what, parts.join(" | "));
             if !page.contains(&row) {
-                missing.push(format!("docs/memory.md lacks {row}"));
+                missing.push(format!("`{PAGE}` lacks {row}"));
             }
             both.push(format!("{:.1}", plan.peak() as f64 / 1e9));
         }
-        // The README's table gives two ways in one line, a decimal each.
+        // The table gives two ways in one line, a decimal each.
         let line =
-            |text: &str| readme.lines().any(|line| both.iter().all(|of| line.contains(of)) && line.contains(text));
+            |text: &str| table.lines().any(|line| both.iter().all(|of| line.contains(of)) && line.contains(text));
         if !line("GB |") {
-            missing.push(format!("README.md lacks {both:?} of {}", way.0));
+            missing.push(format!("`{TABLE}` lacks {both:?} of {}", way.0));
         }
     }
     assert!(missing.is_empty(), "{}", missing.join("\n"));
@@ -92,7 +94,7 @@ fn the_page_ends_in_what_the_code_computes() {
 
 #[test]
 fn what_the_page_works_out_is_what_the_code_computes() {
-    let page = fs::read_to_string(root().join("docs/memory.md")).unwrap();
+    let page = fs::read_to_string(root().join(PAGE)).unwrap();
     let mut numbers = Vec::new();
     let mut values = |number: u64| numbers.push(number);
     for sequence in LENGTHS {
@@ -113,7 +115,7 @@ fn what_the_page_works_out_is_what_the_code_computes() {
     let (kept, logits) = of_head(config, 1024, false);
     [config.parameter_count().total, kept, logits].into_iter().for_each(&mut values);
     let missing: Vec<String> = numbers.into_iter().map(grouped).filter(|number| !page.contains(number)).collect();
-    assert!(missing.is_empty(), "docs/memory.md lacks {missing:?}");
+    assert!(missing.is_empty(), "`{PAGE}` lacks {missing:?}");
 }
 
 #[test]
@@ -123,8 +125,8 @@ fn adamuon_keeps_a_second_moment_of_each_value() {
         let sets = [format!("optimizer.adaptive={variant}")];
         let recipe = Recipe::parse(text, std::path::Path::new("recipe.toml"), &sets).unwrap();
         let config = recipe.model.config(0).unwrap();
-        let setting = MemorySettings::of_recipe(&recipe, &config, false, Threads(1)).unwrap();
-        Plan::new(config, setting).largest_phase().of(MemoryPart::OptimizerState)
+        let setting = MemorySettings::for_recipe(&recipe, &config, false, Threads(1)).unwrap();
+        MemoryPlan::new(config, setting).largest_phase().of(MemoryPart::OptimizerState)
     };
     let (plain, ada) = (state("off"), state("ada_muon"));
     assert_eq!(state("nor_muon"), plain);

@@ -29,7 +29,7 @@ pub enum DataFormat {
 /// What to do with a record that is longer than `sequence_length` and cannot be cut into sequences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum TooLong {
+pub enum LongRecords {
     /// Stop, and name the record.
     Error,
     /// Keep its first `sequence_length` tokens.
@@ -41,7 +41,7 @@ pub enum TooLong {
 /// What to do with a record that is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Broken {
+pub enum BrokenRecords {
     /// Stop, and name the record.
     Error,
     /// Leave it out, count it, and name the first few.
@@ -171,9 +171,9 @@ pub struct DataConfig {
     /// Whether the sequences of each epoch come in a new order, given by `run.seed`.
     pub shuffle: bool,
     /// What happens, with `pack = false` or `format = "chat"`, to a record longer than `sequence_length`.
-    pub too_long: TooLong,
+    pub too_long: LongRecords,
     /// What happens to a record that is wrong. A file that is of another format, or ends too early, is an error whatever this says.
-    pub broken: Broken,
+    pub broken: BrokenRecords,
     /// Bytes of files to take, spread by hash of their path, for training and again for validation; 0 for all.
     pub max_bytes: u64,
     /// Files larger than this many bytes are left out; 0 for no limit.
@@ -198,8 +198,8 @@ impl Default for DataConfig {
             sequence_length: 1024,
             pack: true,
             shuffle: true,
-            too_long: TooLong::Error,
-            broken: Broken::Error,
+            too_long: LongRecords::Error,
+            broken: BrokenRecords::Error,
             max_bytes: 0,
             max_file_bytes: 0,
             max_tokens: 0,

@@ -8,7 +8,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::check::Check;
-use super::reader::flat;
+use super::reader::read_flattened;
 use super::schema::merged;
 
 const DESCRIPTION: &str = "Several workers train one model, each on its share of every step's sequences and with its part of the \
@@ -51,7 +51,7 @@ impl Default for DistributedRecipe {
 
 impl<'de> Deserialize<'de> for DistributedRecipe {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let (keys, optimizer) = flat(deserializer)?;
+        let (keys, optimizer) = read_flattened(deserializer)?;
         Ok(Self::of(keys, optimizer))
     }
 }

@@ -13,7 +13,7 @@ use super::RecipeError;
 
 /// Where a value was written.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Place {
+pub(super) enum Location {
     /// A file; of a value that nobody wrote.
     File(Arc<str>),
     /// A line of a file, counted from 1.
@@ -22,7 +22,7 @@ pub(super) enum Place {
     Set(Arc<str>),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(file) => write!(f, "{file}"),
@@ -35,7 +35,7 @@ impl fmt::Display for Place {
 /// A value and where it was written.
 #[derive(Debug, Clone)]
 pub(super) struct Node {
-    pub(super) place: Place,
+    pub(super) place: Location,
     pub(super) item: Item,
 }
 
@@ -53,19 +53,19 @@ impl Node {
     pub(super) fn parse(text: &str, file: &str) -> Result<Self, RecipeError> {
         let file = Arc::from(file);
         let line = |byte: usize| text.as_bytes().iter().take(byte).filter(|&&byte| byte == b'\n').count() + 1;
-        let place = |byte: usize| Place::Line(Arc::clone(&file), line(byte));
+        let place = |byte: usize| Location::Line(Arc::clone(&file), line(byte));
         let syntax = |error: toml::de::Error| RecipeError::Syntax {
             place: place(error.span().map_or(0, |span| span.start)).to_string(),
             problem: error.message().to_owned(),
         };
         let table = DeTable::parse(text).map_err(syntax)?;
         let item = Item::Table(entries(table.into_inner(), &place).map_err(syntax)?);
-        Ok(Self { place: Place::File(file.clone()), item })
+        Ok(Self { place: Location::File(file.clone()), item })
     }
 
     /// Lays `section.key=value` over the tree. The value is TOML; what is not (a bare word, a path) is a string.
     pub(super) fn set(&mut self, assignment: &str) -> Result<(), RecipeError> {
-        let place = Place::Set(assignment.into());
+        let place = Location::Set(assignment.into());
         let syntax = |problem: &str| RecipeError::Syntax { place: place.to_string(), problem: problem.to_owned() };
         let (path, text) =
             assignment.split_once('=').ok_or_else(|| syntax("there is no `=`: write section.key=value"))?;
@@ -95,7 +95,7 @@ impl Node {
     }
 
     /// The entry of a table; anything else than a table becomes an empty one. A new entry is an empty table, too.
-    fn entry(&mut self, key: &str, place: &Place) -> &mut Self {
+    fn entry(&mut self, key: &str, place: &Location) -> &mut Self {
         let empty = || Self { place: place.clone(), item: Item::Table(BTreeMap::new()) };
         if !matches!(self.item, Item::Table(_)) {
             *self = empty();
@@ -134,7 +134,7 @@ impl Node {
     }
 
     /// The place of a key; that of its section, or of the file, where the key is a default.
-    pub(super) fn place(&self, path: &str) -> &Place {
+    pub(super) fn place(&self, path: &str) -> &Location {
         match (self.get(path), path.rfind(['.', '['])) {
             (Some(node), _) => &node.place,
             (None, Some(end)) => self.place(&path[..end]),
@@ -161,7 +161,7 @@ impl Node {
     }
 
     /// A value with one place for all of it.
-    fn of_value(value: Value, place: &Place) -> Self {
+    fn of_value(value: Value, place: &Location) -> Self {
         let item = match value {
             Value::Array(list) => Item::List(list.into_iter().map(|value| Self::of_value(value, place)).collect()),
             Value::Table(table) => {
@@ -174,7 +174,7 @@ impl Node {
 }
 
 /// The node of a parsed value. A table's entries stand where their keys do.
-fn node(value: Spanned<DeValue<'_>>, at: Place, place: &dyn Fn(usize) -> Place) -> Result<Node, toml::de::Error> {
+fn node(value: Spanned<DeValue<'_>>, at: Location, place: &dyn Fn(usize) -> Location) -> Result<Node, toml::de::Error> {
     let item = match value.get_ref() {
         DeValue::Table(_) | DeValue::Array(_) => match value.into_inner() {
             DeValue::Table(table) => Item::Table(entries(table, place)?),
@@ -192,7 +192,7 @@ fn node(value: Spanned<DeValue<'_>>, at: Place, place: &dyn Fn(usize) -> Place) 
     Ok(Node { place: at, item })
 }
 
-fn entries(table: DeTable<'_>, place: &dyn Fn(usize) -> Place) -> Result<BTreeMap<String, Node>, toml::de::Error> {
+fn entries(table: DeTable<'_>, place: &dyn Fn(usize) -> Location) -> Result<BTreeMap<String, Node>, toml::de::Error> {
     let entry = |(key, value): (Spanned<DeString<'_>>, _)| {
         let at = place(key.span().start);
         Ok((key.into_inner().into_owned(), node(value, at, place)?))
@@ -212,11 +212,11 @@ mod tests {
     fn values_know_their_lines() {
         let text = "# a recipe\n[train]\n\nsteps = 3\n[schedule]\n[[schedule.stages]]\nto = 1\n";
         let tree = Node::parse(text, "r").unwrap();
-        assert_eq!(*tree.place("train.steps"), Place::Line("r".into(), 4));
-        assert_eq!(*tree.place("train.keep"), Place::Line("r".into(), 2));
-        assert_eq!(*tree.place("schedule.stages"), Place::Line("r".into(), 6));
-        assert_eq!(*tree.place("schedule.stages[0].to"), Place::Line("r".into(), 7));
-        assert_eq!(*tree.place("run.name"), Place::File("r".into()));
+        assert_eq!(*tree.place("train.steps"), Location::Line("r".into(), 4));
+        assert_eq!(*tree.place("train.keep"), Location::Line("r".into(), 2));
+        assert_eq!(*tree.place("schedule.stages"), Location::Line("r".into(), 6));
+        assert_eq!(*tree.place("schedule.stages[0].to"), Location::Line("r".into(), 7));
+        assert_eq!(*tree.place("run.name"), Location::File("r".into()));
     }
 
     #[test]
@@ -243,8 +243,8 @@ mod tests {
         tree.set("model.rope.factor=4").unwrap();
         let rope = value(&tree, "model.rope");
         assert_eq!((rope["factor"].as_integer(), rope["type"].as_str()), (Some(4), Some("yarn")));
-        assert_eq!(*tree.place("model.rope.factor"), Place::Set("model.rope.factor=4".into()));
-        assert_eq!(*tree.place("model.rope.type"), Place::Line("r".into(), 2));
+        assert_eq!(*tree.place("model.rope.factor"), Location::Set("model.rope.factor=4".into()));
+        assert_eq!(*tree.place("model.rope.type"), Location::Line("r".into(), 2));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::Recipe;
 use super::check::Check;
-use super::reader::flat;
+use super::reader::read_flattened;
 use super::run::optional_path;
 use super::schema::merged;
 
@@ -36,7 +36,7 @@ struct Keys {
 
 impl<'de> Deserialize<'de> for LoraRecipe {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let (Keys { path }, adapters) = flat(deserializer)?;
+        let (Keys { path }, adapters) = read_flattened(deserializer)?;
         Ok(Self { path, adapters })
     }
 }

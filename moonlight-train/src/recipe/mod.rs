@@ -1,7 +1,7 @@
 //! Recipes: one strict TOML file says everything about a run.
 //!
 //! A section is a struct with serde's derives; its field names are the keys, its `Default` has the defaults, its docs are what
-//! editors and `docs/recipe.md` show, and its `check` has what a type cannot say. Reading has two parts:
+//! editors and `docs/src/reference/recipe.md` show, and its `check` has what a type cannot say. Reading has two parts:
 //!
 //! 1. [`Draft::parse`] reads text, lays `--set section.key=value` over it, and checks every key by itself and beside the others. It
 //!    touches no disk. An unknown key, a wrong type or an impossible value is an error that names the key and the line.
@@ -34,7 +34,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use data::{Bos, Broken, DataConfig, DataFormat, NO_TOKENIZER, TokenizerName, TooLong};
+pub use data::{Bos, BrokenRecords, DataConfig, DataFormat, LongRecords, NO_TOKENIZER, TokenizerName};
 pub use distributed::DistributedRecipe;
 pub use error::RecipeError;
 pub use eval::EvalConfig;
@@ -48,7 +48,7 @@ pub use train::{Checkpointing, MoeRecipe, TrainConfig};
 use check::Check;
 use document::Node;
 
-use crate::data::MOST_TOKENS;
+use crate::data::MAX_STEP_TOKENS;
 use crate::schedule::{AccumulationChange, ScheduleConfig};
 
 /// A resolved recipe: what `moonlight train` was asked to do.
@@ -222,7 +222,7 @@ impl Recipe {
             self.schedule.accumulation.iter().map(|change| ("schedule.accumulation", change.gradient_accumulation));
         for (key, passes) in std::iter::once(("train.gradient_accumulation", gradient_accumulation)).chain(later) {
             let tokens = sequence.iter().try_fold(passes, |product, &factor| product.checked_mul(factor));
-            check.require(key, tokens.is_some_and(|tokens| tokens as u64 <= MOST_TOKENS), || {
+            check.require(key, tokens.is_some_and(|tokens| tokens as u64 <= MAX_STEP_TOKENS), || {
                 format!(
                     "is {passes}; with {batch_size} sequences of {} tokens a step has more than 2^32 tokens",
                     sequence[1]

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::RecipeError;
 use super::check::Check;
-use super::reader::flat;
+use super::reader::read_flattened;
 use super::run::optional_path;
 use super::schema::merged;
 use crate::hints::checkpoint_hint;
@@ -113,7 +113,7 @@ impl Quantise {
 
 impl<'de> Deserialize<'de> for ModelRecipe {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let (Keys { dtype, quantise, path, preset }, shape) = flat(deserializer)?;
+        let (Keys { dtype, quantise, path, preset }, shape) = read_flattened(deserializer)?;
         Ok(Self { dtype, quantise, path, preset, shape, place: String::new(), held: None })
     }
 }

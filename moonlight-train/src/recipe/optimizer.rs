@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 use serde_json::{Map, Value};
 
 use super::check::Check;
-use super::reader::flat;
+use super::reader::read_flattened;
 use super::schema::merged;
 
 const DESCRIPTION: &str = "Muon or AdamW. Its keys are those of `MuonConfig` and `AdamWConfig`, in one table. Defaults are those of \
@@ -78,7 +78,7 @@ impl Default for Keys {
 
 impl<'de> Deserialize<'de> for OptimizerRecipe {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let (keys, adamw, muon) = flat(deserializer)?;
+        let (keys, adamw, muon) = read_flattened(deserializer)?;
         Ok(Self::of(keys, muon, adamw))
     }
 }

@@ -29,12 +29,12 @@ pub(super) fn read<'de, T: Deserialize<'de>>(root: &'de Node) -> Result<T, Recip
 
 const TWO_TO_53: f64 = 9_007_199_254_740_992.0;
 
-/// The name by which [`flat`] makes itself known to the reader.
-const FLAT: &str = "$flat";
+/// The name by which [`read_flattened`] makes itself known to the reader.
+const FLATTENED: &str = "$flat";
 
 /// Reads a tuple of structs from the keys of one table: each struct takes those of its keys that none before it took, and a map
 /// takes those that are left. What `#[serde(flatten)]` is for, which would lose the places of errors.
-pub(super) fn flat<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
+pub(super) fn read_flattened<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
     struct Parts<T>(std::marker::PhantomData<T>);
     impl<'de, T: Deserialize<'de>> Visitor<'de> for Parts<T> {
         type Value = T;
@@ -47,7 +47,7 @@ pub(super) fn flat<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer:
             T::deserialize(deserializer)
         }
     }
-    deserializer.deserialize_newtype_struct(FLAT, Parts(std::marker::PhantomData))
+    deserializer.deserialize_newtype_struct(FLATTENED, Parts(std::marker::PhantomData))
 }
 
 /// What is wrong with a value, and where, once that is known.
@@ -147,7 +147,7 @@ struct Reader<'de, 'p> {
     node: &'de Node,
     /// `section.list[0].key`.
     path: String,
-    /// Within [`flat`]: the keys that are taken.
+    /// Within [`read_flattened`]: the keys that are taken.
     parts: Option<&'p RefCell<Vec<&'static str>>>,
 }
 
@@ -241,7 +241,7 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
     }
 
     fn deserialize_newtype_struct<V: Visitor<'de>>(self, name: &'static str, visitor: V) -> Result<V::Value, Error> {
-        if name == FLAT {
+        if name == FLATTENED {
             let taken = RefCell::new(Vec::new());
             return visitor.visit_newtype_struct(Reader { parts: Some(&taken), ..self });
         }

@@ -1,4 +1,4 @@
-//! `configs/recipe.schema.json` and `docs/recipe.md`, made from the schema, and the test that they are current.
+//! `configs/recipe.schema.json` and `docs/src/reference/recipe.md`, made from the schema, and the test that they are current.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -31,7 +31,7 @@ fn the_schema_is_current() {
 
 #[test]
 fn the_reference_page_is_current() {
-    is_current("docs/recipe.md", &page(&schema().to_value()));
+    is_current("docs/src/reference/recipe.md", &page(&schema().to_value()));
 }
 
 /// Every recipe says which schema an editor checks it by.

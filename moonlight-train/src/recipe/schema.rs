@@ -8,7 +8,7 @@ use schemars::generate::SchemaSettings;
 use schemars::transform::{RecursiveTransform, Transform};
 use serde_json::{Map, Value, json};
 
-use super::document::{Item, Node, Place};
+use super::document::{Item, Location, Node};
 use super::reader::nearest;
 use super::{Recipe, RecipeError};
 
@@ -28,7 +28,7 @@ fn strings_or_one(schema: &mut Schema) {
     }
 }
 
-/// The schema of structs that are read from one table by [`flat`](super::reader::flat): a key is the first's that has it.
+/// The schema of structs that are read from one table by [`read_flattened`](super::reader::read_flattened): a key is the first's that has it.
 pub(super) fn merged<const N: usize>(description: &str, parts: [Schema; N]) -> Schema {
     let mut properties = Map::new();
     for part in parts {
@@ -119,8 +119,8 @@ pub(super) fn unknown_key(document: &Node) -> Option<RecipeError> {
         );
     }
     found.sort_by_key(|(place, _)| match place {
-        Place::Line(_, line) => *line,
-        Place::File(_) | Place::Set(_) => usize::MAX,
+        Location::Line(_, line) => *line,
+        Location::File(_) | Location::Set(_) => usize::MAX,
     });
     found.into_iter().next().map(|(_, error)| error)
 }
@@ -132,7 +132,7 @@ fn unknown_in(
     root: &Value,
     path: &str,
     elsewhere: &dyn Fn(&str) -> Option<String>,
-    found: &mut Vec<(Place, RecipeError)>,
+    found: &mut Vec<(Location, RecipeError)>,
 ) {
     let known = Known::of(schemas, root);
     match &node.item {

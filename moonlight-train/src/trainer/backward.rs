@@ -1,15 +1,15 @@
 //! Forward and backward of one micro-batch in stages: the head in chunks of tokens, then the layers from the last to the
 //! first, then the embedding. A [`GradientSink`] receives the gradients of each stage as soon as they exist.
 //!
-//! Three kinds of memory are at stake (`b` sequences of `t` tokens, `h` wide, `v` in the vocabulary):
+//! The stages bound three kinds of memory (`b` sequences of `t` tokens, hidden size `h`, vocabulary `v`):
 //!
-//! * Activations. The graph keeps those of all layers at once or, with `recompute`, of one layer: only each layer's input is
-//!   kept, `b t h` elements, and the layer runs a second time before its backward pass.
-//! * Logits and their gradient, `2 b t v`: with `loss_chunk_tokens = c`, `2 c v`.
-//! * Gradients. A sink that updates a layer and frees its gradient holds one layer's at a time.
+//! * Activations. The graph keeps those of all layers, or with `recompute` those of one layer: only each layer's input stays
+//!   in memory, `b t h` elements, and the layer runs a second time before its backward pass.
+//! * Logits and their gradient: `2 b t v` elements, or with `loss_chunk_tokens = c` `2 c v`.
+//! * Gradients. A sink that updates a layer and frees its gradients holds those of one layer at a time.
 //!
-//! The gradient is the same in all of them, except for the order in which a weight's gradient is summed over the chunks of
-//! the head.
+//! The gradients are the same in every case, except for the order in which the head's are summed over its chunks, and a
+//! layer input's over the layer's branches.
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
@@ -21,47 +21,50 @@ use moonlight_optim::distributed::CollectiveError;
 use super::model_cell::ModelCell;
 use super::step_error::{NonFinite, StepError};
 
-/// How memory is traded for time.
+/// What a step recomputes or splits to need less memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryOptions {
-    /// Whether each layer runs again for its gradient.
+    /// Whether each layer runs a second time for its gradient (`train.activation_checkpointing = "block"`).
     pub recompute: bool,
-    /// Tokens that the head processes at a time; 0 for all.
+    /// Tokens whose logits are in memory at once; 0 for all of a micro-batch.
     pub loss_chunk_tokens: usize,
 }
 
-/// One forward and backward pass of a step.
+/// The input of one forward and backward pass.
 #[derive(Debug)]
 pub(crate) struct MicroBatch {
     pub(crate) batch: LmBatch,
-    /// Factor on the sum of losses: one over the predicted tokens of the whole step.
+    /// The factor on the sum of losses: 1 over the predicted tokens of the whole step, on all ranks. So gradients of
+    /// micro-batches and ranks add up to that of the step's mean loss without a division at the end.
     pub(crate) loss_scale: f64,
-    /// Weight of the balance loss.
+    /// Weight of the sequence-wise balance loss.
     pub(crate) balance_weight: f64,
-    /// Factor on the balance loss: this batch's share of the step's sequences.
+    /// The factor on the balance loss, a mean over sequences: this micro-batch's share of the step's sequences.
     pub(crate) balance_scale: f64,
     pub(crate) probe: Probe,
 }
 
 /// Receives the gradients of a micro-batch, stage by stage.
 pub(crate) trait GradientSink {
-    /// The model as it is now. The parameters of stages that are still to come are those of the forward pass.
+    /// The model as it is now. A sink may have updated the parameters of earlier stages; those of later stages are the ones
+    /// that the forward pass used.
     fn model(&self) -> &CausalLm;
 
-    /// The gradients of one stage, of parameters that no later stage has.
+    /// Receives the gradients of one stage. No later stage has gradients of these parameters.
     fn add(&mut self, gradients: GradientsParams) -> Result<(), CollectiveError>;
 
-    /// The next micro-batch is the last one of the step.
+    /// Announces that the next micro-batch is the last one of the step.
     fn last_pass(&mut self) {}
 
-    /// Whether other ranks wait for the gradients of every stage, so that a non-finite loss must not end the pass early.
-    fn must_finish(&self) -> bool {
+    /// Whether a pass with a non-finite loss must still run to its end, because other ranks wait in the collectives that its
+    /// gradients start.
+    fn must_finish_pass(&self) -> bool {
         false
     }
 }
 
-/// Sums the gradients of this rank's micro-batches. Those of the last one's stages go to the optimizer one by one: with
-/// several ranks they are reduced while the backward pass runs on.
+/// Sums the gradients of this rank's micro-batches. In the last one, each stage's sums go to the optimizer at once: with
+/// several ranks they are reduced while the backward pass continues.
 pub(crate) struct ReducingSink<'a> {
     model: &'a CausalLm,
     optimizer: &'a mut MuonAdamW,
@@ -71,7 +74,7 @@ pub(crate) struct ReducingSink<'a> {
 enum Sums {
     /// More micro-batches follow.
     Accumulating(GradientsAccumulator<CausalLm>),
-    /// The sums over all micro-batches but the last.
+    /// The last micro-batch runs; these are the sums over the ones before it.
     Earlier(GradientsParams),
 }
 
@@ -80,7 +83,7 @@ impl<'a> ReducingSink<'a> {
         Self { model, optimizer, sums: Sums::Accumulating(GradientsAccumulator::new()) }
     }
 
-    /// Passes on the sums of parameters that have no gradient in the last micro-batch.
+    /// Hands over the sums of parameters that had no gradient in the last micro-batch.
     pub(crate) fn finish(self) {
         if let Sums::Earlier(rest) = self.sums {
             self.optimizer.offer(self.model, rest);
@@ -97,9 +100,9 @@ impl GradientSink for ReducingSink<'_> {
         match &mut self.sums {
             Sums::Accumulating(sums) => sums.accumulate(self.model, gradients),
             Sums::Earlier(earlier) => {
-                let mut adding = Adding { earlier, new: gradients, sums: GradientsParams::new() };
-                self.model.visit(&mut adding);
-                let sums = adding.sums;
+                let mut stage = SumStage { earlier, new: gradients, sums: GradientsParams::new() };
+                self.model.visit(&mut stage);
+                let sums = stage.sums;
                 self.optimizer.offer(self.model, sums);
             }
         }
@@ -112,19 +115,20 @@ impl GradientSink for ReducingSink<'_> {
         }
     }
 
-    fn must_finish(&self) -> bool {
+    fn must_finish_pass(&self) -> bool {
         self.optimizer.worker().size() > 1
     }
 }
 
-/// Adds the gradients of one stage to the earlier micro-batches', in the order of Burn's `GradientsAccumulator`.
-struct Adding<'a> {
+/// Adds the gradients of one stage to the sums of the earlier micro-batches. Each sum is `earlier + new`, as in Burn's
+/// `GradientsAccumulator`, so that the bits do not depend on when the optimizer gets it.
+struct SumStage<'a> {
     earlier: &'a mut GradientsParams,
     new: GradientsParams,
     sums: GradientsParams,
 }
 
-impl ModuleVisitor for Adding<'_> {
+impl ModuleVisitor for SumStage<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(new) = self.new.remove::<D>(param.id) else { return };
         let sum = match self.earlier.remove::<D>(param.id) {
@@ -135,7 +139,7 @@ impl ModuleVisitor for Adding<'_> {
     }
 }
 
-/// Updates each stage's parameters as soon as their gradients exist, and frees these.
+/// Updates each stage's parameters as soon as their gradients exist, and frees the gradients.
 pub(crate) struct UpdatingSink<'a> {
     model: &'a mut ModelCell,
     optimizer: &'a mut MuonAdamW,
@@ -166,15 +170,15 @@ impl GradientSink for UpdatingSink<'_> {
     }
 }
 
-/// Forward and backward: the sum of the losses of all predicted tokens, nats, and the statistics of the forward pass. Nothing
-/// is added to the sink for a non-finite loss, unless it must finish.
+/// Runs forward and backward, and returns the sum of the losses of all predicted tokens, in nats, with the statistics of the
+/// forward pass. For a non-finite loss nothing is added to the sink, unless the sink must finish the pass.
 pub(crate) fn backward(
     sink: &mut impl GradientSink,
     input: MicroBatch,
     memory: MemoryOptions,
 ) -> Result<(f64, ForwardStats), StepError> {
     let MicroBatch { batch, loss_scale, balance_weight, balance_scale, probe } = input;
-    let [rows, sequence] = batch.tokens.dims();
+    let [rows, sequence] = batch.tokens.dims(); // [batch, sequence]
     let context = sink.model().forward_context(&batch, balance_weight, probe);
     let backbone = if memory.recompute {
         Backbone::without_graph(sink.model(), batch.tokens.clone(), &context)
@@ -189,10 +193,10 @@ pub(crate) fn backward(
         chunk: if memory.loss_chunk_tokens == 0 { tokens } else { memory.loss_chunk_tokens.min(tokens) },
     };
     let (loss_sum, gradient, mut gradients) = head.backward(sink.model(), backbone.output());
-    if !loss_sum.is_finite() && !sink.must_finish() {
+    if !loss_sum.is_finite() && !sink.must_finish_pass() {
         return Err(NonFinite { what: "loss", value: loss_sum * loss_scale, rank: None }.into());
     }
-    // Where the embedding is also the head, its gradient is complete only at the end.
+    // A tied embedding is also the head: its gradient is complete only after the last stage, so it waits until then.
     let tied = sink.model().lm_head.is_none().then(|| {
         let mut tied = GradientsParams::new();
         let id = sink.model().embed_tokens.weight.id;
@@ -206,12 +210,12 @@ pub(crate) fn backward(
     Ok((loss_sum, stats))
 }
 
-/// The result of embedding and layers, with what their backward pass needs.
+/// The output of embedding and layers, with what their backward pass needs.
 struct Backbone {
-    /// The last layer's output `[tokens, hidden]`, with the graph of all layers unless they run again.
+    /// The last layer's output `[tokens, hidden]`, with the graph of all layers unless they are recomputed.
     last: Tensor<2>,
     balance_loss: Option<Tensor<1>>,
-    /// Each layer's input, without a graph, where layers run again; else empty.
+    /// Each layer's input `[tokens, hidden]`, without a graph, if layers are recomputed; otherwise empty.
     inputs: Vec<Tensor<2>>,
     stats: ForwardStats,
 }
@@ -224,8 +228,8 @@ impl Backbone {
         Self { last: output.hidden, balance_loss, inputs: Vec::new(), stats: output.stats }
     }
 
-    /// Keeps each layer's input. The layers run on the device without gradients, because a graph that is dropped is freed
-    /// by the next backward pass only.
+    /// Keeps each layer's input only. The layers run on the device without autodiff: Burn frees a dropped graph only in the
+    /// next backward pass, so with autodiff all activations would stay until then.
     fn without_graph(model: &CausalLm, tokens: Tensor<2, Int>, context: &ForwardContext) -> Self {
         let (model, context) = (model.valid(), context.clone().inner());
         let mut inputs = Vec::with_capacity(model.layers.len());
@@ -238,7 +242,8 @@ impl Backbone {
         if self.inputs.is_empty() { output.inner() } else { output }
     }
 
-    /// From the gradient of the last layer's output, `[tokens, hidden]`, to those of all parameters.
+    /// Hands the gradients of all parameters to the sink, given `gradient`, that of the last layer's output
+    /// (`[tokens, hidden]`). `tied` is the head's part of a tied embedding's gradient.
     fn backward(
         self,
         sink: &mut impl GradientSink,
@@ -250,14 +255,14 @@ impl Backbone {
     ) -> Result<ForwardStats, CollectiveError> {
         let Self { last, balance_loss, inputs, stats } = self;
         if inputs.is_empty() {
-            // Without a trained parameter up to here there is no graph.
+            // There is no graph if embedding and layers are frozen.
             let gradients = if last.is_tracked() {
                 let gradients = objective(last, gradient, balance_loss, balance_scale).backward();
                 GradientsParams::from_grads(gradients, sink.model())
             } else {
                 GradientsParams::new()
             };
-            sink.add(joined(sink.model(), gradients, tied))?;
+            sink.add(with_tied_gradient(sink.model(), gradients, tied))?;
             return Ok(stats);
         }
         drop(last);
@@ -273,13 +278,14 @@ impl Backbone {
         if embedded.is_tracked() {
             let gradients = objective(embedded, gradient, None, 0.0).backward();
             let gradients = GradientsParams::from_grads(gradients, sink.model());
-            sink.add(joined(sink.model(), gradients, tied))?;
+            sink.add(with_tied_gradient(sink.model(), gradients, tied))?;
         }
         Ok(stats)
     }
 }
 
-/// A scalar whose gradient with respect to `output` is `gradient`.
+/// A scalar whose gradient with respect to `output` is `gradient` (plus that of the balance loss): Burn's `backward` starts
+/// from ones, and cannot start from a given gradient.
 fn objective(output: Tensor<2>, gradient: Tensor<2>, balance_loss: Option<Tensor<1>>, balance_scale: f64) -> Tensor<1> {
     let product = (output * Tensor::from_inner(gradient)).sum();
     match balance_loss {
@@ -288,7 +294,8 @@ fn objective(output: Tensor<2>, gradient: Tensor<2>, balance_loss: Option<Tensor
     }
 }
 
-fn joined(model: &CausalLm, gradients: GradientsParams, tied: Option<GradientsParams>) -> GradientsParams {
+/// The gradients of the embedding's stage, plus the head's part if the two are tied.
+fn with_tied_gradient(model: &CausalLm, gradients: GradientsParams, tied: Option<GradientsParams>) -> GradientsParams {
     let Some(tied) = tied else { return gradients };
     let mut sum = GradientsAccumulator::new();
     sum.accumulate(model, tied);
@@ -296,18 +303,20 @@ fn joined(model: &CausalLm, gradients: GradientsParams, tied: Option<GradientsPa
     sum.grads()
 }
 
-/// The last norm, the head and the loss.
+/// The last norm, the head and the loss of one micro-batch.
 struct Head {
     /// `[tokens]`.
     targets: Tensor<1, Int>,
     /// `[tokens]`.
     mask: Tensor<1>,
     scale: f64,
+    /// Tokens at a time.
     chunk: usize,
 }
 
 impl Head {
-    /// The sum of the losses, the gradient of `hidden` (`[tokens, hidden]`), and those of norm and head.
+    /// Returns the sum of the losses, the gradient of `hidden` (`[tokens, hidden]`), and those of norm and head. The chunks
+    /// are summed from the first to the last; the chunk size changes the rounding, but nothing else.
     fn backward(&self, model: &CausalLm, hidden: Tensor<2>) -> (f64, Tensor<2>, GradientsParams) {
         let [tokens, _] = hidden.dims();
         let mut loss_sum = 0.0;
@@ -340,7 +349,7 @@ mod tests {
     use crate::trainer::step_result::{StepResult, StepTotals};
 
     const PLAIN: MemoryOptions = MemoryOptions { recompute: false, loss_chunk_tokens: 0 };
-    const WAYS: [MemoryOptions; 4] = [
+    const MEMORY_CHOICES: [MemoryOptions; 4] = [
         PLAIN,
         MemoryOptions { recompute: true, loss_chunk_tokens: 0 },
         MemoryOptions { recompute: false, loss_chunk_tokens: 7 },
@@ -382,7 +391,7 @@ mod tests {
         }
     }
 
-    /// All values of parameters, or of their gradients, in the order of the module.
+    /// All values of the parameters, or of their gradients, in the order of the module.
     fn values(model: &CausalLm, gradients: Option<&GradientsParams>) -> Vec<Vec<f32>> {
         struct Collect<'a>(Option<&'a GradientsParams>, Vec<Vec<f32>>);
         impl ModuleVisitor for Collect<'_> {
@@ -405,10 +414,10 @@ mod tests {
         rules.assign(model).unwrap().build(OptimizerOptions::new()).unwrap()
     }
 
-    /// Keeps the gradients of one micro-batch.
-    struct Keeping<'a>(&'a CausalLm, GradientsAccumulator<CausalLm>);
+    /// Sums the gradients of one micro-batch.
+    struct CollectingSink<'a>(&'a CausalLm, GradientsAccumulator<CausalLm>);
 
-    impl GradientSink for Keeping<'_> {
+    impl GradientSink for CollectingSink<'_> {
         fn model(&self) -> &CausalLm {
             self.0
         }
@@ -431,14 +440,14 @@ mod tests {
     }
 
     #[test]
-    fn every_way_gives_the_gradients_of_the_plain_graph() {
+    fn every_memory_option_gives_the_gradients_of_the_plain_graph() {
         for tied in [false, true] {
             let model = model(tied);
             let device = Device::default().autodiff();
             let (expected_loss, expected_stats, expected) = plain(&model, input(&device));
             let expected = values(&model, Some(&expected));
-            for memory in WAYS {
-                let mut sink = Keeping(&model, GradientsAccumulator::new());
+            for memory in MEMORY_CHOICES {
+                let mut sink = CollectingSink(&model, GradientsAccumulator::new());
                 let (loss_sum, stats) = backward(&mut sink, input(&device), memory).unwrap();
                 assert!((loss_sum / expected_loss - 1.0).abs() < 1e-6);
                 assert_eq!(stats.expert_loads(), expected_stats.expert_loads());
@@ -449,14 +458,14 @@ mod tests {
                     let distance = ours.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                     assert!(distance <= 1e-5 * largest, "tied {tied}, {memory:?}: {distance} of {largest}");
                 }
-                // A layer that runs again sums the parts of its input's gradient in another order.
-                assert!(memory != PLAIN || gradients == expected, "tied {tied}: not a bit may differ");
+                // A recomputed layer sums the parts of its input's gradient in another order.
+                assert!(memory != PLAIN || gradients == expected, "tied {tied}: a bit differs");
             }
         }
     }
 
     #[test]
-    fn a_fused_step_is_the_step() {
+    fn updating_during_the_backward_pass_gives_the_same_parameters() {
         for tied in [false, true] {
             let start = model(tied);
             let device = Device::default().autodiff();
@@ -492,7 +501,7 @@ mod tests {
         }
     }
 
-    /// The batch with each weight of its loss multiplied.
+    /// The batch with each loss weight multiplied by `factor`.
     fn weighted(factor: f32) -> HostBatch {
         let mut batch = batch();
         batch.loss_mask.iter_mut().for_each(|weight| *weight *= factor);
@@ -523,10 +532,10 @@ mod tests {
     }
 
     #[test]
-    fn a_step_is_the_mean_over_the_weights_whatever_their_sum() {
+    fn a_step_takes_the_weighted_mean_whatever_the_sum_of_the_weights() {
         let start = model(false);
         let ones = weighted(1.0);
-        // A power of two, so that a mean of the same numbers is the same number.
+        // A power of two changes no digit of the mean.
         let small = weighted(1.0 / 64.0);
         assert!(ones.predicted() > 1.0 && small.predicted() < 1.0);
         for update in MODES {
@@ -545,14 +554,14 @@ mod tests {
     }
 
     #[test]
-    fn a_step_without_a_weight_leaves_everything_as_it_was() {
+    fn a_step_whose_weights_are_all_zero_changes_nothing() {
         let start = model(false);
         let (some, none) = (weighted(1.0), weighted(0.0));
         let some = std::slice::from_ref(&some);
         let none = std::slice::from_ref(&none);
         for update in MODES {
             let (_, expected) = stepped(&start, update, &[some, some]);
-            // Momentum, decay and the routers' bias wait as well.
+            // Nor do momentum, decay and router bias change.
             let (results, parameters) = stepped(&start, update, &[none, some, none, some, none]);
             assert!(parameters == expected, "{update:?}");
             for empty in [&results[0], &results[2], &results[4]] {
@@ -582,7 +591,7 @@ mod tests {
             };
             let batches = [batch()];
             let result = step(&mut model, &mut optimizer, &batches, StepTotals::local(&batches), &settings, &device);
-            let Err(StepError::NonFinite(found)) = result else { panic!("it is an error") };
+            let Err(StepError::NonFinite(found)) = result else { panic!("expected an error") };
             assert!(found.what == "loss" && found.value.is_nan() && found.rank.is_none());
             // NaN is not equal to itself.
             assert!(format!("{before:?}") == format!("{:?}", values(&model, None)), "{update:?}");

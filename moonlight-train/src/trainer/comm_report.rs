@@ -1,4 +1,4 @@
-//! What the ranks sent and held, for the end of a run.
+//! Bytes that the ranks of a distributed run sent and held, measured and predicted.
 
 use moonlight_model::CausalLm;
 use moonlight_optim::MuonAdamW;
@@ -13,15 +13,15 @@ struct RankBytes {
     momentum: u64,
     parameters: u64,
     numbers: u64,
-    /// The optimizer's state.
+    /// The optimizer's state, momentum included.
     state: u64,
-    /// Muon's momentum, a part of it.
+    /// Muon's momentum alone.
     momentum_state: u64,
 }
 
 exchange_fields!(RankBytes { gradients, momentum, parameters, numbers, state, momentum_state });
 
-/// Bytes sent in a step and bytes of optimizer state, beside those that the shapes predict.
+/// A text with the bytes sent per step and the bytes of optimizer state, next to those predicted from the shapes.
 pub(super) fn comm_report(
     optimizer: &MuonAdamW,
     model: &CausalLm,
@@ -46,14 +46,15 @@ pub(super) fn comm_report(
     let imbalance = |bytes: fn(&RankBytes) -> u64| if mean(bytes) > 0.0 { largest(bytes) / mean(bytes) } else { 1.0 };
     let [gradients, gathered, parameters] = optimizer.traffic_by_formula(model);
     let megabytes = |bytes: f64| format!("{:.3} MB", bytes / 1e6);
+    // A sharded AdamW sends gradients and parameters; Muon gathers momentum in addition (arXiv 2502.16982, section 2.3).
     let ratio = |momentum: f64, rest: f64| if rest > 0.0 { (momentum + rest) / rest } else { 1.0 };
     Ok(format!(
-        "workers: {}\n\
-         sent by a worker in a step: gradients {}, momentum {}, parameters {}, numbers {}\n\
-         by the formula:             gradients {}, momentum {}, parameters {}\n\
-         against a sharded AdamW:    {:.4} (the report: from 1 to (4 + 2 + 4) / (4 + 4) = 1.25)\n\
-         optimizer state of a worker: {} in the mean, {} at most ({:.3}), of {} in all\n\
-         momentum of a worker:        {} in the mean, {} at most ({:.3})",
+        "world size: {}\n\
+         sent by a rank in a step:  gradients {}, momentum {}, parameters {}, numbers {}\n\
+         predicted from the shapes: gradients {}, momentum {}, parameters {}\n\
+         over a sharded AdamW:      {:.4} (the report: from 1 to (4 + 2 + 4) / (4 + 4) = 1.25)\n\
+         optimizer state of a rank: mean {}, maximum {} ({:.3} times the mean), {} over all ranks\n\
+         momentum of a rank:        mean {}, maximum {} ({:.3} times the mean)",
         worker.size(),
         megabytes(a_step(|rank| rank.gradients)),
         megabytes(a_step(|rank| rank.momentum)),

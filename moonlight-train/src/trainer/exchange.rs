@@ -1,21 +1,21 @@
-//! What the ranks of a run tell each other besides tensors.
+//! Collectives over values other than tensors: step totals, losses, errors, the name of a folder.
 //!
-//! A collective carries the same number of f64 from each rank. [`Exchange`] turns a value into these and back, field by
-//! field, so that nobody counts indices. With one rank all of this is a copy.
+//! A collective carries the same number of f64 from each rank. [`Exchange`] encodes a value as f64 and decodes it again,
+//! field by field, so that no code counts indices. With one rank all of this is a copy.
 
 use moonlight_optim::distributed::{CollectiveError, Worker};
 
 use crate::error::TrainError;
 
-/// The numbers of one rank, as they are read back.
+/// The numbers of one rank while they are decoded.
 pub(super) type Numbers<'a> = std::iter::Copied<std::slice::Iter<'a, f64>>;
 
-/// A value of the same layout (lengths, and which options are set) on every rank.
+/// A value that has the same layout (lengths, and which options are set) on every rank.
 pub(super) trait Exchange: Sized {
     fn encode(&self, numbers: &mut Vec<f64>);
 
-    /// Reads a value of the layout of `own`.
-    fn decode(own: &Self, numbers: &mut Numbers<'_>) -> Self;
+    /// Decodes another rank's value, which has the layout of `local`.
+    fn decode(local: &Self, numbers: &mut Numbers<'_>) -> Self;
 }
 
 impl Exchange for f64 {
@@ -28,7 +28,7 @@ impl Exchange for f64 {
     }
 }
 
-/// Exact below 2^53, as all counts here are.
+/// Exact below 2^53, which all counts here are.
 impl Exchange for u64 {
     fn encode(&self, numbers: &mut Vec<f64>) {
         numbers.push(*self as f64);
@@ -54,8 +54,8 @@ impl<T: Exchange> Exchange for Option<T> {
         self.iter().for_each(|value| value.encode(numbers));
     }
 
-    fn decode(own: &Self, numbers: &mut Numbers<'_>) -> Self {
-        own.as_ref().map(|own| T::decode(own, numbers))
+    fn decode(local: &Self, numbers: &mut Numbers<'_>) -> Self {
+        local.as_ref().map(|local| T::decode(local, numbers))
     }
 }
 
@@ -64,8 +64,8 @@ impl<T: Exchange> Exchange for Vec<T> {
         self.iter().for_each(|value| value.encode(numbers));
     }
 
-    fn decode(own: &Self, numbers: &mut Numbers<'_>) -> Self {
-        own.iter().map(|own| T::decode(own, numbers)).collect()
+    fn decode(local: &Self, numbers: &mut Numbers<'_>) -> Self {
+        local.iter().map(|local| T::decode(local, numbers)).collect()
     }
 }
 
@@ -77,51 +77,50 @@ macro_rules! exchange_fields {
                 $($crate::trainer::exchange::Exchange::encode(&self.$field, numbers);)+
             }
 
-            fn decode(own: &Self, numbers: &mut $crate::trainer::exchange::Numbers<'_>) -> Self {
+            fn decode(local: &Self, numbers: &mut $crate::trainer::exchange::Numbers<'_>) -> Self {
                 // Fields are evaluated in the order in which they are written: that of `encode`.
-                Self { $($field: $crate::trainer::exchange::Exchange::decode(&own.$field, numbers)),+ }
+                Self { $($field: $crate::trainer::exchange::Exchange::decode(&local.$field, numbers)),+ }
             }
         }
     };
 }
 pub(super) use exchange_fields;
 
-/// The values of all ranks, in their order.
-pub(super) fn all_gather<T: Exchange>(worker: &Worker, own: &T) -> Result<Vec<T>, CollectiveError> {
+/// The values of all ranks, in the order of the ranks.
+pub(super) fn all_gather<T: Exchange>(worker: &Worker, local: &T) -> Result<Vec<T>, CollectiveError> {
     let mut numbers = Vec::new();
-    own.encode(&mut numbers);
+    local.encode(&mut numbers);
     let all = worker.numbers(numbers)?;
-    Ok(all.iter().map(|numbers| T::decode(own, &mut numbers.iter().copied())).collect())
+    Ok(all.iter().map(|numbers| T::decode(local, &mut numbers.iter().copied())).collect())
 }
 
-/// Whether any rank says so.
-pub(super) fn any(worker: &Worker, own: bool) -> Result<bool, CollectiveError> {
-    Ok(all_gather(worker, &own)?.contains(&true))
+/// Whether `local` is true on any rank.
+pub(super) fn any(worker: &Worker, local: bool) -> Result<bool, CollectiveError> {
+    Ok(all_gather(worker, &local)?.contains(&true))
 }
 
-/// Success if all ranks succeeded: one that failed keeps its own error, and the others get
-/// [`TrainError::RemoteFailure`].
-pub(super) fn agree<T>(worker: &Worker, own: Result<T, TrainError>) -> Result<T, TrainError> {
-    let failed = any(worker, own.is_err())?;
-    match own {
+/// Succeeds if all ranks succeeded. A rank that failed returns its own error, the others [`TrainError::RemoteFailure`].
+pub(super) fn agree<T>(worker: &Worker, local: Result<T, TrainError>) -> Result<T, TrainError> {
+    let failed = any(worker, local.is_err())?;
+    match local {
         Ok(_) if failed => Err(TrainError::RemoteFailure),
-        own => own,
+        local => local,
     }
 }
 
-/// The number of rank 0, or none.
-pub(super) fn broadcast_number(worker: &Worker, own: Option<u64>) -> Result<Option<u64>, CollectiveError> {
-    let is_some = all_gather(worker, &own.is_some())?[0];
-    let number = all_gather(worker, &own.unwrap_or_default())?[0];
+/// The number of rank 0, if it has one.
+pub(super) fn broadcast_number(worker: &Worker, local: Option<u64>) -> Result<Option<u64>, CollectiveError> {
+    let is_some = all_gather(worker, &local.is_some())?[0];
+    let number = all_gather(worker, &local.unwrap_or_default())?[0];
     Ok(is_some.then_some(number))
 }
 
-/// The text of rank 0; `None` where it has none.
-pub(super) fn broadcast_text(worker: &Worker, own: Option<&str>) -> Result<Option<String>, CollectiveError> {
-    let own = own.unwrap_or_default().as_bytes();
-    let length = all_gather(worker, &(own.len() as u64))?[0] as usize;
-    // Collectives carry no bytes; a u32 fits into an f64 exactly.
-    let mut words: Vec<u64> = own.chunks(4).map(word).collect();
+/// The text of rank 0, if it has one.
+pub(super) fn broadcast_text(worker: &Worker, local: Option<&str>) -> Result<Option<String>, CollectiveError> {
+    let local = local.unwrap_or_default().as_bytes();
+    let length = all_gather(worker, &(local.len() as u64))?[0] as usize;
+    // Collectives carry f64 and no bytes; an f64 holds every u32 exactly.
+    let mut words: Vec<u64> = local.chunks(4).map(word).collect();
     words.resize(length.div_ceil(4), 0);
     let words = all_gather(worker, &words)?.swap_remove(0);
     let mut bytes: Vec<u8> = words.iter().flat_map(|&word| (word as u32).to_le_bytes()).collect();
@@ -180,21 +179,22 @@ mod tests {
     }
 
     #[test]
-    fn every_rank_gets_what_rank_0_says() {
+    fn every_rank_gets_the_value_of_rank_0() {
         for text in [None, Some("a"), Some("/a/folder with an ö, longer than a word")] {
-            for heard in on_three(|worker| broadcast_text(worker, text.filter(|_| worker.rank() == 0)).unwrap()) {
-                assert_eq!(heard.as_deref(), text);
+            for received in on_three(|worker| broadcast_text(worker, text.filter(|_| worker.rank() == 0)).unwrap()) {
+                assert_eq!(received.as_deref(), text);
             }
         }
         for number in [None, Some(0), Some(1 << 40)] {
-            for heard in on_three(|worker| broadcast_number(worker, number.filter(|_| worker.rank() == 0)).unwrap()) {
-                assert_eq!(heard, number);
+            for received in on_three(|worker| broadcast_number(worker, number.filter(|_| worker.rank() == 0)).unwrap())
+            {
+                assert_eq!(received, number);
             }
         }
     }
 
     #[test]
-    fn a_failure_of_one_is_one_of_all() {
+    fn if_one_rank_fails_all_of_them_do() {
         let failed = || TrainError::Killed;
         let results = on_three(|worker| agree(worker, if worker.rank() == 1 { Err(failed()) } else { Ok(()) }));
         for (rank, result) in results.into_iter().enumerate() {

@@ -1,4 +1,4 @@
-//! The end of a run: its validation loss beside that of a bigram model, plots, evaluation, and a sample.
+//! The end of a run: plots, its validation loss next to that of a bigram model, evaluation, and a sample.
 
 use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
@@ -14,26 +14,26 @@ use crate::error::TrainError;
 use crate::metrics::peak_memory_mib;
 use crate::recipe::Recipe;
 
-/// The largest vocabulary that a table of bigrams is counted for.
+/// The largest vocabulary for which the bigram model is counted; beyond it most pairs are never seen.
 const BIGRAM_VOCAB: usize = 4096;
 
-/// Draws the plots, logs the results of the run, and prints a sample of the trained model to stdout. Does nothing on a rank
-/// that does not lead.
+/// Draws the plots, logs the results of the run, and prints a sample of the trained model to stdout. Does nothing in a
+/// process without rank 0.
 ///
-/// The run itself is finished and saved: what of this cannot be written is a warning.
+/// The run is already saved, so a plot or sample that cannot be written is a warning and not an error.
 ///
 /// # Errors
 ///
 /// [`TrainError`] for a model that cannot be evaluated or that generates nothing.
 pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError> {
-    let Some(Trained { model, corpus, tokenizer, .. }) = outcome.trained else { return Ok(()) };
+    let Some(Trained { model, dataset, tokenizer, .. }) = outcome.trained else { return Ok(()) };
     let folder = recipe.run.folder();
     if recipe.train.plots
         && let Err(error) = write_plots(&folder.join("metrics.jsonl"), &folder.join("plots"))
     {
-        tracing::warn!("no plots: {error}");
+        tracing::warn!("the plots cannot be drawn: {error}");
     }
-    tracing::info!("finished: {} steps, {} tokens", outcome.step, outcome.tokens);
+    tracing::info!("finished {} steps, {} tokens", outcome.step, outcome.tokens);
     if let Some(report) = &outcome.comm_report {
         tracing::info!("{report}");
     }
@@ -42,11 +42,11 @@ pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError>
     }
     let model = model.valid();
     if let Some(loss) = outcome.valid_loss {
-        let bigram = if model.config().vocab_size <= BIGRAM_VOCAB { corpus.bigram() } else { None };
-        let beside = bigram.map(|bigram| format!("; a bigram model of the same text: {bigram:.4}"));
-        tracing::info!("validation loss: {loss:.4}{}", beside.unwrap_or_default());
+        let bigram = if model.config().vocab_size <= BIGRAM_VOCAB { dataset.bigram() } else { None };
+        let baseline = bigram.map(|bigram| format!("; a bigram model of the same text: {bigram:.4}"));
+        tracing::info!("validation loss: {loss:.4}{}", baseline.unwrap_or_default());
     }
-    tracing::info!("checkpoint: {}", outcome.checkpoint.display());
+    tracing::info!("checkpoint: `{}`", outcome.checkpoint.display());
     if let Some(results) = run_eval(recipe, &model, tokenizer.as_ref())? {
         run_eval::record(&folder, "after", results)?;
     }
@@ -61,7 +61,7 @@ pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError>
         let text = tokenizer.decode(&generated.tokens);
         tracing::info!("sample:");
         let mut stdout = std::io::stdout();
-        // To a terminal without what would command it; a file gets the text as it is.
+        // A model may generate escape sequences, which a terminal would execute; a file gets the text unchanged.
         let shown = if stdout.is_terminal() { printable_lines(&text) } else { Cow::Borrowed(text.as_str()) };
         let written = writeln!(stdout, "{}{shown}", sample.prompt).and_then(|()| stdout.flush());
         if let Err(error) = written {

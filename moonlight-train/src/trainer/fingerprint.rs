@@ -1,4 +1,4 @@
-//! A fingerprint of a model's weights, to tell whether adapters meet the base that they were trained on.
+//! A fingerprint of a model's weights, to check on resuming that adapters meet the base model they were trained on.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -9,15 +9,15 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::TrainError;
 
-/// A file of at most this many bytes is read whole.
-const WHOLE: u64 = 64 << 20;
-/// Of a longer one, so many blocks are read, spread evenly from its first byte to its last.
-const BLOCKS: u64 = 1024;
-const BLOCK: u64 = 16 << 10;
+/// A file of at most this many bytes is hashed completely.
+const MAX_FULLY_HASHED_BYTES: u64 = 64 << 20;
+/// Blocks that are hashed of a longer file, spread evenly from its first byte to its last.
+const SAMPLED_BLOCKS: u64 = 1024;
+const BLOCK_BYTES: u64 = 16 << 10;
 
-/// A hash of the sizes and contents of the files of weights in a folder: of all bytes of small files, and of 16 MiB of each
-/// large one, since a base of many gigabytes is not to be read twice. A training step changes almost every weight, so models
-/// that were trained apart differ; an edit of a few weights may go unseen.
+/// A hash of the names, sizes and contents of the weight files in a folder. Small files are hashed completely, and 16 MiB of
+/// each large one, since reading a base model of many gigabytes a second time takes as long as loading it. A training step
+/// changes almost every weight, so models with different training differ; an edit of a few weights may be missed.
 ///
 /// # Errors
 ///
@@ -39,10 +39,18 @@ fn add(path: &Path, hash: &mut Xxh3) -> io::Result<()> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
     hash.update(&length.to_le_bytes());
-    let (count, block) = if length <= WHOLE { (length.div_ceil(BLOCK), BLOCK) } else { (BLOCKS, BLOCK) };
+    let (count, block) = if length <= MAX_FULLY_HASHED_BYTES {
+        (length.div_ceil(BLOCK_BYTES), BLOCK_BYTES)
+    } else {
+        (SAMPLED_BLOCKS, BLOCK_BYTES)
+    };
     let mut bytes = Vec::new();
     for index in 0..count {
-        let at = if length <= WHOLE { index * block } else { (length - block) / (BLOCKS - 1) * index };
+        let at = if length <= MAX_FULLY_HASHED_BYTES {
+            index * block
+        } else {
+            (length - block) / (SAMPLED_BLOCKS - 1) * index
+        };
         file.seek(SeekFrom::Start(at))?;
         bytes.clear();
         file.by_ref().take(block).read_to_end(&mut bytes)?;
@@ -64,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn every_byte_of_a_small_file_counts_and_so_does_its_length() {
+    fn every_byte_and_the_length_of_a_small_file_change_the_hash() {
         let bytes: Vec<u8> = (0..50_000u32).map(|at| at as u8).collect();
         let whole = hash(&bytes);
         for at in [0, 16_383, 16_384, 49_999] {
@@ -78,9 +86,9 @@ mod tests {
 
     #[test]
     fn a_large_file_is_sampled_from_end_to_end() {
-        let bytes = vec![7; (WHOLE + 5) as usize];
+        let bytes = vec![7; (MAX_FULLY_HASHED_BYTES + 5) as usize];
         let whole = hash(&bytes);
-        let last = (bytes.len() as u64 - BLOCK) / (BLOCKS - 1) * (BLOCKS - 1);
+        let last = (bytes.len() as u64 - BLOCK_BYTES) / (SAMPLED_BLOCKS - 1) * (SAMPLED_BLOCKS - 1);
         for at in [0, last as usize] {
             let mut other = bytes.clone();
             other[at] = 8;

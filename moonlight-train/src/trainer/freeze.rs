@@ -1,4 +1,4 @@
-//! `[train] freeze`: parameters that no gradient reaches.
+//! `train.freeze`: parameters without a gradient.
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
@@ -6,10 +6,10 @@ use moonlight_model::CausalLm;
 use moonlight_model::config::{ParameterKind, ParameterShape, ProjectionRole};
 
 use crate::error::TrainError;
-use crate::frozen::{frozen_parameters, wrong};
+use crate::frozen::{freeze_error, frozen_parameters};
 
-/// The model with every parameter frozen whose name in the checkpoint matches a pattern. `clips` says whether QK-clip, which
-/// rewrites queries and keys, is on.
+/// The model in which every parameter is frozen whose name in the checkpoint matches a pattern. `clips`: whether QK-clip is
+/// on, which rewrites query and key projections whether or not they have a gradient.
 pub(super) fn freeze(model: CausalLm, patterns: &[String], clips: bool) -> Result<CausalLm, TrainError> {
     if patterns.is_empty() {
         return Ok(model);
@@ -20,17 +20,21 @@ pub(super) fn freeze(model: CausalLm, patterns: &[String], clips: bool) -> Resul
         shape.kind == ParameterKind::Matrix && shape.role.is_some_and(ProjectionRole::is_clipped)
     };
     if clips && shapes.iter().zip(&frozen).any(|(shape, frozen)| *frozen && clipped(shape)) {
-        return Err(wrong("queries or keys are frozen, which `optimizer.qk_clip` rewrites".into(), "set it to 0"));
+        let hint = "set `optimizer.qk_clip = 0`, or train the query and key projections";
+        return Err(freeze_error(
+            "`optimizer.qk_clip` rewrites query and key projections that are frozen".into(),
+            hint,
+        ));
     }
     let mut mapper = Freeze { frozen, at: 0, trained: 0 };
     let model = model.map(&mut mapper);
     if mapper.trained == 0 {
-        return Err(wrong("the whole model is frozen".into(), "leave something to train"));
+        return Err(freeze_error("the whole model is frozen".into(), "leave at least one parameter to train"));
     }
     Ok(model)
 }
 
-/// Freezes by the parameter's number, which is that of the list of shapes.
+/// Freezes parameters by their position: a module is visited in the order of its list of shapes.
 struct Freeze {
     frozen: Vec<bool>,
     at: usize,

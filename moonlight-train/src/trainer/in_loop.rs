@@ -1,10 +1,12 @@
-//! Whether this process is in its training loop: only there a run that is asked to stop does so, and saves.
+//! Whether this process is in its training loop. Only there an interrupt stops the run with a checkpoint; elsewhere there is
+//! nothing to save, and it ends the process.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 static LOOPS: AtomicUsize = AtomicUsize::new(0);
 
-/// Held while the loop runs, from before its first step until after its last checkpoint.
+/// Lives while the loop runs, from before its first step until after its last checkpoint. A count, because tests run
+/// several loops in one process.
 pub(super) struct InLoop(());
 
 impl InLoop {
@@ -20,7 +22,8 @@ impl Drop for InLoop {
     }
 }
 
-/// Whether a run that is asked to stop ends with a checkpoint. Before its loop there is nothing to save, and after it all is.
+/// Whether an interrupt should let the run end with a checkpoint. Before the loop there is nothing to save, and after it
+/// everything is saved.
 pub(crate) fn is_training() -> bool {
     LOOPS.load(Ordering::SeqCst) > 0
 }

@@ -1,16 +1,18 @@
 //! `moonlight train`: from a recipe to a trained model.
 //!
-//! One rank takes the same path as many. In the order of a run:
+//! World size 1 is the ordinary case: one rank takes the same path as many. In the order of a run:
 //!
 //! * `process_group.rs`: the ranks, from the recipe or a launcher, and what happens when one fails.
-//! * `setup.rs`: data, model, optimizer, and the checkpoint to resume from. `run_folder.rs` is the lock on the run's folder;
-//!   `same_run.rs` compares the run with its checkpoint, and `fingerprint.rs` one base model with another.
+//! * `setup.rs`: data, model, optimizer, and the checkpoint to resume from. `run_folder.rs` locks the run's folder,
+//!   `same_run.rs` compares the run with its checkpoint, `fingerprint.rs` hashes a base model, `freeze.rs` freezes parameters.
 //! * `train_loop.rs`: the loop: step, report, validate, save.
-//! * `rank_trainer.rs`: what the loop calls, on one rank. `step.rs` is a step, `backward.rs` its passes in stages,
-//!   `step_result.rs` what it measures, `save.rs` a checkpoint.
-//! * `final_report.rs`: plots, evaluation and a sample.
+//! * `rank_trainer.rs`: what the loop calls, on one rank. `step.rs` takes a step, `backward.rs` runs its passes in stages,
+//!   `step_result.rs` is what it measures, `qk_clip.rs` bounds attention logits after it, `save.rs` writes a checkpoint.
+//! * `run_eval.rs` evaluates before and after the run; `comm_report.rs` counts what the ranks sent; `final_report.rs` ends
+//!   the run with plots, results and a sample.
 //!
-//! `exchange.rs` is how ranks tell each other anything but tensors.
+//! `exchange.rs` sends values other than tensors between ranks. `model_cell.rs` holds the model while a step replaces it,
+//! `terminal.rs` handles the terminal under the dashboard, and `in_loop.rs` knows whether an interrupted run has to save.
 
 mod backward;
 mod comm_report;
@@ -45,6 +47,7 @@ use std::io::IsTerminal;
 
 use burn::train::Interrupter;
 use moonlight_infer::device::Target;
+use tracing::Level;
 
 use crate::error::TrainError;
 use crate::recipe::Recipe;
@@ -57,27 +60,32 @@ pub use terminal::restore as restore_terminal;
 
 use process_group::{Display, ProcessGroup};
 
-/// Trains as a recipe says, from its start or, with `resume`, from the newest complete checkpoint of the run. If the recipe
-/// or a launcher (`mpirun`, `srun`) asks for several ranks, this process runs its share of them.
+/// Runs the training that a recipe describes, from its start or, with `resume`, from the newest complete checkpoint of the
+/// run. If the recipe or a launcher (`mpirun`, `srun`) asks for several ranks, this process runs its share of them.
 ///
-/// Metrics go to the dashboard if stdout and stderr are a terminal and keys can be read, else to the log, a line a step.
-/// Stopping `interrupter` ends the run after the current step, with a checkpoint.
+/// Metrics go to the dashboard if stdout and stderr are a terminal and keys can be read, and otherwise to the log
+/// ([`tracing`], level `info`), one line a step. A subscriber that drops `info` but keeps warnings gets neither. Stopping
+/// `interrupter` ends the run after the current step, with a checkpoint.
 ///
 /// # Errors
 ///
-/// [`TrainError`]. The newest checkpoint is complete in every case.
+/// [`TrainError`]. Whatever fails, the checkpoints that were written stay complete.
 pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: &Interrupter) -> Result<Outcome, TrainError> {
     let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal() && terminal::has_keys();
-    let display = if terminal && draws(|name| std::env::var_os(name)) { Display::Dashboard } else { Display::Lines };
+    // A program that logs warnings but not `info` was asked to be quiet. One without a subscriber was not.
+    let is_quiet = tracing::enabled!(Level::WARN) && !tracing::enabled!(Level::INFO);
+    let draws = terminal && !is_quiet && can_draw(|name| std::env::var_os(name));
+    let display = if draws { Display::Dashboard } else { Display::Lines };
     ProcessGroup::open(recipe)?.train(recipe, target, resume, display, interrupter)
 }
 
-/// Whether the terminal is one to draw on, and the user wants its colors.
-fn draws(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
-    let plain = variable("NO_COLOR").is_some_and(|value| !value.is_empty());
-    let able = match variable("TERM") {
+/// Whether the terminal understands cursor movement and colors, and the user has not turned colors off
+/// (<https://no-color.org>).
+fn can_draw(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
+    let no_color = variable("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let is_capable = match variable("TERM") {
         Some(name) => !name.is_empty() && name != "dumb",
         None => cfg!(not(unix)),
     };
-    able && !plain
+    is_capable && !no_color
 }

@@ -1,11 +1,11 @@
-//! The model of a rank.
+//! The model of a rank while it is trained.
 
 use std::ops::Deref;
 
 use moonlight_model::CausalLm;
 
-/// The model of a rank, which an update consumes and gives back: no second handle keeps an old parameter alive while its
-/// new value is computed.
+/// The model of a rank. An update consumes it and returns it: a second handle would keep every old parameter alive while its
+/// new value is computed, and double the memory of the weights.
 #[derive(Debug, Clone)]
 pub(crate) struct ModelCell(Option<CausalLm>);
 
@@ -14,7 +14,7 @@ impl ModelCell {
         Self(Some(model))
     }
 
-    /// Replaces the model by what `update` makes of it. An error loses the model and must end the run.
+    /// Replaces the model by the result of `update`. An error loses the model, so it must end the run.
     pub(crate) fn update<E>(&mut self, update: impl FnOnce(CausalLm) -> Result<CausalLm, E>) -> Result<(), E> {
         let model = self.0.take().expect("an update that lost the model ended the run");
         self.0 = Some(update(model)?);

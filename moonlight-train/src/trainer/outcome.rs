@@ -1,4 +1,4 @@
-//! What a run leaves behind.
+//! The result of a run.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -13,29 +13,29 @@ use crate::data::Dataset;
 /// How a run ended.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Steps taken.
+    /// Steps taken since the run's start, including those before it was resumed.
     pub step: u64,
-    /// Tokens read.
+    /// Training tokens read over all ranks, without padding.
     pub tokens: u64,
-    /// The last validation loss, nats.
+    /// The last validation loss, in nats per token; `None` without validation data.
     pub valid_loss: Option<f64>,
-    /// Whether it was stopped before its last step.
+    /// Whether the run was stopped before its last step.
     pub interrupted: bool,
-    /// The checkpoint of the last step.
+    /// The folder of the last step's checkpoint.
     pub checkpoint: PathBuf,
-    /// What the ranks of a distributed run sent and held.
+    /// Bytes that the ranks of a distributed run sent and held, as text.
     pub comm_report: Option<String>,
-    /// The trained model; `None` on a rank that does not lead, and leaves the final report to the one that does.
+    /// The trained model and its data; `None` in a process without rank 0, which writes the final report.
     pub trained: Option<Trained>,
 }
 
-/// What a finished run leaves in memory, on its leading rank.
+/// What a finished run keeps in memory for the final report, in the process of rank 0.
 pub struct Trained {
-    /// The model of the last checkpoint.
+    /// The weights of the last checkpoint, on the run's device with autodiff.
     pub model: CausalLm,
-    pub(super) corpus: Arc<Dataset>,
+    pub(super) dataset: Arc<Dataset>,
     pub(super) tokenizer: Option<Tokenizer>,
-    /// The run's folder is this process's until the final report is written.
+    /// Keeps the lock on the run's folder until the final report is written.
     pub(super) _folder: Option<RunFolder>,
 }
 

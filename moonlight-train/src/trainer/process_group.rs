@@ -1,4 +1,4 @@
-//! The ranks of a run: devices of this process, processes of an MPI job, or both. One rank is the ordinary case.
+//! The ranks of a run: the devices of this process, the processes of an MPI job, or both. World size 1 is the ordinary case.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -19,26 +19,27 @@ use super::exchange::{agree, all_gather, broadcast_number};
 use super::in_loop::InLoop;
 use super::outcome::Outcome;
 use super::rank_trainer::RankTrainer;
-use super::setup::{Leftovers, ResumePoint, Setup};
+use super::setup::{ReportInputs, ResumePoint, Setup};
 use super::train_loop::train_loop;
 use crate::error::TrainError;
 use crate::metrics::{Dashboard, Progress, Reporter};
 use crate::recipe::{DistributedRecipe, Recipe};
 
-/// The environment variables by which launchers say how many processes there are.
-const SIZES: &[&str] = &["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
-/// Those by which they say which one a process is; present under a launcher that does not say how many there are.
-const RANKS: &[&str] = &["PMIX_RANK", "PMI_RANK"];
-/// How long the other threads may take to end after an error.
+/// Environment variables with the number of processes, as launchers set them.
+const WORLD_SIZE_VARIABLES: &[&str] = &["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
+/// Environment variables with the number of this process. `srun` sets one of these and no size; `SLURM_NTASKS` is its size,
+/// but alone does not mean that `srun` started this process, because `salloc` sets it too.
+const RANK_VARIABLES: &[&str] = &["PMIX_RANK", "PMI_RANK"];
+/// How long the other ranks of this process may take to end after an error.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
-/// Stagger between ranks that would report the same error.
+/// Delay before a rank reports an error that a lower rank may report as well.
 const REPORT_STAGGER: Duration = Duration::from_secs(5);
 
-/// Where metrics are shown while a run lasts.
+/// Where metrics are shown during a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Display {
     Dashboard,
-    /// A line for each step.
+    /// Log lines, one a step.
     Lines,
 }
 
@@ -52,25 +53,29 @@ pub(super) struct ProcessGroup {
 }
 
 /// The number of processes that a launcher started; `None` without one.
-fn launched() -> Option<usize> {
+fn launched_processes() -> Option<usize> {
     let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
-    let ranked = RANKS.iter().any(|name| number(name).is_some());
-    SIZES.iter().find_map(|name| number(name)).or_else(|| number("SLURM_NTASKS").filter(|_| ranked))
+    let ranked = RANK_VARIABLES.iter().any(|name| number(name).is_some());
+    WORLD_SIZE_VARIABLES.iter().find_map(|name| number(name)).or_else(|| number("SLURM_NTASKS").filter(|_| ranked))
 }
 
 impl ProcessGroup {
     /// The ranks of a recipe in this process.
+    ///
+    /// # Errors
+    ///
+    /// Several processes in a build without MPI, and more ranks than a step has sequences.
     pub(super) fn open(recipe: &Recipe) -> Result<Self, TrainError> {
-        let launched = launched();
+        let launched_processes = launched_processes();
         #[cfg(not(feature = "mpi"))]
-        if let Some(processes) = launched.filter(|&processes| processes > 1) {
+        if let Some(processes) = launched_processes.filter(|&processes| processes > 1) {
             return Err(TrainError::Request {
-                problem: format!("{processes} processes were launched, and this build of the program knows no MPI"),
+                problem: format!("{processes} processes were started, but this build has no MPI"),
                 hint: Some("build with `--features mpi`".into()),
             });
         }
         #[cfg(feature = "mpi")]
-        let processes = launched.map(|_| moonlight_optim::distributed::Mpi::open()).transpose()?;
+        let processes = launched_processes.map(|_| moonlight_optim::distributed::Mpi::open()).transpose()?;
         let mut group = Self {
             recipe: recipe.distributed.clone().unwrap_or_default(),
             distributed: recipe.distributed.is_some(),
@@ -82,25 +87,26 @@ impl ProcessGroup {
         let (ranks, sequences) = (group.processes() * group.recipe.devices, group.fewest_sequences(recipe));
         if group.distributed && ranks > sequences {
             return Err(group.reported_once(TrainError::Request {
-                problem: format!("there are {ranks} workers, and a step has {sequences} sequences to share"),
+                problem: format!("there are {ranks} ranks, but a step has only {sequences} sequences"),
                 hint: Some("raise `train.batch_size` or `train.gradient_accumulation`".into()),
             }));
         }
         if many && recipe.train.fuse_update {
             return Err(group.reported_once(TrainError::Request {
-                problem: "`train.fuse_update` updates each layer by the gradients of one worker".into(),
-                hint: Some("leave it out where there are several".into()),
+                problem: "`train.fuse_update` needs a world size of 1: it updates a layer before gradients are summed"
+                    .into(),
+                hint: Some("leave `train.fuse_update` out, or start a single process".into()),
             }));
         }
         Ok(group)
     }
 
-    /// An error that all processes find: the first one reports it.
+    /// An error that every process finds: the first one reports it.
     fn reported_once(&self, error: TrainError) -> TrainError {
         if self.process() == 0 { error } else { TrainError::RemoteFailure }
     }
 
-    /// Sequences of the smallest step.
+    /// Sequences of the smallest step, over all changes of the gradient accumulation.
     fn fewest_sequences(&self, recipe: &Recipe) -> usize {
         let changes = recipe.schedule.accumulation.iter().map(|change| change.gradient_accumulation);
         let fewest = changes.chain([recipe.train.gradient_accumulation]).min().unwrap_or(1);
@@ -129,8 +135,9 @@ impl ProcessGroup {
         0
     }
 
-    /// Collectives between this process and the others: one for each device, and one for the processes themselves.
-    fn across(&self) -> Result<Vec<Arc<dyn Collective>>, TrainError> {
+    /// Collectives between this process and the others: one for each device, and a last one for the setup, which each
+    /// process does once for all its devices.
+    fn collectives_between_processes(&self) -> Result<Vec<Arc<dyn Collective>>, TrainError> {
         let groups = self.recipe.devices + 1;
         #[cfg(feature = "mpi")]
         if let Some(processes) = self.processes.as_ref().filter(|processes| processes.size() > 1) {
@@ -139,7 +146,8 @@ impl ProcessGroup {
         Ok((0..groups).map(|_| Arc::new(Solo) as Arc<dyn Collective>).collect())
     }
 
-    /// The devices of this process's ranks: `first`, which the recipe names, and those that follow it.
+    /// The devices of this process's ranks: `first`, which the recipe names, and the ones after it. Processes on one host
+    /// take consecutive devices.
     fn targets(&self, recipe: &Recipe, first: &Target) -> Result<Vec<Target>, TrainError> {
         #[cfg(feature = "mpi")]
         let before = self.processes.as_ref().map_or(0, |processes| processes.local_rank()) * self.recipe.devices;
@@ -178,7 +186,7 @@ impl ProcessGroup {
         interrupter: &Interrupter,
     ) -> Result<Outcome, TrainError> {
         let targets = self.targets(recipe, target)?;
-        let mut across = self.across()?;
+        let mut across = self.collectives_between_processes()?;
         let between = across.pop().map_or_else(Worker::alone, Worker::new);
         let mut setup = open(recipe, &targets[0], resume, &between)?;
         let reporters = {
@@ -196,12 +204,12 @@ impl ProcessGroup {
         let workers = self.workers(&targets, across);
         let ranks: Vec<(Worker, Target)> = workers.into_iter().zip(targets).collect();
         let trainers = setup.into_trainers(&ranks, self.distributed);
-        let (trainers, leftovers) = agree(&between, trainers)?;
+        let (trainers, report_inputs) = agree(&between, trainers)?;
         drop(between);
         if display == Display::Dashboard && self.process() == 0 {
             reporters.push(Box::new(Dashboard::open(progress, interrupter.clone())));
         }
-        self.run(trainers, reporters, leftovers, interrupter)
+        self.run(trainers, reporters, report_inputs, interrupter)
     }
 
     /// Runs the training loop of each rank of this process, the first one's on this thread.
@@ -209,7 +217,7 @@ impl ProcessGroup {
         &self,
         trainers: Vec<RankTrainer>,
         mut reporters: Vec<Box<dyn Reporter>>,
-        leftovers: Leftovers,
+        report_inputs: ReportInputs,
         interrupter: &Interrupter,
     ) -> Result<Outcome, TrainError> {
         let _in_loop = InLoop::enter();
@@ -221,38 +229,38 @@ impl ProcessGroup {
             let sender = sender.clone();
             thread::spawn(move || {
                 let worker = trainer.worker().clone();
-                // Only the first rank looks for the user's interrupt; it tells the others.
-                let mut nobody: Vec<Box<dyn Reporter>> = Vec::new();
-                let result = guarded(&worker, || train_loop(&mut trainer, &mut nobody, &Interrupter::new()));
+                // The first rank alone reports and sees the user's interrupt; the loop passes the interrupt on.
+                let mut no_reporters: Vec<Box<dyn Reporter>> = Vec::new();
+                let result = run_guarded(&worker, || train_loop(&mut trainer, &mut no_reporters, &Interrupter::new()));
                 // The receiver may be gone if another rank failed first.
                 let _ = sender.send((worker.rank(), result));
             });
         }
         drop(sender);
         let worker = first.worker().clone();
-        let result = guarded(&worker, || train_loop(&mut first, &mut reporters, interrupter));
-        drop(reporters); // a dashboard gives the terminal back before an error is reported
+        let result = run_guarded(&worker, || train_loop(&mut first, &mut reporters, interrupter));
+        drop(reporters); // a dashboard restores the terminal before an error is printed
         let mut results = vec![(worker.rank(), result)];
         let mut deadline: Option<Instant> = None;
         while results.len() <= others {
             if results.iter().any(|(_, result)| result.is_err()) {
                 deadline.get_or_insert_with(|| Instant::now() + SHUTDOWN_TIMEOUT);
             }
-            let patience =
+            let timeout =
                 deadline.map_or(SHUTDOWN_TIMEOUT, |deadline| deadline.saturating_duration_since(Instant::now()));
-            match receiver.recv_timeout(patience) {
+            match receiver.recv_timeout(timeout) {
                 Ok(result) => results.push(result),
                 Err(RecvTimeoutError::Timeout) if deadline.is_none() => {}
                 Err(_) => break,
             }
         }
         let mut outcome = self.outcome(results, &worker)?;
-        outcome.trained = (worker.rank() == 0).then(|| leftovers.with_model(first.model.into_inner()));
+        outcome.trained = (worker.rank() == 0).then(|| report_inputs.with_model(first.model.into_inner()));
         Ok(outcome)
     }
 
-    /// The outcome of this process's first rank, or the error that caused all others. Processes that do not know of it
-    /// are aborted.
+    /// The outcome of this process's first rank, or the error that caused all others. Other processes that do not know of
+    /// the error yet are aborted.
     fn outcome(
         &self,
         results: Vec<(usize, Result<Outcome, TrainError>)>,
@@ -272,11 +280,11 @@ impl ProcessGroup {
             }
         }
         let Some((_, rank, error)) = cause else {
-            return first.ok_or_else(|| TrainError::Stage("no worker has run".into()));
+            return first.ok_or_else(|| TrainError::Internal("no rank has run".into()));
         };
         let error = with_rank(rank, error);
         if self.processes() > 1 && !is_known_to_all(&error) {
-            // The lowest rank that can reports, and aborts the job before the others report the same.
+            // The lowest rank that can report does, and aborts the job before the others report the same error.
             thread::sleep(report_delay(&error, rank));
             error.report();
             worker.fail(&error.to_string());
@@ -285,7 +293,8 @@ impl ProcessGroup {
     }
 }
 
-/// Opens the run in each process: in the first one, then in the others, at the checkpoint that it found.
+/// Opens the run in each process: first in process 0, which finds the checkpoint to resume from and renames damaged ones,
+/// then in the others, from the same checkpoint.
 fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Worker) -> Result<Setup, TrainError> {
     let from = if resume { ResumePoint::Newest } else { ResumePoint::Start };
     let opened = {
@@ -299,7 +308,7 @@ fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Worker) -> Res
         Some(setup) => Ok(setup),
         None => {
             let _busy = between.busy();
-            Setup::open(recipe, target, ResumePoint::Found(step))
+            Setup::open(recipe, target, ResumePoint::AtStep(step))
         }
     };
     let setup = agree(between, setup.map_err(|error| with_rank(between.rank(), error)))?;
@@ -307,14 +316,14 @@ fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Worker) -> Res
     Ok(setup)
 }
 
-/// Fails unless all processes start from the same weights.
+/// Fails unless all processes start from the same weights: with different ones every rank would train a model of its own.
 fn check_weights(between: &Worker, model: &CausalLm) -> Result<(), TrainError> {
     struct Fingerprint(Vec<f64>);
     impl ModuleVisitor for Fingerprint {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let squares = sum_of_squares(param.val().inner());
             self.0[0] += squares;
-            // Weighted by the parameter's number, so that its place counts as well.
+            // Weighted by the parameter's index, so that two parameters in each other's place are noticed.
             self.0[2] += 1.0;
             self.0[1] += squares * self.0[2];
         }
@@ -329,20 +338,20 @@ fn check_weights(between: &Worker, model: &CausalLm) -> Result<(), TrainError> {
         None => Ok(()),
         Some(_) if between.rank() > 0 => Err(TrainError::RemoteFailure),
         Some(rank) => Err(TrainError::Request {
-            problem: format!("worker {rank} starts from other weights than worker 0"),
-            hint: Some("all workers need the same files, and devices of the same kind".into()),
+            problem: format!("rank {rank} starts from other weights than rank 0"),
+            hint: Some("give all ranks the same files, and devices of the same kind".into()),
         }),
     }
 }
 
-/// Runs a rank's loop. If it ends in an error or a panic, the other ranks of its process are told.
-fn guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+/// Runs a rank's loop. If it ends in an error or a panic, the other ranks of the process leave their collectives.
+fn run_guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
     if worker.size() == 1 {
-        return run(); // no other rank is in a collective with it, and a panic stays a panic
+        return run(); // no other rank waits for it, and a panic stays a panic
     }
-    // The thread that panicked has printed its message.
+    // The panic's message was printed by the thread that panicked.
     let result = catch_unwind(AssertUnwindSafe(run));
-    let result = result.unwrap_or_else(|_| Err(TrainError::Stage("a worker panicked".into())));
+    let result = result.unwrap_or_else(|_| Err(TrainError::Internal("a rank panicked".into())));
     if let Err(error) = &result
         && !is_known_to_all(error)
     {
@@ -351,12 +360,13 @@ fn guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) -> R
     result
 }
 
-/// Whether all ranks have an error, each in its own form.
+/// Whether every rank has this error, each in its own form, so that none has to be notified.
 fn is_known_to_all(error: &TrainError) -> bool {
     matches!(error, TrainError::RemoteFailure | TrainError::NonFinite { .. })
 }
 
-/// How likely an error is to be the cause of the others.
+/// Root-cause priority: of the errors of several ranks, the one with the highest is reported. A collective that failed is
+/// the consequence of another rank's error, so it comes last.
 fn root_cause_priority(error: &TrainError) -> u8 {
     match error {
         TrainError::RemoteFailure => 0,
@@ -366,18 +376,18 @@ fn root_cause_priority(error: &TrainError) -> u8 {
     }
 }
 
-/// An error with its rank, unless it already says which rank it is about.
+/// The error with its rank, unless it names a rank already. Rank 0 needs no name: it is the one that reports.
 fn with_rank(rank: usize, error: TrainError) -> TrainError {
     match error {
         TrainError::RemoteFailure | TrainError::NonFinite { .. } | TrainError::Collective(_) | TrainError::Killed => {
             error
         }
         error if rank == 0 => error,
-        error => TrainError::Worker { rank, source: Box::new(error) },
+        error => TrainError::Rank { rank, source: Box::new(error) },
     }
 }
 
-/// How long a rank waits before it reports what others may report as well.
+/// How long a rank waits before it reports an error that others may report as well.
 fn report_delay(error: &TrainError, rank: usize) -> Duration {
     let before = match error {
         TrainError::Collective(CollectiveError::Silent { missing, .. }) => {
@@ -386,6 +396,7 @@ fn report_delay(error: &TrainError, rank: usize) -> Duration {
         TrainError::Collective(_) => rank + 1,
         _ => 0,
     };
-    // One stagger for all: the launcher asks processes to end, and kills them four seconds later.
+    // Every rank but the first waits equally long: once one aborts, the launcher asks the processes to end and kills them
+    // four seconds later, so that a second delay would never be reached.
     REPORT_STAGGER * before.min(1) as u32
 }

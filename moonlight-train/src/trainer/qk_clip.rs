@@ -1,11 +1,11 @@
-//! QK-clip after a step, where the recipe asks for it: heads whose attention logits grew too large are held down.
+//! QK-clip (Kimi K2): after a step, scales down the query and key weights of heads whose attention logits grew too large.
 
 use burn::tensor::Tensor;
 use moonlight_model::attention::QkClipProjections;
 use moonlight_model::{CausalLm, Projection};
 use moonlight_optim::{HeadLayout, QkClip, WeightLayout, replace_value};
 
-/// The model with each head scaled by its largest logit of the step, `largest[layer][head]`.
+/// The model after clipping by the largest logit of each head in the step, `largest[layer][head]`.
 pub(super) fn clip(mut model: CausalLm, largest: &[Vec<f64>], clip: QkClip) -> CausalLm {
     let heads = model.config().num_attention_heads;
     for (layer, largest) in model.layers.iter_mut().zip(largest) {
@@ -23,7 +23,7 @@ pub(super) fn clip(mut model: CausalLm, largest: &[Vec<f64>], clip: QkClip) -> C
     model
 }
 
-/// Applies `scaled` to a layer's weight `[in, out]`, and to its bias as a weight of one row.
+/// Applies `scaled` to a projection's weight `[in, out]`, and to its bias as a weight of one row: both add to the logits.
 fn scale(layer: &mut Projection, scaled: impl Fn(Tensor<2>) -> Tensor<2>) {
     layer.weight = layer.weight.clone().map(|weight| replace_value(&weight, scaled(weight.clone().inner())));
     layer.bias = layer.bias.take().map(|bias| {

@@ -25,32 +25,33 @@ use crate::metrics::{Metrics, Split, resident_memory_mib};
 use crate::recipe::{Checkpointing, Recipe};
 use crate::schedule::Schedule;
 
-/// The golden ratio in 64 bits: seeds of neighbouring steps and of neighbouring runs stay apart.
+/// The golden ratio times 2^64. Seeds of adjacent steps and of adjacent runs stay far apart when multiplied by it.
 const SEED_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 
-/// One rank's part of a run.
+/// The trainer of one rank: what the loop in `train_loop.rs` calls.
 pub(super) struct RankTrainer {
     pub(super) recipe: Recipe,
     pub(super) schedule: Schedule,
-    pub(super) corpus: Arc<Dataset>,
+    pub(super) dataset: Arc<Dataset>,
     pub(super) data: Prefetcher,
     pub(super) model: ModelCell,
     pub(super) optimizer: MuonAdamW,
     pub(super) assignment: Assignment,
-    /// The device with gradients.
+    /// The autodiff device.
     pub(super) device: Device,
     pub(super) checkpoints: Checkpoints,
     pub(super) state: TrainerState,
-    /// The steps that were taken before this process started.
+    /// Steps taken before this process started.
     pub(super) resumed_at: u64,
-    /// Whether the user asked for a distributed run, on however many ranks.
+    /// Whether the recipe or a launcher asks for a distributed run, even of one rank; such a run prints what it sent.
     pub(super) distributed: bool,
 }
 
-/// The losses of a validation batch.
+/// The loss of a validation batch.
 struct BatchLoss {
-    /// Over all predicted tokens, nats.
+    /// Over all predicted tokens, in nats.
     loss_sum: f64,
+    /// The sum of the loss weights.
     predicted: f64,
 }
 
@@ -62,8 +63,8 @@ impl RankTrainer {
         self.optimizer.worker()
     }
 
-    /// Whether this rank reports and is the one to name an error that all ranks have.
-    fn leads(&self) -> bool {
+    /// Whether this is rank 0, which reports for all ranks.
+    fn is_leader(&self) -> bool {
         self.worker().rank() == 0
     }
 
@@ -75,12 +76,12 @@ impl RankTrainer {
     /// Takes the next step.
     pub(super) fn step(&mut self) -> Result<Metrics, TrainError> {
         let started = Instant::now();
-        // In the first step kernels are compiled and tuned, on each rank at its own speed.
+        // In the first step kernels are compiled and tuned, at each rank's own speed: the others must not time out.
         let _busy = (self.state.step == self.resumed_at).then(|| self.worker().busy());
         let index = self.state.step;
         let settings = self.settings(index);
         let probed = self.is_probed(index);
-        let before = (probed && self.leads()).then(|| CausalLm::clone(&self.model));
+        let before = (probed && self.is_leader()).then(|| CausalLm::clone(&self.model));
 
         let next = (index + 1 < self.recipe.train.steps).then(|| self.batch_request(index + 1));
         let batches = self.data.next(&self.batch_request(index), next)?;
@@ -89,7 +90,7 @@ impl RankTrainer {
         let result = step(&mut self.model, &mut self.optimizer, &batches, totals, &settings, &self.device);
         let result = result.map_err(|error| self.step_error(index, error))?;
 
-        // Before QK-clip, which is no part of the optimizer's update.
+        // Measured before QK-clip, which is not part of the optimizer's update.
         let rate = settings.learning_rate;
         let rms = before.map(|before| update_rms(&before, &*self.model, &self.assignment, rate)).unwrap_or_default();
         let rms = |group: &str| rms.iter().find(|(name, _)| name == group).map(|(_, rms)| *rms);
@@ -115,14 +116,14 @@ impl RankTrainer {
 
     /// The settings of the step after `index` steps; seeds the device for it.
     ///
-    /// Whatever a step draws, for dropout or rounding, follows from the run's seed and the step's number, so that a resumed
-    /// run draws the same.
+    /// Every random number of a step, for dropout or stochastic rounding, follows from the run's seed and the step's number,
+    /// so that a resumed run draws the same ones.
     fn settings(&self, index: u64) -> StepSettings {
         let Recipe { train, moe, optimizer, lora, .. } = &self.recipe;
         let step_seed = self.recipe.run.seed.wrapping_add(index.wrapping_mul(SEED_STRIDE));
         self.device.seed(step_seed);
         let dropout = lora.as_ref().is_some_and(|lora| lora.adapters.dropout > 0.0);
-        // Each rank drops other inputs.
+        // Ranks see different sequences, so each needs its own dropout masks.
         let rank = (self.worker().rank() as u64) << 32;
         StepSettings {
             learning_rate: self.schedule.rate(index),
@@ -149,7 +150,7 @@ impl RankTrainer {
     fn batch_request(&self, index: u64) -> BatchRequest {
         let train = &self.recipe.train;
         let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
-        // The stream refuses what no step can hold.
+        // No overflow to check for here: the stream refuses a step of more than `MAX_STEP_TOKENS` tokens.
         let sequences = passes.saturating_mul(train.batch_size);
         let cuts = even_cuts(sequences, self.worker().size());
         let share = cuts[self.worker().rank()]..cuts[self.worker().rank() + 1];
@@ -160,13 +161,13 @@ impl RankTrainer {
     fn step_error(&self, index: u64, error: StepError) -> TrainError {
         match error {
             StepError::Collective(error) => error.into(),
-            // All ranks have it, and one says so.
-            StepError::NonFinite(_) if !self.leads() => TrainError::RemoteFailure,
+            // Every rank returns this error; the leader reports it.
+            StepError::NonFinite(_) if !self.is_leader() => TrainError::RemoteFailure,
             StepError::NonFinite(found) => TrainError::NonFinite {
                 step: index + 1,
                 what: found.what,
                 value: found.value,
-                worker: found.rank,
+                rank: found.rank,
                 last_checkpoint: self.checkpoints.newest(),
             },
         }
@@ -179,10 +180,10 @@ impl RankTrainer {
         let worker = self.worker();
         let train = &self.recipe.train;
         let limit = if train.validate_batches == 0 { usize::MAX } else { train.validate_batches };
-        // The ranks take batches in turns. The sum goes over the batches in their order, so that it does not depend on the
-        // number of ranks.
+        // Batch `i` goes to rank `i % world_size`. All losses are gathered and then summed in the order of the batches, so
+        // that the result has the same bits for every number of ranks.
         let mut losses = Vec::new();
-        for (index, batch) in self.corpus.valid_batches(train.batch_size).take(limit).enumerate() {
+        for (index, batch) in self.dataset.valid_batches(train.batch_size).take(limit).enumerate() {
             let batch = batch?;
             losses.push(match index % worker.size() == worker.rank() {
                 true => BatchLoss {
@@ -207,7 +208,7 @@ impl RankTrainer {
             return Ok(None);
         }
         let loss = loss_sum / predicted;
-        self.state.offer_best(loss);
+        self.state.update_best(loss);
         Ok(Some(Metrics {
             split: Split::Valid,
             step: self.state.step,
@@ -218,7 +219,7 @@ impl RankTrainer {
         }))
     }
 
-    /// Writes the checkpoint of the current step; its folder.
+    /// Writes the checkpoint of the current step and returns its folder.
     pub(super) fn save(&self) -> Result<PathBuf, TrainError> {
         save::save(&self.checkpoints, &self.model, &self.optimizer, &self.state)
     }

@@ -1,4 +1,4 @@
-//! `evaluation.json` of a run: the recipe's tasks before the first step and after the last.
+//! `evaluation.json` of a run: results of the recipe's tasks before the first step and after the last.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::recipe::Recipe;
 
 const FILE: &str = "evaluation.json";
 
-/// Evaluates a model on the tasks of a recipe; `None` if it names none. A table for the reader, and JSON for the file.
+/// Evaluates a model on the tasks of a recipe: a table for the log, and JSON for the file. `None` if the recipe has no tasks.
 pub(super) fn run_eval(
     recipe: &Recipe,
     model: &CausalLm,
@@ -24,8 +24,8 @@ pub(super) fn run_eval(
         return Ok(None);
     }
     let tokenizer = tokenizer.ok_or_else(|| TrainError::Request {
-        problem: "`eval.tasks` need a tokenizer, and `data.tokenizer` is `none`".into(),
-        hint: None,
+        problem: "`eval.tasks` needs a tokenizer, but `data.tokenizer` is `none`".into(),
+        hint: Some("set `data.tokenizer` to that of the model, or leave `eval.tasks` out".into()),
     })?;
     let reader = Reader { model, tokenizer, dir: None };
     let evaluations = tasks.iter().map(|task| evaluate(reader, task)).collect::<Result<Vec<_>, _>>()?;
@@ -37,7 +37,7 @@ pub(super) fn run_eval(
     Ok(Some((table(&evaluations), evaluations.iter().map(to_json).collect())))
 }
 
-/// Logs the results `before` or `after` the run, and adds them to its file.
+/// Logs the results under the key `before` or `after`, and adds them to `evaluation.json`.
 pub(super) fn record(folder: &Path, when: &str, (table, results): (String, Value)) -> Result<(), TrainError> {
     let path = folder.join(FILE);
     let mut all = earlier(folder);
@@ -48,7 +48,7 @@ pub(super) fn record(folder: &Path, when: &str, (table, results): (String, Value
     Ok(())
 }
 
-/// What the run's file contains already.
+/// What the file contains already; nothing if it is absent or damaged, since results can be computed again.
 fn earlier(folder: &Path) -> Map<String, Value> {
     let text = fs::read_to_string(folder.join(FILE)).unwrap_or_default();
     serde_json::from_str(&text).unwrap_or_default()

@@ -1,4 +1,4 @@
-//! The folder of a run, which one process has at a time.
+//! The folder of a run. One process at a time may train in it.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Seek, Write};
@@ -10,37 +10,37 @@ use moonlight_convert::storage;
 use crate::error::TrainError;
 use crate::output_file::Unfinished;
 
-/// The file in the run's folder that is locked. The kernel releases the lock with the process; the file stays.
-const LOCK: &str = "run.lock";
-/// Of a longer one, the beginning is shown.
-const LONGEST_HOLDER: u64 = 400;
+/// The locked file in the run's folder. The operating system releases the lock when the process ends; the file stays.
+const LOCK_FILE: &str = "run.lock";
+/// Bytes of the lock file that are shown; it is not trusted to be short.
+const MAX_HOLDER_BYTES: u64 = 400;
 
-/// A run's folder, claimed by this process. Where nothing was begun in a folder that the claim made, dropping it removes the
-/// folder again, so that a run that was refused can be started.
+/// A run's folder, locked by this process. If the claim made the folder and [`begin`](Self::begin) was not called, dropping
+/// it removes the folder again: otherwise a run that was refused could not be started later without `--resume`.
 #[derive(Debug)]
 pub(super) struct RunFolder {
     path: PathBuf,
-    /// Held, not used; `None` where the file system has no locks.
+    /// Held for its lock; `None` if the file system has no locks.
     _lock: Option<File>,
-    /// While the folder is this claim's own and empty but for the lock: a program that ends at once removes it, too.
+    /// Set while the folder contains only the lock file, so that a program that is interrupted removes it as well.
     fresh: Option<Unfinished>,
 }
 
 impl RunFolder {
-    /// Claims a folder: makes it, or with `resume` takes the one that is there.
+    /// Creates and locks the folder, or with `resume` locks the existing one.
     ///
     /// # Errors
     ///
-    /// [`TrainError::RunExists`] where it is there, [`TrainError::RunLocked`] where another process has it, and a folder that
-    /// cannot be made.
+    /// [`TrainError::RunExists`] if the folder exists and `resume` is not given, [`TrainError::RunLocked`] if another process
+    /// trains in it, and an error for a folder that cannot be created.
     pub(super) fn claim(path: &Path, resume: bool) -> Result<Self, TrainError> {
         if let Some(parent) = path.parent() {
             storage::create_dir_all(parent).map_err(TrainError::write(parent))?;
         }
-        // Making it is the check: of two that start at once, one makes it.
+        // Creating the folder is the check for its existence: of two processes that start at once, one creates it.
         let fresh = match storage::create_dir(path) {
             Ok(()) => {
-                // Durable as well: what is saved in it later is no more so than its name.
+                // A checkpoint in a folder whose name was never flushed would be lost with it.
                 let parent = path.parent().unwrap_or(Path::new(""));
                 storage::sync_dir(parent).map_err(TrainError::write(parent))?;
                 true
@@ -48,22 +48,22 @@ impl RunFolder {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => false,
             Err(error) => return Err(TrainError::write(path)(error)),
         };
-        if !fresh && !resume && !is_empty_but_for_the_lock(path) {
-            // One that is running is the better explanation.
+        if !fresh && !resume && !holds_only_the_lock(path) {
+            // If the run is in progress, that is the better explanation than that its folder exists.
             lock(path)?;
             return Err(TrainError::RunExists(path.to_owned()));
         }
         let lock = lock(path)?;
-        // Between making and locking, another process may have taken it and begun.
-        if !resume && !is_empty_but_for_the_lock(path) {
+        // Another process may have locked the folder, trained in it and ended since it was created above.
+        if !resume && !holds_only_the_lock(path) {
             return Err(TrainError::RunExists(path.to_owned()));
         }
-        let fresh = fresh || is_empty_but_for_the_lock(path);
+        let fresh = fresh || holds_only_the_lock(path);
         let fresh = fresh.then(|| Unfinished::new(path));
         Ok(Self { path: path.to_owned(), _lock: lock, fresh })
     }
 
-    /// From now on the folder stays.
+    /// Keeps the folder from now on: the run is about to write into it.
     pub(super) fn begin(&mut self) {
         self.fresh = None;
     }
@@ -71,25 +71,26 @@ impl RunFolder {
 
 impl Drop for RunFolder {
     fn drop(&mut self) {
-        if self.fresh.is_some() && is_empty_but_for_the_lock(&self.path) {
-            let _ = fs::remove_file(self.path.join(LOCK));
+        if self.fresh.is_some() && holds_only_the_lock(&self.path) {
+            let _ = fs::remove_file(self.path.join(LOCK_FILE));
             let _ = fs::remove_dir(&self.path);
         }
     }
 }
 
-fn is_empty_but_for_the_lock(path: &Path) -> bool {
-    fs::read_dir(path).is_ok_and(|mut entries| entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK)))
+fn holds_only_the_lock(path: &Path) -> bool {
+    fs::read_dir(path)
+        .is_ok_and(|mut entries| entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK_FILE)))
 }
 
-/// Locks a run's folder and writes down who holds it.
+/// Locks a run's folder and writes this process into the lock file.
 fn lock(folder: &Path) -> Result<Option<File>, TrainError> {
-    let path = folder.join(LOCK);
+    let path = folder.join(LOCK_FILE);
     let mut file = loop {
         let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let file = options.map_err(TrainError::write(&path))?;
         match file.try_lock() {
-            // A claim that was given up meanwhile has removed the file: a lock on that one is worth nothing.
+            // A process that gave up its claim has removed the file since it was opened: a lock on it would exclude no one.
             Ok(()) if !is_at(&file, &path) => {}
             Ok(()) => break file,
             Err(TryLockError::WouldBlock) => {
@@ -98,14 +99,14 @@ fn lock(folder: &Path) -> Result<Option<File>, TrainError> {
             }
             Err(TryLockError::Error(error)) => {
                 tracing::warn!(
-                    "`{}` cannot be locked ({error}): see to it yourself that no other process trains there",
+                    "`{}` cannot be locked ({error}); make sure that no other process trains there",
                     folder.display()
                 );
                 return Ok(None);
             }
         }
     };
-    // For whoever comes second; the run does not depend on it.
+    // Another process prints this if it is refused; the run does not depend on it.
     let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", this_process()));
     Ok(Some(file))
 }
@@ -123,13 +124,13 @@ fn is_at(_: &File, _: &Path) -> bool {
     true // an open file cannot be removed there
 }
 
-/// What the process that holds a lock says of itself. It does so right after it has locked the file, so a short wait may be
-/// needed.
+/// The process that holds the lock, as it describes itself in the file. It writes that right after it locks the file, so a
+/// short wait may be needed.
 fn holder(lock: &Path) -> String {
     for _ in 0..50 {
         let mut text = String::new();
-        // Anything else than text says nothing.
-        let _ = File::open(lock).and_then(|file| file.take(LONGEST_HOLDER).read_to_string(&mut text));
+        // A file that is not UTF-8 leaves the text empty.
+        let _ = File::open(lock).and_then(|file| file.take(MAX_HOLDER_BYTES).read_to_string(&mut text));
         if text.ends_with('\n') {
             return text.trim().to_owned();
         }
@@ -172,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_has_one_process_and_the_second_is_told_who() {
+    fn a_second_process_is_refused_and_the_error_names_the_first() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("runs/a");
         let mut first = RunFolder::claim(&path, false).unwrap();
@@ -195,9 +196,9 @@ mod tests {
         let path = home.path().join("a");
         drop(RunFolder::claim(&path, false).unwrap());
         assert!(!path.exists());
-        // Killed before it began, it leaves a folder with the lock alone, which is nobody's.
+        // A run that was killed before it began leaves a folder with only the lock file, and can be started again.
         fs::create_dir(&path).unwrap();
-        fs::write(path.join(LOCK), "process 1 on nowhere").unwrap();
+        fs::write(path.join(LOCK_FILE), "process 1 on nowhere").unwrap();
         let mut folder = RunFolder::claim(&path, false).unwrap();
         folder.begin();
         drop(folder);
@@ -205,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_at_once_one_has_it() {
+    fn of_many_claims_at_once_exactly_one_succeeds() {
         let home = tempfile::tempdir().unwrap();
         for round in 0..20 {
             let path = home.path().join(round.to_string());
@@ -213,13 +214,13 @@ mod tests {
                 let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| RunFolder::claim(&path, false))).collect();
                 threads.into_iter().map(|thread| thread.join().unwrap()).collect()
             });
-            // Held until all have tried.
+            // All claims stay alive until here, so no lock was free for a second one.
             assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 1, "round {round}");
         }
     }
 
     #[test]
-    fn a_time_is_that_of_the_calendar() {
+    fn unix_time_is_formatted_as_utc() {
         assert_eq!(utc(0), "1970-01-01 00:00:00 UTC");
         assert_eq!(utc(951_827_696), "2000-02-29 12:34:56 UTC");
         assert_eq!(utc(1_795_996_799), "2026-11-29 23:59:59 UTC");

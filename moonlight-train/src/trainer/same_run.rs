@@ -1,4 +1,4 @@
-//! Whether a run that resumes is the run that its checkpoint is of.
+//! Whether a run that resumes is the run that wrote the checkpoint.
 
 use std::collections::BTreeSet;
 
@@ -8,22 +8,22 @@ use moonlight_model::{CausalLm, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::fingerprint::fingerprint;
-use crate::checkpoint::{Difference, Differences, Digest, Found, RunIdentity, shape_differences};
+use crate::checkpoint::{ContentHash, Difference, Differences, FoundCheckpoint, RunIdentity, shape_differences};
 use crate::data::Dataset;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 
-/// Refuses a checkpoint of another run; what may change and has is logged.
+/// Refuses the checkpoint of another run, and logs what has changed and may.
 pub(super) fn check_same_run(
     identity: &RunIdentity,
     config: &ModelConfig,
     model: &CausalLm,
-    found: &Found,
+    found: &FoundCheckpoint,
 ) -> Result<(), TrainError> {
     let mut differences = Differences::default();
     match &found.state.identity {
         Some(then) => differences = identity.differences(then),
-        // Of an earlier version: its weights have a dtype, and no more is known.
+        // A checkpoint of an earlier version records no identity; only the dtype of its weights can be compared.
         None if identity.dtype != dtype_name(model) => differences.refused.push(Difference {
             key: "the dtype of the weights".into(),
             now: identity.dtype.clone(),
@@ -31,7 +31,7 @@ pub(super) fn check_same_run(
         }),
         None => {}
     }
-    // The dtype is that of the weights, compared above, whatever a file called it.
+    // `dtype` of a config.json is only a name, and may be absent; the weights' own dtype was compared above.
     let shape_of = |config: &ModelConfig| ModelConfig { dtype: None, ..config.clone() }.to_value();
     let shape = shape_differences(&shape_of(config), &shape_of(model.config()));
     let known: BTreeSet<String> = differences.refused.iter().map(|difference| difference.key.clone()).collect();
@@ -49,12 +49,12 @@ fn dtype_name(model: &CausalLm) -> String {
     format!("{:?}", model.dtype()).to_lowercase()
 }
 
-/// What the run is made of.
+/// What identifies the run: its recipe, and hashes of everything that the recipe names.
 pub(super) fn run_identity(
     recipe: &Recipe,
     model: &CausalLm,
     tokenizer: Option<&Tokenizer>,
-    corpus: &Dataset,
+    dataset: &Dataset,
     dtype: Option<DType>,
 ) -> Result<RunIdentity, TrainError> {
     let mut hash = Xxh3::new();
@@ -65,26 +65,27 @@ pub(super) fn run_identity(
         }
     }
     let name = tokenizer.map_or("none".into(), |tokenizer| format!("`{}`", tokenizer.name()));
-    let hash_of_name = tokenizer.is_none_or(|tokenizer| tokenizer.companions().is_empty());
-    if hash_of_name {
+    // A built-in tokenizer has no files, so its name stands for its contents.
+    let is_built_in = tokenizer.is_none_or(|tokenizer| tokenizer.companions().is_empty());
+    if is_built_in {
         hash.update(name.as_bytes());
     }
     let base = match (&recipe.lora, &recipe.model.path) {
-        (Some(_), Some(path)) => Some(Digest { name: format!("`{}`", path.display()), hash: fingerprint(path)? }),
+        (Some(_), Some(path)) => Some(ContentHash { name: format!("`{}`", path.display()), hash: fingerprint(path)? }),
         _ => None,
     };
     let dtype = dtype.map_or_else(|| dtype_name(model), |dtype| format!("{dtype:?}").to_lowercase());
     Ok(RunIdentity {
-        recipe: serde_json::to_value(recipe).expect("a recipe is numbers, names and lists"),
+        recipe: serde_json::to_value(recipe).expect("a recipe contains only what JSON can hold"),
         dtype,
-        tokenizer: Digest { name, hash: format!("{:032x}", hash.digest128()) },
-        train_data: Digest {
-            name: format!("{} tokens in {} sequences", corpus.train_tokens(), corpus.train_sequences()),
-            hash: format!("{:016x}", corpus.train_hash()),
+        tokenizer: ContentHash { name, hash: format!("{:032x}", hash.digest128()) },
+        train_data: ContentHash {
+            name: format!("{} tokens in {} sequences", dataset.train_tokens(), dataset.train_sequences()),
+            hash: format!("{:016x}", dataset.train_hash()),
         },
-        valid_data: Digest {
-            name: format!("{} tokens", corpus.valid_tokens()),
-            hash: format!("{:016x}", corpus.valid_hash()),
+        valid_data: ContentHash {
+            name: format!("{} tokens", dataset.valid_tokens()),
+            hash: format!("{:016x}", dataset.valid_hash()),
         },
         base,
     })

@@ -1,5 +1,5 @@
-//! Saving a checkpoint with all ranks: rank 0 writes the weights, and each rank its part of the optimizer's state at the
-//! same time. The checkpoint is renamed when all of it is there.
+//! Saving a checkpoint with all ranks. Rank 0 writes the weights while each rank writes its part of the optimizer's state;
+//! the checkpoint gets its name when every file is written.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,8 @@ use super::exchange::{agree, broadcast_text};
 use crate::checkpoint::{Checkpoints, StateWriter, TrainerState};
 use crate::error::TrainError;
 
-/// Writes the checkpoint of a step; its folder.
+/// Writes the checkpoint of a step and returns its folder. All ranks make the same sequence of collectives, whichever of
+/// them fails: a broadcast of the folder, an `agree` on the parts, and if these are written an `agree` on the whole.
 pub(super) fn save(
     checkpoints: &Checkpoints,
     model: &CausalLm,
@@ -35,19 +36,19 @@ pub(super) fn save(
         checkpoints.save(model, &mut writer, state)
     };
     if !writer.announced {
-        // The others wait for a folder.
+        // The save failed before it had a folder, and the other ranks wait for its name.
         broadcast_text(worker, None)?;
         return saved;
     }
     if writer.disagreed { saved } else { agree(worker, saved) }
 }
 
-/// Rank 0's side: tells the others the new folder, and waits for their parts.
+/// Rank 0's side: announces the new folder to the other ranks, and waits for their parts.
 struct RankZeroWriter<'a> {
     optimizer: &'a MuonAdamW,
     /// Whether the others know the folder.
     announced: bool,
-    /// Whether a rank failed, which all know then.
+    /// Whether a rank failed to write its part. All ranks know then, and the second `agree` is skipped by all.
     disagreed: bool,
 }
 
@@ -79,11 +80,11 @@ fn write_part(dir: &Path, optimizer: &MuonAdamW) -> Result<(), TrainError> {
     }
     storage::announce(Call::Write(&path)).map_err(TrainError::write(&path))?;
     optimizer.save(&path).map_err(|source| match source {
-        // Its sentence is of a file that cannot be read.
+        // The sentence of this error is about reading.
         StateError::Unreadable(problem) => TrainError::write(&path)(std::io::Error::other(problem)),
         source => TrainError::OptimizerState { path: path.clone(), source },
     })?;
-    // Rank 0 flushes the files that it sees before it renames the folder; on a shared file system those of other ranks need
-    // not be among them.
+    // Each rank flushes its own file: rank 0 flushes those it sees before it renames the folder, and on a shared file system
+    // it may not see another rank's file yet.
     storage::sync_file(&path).map_err(TrainError::write(&path))
 }

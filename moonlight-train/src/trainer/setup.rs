@@ -23,33 +23,33 @@ use super::rank_trainer::RankTrainer;
 use super::run_eval::{self, run_eval};
 use super::run_folder::RunFolder;
 use super::same_run::{check_same_run, run_identity};
-use crate::checkpoint::{Checkpoints, Found, TrainerState};
+use crate::checkpoint::{Checkpoints, FoundCheckpoint, TrainerState};
 use crate::data::{Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{ConsoleLines, LogEvery, MetricsFile, Reporter};
-use crate::plan::{MemorySettings, Plan, Threads, available_memory};
+use crate::plan::{MemorySettings, MemoryPlan, Threads, available_memory};
 use crate::recipe::{LoraRecipe, Recipe};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventFile;
 
-/// The file with the tokens at which generation stops.
+/// The file that names the tokens at which generation stops.
 const GENERATION_CONFIG: &str = "generation_config.json";
-/// A longer one is none.
-const LONGEST_CONFIG: u64 = 16 << 20;
+/// A longer `generation_config.json` is refused unread.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// Everything that a recipe names, opened and checked. The ranks of a process share it.
 pub(super) struct Setup {
-    /// With the number of steps that its epochs are for these data.
+    /// The recipe, with `train.steps` computed from its epochs and the data.
     pub(super) recipe: Recipe,
     pub(super) model: CausalLm,
     pub(super) state: TrainerState,
     /// The checkpoint that the run resumes from.
-    pub(super) resumed: Option<Found>,
-    /// The run's folder; `None` in a process that follows another one.
+    pub(super) resumed: Option<FoundCheckpoint>,
+    /// The locked folder of the run; `None` in a process that resumes at the step that another process found.
     folder: Option<RunFolder>,
     assignment: Assignment,
     schedule: Schedule,
-    corpus: Arc<Dataset>,
+    dataset: Arc<Dataset>,
     checkpoints: Checkpoints,
     tokenizer: Option<Tokenizer>,
 }
@@ -57,28 +57,29 @@ pub(super) struct Setup {
 /// Where a run starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ResumePoint {
-    /// At its first step, in a folder that must not exist.
+    /// Its first step, in a folder that must not exist.
     Start,
-    /// From the newest whole checkpoint; at the first step if there is no checkpoint at all.
+    /// The newest complete checkpoint; the first step if the run has no checkpoint.
     Newest,
-    /// From the checkpoint of the step that another process found, or at the first step.
-    Found(Option<u64>),
+    /// The checkpoint of the step that another process found, or with `None` the first step.
+    AtStep(Option<u64>),
 }
 
 impl Setup {
-    /// Opens everything that a recipe names, and the checkpoint to resume from. The run's folder is claimed; no file of the run
-    /// is written before everything has been checked.
+    /// Opens everything that a recipe names, and the checkpoint to resume from. Locks the run's folder, but writes no file
+    /// into it before everything is checked.
     pub(super) fn open(recipe: &Recipe, target: &Target, from: ResumePoint) -> Result<Self, TrainError> {
         let path = recipe.run.folder();
         let folder = match from {
-            ResumePoint::Found(_) => None,
+            ResumePoint::AtStep(_) => None,
             from => Some(RunFolder::claim(&path, from == ResumePoint::Newest)?),
         };
+        tracing::debug!("opening the data and the model of the run `{}`", path.display());
         let tokenizer = recipe.data.open_tokenizer()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
         check_memory(recipe, &config, target)?;
-        let corpus = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
-        let recipe = recipe.clone().with_steps(corpus.train_sequences())?;
+        let dataset = Dataset::open(&recipe.data, tokenizer.as_ref(), config.vocab_size, recipe.run.seed)?;
+        let recipe = recipe.clone().with_steps(dataset.train_sequences())?;
         let schedule = Schedule::new(&recipe.schedule, recipe.optimizer.learning_rate, recipe.train.steps)
             .map_err(|error| TrainError::Request { problem: error.to_string(), hint: None })?;
         let weights = recipe.model.path.as_deref();
@@ -86,15 +87,15 @@ impl Setup {
             path.join("checkpoints"),
             recipe.train.keep,
             recipe.train.keep_best,
-            companions(tokenizer.as_ref(), &corpus, &config, weights)?,
+            companions(tokenizer.as_ref(), &dataset, &config, weights)?,
             weights.map(Path::to_owned),
         );
-        let checkpoints = if recipe.lora.is_some() { checkpoints.of_adapters() } else { checkpoints };
+        let checkpoints = if recipe.lora.is_some() { checkpoints.for_adapters() } else { checkpoints };
         let weights = Weights { recipe: &recipe, path: weights, target, checkpoints: &checkpoints };
         let (model, resumed) = weights.open(&config, from)?;
         let dtype = device::dtype(recipe.model.dtype.as_str(), target)?;
-        let identity = run_identity(&recipe, &model, tokenizer.as_ref(), &corpus, dtype)?;
-        let start = corpus.train_stream(recipe.train.batch_size);
+        let identity = run_identity(&recipe, &model, tokenizer.as_ref(), &dataset, dtype)?;
+        let start = dataset.train_stream(recipe.train.batch_size);
         let mut state = match &resumed {
             Some(found) => {
                 check_same_run(&identity, &config, &model, found)?;
@@ -107,14 +108,14 @@ impl Setup {
         let checkpoints = checkpoints.resumed_from(resumed.as_ref().map(|found| found.state.step));
         let model = freeze::freeze(model, &recipe.train.freeze, recipe.optimizer.qk_clip().is_some())?;
         let assignment = recipe.optimizer.rules(config.hidden_size).assign(&model)?;
-        let corpus = Arc::new(corpus);
-        Ok(Self { recipe, model, state, resumed, folder, assignment, schedule, corpus, checkpoints, tokenizer })
+        let dataset = Arc::new(dataset);
+        Ok(Self { recipe, model, state, resumed, folder, assignment, schedule, dataset, checkpoints, tokenizer })
     }
 
-    /// Writes into the run's folder and logs what the run consists of, and opens the files that its metrics go to; with
-    /// `lines` they are logged as well.
+    /// Writes what the run consists of into its folder and to the log, and opens the files for its metrics. With `lines`
+    /// metrics are logged as well.
     pub(super) fn begin(&mut self, lines: bool) -> Result<Vec<Box<dyn Reporter>>, TrainError> {
-        // A run that resumes has been evaluated before its first step.
+        // A resumed run was evaluated before its first step already.
         let before = match self.state.step {
             0 => run_eval(&self.recipe, &self.model.clone().valid(), self.tokenizer.as_ref())?,
             _ => None,
@@ -122,36 +123,36 @@ impl Setup {
         if let Some(folder) = &mut self.folder {
             folder.begin();
         }
-        let Self { recipe, state, assignment, corpus, .. } = &*self;
+        let Self { recipe, state, assignment, dataset, .. } = &*self;
         let folder = recipe.run.folder();
         if let Some(results) = before {
             run_eval::record(&folder, "before", results)?;
         }
         write(&folder.join("recipe.toml"), &recipe.to_toml())?;
         write(&folder.join("optimizer.txt"), &assignment.to_string())?;
-        let notes: String = corpus.notes().iter().map(|note| format!("{note}\n")).collect();
-        write(&folder.join("data.txt"), &(sizes(corpus) + "\n" + &notes))?;
+        let notes: String = dataset.notes().iter().map(|note| format!("{note}\n")).collect();
+        write(&folder.join("data.txt"), &(sizes(dataset) + "\n" + &notes))?;
         let mut reporters: Vec<Box<dyn Reporter>> =
             vec![Box::new(MetricsFile::open(&folder.join("metrics.jsonl"), state.step)?)];
         if recipe.train.tensorboard {
             reporters.push(Box::new(EventFile::create(&folder.join("tensorboard"))));
         }
+        let (every, last_step) = (recipe.train.log_every, recipe.train.steps);
         if lines {
-            reporters.push(Box::new(ConsoleLines));
+            reporters.push(Box::new(ConsoleLines::new(state.step, last_step)));
         }
         self.announce();
-        let (every, last_step) = (recipe.train.log_every, recipe.train.steps);
         Ok(vec![Box::new(LogEvery { every, last_step, reporter: reporters })])
     }
 
-    /// The trainers of this process's ranks, and what the final report needs beside a trained model.
+    /// The trainers of this process's ranks, and what the final report needs in addition to the trained model.
     pub(super) fn into_trainers(
         self,
         ranks: &[(Worker, Target)],
         distributed: bool,
-    ) -> Result<(Vec<RankTrainer>, Leftovers), TrainError> {
+    ) -> Result<(Vec<RankTrainer>, ReportInputs), TrainError> {
         let mut trainers = Vec::with_capacity(ranks.len());
-        // The first rank has the model itself. The others have copies on their devices, each with a graph of its own.
+        // The first rank takes the model itself. The others get copies on their own devices, with their own autodiff graphs.
         let mut models: Vec<CausalLm> = ranks
             .iter()
             .skip(1)
@@ -159,13 +160,13 @@ impl Setup {
             .collect();
         models.insert(0, self.model);
         for ((worker, target), model) in ranks.iter().zip(models) {
-            let mut data = self.corpus.train_stream(self.recipe.train.batch_size);
+            let mut data = self.dataset.train_stream(self.recipe.train.batch_size);
             if self.resumed.is_some() {
                 data.seek(self.state.data)?;
             }
             trainers.push(RankTrainer {
                 schedule: self.schedule.clone(),
-                corpus: self.corpus.clone(),
+                dataset: self.dataset.clone(),
                 data: Prefetcher::new(data),
                 model: ModelCell::new(model),
                 optimizer: optimizer(&self.assignment, &self.recipe, worker.clone(), self.resumed.as_ref())?,
@@ -178,12 +179,12 @@ impl Setup {
                 distributed,
             });
         }
-        Ok((trainers, Leftovers { corpus: self.corpus, tokenizer: self.tokenizer, folder: self.folder }))
+        Ok((trainers, ReportInputs { dataset: self.dataset, tokenizer: self.tokenizer, folder: self.folder }))
     }
 
-    /// Logs the model, the division of its parameters, and the data.
+    /// Logs the model, which optimizer takes which parameters, and the data.
     fn announce(&self) {
-        let Self { recipe, model, state, assignment, corpus, .. } = self;
+        let Self { recipe, model, state, assignment, dataset, .. } = self;
         let count = model.config().parameter_count();
         let million = |count: u64| count as f64 / 1e6;
         tracing::info!("{assignment:#}");
@@ -194,45 +195,46 @@ impl Setup {
             million(count.embeddings)
         );
         if model.has_adapters() {
-            // Nothing else is trained, and each adapter is two matrices.
+            // Adapters are all that is trained, and each consists of two matrices.
             let trained: Vec<_> = assignment.rows().iter().filter(|row| row.is_optimized()).collect();
             let elements: usize = trained.iter().map(|row| row.elements()).sum();
             tracing::info!("lora: {:.2} M parameters in {} adapters", million(elements as u64), trained.len() / 2);
         }
-        tracing::info!("data: {}", sizes(corpus));
+        tracing::info!("data: {}", sizes(dataset));
         if recipe.train.epochs > 0.0 {
             tracing::info!("steps: {} for {} epochs", recipe.train.steps, recipe.train.epochs);
         }
-        for note in corpus.notes() {
+        for note in dataset.notes() {
             tracing::info!("note: {note}");
         }
         for note in model.config().training_notes() {
             tracing::info!("note: {note}");
         }
-        // What is saved lacks these, so that a run says so. A checkpoint of adapters holds nothing of the base in any case.
+        // Tensors of the base that the model does not have will be missing from its checkpoints. Adapters are saved without
+        // their base in any case.
         if let Some(base) = recipe.model.path.as_deref().filter(|_| !model.has_adapters()) {
             for note in Checkpoint::open(base).map(|base| base.skipped_notes()).unwrap_or_default() {
                 tracing::info!("note: {note}");
             }
         }
         if state.step > 0 {
-            tracing::info!("resuming from step {}", state.step);
+            tracing::info!("resumed after step {}", state.step);
         }
     }
 }
 
-/// What remains of a setup when its trainers are made.
-pub(super) struct Leftovers {
-    corpus: Arc<Dataset>,
+/// What the final report needs in addition to the trained model.
+pub(super) struct ReportInputs {
+    dataset: Arc<Dataset>,
     tokenizer: Option<Tokenizer>,
-    /// Held until the run is over.
+    /// Locked until the report is written.
     folder: Option<RunFolder>,
 }
 
-impl Leftovers {
-    /// With the model that was trained.
+impl ReportInputs {
+    /// Adds the model.
     pub(super) fn with_model(self, model: CausalLm) -> Trained {
-        Trained { model, corpus: self.corpus, tokenizer: self.tokenizer, _folder: self.folder }
+        Trained { model, dataset: self.dataset, tokenizer: self.tokenizer, _folder: self.folder }
     }
 }
 
@@ -241,7 +243,7 @@ fn optimizer(
     assignment: &Assignment,
     recipe: &Recipe,
     worker: Worker,
-    resumed: Option<&Found>,
+    resumed: Option<&FoundCheckpoint>,
 ) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
     let options = OptimizerOptions::new().with_worker(worker).with_distributed(config);
@@ -256,39 +258,39 @@ fn optimizer(
     })
 }
 
-/// Where the weights of a run come from.
+/// The sources of a run's weights.
 struct Weights<'a> {
     recipe: &'a Recipe,
-    /// The model that the recipe names; `None` for a fresh one.
+    /// The weights that the recipe starts from; `None` to initialize them.
     path: Option<&'a Path>,
     target: &'a Target,
     checkpoints: &'a Checkpoints,
 }
 
 impl Weights<'_> {
-    /// The model at the run's start, or that of a checkpoint.
-    fn open(&self, config: &ModelConfig, from: ResumePoint) -> Result<(CausalLm, Option<Found>), TrainError> {
+    /// The model at the run's start, or that of a checkpoint with the checkpoint.
+    fn open(&self, config: &ModelConfig, from: ResumePoint) -> Result<(CausalLm, Option<FoundCheckpoint>), TrainError> {
         let Self { recipe, path, target, checkpoints } = *self;
         let device = target.device.clone().autodiff();
         let dtype = device::dtype(recipe.model.dtype.as_str(), target)?;
-        // The base model of the adapters in every checkpoint of the run.
+        // Checkpoints of a LoRA run contain adapters only; their base model is loaded once for all that are tried.
         let base = match (&recipe.lora, path) {
             (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantise.bits())?),
             _ => None,
         };
         let adapters = base.as_ref().zip(recipe.lora.as_ref());
-        let open = |found: &Found| match adapters {
+        let open = |found: &FoundCheckpoint| match adapters {
             None => Ok(load(&found.path, &device, None)?.model),
             Some((base, lora)) => adapted(base.clone(), &found.path, lora),
         };
         let resumed = match from {
-            ResumePoint::Start | ResumePoint::Found(None) => None,
-            ResumePoint::Newest => checkpoints.newest_whole(|found| {
+            ResumePoint::Start | ResumePoint::AtStep(None) => None,
+            ResumePoint::Newest => checkpoints.newest_complete(|found| {
                 let model = open(found).map_err(damage)?;
                 check_state(recipe, &model, found)?;
                 Ok(model)
             })?,
-            ResumePoint::Found(Some(step)) => {
+            ResumePoint::AtStep(Some(step)) => {
                 let found = checkpoints.at(step)?;
                 let model = open(&found)?;
                 Some((found, model))
@@ -305,7 +307,8 @@ impl Weights<'_> {
             (_, _, Some(path)) => load(path, &device, dtype)?.model,
             (_, _, None) => {
                 device.seed(recipe.run.seed);
-                // All at once and in order, so that the weights depend on the seed alone.
+                // `materialize` draws all weights now and in the order of the module. Lazily drawn ones would depend on what
+                // else draws from the device's generator before they are first used.
                 cast(config.init(&device).materialize(), dtype.unwrap_or(DType::F32))
             }
         };
@@ -313,22 +316,23 @@ impl Weights<'_> {
     }
 }
 
-/// The tokenizer's files. If the data are conversations, also the chat template they were made with, unless it is the
-/// tokenizer's, and a `generation_config.json` that makes servers stop at the end of the assistant's turn.
+/// Files that every checkpoint needs next to its weights: those of the tokenizer. For conversations also the chat template
+/// of the data, unless it is the tokenizer's own, and a `generation_config.json` that makes servers stop at the end of the
+/// assistant's turn.
 fn companions(
     tokenizer: Option<&Tokenizer>,
-    corpus: &Dataset,
+    dataset: &Dataset,
     config: &ModelConfig,
     from: Option<&Path>,
 ) -> Result<Vec<Companion>, TrainError> {
     let mut companions = tokenizer.map(Tokenizer::companions).unwrap_or_default();
-    if let Some(template) = corpus.template() {
+    if let Some(template) = dataset.template() {
         companions.retain(|companion| companion.name != template.name);
         companions.push(template.clone());
     }
-    if let Some(end) = corpus.end_of_turn() {
+    if let Some(end) = dataset.end_of_turn() {
         let text = match from {
-            Some(from) => confined(from)?.read(GENERATION_CONFIG, LONGEST_CONFIG)?,
+            Some(from) => confined(from)?.read(GENERATION_CONFIG, MAX_CONFIG_BYTES)?,
             None => None,
         };
         let own = text.map(|text| serde_json::from_slice(&text)).transpose();
@@ -357,17 +361,17 @@ fn companions(
     Ok(companions)
 }
 
-/// The files of a model's folder.
+/// A model's folder, read without leaving it through links.
 fn confined(dir: &Path) -> Result<ConfinedDir, TrainError> {
     ConfinedDir::new(dir).map_err(TrainError::read(dir))
 }
 
-/// Refuses a run that cannot fit into memory. Where the available memory is not known, as on a GPU, nothing is refused.
+/// Refuses a run that does not fit into memory. On a GPU the available memory is not known, and no run is refused.
 fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Result<(), TrainError> {
     let Some(available) = available_memory().filter(|_| target.is_cpu && recipe.train.check_memory) else {
         return Ok(());
     };
-    let plan = Plan::new(config.clone(), MemorySettings::of_recipe(recipe, config, true, Threads::here())?);
+    let plan = MemoryPlan::new(config.clone(), MemorySettings::for_recipe(recipe, config, true, Threads::available())?);
     if plan.peak() <= available {
         return Ok(());
     }
@@ -376,13 +380,13 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Resul
     let hint = match advice.last() {
         Some(last) if last.peak <= available => {
             let changes: Vec<_> = advice.iter().map(|advice| format!("`{}`", advice.change)).collect();
-            format!("it fits with {}; `train.check_memory = false` starts it all the same", changes.join(" and "))
+            format!("set {}, or start without this check by `train.check_memory = false`", changes.join(" and "))
         }
-        _ => "`moonlight plan` says what takes it; `train.check_memory = false` starts it all the same".into(),
+        _ => "look at `moonlight plan`, or start without this check by `train.check_memory = false`".into(),
     };
     Err(TrainError::Request {
         problem: format!(
-            "a step needs {:.2} GB of memory, and {:.2} GB are available",
+            "a step needs {:.2} GB of memory, but {:.2} GB are available",
             gigabytes(plan.peak()),
             gigabytes(available)
         ),
@@ -390,7 +394,8 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Resul
     })
 }
 
-/// An error of opening a checkpoint: what it says of damage, or a failure to read that says nothing of the checkpoint.
+/// Divides errors of opening a checkpoint: `Ok` with the text of what is damaged, or `Err` for a failure that does not mean
+/// that the checkpoint is damaged, such as a file that cannot be read at the moment.
 fn damage(error: TrainError) -> Result<String, TrainError> {
     match error {
         TrainError::File(_)
@@ -401,15 +406,15 @@ fn damage(error: TrainError) -> Result<String, TrainError> {
     }
 }
 
-/// Reads the optimizer's state of a checkpoint that no manifest vouches for, as far as it is the recipe's.
-fn check_state(recipe: &Recipe, model: &CausalLm, found: &Found) -> Result<(), Result<String, TrainError>> {
+/// Checks the optimizer's state of a checkpoint of an earlier version, which has no manifest, by reading it.
+fn check_state(recipe: &Recipe, model: &CausalLm, found: &FoundCheckpoint) -> Result<(), Result<String, TrainError>> {
     if found.state.identity.is_some() {
-        return Ok(()); // its manifest was checked
+        return Ok(()); // a checkpoint with an identity has a manifest, which was compared
     }
     let assigned = recipe.optimizer.rules(model.config().hidden_size).assign(model);
     let assignment = assigned.map_err(|error| Err(TrainError::from(error)))?;
     match optimizer(&assignment, recipe, Worker::alone(), Some(found)) {
-        // Of another optimizer or model: no damage, and an error of its own later.
+        // A state of another optimizer or model is not damaged: `check_same_run` reports the difference later.
         Err(TrainError::OptimizerState { source: source @ StateError::Unreadable(_), path }) => {
             Err(Ok(TrainError::OptimizerState { path, source }.to_string()))
         }
@@ -417,20 +422,20 @@ fn check_state(recipe: &Recipe, model: &CausalLm, found: &Found) -> Result<(), R
     }
 }
 
-/// The base with the adapters of a folder, and the dropout of the recipe.
+/// The base model with the adapters of a folder. Their dropout is the recipe's, since it is a setting of the training.
 fn adapted(base: CausalLm, dir: &Path, lora: &LoraRecipe) -> Result<CausalLm, TrainError> {
     let mut adapters = read_adapter(base.config(), dir)?;
     adapters.iter_mut().for_each(|adapter| adapter.settings.dropout = lora.adapters.dropout);
     base.with_adapters(adapters).map_err(|source| AdapterError::Misfit { dir: dir.to_owned(), source }.into())
 }
 
-/// How much there is to learn from.
-fn sizes(corpus: &Dataset) -> String {
+/// The sizes of the data, as text.
+fn sizes(dataset: &Dataset) -> String {
     format!(
         "{} training tokens in {} sequences, {} validation tokens",
-        corpus.train_tokens(),
-        corpus.train_sequences(),
-        corpus.valid_tokens()
+        dataset.train_tokens(),
+        dataset.train_sequences(),
+        dataset.valid_tokens()
     )
 }
 
@@ -438,7 +443,7 @@ fn write(path: &Path, text: &str) -> Result<(), TrainError> {
     fs::write(path, text).map_err(TrainError::write(path))
 }
 
-/// The weights in a dtype; the router's correction bias, which has no gradient, stays f32.
+/// Casts the weights. The router's correction bias, the only parameter without a gradient, stays f32.
 fn cast(model: CausalLm, dtype: DType) -> CausalLm {
     struct Cast(DType);
     impl ModuleMapper for Cast {

@@ -1,4 +1,4 @@
-//! One optimizer step: forward and backward over the micro-batches, clipping, update, bias rule.
+//! One optimizer step: forward and backward over the micro-batches, gradient clipping, update, router bias.
 
 use burn::tensor::Device;
 use moonlight_model::Probe;
@@ -15,18 +15,19 @@ use crate::data::{HostBatch, mask_scale};
 pub(crate) enum UpdateMode {
     /// After the backward pass of the last micro-batch.
     AfterBackward,
-    /// As soon as a layer's gradients exist, which are then freed: no clipping, one micro-batch a step, and one rank.
+    /// As soon as a layer's gradients exist, which are then freed (LOMO, arXiv 2306.09782). Excludes clipping, which needs
+    /// the norm of all gradients first, several micro-batches, and several ranks.
     DuringBackward,
 }
 
 /// The settings of one step.
 pub(crate) struct StepSettings {
     pub(crate) learning_rate: f64,
-    /// The largest global norm of the gradient; 0 for no limit.
+    /// The largest global L2 norm of the gradient; 0 for no limit.
     pub(crate) gradient_clip: f64,
     /// Weight of the sequence-wise balance loss.
     pub(crate) balance_weight: f64,
-    /// `u` of the bias rule.
+    /// `u` in `b += u (sign(e) - mean(sign(e)))`, the rule that balances the experts.
     pub(crate) bias_update_rate: f64,
     /// What the forward passes report.
     pub(crate) probe: Probe,
@@ -36,12 +37,12 @@ pub(crate) struct StepSettings {
     pub(crate) dropout_seed: Option<u64>,
 }
 
-/// Takes a step: forward and backward over this rank's micro-batches, clipping, update, bias rule. `totals` are those of
-/// all ranks' micro-batches; one rank is the ordinary case.
+/// Takes a step: forward and backward over this rank's micro-batches, gradient clipping, update, router bias. `totals` is
+/// the size of the step over all ranks.
 ///
-/// The loss of the step is the mean over all predicted tokens of all micro-batches, weighted by their loss weights. Where
-/// these sum to 0 there is no mean: the loss is 0, and model and optimizer stay unchanged, including momentum, weight decay
-/// and the routers' bias.
+/// The loss is the mean over all predicted tokens of all micro-batches, weighted by their loss weights. If the weights sum
+/// to 0 there is no mean: the loss is 0, and model and optimizer stay unchanged, including momentum, weight decay and the
+/// router bias.
 pub(crate) fn step(
     model: &mut ModelCell,
     optimizer: &mut MuonAdamW,
@@ -50,7 +51,7 @@ pub(crate) fn step(
     settings: &StepSettings,
     device: &Device,
 ) -> Result<StepResult, StepError> {
-    // All ranks have the same totals, so none is left waiting in a collective.
+    // Every rank has the same totals, so all of them return here, and none waits for the others in a collective.
     if totals.predicted == 0.0 {
         return Ok(StepResult::default());
     }
@@ -78,12 +79,12 @@ pub(crate) fn step(
     Ok(result)
 }
 
-/// What a gradient of this norm is multiplied by, as torch's `clip_grad_norm_` does.
+/// The factor on a gradient of this norm. The `1e-6` is that of torch's `clip_grad_norm_`.
 fn clip_factor(limit: f64, norm: f64) -> f64 {
     if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) } else { 1.0 }
 }
 
-/// Forward and backward of each of this rank's micro-batches; the squares of the gradient are left at 0.
+/// Forward and backward of each of this rank's micro-batches. The result's `gradient_squares` is left at 0.
 fn run_micro_batches(
     sink: &mut impl GradientSink,
     batches: &[HostBatch],
@@ -92,7 +93,7 @@ fn run_micro_batches(
     device: &Device,
 ) -> Result<StepResult, StepError> {
     let mut result = StepResult::default();
-    // Only the ratios of the weights count, so they may be as small or as large as numbers are.
+    // Only ratios of loss weights matter. The power of two keeps their sum within f32 however small or large they are.
     let scale = mask_scale(totals.predicted);
     let predicted = totals.predicted * scale;
     for (index, batch) in batches.iter().enumerate() {
@@ -111,10 +112,10 @@ fn run_micro_batches(
             probe: settings.probe,
         };
         let (loss_sum, stats) = backward(sink, input, settings.memory)?;
-        result.add(loss_sum / predicted, &stats, share);
+        result.add_micro_batch(loss_sum / predicted, &stats, share);
     }
     if settings.dropout_seed.is_some() {
-        // Validation and probes run without dropout.
+        // Validation runs without dropout.
         sink.model().set_dropout_seed(None);
     }
     Ok(result)

@@ -7,16 +7,16 @@ use moonlight_optim::distributed::CollectiveError;
 pub(crate) struct NonFinite {
     pub(crate) what: &'static str,
     pub(crate) value: f64,
-    /// The rank it was found on; `None` with one rank, and for what is known of the sum over all ranks only.
+    /// The rank that computed it; `None` with one rank, and for the gradient norm, a sum over all ranks.
     pub(crate) rank: Option<usize>,
 }
 
 /// Why a step failed.
 #[derive(Debug)]
 pub(crate) enum StepError {
-    /// On all ranks alike. The model is unchanged, except by [`UpdateMode::DuringBackward`].
+    /// Every rank has this error. The model is unchanged, except by [`UpdateMode::DuringBackward`](super::step::UpdateMode).
     NonFinite(NonFinite),
-    /// The ranks lost each other. The model is lost.
+    /// A collective failed in the middle of an update, so the model is lost.
     Collective(CollectiveError),
 }
 

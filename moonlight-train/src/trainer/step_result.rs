@@ -1,4 +1,4 @@
-//! What a step measures, on one rank and over all.
+//! What a step measures, on one rank and over all of them.
 
 use moonlight_model::ForwardStats;
 use moonlight_optim::distributed::Worker;
@@ -8,12 +8,13 @@ use super::step_error::{NonFinite, StepError};
 use crate::data::HostBatch;
 use crate::metrics::Metrics;
 
-/// The size of a step over all ranks.
+/// The size of a step: of one rank's share, or after [`all_reduce`](Self::all_reduce) of the whole.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct StepTotals {
-    /// Predicted tokens, each weighted by its loss weight.
+    /// The sum of the loss weights, which counts a predicted token of weight 1 as 1.
     pub(crate) predicted: f64,
     pub(crate) sequences: u64,
+    /// Without padding.
     pub(crate) tokens: u64,
 }
 
@@ -40,18 +41,18 @@ impl StepTotals {
     }
 }
 
-/// What a step measured: on one rank its share, after [`all_reduce`](Self::all_reduce) the whole.
+/// What a step measured: one rank's share, or after [`all_reduce`](Self::all_reduce) the whole.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StepResult {
-    /// Mean over all predicted tokens of the step, nats; of one rank, its summand.
+    /// Mean over all predicted tokens of the step, in nats. One rank's share is its summand of that mean.
     pub(crate) loss: f64,
-    /// Square of the gradient's global norm before clipping; of one rank, that of the parts it owns.
+    /// Square of the gradient's global norm before clipping. One rank's share is that of the parts it owns.
     pub(crate) gradient_squares: f64,
-    /// Tokens of each expert over all micro-batches; `None` for dense layers.
+    /// Tokens routed to each expert of each layer, over all micro-batches; `None` for dense layers.
     pub(crate) expert_loads: Vec<Option<Vec<u64>>>,
-    /// Where the probe asked for it.
+    /// Set if the probe measured attention logits.
     pub(crate) attention: Option<AttentionLogits>,
-    /// The largest attention logit of each head of each layer, where the probe asked for them; else empty.
+    /// The largest attention logit, `[layers][heads]`; empty unless the probe measured them.
     pub(crate) head_logits: Vec<Vec<f64>>,
 }
 
@@ -61,7 +62,7 @@ exchange_fields!(StepResult { loss, gradient_squares, expert_loads, attention, h
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AttentionLogits {
     pub(crate) largest: f64,
-    /// Mean over the layers; of one micro-batch or rank, weighted by its share of the step's sequences.
+    /// Mean over the layers. That of one micro-batch or rank is weighted by its share of the step's sequences.
     pub(crate) share_above_100: f64,
 }
 
@@ -73,8 +74,8 @@ impl StepResult {
         self.gradient_squares.sqrt()
     }
 
-    /// Adds a micro-batch: its part of the mean loss, and its share of the step's sequences.
-    pub(crate) fn add(&mut self, loss: f64, stats: &ForwardStats, share: f64) {
+    /// Adds a micro-batch: its summand of the mean loss, its statistics, and its share of the step's sequences.
+    pub(crate) fn add_micro_batch(&mut self, loss: f64, stats: &ForwardStats, share: f64) {
         let pass = Self {
             loss,
             gradient_squares: 0.0,
@@ -85,9 +86,10 @@ impl StepResult {
         self.merge(pass);
     }
 
-    /// The whole step's result, the same on every rank, from each rank's share.
+    /// The whole step's result, from each rank's share: the same bits on every rank, because all of them merge the shares
+    /// in the order of the ranks.
     ///
-    /// A loss or gradient that is not finite is an error, on every rank alike.
+    /// A non-finite loss or gradient is an error on every rank.
     pub(crate) fn all_reduce(self, worker: &Worker) -> Result<Self, StepError> {
         let all = all_gather(worker, &self)?;
         if let Some((rank, share)) = all.iter().enumerate().find(|(_, share)| !share.loss.is_finite()) {
@@ -98,7 +100,7 @@ impl StepResult {
             whole.merge(share);
             whole
         });
-        let whole = whole.expect("a group has a rank");
+        let whole = whole.expect("the world size is at least 1");
         match whole.gradient_norm() {
             norm if norm.is_finite() => Ok(whole),
             norm => Err(NonFinite { what: "gradient norm", value: norm, rank: None }.into()),
@@ -128,7 +130,7 @@ impl StepResult {
 
     /// The metrics that follow from the step alone.
     pub(crate) fn metrics(&self) -> Metrics {
-        let balance = Metrics::balance(&self.expert_loads);
+        let balance = Metrics::expert_balance(&self.expert_loads);
         Metrics {
             loss: Some(self.loss),
             perplexity: Some(self.loss.exp()),
@@ -142,7 +144,7 @@ impl StepResult {
     }
 }
 
-/// Merges lists layer by layer; one that is still empty takes the other's entries.
+/// Merges two lists element by element. An empty `into`, that of a result to which nothing was added, becomes `from`.
 fn merge_each<T>(into: &mut Vec<T>, from: Vec<T>, merge: impl Fn(&mut T, T)) {
     if into.is_empty() {
         *into = from;
@@ -151,7 +153,7 @@ fn merge_each<T>(into: &mut Vec<T>, from: Vec<T>, merge: impl Fn(&mut T, T)) {
     }
 }
 
-/// The largest logit of each head of each layer.
+/// The largest attention logit, `[layers][heads]`.
 fn head_logits(stats: &ForwardStats) -> Vec<Vec<f64>> {
     let layers = stats.layers.iter().map_while(|layer| layer.max_attention_logit.clone());
     layers.map(|logits| logits.into_data().iter::<f64>().collect()).collect()
@@ -198,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_are_summed_and_logits_compared() {
+    fn losses_are_summed_and_logits_take_the_maximum() {
         for result in reduced([share(0.5, 3, 7.0), share(0.25, 6, 9.0)]) {
             let result = result.unwrap();
             assert_eq!((result.loss, result.gradient_norm()), (0.75, 3.0));
@@ -212,19 +214,19 @@ mod tests {
     }
 
     #[test]
-    fn the_rank_with_a_non_finite_loss_is_named_by_all() {
+    fn every_rank_names_the_rank_with_the_non_finite_loss() {
         for result in reduced([share(0.5, 3, 7.0), share(f64::NAN, 6, 9.0)]) {
-            let Err(StepError::NonFinite(found)) = result else { panic!("it is an error") };
+            let Err(StepError::NonFinite(found)) = result else { panic!("expected an error") };
             assert_eq!((found.what, found.rank), ("loss", Some(1)));
         }
         let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Worker::alone()) else {
-            panic!("it is an error")
+            panic!("expected an error")
         };
         assert_eq!(found.rank, None);
         let mut overflow = share(0.5, 3, 7.0);
         overflow.gradient_squares = f64::INFINITY;
         for result in reduced([share(0.5, 3, 7.0), overflow]) {
-            let Err(StepError::NonFinite(found)) = result else { panic!("it is an error") };
+            let Err(StepError::NonFinite(found)) = result else { panic!("expected an error") };
             assert_eq!((found.what, found.rank), ("gradient norm", None));
         }
     }

@@ -1,4 +1,4 @@
-//! The terminal under the dashboard: its interrupt key, and its mode before.
+//! The terminal under the dashboard: its interrupt key, and the mode to restore.
 
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -7,23 +7,24 @@ use std::sync::OnceLock;
 use rustix::stdio::stdin;
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 
-static BEFORE: OnceLock<Termios> = OnceLock::new();
+/// The terminal's mode before the dashboard.
+static ORIGINAL_MODE: OnceLock<Termios> = OnceLock::new();
 
-/// Remembers the terminal as it is now, for [`restore`].
+/// Remembers the terminal's mode, for [`restore`].
 pub(crate) fn remember() {
     if let Ok(state) = tcgetattr(stdin()) {
-        BEFORE.get_or_init(|| state);
+        ORIGINAL_MODE.get_or_init(|| state);
     }
 }
 
-/// Whether keys can be read: from stdin, or else from the terminal that controls this process. Under a service manager or
-/// `docker run -t` without `-i` stdout may be a terminal while there is neither, and the dashboard would fail at its start.
+/// Whether keys can be read, from stdin or from the controlling terminal of this process. Under a service manager or
+/// `docker run -t` without `-i`, stdout is a terminal although neither exists, and the dashboard would fail when it starts.
 pub(crate) fn has_keys() -> bool {
     std::io::stdin().is_terminal() || File::options().read(true).write(true).open("/dev/tty").is_ok()
 }
 
-/// Makes Ctrl-C a signal again. The dashboard reads keys in raw mode, where Ctrl-C is a key like any other, and ignores
-/// it.
+/// Makes Ctrl-C send a signal again. The dashboard puts the terminal into raw mode, where Ctrl-C is an ordinary key that it
+/// ignores.
 pub(crate) fn keep_interrupt_key() {
     if let Ok(mut state) = tcgetattr(stdin())
         && !state.local_modes.contains(LocalModes::ISIG)
@@ -33,22 +34,23 @@ pub(crate) fn keep_interrupt_key() {
     }
 }
 
-/// Restores the terminal's mode, if there was a dashboard.
+/// Restores the terminal's mode if a dashboard was open.
 pub(crate) fn restore_mode() {
-    if let Some(state) = BEFORE.get() {
+    if let Some(state) = ORIGINAL_MODE.get() {
         let _ = tcsetattr(stdin(), OptionalActions::Now, state);
     }
 }
 
-/// Restores the terminal's mode and screen, for a program that exits at once. Does nothing if there was no dashboard.
+/// Restores the terminal's mode and screen, for a program that exits without dropping the dashboard. Does nothing if no
+/// dashboard was open.
 pub fn restore() {
-    if BEFORE.get().is_some() {
+    if ORIGINAL_MODE.get().is_some() {
         restore_mode();
         leave_screen();
     }
 }
 
-/// Switches back what the dashboard has switched: mouse reports, the other screen, the hidden cursor.
+/// Undoes what the dashboard switched: turns mouse reports off, leaves the alternate screen, shows the cursor.
 pub(crate) fn leave_screen() {
     let _ = std::io::stdout().write_all(b"\x1b[?1006l\x1b[?1015l\x1b[?1003l\x1b[?1002l\x1b[?1000l\x1b[?1049l\x1b[?25h");
     let _ = std::io::stdout().flush();

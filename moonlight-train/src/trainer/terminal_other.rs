@@ -1,4 +1,4 @@
-//! The terminal under the dashboard on other systems than Unix, where `q` stops a run.
+//! The terminal under the dashboard on systems other than Unix, where the key `q` stops a run.
 
 pub(crate) fn remember() {}
 

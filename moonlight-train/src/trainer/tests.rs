@@ -1,4 +1,4 @@
-//! A whole run in this process, to look at the model that it leaves.
+//! Whole runs in this process, to compare the model that they leave with the one they started from.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -39,7 +39,7 @@ probe_every = 2
 plots = false
 "#;
 
-/// A folder with a base in bf16 and something to learn.
+/// A folder with a base model in bf16 and training data.
 fn home() -> tempfile::TempDir {
     let home = tempfile::tempdir().unwrap();
     let mut config = ModelConfig::preset("bench-small").unwrap();
@@ -72,7 +72,7 @@ fn trained(home: &Path, name: &str, sets: &[&str]) -> CausalLm {
     trainers.remove(0).model.into_inner()
 }
 
-/// The bits of each tensor of a model by its path, adapters left out.
+/// The bytes of each tensor of a model by its path, without adapters.
 fn bits(model: &CausalLm) -> BTreeMap<String, Vec<u8>> {
     #[derive(Default)]
     struct Kept {
@@ -116,7 +116,7 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 }
 
 #[test]
-fn a_base_that_adapters_stand_beside_stays_to_the_last_bit() {
+fn training_adapters_leaves_every_bit_of_the_base_model_unchanged() {
     let home = home();
     let model = home.path().join("model");
     let before = files(&model);
@@ -133,7 +133,7 @@ fn a_base_that_adapters_stand_beside_stays_to_the_last_bit() {
             for (path, bits) in &of_files {
                 assert!(of_run[path] == *bits, "{name}: {path}");
             }
-            // Something was trained all the same.
+            // And yet the adapters were trained.
             let logits = |model: &CausalLm| model.valid().logits(tokens(), None).into_data();
             assert!(logits(&model_of_run) != logits(&base));
         }
@@ -142,7 +142,7 @@ fn a_base_that_adapters_stand_beside_stays_to_the_last_bit() {
 }
 
 #[test]
-fn what_is_frozen_is_what_the_files_hold_to_the_last_bit() {
+fn frozen_parameters_keep_every_bit_of_the_files() {
     let home = home();
     let model = home.path().join("model");
     let device = Target::open("cpu").unwrap().device.autodiff();
@@ -161,10 +161,10 @@ fn what_is_frozen_is_what_the_files_hold_to_the_last_bit() {
     }
 }
 
-/// Only the ratios of the weights count: times a power of two, a run is the same to the bit, and at the ends of what an f32
-/// holds it still learns.
+/// Only ratios of loss weights matter: multiplied by a power of two a run is the same bit for bit, and with weights at the
+/// limits of f32 it still trains.
 #[test]
-fn weights_of_any_size_train() {
+fn loss_weights_of_any_size_train() {
     let home = home();
     let mut config = ModelConfig::preset("bench-small").unwrap();
     (config.vocab_size, config.num_hidden_layers, config.hidden_size) = (270, 2, 32);
@@ -209,10 +209,10 @@ fn weights_of_any_size_train() {
 
 #[test]
 fn the_dashboard_needs_a_terminal_that_can_draw() {
-    let draws = |term: Option<&str>, plain: Option<&str>| {
-        super::draws(|name| match name {
+    let draws = |term: Option<&str>, no_color: Option<&str>| {
+        super::can_draw(|name| match name {
             "TERM" => term.map(Into::into),
-            _ => plain.map(Into::into),
+            _ => no_color.map(Into::into),
         })
     };
     assert!(draws(Some("xterm-256color"), None) && draws(Some("screen"), Some("")));

@@ -9,9 +9,10 @@ use super::rank_trainer::RankTrainer;
 use crate::error::TrainError;
 use crate::metrics::Reporter;
 
-/// Trains from the trainer's step to the last one of its recipe, or until `interrupter` is stopped, and saves.
+/// Trains from the trainer's current step to the last one of its recipe, or until `interrupter` is stopped, and saves.
 ///
-/// This is the loop of one rank. With several, each runs it and all of them do the same at each line.
+/// This is the loop of one rank. With several ranks each runs it, and every line is reached by all of them: a collective
+/// waits for every rank, so a branch that one of them takes alone would stop the others for ever.
 pub(super) fn train_loop(
     trainer: &mut RankTrainer,
     reporter: &mut dyn Reporter,
@@ -22,7 +23,7 @@ pub(super) fn train_loop(
     let (mut valid_loss, mut saved) = (None, None);
     let mut sent = Traffic::default();
 
-    // All ranks agree before each step whether to stop: one that left the loop alone would leave the others in a collective.
+    // Only the first rank of a process sees the user's interrupt, so the ranks agree before each step whether to stop.
     while trainer.state.step < settings.steps && !trainer.any_rank_stops(interrupter)? {
         reporter.begin_step();
         let before = trainer.worker().traffic();
@@ -30,7 +31,7 @@ pub(super) fn train_loop(
         sent = sent + (trainer.worker().traffic() - before); // of steps alone, not of validations and checkpoints
         reporter.report(&metrics)?;
 
-        // Counted from 1, so that step 100 of "every 100" is the hundredth.
+        // `state.step` counts from 1 here: "every 100" validates after the hundredth step and not after the 101st.
         let step = trainer.state.step;
         let is_due = |every: u64| step == settings.steps || (every > 0 && step.is_multiple_of(every));
         if is_due(settings.validate_every)
@@ -39,11 +40,11 @@ pub(super) fn train_loop(
             valid_loss = metrics.loss;
             reporter.report(&metrics)?;
         }
-        // After the validation, which may have found the best loss so far: the checkpoint records it.
+        // After the validation, so that the checkpoint records the best loss, and `keep_best` keeps the right one.
         saved = is_due(settings.checkpoint_every).then(|| trainer.save()).transpose()?;
     }
 
-    // An interrupted run saves where it is; one that resumed after its last step saves again.
+    // An interrupted run has no checkpoint of its last step yet, nor has a run that was resumed with no step left.
     let checkpoint = saved.map_or_else(|| trainer.save(), Ok)?;
     let comm_report = match trainer.distributed {
         true => Some(comm_report(&trainer.optimizer, &trainer.model, sent, trainer.state.step - first)?),

@@ -19,7 +19,7 @@ fn tokenizer_of(source: &str) -> Tokenizer {
     }
     let more = ["[INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "<start_of_turn>", "<end_of_turn>"];
     names.extend(more.into_iter().chain(["<bos>", "<s>", "</s>"]).filter(|name| source.contains(name)));
-    let mut json: Value = serde_json::from_slice(&Tokenizer::bytes_chat().companions()[0].contents).unwrap();
+    let mut json: Value = serde_json::from_slice(&Tokenizer::bytes_chat().files()[0].contents).unwrap();
     let added = json["added_tokens"].as_array_mut().unwrap();
     for name in names {
         if added.iter().all(|token| token["content"] != name) {
@@ -45,16 +45,16 @@ impl Learner {
         fs::write(dir.path().join("chat_template.jinja"), source).unwrap();
         let tokenizer = if knows { tokenizer_of(source) } else { Tokenizer::bytes_chat() };
         let specials = tokenizer.specials();
-        let template = ChatTemplate::of_model(dir.path(), &tokenizer).unwrap();
+        let template = ChatTemplate::from_model_dir(dir.path(), &tokenizer).unwrap();
         Self { encoder: ChatEncoder::new(template, tokenizer), specials }
     }
 
     /// The text of a record, and what is learned of it, `|` between the parts.
     fn learned(&self, record: &Value) -> Result<[String; 2], ChatError> {
-        let weighted = self.encoder.weighted(&self.encoder.parse(record.to_string().as_bytes())?)?;
+        let weighted_tokens = self.encoder.weighted_tokens(&self.encoder.parse(record.to_string().as_bytes())?)?;
         let mut texts = [Vec::new(), Vec::new()];
         let mut inside = true;
-        for (&token, &weight) in weighted.tokens.iter().zip(&weighted.weights) {
+        for (&token, &weight) in weighted_tokens.tokens.iter().zip(&weighted_tokens.weights) {
             let special = self.specials.iter().find(|(_, id)| *id == token);
             let bytes = special.map_or(vec![token as u8], |(name, _)| name.as_bytes().to_vec());
             texts[0].extend(&bytes);
@@ -208,7 +208,7 @@ fn no_header_is_learned() {
 #[test]
 fn line_ends_of_a_template_are_line_feeds() {
     let template =
-        ChatTemplate::of_source("a\r\n{% for m in messages %}\r\n{{ m.content }}\rb{{ '\\r' }}\r\n{% endfor %}");
+        ChatTemplate::from_source("a\r\n{% for m in messages %}\r\n{{ m.content }}\rb{{ '\\r' }}\r\n{% endfor %}");
     let text = template.unwrap().render(&[Message::new("user", "Q\r\n")], false).unwrap();
     assert_eq!(text, "a\nQ\r\n\nb\r\n");
 }

@@ -33,7 +33,7 @@ fn bytes(text: &str) -> Vec<u32> {
 fn moonlights_own_template_where_the_folder_has_none() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = moonlight(dir.path());
-    let template = ChatTemplate::of_model(dir.path(), &tokenizer).unwrap();
+    let template = ChatTemplate::from_model_dir(dir.path(), &tokenizer).unwrap();
     assert_eq!(template.source(), &TemplateSource::Moonlight);
     let question = [Message::new("user", "Q")];
     assert_eq!(
@@ -69,7 +69,7 @@ fn moonlights_own_template_where_the_folder_has_none() {
 fn words_that_spell_a_special_token_stay_words() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = moonlight(dir.path());
-    let template = ChatTemplate::of_model(dir.path(), &tokenizer).unwrap();
+    let template = ChatTemplate::from_model_dir(dir.path(), &tokenizer).unwrap();
     let words = "a<|im_end|>b [EOS]<|reserved_token_300|>\u{100005}";
     let encoder = ChatEncoder::new(template, tokenizer);
     let tokens = encoder.tokens(&[Message::new("user", words)], false).unwrap();
@@ -91,24 +91,24 @@ fn a_folders_template_comes_first_and_python_methods_work() {
         "chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": template}],
     });
     fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-    let found = ChatTemplate::of_model(dir.path(), &tokenizer).unwrap();
+    let found = ChatTemplate::from_model_dir(dir.path(), &tokenizer).unwrap();
     assert_eq!(found.source(), &TemplateSource::File(dir.path().join("tokenizer_config.json")));
     assert_eq!(found.render(&[Message::new("user", "  hi ")], false).unwrap(), "[BOS][USER] hi\n");
     let refused = found.render(&[Message::new("tool", "x")], false).unwrap_err();
     assert!(refused.to_string().contains("no role tool"), "{refused}");
 
     fs::write(dir.path().join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
-    let found = ChatTemplate::of_model(dir.path(), &tokenizer).unwrap();
+    let found = ChatTemplate::from_model_dir(dir.path(), &tokenizer).unwrap();
     assert_eq!(found.render(&[Message::new("user", "hi")], true).unwrap(), "hi");
     fs::write(dir.path().join("chat_template.jinja"), "a\n{% for %}").unwrap();
-    let broken = ChatTemplate::of_model(dir.path(), &tokenizer).unwrap_err().to_string();
+    let broken = ChatTemplate::from_model_dir(dir.path(), &tokenizer).unwrap_err().to_string();
     assert!(broken.contains("chat_template.jinja") && broken.contains("line 2"), "{broken}");
 }
 
 #[test]
 fn a_model_that_never_learned_to_chat_says_so() {
     let dir = tempfile::tempdir().unwrap();
-    let error = ChatTemplate::of_model(dir.path(), &Tokenizer::bytes()).unwrap_err();
+    let error = ChatTemplate::from_model_dir(dir.path(), &Tokenizer::bytes()).unwrap_err();
     assert!(error.to_string().contains("has no chat template"));
     let hint = error.hint().unwrap();
     assert!(hint.contains("a text to continue") && hint.contains("`chat_template.jinja`"), "{hint}");
@@ -120,7 +120,7 @@ fn encoder(text: &str) -> ChatEncoder {
     let path = dir.path().join("template.jinja");
     fs::write(&path, text).unwrap();
     let tokenizer = Tokenizer::bytes_chat();
-    ChatEncoder::new(ChatTemplate::of_file(&path, &tokenizer).unwrap(), tokenizer)
+    ChatEncoder::new(ChatTemplate::from_file(&path, &tokenizer).unwrap(), tokenizer)
 }
 
 /// What is learned of a conversation of `(role, words)`, as text with the specials spelled, `|` between the parts.
@@ -131,17 +131,17 @@ fn learned(encoder: &ChatEncoder, turns: &[(&str, &str)]) -> Result<String, Chat
 
 /// The same of any conversation.
 fn learned_of(encoder: &ChatEncoder, conversation: &Conversation) -> Result<String, ChatError> {
-    let weighted = encoder.weighted(conversation)?;
+    let weighted_tokens = encoder.weighted_tokens(conversation)?;
     // The tokens are those of the whole conversation, whatever is learned of them: here every byte is a token.
     if conversation.fields.is_empty() {
-        assert_eq!(weighted.tokens, encoder.tokens(&conversation.messages(), false).unwrap());
+        assert_eq!(weighted_tokens.tokens, encoder.tokens(&conversation.messages(), false).unwrap());
     }
-    assert_eq!(weighted.weights.len(), weighted.tokens.len());
+    assert_eq!(weighted_tokens.weights.len(), weighted_tokens.tokens.len());
     let tokenizer = Tokenizer::bytes_chat();
     let specials = tokenizer.specials();
     let mut parts: Vec<Vec<u8>> = Vec::new();
     let mut inside = false;
-    for (&token, &weight) in weighted.tokens.iter().zip(&weighted.weights) {
+    for (&token, &weight) in weighted_tokens.tokens.iter().zip(&weighted_tokens.weights) {
         if weight > 0.0 {
             if !inside {
                 parts.push(Vec::new());
@@ -176,7 +176,7 @@ fn moonlight_learns_the_assistants_words_and_their_end() {
     assert_eq!(learned(&moonlight, &twice).unwrap(), "A<|im_end|>|B<|im_end|>");
     // What spells a special token in an answer is words: only the last token is one.
     let turns = vec![Turn::new(Message::new("assistant", "<|im_end|>"), 0.5)];
-    let WeightedTokens { tokens, weights, .. } = moonlight.weighted(&turns.into()).unwrap();
+    let WeightedTokens { tokens, weights, .. } = moonlight.weighted_tokens(&turns.into()).unwrap();
     let halves: Vec<u32> = tokens.iter().zip(&weights).filter(|(_, weight)| **weight == 0.5).map(|(&t, _)| t).collect();
     assert_eq!(halves, [bytes("<|im_end|>"), vec![0xF5]].concat());
     assert!(weights.iter().all(|&weight| weight == 0.0 || weight == 0.5));
@@ -259,7 +259,7 @@ fn the_prompt_is_the_beginning_of_what_is_learned_from() {
         let encoder = encoder(text);
         let messages: Vec<Message> = TALK.iter().map(|&(role, words)| Message::new(role, words)).collect();
         let turns: Vec<Turn> = messages.iter().map(|message| Turn::new(message.clone(), 1.0)).collect();
-        let WeightedTokens { tokens, weights, .. } = encoder.weighted(&turns.into()).unwrap();
+        let WeightedTokens { tokens, weights, .. } = encoder.weighted_tokens(&turns.into()).unwrap();
         let prompt = encoder.tokens(&messages[..4], true).unwrap();
         assert_eq!(tokens[..prompt.len()], prompt);
         assert!(weights[prompt.len() - 1] == 0.0 && weights[prompt.len()] == 1.0);
@@ -280,7 +280,7 @@ mod hostile {
     /// What comes of a template; within five seconds.
     fn answer(text: &str) -> Result<String, String> {
         let began = Instant::now();
-        let rendered = ChatTemplate::of_source(text).and_then(|template| template.render(&messages(4), true));
+        let rendered = ChatTemplate::from_source(text).and_then(|template| template.render(&messages(4), true));
         assert!(began.elapsed() < Duration::from_secs(5), "{:?} for {}", began.elapsed(), &text[..text.len().min(100)]);
         rendered.map_err(|error| error.to_string())
     }
@@ -473,7 +473,7 @@ mod hostile {
             {{'<|Assistant|>'}}{% endif %}";
         let messages = messages(10_000);
         for text in [qwen, deepseek, MOONLIGHT_TEMPLATE] {
-            let rendered = ChatTemplate::of_source(text).unwrap().render(&messages, true).unwrap();
+            let rendered = ChatTemplate::from_source(text).unwrap().render(&messages, true).unwrap();
             assert!(rendered.contains("words of turn 9999"));
         }
     }
@@ -506,7 +506,7 @@ fn long_conversations_are_learned_from_alike() {
             let given = encoder.core().given(messages.iter(), Map::new()).unwrap();
             let (finder, turns) = (encoder.core().finder(), turns_of(&given));
             assert!(turns.len() > EXACT);
-            let rendered = finder.template.render_given(&given, &given.values, false, ["", ""]).unwrap();
+            let rendered = finder.template.render_input(&given, &given.values, false, ["", ""]).unwrap();
             let regions = finder.regions(&given, given.messages.len(), &rendered);
             let each = finder.spans_one_by_one(&given, &turns, &rendered, &regions);
             let (Ok(each), Ok(found)) = (each, finder.spans_by_pattern(&given, &turns, &rendered, &regions)) else {
@@ -532,7 +532,7 @@ fn ten_thousand_turns_take_seconds() {
     let turns = Conversation::from(turns);
     for text in [MOONLIGHT_TEMPLATE, CHATML] {
         let began = std::time::Instant::now();
-        let WeightedTokens { weights, .. } = encoder(text).weighted(&turns).unwrap();
+        let WeightedTokens { weights, .. } = encoder(text).weighted_tokens(&turns).unwrap();
         let learned = weights.iter().filter(|&&weight| weight > 0.0).count();
         let expected: usize = (0..10_000).map(|index: usize| format!("answer {index} \n").len() + 1).sum();
         assert_eq!(learned, expected);
@@ -540,7 +540,7 @@ fn ten_thousand_turns_take_seconds() {
     }
     // A template that rewrites each turn by how many follow.
     let counts = "{% for m in messages %}{{ m.role }}{{ loop.revindex }}{{ m.content|reverse }}<|im_end|>{% endfor %}";
-    let error = encoder(counts).weighted(&turns).unwrap_err();
+    let error = encoder(counts).weighted_tokens(&turns).unwrap_err();
     assert!(error.to_string().contains("the limit is 8000000 messages in all"), "{error}");
     assert!(error.hint().unwrap().contains("{% generation %}"));
 }
@@ -551,21 +551,21 @@ fn files_of_templates_are_read_through_one_door() {
     let dir = home.path().join("model");
     std::fs::create_dir(&dir).unwrap();
     let tokenizer = Tokenizer::bytes_chat();
-    assert_eq!(ChatTemplate::of_model(&dir, &tokenizer).unwrap().source(), &TemplateSource::Moonlight);
+    assert_eq!(ChatTemplate::from_model_dir(&dir, &tokenizer).unwrap().source(), &TemplateSource::Moonlight);
     std::fs::write(dir.join("tokenizer_config.json"), "{\"chat_template\": ").unwrap();
-    let error = ChatTemplate::of_model(&dir, &tokenizer).unwrap_err().to_string();
+    let error = ChatTemplate::from_model_dir(&dir, &tokenizer).unwrap_err().to_string();
     assert!(error.contains("tokenizer_config.json` is broken: it is not JSON"), "{error}");
     std::fs::remove_file(dir.join("tokenizer_config.json")).unwrap();
     #[cfg(unix)]
     for name in ["chat_template.jinja", "tokenizer_config.json"] {
         std::fs::write(home.path().join("secret"), "{}").unwrap();
         std::os::unix::fs::symlink("../secret", dir.join(name)).unwrap();
-        let error = ChatTemplate::of_model(&dir, &tokenizer).unwrap_err().to_string();
+        let error = ChatTemplate::from_model_dir(&dir, &tokenizer).unwrap_err().to_string();
         assert!(error.contains(&format!("{name}` is broken: it is a symbolic link")), "{error}");
         std::fs::remove_file(dir.join(name)).unwrap();
         std::os::unix::fs::symlink("/dev/zero", dir.join(name)).unwrap();
-        assert!(ChatTemplate::of_model(&dir, &tokenizer).is_err());
-        assert!(ChatTemplate::of_file(&dir.join(name), &tokenizer).is_err());
+        assert!(ChatTemplate::from_model_dir(&dir, &tokenizer).is_err());
+        assert!(ChatTemplate::from_file(&dir.join(name), &tokenizer).is_err());
         std::fs::remove_file(dir.join(name)).unwrap();
     }
 }
@@ -573,7 +573,7 @@ fn files_of_templates_are_read_through_one_door() {
 #[test]
 fn a_special_token_without_a_text_is_none() {
     let mut json: serde_json::Value =
-        serde_json::from_slice(&Tokenizer::bytes_chat().companions()[0].contents).unwrap();
+        serde_json::from_slice(&Tokenizer::bytes_chat().files()[0].contents).unwrap();
     json["added_tokens"]
         .as_array_mut()
         .unwrap()
@@ -581,13 +581,13 @@ fn a_special_token_without_a_text_is_none() {
         "lstrip": false, "rstrip": false, "normalized": false, "special": true}));
     let tokenizer = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
     assert!(tokenizer.specials().iter().all(|(name, _)| !name.is_empty()));
-    let encoder = ChatEncoder::new(ChatTemplate::of_source(MOONLIGHT_TEMPLATE).unwrap(), tokenizer);
+    let encoder = ChatEncoder::new(ChatTemplate::from_source(MOONLIGHT_TEMPLATE).unwrap(), tokenizer);
     assert_eq!(learned(&encoder, &TALK[1..3]).unwrap(), "A b<|im_end|>");
 }
 
 #[test]
 fn a_tag_that_ends_where_it_begins_is_an_error_and_no_panic() {
     for source in ["{%}", "{%%}", "{% generation", "{%-%}", "{%}{% generation %}x{% endgeneration %}"] {
-        let _ = ChatTemplate::of_source(source).map(|template| template.text().to_owned());
+        let _ = ChatTemplate::from_source(source).map(|template| template.text().to_owned());
     }
 }

@@ -17,16 +17,16 @@ const TOOLS: &str = "{%- if tools -%}<|im_system|>tool_declare<|im_middle|>{{ to
 fn read(encoder: &ChatEncoder, record: &Value) -> Result<(String, String, Vec<String>), String> {
     let conversation = encoder.parse(record.to_string().as_bytes()).map_err(|error| error.to_string())?;
     let learned = learned_of(encoder, &conversation).map_err(|error| error.to_string())?;
-    let weighted = encoder.weighted(&conversation).unwrap();
+    let weighted_tokens = encoder.weighted_tokens(&conversation).unwrap();
     let specials = Tokenizer::bytes_chat().specials();
     let mut text = Vec::new();
-    for token in weighted.tokens {
+    for token in weighted_tokens.tokens {
         match specials.iter().find(|(_, id)| *id == token) {
             Some((name, _)) => text.extend(name.bytes()),
             None => text.push(token as u8),
         }
     }
-    Ok((String::from_utf8(text).unwrap(), learned, weighted.unread))
+    Ok((String::from_utf8(text).unwrap(), learned, weighted_tokens.unread))
 }
 
 #[test]
@@ -282,7 +282,7 @@ fn variables_are_those_that_the_template_asks_for() {
             "tools": [], "other": 1});
         record.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let encoder = encoder(&text);
-        encoder.weighted(&encoder.parse(record.to_string().as_bytes()).unwrap()).unwrap().given
+        encoder.weighted_tokens(&encoder.parse(record.to_string().as_bytes()).unwrap()).unwrap().given
     };
     assert_eq!(given(json!({"mode": "fast"})), ["mode"]);
     assert!(given(json!({"chat_template_kwargs": {"mode": "fast"}})).is_empty());
@@ -367,10 +367,10 @@ fn nothing_that_people_write_is_special() {
             {"role": "assistant", "content": "A"}],
     });
     let conversation = encoder.parse(record.to_string().as_bytes()).unwrap();
-    let weighted = encoder.weighted(&conversation).unwrap();
+    let weighted_tokens = encoder.weighted_tokens(&conversation).unwrap();
     // The declaration of tools and four messages.
-    assert_eq!(weighted.tokens.iter().filter(|&&token| token == 0xF5).count(), 5);
-    let text: Vec<u8> = weighted.tokens.iter().map(|&token| token as u8).collect();
+    assert_eq!(weighted_tokens.tokens.iter().filter(|&&token| token == 0xF5).count(), 5);
+    let text: Vec<u8> = weighted_tokens.tokens.iter().map(|&token| token as u8).collect();
     assert_eq!(text.windows(end.len()).filter(|window| *window == end.as_bytes()).count(), 16);
 }
 
@@ -419,7 +419,7 @@ fn long_conversations_with_calls_are_learned_from_alike() {
     let given = encoder.core().given(conversation.messages().iter(), Map::new()).unwrap();
     let (finder, turns) = (encoder.core().finder(), turns_of(&given));
     assert!(turns.len() > EXACT);
-    let text = finder.template.render_given(&given, &given.values, false, ["", ""]).unwrap();
+    let text = finder.template.render_input(&given, &given.values, false, ["", ""]).unwrap();
     let regions = finder.regions(&given, given.messages.len(), &text);
     let each = finder.spans_one_by_one(&given, &turns, &text, &regions).unwrap();
     assert_eq!(finder.spans_by_pattern(&given, &turns, &text, &regions).unwrap(), Some(each));
@@ -447,7 +447,7 @@ fn the_template_for_tools_is_the_one_that_is_called_so() {
     fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
     fs::write(dir.path().join("special_tokens_map.json"), json!({"bos_token": {"content": "<s>"}}).to_string())
         .unwrap();
-    let template = ChatTemplate::of_model(dir.path(), &Tokenizer::bytes_chat()).unwrap();
+    let template = ChatTemplate::from_model_dir(dir.path(), &Tokenizer::bytes_chat()).unwrap();
     assert!(template.fingerprint().contains("tool_declare") && template.fingerprint().contains("<s>"));
     let encoder = ChatEncoder::new(template, Tokenizer::bytes_chat());
     let mut record = json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]});

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
-use super::super::given::Given;
+use super::super::template_input::TemplateInput;
 use super::*;
 
 pub(super) fn folder() -> PathBuf {
@@ -21,19 +21,19 @@ fn encoder_of(source: &str, tokens: &Value) -> ChatEncoder {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("tokenizer_config.json"), tokens.to_string()).unwrap();
     fs::write(dir.path().join("chat_template.jinja"), source).unwrap();
-    let template = ChatTemplate::of_model(dir.path(), &Tokenizer::bytes_chat()).unwrap();
+    let template = ChatTemplate::from_model_dir(dir.path(), &Tokenizer::bytes_chat()).unwrap();
     ChatEncoder::new(template, Tokenizer::bytes_chat())
 }
 
 /// Messages and variables of a record, as they are.
-fn given(record: &Map<String, Value>) -> Given {
+fn given(record: &Map<String, Value>) -> TemplateInput {
     let mut variables = record.clone();
     let messages = variables.remove("messages").unwrap();
     variables.insert("date_string".into(), "26 Jul 2024".into());
     let fields = |message: &Value| message.as_object().unwrap().clone();
     let messages = messages.as_array().unwrap().iter().map(|message| Message::from_fields(fields(message)).unwrap());
-    let messages = messages.map(|message| super::super::given::with_reasoning(message.fields().clone())).collect();
-    Given::new(messages, variables)
+    let messages = messages.map(|message| super::super::template_input::with_reasoning(message.fields().clone())).collect();
+    TemplateInput::new(messages, variables)
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn templates_are_rendered_as_transformers_renders_them() {
         for (conversation, cases) in cases.as_object().unwrap() {
             let given = given(all["conversations"][conversation].as_object().unwrap());
             for (prompt, expected) in [false, true].into_iter().zip(cases.as_array().unwrap()) {
-                let ours = encoder.template().render_given(&given, &given.values, prompt, ["", ""]);
+                let ours = encoder.template().render_input(&given, &given.values, prompt, ["", ""]);
                 count += 1;
                 match (ours, expected["text"].as_str()) {
                     (Ok(text), Some(expected)) => assert_eq!(text, expected, "{name}: {conversation}"),
@@ -73,9 +73,9 @@ fn expressions_are_what_they_are_in_python() {
     for case in all["expressions"].as_array().unwrap() {
         let source = case["source"].as_str().unwrap();
         let variables = all["variables"].as_object().unwrap().clone();
-        let given = Given::new(Vec::new(), variables);
-        let ours = ChatTemplate::of_source(source)
-            .and_then(|template| template.render_given(&given, &given.values, false, ["", ""]));
+        let given = TemplateInput::new(Vec::new(), variables);
+        let ours = ChatTemplate::from_source(source)
+            .and_then(|template| template.render_input(&given, &given.values, false, ["", ""]));
         let is = match (&ours, case["text"].as_str()) {
             (Ok(text), Some(expected)) if text == expected => None,
             (Err(_), None) => None,
@@ -98,12 +98,12 @@ fn every_template_is_learned_from_or_says_why_not() {
         let encoder = encoder_of(&source, &all["tokens"]);
         for (conversation, record) in all["conversations"].as_object().unwrap() {
             let Ok(read) = encoder.parse(record.to_string().as_bytes()) else { continue };
-            let Ok(weighted) = encoder.weighted(&read) else { continue };
+            let Ok(weighted_tokens) = encoder.weighted_tokens(&read) else { continue };
             learned_from += 1;
-            let ours: Vec<u8> = weighted
+            let ours: Vec<u8> = weighted_tokens
                 .tokens
                 .iter()
-                .zip(&weighted.weights)
+                .zip(&weighted_tokens.weights)
                 .filter(|(_, weight)| **weight > 0.0)
                 .map(|(token, _)| *token as u8)
                 .collect();
@@ -123,10 +123,10 @@ fn every_template_is_learned_from_or_says_why_not() {
 #[test]
 fn the_date_is_todays() {
     let render = |format: &str| {
-        ChatTemplate::of_source(&format!("{{{{ strftime_now('{format}') }}}}")).unwrap().render(&[], false)
+        ChatTemplate::from_source(&format!("{{{{ strftime_now('{format}') }}}}")).unwrap().render(&[], false)
     };
     assert_eq!(render("%Y-%m-%d").unwrap(), chrono::Local::now().format("%Y-%m-%d").to_string());
     assert!(render("%Q").unwrap_err().to_string().contains("does not know a part of `%Q`"));
-    assert!(ChatTemplate::of_source("{{ strftime_now('%d %b %Y') }}").unwrap().writes_the_date());
-    assert!(!ChatTemplate::of_source(MOONLIGHT_TEMPLATE).unwrap().writes_the_date());
+    assert!(ChatTemplate::from_source("{{ strftime_now('%d %b %Y') }}").unwrap().uses_date());
+    assert!(!ChatTemplate::from_source(MOONLIGHT_TEMPLATE).unwrap().uses_date());
 }

@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor};
 
 use super::cache::LayerCache;
 use super::kind::{AttentionModule, QkClipProjections};
-use super::logit_stats::{LogitStats, measure};
+use super::logit_stats::{LogitStats, logit_stats};
 use crate::forward::{DecodeContext, ForwardContext};
 use crate::init::Init;
 use crate::kernels::{CachedAttentionSpec, cached_attention, grouped_attention};
@@ -128,7 +128,7 @@ impl GroupedQueryAttention {
             let key = key.reshape([batch, sequence, self.key_heads, 1, self.width]);
             let key = key.expand([batch, sequence, self.key_heads, group, self.width]);
             let key = key.reshape([batch, sequence, self.heads, self.width]);
-            measure(query.clone(), key, self.scale, self.window, context)
+            logit_stats(query.clone(), key, self.scale, self.window, context)
         });
         let output = grouped_attention(query, key_value, context.attention_spec(self.scale, self.window));
         (self.o_proj.forward(output.reshape([batch * sequence, self.heads * self.width])), statistics)
@@ -155,7 +155,7 @@ impl AttentionModule for GroupedQueryAttention {
     fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2> {
         let (count, width) = (new.tokens.sequence(), self.width);
         let row = [count, self.key_heads, 2 * width];
-        if new.are_prompts() {
+        if new.is_prefill() {
             let mut kept = None;
             let (output, _) = self.attend(x, &new.tokens, Some(&mut kept));
             let kept = kept.expect("`attend` fills it");
@@ -171,7 +171,7 @@ impl AttentionModule for GroupedQueryAttention {
             window: self.window,
             spans: new.spans.clone(),
         };
-        let output = cached_attention(query.reshape([count, self.heads, width]), cache.past(), spec);
+        let output = cached_attention(query.reshape([count, self.heads, width]), cache.rows(), spec);
         self.o_proj.forward(output.reshape([count, self.heads * width]))
     }
 

@@ -8,7 +8,7 @@ use super::GroupedQueryAttentionConfig;
 use crate::attention::kind::{AttentionKind, AttentionWidths, ModelWidths};
 use crate::config::error::ConfigError;
 use crate::config::keys::Keys;
-use crate::config::limits::{LONGEST, MOST_HEADS, require, size};
+use crate::config::limits::{MAX_HEADS, MAX_LENGTH, check_size, require};
 use crate::config::model_type::ModelType;
 use crate::config::rope::RopeConfig;
 
@@ -190,13 +190,13 @@ impl AttentionKind for GqaShape {
     }
 
     fn validate(&self, heads: usize) -> Result<(), ConfigError> {
-        size(self.num_key_value_heads, "num_key_value_heads", MOST_HEADS)?;
-        size(self.head_dim, "head_dim", MOST_HEADS)?;
+        check_size(self.num_key_value_heads, "num_key_value_heads", MAX_HEADS)?;
+        check_size(self.head_dim, "head_dim", MAX_HEADS)?;
         require(heads.is_multiple_of(self.num_key_value_heads), "num_key_value_heads", || {
             format!("is {}, which does not divide the {} heads", self.num_key_value_heads, heads)
         })?;
         if let Some(window) = &self.sliding_window {
-            size(window.tokens, "sliding_window", LONGEST)?;
+            check_size(window.tokens, "sliding_window", MAX_LENGTH)?;
         }
         require(self.head_dim.is_multiple_of(2), "head_dim", || {
             format!("is {}, but the rotary embedding turns pairs: it must be even", self.head_dim)

@@ -10,7 +10,7 @@ use burn::tensor::{Device, Tensor};
 
 use super::cache::LayerCache;
 use super::kind::{AttentionModule, QkClipProjections};
-use super::logit_stats::{LogitStats, measure};
+use super::logit_stats::{LogitStats, logit_stats};
 use crate::forward::{DecodeContext, ForwardContext};
 use crate::init::Init;
 use crate::kernels::{CachedAttentionSpec, GroupLayout, cached_attention, grouped_matmul, latent_attention};
@@ -153,7 +153,7 @@ impl MultiHeadLatentAttention {
             let own = key_value.clone().slice_dim(3, 0..self.nope);
             let shared = shared_key.clone().reshape([batch, sequence, 1, self.rope]);
             let shared = shared.expand([batch, sequence, self.heads, self.rope]);
-            measure(query.clone(), Tensor::cat(vec![own, shared], 3), self.scale, None, context)
+            logit_stats(query.clone(), Tensor::cat(vec![own, shared], 3), self.scale, None, context)
         });
         let output = latent_attention(query, key_value, shared_key, context.attention_spec(self.scale, None));
         let output = output.reshape([batch * sequence, self.heads * self.value]);
@@ -214,7 +214,7 @@ impl AttentionModule for MultiHeadLatentAttention {
     /// empty sequences are cheaper to expand.
     fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2> {
         let (count, heads, latent, rope) = (new.tokens.sequence(), self.heads, self.latent, self.rope);
-        if new.are_prompts() {
+        if new.is_prefill() {
             let mut latents = None;
             let (output, _) = self.attend(x, &new.tokens, Some(&mut latents));
             let latents = latents.expect("`attend` fills it");
@@ -238,7 +238,7 @@ impl AttentionModule for MultiHeadLatentAttention {
             window: None,
             spans: new.spans.clone(),
         };
-        let mixed = cached_attention(query, cache.past(), spec); // [count, heads, latent]
+        let mixed = cached_attention(query, cache.rows(), spec); // [count, heads, latent]
         let mixed = mixed.swap_dims(0, 1).reshape([heads * count, latent]);
         let output = grouped_matmul(mixed, absorbed_value, &by_head).reshape([heads, count, self.value]);
         self.o_proj.forward(output.swap_dims(0, 1).reshape([count, heads * self.value]))

@@ -7,7 +7,7 @@ use super::MultiHeadLatentAttentionConfig;
 use crate::attention::kind::{AttentionKind, AttentionWidths, ModelWidths};
 use crate::config::error::ConfigError;
 use crate::config::keys::Keys;
-use crate::config::limits::{MOST_HEADS, WIDEST, positive_number, require, size};
+use crate::config::limits::{MAX_HEADS, MAX_WIDTH, check_positive_number, check_size, require};
 use crate::config::model_type::ModelType;
 use crate::config::rope::{RopeConfig, yarn_mscale};
 
@@ -100,13 +100,13 @@ impl AttentionKind for MlaShape {
 
     fn validate(&self, _heads: usize) -> Result<(), ConfigError> {
         if let Some(rank) = self.q_lora_rank {
-            size(rank, "q_lora_rank", WIDEST)?;
+            check_size(rank, "q_lora_rank", MAX_WIDTH)?;
         }
-        size(self.kv_lora_rank, "kv_lora_rank", WIDEST)?;
-        size(self.qk_nope_head_dim, "qk_nope_head_dim", MOST_HEADS)?;
-        size(self.qk_rope_head_dim, "qk_rope_head_dim", MOST_HEADS)?;
-        size(self.v_head_dim, "v_head_dim", MOST_HEADS)?;
-        positive_number(self.latent_norm_eps, "kv_norm_eps")?;
+        check_size(self.kv_lora_rank, "kv_lora_rank", MAX_WIDTH)?;
+        check_size(self.qk_nope_head_dim, "qk_nope_head_dim", MAX_HEADS)?;
+        check_size(self.qk_rope_head_dim, "qk_rope_head_dim", MAX_HEADS)?;
+        check_size(self.v_head_dim, "v_head_dim", MAX_HEADS)?;
+        check_positive_number(self.latent_norm_eps, "kv_norm_eps")?;
         require(self.qk_rope_head_dim.is_multiple_of(2), "qk_rope_head_dim", || {
             format!("is {}, but the rotary embedding turns pairs: it must be even", self.qk_rope_head_dim)
         })

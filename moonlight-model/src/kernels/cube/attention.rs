@@ -21,7 +21,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::launch::launch;
-use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, in_f32, upload, wrapped};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, to_f32, to_float_tensor, upload};
 use crate::kernels::reference::{self, AttentionSaved};
 use crate::kernels::{AttentionKernel, AttentionSpec};
 
@@ -38,14 +38,14 @@ impl AttentionKernel for Cube {
         };
         if key_value.dtype != query.dtype || shared.dtype != query.dtype {
             return reference::attention_forward::<Self>(
-                wrapped(query),
-                wrapped(key_value),
-                shared_key.map(|_| wrapped(shared)),
+                to_float_tensor(query),
+                to_float_tensor(key_value),
+                shared_key.map(|_| to_float_tensor(shared)),
                 spec,
             );
         }
         let (output, log_sum) = forward(query, key_value, shared_key.map(|_| shared), spec);
-        (wrapped(output), wrapped(log_sum))
+        (to_float_tensor(output), to_float_tensor(log_sum))
     }
 
     fn attention_grad(
@@ -54,7 +54,7 @@ impl AttentionKernel for Cube {
         spec: &AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, Option<FloatTensor<Self>>) {
         let AttentionSaved { query, key_value, shared_key, output, log_sum } = &saved;
-        let delta = Self::float_sum_dim(Self::float_mul(in_f32(output_grad.clone()), in_f32(output.clone())), 3);
+        let delta = Self::float_sum_dim(Self::float_mul(to_f32(output_grad.clone()), to_f32(output.clone())), 3);
         let shared = shared_key.as_ref().unwrap_or(query);
         let Some([query, key_value, shared_key, log_sum, output_grad, delta]) =
             buffers([query, key_value, shared, log_sum, &output_grad, &delta])
@@ -65,18 +65,18 @@ impl AttentionKernel for Cube {
         if [&key_value, &shared_key, &output_grad].iter().any(|tensor| tensor.dtype != dtype)
             || log_sum.dtype != DType::F32
         {
-            return reference::attention_grad::<Self>(saved, wrapped(output_grad), spec);
+            return reference::attention_grad::<Self>(saved, to_float_tensor(output_grad), spec);
         }
         let shared_key = saved.shared_key.as_ref().map(|_| shared_key);
-        let saved = Saved { query, key_value, shared_key, log_sum, grad: output_grad, delta };
+        let saved = BackwardInputs { query, key_value, shared_key, log_sum, grad: output_grad, delta };
         let (query, key_value, shared) = grad(saved, spec);
         // All heads add up to the gradient of the key that they share.
         let shared = shared.map(|parts| {
             let [batch, _, sequence, width] = parts.meta.shape().dims();
-            let sum = Self::float_sum_dim(wrapped(parts), 1);
+            let sum = Self::float_sum_dim(to_float_tensor(parts), 1);
             Self::float_cast(Self::float_reshape(sum, Shape::new([batch, sequence, width])), FloatDType::from(dtype))
         });
-        (wrapped(query), wrapped(key_value), shared)
+        (to_float_tensor(query), to_float_tensor(key_value), shared)
     }
 }
 
@@ -87,18 +87,18 @@ const ACROSS: usize = 8;
 const DOWN: usize = 16;
 const UNITS: usize = ACROSS * DOWN;
 /// A unit's patch of a block: rows that lie together, columns [`ACROSS`] apart.
-const ROWS: usize = BLOCK / DOWN;
-const COLUMNS: usize = BLOCK / ACROSS;
-const PATCH: usize = ROWS * COLUMNS;
+const PATCH_ROWS: usize = BLOCK / DOWN;
+const PATCH_COLUMNS: usize = BLOCK / ACROSS;
+const PATCH: usize = PATCH_ROWS * PATCH_COLUMNS;
 /// From one row of a block in shared memory to the next: one more than it has, so that rows begin in different banks.
 const PITCH: usize = BLOCK + 1;
 const SHARED: usize = BLOCK * PITCH;
 /// Stands for the score of a key that a query may not see: finite, for a block may have none that it may see.
-const HIDDEN: f32 = -1e30;
+const MASKED: f32 = -1e30;
 
 /// What the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Heads {
+struct HeadShape {
     heads: usize,
     key_heads: usize,
     /// Width of the key that is a key head's own.
@@ -110,7 +110,7 @@ struct Heads {
     documents: bool,
 }
 
-impl Heads {
+impl HeadShape {
     /// # Panics
     ///
     /// When the shapes or dtypes of an attention do not fit each other.
@@ -141,7 +141,7 @@ impl Heads {
 /// A block of queries and a block of keys that meet.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-struct Blocks {
+struct BlockPair {
     batch: usize,
     head: usize,
     key_head: usize,
@@ -157,7 +157,7 @@ fn starts(like: &CubeTensor, spec: &AttentionSpec) -> BufferArg {
 }
 
 /// A cube for each block of positions of each head.
-fn each_block(sequence: usize, heads: usize, batch: usize) -> (CubeCount, CubeDim) {
+fn cube_per_block(sequence: usize, heads: usize, batch: usize) -> (CubeCount, CubeDim) {
     let count = CubeCount::Static(sequence.div_ceil(BLOCK) as u32, heads as u32, batch as u32);
     (count, CubeDim::new_1d(UNITS as u32))
 }
@@ -170,18 +170,18 @@ fn forward(
     shared_key: Option<CubeTensor>,
     spec: &AttentionSpec,
 ) -> (CubeTensor, CubeTensor) {
-    let heads = Heads::new(&query, &key_value, shared_key.as_ref(), spec);
+    let heads = HeadShape::new(&query, &key_value, shared_key.as_ref(), spec);
     let (batch, sequence) = (query.meta.shape()[0], query.meta.shape()[1]);
     let (query, key_value) = (into_contiguous(query), into_contiguous(key_value));
     // A kernel has all its arguments: without a shared key it is not read.
     let shared_key = shared_key.map_or_else(|| query.clone(), into_contiguous);
     let output = empty(&query, [batch, sequence, heads.heads, heads.value], query.dtype);
     let log_sum = empty(&query, [batch, heads.heads, sequence], DType::F32);
-    let over = each_block(sequence, heads.heads, batch);
-    let (starts, dtype) = (starts(&query, spec), elem(&query));
+    let over = cube_per_block(sequence, heads.heads, batch);
+    let (starts, dtype) = (starts(&query, spec), elem_type(&query));
     // SAFETY: `load_head`, `load_keys` and `load_values` read a position only below `sequence` and a column only below the
     // head's width, `start_of` reads the starts of a position moved below `sequence`, and results are written under the same
-    // bounds. `Heads::new` asserted that the tensors have these shapes and one dtype; they are contiguous. Starts bound loops
+    // bounds. `HeadShape::new` asserted that the tensors have these shapes and one dtype; they are contiguous. Starts bound loops
     // and are not indexed by.
     unsafe {
         launch!(
@@ -200,7 +200,7 @@ fn forward(
 
 /// What the gradients are made of: the forward's inputs and `log_sum`, the gradient of its output, and `delta`, f32
 /// `[batch, sequence, heads]`, the product of that gradient and the output, summed over a head.
-struct Saved {
+struct BackwardInputs {
     query: CubeTensor,
     key_value: CubeTensor,
     shared_key: Option<CubeTensor>,
@@ -211,8 +211,8 @@ struct Saved {
 
 /// Gradients for the query, for keys and values, and of each key head for the shared key, f32
 /// `[batch, key_heads, sequence, shared]`.
-fn grad(saved: Saved, spec: &AttentionSpec) -> (CubeTensor, CubeTensor, Option<CubeTensor>) {
-    let heads = Heads::new(&saved.query, &saved.key_value, saved.shared_key.as_ref(), spec);
+fn grad(saved: BackwardInputs, spec: &AttentionSpec) -> (CubeTensor, CubeTensor, Option<CubeTensor>) {
+    let heads = HeadShape::new(&saved.query, &saved.key_value, saved.shared_key.as_ref(), spec);
     let (batch, sequence) = (saved.query.meta.shape()[0], saved.query.meta.shape()[1]);
     let (query, key_value) = (into_contiguous(saved.query), into_contiguous(saved.key_value));
     let has_shared = saved.shared_key.is_some();
@@ -230,13 +230,13 @@ fn grad(saved: Saved, spec: &AttentionSpec) -> (CubeTensor, CubeTensor, Option<C
     let grad_key_value = empty(&query, [batch, sequence, heads.key_heads, heads.own + heads.value], query.dtype);
     // WebGPU has no empty buffer.
     let grad_shared = empty(&query, [batch, heads.key_heads, sequence, heads.shared.max(1)], DType::F32);
-    let dtype = elem(&query);
+    let dtype = elem_type(&query);
     // SAFETY: as in `forward`; sums and products of a query are read at a position moved below `sequence`, and the shapes and
     // dtypes of these and of the gradient were asserted above.
     unsafe {
         launch!(
             query_grad_kernel,
-            each_block(sequence, heads.heads, batch),
+            cube_per_block(sequence, heads.heads, batch),
             [query, key_value, shared_key, log_sum, delta, grad, grad_query],
             starts(&query, spec),
             sequence,
@@ -246,7 +246,7 @@ fn grad(saved: Saved, spec: &AttentionSpec) -> (CubeTensor, CubeTensor, Option<C
         );
         launch!(
             key_grad_kernel,
-            each_block(sequence, heads.key_heads, batch),
+            cube_per_block(sequence, heads.key_heads, batch),
             [query, key_value, shared_key, log_sum, delta, grad, grad_key_value, grad_shared],
             starts(&query, spec),
             sequence,
@@ -268,49 +268,49 @@ fn forward_kernel<F: Float>(
     starts: &[u32],
     sequence: usize,
     scale: f32,
-    #[comptime] heads: Heads,
+    #[comptime] heads: HeadShape,
     #[define(F)] _dtype: ElemType,
 ) {
     let (batch, head) = (CUBE_POS_Z as usize, CUBE_POS_Y as usize);
     let first = CUBE_POS_X as usize * BLOCK;
     let key_head = head / comptime!(heads.heads / heads.key_heads);
     let value_chunks = comptime!(heads.value.div_ceil(BLOCK));
-    let (row, column) = place();
+    let (row, column) = patch_origin();
 
     let mut scores = Shared::<[f32]>::new_slice(SHARED);
     let mut left = Shared::<[f32]>::new_slice(SHARED);
     let mut right = Shared::<[f32]>::new_slice(SHARED);
     let mut sums = zeros(comptime!(value_chunks * PATCH));
-    let mut totals = zeros(ROWS);
-    let mut largest = zeros(ROWS);
-    let mut seen_from = Array::<usize>::new(ROWS);
+    let mut totals = zeros(PATCH_ROWS);
+    let mut largest = zeros(PATCH_ROWS);
+    let mut first_key = Array::<usize>::new(PATCH_ROWS);
     #[unroll]
-    for i in 0..ROWS {
-        largest[i] = HIDDEN;
-        seen_from[i] = start_of(starts, batch, first + row + i, sequence, heads);
+    for i in 0..PATCH_ROWS {
+        largest[i] = MASKED;
+        first_key[i] = start_of(starts, batch, first + row + i, sequence, heads);
     }
 
     // Starts never decrease along a sequence, so the block's first query sees furthest back.
     let mut key = start_of(starts, batch, first, sequence, heads) / BLOCK * BLOCK;
     let end = min(first + BLOCK, sequence);
     while key < end {
-        let blocks = Blocks { batch, head, key_head, query: first, key, sequence };
+        let blocks = BlockPair { batch, head, key_head, query: first, key, sequence };
         let mut patch = key_products::<F>(&mut left, &mut right, query, key_value, shared_key, blocks, heads);
         #[unroll]
-        for i in 0..ROWS {
+        for i in 0..PATCH_ROWS {
             #[unroll]
-            for j in 0..COLUMNS {
+            for j in 0..PATCH_COLUMNS {
                 let (at, to) = (first + row + i, key + column + j * ACROSS);
-                let seen = to <= at && to >= seen_from[i];
-                let score = select(seen, patch[i * COLUMNS + j] * scale, HIDDEN);
-                patch[i * COLUMNS + j] = score;
+                let seen = to <= at && to >= first_key[i];
+                let score = select(seen, patch[i * PATCH_COLUMNS + j] * scale, MASKED);
+                patch[i * PATCH_COLUMNS + j] = score;
                 scores[(row + i) * PITCH + column + j * ACROSS] = score;
             }
         }
         sync_cube();
-        let mut shrink = Array::<f32>::new(ROWS);
+        let mut shrink = Array::<f32>::new(PATCH_ROWS);
         #[unroll]
-        for i in 0..ROWS {
+        for i in 0..PATCH_ROWS {
             let mut most = largest[i];
             for j in 0..BLOCK {
                 most = max(most, scores[(row + i) * PITCH + j]);
@@ -320,17 +320,17 @@ fn forward_kernel<F: Float>(
         }
         sync_cube();
         #[unroll]
-        for i in 0..ROWS {
+        for i in 0..PATCH_ROWS {
             #[unroll]
-            for j in 0..COLUMNS {
-                let score = patch[i * COLUMNS + j];
-                let probability = select(score > HIDDEN, (score - largest[i]).exp(), 0f32);
+            for j in 0..PATCH_COLUMNS {
+                let score = patch[i * PATCH_COLUMNS + j];
+                let probability = select(score > MASKED, (score - largest[i]).exp(), 0f32);
                 scores[(row + i) * PITCH + column + j * ACROSS] = probability;
             }
         }
         sync_cube();
         #[unroll]
-        for i in 0..ROWS {
+        for i in 0..PATCH_ROWS {
             let mut total = totals[i] * shrink[i];
             for j in 0..BLOCK {
                 total += scores[(row + i) * PITCH + j];
@@ -339,8 +339,8 @@ fn forward_kernel<F: Float>(
             #[unroll]
             for chunk in 0..value_chunks {
                 #[unroll]
-                for j in 0..COLUMNS {
-                    sums[chunk * PATCH + i * COLUMNS + j] *= shrink[i];
+                for j in 0..PATCH_COLUMNS {
+                    sums[chunk * PATCH + i * PATCH_COLUMNS + j] *= shrink[i];
                 }
             }
         }
@@ -348,24 +348,24 @@ fn forward_kernel<F: Float>(
         for chunk in 0..value_chunks {
             load_values::<F>(&mut right, key_value, blocks, chunk, heads);
             sync_cube();
-            by_columns(&scores, &right, &mut sums, chunk, false);
+            add_product(&scores, &right, &mut sums, chunk, false);
             sync_cube();
         }
         key += BLOCK;
     }
 
     #[unroll]
-    for i in 0..ROWS {
+    for i in 0..PATCH_ROWS {
         let at = first + row + i;
         if at < sequence {
             #[unroll]
             for chunk in 0..value_chunks {
                 #[unroll]
-                for j in 0..COLUMNS {
+                for j in 0..PATCH_COLUMNS {
                     let to = chunk * BLOCK + column + j * ACROSS;
                     if to < heads.value {
                         output[((batch * sequence + at) * heads.heads + head) * heads.value + to] =
-                            F::cast_from(sums[chunk * PATCH + i * COLUMNS + j] / totals[i]);
+                            F::cast_from(sums[chunk * PATCH + i * PATCH_COLUMNS + j] / totals[i]);
                     }
                 }
             }
@@ -388,7 +388,7 @@ fn query_grad_kernel<F: Float>(
     starts: &[u32],
     sequence: usize,
     scale: f32,
-    #[comptime] heads: Heads,
+    #[comptime] heads: HeadShape,
     #[define(F)] _dtype: ElemType,
 ) {
     let (batch, head) = (CUBE_POS_Z as usize, CUBE_POS_Y as usize);
@@ -396,7 +396,7 @@ fn query_grad_kernel<F: Float>(
     let key_head = head / comptime!(heads.heads / heads.key_heads);
     let width = comptime!(heads.own + heads.shared);
     let chunks = comptime!(width.div_ceil(BLOCK));
-    let (row, column) = place();
+    let (row, column) = patch_origin();
 
     let mut scores = Shared::<[f32]>::new_slice(SHARED);
     let mut left = Shared::<[f32]>::new_slice(SHARED);
@@ -406,33 +406,33 @@ fn query_grad_kernel<F: Float>(
     let mut key = start_of(starts, batch, first, sequence, heads) / BLOCK * BLOCK;
     let end = min(first + BLOCK, sequence);
     while key < end {
-        let blocks = Blocks { batch, head, key_head, query: first, key, sequence };
-        let (_, slopes) = softmax_grad::<F>(
+        let blocks = BlockPair { batch, head, key_head, query: first, key, sequence };
+        let (_, grad_scores) = softmax_grad::<F>(
             &mut left, &mut right, query, key_value, shared_key, log_sum, delta, grad, starts, blocks, scale, heads,
         );
-        write(&mut scores, &slopes);
+        store_patch(&mut scores, &grad_scores);
         #[unroll]
         for chunk in 0..chunks {
             load_keys::<F>(&mut right, key_value, shared_key, blocks, chunk, heads);
             sync_cube();
-            by_columns(&scores, &right, &mut sums, chunk, false);
+            add_product(&scores, &right, &mut sums, chunk, false);
             sync_cube();
         }
         key += BLOCK;
     }
 
     #[unroll]
-    for i in 0..ROWS {
+    for i in 0..PATCH_ROWS {
         let at = first + row + i;
         if at < sequence {
             #[unroll]
             for chunk in 0..chunks {
                 #[unroll]
-                for j in 0..COLUMNS {
+                for j in 0..PATCH_COLUMNS {
                     let to = chunk * BLOCK + column + j * ACROSS;
                     if to < width {
                         grad_query[((batch * sequence + at) * heads.heads + head) * width + to] =
-                            F::cast_from(sums[chunk * PATCH + i * COLUMNS + j]);
+                            F::cast_from(sums[chunk * PATCH + i * PATCH_COLUMNS + j]);
                     }
                 }
             }
@@ -453,7 +453,7 @@ fn key_grad_kernel<F: Float>(
     starts: &[u32],
     sequence: usize,
     scale: f32,
-    #[comptime] heads: Heads,
+    #[comptime] heads: HeadShape,
     #[define(F)] _dtype: ElemType,
 ) {
     let (batch, key_head) = (CUBE_POS_Z as usize, CUBE_POS_Y as usize);
@@ -461,7 +461,7 @@ fn key_grad_kernel<F: Float>(
     let group = comptime!(heads.heads / heads.key_heads);
     let (width, pair) = comptime!((heads.own + heads.shared, heads.own + heads.value));
     let (chunks, value_chunks) = comptime!((width.div_ceil(BLOCK), heads.value.div_ceil(BLOCK)));
-    let (row, column) = place();
+    let (row, column) = patch_origin();
 
     let mut scores = Shared::<[f32]>::new_slice(SHARED);
     let mut left = Shared::<[f32]>::new_slice(SHARED);
@@ -475,24 +475,24 @@ fn key_grad_kernel<F: Float>(
         let mut first = key;
         let mut seen = true;
         while seen {
-            let blocks = Blocks { batch, head, key_head, query: first, key, sequence };
-            let (probabilities, slopes) = softmax_grad::<F>(
+            let blocks = BlockPair { batch, head, key_head, query: first, key, sequence };
+            let (probabilities, grad_scores) = softmax_grad::<F>(
                 &mut left, &mut right, query, key_value, shared_key, log_sum, delta, grad, starts, blocks, scale, heads,
             );
-            write(&mut scores, &probabilities);
+            store_patch(&mut scores, &probabilities);
             #[unroll]
             for chunk in 0..value_chunks {
                 load_head::<F>(&mut right, grad, blocks, chunk, heads.heads, heads.value);
                 sync_cube();
-                by_columns(&scores, &right, &mut value_sums, chunk, true);
+                add_product(&scores, &right, &mut value_sums, chunk, true);
                 sync_cube();
             }
-            write(&mut scores, &slopes);
+            store_patch(&mut scores, &grad_scores);
             #[unroll]
             for chunk in 0..chunks {
                 load_head::<F>(&mut right, query, blocks, chunk, heads.heads, width);
                 sync_cube();
-                by_columns(&scores, &right, &mut key_sums, chunk, true);
+                add_product(&scores, &right, &mut key_sums, chunk, true);
                 sync_cube();
             }
             first += BLOCK;
@@ -505,16 +505,16 @@ fn key_grad_kernel<F: Float>(
     }
 
     #[unroll]
-    for i in 0..ROWS {
+    for i in 0..PATCH_ROWS {
         let at = key + row + i;
         if at < sequence {
             let line = ((batch * sequence + at) * heads.key_heads + key_head) * pair;
             #[unroll]
-            for j in 0..COLUMNS {
+            for j in 0..PATCH_COLUMNS {
                 #[unroll]
                 for chunk in 0..chunks {
                     let to = chunk * BLOCK + column + j * ACROSS;
-                    let sum = key_sums[chunk * PATCH + i * COLUMNS + j];
+                    let sum = key_sums[chunk * PATCH + i * PATCH_COLUMNS + j];
                     if to < heads.own {
                         grad_key_value[line + to] = F::cast_from(sum);
                     } else if to < width {
@@ -527,7 +527,7 @@ fn key_grad_kernel<F: Float>(
                     let to = chunk * BLOCK + column + j * ACROSS;
                     if to < heads.value {
                         grad_key_value[line + heads.own + to] =
-                            F::cast_from(value_sums[chunk * PATCH + i * COLUMNS + j]);
+                            F::cast_from(value_sums[chunk * PATCH + i * PATCH_COLUMNS + j]);
                     }
                 }
             }
@@ -537,8 +537,8 @@ fn key_grad_kernel<F: Float>(
 
 /// The first row and the first column of a unit's patch.
 #[cube]
-fn place() -> (usize, usize) {
-    (UNIT_POS as usize / ACROSS * ROWS, UNIT_POS as usize % ACROSS)
+fn patch_origin() -> (usize, usize) {
+    (UNIT_POS as usize / ACROSS * PATCH_ROWS, UNIT_POS as usize % ACROSS)
 }
 
 #[cube]
@@ -553,7 +553,7 @@ fn zeros(#[comptime] count: usize) -> Array<f32> {
 
 /// The first key that a query may see.
 #[cube]
-fn start_of(starts: &[u32], batch: usize, query: usize, sequence: usize, #[comptime] heads: Heads) -> usize {
+fn start_of(starts: &[u32], batch: usize, query: usize, sequence: usize, #[comptime] heads: HeadShape) -> usize {
     let mut start = 0usize;
     if comptime!(heads.documents) {
         start = starts[batch * sequence + min(query, sequence - 1)] as usize;
@@ -569,8 +569,8 @@ fn key_products<F: Float>(
     query: &[F],
     key_value: &[F],
     shared_key: &[F],
-    blocks: Blocks,
-    #[comptime] heads: Heads,
+    blocks: BlockPair,
+    #[comptime] heads: HeadShape,
 ) -> Array<f32> {
     let width = comptime!(heads.own + heads.shared);
     let mut patch = zeros(PATCH);
@@ -578,7 +578,7 @@ fn key_products<F: Float>(
         load_head::<F>(left, query, blocks, chunk, heads.heads, width);
         load_keys::<F>(right, key_value, shared_key, blocks, chunk, heads);
         sync_cube();
-        by_rows(left, right, &mut patch);
+        add_transposed_product(left, right, &mut patch);
         sync_cube();
     }
     patch
@@ -591,15 +591,15 @@ fn value_products<F: Float>(
     right: &mut Shared<[f32]>,
     grad: &[F],
     key_value: &[F],
-    blocks: Blocks,
-    #[comptime] heads: Heads,
+    blocks: BlockPair,
+    #[comptime] heads: HeadShape,
 ) -> Array<f32> {
     let mut patch = zeros(PATCH);
     for chunk in 0..comptime!(heads.value.div_ceil(BLOCK)) {
         load_head::<F>(left, grad, blocks, chunk, heads.heads, heads.value);
         load_values::<F>(right, key_value, blocks, chunk, heads);
         sync_cube();
-        by_rows(left, right, &mut patch);
+        add_transposed_product(left, right, &mut patch);
         sync_cube();
     }
     patch
@@ -618,41 +618,41 @@ fn softmax_grad<F: Float>(
     delta: &[f32],
     grad: &[F],
     starts: &[u32],
-    blocks: Blocks,
+    blocks: BlockPair,
     scale: f32,
-    #[comptime] heads: Heads,
+    #[comptime] heads: HeadShape,
 ) -> (Array<f32>, Array<f32>) {
     let mut probabilities = key_products::<F>(left, right, query, key_value, shared_key, blocks, heads);
-    let mut slopes = value_products::<F>(left, right, grad, key_value, blocks, heads);
-    let (row, column) = place();
+    let mut grad_scores = value_products::<F>(left, right, grad, key_value, blocks, heads);
+    let (row, column) = patch_origin();
     #[unroll]
-    for i in 0..ROWS {
+    for i in 0..PATCH_ROWS {
         let at = blocks.query + row + i;
         let known = min(at, blocks.sequence - 1);
-        let seen_from = start_of(starts, blocks.batch, at, blocks.sequence, heads);
+        let first_key = start_of(starts, blocks.batch, at, blocks.sequence, heads);
         let log_sum = log_sum[(blocks.batch * heads.heads + blocks.head) * blocks.sequence + known];
         let delta = delta[(blocks.batch * blocks.sequence + known) * heads.heads + blocks.head];
         #[unroll]
-        for j in 0..COLUMNS {
+        for j in 0..PATCH_COLUMNS {
             let to = blocks.key + column + j * ACROSS;
-            let seen = to <= at && to >= seen_from && at < blocks.sequence;
-            let probability = select(seen, (probabilities[i * COLUMNS + j] * scale - log_sum).exp(), 0f32);
-            probabilities[i * COLUMNS + j] = probability;
-            slopes[i * COLUMNS + j] = probability * (slopes[i * COLUMNS + j] - delta) * scale;
+            let seen = to <= at && to >= first_key && at < blocks.sequence;
+            let probability = select(seen, (probabilities[i * PATCH_COLUMNS + j] * scale - log_sum).exp(), 0f32);
+            probabilities[i * PATCH_COLUMNS + j] = probability;
+            grad_scores[i * PATCH_COLUMNS + j] = probability * (grad_scores[i * PATCH_COLUMNS + j] - delta) * scale;
         }
     }
-    (probabilities, slopes)
+    (probabilities, grad_scores)
 }
 
 /// Writes each unit's patch to a block.
 #[cube]
-fn write(block: &mut Shared<[f32]>, patch: &Array<f32>) {
-    let (row, column) = place();
+fn store_patch(block: &mut Shared<[f32]>, patch: &Array<f32>) {
+    let (row, column) = patch_origin();
     #[unroll]
-    for i in 0..ROWS {
+    for i in 0..PATCH_ROWS {
         #[unroll]
-        for j in 0..COLUMNS {
-            block[(row + i) * PITCH + column + j * ACROSS] = patch[i * COLUMNS + j];
+        for j in 0..PATCH_COLUMNS {
+            block[(row + i) * PITCH + column + j * ACROSS] = patch[i * PATCH_COLUMNS + j];
         }
     }
 }
@@ -663,7 +663,7 @@ fn write(block: &mut Shared<[f32]>, patch: &Array<f32>) {
 fn load_head<F: Float>(
     block: &mut Shared<[f32]>,
     tensor: &[F],
-    blocks: Blocks,
+    blocks: BlockPair,
     chunk: usize,
     #[comptime] heads: usize,
     #[comptime] width: usize,
@@ -686,9 +686,9 @@ fn load_keys<F: Float>(
     block: &mut Shared<[f32]>,
     key_value: &[F],
     shared_key: &[F],
-    blocks: Blocks,
+    blocks: BlockPair,
     chunk: usize,
-    #[comptime] heads: Heads,
+    #[comptime] heads: HeadShape,
 ) {
     let pair = comptime!(heads.own + heads.value);
     for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
@@ -714,9 +714,9 @@ fn load_keys<F: Float>(
 fn load_values<F: Float>(
     block: &mut Shared<[f32]>,
     key_value: &[F],
-    blocks: Blocks,
+    blocks: BlockPair,
     chunk: usize,
-    #[comptime] heads: Heads,
+    #[comptime] heads: HeadShape,
 ) {
     let pair = comptime!(heads.own + heads.value);
     for round in 0..comptime!(BLOCK * BLOCK / UNITS) {
@@ -734,20 +734,20 @@ fn load_values<F: Float>(
 
 /// Adds to a patch the products of the rows of two blocks, `left x right^T`.
 #[cube]
-fn by_rows(left: &mut Shared<[f32]>, right: &mut Shared<[f32]>, patch: &mut Array<f32>) {
-    let (row, column) = place();
+fn add_transposed_product(left: &mut Shared<[f32]>, right: &mut Shared<[f32]>, patch: &mut Array<f32>) {
+    let (row, column) = patch_origin();
     for step in 0..BLOCK {
-        let mut factors = Array::<f32>::new(COLUMNS);
+        let mut factors = Array::<f32>::new(PATCH_COLUMNS);
         #[unroll]
-        for j in 0..COLUMNS {
+        for j in 0..PATCH_COLUMNS {
             factors[j] = right[(column + j * ACROSS) * PITCH + step];
         }
         #[unroll]
-        for i in 0..ROWS {
+        for i in 0..PATCH_ROWS {
             let factor = left[(row + i) * PITCH + step];
             #[unroll]
-            for j in 0..COLUMNS {
-                patch[i * COLUMNS + j] += factor * factors[j];
+            for j in 0..PATCH_COLUMNS {
+                patch[i * PATCH_COLUMNS + j] += factor * factors[j];
             }
         }
     }
@@ -755,27 +755,27 @@ fn by_rows(left: &mut Shared<[f32]>, right: &mut Shared<[f32]>, patch: &mut Arra
 
 /// Adds to the patch of a chunk the product of two blocks, `left x right` or `left^T x right`.
 #[cube]
-fn by_columns(
+fn add_product(
     left: &Shared<[f32]>,
     right: &Shared<[f32]>,
     sums: &mut Array<f32>,
     #[comptime] chunk: usize,
     #[comptime] transposed: bool,
 ) {
-    let (row, column) = place();
+    let (row, column) = patch_origin();
     for step in 0..BLOCK {
-        let mut factors = Array::<f32>::new(COLUMNS);
+        let mut factors = Array::<f32>::new(PATCH_COLUMNS);
         #[unroll]
-        for j in 0..COLUMNS {
+        for j in 0..PATCH_COLUMNS {
             factors[j] = right[step * PITCH + column + j * ACROSS];
         }
         #[unroll]
-        for i in 0..ROWS {
+        for i in 0..PATCH_ROWS {
             let at = if comptime!(transposed) { step * PITCH + row + i } else { (row + i) * PITCH + step };
             let factor = left[at];
             #[unroll]
-            for j in 0..COLUMNS {
-                sums[chunk * PATCH + i * COLUMNS + j] += factor * factors[j];
+            for j in 0..PATCH_COLUMNS {
+                sums[chunk * PATCH + i * PATCH_COLUMNS + j] += factor * factors[j];
             }
         }
     }

@@ -11,14 +11,14 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::launch::launch;
-use super::reduce::{UNITS, each_row, largest_of_units, row_of, sum_of_units};
-use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, integers, same_device, wrapped};
+use super::reduce::{UNITS, cube_per_row, largest_of_units, row_of_cube, sum_of_units};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, int_buffer, same_device, to_float_tensor};
 use crate::kernels::{CrossEntropyKernel, reference};
 
 impl CrossEntropyKernel for Cube {
     fn cross_entropy_forward(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
-        match (buffers([&logits]), integers(&targets)) {
-            (Some([logits]), Some(targets)) => wrapped(forward(logits, targets)),
+        match (buffers([&logits]), int_buffer(&targets)) {
+            (Some([logits]), Some(targets)) => to_float_tensor(forward(logits, targets)),
             _ => reference::cross_entropy_forward::<Self>(logits, targets),
         }
     }
@@ -28,9 +28,9 @@ impl CrossEntropyKernel for Cube {
         targets: IntTensor<Self>,
         loss_grad: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        match (buffers([&logits, &loss_grad]), integers(&targets)) {
+        match (buffers([&logits, &loss_grad]), int_buffer(&targets)) {
             (Some([logits, loss_grad]), Some(targets)) if loss_grad.dtype == DType::F32 => {
-                wrapped(grad(logits, targets, loss_grad))
+                to_float_tensor(grad(logits, targets, loss_grad))
             }
             _ => reference::cross_entropy_grad::<Self>(logits, targets, loss_grad),
         }
@@ -44,10 +44,10 @@ fn forward(logits: CubeTensor, targets: CubeTensor) -> CubeTensor {
     assert_shape(&targets, [rows]);
     same_device(&targets, &logits);
     let out = empty(&logits, [rows], DType::F32);
-    let dtypes = [elem(&logits), elem(&targets)];
-    // SAFETY: `row_of` keeps a cube's row below `rows`, the loops keep columns below `vocab`, and so does the kernel a target
+    let dtypes = [elem_type(&logits), elem_type(&targets)];
+    // SAFETY: `row_of_cube` keeps a cube's row below `rows`, the loops keep columns below `vocab`, and so does the kernel a target
     // before it indexes by it. The contiguous tensors have these shapes, as was asserted, and are read as their dtypes.
-    unsafe { launch!(forward_kernel, each_row(rows), [logits, targets, out], rows, vocab, f32::NAN, dtypes) };
+    unsafe { launch!(forward_kernel, cube_per_row(rows), [logits, targets, out], rows, vocab, f32::NAN, dtypes) };
     out
 }
 
@@ -61,9 +61,9 @@ fn grad(logits: CubeTensor, targets: CubeTensor, grad: CubeTensor) -> CubeTensor
     assert_dtype(&grad, DType::F32);
     same_device(&targets, &logits);
     let out = empty(&logits, [rows, vocab], logits.dtype);
-    let dtypes = [elem(&logits), elem(&targets)];
+    let dtypes = [elem_type(&logits), elem_type(&targets)];
     // SAFETY: as in `forward`; this kernel compares columns with the target and does not index by it.
-    unsafe { launch!(grad_kernel, each_row(rows), [logits, targets, grad, out], rows, vocab, f32::NAN, dtypes) };
+    unsafe { launch!(grad_kernel, cube_per_row(rows), [logits, targets, grad, out], rows, vocab, f32::NAN, dtypes) };
     out
 }
 
@@ -97,7 +97,7 @@ fn forward_kernel<F: Float, I: Int>(
     nan: f32,
     #[define(F, I)] _dtypes: [ElemType; 2],
 ) {
-    let row = row_of(rows);
+    let row = row_of_cube(rows);
     let (largest, sum) = softmax_of::<F>(logits, row * vocab, vocab);
     if UNIT_POS == 0 {
         let target = usize::cast_from(targets[row]);
@@ -118,7 +118,7 @@ fn grad_kernel<F: Float, I: Int>(
     nan: f32,
     #[define(F, I)] _dtypes: [ElemType; 2],
 ) {
-    let row = row_of(rows);
+    let row = row_of_cube(rows);
     let line = row * vocab;
     let (largest, sum) = softmax_of::<F>(logits, line, vocab);
     let target = usize::cast_from(targets[row]);

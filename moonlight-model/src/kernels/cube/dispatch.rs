@@ -9,21 +9,21 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::launch::launch;
-use super::reduce::{UNITS, each_row, row_of, sum_of_units};
-use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, upload, wrapped};
+use super::reduce::{UNITS, cube_per_row, row_of_cube, sum_of_units};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, to_float_tensor, upload};
 use crate::kernels::{DispatchKernel, GroupLayout, reference};
 
 impl DispatchKernel for Cube {
     fn dispatch_rows_forward(tokens: FloatTensor<Self>, layout: &GroupLayout) -> FloatTensor<Self> {
         match buffers([&tokens]) {
-            Some([tokens]) => wrapped(dispatch(tokens, layout)),
+            Some([tokens]) => to_float_tensor(dispatch(tokens, layout)),
             None => reference::dispatch_rows_forward::<Self>(tokens, layout),
         }
     }
 
     fn dispatch_rows_grad(grad: FloatTensor<Self>, layout: &GroupLayout) -> FloatTensor<Self> {
         match buffers([&grad]) {
-            Some([grad]) => wrapped(combine(grad, None, layout)),
+            Some([grad]) => to_float_tensor(combine(grad, None, layout)),
             None => reference::dispatch_rows_grad::<Self>(grad, layout),
         }
     }
@@ -34,7 +34,9 @@ impl DispatchKernel for Cube {
         layout: &GroupLayout,
     ) -> FloatTensor<Self> {
         match buffers([&rows, &weights]) {
-            Some([rows, weights]) if weights.dtype == DType::F32 => wrapped(combine(rows, Some(weights), layout)),
+            Some([rows, weights]) if weights.dtype == DType::F32 => {
+                to_float_tensor(combine(rows, Some(weights), layout))
+            }
             _ => reference::combine_rows_forward::<Self>(rows, weights, layout),
         }
     }
@@ -48,7 +50,7 @@ impl DispatchKernel for Cube {
         match buffers([&rows, &weights, &grad]) {
             Some([rows, weights, grad]) if weights.dtype == DType::F32 && grad.dtype == rows.dtype => {
                 let (rows, weights) = combine_grad(rows, weights, grad, layout);
-                (wrapped(rows), wrapped(weights))
+                (to_float_tensor(rows), to_float_tensor(weights))
             }
             _ => reference::combine_rows_grad::<Self>(rows, weights, grad, layout),
         }
@@ -61,10 +63,10 @@ fn dispatch(tokens: CubeTensor, layout: &GroupLayout) -> CubeTensor {
     let (rows, width) = (layout.rows(), tokens.meta.shape()[1]);
     assert_shape(&tokens, [layout.tokens(), width]);
     let out = empty(&tokens, [rows, width], tokens.dtype);
-    let (sources, dtype) = (upload(&tokens, layout.token_of_row()), elem(&tokens));
+    let (sources, dtype) = (upload(&tokens, layout.token_of_row()), elem_type(&tokens));
     // SAFETY: the kernel indexes rows by their number and tokens by `token_of_row`, which a layout keeps below `tokens`; both
     // tensors have the shapes of the layout, as was asserted, and are contiguous.
-    unsafe { launch!(dispatch_kernel, each_row(rows), [tokens, out], sources, rows, width, dtype) };
+    unsafe { launch!(dispatch_kernel, cube_per_row(rows), [tokens, out], sources, rows, width, dtype) };
     out
 }
 
@@ -81,8 +83,8 @@ fn combine(rows: CubeTensor, weights: Option<CubeTensor>, layout: &GroupLayout) 
     let weighted = weights.is_some();
     // A kernel has all its arguments: without weights it does not read them.
     let weights = weights.map_or_else(|| empty(&rows, [1], DType::F32), into_contiguous);
-    let (sources, dtype) = (upload(&rows, layout.row_of_slot()), elem(&rows));
-    let over = each_row(tokens);
+    let (sources, dtype) = (upload(&rows, layout.row_of_slot()), elem_type(&rows));
+    let over = cube_per_row(tokens);
     // SAFETY: the kernel indexes slots by `token * k + choice` and rows by `row_of_slot`, which a layout keeps below `rows`;
     // rows, and weights where they are read, have the shapes of the layout, as was asserted, and all are contiguous.
     unsafe { launch!(combine_kernel, over, [rows, weights, out], sources, tokens, width, layout.k(), weighted, dtype) };
@@ -105,8 +107,8 @@ fn combine_grad(
     assert_dtype(&grad, rows.dtype);
     let grad_rows = empty(&rows, [layout.rows(), width], rows.dtype);
     let grad_weights = empty(&rows, [layout.tokens(), layout.k()], DType::F32);
-    let (sources, dtype) = (upload(&rows, layout.row_of_slot()), elem(&rows));
-    let (over, slots) = (each_row(layout.rows()), layout.rows());
+    let (sources, dtype) = (upload(&rows, layout.row_of_slot()), elem_type(&rows));
+    let (over, slots) = (cube_per_row(layout.rows()), layout.rows());
     // SAFETY: the kernel indexes slots by their number, tokens by `slot / k` and rows by `row_of_slot`, a permutation in every
     // layout, so that each row is written by one cube (or by cubes that write the same). Shapes and dtypes are as was
     // asserted, and all tensors are contiguous.
@@ -134,7 +136,7 @@ fn dispatch_kernel<F: Float>(
     width: usize,
     #[define(F)] _dtype: ElemType,
 ) {
-    let row = row_of(rows);
+    let row = row_of_cube(rows);
     let source = sources[row] as usize * width;
     let mut at = UNIT_POS as usize;
     while at < width {
@@ -155,7 +157,7 @@ fn combine_kernel<F: Float>(
     #[comptime] weighted: bool,
     #[define(F)] _dtype: ElemType,
 ) {
-    let token = row_of(tokens);
+    let token = row_of_cube(tokens);
     let mut at = UNIT_POS as usize;
     while at < width {
         let mut sum = 0f32;
@@ -186,7 +188,7 @@ fn combine_grad_kernel<F: Float>(
     k: usize,
     #[define(F)] _dtype: ElemType,
 ) {
-    let slot = row_of(slots);
+    let slot = row_of_cube(slots);
     let (row, token) = (sources[slot] as usize * width, slot / k * width);
     let weight = weights[slot];
     let mut scratch = Shared::<[f32]>::new_slice(UNITS);

@@ -13,7 +13,10 @@ use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::tensor::{addresses, assert_dtype, assert_shape, buffers, elem, empty, rows_of, upload, wrapped};
+use super::tensor::{
+    address_type_of, assert_dtype, assert_shape, buffers, elem_type, empty, to_float_tensor, upload,
+    with_contiguous_rows,
+};
 use crate::kernels::{GroupLayout, GroupedMatmulKernel, reference};
 
 impl GroupedMatmulKernel for Cube {
@@ -23,8 +26,8 @@ impl GroupedMatmulKernel for Cube {
         layout: &GroupLayout,
     ) -> FloatTensor<Self> {
         match buffers([&rows, &weight]) {
-            Some([rows, weight]) if pays(&rows, layout) && rows.dtype == weight.dtype => {
-                wrapped(by_group(rows, weight, layout, false))
+            Some([rows, weight]) if is_faster(&rows, layout) && rows.dtype == weight.dtype => {
+                to_float_tensor(grouped_product(rows, weight, layout, false))
             }
             _ => reference::grouped_matmul_forward::<Self>(rows, weight, layout),
         }
@@ -36,8 +39,8 @@ impl GroupedMatmulKernel for Cube {
         layout: &GroupLayout,
     ) -> FloatTensor<Self> {
         match buffers([&grad, &weight]) {
-            Some([grad, weight]) if pays(&grad, layout) && grad.dtype == weight.dtype => {
-                wrapped(by_group(grad, weight, layout, true))
+            Some([grad, weight]) if is_faster(&grad, layout) && grad.dtype == weight.dtype => {
+                to_float_tensor(grouped_product(grad, weight, layout, true))
             }
             _ => reference::grouped_matmul_rows_grad::<Self>(grad, weight, layout),
         }
@@ -49,8 +52,8 @@ impl GroupedMatmulKernel for Cube {
         layout: &GroupLayout,
     ) -> FloatTensor<Self> {
         match buffers([&rows, &grad]) {
-            Some([rows, grad]) if pays(&rows, layout) && rows.dtype == grad.dtype => {
-                wrapped(weight_grad(rows, grad, layout))
+            Some([rows, grad]) if is_faster(&rows, layout) && rows.dtype == grad.dtype => {
+                to_float_tensor(weight_grad(rows, grad, layout))
             }
             _ => reference::grouped_matmul_weight_grad::<Self>(rows, grad, layout),
         }
@@ -73,20 +76,20 @@ const PITCH: usize = TILE + 1;
 
 /// From this many rows of an expert on, a product with matrix units beats a launch's cost: at 64 rows these kernels take
 /// about as long as three launches on a data-centre GPU. Reckoned, not measured.
-const MANY: usize = 64;
+const MANY_ROWS: usize = 64;
 
 /// Whether these kernels are the choice: they do not use the matrix units (tensor cores) that Burn's product of half
 /// types does, which is what counts once the experts have many rows.
-fn pays(rows: &CubeTensor, layout: &GroupLayout) -> bool {
-    let busy = layout.offsets().windows(2).filter(|range| range[0] < range[1]).count();
+fn is_faster(rows: &CubeTensor, layout: &GroupLayout) -> bool {
+    let active_experts = layout.offsets().windows(2).filter(|range| range[0] < range[1]).count();
     let matrix_units = !rows.client.properties().features.matmul.cmma.is_empty();
-    rows.dtype == DType::F32 || !matrix_units || layout.rows() < MANY * busy
+    rows.dtype == DType::F32 || !matrix_units || layout.rows() < MANY_ROWS * active_experts
 }
 
 /// Each expert's rows by its matrix, `[rows, in] x [experts, in, out]`, or by its transpose, `[rows, out]` to
 /// `[rows, in]`.
-fn by_group(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, transposed: bool) -> CubeTensor {
-    let (rows, weight) = (rows_of(rows), rows_of(weight));
+fn grouped_product(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, transposed: bool) -> CubeTensor {
+    let (rows, weight) = (with_contiguous_rows(rows), with_contiguous_rows(weight));
     let [_, input, output] = weight.meta.shape().dims::<3>();
     let (depth, columns) = if transposed { (output, input) } else { (input, output) };
     assert_shape(&rows, [layout.rows(), depth]);
@@ -98,19 +101,19 @@ fn by_group(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, transpos
     let (client, tiles) = (rows.client.clone(), upload(&rows, &tiles));
     // SAFETY: the kernel indexes rows by the tiles' row bounds, which are those of the layout's groups; groups by their
     // number; and depth and columns up to the shapes of rows and result. All tensors have these shapes and one dtype, as was
-    // asserted above, and `rows_of` made their last dimensions contiguous, which the kernel takes the others' strides to.
+    // asserted above, and `with_contiguous_rows` made their last dimensions contiguous, which the kernel takes the others' strides to.
     unsafe {
-        by_group_kernel::launch_unchecked(
+        grouped_product_kernel::launch_unchecked(
             &client,
             count,
             CubeDim::new_1d(UNITS as u32),
-            addresses(&[&rows, &weight, &out]),
+            address_type_of(&[&rows, &weight, &out]),
             rows.clone().into_tensor_arg(),
             weight.into_tensor_arg(),
             out.clone().into_tensor_arg(),
             tiles,
             transposed,
-            elem(&rows),
+            elem_type(&rows),
         );
     }
     out
@@ -118,7 +121,7 @@ fn by_group(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, transpos
 
 /// `rows^T x grad` of each expert, `[experts, in, out]`.
 fn weight_grad(rows: CubeTensor, grad: CubeTensor, layout: &GroupLayout) -> CubeTensor {
-    let (rows, grad) = (rows_of(rows), rows_of(grad));
+    let (rows, grad) = (with_contiguous_rows(rows), with_contiguous_rows(grad));
     let (input, output) = (rows.meta.shape()[1], grad.meta.shape()[1]);
     assert_shape(&rows, [layout.rows(), input]);
     assert_shape(&grad, [layout.rows(), output]);
@@ -129,18 +132,18 @@ fn weight_grad(rows: CubeTensor, grad: CubeTensor, layout: &GroupLayout) -> Cube
     let (client, offsets) = (rows.client.clone(), upload(&rows, &offsets));
     // SAFETY: the kernel indexes rows of both factors from one of the layout's offsets to the next, which never decrease and
     // end with the number of rows, and columns up to the factors' widths. Shapes and dtypes are as was asserted above, and
-    // `rows_of` made the last dimensions contiguous.
+    // `with_contiguous_rows` made the last dimensions contiguous.
     unsafe {
         weight_grad_kernel::launch_unchecked(
             &client,
             count,
             CubeDim::new_1d(UNITS as u32),
-            addresses(&[&rows, &grad, &out]),
+            address_type_of(&[&rows, &grad, &out]),
             rows.clone().into_tensor_arg(),
             grad.into_tensor_arg(),
             out.clone().into_tensor_arg(),
             offsets,
-            elem(&rows),
+            elem_type(&rows),
         );
     }
     out
@@ -158,7 +161,7 @@ fn row_tiles(layout: &GroupLayout) -> Vec<u32> {
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn by_group_kernel<F: Float>(
+fn grouped_product_kernel<F: Float>(
     rows: &Tensor<F>,
     weight: &Tensor<F>,
     out: &mut Tensor<F>,

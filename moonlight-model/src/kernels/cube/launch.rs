@@ -14,7 +14,7 @@ macro_rules! launch {
             &$first.client,
             count,
             dim,
-            $crate::kernels::cube::tensor::addresses(&[&$first $(, &$tensor)*]),
+            $crate::kernels::cube::tensor::address_type_of(&[&$first $(, &$tensor)*]),
             $first.clone().into_buffer_arg(),
             $($tensor.clone().into_buffer_arg(),)*
             $($other),+
@@ -24,7 +24,7 @@ macro_rules! launch {
 pub(super) use launch;
 
 /// A unit for each of `count` numbers.
-pub(super) fn each_number(like: &CubeTensor, count: usize) -> (CubeCount, CubeDim) {
+pub(super) fn unit_per_value(like: &CubeTensor, count: usize) -> (CubeCount, CubeDim) {
     let dim = CubeDim::new(&like.client, count);
     (calculate_cube_count_elemwise(&like.client, count, dim), dim)
 }

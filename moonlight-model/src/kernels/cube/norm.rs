@@ -9,14 +9,14 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::launch::launch;
-use super::reduce::{UNITS, each_row, row_of, sum_of_units};
-use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, wrapped};
+use super::reduce::{UNITS, cube_per_row, row_of_cube, sum_of_units};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, to_float_tensor};
 use crate::kernels::{RmsNormKernel, reference};
 
 impl RmsNormKernel for Cube {
     fn rms_norm_forward(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> {
         match buffers([&x, &gain]) {
-            Some([x, gain]) => wrapped(forward(x, gain, epsilon)),
+            Some([x, gain]) => to_float_tensor(forward(x, gain, epsilon)),
             None => reference::rms_norm_forward::<Self>(x, gain, epsilon),
         }
     }
@@ -31,8 +31,8 @@ impl RmsNormKernel for Cube {
             Some([x, gain, output_grad]) if output_grad.dtype == x.dtype => {
                 let (width, dtype) = (gain.meta.shape()[0], FloatDType::from(gain.dtype));
                 let (x, parts) = grad(x, gain, output_grad, epsilon);
-                let gain = Self::float_reshape(Self::float_sum_dim(wrapped(parts), 0), Shape::new([width]));
-                (wrapped(x), Self::float_cast(gain, dtype))
+                let gain = Self::float_reshape(Self::float_sum_dim(to_float_tensor(parts), 0), Shape::new([width]));
+                (to_float_tensor(x), Self::float_cast(gain, dtype))
             }
             _ => reference::rms_norm_grad::<Self>(x, gain, output_grad, epsilon),
         }
@@ -48,10 +48,10 @@ fn forward(x: CubeTensor, gain: CubeTensor, epsilon: f32) -> CubeTensor {
     assert_shape(&x, [rows, width]);
     assert_shape(&gain, [width]);
     let out = empty(&x, [rows, width], x.dtype);
-    let dtypes = [elem(&x), elem(&gain)];
-    // SAFETY: `row_of` keeps a cube's row below `rows`, and the loops their columns below `width`; the contiguous tensors have
+    let dtypes = [elem_type(&x), elem_type(&gain)];
+    // SAFETY: `row_of_cube` keeps a cube's row below `rows`, and the loops their columns below `width`; the contiguous tensors have
     // these shapes, as was asserted, and are read as the dtypes that they have.
-    unsafe { launch!(forward_kernel, each_row(rows), [x, gain, out], rows, width, epsilon, dtypes) };
+    unsafe { launch!(forward_kernel, cube_per_row(rows), [x, gain, out], rows, width, epsilon, dtypes) };
     out
 }
 
@@ -67,13 +67,13 @@ fn grad(x: CubeTensor, gain: CubeTensor, grad: CubeTensor, epsilon: f32) -> (Cub
     let grad_x = empty(&x, [rows, width], x.dtype);
     let inverse = empty(&x, [rows], DType::F32);
     let grad_gain = empty(&x, [parts, width], DType::F32);
-    let dtypes = [elem(&x), elem(&gain)];
+    let dtypes = [elem_type(&x), elem_type(&gain)];
     let columns = CubeCount::Static(width.div_ceil(UNITS) as u32, parts as u32, 1);
     let over = (columns, CubeDim::new_1d(UNITS as u32));
     // SAFETY: as in `forward`; and the second kernel keeps a unit's column below `width`, and its rows, from its part's first
     // on, below `rows`.
     unsafe {
-        launch!(grad_kernel, each_row(rows), [x, gain, grad, grad_x, inverse], rows, width, epsilon, dtypes);
+        launch!(grad_kernel, cube_per_row(rows), [x, gain, grad, grad_x, inverse], rows, width, epsilon, dtypes);
         launch!(gain_grad_kernel, over, [x, grad, inverse, grad_gain], rows, width, dtypes[0]);
     }
     (grad_x, grad_gain)
@@ -89,7 +89,7 @@ fn forward_kernel<F: Float, G: Float>(
     epsilon: f32,
     #[define(F, G)] _dtypes: [ElemType; 2],
 ) {
-    let line = row_of(rows) * width;
+    let line = row_of_cube(rows) * width;
     let mut scratch = Shared::<[f32]>::new_slice(UNITS);
     let mut square = 0f32;
     let mut at = UNIT_POS as usize;
@@ -120,7 +120,7 @@ fn grad_kernel<F: Float, G: Float>(
     epsilon: f32,
     #[define(F, G)] _dtypes: [ElemType; 2],
 ) {
-    let row = row_of(rows);
+    let row = row_of_cube(rows);
     let line = row * width;
     let mut scratch = Shared::<[f32]>::new_slice(UNITS);
     let mut square = 0f32;

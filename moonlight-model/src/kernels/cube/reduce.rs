@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 pub(super) const UNITS: usize = 128;
 
 /// A cube for each row. WebGPU counts to 65,535 in each direction, so there may be more cubes than rows.
-pub(super) fn each_row(rows: usize) -> (CubeCount, CubeDim) {
+pub(super) fn cube_per_row(rows: usize) -> (CubeCount, CubeDim) {
     let across = rows.clamp(1, 32_768);
     let count = CubeCount::Static(across as u32, rows.div_ceil(across) as u32, 1);
     (count, CubeDim::new_1d(UNITS as u32))
@@ -14,7 +14,7 @@ pub(super) fn each_row(rows: usize) -> (CubeCount, CubeDim) {
 
 /// The row of this cube. Cubes beyond the last row do that one again, for all of a cube must meet where it waits.
 #[cube]
-pub(super) fn row_of(rows: usize) -> usize {
+pub(super) fn row_of_cube(rows: usize) -> usize {
     min(CUBE_POS, rows - 1)
 }
 

@@ -6,8 +6,8 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::launch::{each_number, launch};
-use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, wrapped};
+use super::launch::{launch, unit_per_value};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, to_float_tensor};
 use crate::kernels::{RotaryKernel, RotationSpec, reference};
 
 impl RotaryKernel for Cube {
@@ -18,7 +18,7 @@ impl RotaryKernel for Cube {
         spec: &RotationSpec,
     ) -> FloatTensor<Self> {
         match buffers([&x, &cos, &sin]) {
-            Some([x, cos, sin]) if cos.dtype == sin.dtype => wrapped(forward(x, cos, sin, spec)),
+            Some([x, cos, sin]) if cos.dtype == sin.dtype => to_float_tensor(forward(x, cos, sin, spec)),
             _ => reference::rotate_forward::<Self>(x, cos, sin, spec),
         }
     }
@@ -26,7 +26,7 @@ impl RotaryKernel for Cube {
 
 /// How a head is rotated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Rotation {
+struct HeadRotation {
     heads: usize,
     width: usize,
     start: usize,
@@ -37,7 +37,7 @@ struct Rotation {
 fn forward(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, spec: &RotationSpec) -> CubeTensor {
     let (x, cos, sin) = (into_contiguous(x), into_contiguous(cos), into_contiguous(sin));
     let shape: [usize; 4] = x.meta.shape().dims();
-    let rotation = Rotation { heads: shape[2], width: shape[3], start: spec.start, interleave: spec.interleave };
+    let rotation = HeadRotation { heads: shape[2], width: shape[3], start: spec.start, interleave: spec.interleave };
     let [batch, sequence, _, width] = shape;
     assert!(spec.start < width && (width - spec.start).is_multiple_of(2), "the rotated part of a head is pairs");
     assert_shape(&x, shape);
@@ -47,11 +47,11 @@ fn forward(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, spec: &RotationSpec)
     }
     let out = empty(&x, shape, x.dtype);
     let count = shape.iter().product();
-    let dtypes = [elem(&x), elem(&cos)];
+    let dtypes = [elem_type(&x), elem_type(&cos)];
     // SAFETY: a unit whose number is below `count` indexes `x` and the result by it, and by that of the other number of its
     // pair, which lies in the same head; the angles by token and pair. The contiguous tensors have these shapes, as was
     // asserted.
-    unsafe { launch!(forward_kernel, each_number(&x, count), [x, cos, sin, out], count, rotation, dtypes) };
+    unsafe { launch!(forward_kernel, unit_per_value(&x, count), [x, cos, sin, out], count, rotation, dtypes) };
     out
 }
 
@@ -62,7 +62,7 @@ fn forward_kernel<F: Float, G: Float>(
     sin: &[G],
     out: &mut [F],
     count: usize,
-    #[comptime] rotation: Rotation,
+    #[comptime] rotation: HeadRotation,
     #[define(F, G)] _dtypes: [ElemType; 2],
 ) {
     let pairs = comptime!((rotation.width - rotation.start) / 2);

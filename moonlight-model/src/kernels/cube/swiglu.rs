@@ -6,14 +6,14 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::launch::{each_number, launch};
-use super::tensor::{assert_dtype, assert_shape, buffers, elem, empty, wrapped};
+use super::launch::{launch, unit_per_value};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, to_float_tensor};
 use crate::kernels::{SwigluKernel, reference};
 
 impl SwigluKernel for Cube {
     fn swiglu_forward(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
         match buffers([&gate, &up]) {
-            Some([gate, up]) if gate.dtype == up.dtype => wrapped(forward(gate, up)),
+            Some([gate, up]) if gate.dtype == up.dtype => to_float_tensor(forward(gate, up)),
             _ => reference::swiglu_forward::<Self>(gate, up),
         }
     }
@@ -26,7 +26,7 @@ impl SwigluKernel for Cube {
         match buffers([&gate, &up, &output_grad]) {
             Some([gate, up, output_grad]) if gate.dtype == up.dtype && output_grad.dtype == up.dtype => {
                 let (gate, up) = grad(gate, up, output_grad);
-                (wrapped(gate), wrapped(up))
+                (to_float_tensor(gate), to_float_tensor(up))
             }
             _ => reference::swiglu_grad::<Self>(gate, up, output_grad),
         }
@@ -43,7 +43,7 @@ fn forward(gate: CubeTensor, up: CubeTensor) -> CubeTensor {
     let count = rows * width;
     // SAFETY: a unit whose number is below `count` indexes by it contiguous tensors of `count` numbers of one dtype, as was
     // asserted; the others do nothing.
-    unsafe { launch!(forward_kernel, each_number(&gate, count), [gate, up, out], count, elem(&gate)) };
+    unsafe { launch!(forward_kernel, unit_per_value(&gate, count), [gate, up, out], count, elem_type(&gate)) };
     out
 }
 
@@ -59,7 +59,13 @@ fn grad(gate: CubeTensor, up: CubeTensor, grad: CubeTensor) -> (CubeTensor, Cube
     let count = rows * width;
     // SAFETY: as in `forward`.
     unsafe {
-        launch!(grad_kernel, each_number(&gate, count), [gate, up, grad, grad_gate, grad_up], count, elem(&gate));
+        launch!(
+            grad_kernel,
+            unit_per_value(&gate, count),
+            [gate, up, grad, grad_gate, grad_up],
+            count,
+            elem_type(&gate)
+        );
     }
     (grad_gate, grad_up)
 }

@@ -32,7 +32,7 @@ impl CachedAttentionKernel for Cube {}
 /// When the tensors lie on different devices.
 pub(super) fn buffers<const N: usize>(tensors: [&FloatTensor<Cube>; N]) -> Option<[CubeTensor; N]> {
     let buffers = tensors.map(|tensor| (tensor as &dyn Any).downcast_ref::<CubeTensor>());
-    if buffers.iter().any(|buffer| buffer.is_none_or(|buffer| !readable(buffer))) {
+    if buffers.iter().any(|buffer| buffer.is_none_or(|buffer| !is_readable(buffer))) {
         return None;
     }
     let buffers = buffers.map(|buffer| buffer.expect("each was looked at").clone());
@@ -67,36 +67,36 @@ pub(super) fn assert_dtype(tensor: &CubeTensor, dtype: DType) {
     assert!(tensor.dtype == dtype, "a kernel's tensor is {:?}, not {dtype:?}", tensor.dtype);
 }
 
-pub(super) fn in_f32(tensor: FloatTensor<Cube>) -> FloatTensor<Cube> {
+pub(super) fn to_f32(tensor: FloatTensor<Cube>) -> FloatTensor<Cube> {
     if tensor.dtype() == DType::F32 { tensor } else { Cube::float_cast(tensor, FloatDType::F32) }
 }
 
 /// The buffer behind integers that the kernels can read.
-pub(super) fn integers(tensor: &IntTensor<Cube>) -> Option<CubeTensor> {
+pub(super) fn int_buffer(tensor: &IntTensor<Cube>) -> Option<CubeTensor> {
     let buffer = (tensor as &dyn Any).downcast_ref::<CubeTensor>().cloned()?;
-    let readable = matches!(buffer.dtype, DType::I32 | DType::I64 | DType::U32);
-    (readable && buffer.client.properties().supports_type(elem(&buffer))).then_some(buffer)
+    let is_readable = matches!(buffer.dtype, DType::I32 | DType::I64 | DType::U32);
+    (is_readable && buffer.client.properties().supports_type(elem_type(&buffer))).then_some(buffer)
 }
 
-fn readable(tensor: &CubeTensor) -> bool {
+fn is_readable(tensor: &CubeTensor) -> bool {
     matches!(tensor.dtype, DType::F32 | DType::F16 | DType::BF16)
-        && tensor.client.properties().supports_type(elem(tensor))
+        && tensor.client.properties().supports_type(elem_type(tensor))
         && tensor.qparams.is_none()
 }
 
 /// The tensor of a buffer, where [`buffers`] gave some.
-pub(super) fn wrapped(buffer: CubeTensor) -> FloatTensor<Cube> {
+pub(super) fn to_float_tensor(buffer: CubeTensor) -> FloatTensor<Cube> {
     let tensor: Box<dyn Any> = Box::new(buffer);
     *tensor.downcast().expect("buffers come from tensors of this type")
 }
 
 /// How CubeCL calls the type of a tensor's numbers.
-pub(super) fn elem(tensor: &CubeTensor) -> ElemType {
+pub(super) fn elem_type(tensor: &CubeTensor) -> ElemType {
     dtype_to_storage_type(tensor.dtype)
 }
 
 /// The same tensor, with the numbers of its last dimension side by side.
-pub(super) fn rows_of(tensor: CubeTensor) -> CubeTensor {
+pub(super) fn with_contiguous_rows(tensor: CubeTensor) -> CubeTensor {
     let last = tensor.meta.num_dims() - 1;
     let plain = !tensor.meta.is_tiled();
     let beside = tensor.meta.strides()[last] == 1 || tensor.meta.shape()[last] == 1;
@@ -116,6 +116,6 @@ pub(super) fn upload(like: &CubeTensor, numbers: &[u32]) -> BufferArg {
 }
 
 /// What a kernel needs to count with to reach every number of the tensors.
-pub(super) fn addresses(tensors: &[&CubeTensor]) -> AddressType {
+pub(super) fn address_type_of(tensors: &[&CubeTensor]) -> AddressType {
     tensors.iter().map(|tensor| tensor.required_address_type()).max().unwrap_or_default()
 }

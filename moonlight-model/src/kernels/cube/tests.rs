@@ -13,7 +13,7 @@ use burn::tensor::{DType, FloatDType, TensorData};
 
 use super::super::reference::{self, AttentionSaved};
 use super::super::*;
-use super::tensor::{buffers, integers};
+use super::tensor::{buffers, int_buffer};
 
 /// What the largest value of a result allows its values to be off.
 const TOLERANCE: f32 = 1e-5;
@@ -42,7 +42,7 @@ fn numbers<const D: usize>(shape: [usize; D], seed: usize) -> TensorData {
 fn the_kernels_take_f32_and_the_devices_integers() {
     let device = device();
     assert!(buffers([&on::<Cube>(&numbers([2, 3], 1), &device)]).is_some());
-    assert!(integers(&whole_numbers::<Cube>(&[1, 2], &device)).is_some());
+    assert!(int_buffer(&whole_numbers::<Cube>(&[1, 2], &device)).is_some());
 }
 
 fn whole_numbers<B: Backend>(values: &[i32], device: &burn::backend::tensor::Device<B>) -> IntTensor<B> {

@@ -51,10 +51,10 @@ impl AttentionKernel for Flex {
 }
 
 /// Queries of one block.
-const BLOCK: usize = 64;
+const QUERY_BLOCK: usize = 64;
 
 /// Shapes and inputs of one attention.
-struct Problem<'a, E> {
+struct AttentionInputs<'a, E> {
     batch: usize,
     sequence: usize,
     heads: usize,
@@ -73,7 +73,7 @@ struct Problem<'a, E> {
     spec: &'a AttentionSpec,
 }
 
-impl<'a, E: Element> Problem<'a, E> {
+impl<'a, E: Element> AttentionInputs<'a, E> {
     fn new(
         query: &'a FlexTensor,
         key_value: &'a FlexTensor,
@@ -129,8 +129,8 @@ impl<'a, E: Element> Problem<'a, E> {
 
     /// The blocks of queries of a sequence, each with the keys that any of its queries may see.
     fn blocks(&self, batch: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
-        (0..self.sequence).step_by(BLOCK).map(move |first| {
-            let end = self.sequence.min(first + BLOCK);
+        (0..self.sequence).step_by(QUERY_BLOCK).map(move |first| {
+            let end = self.sequence.min(first + QUERY_BLOCK);
             // Starts never decrease along a sequence, so the block's first query sees furthest back.
             (first..end, self.start(batch, first)..end)
         })
@@ -152,12 +152,12 @@ struct KeyHead {
 }
 
 impl KeyHead {
-    fn new<E: Element>(problem: &Problem<'_, E>, batch: usize, key_head: usize) -> Self {
-        let Problem { sequence, key_heads, own, shared, width, value, .. } = *problem;
+    fn new<E: Element>(inputs: &AttentionInputs<'_, E>, batch: usize, key_head: usize) -> Self {
+        let AttentionInputs { sequence, key_heads, own, shared, width, value, .. } = *inputs;
         let (mut keys, mut values) = (Vec::with_capacity(sequence * width), Vec::with_capacity(sequence * value));
         for position in batch * sequence..(batch + 1) * sequence {
-            let pair = &problem.key_value[(position * key_heads + key_head) * problem.pair()..][..problem.pair()];
-            let shared_key = &problem.shared_key[position * shared..][..shared];
+            let pair = &inputs.key_value[(position * key_heads + key_head) * inputs.pair()..][..inputs.pair()];
+            let shared_key = &inputs.shared_key[position * shared..][..shared];
             keys.extend(pair[..own].iter().chain(shared_key).map(|x| x.wide()));
             values.extend(pair[own..].iter().map(|x| x.wide()));
         }
@@ -196,28 +196,28 @@ fn forward<E: Element>(
     shared_key: Option<&FlexTensor>,
     spec: &AttentionSpec,
 ) -> (FlexTensor, FlexTensor) {
-    let problem = Problem::<E>::new(query, key_value, shared_key, spec);
-    let Problem { batch, sequence, heads, width, value, .. } = problem;
+    let inputs = AttentionInputs::<E>::new(query, key_value, shared_key, spec);
+    let AttentionInputs { batch, sequence, heads, width, value, .. } = inputs;
     let output = DisjointVec::<E>::new(batch * sequence * heads * value);
     let mut log_sums = vec![0.0; batch * heads * sequence];
     log_sums.par_chunks_mut(sequence).enumerate().for_each(|(task, log_sums)| {
         let (batch, head) = (task / heads, task % heads);
-        let key_head = head / (heads / problem.key_heads);
-        let keyed = KeyHead::new(&problem, batch, key_head);
-        let mut scratch = vec![0.0; BLOCK.min(sequence) * sequence];
+        let key_head = head / (heads / inputs.key_heads);
+        let head_kv = KeyHead::new(&inputs, batch, key_head);
+        let mut scratch = vec![0.0; QUERY_BLOCK.min(sequence) * sequence];
         let (mut wide_queries, mut wide_output) = (Vec::new(), Vec::new());
-        for (rows, keys) in problem.blocks(batch) {
+        for (rows, keys) in inputs.blocks(batch) {
             let scores = &mut scratch[..rows.len() * keys.len()];
             let mut out = MatrixMut::strided(scores, rows.len(), keys.len(), keys.len());
-            let queries = problem.head(problem.query, (batch, head), width, &rows, &mut wide_queries);
-            multiply(&mut out, queries, keyed.transposed_keys(&keys), spec.scale, Write::Set);
+            let queries = inputs.head(inputs.query, (batch, head), width, &rows, &mut wide_queries);
+            multiply(&mut out, queries, head_kv.transposed_keys(&keys), spec.scale, Write::Set);
             for (row, scores) in rows.clone().zip(scores.chunks_exact_mut(keys.len())) {
-                log_sums[row] = softmax(scores, problem.start(batch, row) - keys.start, row - keys.start);
+                log_sums[row] = softmax(scores, inputs.start(batch, row) - keys.start, row - keys.start);
             }
             // SAFETY: a task has the columns of one head in the rows of one sequence, and `blocks` has each of these once.
-            let target = unsafe { output.block(heads * value, problem.rows(batch, &rows), columns(head, value)) };
+            let target = unsafe { output.block(heads * value, inputs.rows(batch, &rows), head_columns(head, value)) };
             E::write(target, &mut wide_output, |out| {
-                multiply(out, Matrix::new(scores, rows.len(), keys.len()), keyed.values(&keys), 1.0, Write::Set);
+                multiply(out, Matrix::new(scores, rows.len(), keys.len()), head_kv.values(&keys), 1.0, Write::Set);
             });
         }
     });
@@ -227,7 +227,7 @@ fn forward<E: Element>(
 }
 
 /// The columns of a head where heads of a width lie side by side.
-fn columns(head: usize, width: usize) -> Range<usize> {
+fn head_columns(head: usize, width: usize) -> Range<usize> {
     head * width..(head + 1) * width
 }
 
@@ -254,8 +254,8 @@ fn grad<E: Element>(
     let query = saved.query.to_contiguous();
     let key_value = saved.key_value.to_contiguous();
     let shared_key = saved.shared_key.map(|shared| shared.to_contiguous());
-    let problem = Problem::<E>::new(&query, &key_value, shared_key.as_ref(), spec);
-    let Problem { batch, sequence, heads, key_heads, width, own, shared, value, .. } = problem;
+    let inputs = AttentionInputs::<E>::new(&query, &key_value, shared_key.as_ref(), spec);
+    let AttentionInputs { batch, sequence, heads, key_heads, width, own, shared, value, .. } = inputs;
     let output = saved.output.to_contiguous();
     let (output, log_sums, grad) = (values_of::<E>(&output), values(&saved.log_sum), values_of::<E>(grad));
 
@@ -266,57 +266,57 @@ fn grad<E: Element>(
     let pair = own + value;
     (0..batch * key_heads).into_par_iter().for_each(|task| {
         let (batch, key_head) = (task / key_heads, task % key_heads);
-        let keyed = KeyHead::new(&problem, batch, key_head);
-        let transposed_values = transposed(&keyed.values, sequence, value);
-        let mut probabilities = vec![0.0; BLOCK.min(sequence) * sequence];
-        let mut slopes = vec![0.0; BLOCK.min(sequence) * sequence];
+        let head_kv = KeyHead::new(&inputs, batch, key_head);
+        let transposed_values = transposed(&head_kv.values, sequence, value);
+        let mut probabilities = vec![0.0; QUERY_BLOCK.min(sequence) * sequence];
+        let mut grad_scores = vec![0.0; QUERY_BLOCK.min(sequence) * sequence];
         let mut grad_keys = vec![0.0; sequence * width];
         let mut grad_values = vec![0.0; sequence * value];
         let (mut wide_queries, mut wide_grad, mut wide_out) = (Vec::new(), Vec::new(), Vec::new());
         let group = heads / key_heads;
         for head in key_head * group..(key_head + 1) * group {
-            for (rows, keys) in problem.blocks(batch) {
+            for (rows, keys) in inputs.blocks(batch) {
                 let (height, count) = (rows.len(), keys.len());
                 let probabilities = &mut probabilities[..height * count];
-                let slopes = &mut slopes[..height * count];
-                let queries = problem.head(problem.query, (batch, head), width, &rows, &mut wide_queries);
+                let grad_scores = &mut grad_scores[..height * count];
+                let queries = inputs.head(inputs.query, (batch, head), width, &rows, &mut wide_queries);
                 let mut out = MatrixMut::strided(probabilities, height, count, count);
-                multiply(&mut out, queries, keyed.transposed_keys(&keys), spec.scale, Write::Set);
-                let grad_matrix = problem.head(grad, (batch, head), value, &rows, &mut wide_grad);
-                let mut out = MatrixMut::strided(slopes, height, count, count);
+                multiply(&mut out, queries, head_kv.transposed_keys(&keys), spec.scale, Write::Set);
+                let grad_matrix = inputs.head(grad, (batch, head), value, &rows, &mut wide_grad);
+                let mut out = MatrixMut::strided(grad_scores, height, count, count);
                 let seen = Matrix::strided(&transposed_values[keys.start..], value, count, sequence);
                 multiply(&mut out, grad_matrix, seen, 1.0, Write::Set);
                 for (index, row) in rows.clone().enumerate() {
-                    let (first, last) = (problem.start(batch, row) - keys.start, row - keys.start);
+                    let (first, last) = (inputs.start(batch, row) - keys.start, row - keys.start);
                     let token = ((batch * sequence + row) * heads + head) * value;
                     let delta = dot(&grad[token..token + value], &output[token..token + value]);
                     let probabilities = &mut probabilities[index * count..][..count];
-                    let slopes = &mut slopes[index * count..][..count];
+                    let grad_scores = &mut grad_scores[index * count..][..count];
                     probabilities[..first].fill(0.0);
                     probabilities[last + 1..].fill(0.0);
                     exp_in_place(&mut probabilities[first..=last], log_sums[(batch * heads + head) * sequence + row]);
-                    for (slope, &probability) in slopes.iter_mut().zip(probabilities.iter()) {
-                        *slope = probability * (*slope - delta) * spec.scale;
+                    for (grad_score, &probability) in grad_scores.iter_mut().zip(probabilities.iter()) {
+                        *grad_score = probability * (*grad_score - delta) * spec.scale;
                     }
                 }
                 let probabilities = Matrix::new(probabilities, height, count);
-                let slopes = Matrix::new(slopes, height, count);
-                let rows = problem.rows(batch, &rows);
+                let grad_scores = Matrix::new(grad_scores, height, count);
+                let rows = inputs.rows(batch, &rows);
                 // SAFETY: a task has the columns of its own heads in the rows of its sequence, and `blocks` has each of these
                 // once for a head.
-                let target = unsafe { grad_query.block(heads * width, rows, columns(head, width)) };
-                E::write(target, &mut wide_out, |out| multiply(out, slopes, keyed.keys(&keys), 1.0, Write::Set));
+                let target = unsafe { grad_query.block(heads * width, rows, head_columns(head, width)) };
+                E::write(target, &mut wide_out, |out| multiply(out, grad_scores, head_kv.keys(&keys), 1.0, Write::Set));
                 let mut out = MatrixMut::strided(&mut grad_keys[keys.start * width..], count, width, width);
-                multiply(&mut out, slopes.transposed(), queries, 1.0, Write::Add);
+                multiply(&mut out, grad_scores.transposed(), queries, 1.0, Write::Add);
                 let mut out = MatrixMut::strided(&mut grad_values[keys.start * value..], count, value, value);
                 multiply(&mut out, probabilities.transposed(), grad_matrix, 1.0, Write::Add);
             }
         }
         // SAFETY: a task has the columns of its key head in the rows of its sequence, and a part of the shared key's gradient.
         let (mut pairs, parts) = unsafe {
-            let rows = problem.rows(batch, &(0..sequence));
-            let part = columns(batch * key_heads + key_head, sequence * shared);
-            (grad_key_value.block(key_heads * pair, rows, columns(key_head, pair)), grad_shared.row(part))
+            let rows = inputs.rows(batch, &(0..sequence));
+            let part = head_columns(batch * key_heads + key_head, sequence * shared);
+            (grad_key_value.block(key_heads * pair, rows, head_columns(key_head, pair)), grad_shared.row(part))
         };
         for position in 0..sequence {
             let (key, value_grad) =

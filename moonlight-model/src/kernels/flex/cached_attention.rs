@@ -32,12 +32,12 @@ impl CachedAttentionKernel for Flex {
 }
 
 /// Queries of one task.
-const QUERIES: usize = 64;
+const QUERY_BLOCK: usize = 64;
 /// Keys whose scores are made at a time.
-const KEYS: usize = 256;
+const KEY_BLOCK: usize = 256;
 
 /// Shapes and inputs.
-struct Problem<'a, E> {
+struct CachedAttentionInputs<'a, E> {
     heads: usize,
     key_heads: usize,
     capacity: usize,
@@ -58,45 +58,52 @@ struct Task {
     rows: Range<usize>,
     keys: Range<usize>,
     /// Whether the keys are further ones of the queries of the task before.
-    further: bool,
+    continues: bool,
 }
 
 /// Sums over some keys, not yet divided by the softmax denominator.
-struct Partial {
+struct PartialSoftmax {
     /// The largest score of each query.
     largest: Vec<f32>,
     /// The denominator of each, relative to its largest score.
     sum: Vec<f32>,
     /// `[queries, value]`.
-    mixed: Vec<f32>,
+    weighted: Vec<f32>,
 }
 
 /// See `reference::cached_attention_forward`.
 fn forward<E: Element>(query: &FlexTensor, cache: &FlexTensor, spec: &CachedAttentionSpec) -> FlexTensor {
     let [tokens, heads, _] = dims(query);
     let [_, key_heads, capacity, row] = dims(cache);
-    let problem =
-        Problem { heads, key_heads, capacity, row, query: values_of::<E>(query), cache: values_of::<E>(cache), spec };
+    let inputs = CachedAttentionInputs {
+        heads,
+        key_heads,
+        capacity,
+        row,
+        query: values_of::<E>(query),
+        cache: values_of::<E>(cache),
+        spec,
+    };
     let width = spec.values.len();
-    let tasks = problem.tasks();
-    let partials: Vec<Partial> = tasks.par_iter().with_max_len(1).map(|task| problem.partial(task)).collect();
+    let tasks = inputs.tasks();
+    let partials: Vec<PartialSoftmax> = tasks.par_iter().with_max_len(1).map(|task| inputs.partial(task)).collect();
 
     let mut output = vec![0.0; tokens * heads * width];
     let mut parts = tasks.iter().zip(partials).peekable();
     while let Some((task, mut whole)) = parts.next() {
-        while let Some((_, part)) = parts.next_if(|(next, _)| next.further) {
+        while let Some((_, part)) = parts.next_if(|(next, _)| next.continues) {
             whole.add(part, width);
         }
         for (index, row) in task.rows.clone().enumerate() {
-            let output = &mut output[problem.query_row(task, row) * width..][..width];
-            let mixed = &whole.mixed[index * width..][..width];
-            output.iter_mut().zip(mixed).for_each(|(output, mixed)| *output = mixed / whole.sum[index]);
+            let output = &mut output[inputs.query_row(task, row) * width..][..width];
+            let weighted = &whole.weighted[index * width..][..width];
+            output.iter_mut().zip(weighted).for_each(|(output, weighted)| *output = weighted / whole.sum[index]);
         }
     }
     tensor_of(E::rounded(output), [tokens, heads, width])
 }
 
-impl<E: Element> Problem<'_, E> {
+impl<E: Element> CachedAttentionInputs<'_, E> {
     /// Tasks by span, key head, queries and keys, the keys fastest.
     fn tasks(&self) -> Vec<Task> {
         let mut tasks = Vec::new();
@@ -104,19 +111,19 @@ impl<E: Element> Problem<'_, E> {
         for &span in self.spec.spans.iter() {
             let rows = span.count * self.group();
             for key_head in 0..self.key_heads {
-                for first in (0..rows).step_by(QUERIES) {
-                    let block = first..rows.min(first + QUERIES);
+                for first in (0..rows).step_by(QUERY_BLOCK) {
+                    let block = first..rows.min(first + QUERY_BLOCK);
                     // A window moves on with the queries: the first of them sees furthest back.
                     let from = self.visible(span, block.start).start;
                     let end = self.visible(span, block.end - 1).end;
-                    let segment = if rows <= QUERIES { KEYS } else { end };
+                    let segment = if rows <= QUERY_BLOCK { KEY_BLOCK } else { end };
                     tasks.extend((from..end).step_by(segment).map(|start| Task {
                         span,
                         token,
                         key_head,
                         rows: block.clone(),
                         keys: start..end.min(start + segment),
-                        further: start > from,
+                        continues: start > from,
                     }));
                 }
             }
@@ -141,7 +148,7 @@ impl<E: Element> Problem<'_, E> {
         (task.token + row / self.group()) * self.heads + task.key_head * self.group() + row % self.group()
     }
 
-    fn partial(&self, task: &Task) -> Partial {
+    fn partial(&self, task: &Task) -> PartialSoftmax {
         let CachedAttentionSpec { scale, keys, values, .. } = self.spec;
         let (rows, key_width, value_width) = (task.rows.len(), keys.len(), values.len());
         let queries: Vec<f32> = task
@@ -151,14 +158,14 @@ impl<E: Element> Problem<'_, E> {
             .collect();
         let queries = Matrix::new(&queries, rows, key_width);
         let first = (task.span.sequence * self.key_heads + task.key_head) * self.capacity;
-        let mut whole = Partial {
+        let mut whole = PartialSoftmax {
             largest: vec![f32::NEG_INFINITY; rows],
             sum: vec![0.0; rows],
-            mixed: vec![0.0; rows * value_width],
+            weighted: vec![0.0; rows * value_width],
         };
-        let (mut scratch, mut wide) = (vec![0.0; rows * KEYS.min(task.keys.len())], Vec::new());
-        for start in task.keys.clone().step_by(KEYS) {
-            let count = KEYS.min(task.keys.end - start);
+        let (mut scratch, mut wide) = (vec![0.0; rows * KEY_BLOCK.min(task.keys.len())], Vec::new());
+        for start in task.keys.clone().step_by(KEY_BLOCK) {
+            let count = KEY_BLOCK.min(task.keys.end - start);
             let cached = &self.cache[(first + start) * self.row..][..count * self.row];
             let scores = &mut scratch[..rows * count];
             let view = E::view(&cached[keys.start..], count, key_width, self.row, &mut wide);
@@ -183,20 +190,20 @@ impl<E: Element> Problem<'_, E> {
                 whole.sum[index] += exp_in_place(seen, whole.largest[index]);
             }
             let view = E::view(&cached[values.start..], count, value_width, self.row, &mut wide);
-            let mut out = MatrixMut::strided(&mut whole.mixed, rows, value_width, value_width);
+            let mut out = MatrixMut::strided(&mut whole.weighted, rows, value_width, value_width);
             multiply(&mut out, Matrix::new(scores, rows, count), view, 1.0, Write::Add);
         }
         whole
     }
 }
 
-impl Partial {
+impl PartialSoftmax {
     /// Makes the sums of a query relative to a score that is as large or larger, and gives the factor.
     fn rescale(&mut self, index: usize, largest: f32, width: usize) {
         if largest > self.largest[index] {
             let factor = (self.largest[index] - largest).exp();
             self.sum[index] *= factor;
-            self.mixed[index * width..][..width].iter_mut().for_each(|mixed| *mixed *= factor);
+            self.weighted[index * width..][..width].iter_mut().for_each(|weighted| *weighted *= factor);
             self.largest[index] = largest;
         }
     }
@@ -210,8 +217,8 @@ impl Partial {
             self.rescale(index, other.largest[index], width);
             let factor = (other.largest[index] - self.largest[index]).exp();
             self.sum[index] += factor * other.sum[index];
-            let mixed = self.mixed[index * width..][..width].iter_mut();
-            mixed.zip(&other.mixed[index * width..]).for_each(|(mixed, other)| *mixed += factor * other);
+            let weighted = self.weighted[index * width..][..width].iter_mut();
+            weighted.zip(&other.weighted[index * width..]).for_each(|(weighted, other)| *weighted += factor * other);
         }
     }
 }

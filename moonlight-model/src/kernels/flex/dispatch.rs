@@ -50,18 +50,20 @@ impl DispatchKernel for Flex {
 }
 
 /// Rows of one task.
-const ROWS: usize = 64;
+const ROWS_PER_TASK: usize = 64;
 
 /// `out[row] = tokens[token of row]`.
 fn dispatch<E: Element>(tokens: &FlexTensor, layout: &GroupLayout) -> FlexTensor {
     let [_, width] = dims(tokens);
     let tokens = values_of::<E>(tokens);
     let mut out = zeros::<E>(layout.rows() * width);
-    out.par_chunks_mut(ROWS * width).zip(layout.token_of_row().par_chunks(ROWS)).for_each(|(out, sources)| {
-        for (row, &token) in out.chunks_exact_mut(width).zip(sources) {
-            row.copy_from_slice(&tokens[token as usize * width..][..width]);
-        }
-    });
+    out.par_chunks_mut(ROWS_PER_TASK * width).zip(layout.token_of_row().par_chunks(ROWS_PER_TASK)).for_each(
+        |(out, sources)| {
+            for (row, &token) in out.chunks_exact_mut(width).zip(sources) {
+                row.copy_from_slice(&tokens[token as usize * width..][..width]);
+            }
+        },
+    );
     tensor_of(out, [layout.rows(), width])
 }
 
@@ -70,8 +72,9 @@ fn dispatch_grad<E: Element>(grad: &FlexTensor, layout: &GroupLayout) -> FlexTen
     let [_, width] = dims(grad);
     let grad = values_of::<E>(grad);
     let mut out = zeros::<E>(layout.tokens() * width);
-    out.par_chunks_mut(ROWS * width).zip(layout.row_of_slot().par_chunks(ROWS * layout.k())).for_each(
-        |(out, slots)| {
+    out.par_chunks_mut(ROWS_PER_TASK * width)
+        .zip(layout.row_of_slot().par_chunks(ROWS_PER_TASK * layout.k()))
+        .for_each(|(out, slots)| {
             let mut sum = vec![0.0; width];
             for (out, slots) in out.chunks_exact_mut(width).zip(slots.chunks_exact(layout.k())) {
                 sum.fill(0.0);
@@ -80,8 +83,7 @@ fn dispatch_grad<E: Element>(grad: &FlexTensor, layout: &GroupLayout) -> FlexTen
                 }
                 round(&sum, out);
             }
-        },
-    );
+        });
     tensor_of(out, [layout.tokens(), width])
 }
 
@@ -90,8 +92,9 @@ fn combine<E: Element>(rows: &FlexTensor, weights: &FlexTensor, layout: &GroupLa
     let [_, width] = dims(rows);
     let (rows, weights) = (values_of::<E>(rows), values(weights));
     let mut out = zeros::<E>(layout.tokens() * width);
-    let slots = layout.row_of_slot().par_chunks(ROWS * layout.k()).zip(weights.par_chunks(ROWS * layout.k()));
-    out.par_chunks_mut(ROWS * width).zip(slots).for_each(|(out, (slots, weights))| {
+    let slots =
+        layout.row_of_slot().par_chunks(ROWS_PER_TASK * layout.k()).zip(weights.par_chunks(ROWS_PER_TASK * layout.k()));
+    out.par_chunks_mut(ROWS_PER_TASK * width).zip(slots).for_each(|(out, (slots, weights))| {
         let mut sum = vec![0.0; width];
         let of_token = slots.chunks_exact(layout.k()).zip(weights.chunks_exact(layout.k()));
         for (out, (slots, weights)) in out.chunks_exact_mut(width).zip(of_token) {
@@ -121,14 +124,14 @@ fn combine_grad<E: Element>(
     let mut grad_rows = zeros::<E>(layout.rows() * width);
     let mut dots = vec![0.0; layout.rows()];
     grad_rows
-        .par_chunks_mut(ROWS * width)
-        .zip(dots.par_chunks_mut(ROWS))
+        .par_chunks_mut(ROWS_PER_TASK * width)
+        .zip(dots.par_chunks_mut(ROWS_PER_TASK))
         .zip(
             layout
                 .token_of_row()
-                .par_chunks(ROWS)
-                .zip(weight_of_row.par_chunks(ROWS))
-                .zip(rows.par_chunks(ROWS * width)),
+                .par_chunks(ROWS_PER_TASK)
+                .zip(weight_of_row.par_chunks(ROWS_PER_TASK))
+                .zip(rows.par_chunks(ROWS_PER_TASK * width)),
         )
         .for_each(|((grad_rows, dots), ((tokens, weights), rows))| {
             let inputs = tokens.iter().zip(weights).zip(rows.chunks_exact(width));

@@ -12,9 +12,9 @@ use super::matrix::{Matrix, MatrixMut};
 /// A type of values that the kernels take. Sums are carried in f32 and rounded once.
 pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
     /// Rows that a task takes at a time, which bounds its scratch memory.
-    const ROWS: usize;
+    const ROWS_PER_TASK: usize;
     /// Columns that a task takes at a time at most, for the same reason.
-    const COLUMNS: usize;
+    const MAX_COLUMNS: usize;
 
     /// The values, each rounded once.
     fn rounded(values: Vec<f32>) -> Vec<Self>;
@@ -44,8 +44,8 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
 }
 
 impl Element for f32 {
-    const ROWS: usize = 2048;
-    const COLUMNS: usize = 512;
+    const ROWS_PER_TASK: usize = 2048;
+    const MAX_COLUMNS: usize = 512;
 
     fn rounded(values: Vec<f32>) -> Vec<f32> {
         values
@@ -79,8 +79,8 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
-    const ROWS: usize = 256;
-    const COLUMNS: usize = 128;
+    const ROWS_PER_TASK: usize = 256;
+    const MAX_COLUMNS: usize = 128;
 
     fn rounded(values: Vec<f32>) -> Vec<bf16> {
         let mut rounded = Vec::with_capacity(values.len());

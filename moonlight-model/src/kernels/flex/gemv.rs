@@ -13,18 +13,18 @@ use super::dtype::Element;
 use super::tensor::tensor_of;
 
 /// Rows up to which this is quicker than packing the weight for a matrix product.
-const ROWS: usize = 8;
+const MAX_ROWS: usize = 8;
 /// Rows of weight of one task.
-const DEPTH: usize = 128;
+const DEPTH_PER_TASK: usize = 128;
 /// Rows of weight that are taken together where they are wide, which saves reading and writing the sums.
-const TOGETHER: usize = 4;
+const UNROLL: usize = 4;
 /// Columns up to which the sums stay in the nearest cache. One row of weight after the other then reads memory straight
 /// on, which is twice as fast as four places at once.
-const NARROW: usize = 2048;
+const MAX_NARROW_WIDTH: usize = 2048;
 
 /// Whether each group has few rows.
-pub(super) fn suits(offsets: &[usize]) -> bool {
-    offsets.windows(2).all(|bounds| bounds[1] - bounds[0] <= ROWS)
+pub(super) fn applies(offsets: &[usize]) -> bool {
+    offsets.windows(2).all(|bounds| bounds[1] - bounds[0] <= MAX_ROWS)
 }
 
 /// As `grouped_gemm::forward`, untransposed: `rows` is `[rows, input]`, `weight` a matrix `[input, output]` for each group.
@@ -40,21 +40,21 @@ pub(super) fn forward<E: Element>(
         .enumerate()
         .filter(|(_, bounds)| bounds[0] < bounds[1])
         .flat_map(|(group, bounds)| {
-            let depths = (0..input).step_by(DEPTH);
-            depths.map(move |first| (group, bounds[0]..bounds[1], first..input.min(first + DEPTH)))
+            let depths = (0..input).step_by(DEPTH_PER_TASK);
+            depths.map(move |first| (group, bounds[0]..bounds[1], first..input.min(first + DEPTH_PER_TASK)))
         })
         .collect();
-    let sum = |(group, places, depth): (usize, Range<usize>, Range<usize>)| {
+    let sum = |(group, range, depth): (usize, Range<usize>, Range<usize>)| {
         let weight = &weight[(group * input + depth.start) * output..][..depth.len() * output];
-        let mut sums = vec![0.0; places.len() * output];
-        let rows: Vec<&[E]> = places.clone().map(|place| &rows[place * input..][depth.clone()]).collect();
+        let mut sums = vec![0.0; range.len() * output];
+        let rows: Vec<&[E]> = range.clone().map(|place| &rows[place * input..][depth.clone()]).collect();
         add_product(&mut sums, &rows, weight, output);
-        (places, sums)
+        (range, sums)
     };
     let parts: Vec<_> = tasks.into_par_iter().with_max_len(1).map(sum).collect();
     let mut wide = vec![0.0; count * output];
-    for (places, sums) in parts {
-        let wide = &mut wide[places.start * output..places.end * output];
+    for (range, sums) in parts {
+        let wide = &mut wide[range.start * output..range.end * output];
         wide.iter_mut().zip(sums).for_each(|(wide, sum)| *wide += sum);
     }
     tensor_of(E::rounded(wide), [count, output])
@@ -62,12 +62,12 @@ pub(super) fn forward<E: Element>(
 
 /// Adds the product of `rows` and the rows of `weight`, each `width` wide.
 fn add_product<E: Element>(sums: &mut [f32], rows: &[&[E]], weight: &[E], width: usize) {
-    let together = if width <= NARROW { 1 } else { TOGETHER };
+    let together = if width <= MAX_NARROW_WIDTH { 1 } else { UNROLL };
     for (index, lines) in weight.chunks(together * width).enumerate() {
         for (sums, row) in sums.chunks_exact_mut(width).zip(rows) {
             let factors = &row[index * together..];
             match factors {
-                &[a, b, c, d, ..] if lines.len() == TOGETHER * width => add_four(sums, [a, b, c, d], lines),
+                &[a, b, c, d, ..] if lines.len() == UNROLL * width => add_four(sums, [a, b, c, d], lines),
                 _ => lines.chunks_exact(width).zip(factors).for_each(|(line, &factor)| add(sums, factor, line)),
             }
         }
@@ -82,7 +82,7 @@ by_level! {
 }
 
 by_level! {
-    fn add_four[E: Element](sums: &mut [f32], factors: [E; TOGETHER], lines: &[E]) {
+    fn add_four[E: Element](sums: &mut [f32], factors: [E; UNROLL], lines: &[E]) {
         let [a, b, c, d] = factors.map(E::wide);
         let (first, second) = lines.split_at(2 * sums.len());
         let ((line_a, line_b), (line_c, line_d)) = (first.split_at(sums.len()), second.split_at(sums.len()));

@@ -112,17 +112,18 @@ fn one_group(rows: &FlexTensor) -> [usize; 2] {
 }
 
 /// Columns of one task: narrower, and the rows are packed more often than need be; wider, and there are too few tasks.
-const COLUMNS: usize = 128;
+const COLUMNS_PER_TASK: usize = 128;
 /// Groups from which on there are tasks enough without that.
-const MANY: usize = 16;
+const MANY_GROUPS: usize = 16;
 /// Rows times columns of a task of one of many groups. With few rows the time goes into reading the matrix, and that is
 /// quicker straight on.
-const PLACES: usize = 128 * 256;
+const OUTPUTS_PER_TASK: usize = 128 * 256;
 
 /// The columns of a matrix as the tasks of one of `groups` groups take them, each with `rows` rows.
 fn blocks<E: Element>(width: usize, rows: usize, groups: usize) -> impl Iterator<Item = Range<usize>> {
-    let wide = (PLACES / rows.max(1)).next_multiple_of(COLUMNS).clamp(COLUMNS, E::COLUMNS);
-    let columns = if groups < MANY { COLUMNS } else { wide };
+    let wide =
+        (OUTPUTS_PER_TASK / rows.max(1)).next_multiple_of(COLUMNS_PER_TASK).clamp(COLUMNS_PER_TASK, E::MAX_COLUMNS);
+    let columns = if groups < MANY_GROUPS { COLUMNS_PER_TASK } else { wide };
     (0..width).step_by(columns).map(move |first| first..width.min(first + columns))
 }
 
@@ -148,27 +149,27 @@ fn forward<E: Element>(rows: &FlexTensor, weight: &FlexTensor, offsets: Offsets<
     assert_eq!(width, from, "the rows are as wide as the weight's input");
     assert_eq!(offsets.rows(), count, "every row is some group's");
     let (rows, weight) = (values_of::<E>(rows), values_of::<E>(weight));
-    if !transpose && gemv::suits(offsets.0) {
+    if !transpose && gemv::applies(offsets.0) {
         return gemv::forward(rows, weight, offsets.0, (input, output));
     }
     let mut tasks = Vec::new();
-    for (group, places) in offsets.iter() {
-        for start in places.clone().step_by(E::ROWS) {
-            let end = places.end.min(start + E::ROWS);
+    for (group, range) in offsets.iter() {
+        for start in range.clone().step_by(E::ROWS_PER_TASK) {
+            let end = range.end.min(start + E::ROWS_PER_TASK);
             let blocks = blocks::<E>(to, end - start, offsets.groups());
             tasks.extend(blocks.map(|columns| (group, start..end, columns)));
         }
     }
     let product = DisjointVec::<E>::new(count * to);
-    tasks.into_par_iter().with_max_len(1).for_each(|(group, places, columns)| {
+    tasks.into_par_iter().with_max_len(1).for_each(|(group, range, columns)| {
         let weight = &weight[group * input * output..][..input * output];
-        let rows = &rows[places.start * from..places.end * from];
+        let rows = &rows[range.start * from..range.end * from];
         // SAFETY: groups have no row in common, for offsets never decrease (`GroupLayout`'s constructors); nor have the
         // steps of a group's rows, nor the blocks of columns. So no two tasks have an element in common.
-        let target = unsafe { product.block(to, places.clone(), columns.clone()) };
+        let target = unsafe { product.block(to, range.clone(), columns.clone()) };
         SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
             E::write(target, out, |out| {
-                let rows = E::view(rows, places.len(), from, from, lhs);
+                let rows = E::view(rows, range.len(), from, from, lhs);
                 let weight = if transpose {
                     E::view(&weight[columns.start * output..], columns.len(), output, output, rhs).transposed()
                 } else {
@@ -195,25 +196,25 @@ fn weight_grad<E: Element>(
     let (rows, grad) = (values_of::<E>(rows), values_of::<E>(grad));
     let tasks: Vec<_> = offsets
         .iter()
-        .flat_map(|(group, places)| {
-            let blocks = blocks::<E>(output, places.len(), offsets.groups());
-            blocks.map(move |columns| (group, places.clone(), columns))
+        .flat_map(|(group, range)| {
+            let blocks = blocks::<E>(output, range.len(), offsets.groups());
+            blocks.map(move |columns| (group, range.clone(), columns))
         })
         .collect();
     let gradient = DisjointVec::<E>::new(offsets.groups() * input * output);
-    tasks.into_par_iter().with_max_len(1).for_each(|(group, places, columns)| {
+    tasks.into_par_iter().with_max_len(1).for_each(|(group, range, columns)| {
         // SAFETY: a task has a group's rows of the result, and of these a block of columns; each pair is there once.
         let target = unsafe { gradient.block(output, group * input..(group + 1) * input, columns.clone()) };
         SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
             E::write(target, out, |out| {
-                if places.is_empty() {
+                if range.is_empty() {
                     out.clear();
                 }
-                for start in places.clone().step_by(E::ROWS) {
-                    let count = E::ROWS.min(places.end - start);
+                for start in range.clone().step_by(E::ROWS_PER_TASK) {
+                    let count = E::ROWS_PER_TASK.min(range.end - start);
                     let rows = E::view(&rows[start * input..], count, input, input, lhs);
                     let grad = E::view(&grad[start * output + columns.start..], count, columns.len(), output, rhs);
-                    let write = if start == places.start { Write::Set } else { Write::Add };
+                    let write = if start == range.start { Write::Set } else { Write::Add };
                     multiply(out, rows.transposed(), grad, 1.0, write);
                 }
             });

@@ -14,7 +14,7 @@ pub(super) struct Matrix<'a> {
     columns: usize,
     row_stride: usize,
     column_stride: usize,
-    life: PhantomData<&'a [f32]>,
+    lifetime: PhantomData<&'a [f32]>,
 }
 
 impl<'a> Matrix<'a> {
@@ -25,7 +25,7 @@ impl<'a> Matrix<'a> {
     /// When the view reaches past the end of `values`.
     pub(super) fn strided(values: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || (rows - 1) * row_stride + columns <= values.len(), "the view leaves its slice");
-        Self { values: values.as_ptr(), rows, columns, row_stride, column_stride: 1, life: PhantomData }
+        Self { values: values.as_ptr(), rows, columns, row_stride, column_stride: 1, lifetime: PhantomData }
     }
 
     /// A view of a whole slice as `rows x columns`.
@@ -52,7 +52,7 @@ pub(super) struct MatrixMut<'a> {
     row_stride: usize,
     /// Whether there are values yet, which may be added to.
     written: bool,
-    life: PhantomData<&'a mut [f32]>,
+    lifetime: PhantomData<&'a mut [f32]>,
 }
 
 impl<'a> MatrixMut<'a> {
@@ -60,7 +60,7 @@ impl<'a> MatrixMut<'a> {
     pub(super) fn strided(values: &'a mut [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
         let mut block = BlockMut::new(values, rows, columns, row_stride);
         let values = block.as_mut_ptr();
-        Self { values, rows, columns, row_stride, written: true, life: PhantomData }
+        Self { values, rows, columns, row_stride, written: true, lifetime: PhantomData }
     }
 
     /// A view of memory that holds no values yet.
@@ -71,7 +71,7 @@ impl<'a> MatrixMut<'a> {
             columns: block.columns(),
             row_stride: block.row_stride(),
             written: false,
-            life: PhantomData,
+            lifetime: PhantomData,
         }
     }
 

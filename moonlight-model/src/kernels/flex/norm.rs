@@ -35,13 +35,13 @@ impl RmsNormKernel for Flex {
 }
 
 /// Rows of one task; also of one partial sum of the gain's gradient, so it does not depend on the threads.
-const ROWS: usize = 64;
+const ROWS_PER_TASK: usize = 64;
 
 fn forward<E: Element>(x: &FlexTensor, gain: &FlexTensor, epsilon: f32) -> FlexTensor {
     let [rows, width] = dims(x);
     let (x, gain) = (values_of::<E>(x), values_of::<E>(gain));
     let mut out = zeros::<E>(rows * width);
-    out.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(out, x)| {
+    out.par_chunks_mut(ROWS_PER_TASK * width).zip(x.par_chunks(ROWS_PER_TASK * width)).for_each(|(out, x)| {
         for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
             let inverse = inverse_rms(x, epsilon);
             scale(out, x, inverse, gain);
@@ -64,8 +64,8 @@ fn grad<E: Element>(x: &FlexTensor, gain: &FlexTensor, grad: &FlexTensor, epsilo
     let (x, gain, grad) = (values_of::<E>(x), values_of::<E>(gain), values_of::<E>(grad));
     let mut grad_x = zeros::<E>(rows * width);
     let partial_gains: Vec<Vec<f32>> = grad_x
-        .par_chunks_mut(ROWS * width)
-        .zip(x.par_chunks(ROWS * width).zip(grad.par_chunks(ROWS * width)))
+        .par_chunks_mut(ROWS_PER_TASK * width)
+        .zip(x.par_chunks(ROWS_PER_TASK * width).zip(grad.par_chunks(ROWS_PER_TASK * width)))
         .map(|(grad_x, (x, grad))| {
             let mut grad_gain = vec![0.0; width];
             let mut scaled = vec![0.0; width];

@@ -65,15 +65,15 @@ fn product<E: Element>(
     let out = DisjointVec::<E>::new(count * to);
     let mut weight = vec![0.0; input * output];
     for group in 0..layout.groups() {
-        let places = layout.group(group);
-        if places.is_empty() {
+        let range = layout.group(group);
+        if range.is_empty() {
             continue;
         }
         dequantize(&quantized[group * bytes..][..bytes], &scales[group * blocks..][..blocks], bits, &mut weight);
-        let inputs = rows[places.start * from..places.end * from].par_chunks(ROWS_PER_TASK * from).enumerate();
+        let inputs = rows[range.start * from..range.end * from].par_chunks(ROWS_PER_TASK * from).enumerate();
         inputs.for_each_init(Default::default, |(lhs, wide), (task, inputs)| {
             let height = inputs.len() / from;
-            let first = places.start + task * ROWS_PER_TASK;
+            let first = range.start + task * ROWS_PER_TASK;
             let matrix = Matrix::new(&weight, input, output);
             let matrix = if transpose { matrix.transposed() } else { matrix };
             let inputs = E::view(inputs, height, from, from, lhs);

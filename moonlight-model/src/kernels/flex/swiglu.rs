@@ -30,15 +30,15 @@ impl SwigluKernel for Flex {
 }
 
 /// Values of one task.
-const VALUES: usize = 16 * 1024;
+const VALUES_PER_TASK: usize = 16 * 1024;
 
 fn forward<E: Element>(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
     let shape: [usize; 2] = dims(gate);
     let (gate, up) = (values_of::<E>(gate), values_of::<E>(up));
     let mut out = zeros::<E>(gate.len());
-    out.par_chunks_mut(VALUES)
-        .zip(gate.par_chunks(VALUES).zip(up.par_chunks(VALUES)))
-        .for_each(|(out, (gate, up))| forward_piece(out, gate, up));
+    out.par_chunks_mut(VALUES_PER_TASK)
+        .zip(gate.par_chunks(VALUES_PER_TASK).zip(up.par_chunks(VALUES_PER_TASK)))
+        .for_each(|(out, (gate, up))| forward_chunk(out, gate, up));
     tensor_of(out, shape)
 }
 
@@ -48,15 +48,15 @@ fn grad<E: Element>(gate: &FlexTensor, up: &FlexTensor, grad: &FlexTensor) -> (F
     let mut grad_gate = zeros::<E>(gate.len());
     let mut grad_up = zeros::<E>(gate.len());
     grad_gate
-        .par_chunks_mut(VALUES)
-        .zip(grad_up.par_chunks_mut(VALUES))
-        .zip(gate.par_chunks(VALUES).zip(up.par_chunks(VALUES)).zip(grad.par_chunks(VALUES)))
-        .for_each(|((grad_gate, grad_up), ((gate, up), grad))| grad_piece(grad_gate, grad_up, gate, up, grad));
+        .par_chunks_mut(VALUES_PER_TASK)
+        .zip(grad_up.par_chunks_mut(VALUES_PER_TASK))
+        .zip(gate.par_chunks(VALUES_PER_TASK).zip(up.par_chunks(VALUES_PER_TASK)).zip(grad.par_chunks(VALUES_PER_TASK)))
+        .for_each(|((grad_gate, grad_up), ((gate, up), grad))| grad_chunk(grad_gate, grad_up, gate, up, grad));
     (tensor_of(grad_gate, shape), tensor_of(grad_up, shape))
 }
 
 by_level! {
-    fn forward_piece[E: Element](out: &mut [E], gate: &[E], up: &[E]) {
+    fn forward_chunk[E: Element](out: &mut [E], gate: &[E], up: &[E]) {
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
             let gate = gate.wide();
             *out = E::narrow(gate * sigmoid(gate) * up.wide());
@@ -65,7 +65,7 @@ by_level! {
 }
 
 by_level! {
-    fn grad_piece[E: Element](grad_gate: &mut [E], grad_up: &mut [E], gate: &[E], up: &[E], grad: &[E]) {
+    fn grad_chunk[E: Element](grad_gate: &mut [E], grad_up: &mut [E], gate: &[E], up: &[E], grad: &[E]) {
         let inputs = gate.iter().zip(up).zip(grad);
         for ((grad_gate, grad_up), ((gate, up), grad)) in grad_gate.iter_mut().zip(grad_up).zip(inputs) {
             let (gate, grad) = (gate.wide(), grad.wide());

@@ -47,7 +47,7 @@ impl Axis {
 
 /// What to draw.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Comparison {
+pub struct RunComparison {
     /// Folders of runs, or their `metrics.jsonl`.
     pub runs: Vec<PathBuf>,
     /// A figure of `metrics.jsonl`, such as `loss`.
@@ -62,13 +62,13 @@ pub struct Comparison {
 /// # Errors
 ///
 /// A run without metrics, a figure that none of them has, an ending that is neither, a file that cannot be written.
-pub fn compare(comparison: &Comparison, output: &Path) -> Result<(), TrainError> {
+pub fn plot_runs(comparison: &RunComparison, output: &Path) -> Result<(), TrainError> {
     let format = match output.extension().and_then(|ending| ending.to_str()) {
         Some("svg") => Format::Svg,
         Some("png") => Format::Png,
         _ => return Err(TrainError::PlotFormat(output.to_owned())),
     };
-    let Comparison { runs, metric, axis } = comparison;
+    let RunComparison { runs, metric, axis } = comparison;
     let mut curves = Vec::new();
     let mut known = BTreeSet::new();
     for (color, (run, name)) in runs.iter().zip(names(runs)).enumerate() {
@@ -176,9 +176,9 @@ mod tests {
         let records = read(&runs[0]).unwrap();
         assert_eq!(points(&records, "valid", "loss", Axis::Seconds)[1], (20.0, 1.3));
         assert_eq!(points(&records, "train", "loss", Axis::Tokens)[1], (200.0, 2.5));
-        let comparison = Comparison { runs, metric: "loss".into(), axis: Axis::Step };
+        let comparison = RunComparison { runs, metric: "loss".into(), axis: Axis::Step };
         let svg = home.path().join("a.svg");
-        compare(&comparison, &svg).unwrap();
+        plot_runs(&comparison, &svg).unwrap();
         let svg = fs::read_to_string(svg).unwrap();
         for expected in ["muon", "adamw", "validation; training pale", "step"] {
             assert!(svg.contains(expected), "{expected}");
@@ -188,7 +188,7 @@ mod tests {
             assert_eq!(lines.count(), 3, "two curves, and a line in the legend");
         }
         let png_file = home.path().join("a.png");
-        compare(&comparison, &png_file).unwrap();
+        plot_runs(&comparison, &png_file).unwrap();
         let bytes = fs::read(png_file).unwrap();
         let decoder = png::Decoder::new(std::io::Cursor::new(bytes));
         let mut reader = decoder.read_info().unwrap();
@@ -206,8 +206,8 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let runs = vec![run(home.path(), "a", 1.0)];
         let error = |runs: &[PathBuf], metric: &str, file: &str| {
-            let comparison = Comparison { runs: runs.to_vec(), metric: metric.into(), axis: Axis::Step };
-            compare(&comparison, &home.path().join(file)).unwrap_err()
+            let comparison = RunComparison { runs: runs.to_vec(), metric: metric.into(), axis: Axis::Step };
+            plot_runs(&comparison, &home.path().join(file)).unwrap_err()
         };
         let unknown = error(&runs, "los", "x.svg");
         assert_eq!(unknown.to_string(), "none of the runs has the figure `los`");

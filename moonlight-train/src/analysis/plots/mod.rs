@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::error::TrainError;
 use crate::metrics::METRICS;
 
-pub use compare::{Axis, Comparison, compare};
+pub use compare::{Axis, RunComparison, plot_runs};
 use draw::{Curve, Format, draw};
 
 /// Draws `loss.svg`, `lr.svg`, `grad_norm.svg` and, for a mixture of experts, `expert_load.svg` into `dir`.

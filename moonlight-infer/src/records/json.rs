@@ -1,7 +1,7 @@
 //! A record to JSON, as Python writes and reads it.
 //!
-//! Beyond the standard, as Python's `json` does: `NaN`, `Infinity` and `-Infinity` are values (see [`not_finite`]), and `1e400`
-//! is `Infinity`; integers have any number of digits (see [`large_integer`]), and `-0` is 0; half of a
+//! Beyond the standard, as Python's `json` does: `NaN`, `Infinity` and `-Infinity` are values (see [`non_finite_to_json`]), and `1e400`
+//! is `Infinity`; integers have any number of digits (see [`large_integer_digits`]), and `-0` is 0; half of a
 //! surrogate pair, which is no character, is read as U+FFFD and counted; of a key that comes twice the last value counts. Records
 //! are nested 127 deep at most.
 
@@ -14,12 +14,12 @@ use serde_json::{Map, Value};
 use moonlight_convert::Printable;
 
 /// Values in a record, at most: each takes many times its length when it is read.
-pub const MOST_VALUES: usize = 4 << 20;
+pub const MAX_VALUES: usize = 4 << 20;
 
 /// The keys of what stands for a number that JSON does not have, or for an integer of more than 64 bits. No text of people's
 /// begins with this character, which is none.
-const NOT_FINITE: &str = "\u{FFFF}float";
-const LARGE_INTEGER: &str = "\u{FFFF}integer";
+const NON_FINITE_KEY: &str = "\u{FFFF}float";
+const LARGE_INTEGER_KEY: &str = "\u{FFFF}integer";
 
 /// Why a record is not JSON. Places are within the record, from 1; columns count characters.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,7 +50,7 @@ pub enum JsonError {
         at: Option<(usize, usize)>,
     },
     /// More than a record can hold.
-    #[error("the record has more than {MOST_VALUES} values")]
+    #[error("the record has more than {MAX_VALUES} values")]
     TooManyValues,
 }
 
@@ -90,7 +90,7 @@ impl JsonError {
 
 /// A record as JSON.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Parsed {
+pub struct ParsedJson {
     /// Its value.
     pub value: Value,
     /// Halves of surrogate pairs that were read as U+FFFD.
@@ -102,22 +102,22 @@ pub struct Parsed {
 /// # Errors
 ///
 /// [`JsonError`].
-pub fn parse(json: &[u8]) -> Result<Parsed, JsonError> {
-    let repaired = Repaired::of(json)?;
-    if repaired.values > MOST_VALUES {
+pub fn parse(json: &[u8]) -> Result<ParsedJson, JsonError> {
+    let standard = StandardJson::of(json)?;
+    if standard.values > MAX_VALUES {
         return Err(JsonError::TooManyValues);
     }
-    let value = match repaired.numbers.is_empty() {
-        true => serde_json::from_str(repaired.text()),
+    let value = match standard.numbers.is_empty() {
+        true => serde_json::from_str(standard.text()),
         false => {
-            let mut deserializer = serde_json::Deserializer::from_str(repaired.text());
-            let read = serde::de::DeserializeSeed::deserialize(Seed(&repaired), &mut deserializer);
+            let mut deserializer = serde_json::Deserializer::from_str(standard.text());
+            let read = serde::de::DeserializeSeed::deserialize(ValueSeed(&standard), &mut deserializer);
             read.and_then(|value| deserializer.end().map(|()| value))
         }
     };
     match value {
-        Ok(value) => Ok(Parsed { value, replaced: repaired.replaced }),
-        Err(error) => Err(repaired.error(&error)),
+        Ok(value) => Ok(ParsedJson { value, replaced: standard.replaced }),
+        Err(error) => Err(standard.error(&error)),
     }
 }
 
@@ -126,13 +126,13 @@ pub fn lone_surrogates(json: &[u8]) -> usize {
     // Nearly all records have none.
     match memchr::memmem::find(json, b"\\u") {
         None => 0,
-        Some(_) => Repaired::of(json).map_or(0, |repaired| repaired.replaced),
+        Some(_) => StandardJson::of(json).map_or(0, |standard| standard.replaced),
     }
 }
 
 /// What stands for `NaN`, `Infinity` and `-Infinity` in the JSON of a record: an object, so that nothing that wants a text, a
 /// number or a list takes it for one.
-pub fn not_finite(number: f64) -> Value {
+pub fn non_finite_to_json(number: f64) -> Value {
     let name = if number.is_nan() {
         "NaN"
     } else if number > 0.0 {
@@ -140,13 +140,13 @@ pub fn not_finite(number: f64) -> Value {
     } else {
         "-Infinity"
     };
-    Value::Object(Map::from_iter([(NOT_FINITE.to_owned(), name.into())]))
+    Value::Object(Map::from_iter([(NON_FINITE_KEY.to_owned(), name.into())]))
 }
 
-/// The number that [`not_finite`] stands for.
-pub fn non_finite(value: &Value) -> Option<f64> {
+/// The number that [`non_finite_to_json`] stands for.
+pub fn non_finite_from_json(value: &Value) -> Option<f64> {
     let object = value.as_object().filter(|object| object.len() == 1)?;
-    match object.get(NOT_FINITE)?.as_str()? {
+    match object.get(NON_FINITE_KEY)?.as_str()? {
         "NaN" => Some(f64::NAN),
         "Infinity" => Some(f64::INFINITY),
         "-Infinity" => Some(f64::NEG_INFINITY),
@@ -155,9 +155,9 @@ pub fn non_finite(value: &Value) -> Option<f64> {
 }
 
 /// The digits of an integer that does not fit into 64 bits, perhaps behind a `-`: an object stands for it, too.
-pub fn large_integer(value: &Value) -> Option<&str> {
+pub fn large_integer_digits(value: &Value) -> Option<&str> {
     let object = value.as_object().filter(|object| object.len() == 1)?;
-    object.get(LARGE_INTEGER)?.as_str()
+    object.get(LARGE_INTEGER_KEY)?.as_str()
 }
 
 /// A record of tokens.
@@ -170,9 +170,9 @@ pub struct TokensRecord {
 }
 
 /// Other fields of a record of tokens that are named, at most.
-const MOST_UNREAD: usize = 16;
+const MAX_UNREAD: usize = 16;
 /// Fields that say which tokens are learned.
-const MASKS: [&str; 6] = ["labels", "loss_mask", "weights", "completion_mask", "assistant_masks", "assistant_mask"];
+const LOSS_MASK_FIELDS: [&str; 6] = ["labels", "loss_mask", "weights", "completion_mask", "assistant_masks", "assistant_mask"];
 
 /// Reads `{"tokens": [...]}`, with at most one value in memory for each token.
 ///
@@ -180,15 +180,15 @@ const MASKS: [&str; 6] = ["labels", "loss_mask", "weights", "completion_mask", "
 ///
 /// [`JsonError`]; a field that says which tokens are learned is one, as all are.
 pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
-    let repaired = Repaired::of(json)?;
-    let fields: TokensFields = serde_json::from_str(repaired.text()).map_err(|error| match error.classify() {
+    let standard = StandardJson::of(json)?;
+    let fields: TokensFields = serde_json::from_str(standard.text()).map_err(|error| match error.classify() {
         serde_json::error::Category::Data => {
-            JsonError::Shape { problem: without_place(&error), at: Some(repaired.place(&error)) }
+            JsonError::Shape { problem: without_place(&error), at: Some(standard.place(&error)) }
         }
-        _ => repaired.error(&error),
+        _ => standard.error(&error),
     })?;
     let shape = |problem: String| JsonError::Shape { problem, at: None };
-    if fields.hides {
+    if fields.masks_tokens {
         return Err(shape(
             "the record has an `attention_mask` with a 0; with `format = \"tokens\"` every token is seen and learned"
                 .into(),
@@ -199,7 +199,7 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
     {
         return Err(shape("the record has both `tokens` and `input_ids`, and they differ".into()));
     }
-    if let Some(mask) = fields.others.iter().find(|name| MASKS.contains(&name.as_str())) {
+    if let Some(mask) = fields.others.iter().find(|name| LOSS_MASK_FIELDS.contains(&name.as_str())) {
         return Err(shape(format!(
             "the record has `{mask}`, which says what is learned; with `format = \"tokens\"` every token is"
         )));
@@ -215,8 +215,8 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
 struct TokensFields {
     tokens: Option<Vec<u32>>,
     input_ids: Option<Vec<u32>>,
-    /// Whether an attention mask hides a token.
-    hides: bool,
+    /// Whether an attention mask masks_tokens a token.
+    masks_tokens: bool,
     others: Vec<String>,
 }
 
@@ -237,11 +237,11 @@ impl<'de> Deserialize<'de> for TokensFields {
                         "tokens" => fields.tokens = map.next_value()?,
                         "input_ids" => fields.input_ids = map.next_value()?,
                         _ => {
-                            let counts = MASKS.contains(&key.as_str()) || fields.others.len() < MOST_UNREAD;
+                            let counts = LOSS_MASK_FIELDS.contains(&key.as_str()) || fields.others.len() < MAX_UNREAD;
                             // A mask that is null in every record is none.
                             let absent = if key == "attention_mask" {
                                 let mask = map.next_value::<Option<HasZero>>()?;
-                                fields.hides = mask.as_ref().is_some_and(|mask| mask.0);
+                                fields.masks_tokens = mask.as_ref().is_some_and(|mask| mask.0);
                                 mask.is_none()
                             } else {
                                 map.next_value::<Option<IgnoredAny>>()?.is_none()
@@ -321,7 +321,7 @@ fn without_place(error: &serde_json::Error) -> String {
 }
 
 /// A record in the JSON of the standard, every byte in its place.
-struct Repaired<'a> {
+struct StandardJson<'a> {
     text: std::borrow::Cow<'a, str>,
     /// Where `NaN` and other numbers were that the parser does not read as Python does, for which texts of the same length stand.
     numbers: Vec<(Range<usize>, Value)>,
@@ -330,7 +330,7 @@ struct Repaired<'a> {
     values: usize,
 }
 
-impl<'a> Repaired<'a> {
+impl<'a> StandardJson<'a> {
     fn of(json: &'a [u8]) -> Result<Self, JsonError> {
         let text = std::str::from_utf8(json).map_err(|error| JsonError::NotUtf8 {
             byte: error.valid_up_to() + 1,
@@ -423,7 +423,7 @@ fn number(bytes: &[u8]) -> (usize, Option<Value>) {
     let known = [(&b"NaN"[..], f64::NAN), (b"Infinity", f64::INFINITY), (b"-Infinity", f64::NEG_INFINITY)];
     let ends = |length: usize| matches!(bytes[length..].trim_ascii_start().first(), None | Some(b',' | b'}' | b']'));
     if let Some((word, number)) = known.into_iter().find(|(word, _)| bytes.starts_with(word)) {
-        return (word.len(), ends(word.len()).then(|| not_finite(number)));
+        return (word.len(), ends(word.len()).then(|| non_finite_to_json(number)));
     }
     let of_numbers = |byte: &u8| byte.is_ascii_digit() || matches!(byte, b'-' | b'+' | b'.' | b'e' | b'E');
     let length = bytes.iter().position(|byte| !of_numbers(byte)).unwrap_or(bytes.len()).max(1);
@@ -435,9 +435,9 @@ fn number(bytes: &[u8]) -> (usize, Option<Value>) {
     let value = if text == "-0" {
         Some(0.into())
     } else if is_integer && digits.len() >= 19 && text.parse::<i64>().is_err() && text.parse::<u64>().is_err() {
-        Some(Value::Object(Map::from_iter([(LARGE_INTEGER.to_owned(), text.into())])))
+        Some(Value::Object(Map::from_iter([(LARGE_INTEGER_KEY.to_owned(), text.into())])))
     } else if !is_integer && is_fraction(digits) {
-        text.parse().ok().filter(|number: &f64| number.is_infinite()).map(not_finite)
+        text.parse().ok().filter(|number: &f64| number.is_infinite()).map(non_finite_to_json)
     } else {
         None
     };
@@ -457,9 +457,9 @@ fn is_fraction(text: &str) -> bool {
 
 /// Reads a value in which texts stand for numbers that JSON does not have.
 #[derive(Clone, Copy)]
-struct Seed<'a>(&'a Repaired<'a>);
+struct ValueSeed<'a>(&'a StandardJson<'a>);
 
-impl<'de> serde::de::DeserializeSeed<'de> for Seed<'_> {
+impl<'de> serde::de::DeserializeSeed<'de> for ValueSeed<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
@@ -467,7 +467,7 @@ impl<'de> serde::de::DeserializeSeed<'de> for Seed<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Seed<'_> {
+impl<'de> Visitor<'de> for ValueSeed<'_> {
     type Value = Value;
 
     fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -549,11 +549,11 @@ mod tests {
     #[test]
     fn numbers_that_json_does_not_have_are_no_text_and_no_number() {
         let value = read(r#"{"a": NaN, "b": [-Infinity, Infinity ], "c": "NaN", "d": "?", "e\n": "\"?\"", "f": 2}"#);
-        assert!(non_finite(&value["a"]).unwrap().is_nan());
-        assert_eq!(non_finite(&value["b"][0]), Some(f64::NEG_INFINITY));
-        assert_eq!(non_finite(&value["b"][1]), Some(f64::INFINITY));
+        assert!(non_finite_from_json(&value["a"]).unwrap().is_nan());
+        assert_eq!(non_finite_from_json(&value["b"][0]), Some(f64::NEG_INFINITY));
+        assert_eq!(non_finite_from_json(&value["b"][1]), Some(f64::INFINITY));
         assert_eq!((&value["c"], &value["d"], &value["e\n"]), (&json!("NaN"), &json!("?"), &json!("\"?\"")));
-        assert!(value["a"].is_object() && non_finite(&value["c"]).is_none());
+        assert!(value["a"].is_object() && non_finite_from_json(&value["c"]).is_none());
         for wrong in ["{NaN: 1}", "[NaNa]", "[nan]", "[+Infinity]", "[- Infinity]", "{\"a\": NaN \"b\"}", "[NaN] 1"] {
             assert!(parse(wrong.as_bytes()).is_err(), "{wrong}");
         }
@@ -564,7 +564,7 @@ mod tests {
     fn integers_have_any_number_of_digits() {
         for digits in ["12345678901234567890123", "-9223372036854775809", "18446744073709551616", &"7".repeat(400)] {
             let value = read(&format!("{{\"a\":[{digits} , 1],\"b\":\"{digits}\"}}"));
-            assert_eq!(large_integer(&value["a"][0]), Some(digits));
+            assert_eq!(large_integer_digits(&value["a"][0]), Some(digits));
             assert_eq!((&value["a"][1], &value["b"]), (&json!(1), &json!(digits)));
         }
         for digits in ["18446744073709551615", "-9223372036854775808", "9223372036854775807"] {
@@ -574,7 +574,7 @@ mod tests {
         let infinite = format!("[1E400, -1e+999, 1.5, {}.0, 1e-999]", "9".repeat(400));
         let value = read(&infinite);
         assert_eq!(
-            [0, 1, 3].map(|index| non_finite(&value[index])),
+            [0, 1, 3].map(|index| non_finite_from_json(&value[index])),
             [f64::INFINITY, f64::NEG_INFINITY, f64::INFINITY].map(Some)
         );
         assert_eq!((&value[2], &value[4]), (&json!(1.5), &json!(0.0)));
@@ -593,7 +593,7 @@ mod tests {
         }
         // Nobody's own object is taken for a number.
         let own = json!({"$float": "NaN"});
-        assert_eq!((read(&own.to_string()), non_finite(&own)), (own.clone(), None));
+        assert_eq!((read(&own.to_string()), non_finite_from_json(&own)), (own.clone(), None));
     }
 
     #[test]
@@ -625,9 +625,9 @@ mod tests {
         assert_eq!(fault(deep.as_bytes()).0, "the record is not JSON: recursion limit exceeded");
         let deep = format!("[NaN,{deep}]");
         assert_eq!(fault(deep.as_bytes()).0, "the record is not JSON: recursion limit exceeded");
-        let many = format!("[{}1]", "1,".repeat(MOST_VALUES));
-        assert_eq!(fault(many.as_bytes()), (format!("the record has more than {MOST_VALUES} values"), None));
-        let text = format!("[\"\\\"{}\"]", "1,".repeat(MOST_VALUES));
+        let many = format!("[{}1]", "1,".repeat(MAX_VALUES));
+        assert_eq!(fault(many.as_bytes()), (format!("the record has more than {MAX_VALUES} values"), None));
+        let text = format!("[\"\\\"{}\"]", "1,".repeat(MAX_VALUES));
         assert!(parse(text.as_bytes()).is_ok());
     }
 
@@ -649,8 +649,8 @@ mod tests {
         assert!(read(r#"{"tokens": [1, NaN]}"#).is_err() && read(r#"{"tokens": NaN}"#).is_err());
         assert!(read(r#"{"tokens": [1], "labels": [1]}"#).unwrap_err().0.starts_with("the record has `labels`"));
         assert!(read("[1]").is_err() && read("{\"tokens\": [1]} x").is_err());
-        for hides in ["[1, 0]", "[[1, 0]]", "[true, false]", "[1.0, 0.0]"] {
-            let error = read(&format!("{{\"input_ids\": [3, 4], \"attention_mask\": {hides}}}")).unwrap_err().0;
+        for masks_tokens in ["[1, 0]", "[[1, 0]]", "[true, false]", "[1.0, 0.0]"] {
+            let error = read(&format!("{{\"input_ids\": [3, 4], \"attention_mask\": {masks_tokens}}}")).unwrap_err().0;
             assert!(error.starts_with("the record has an `attention_mask` with a 0"), "{error}");
         }
         assert_eq!(read(r#"{"input_ids": [3], "attention_mask": null}"#), tokens(&[3], &[]));

@@ -2,29 +2,29 @@
 
 use std::io::{self, BufRead};
 
-use super::Place;
+use super::FilePosition;
 use super::lines::append;
-use super::nesting::Nesting;
+use super::json_nesting::JsonNesting;
 use super::source::Limited;
 
 /// Why the rest of a file cannot be cut into values.
 #[derive(Debug)]
-pub(super) enum Fault {
+pub(super) enum JsonSplitError {
     Io(io::Error),
     /// The value that begins there is longer than a record may be.
-    TooLong(Place),
+    TooLong(FilePosition),
     /// What is wrong, and where.
-    At(Place, String),
+    At(FilePosition, String),
 }
 
-impl From<io::Error> for Fault {
+impl From<io::Error> for JsonSplitError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
 }
 
 /// The values of a file.
-pub(super) struct Values<R> {
+pub(super) struct JsonValues<R> {
     reader: R,
     array: bool,
     state: State,
@@ -37,57 +37,57 @@ pub(super) struct Values<R> {
 enum State {
     /// Before the bracket of an array.
     Start,
-    /// Behind the bracket: a value or the other bracket.
-    First,
-    /// Behind a value: a comma or the other bracket.
-    Behind,
+    /// AfterValue the bracket: a value or the other bracket.
+    AfterOpenBracket,
+    /// AfterValue a value: a comma or the other bracket.
+    AfterValue,
     /// Outside of an array: a value or the end.
-    Between,
-    /// Behind everything.
+    BetweenValues,
+    /// AfterValue everything.
     End,
 }
 
 /// A reader that may end at a limit in the middle of a value.
-pub(super) trait Cut: BufRead {
-    fn is_cut(&self) -> bool;
+pub(super) trait Truncated: BufRead {
+    fn reached_limit(&self) -> bool;
 }
 
-impl Cut for Limited {
-    fn is_cut(&self) -> bool {
-        Limited::is_cut(self)
+impl Truncated for Limited {
+    fn reached_limit(&self) -> bool {
+        Limited::reached_limit(self)
     }
 }
 
-impl<R: Cut> Values<R> {
+impl<R: Truncated> JsonValues<R> {
     /// The elements of an array, or else the values one after the other.
     pub(super) fn new(reader: R, array: bool) -> Self {
-        let state = if array { State::Start } else { State::Between };
+        let state = if array { State::Start } else { State::BetweenValues };
         Self { reader, array, state, line: 1, column: 0 }
     }
 
     /// The next value, and where it begins; none that the limit cuts.
-    pub(super) fn next(&mut self, record: &mut Vec<u8>, longest: usize) -> Result<Option<Place>, Fault> {
+    pub(super) fn next(&mut self, record: &mut Vec<u8>, longest: usize) -> Result<Option<FilePosition>, JsonSplitError> {
         record.clear();
         loop {
             let next = self.skip_white_space()?;
             match (self.state, next) {
-                (_, None) if self.reader.is_cut() => return Ok(None),
-                (State::Between | State::End, None) => return Ok(None),
-                (State::Start, Some(b'[')) => self.pass(State::First),
-                (State::First | State::Behind, Some(b']')) => self.pass(State::End),
-                (State::Behind, Some(b',')) => {
+                (_, None) if self.reader.reached_limit() => return Ok(None),
+                (State::BetweenValues | State::End, None) => return Ok(None),
+                (State::Start, Some(b'[')) => self.consume_bracket(State::AfterOpenBracket),
+                (State::AfterOpenBracket | State::AfterValue, Some(b']')) => self.consume_bracket(State::End),
+                (State::AfterValue, Some(b',')) => {
                     self.advance(1, false);
                     self.reader.consume(1);
                     let next = self.skip_white_space()?;
                     return match next {
                         Some(b']' | b',') => Err(self.fault("a comma without a value behind it")),
-                        None if self.reader.is_cut() => Ok(None),
+                        None if self.reader.reached_limit() => Ok(None),
                         None => Err(self.unclosed()),
                         Some(byte) => self.value(byte, record, longest),
                     };
                 }
-                (State::First | State::Between, Some(byte)) => return self.value(byte, record, longest),
-                (State::Behind, Some(_)) => {
+                (State::AfterOpenBracket | State::BetweenValues, Some(byte)) => return self.value(byte, record, longest),
+                (State::AfterValue, Some(_)) => {
                     return Err(self.fault("expected `,` or `]` behind an element of the array"));
                 }
                 (State::Start, _) => return Err(self.fault("expected `[`")),
@@ -96,23 +96,23 @@ impl<R: Cut> Values<R> {
                         "there is more behind the end of the array: a file is one array, or has a record in each line",
                     ));
                 }
-                (State::First | State::Behind, None) => return Err(self.unclosed()),
+                (State::AfterOpenBracket | State::AfterValue, None) => return Err(self.unclosed()),
             }
         }
     }
 
-    fn pass(&mut self, state: State) {
+    fn consume_bracket(&mut self, state: State) {
         self.advance(1, false);
         self.reader.consume(1);
         self.state = state;
     }
 
     /// What is wrong with the next character.
-    fn fault(&self, problem: &str) -> Fault {
-        Fault::At(Place { line: self.line, column: self.column + 1 }, problem.into())
+    fn fault(&self, problem: &str) -> JsonSplitError {
+        JsonSplitError::At(FilePosition { line: self.line, column: self.column + 1 }, problem.into())
     }
 
-    fn unclosed(&self) -> Fault {
+    fn unclosed(&self) -> JsonSplitError {
         self.fault("the array is not closed: the file ends too early")
     }
 
@@ -153,12 +153,12 @@ impl<R: Cut> Values<R> {
     }
 
     /// Takes the value that begins with `first`, which is next.
-    fn value(&mut self, first: u8, record: &mut Vec<u8>, longest: usize) -> Result<Option<Place>, Fault> {
-        let place = Place { line: self.line, column: self.column + 1 };
+    fn value(&mut self, first: u8, record: &mut Vec<u8>, longest: usize) -> Result<Option<FilePosition>, JsonSplitError> {
+        let place = FilePosition { line: self.line, column: self.column + 1 };
         if matches!(first, b']' | b'}' | b',' | b':') {
             return Err(self.fault("expected a value"));
         }
-        let mut nesting = Nesting::default();
+        let mut nesting = JsonNesting::default();
         // A number or a word ends before what follows it, everything else with its last byte.
         let bare = !matches!(first, b'{' | b'[' | b'"');
         loop {
@@ -168,7 +168,7 @@ impl<R: Cut> Values<R> {
                 Err(error) => return Err(error.into()),
             };
             if bytes.is_empty() {
-                if self.reader.is_cut() {
+                if self.reader.reached_limit() {
                     return Ok(None);
                 }
                 if bare {
@@ -178,7 +178,7 @@ impl<R: Cut> Values<R> {
                     true => "a text that begins in this record is not closed: the file ends too early",
                     false => "the record is not closed: the file ends too early",
                 };
-                return Err(Fault::At(place, problem.into()));
+                return Err(JsonSplitError::At(place, problem.into()));
             }
             let (mut line, mut column) = (self.line, self.column);
             let mut end = None;
@@ -200,7 +200,7 @@ impl<R: Cut> Values<R> {
             }
             let length = end.unwrap_or(bytes.len());
             if !append(record, &bytes[..length], longest) {
-                return Err(Fault::TooLong(place));
+                return Err(JsonSplitError::TooLong(place));
             }
             (self.line, self.column) = (line, column);
             self.reader.consume(length);
@@ -208,7 +208,7 @@ impl<R: Cut> Values<R> {
                 break;
             }
         }
-        self.state = if self.array { State::Behind } else { State::Between };
+        self.state = if self.array { State::AfterValue } else { State::BetweenValues };
         Ok(Some(place))
     }
 }
@@ -221,22 +221,22 @@ mod tests {
 
     use super::*;
 
-    impl<R: io::Read> Cut for BufReader<R> {
-        fn is_cut(&self) -> bool {
+    impl<R: io::Read> Truncated for BufReader<R> {
+        fn reached_limit(&self) -> bool {
             false
         }
     }
 
     fn values(text: &[u8], array: bool, buffer: usize) -> Result<Vec<(String, String)>, String> {
-        let mut values = Values::new(BufReader::with_capacity(buffer, Cursor::new(text.to_owned())), array);
+        let mut values = JsonValues::new(BufReader::with_capacity(buffer, Cursor::new(text.to_owned())), array);
         let (mut found, mut record) = (Vec::new(), Vec::new());
         loop {
             match values.next(&mut record, 100) {
                 Ok(Some(place)) => found.push((place.to_string(), String::from_utf8_lossy(&record).into_owned())),
                 Ok(None) => return Ok(found),
-                Err(Fault::At(place, problem)) => return Err(format!("{place}: {problem}")),
-                Err(Fault::TooLong(place)) => return Err(format!("{place}: too long")),
-                Err(Fault::Io(error)) => return Err(error.to_string()),
+                Err(JsonSplitError::At(place, problem)) => return Err(format!("{place}: {problem}")),
+                Err(JsonSplitError::TooLong(place)) => return Err(format!("{place}: too long")),
+                Err(JsonSplitError::Io(error)) => return Err(error.to_string()),
             }
         }
     }
@@ -289,7 +289,7 @@ mod tests {
         fn elements_are_those_of_the_whole_array(texts in prop::collection::vec(".{0,10}", 0..9), indent: bool, buffer in 1usize..40) {
             let array: Vec<_> = texts.iter().map(|text| serde_json::json!({"text": text, "n": [1, {"b": null}]})).collect();
             let text = if indent { serde_json::to_string_pretty(&array) } else { serde_json::to_string(&array) }.unwrap();
-            let mut values = Values::new(BufReader::with_capacity(buffer, Cursor::new(text.into_bytes())), true);
+            let mut values = JsonValues::new(BufReader::with_capacity(buffer, Cursor::new(text.into_bytes())), true);
             let (mut found, mut record) = (Vec::new(), Vec::new());
             while values.next(&mut record, 1 << 20).unwrap().is_some() {
                 found.push(serde_json::from_slice::<serde_json::Value>(&record).unwrap());

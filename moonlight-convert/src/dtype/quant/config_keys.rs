@@ -7,7 +7,7 @@ use super::block;
 /// The methods whose weights are read. Of another one the tensors decide: they are read where they are plain.
 const METHODS: [&str; 4] = ["compressed-tensors", "fbgemm_fp8", "fp8", "modelopt"];
 
-/// Keys that are read, and those about activations, caches, which modules were quantised (the tensors say it) and how a
+/// Keys that are read, and those about activations, caches, which modules were quantized (the tensors say it) and how a
 /// program computes.
 const KEYS: &[&str] = &[
     "activation_scale_ub",
@@ -58,7 +58,7 @@ const WEIGHTS: &[&str] = &[
 ];
 
 /// The values that are followed, of keys that have others. `format`s of integers in bytes are refused with the others.
-const FOLLOWED: &[(&str, &[&str])] = &[
+const SUPPORTED_VALUES: &[(&str, &[&str])] = &[
     ("expert_dtype", &["fp8"]),
     ("fmt", &["e4m3", "e4m3fn", "float8_e4m3fn"]),
     ("format", &["dense", "float-quantized", "mixed-precision", "naive-quantized", "pack-quantized"]),
@@ -70,10 +70,10 @@ const FOLLOWED: &[(&str, &[&str])] = &[
 ];
 
 /// What a `quantization_config` asks for that is not followed, each as a sentence without its full stop.
-pub(super) fn not_followed(quantisation: &Value) -> Vec<String> {
+pub(super) fn unsupported(quantization: &Value) -> Vec<String> {
     let mut found = Vec::new();
-    let Some(map) = quantisation.as_object() else {
-        if !quantisation.is_null() {
+    let Some(map) = quantization.as_object() else {
+        if !quantization.is_null() {
             found.push("`quantization_config` is not an object".into());
         }
         return found;
@@ -111,7 +111,10 @@ const MOST: usize = 32;
 fn group(name: &str, value: &Value, found: &mut Vec<String>) {
     let place = format!("config_groups.{}.", cut(name));
     let Some(map) = value.as_object() else {
-        found.push(format!("`quantization_config.config_groups.{}` names a preset, which is not spelt out", cut(name)));
+        found.push(format!(
+            "`quantization_config.config_groups.{}` names a preset, which is not spelled out",
+            cut(name)
+        ));
         return;
     };
     keys(map, GROUP, &place, found);
@@ -135,7 +138,7 @@ fn keys(map: &Map<String, Value>, known: &[&str], place: &str, found: &mut Vec<S
         }
         if !known.contains(&key.as_str()) {
             found.push(format!("`quantization_config.{place}{}` is not known", cut(key)));
-        } else if let Some((_, values)) = FOLLOWED.iter().find(|(name, _)| name == key)
+        } else if let Some((_, values)) = SUPPORTED_VALUES.iter().find(|(name, _)| name == key)
             && !value.as_str().is_some_and(|value| values.contains(&value))
             && !(key == "actorder" && value == &Value::Bool(false))
         {
@@ -220,7 +223,7 @@ mod tests {
             json!({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}),
             json!(null),
         ] {
-            assert_eq!(not_followed(&config), [""; 0], "{config}");
+            assert_eq!(unsupported(&config), [""; 0], "{config}");
         }
     }
 
@@ -245,10 +248,10 @@ mod tests {
             (json!({"expert_dtype": "fp4"}), json!({}), "expert_dtype` is"),
             (json!({"hadamard": true}), json!({}), "`quantization_config.hadamard` is not known"),
         ] {
-            let found = not_followed(&compressed(over.clone(), weights.clone()));
+            let found = unsupported(&compressed(over.clone(), weights.clone()));
             assert!(matches!(&found[..], [one] if one.contains(named)), "{over} {weights}: {found:?}");
         }
         let preset = json!({"config_groups": {"FP8_DYNAMIC": ["Linear"]}});
-        assert!(not_followed(&preset)[0].contains("names a preset"));
+        assert!(unsupported(&preset)[0].contains("names a preset"));
     }
 }

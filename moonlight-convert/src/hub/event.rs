@@ -3,16 +3,16 @@
 /// Something that happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Progress<'a> {
+pub enum DownloadEvent<'a> {
     /// What is to be had is known.
-    Begun {
+    Started {
         /// Files.
         files: usize,
         /// Bytes of all of them.
         bytes: u64,
     },
     /// So many bytes were in the cache already and are right, as far as can be said before a file is whole.
-    Had {
+    Cached {
         /// The bytes.
         bytes: u64,
     },
@@ -22,12 +22,12 @@ pub enum Progress<'a> {
         bytes: u64,
     },
     /// So many bytes that were there are of no use.
-    Lost {
+    Discarded {
         /// The bytes.
         bytes: u64,
     },
     /// A file is asked for once more.
-    Again {
+    Retrying {
         /// The file.
         file: &'a str,
         /// Why.
@@ -39,7 +39,7 @@ pub enum Progress<'a> {
         file: &'a str,
     },
     /// A file is in the cache, whole and checked.
-    Done {
+    Finished {
         /// The file.
         file: &'a str,
         /// Its size.

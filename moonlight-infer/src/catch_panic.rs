@@ -8,7 +8,7 @@ use std::sync::Once;
 /// of it is shown.
 ///
 /// What `read` had borrowed mutably must not be used after a `None`.
-pub(crate) fn unpanicked<T>(read: impl FnOnce() -> T) -> Option<T> {
+pub(crate) fn catch_panic<T>(read: impl FnOnce() -> T) -> Option<T> {
     thread_local! {
         static READING: Cell<bool> = const { Cell::new(false) };
     }
@@ -33,8 +33,8 @@ mod tests {
 
     #[test]
     fn a_panic_is_none() {
-        assert_eq!(unpanicked(|| 3), Some(3));
-        assert_eq!(unpanicked(|| unpanicked(|| panic!("inner")).unwrap_or(4)), Some(4));
-        assert_eq!(unpanicked(|| if true { panic!("no") } else { 1 }), None);
+        assert_eq!(catch_panic(|| 3), Some(3));
+        assert_eq!(catch_panic(|| catch_panic(|| panic!("inner")).unwrap_or(4)), Some(4));
+        assert_eq!(catch_panic(|| if true { panic!("no") } else { 1 }), None);
     }
 }

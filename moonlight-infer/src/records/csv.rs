@@ -5,11 +5,11 @@ use std::io;
 use csv_core::ReadRecordResult;
 use serde_json::{Value, json};
 
-use super::LONGEST_RECORD;
-use super::values::Cut;
+use super::MAX_RECORD_BYTES;
+use super::json_values::Truncated;
 
 /// Columns that hold JSON where their values look like it.
-const OF_JSON: &[&str] = &[
+const JSON_COLUMNS: &[&str] = &[
     "messages",
     "conversations",
     "conversation",
@@ -25,15 +25,15 @@ const OF_JSON: &[&str] = &[
     "chat_template_kwargs",
 ];
 /// Columns that hold a number or `true` and `false`.
-const OF_NUMBERS: &[&str] = &["weight", "loss_mask", "train", "training", "loss"];
+const NUMBER_COLUMNS: &[&str] = &["weight", "loss_mask", "train", "training", "loss"];
 /// Columns in which `true` and `false` mark an answer as good or bad; all else is text.
-const OF_MARKS: &[&str] = &["label", "kto_tag"];
+const LABEL_COLUMNS: &[&str] = &["label", "kto_tag"];
 /// Columns of a file, at most.
-const MOST_COLUMNS: usize = 1 << 14;
+const MAX_COLUMNS: usize = 1 << 14;
 
 /// Why the rest of a file cannot be cut into rows.
 #[derive(Debug)]
-pub(super) enum Fault {
+pub(super) enum CsvError {
     Io(io::Error),
     /// The row that begins in this line is longer than a record may be.
     TooLong(usize),
@@ -41,14 +41,14 @@ pub(super) enum Fault {
     At(usize, String, Option<&'static str>),
 }
 
-impl From<io::Error> for Fault {
+impl From<io::Error> for CsvError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
 }
 
 /// The rows of a file.
-pub(super) struct Delimited<R> {
+pub(super) struct CsvRows<R> {
     reader: R,
     core: csv_core::Reader,
     names: Vec<String>,
@@ -61,22 +61,22 @@ pub(super) struct Delimited<R> {
     ends: Vec<usize>,
 }
 
-impl<R: Cut> Delimited<R> {
+impl<R: Truncated> CsvRows<R> {
     /// Reads the row of names.
-    pub(super) fn new(reader: R, delimiter: u8) -> Result<Self, Fault> {
+    pub(super) fn new(reader: R, delimiter: u8) -> Result<Self, CsvError> {
         let core = csv_core::ReaderBuilder::new().delimiter(delimiter).build();
         let (texts, ends) = (vec![0; 1 << 12], vec![0; 64]);
         let mut file = Self { reader, core, names: Vec::new(), line: 1, blank: 0, texts, ends };
-        let Some((mut line, mut columns)) = file.row(LONGEST_RECORD)? else { return Ok(file) };
+        let Some((mut line, mut columns)) = file.row(MAX_RECORD_BYTES)? else { return Ok(file) };
         // What Excel writes above the names to say what separates them.
         if columns == 2 && file.text(line, 0)?.eq_ignore_ascii_case("sep=") && file.text(line, 1)?.is_empty() {
-            let Some(row) = file.row(LONGEST_RECORD)? else { return Ok(file) };
+            let Some(row) = file.row(MAX_RECORD_BYTES)? else { return Ok(file) };
             (line, columns) = row;
         }
         for column in 0..columns {
             let name = file.text(line, column)?.to_owned();
             if file.names.contains(&name) {
-                return Err(Fault::At(
+                return Err(CsvError::At(
                     line,
                     match name.as_str() {
                         "" => "two columns have no name".to_owned(),
@@ -97,7 +97,7 @@ impl<R: Cut> Delimited<R> {
 
     /// The next row as JSON, and the line that it begins in. Rows whose fields are all empty, as spreadsheets write below
     /// their tables, are blank lines.
-    pub(super) fn next(&mut self, record: &mut Vec<u8>, longest: usize) -> Result<Option<usize>, Fault> {
+    pub(super) fn next(&mut self, record: &mut Vec<u8>, longest: usize) -> Result<Option<usize>, CsvError> {
         let (line, columns) = loop {
             let Some((line, columns)) = self.row(longest)? else { return Ok(None) };
             if columns > 0 && self.ends[columns - 1] > 0 {
@@ -108,25 +108,25 @@ impl<R: Cut> Delimited<R> {
         if columns != self.names.len() {
             let problem = format!("the row has {columns} columns, the first row names {}", self.names.len());
             let hint = "a text with a separator, a quotation mark or a line break in it stands in quotation marks";
-            return Err(Fault::At(line, problem, Some(hint)));
+            return Err(CsvError::At(line, problem, Some(hint)));
         }
         record.clear();
         for column in 0..columns {
             let text = self.text(line, column)?;
             let name = &self.names[column];
-            let value = value(name, text).map_err(|(problem, hint)| Fault::At(line, problem, hint))?;
+            let value = value(name, text).map_err(|(problem, hint)| CsvError::At(line, problem, hint))?;
             let (separator, name) = (if column == 0 { '{' } else { ',' }, Value::from(name.as_str()));
             record.extend_from_slice(format!("{separator}{name}:").as_bytes());
             record.extend_from_slice(value.as_bytes());
             if record.len() > longest {
-                return Err(Fault::TooLong(line));
+                return Err(CsvError::TooLong(line));
             }
         }
         record.push(b'}');
         Ok(Some(line))
     }
 
-    fn text(&self, line: usize, column: usize) -> Result<&str, Fault> {
+    fn text(&self, line: usize, column: usize) -> Result<&str, CsvError> {
         let start = column.checked_sub(1).map_or(0, |before| self.ends[before]);
         let text = &self.texts[start..self.ends[column]];
         std::str::from_utf8(text).map_err(|_| {
@@ -136,12 +136,12 @@ impl<R: Cut> Delimited<R> {
                 Some(name) => format!("column `{name}`"),
             };
             let problem = format!("{name} is not UTF-8");
-            Fault::At(line, problem, Some("write it anew as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)"))
+            CsvError::At(line, problem, Some("write it anew as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)"))
         })
     }
 
     /// Reads a row: the line that it begins in, and its columns.
-    fn row(&mut self, longest: usize) -> Result<Option<(usize, usize)>, Fault> {
+    fn row(&mut self, longest: usize) -> Result<Option<(usize, usize)>, CsvError> {
         // Blank lines are no rows.
         while let Some(byte @ (b'\n' | b'\r')) = self.peek()? {
             self.line += usize::from(byte == b'\n');
@@ -162,15 +162,15 @@ impl<R: Cut> Delimited<R> {
                 let (result, taken, written, ended) =
                     self.core.read_record(bytes, &mut self.texts[length..], &mut self.ends[columns..]);
                 if end && matches!(result, ReadRecordResult::InputEmpty) {
-                    if self.reader.is_cut() || length + columns + written == 0 {
+                    if self.reader.reached_limit() || length + columns + written == 0 {
                         return Ok(None);
                     }
                     let problem = "a quotation mark in this row is not closed before the end of the file";
-                    return Err(Fault::At(start, problem.into(), None));
+                    return Err(CsvError::At(start, problem.into(), None));
                 }
                 match end {
                     false => self.line += memchr::memchr_iter(b'\n', &bytes[..taken]).count(),
-                    true if self.reader.is_cut() => return Ok(None),
+                    true if self.reader.reached_limit() => return Ok(None),
                     true => {}
                 }
                 (result, if end { 0 } else { taken }, written, ended)
@@ -180,10 +180,10 @@ impl<R: Cut> Delimited<R> {
             columns += ended;
             match result {
                 ReadRecordResult::InputEmpty => {}
-                ReadRecordResult::OutputFull if self.texts.len() >= longest => return Err(Fault::TooLong(start)),
+                ReadRecordResult::OutputFull if self.texts.len() >= longest => return Err(CsvError::TooLong(start)),
                 ReadRecordResult::OutputFull => self.texts.resize((2 * self.texts.len()).min(longest), 0),
-                ReadRecordResult::OutputEndsFull if columns >= MOST_COLUMNS => {
-                    return Err(Fault::At(start, format!("the row has more than {MOST_COLUMNS} columns"), None));
+                ReadRecordResult::OutputEndsFull if columns >= MAX_COLUMNS => {
+                    return Err(CsvError::At(start, format!("the row has more than {MAX_COLUMNS} columns"), None));
                 }
                 ReadRecordResult::OutputEndsFull => self.ends.resize(2 * self.ends.len(), 0),
                 ReadRecordResult::Record => return Ok(Some((start, columns))),
@@ -206,10 +206,10 @@ impl<R: Cut> Delimited<R> {
 /// What a text in a column is as JSON.
 fn value(name: &str, text: &str) -> Result<String, (String, Option<&'static str>)> {
     let bare = text.trim();
-    if OF_MARKS.contains(&name) && ["true", "false"].contains(&bare.to_ascii_lowercase().as_str()) {
+    if LABEL_COLUMNS.contains(&name) && ["true", "false"].contains(&bare.to_ascii_lowercase().as_str()) {
         return Ok(bare.to_ascii_lowercase());
     }
-    if OF_NUMBERS.contains(&name) {
+    if NUMBER_COLUMNS.contains(&name) {
         return Ok(match bare {
             "" => "null".into(),
             // Python's spelling as well as JSON's.
@@ -218,12 +218,12 @@ fn value(name: &str, text: &str) -> Result<String, (String, Option<&'static str>
             _ => bare.parse::<f64>().map_or_else(|_| json!(text).to_string(), |number| json!(number).to_string()),
         });
     }
-    if OF_JSON.contains(&name) {
+    if JSON_COLUMNS.contains(&name) {
         if bare.is_empty() {
             return Ok("null".into());
         }
         if bare.starts_with(['[', '{']) {
-            return match super::parse(bare.as_bytes()) {
+            return match super::json::parse(bare.as_bytes()) {
                 Ok(_) => Ok(bare.into()),
                 Err(error) => {
                     let hint = "lists that Python or pandas wrote by `str()` are not JSON: write them by `json.dumps`, or keep \
@@ -246,12 +246,12 @@ mod tests {
 
     fn rows_of(bytes: &[u8], delimiter: u8, buffer: usize) -> Result<Vec<(usize, Value)>, String> {
         let fault = |fault| match fault {
-            Fault::At(line, problem, _) => format!("{line}: {problem}"),
-            Fault::TooLong(line) => format!("{line}: too long"),
-            Fault::Io(error) => error.to_string(),
+            CsvError::At(line, problem, _) => format!("{line}: {problem}"),
+            CsvError::TooLong(line) => format!("{line}: too long"),
+            CsvError::Io(error) => error.to_string(),
         };
         let reader = BufReader::with_capacity(buffer, Cursor::new(bytes.to_owned()));
-        let mut file = Delimited::new(reader, delimiter).map_err(fault)?;
+        let mut file = CsvRows::new(reader, delimiter).map_err(fault)?;
         let (mut rows, mut record) = (Vec::new(), Vec::new());
         while let Some(line) = file.next(&mut record, 1 << 16).map_err(fault)? {
             rows.push((line, serde_json::from_slice(&record).unwrap()));
@@ -294,7 +294,7 @@ mod tests {
         ] {
             for buffer in [1, 5, 100] {
                 let reader = BufReader::with_capacity(buffer, Cursor::new(text.as_bytes().to_owned()));
-                let mut file = Delimited::new(reader, b';').unwrap_or_else(|_| panic!("{text}"));
+                let mut file = CsvRows::new(reader, b';').unwrap_or_else(|_| panic!("{text}"));
                 let (mut record, mut found) = (Vec::new(), Vec::new());
                 while let Ok(Some(_)) = file.next(&mut record, 1 << 16) {
                     found.push(serde_json::from_slice::<Value>(&record).unwrap());

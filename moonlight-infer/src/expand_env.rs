@@ -6,7 +6,7 @@
 /// # Errors
 ///
 /// The name of a variable that is not set.
-pub fn expand(text: &str) -> Result<String, String> {
+pub fn expand_env(text: &str) -> Result<String, String> {
     expand_with(text, |name| std::env::var(name).ok())
 }
 

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const BITS: usize = u64::BITS as usize;
 
 #[derive(Default)]
-pub(crate) struct Record(Vec<AtomicU64>);
+pub(crate) struct ClaimBitmap(Vec<AtomicU64>);
 
-impl Record {
+impl ClaimBitmap {
     pub(crate) fn new(length: usize) -> Self {
         Self((0..length.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect())
     }

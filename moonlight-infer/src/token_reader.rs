@@ -8,24 +8,24 @@ use moonlight_convert::Printable;
 use serde_json::Value;
 
 use crate::error::InferError;
-use crate::records::{Place, Record, RecordReader, parse};
+use crate::records::{FilePosition, Record, RecordReader, parse};
 use crate::tokenizer::Tokenizer;
 
 /// A file of records `{"tokens": [...]}` or `{"text": "..."}`, of any [kind](crate::records). Other fields are not read.
-pub struct JsonlReader {
+pub struct TokenReader {
     records: RecordReader,
     /// Where the record was that was read last.
-    place: Place,
+    place: FilePosition,
 }
 
-impl JsonlReader {
+impl TokenReader {
     /// Opens a file.
     ///
     /// # Errors
     ///
     /// [`InferError::Records`].
     pub fn open(path: &Path) -> Result<Self, InferError> {
-        Ok(Self { records: RecordReader::open(path, &[], None)?, place: Place::default() })
+        Ok(Self { records: RecordReader::open(path, &[], None)?, place: FilePosition::default() })
     }
 
     /// The tokens of the next record; `None` after the last. A record of text needs a tokenizer, which gives those of its
@@ -45,7 +45,7 @@ impl JsonlReader {
     }
 
     /// Hands the tokens of every record to `each`. What is wrong with the tokens of a record is said with file and line; see
-    /// [`InferError::at_place`].
+    /// [`InferError::with_position`].
     ///
     /// # Errors
     ///
@@ -56,7 +56,7 @@ impl JsonlReader {
         mut each: impl FnMut(Vec<u32>) -> Result<(), InferError>,
     ) -> Result<(), InferError> {
         while let Some(tokens) = self.next_tokens(tokenizer)? {
-            each(tokens).map_err(|error| error.at_place(self.records.path(), self.place))?;
+            each(tokens).map_err(|error| error.with_position(self.records.path(), self.place))?;
         }
         Ok(())
     }
@@ -167,7 +167,7 @@ mod tests {
         writer.finish().unwrap();
         let read = |tokenizer: Option<&Tokenizer>| {
             let mut found = Vec::new();
-            let result = JsonlReader::open(&path)?.for_each(tokenizer, |tokens| {
+            let result = TokenReader::open(&path)?.for_each(tokenizer, |tokens| {
                 found.push(tokens);
                 Ok(())
             });
@@ -210,7 +210,7 @@ mod tests {
             let path = dir.path().join(name);
             std::fs::write(&path, text).unwrap();
             let mut found = Vec::new();
-            JsonlReader::open(&path)
+            TokenReader::open(&path)
                 .unwrap()
                 .for_each(Some(&Tokenizer::bytes()), |tokens| {
                     found.push(tokens);
@@ -227,7 +227,7 @@ mod tests {
         let path = dir.path().join("x.jsonl");
         std::fs::write(&path, "{\"tokens\": []}\n").unwrap();
         let with = |error: fn() -> InferError| {
-            let result = JsonlReader::open(&path).unwrap().for_each(None, |_| Err(error()));
+            let result = TokenReader::open(&path).unwrap().for_each(None, |_| Err(error()));
             result.unwrap_err().to_string()
         };
         assert!(with(|| InferError::EmptyPrompt).ends_with("x.jsonl:1: the prompt has no tokens"));

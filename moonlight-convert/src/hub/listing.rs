@@ -5,7 +5,7 @@ use serde::Deserialize;
 
 use super::digest::Digest;
 use super::is_commit;
-use crate::format::index::stays_inside;
+use crate::format::index::is_inside;
 use crate::format::sidecars::belongs_to_checkpoint;
 
 /// A repository at one commit.
@@ -26,7 +26,7 @@ pub(super) struct RemoteFile {
 
 /// The Hub's answer to `/api/models/REPO/revision/REVISION?blobs=true`, as far as it is needed.
 #[derive(Deserialize)]
-struct Answer {
+struct ListResponse {
     sha: String,
     siblings: Vec<Sibling>,
 }
@@ -48,8 +48,8 @@ struct Lfs {
 
 impl Listing {
     /// Reads the answer and believes no name or digest that could lead out of the cache.
-    pub(super) fn parse(answer: &[u8], wanted: &Wanted) -> Result<Self, String> {
-        let Answer { sha, siblings } = serde_json::from_slice(answer).map_err(|error| error.to_string())?;
+    pub(super) fn parse(answer: &[u8], wanted: &FileSelection) -> Result<Self, String> {
+        let ListResponse { sha, siblings } = serde_json::from_slice(answer).map_err(|error| error.to_string())?;
         if !is_commit(&sha) {
             return Err(format!("`{}` is no commit", sha.escape_debug()));
         }
@@ -68,7 +68,7 @@ impl Listing {
 impl Sibling {
     fn checked(self) -> Result<RemoteFile, String> {
         let name = self.rfilename;
-        if !stays_inside(&name) {
+        if !is_inside(&name) {
             return Err(format!("`{}` is not a file below the repository", name.escape_debug()));
         }
         let (digest, size) = match self.lfs {
@@ -84,14 +84,14 @@ impl Sibling {
 
 /// The files that are asked for.
 #[derive(Debug)]
-pub(super) enum Wanted {
+pub(super) enum FileSelection {
     /// What a checkpoint is made of: configuration, index, safetensors, tokenizer, remote code; nothing in folders.
     Checkpoint,
     /// What matches one of these; `*` matches `/`, too, as in `huggingface_hub`.
     Matching(Vec<Pattern>),
 }
 
-impl Wanted {
+impl FileSelection {
     fn takes(&self, name: &str) -> bool {
         match self {
             Self::Checkpoint => !name.contains('/') && belongs_to_checkpoint(name),
@@ -108,7 +108,7 @@ mod tests {
 
     const SHA: &str = "4e735b07a89f73647dfab71ab91b840f362ede5b";
 
-    fn parse(siblings: &serde_json::Value, wanted: &Wanted) -> Result<Vec<String>, String> {
+    fn parse(siblings: &serde_json::Value, wanted: &FileSelection) -> Result<Vec<String>, String> {
         let answer = json!({"sha": SHA, "private": false, "siblings": siblings}).to_string();
         Listing::parse(answer.as_bytes(), wanted).map(|list| list.files.into_iter().map(|file| file.name).collect())
     }
@@ -131,7 +131,7 @@ mod tests {
             "tiktoken.model",
         ];
         let all = json!(names.map(file));
-        let taken = parse(&all, &Wanted::Checkpoint).unwrap();
+        let taken = parse(&all, &FileSelection::Checkpoint).unwrap();
         let expected = [
             "config.json",
             "model-1-of-2.safetensors",
@@ -141,12 +141,15 @@ mod tests {
         ];
         assert_eq!(taken, expected);
         let patterns = ["*.bin", "*scaling*"].map(|pattern| Pattern::new(pattern).unwrap()).to_vec();
-        assert_eq!(parse(&all, &Wanted::Matching(patterns)).unwrap(), ["figures/scaling.png", "pytorch_model.bin"]);
+        assert_eq!(
+            parse(&all, &FileSelection::Matching(patterns)).unwrap(),
+            ["figures/scaling.png", "pytorch_model.bin"]
+        );
     }
 
     #[test]
     fn answers_that_could_lead_out_of_the_cache_are_refused() {
-        let all = Wanted::Matching(vec![Pattern::new("*").unwrap()]);
+        let all = FileSelection::Matching(vec![Pattern::new("*").unwrap()]);
         for name in ["../config.json", "/etc/passwd", "a/../../b", "a\\b", "C:x", "a\nb"] {
             let error = parse(&json!([file(name)]), &all).unwrap_err();
             assert!(error.contains("not a file below"), "{error}");

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::{CheckpointError, ConfinedDir};
 
 /// The longest file of settings (`tokenizer_config.json` and the like); the published ones have a few hundred kB at most.
-pub(crate) const LONGEST_SETTINGS: u64 = 10_000_000;
+pub(crate) const MAX_SETTINGS_BYTES: u64 = 10_000_000;
 
 /// A model's folder: no link out of it is followed, and nothing but plain files of a limited length is read. What is there
 /// and cannot be read is an error, never absent.

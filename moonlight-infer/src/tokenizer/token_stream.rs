@@ -6,7 +6,7 @@ use super::Tokenizer;
 /// what it would have given for the whole.
 const CONTEXT: usize = 6;
 /// After so many tokens that end in half a character there is no hope for it.
-const PATIENCE: usize = 16;
+const MAX_INCOMPLETE_TOKENS: usize = 16;
 
 /// Decodes tokens one at a time and never gives half a character.
 #[derive(Debug)]
@@ -17,12 +17,12 @@ pub struct TokenStream<'a> {
     /// For tokenizers whose tokens are not bytes: the last tokens that have been given, and those that have not.
     tokens: Vec<u32>,
     /// How many of `tokens` have been given.
-    given: usize,
+    emitted: usize,
 }
 
 impl<'a> TokenStream<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, bytes: Vec::new(), tokens: Vec::new(), given: 0 }
+        Self { tokenizer, bytes: Vec::new(), tokens: Vec::new(), emitted: 0 }
     }
 
     /// The text that is whole with this token; empty while a character is still incomplete.
@@ -33,7 +33,7 @@ impl<'a> TokenStream<'a> {
         }
         self.tokens.push(token);
         let text = self.new_text();
-        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.given < PATIENCE {
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.emitted < MAX_INCOMPLETE_TOKENS {
             return String::new();
         }
         self.settle();
@@ -75,10 +75,10 @@ impl<'a> TokenStream<'a> {
 
     /// What the tokens that have not been given add to the text of those that have.
     fn new_text(&self) -> String {
-        if self.given == self.tokens.len() {
+        if self.emitted == self.tokens.len() {
             return String::new();
         }
-        let before = self.tokenizer.decode(&self.tokens[..self.given]);
+        let before = self.tokenizer.decode(&self.tokens[..self.emitted]);
         let whole = self.tokenizer.decode(&self.tokens);
         let common = before.char_indices().zip(whole.char_indices()).find(|(a, b)| a.1 != b.1).map(|(a, _)| a.0);
         whole.get(common.unwrap_or(before.len())..).unwrap_or_default().to_owned()
@@ -87,6 +87,6 @@ impl<'a> TokenStream<'a> {
     fn settle(&mut self) {
         let surplus = self.tokens.len().saturating_sub(CONTEXT);
         self.tokens.drain(..surplus);
-        self.given = self.tokens.len();
+        self.emitted = self.tokens.len();
     }
 }

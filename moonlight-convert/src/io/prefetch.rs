@@ -19,7 +19,7 @@ const AHEAD: u64 = 512 << 20;
 const STEP: usize = 4 << 20;
 
 /// The files of a checkpoint while they are read.
-pub(crate) struct ReadAhead<'a> {
+pub(crate) struct PrefetchReader<'a> {
     checkpoint: &'a Checkpoint,
     position: Mutex<Position>,
     moved: Condvar,
@@ -34,12 +34,12 @@ struct Position {
     ended: bool,
 }
 
-impl<'a> ReadAhead<'a> {
+impl<'a> PrefetchReader<'a> {
     /// Runs `work`, and meanwhile has the system read what `plan` asks for, in order, some way ahead of it.
     pub(crate) fn open<R>(checkpoint: &'a Checkpoint, plan: &LoadPlan, work: impl FnOnce(&Self) -> R) -> R {
         let stream = Self { checkpoint, position: Mutex::default(), moved: Condvar::new() };
         /// Ends the thread also when `work` panics.
-        struct End<'a, 'b>(&'a ReadAhead<'b>);
+        struct End<'a, 'b>(&'a PrefetchReader<'b>);
         impl Drop for End<'_, '_> {
             fn drop(&mut self) {
                 self.0.advance(|position| position.ended = true);

@@ -8,17 +8,17 @@ use minijinja::value::{Enumerator, Object, Serde, Value};
 use minijinja::{Error, ErrorKind};
 use serde_json::Map;
 
-use crate::records::{large_integer, non_finite};
+use crate::records::{large_integer_digits, non_finite_from_json};
 
 /// JSON as a value of the template engine; what stands for a number is that number. An integer of more digits than the engine
 /// has is an error where a template reads it.
-pub(super) fn value_of(value: &serde_json::Value) -> Value {
+pub(super) fn to_template_value(value: &serde_json::Value) -> Value {
     match value {
-        serde_json::Value::Array(items) => items.iter().map(value_of).collect(),
-        serde_json::Value::Object(map) => match (non_finite(value), large_integer(value)) {
+        serde_json::Value::Array(items) => items.iter().map(to_template_value).collect(),
+        serde_json::Value::Object(map) => match (non_finite_from_json(value), large_integer_digits(value)) {
             (Some(number), _) => Value::from(number),
             (None, Some(digits)) => integer(digits),
-            (None, None) => Value::from_pairs(map.iter().map(|(name, value)| (name.as_str(), value_of(value)))),
+            (None, None) => Value::from_pairs(map.iter().map(|(name, value)| (name.as_str(), to_template_value(value)))),
         },
         value => Value::from(Serde(value)),
     }
@@ -37,12 +37,12 @@ fn integer(digits: &str) -> Value {
 
 /// Names of fields, and whether a template has read them; shared by the messages of a conversation.
 #[derive(Debug, Default)]
-pub(super) struct FieldNames {
+pub(super) struct FieldUsage {
     names: HashMap<String, usize>,
     read: Vec<AtomicBool>,
 }
 
-impl FieldNames {
+impl FieldUsage {
     /// The names that any of the messages has.
     pub(super) fn of<'a>(messages: impl IntoIterator<Item = &'a Map<String, serde_json::Value>>) -> Arc<Self> {
         let mut all = Self::default();
@@ -69,20 +69,20 @@ impl FieldNames {
 
 /// A message.
 #[derive(Debug)]
-pub(super) struct Fields {
-    names: Arc<FieldNames>,
+pub(super) struct TrackedMessage {
+    names: Arc<FieldUsage>,
     entries: Vec<(Value, Value)>,
     /// Index of the name among all, and of the entry.
     places: HashMap<String, (usize, usize)>,
 }
 
-impl Fields {
+impl TrackedMessage {
     /// A message as a value of the template engine.
-    pub(super) fn value(names: &Arc<FieldNames>, message: &Map<String, serde_json::Value>) -> Value {
+    pub(super) fn value(names: &Arc<FieldUsage>, message: &Map<String, serde_json::Value>) -> Value {
         let mut entries = Vec::with_capacity(message.len());
         let mut places = HashMap::with_capacity(message.len());
         for (index, (name, value)) in message.iter().enumerate() {
-            entries.push((Value::from(name.as_str()), value_of(value)));
+            entries.push((Value::from(name.as_str()), to_template_value(value)));
             places.insert(name.clone(), (names.names.get(name).copied().unwrap_or(usize::MAX), index));
         }
         Value::from_object(Self { names: names.clone(), entries, places })
@@ -94,7 +94,7 @@ impl Fields {
     }
 }
 
-impl Object for Fields {
+impl Object for TrackedMessage {
     fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
         self.get_value_by_str(key.as_str()?)
     }

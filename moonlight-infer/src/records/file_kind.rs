@@ -5,7 +5,7 @@ use std::path::Path;
 use moonlight_convert::printable;
 
 use super::RecordError;
-use super::nesting::Nesting;
+use super::json_nesting::JsonNesting;
 
 /// How the records of a file are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub enum FileKind {
 
 impl FileKind {
     /// Whether the file can be read on behind a record that is not JSON: of an array it is not known where such a record ends.
-    pub fn ends_records(self) -> bool {
+    pub fn has_record_boundaries(self) -> bool {
         !matches!(self, Self::JsonArray | Self::JsonObjects)
     }
 }
@@ -46,7 +46,7 @@ impl std::fmt::Display for FileKind {
 
 /// A file of another kind.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Foreign {
+pub(super) struct NonText {
     /// What it is, behind "it is".
     pub(super) what: &'static str,
     pub(super) hint: &'static str,
@@ -93,14 +93,14 @@ const MAGIC: &[(usize, &[u8], &str, &str)] = &[
 ];
 
 /// What a file is that is no text and no file of records.
-pub(super) fn foreign(head: &[u8]) -> Option<Foreign> {
+pub(super) fn detect_binary(head: &[u8]) -> Option<NonText> {
     let known = MAGIC.iter().find(|(at, magic, ..)| head.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
     if let Some(&(_, _, what, hint)) = known {
-        return Some(Foreign { what, hint });
+        return Some(NonText { what, hint });
     }
     // Pickles of protocol 2 and later, which end with a full stop, begin so; no text does.
     if matches!(head, [0x80, 2..=5, ..]) {
-        return Some(Foreign { what: "a Python pickle", hint: EXPORT });
+        return Some(NonText { what: "a Python pickle", hint: EXPORT });
     }
     let wide = match head {
         [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => Some("UTF-32 text"),
@@ -114,28 +114,28 @@ pub(super) fn foreign(head: &[u8]) -> Option<Foreign> {
             (every(0) || every(1)).then_some("UTF-16 text")
         }
     };
-    wide.map(|what| Foreign { what, hint: UTF_8 })
+    wide.map(|what| NonText { what, hint: UTF_8 })
 }
 
 /// The ending of a file's name without that of its compression, in small letters: `jsonl` of `A.JSONL.gz`.
-pub fn ending(path: &Path) -> String {
-    let small = |path: &Path| path.extension().map(|ending| ending.to_string_lossy().to_ascii_lowercase());
+pub fn extension(path: &Path) -> String {
+    let small = |path: &Path| path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
     match small(path) {
         Some(packed) if matches!(packed.as_str(), "gz" | "zst" | "zstd") => {
             path.file_stem().and_then(|stem| small(Path::new(stem))).unwrap_or_default()
         }
-        ending => ending.unwrap_or_default(),
+        extension => extension.unwrap_or_default(),
     }
 }
 
 /// How a file's records are kept.
-pub(super) fn kind(path: &Path, head: &[u8]) -> Result<FileKind, RecordError> {
-    let ending = ending(path);
-    if head.starts_with(b"PAR1") || ending == "parquet" && foreign(head).is_none() {
+pub(super) fn detect_kind(path: &Path, head: &[u8]) -> Result<FileKind, RecordError> {
+    let extension = extension(path);
+    if head.starts_with(b"PAR1") || extension == "parquet" && detect_binary(head).is_none() {
         return Ok(FileKind::Parquet);
     }
-    if let Some(foreign) = foreign(head) {
-        return Err(RecordError::file(path, format!("it is {}", foreign.what), foreign.hint));
+    if let Some(detect_binary) = detect_binary(head) {
+        return Err(RecordError::file(path, format!("it is {}", detect_binary.what), detect_binary.hint));
     }
     let text = head.trim_ascii_start();
     match text.first() {
@@ -151,8 +151,8 @@ pub(super) fn kind(path: &Path, head: &[u8]) -> Result<FileKind, RecordError> {
             let hint = "a page that asks to log in, or says that there is no such file, was saved in place of the data";
             Err(RecordError::file(path, "it is a page of HTML or XML", hint))
         }
-        Some(_) => match ending.as_str() {
-            "csv" | "tsv" => Ok(FileKind::Delimited(delimiter(text, &ending))),
+        Some(_) => match extension.as_str() {
+            "csv" | "tsv" => Ok(FileKind::Delimited(delimiter(text, &extension))),
             "jsonl" | "ndjson" | "json" => Ok(FileKind::JsonLines),
             _ => {
                 let line = text.split(|byte| *byte == b'\n').next().unwrap_or_default();
@@ -172,7 +172,7 @@ fn is_markup(text: &[u8]) -> bool {
 }
 
 /// What separates the names in the first line; Excel may say it in a line of its own above them.
-fn delimiter(text: &[u8], ending: &str) -> u8 {
+fn delimiter(text: &[u8], extension: &str) -> u8 {
     let line = text.split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
     if let [b's' | b'S', b'e' | b'E', b'p' | b'P', b'=', said] = *line
         && said.is_ascii()
@@ -181,7 +181,7 @@ fn delimiter(text: &[u8], ending: &str) -> u8 {
     {
         return said;
     }
-    if ending == "tsv" {
+    if extension == "tsv" {
         return b'\t';
     }
     [b',', b'\t', b';'].into_iter().find(|byte| line.contains(byte)).unwrap_or(b',')
@@ -195,7 +195,7 @@ fn first_line(text: &[u8]) -> Option<(&[u8], &[u8])> {
 
 /// How deep in brackets a line ends; `None` within a text.
 fn depth_at_end(line: &[u8]) -> Option<isize> {
-    let mut nesting = Nesting::default();
+    let mut nesting = JsonNesting::default();
     line.iter().for_each(|&byte| nesting.take(byte));
     (!nesting.quoted).then_some(nesting.depth)
 }
@@ -219,7 +219,7 @@ mod tests {
     use super::*;
 
     fn of(name: &str, head: &[u8]) -> Result<FileKind, String> {
-        kind(Path::new(name), head).map_err(|error| {
+        detect_kind(Path::new(name), head).map_err(|error| {
             assert!(error.hint().is_some());
             error.to_string()
         })

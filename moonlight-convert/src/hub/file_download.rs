@@ -7,27 +7,27 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::client::{Client, Refusal};
+use super::client::{Client, FetchError};
 use super::digest::Hasher;
 use super::error::DownloadError;
-use super::list::RemoteFile;
-use super::progress::Progress;
+use super::event::DownloadEvent;
+use super::listing::RemoteFile;
 use crate::io::confined_dir::open_plain;
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 1 << 20;
-/// Tries on end that bring next to nothing: less than [`WORTH`] of the file. A bad line may break often in a file of
+/// Tries on end that bring next to nothing: less than [`MIN_PROGRESS`] of the file. A bad line may break often in a file of
 /// gigabytes, and what comes is worth going on for.
-const TRIES: u32 = 6;
-const WORTH: f64 = 0.01;
+const MAX_FRUITLESS_ATTEMPTS: u32 = 6;
+const MIN_PROGRESS: f64 = 0.01;
 /// Before the second try; doubled before each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 /// What comes more slowly, in bytes a second, is given up: it is no line but somebody who holds one.
-const SLOWEST: f64 = 1_000.0;
+const MIN_BYTES_PER_SECOND: f64 = 1_000.0;
 
 /// One file to be had.
-pub(super) struct Transfer<'a> {
+pub(super) struct FileDownload<'a> {
     pub(super) client: &'a Client,
     pub(super) file: &'a RemoteFile,
     pub(super) commit: &'a str,
@@ -35,18 +35,18 @@ pub(super) struct Transfer<'a> {
     pub(super) blob: PathBuf,
     /// Held while the blob is written, by `huggingface_hub`, too.
     pub(super) lock: PathBuf,
-    pub(super) watch: &'a (dyn Fn(Progress<'_>) + Sync),
+    pub(super) watch: &'a (dyn Fn(DownloadEvent<'_>) + Sync),
     /// Set where another file has failed.
     pub(super) stop: &'a AtomicBool,
 }
 
 /// What became of one try.
-enum Try {
-    Whole(Hasher),
+enum Attempt {
+    Complete(Hasher),
     Broken(String),
 }
 
-impl Transfer<'_> {
+impl FileDownload<'_> {
     /// Whether anything had to be fetched.
     pub(super) fn run(&self) -> Result<bool, DownloadError> {
         for folder in [&self.blob, &self.lock].into_iter().filter_map(|path| path.parent()) {
@@ -55,17 +55,17 @@ impl Transfer<'_> {
         let lock = open_own(&self.lock).map_err(DownloadError::write(&self.lock))?;
         // Another process, or another file of the same contents. Given back when the file is closed.
         if let Err(TryLockError::WouldBlock) = lock.try_lock() {
-            (self.watch)(Progress::Waiting { file: &self.file.name });
+            (self.watch)(DownloadEvent::Waiting { file: &self.file.name });
         }
         lock.lock().map_err(DownloadError::write(&self.lock))?;
-        if self.is_there()? {
+        if self.is_cached()? {
             return Ok(false);
         }
         self.fetch().map(|()| true)
     }
 
     /// Whether the blob is there and is what it is called. One that is not is removed.
-    fn is_there(&self) -> Result<bool, DownloadError> {
+    fn is_cached(&self) -> Result<bool, DownloadError> {
         let read = |source| DownloadError::read(&self.blob)(source);
         let mut file = match open_plain(&self.blob) {
             Ok((file, _)) => file,
@@ -75,7 +75,7 @@ impl Transfer<'_> {
         if file.metadata().map_err(read)?.len() == self.file.size {
             let hasher = self.digest(&mut file, self.file.size).map_err(read)?;
             if hasher.finish() == self.file.digest.text() {
-                (self.watch)(Progress::Had { bytes: self.file.size });
+                (self.watch)(DownloadEvent::Cached { bytes: self.file.size });
                 return Ok(true);
             }
         }
@@ -91,7 +91,7 @@ impl Transfer<'_> {
         if start > self.file.size {
             output.set_len(0).map_err(DownloadError::write(&partial))?;
         } else {
-            (self.watch)(Progress::Had { bytes: start });
+            (self.watch)(DownloadEvent::Cached { bytes: start });
         }
         loop {
             let hasher = self.receive(&mut output, &partial)?;
@@ -99,7 +99,7 @@ impl Transfer<'_> {
             if found == self.file.digest.text() {
                 break;
             }
-            self.forget(&mut output, &partial, self.file.size)?;
+            self.discard(&mut output, &partial, self.file.size)?;
             if !std::mem::take(&mut resumed) {
                 drop(output);
                 // An empty file is no harm; the error is what matters.
@@ -108,7 +108,7 @@ impl Transfer<'_> {
                 return Err(DownloadError::Digest { file, expected, found });
             }
             // What was there from before may have been the bad part.
-            (self.watch)(Progress::Again { file: &self.file.name, problem: "what was there of it is damaged" });
+            (self.watch)(DownloadEvent::Retrying { file: &self.file.name, problem: "what was there of it is damaged" });
         }
         output.sync_all().map_err(DownloadError::write(&partial))?;
         fs::rename(&partial, &self.blob).map_err(DownloadError::write(&self.blob))
@@ -121,46 +121,46 @@ impl Transfer<'_> {
         loop {
             let before = length(output)?;
             let problem = match self.try_once(output, partial)? {
-                Try::Whole(hasher) => return Ok(hasher),
-                Try::Broken(problem) => problem,
+                Attempt::Complete(hasher) => return Ok(hasher),
+                Attempt::Broken(problem) => problem,
             };
             let got = length(output)?;
             tries += 1;
-            if got > before && (got - before) as f64 >= WORTH * self.file.size as f64 {
+            if got > before && (got - before) as f64 >= MIN_PROGRESS * self.file.size as f64 {
                 (in_vain, wait) = (0, FIRST_WAIT);
             } else {
                 in_vain += 1;
             }
-            if in_vain == TRIES {
+            if in_vain == MAX_FRUITLESS_ATTEMPTS {
                 let (file, size) = (self.file.name.clone(), self.file.size);
-                return Err(DownloadError::Cut { file, got, size, tries, problem });
+                return Err(DownloadError::Incomplete { file, got, size, tries, problem });
             }
-            (self.watch)(Progress::Again { file: &self.file.name, problem: &problem });
+            (self.watch)(DownloadEvent::Retrying { file: &self.file.name, problem: &problem });
             std::thread::sleep(wait);
             wait = (wait * 2).min(LONGEST_WAIT);
         }
     }
 
     /// One request from where the file ends. Every byte that comes is kept; the digest is of the whole file.
-    fn try_once(&self, output: &mut File, partial: &Path) -> Result<Try, DownloadError> {
+    fn try_once(&self, output: &mut File, partial: &Path) -> Result<Attempt, DownloadError> {
         let written = |error| DownloadError::write(partial)(error);
         let mut start = output.seek(SeekFrom::End(0)).map_err(written)?;
         if start == self.file.size {
-            return Ok(Try::Whole(self.hash_of(output, partial, start)?));
+            return Ok(Attempt::Complete(self.hash_of(output, partial, start)?));
         }
         let answer = match self.client.file(self.commit, &self.file.name, start) {
             Ok(answer) => answer,
-            Err(Refusal::Final(error)) => return Err(error),
-            Err(Refusal::ForNow(problem)) => return Ok(Try::Broken(problem)),
-            Err(Refusal::Range) => {
+            Err(FetchError::Permanent(error)) => return Err(error),
+            Err(FetchError::Transient(problem)) => return Ok(Attempt::Broken(problem)),
+            Err(FetchError::Range) => {
                 // What is there cannot be gone on from.
-                self.forget(output, partial, start)?;
-                return Ok(Try::Broken("the server has no such range".into()));
+                self.discard(output, partial, start)?;
+                return Ok(Attempt::Broken("the server has no such range".into()));
             }
         };
         if answer.start != start {
             // The whole file, where a part was asked for.
-            self.forget(output, partial, start)?;
+            self.discard(output, partial, start)?;
             start = 0;
         }
         let mut hasher = self.hash_of(output, partial, start)?;
@@ -170,37 +170,37 @@ impl Transfer<'_> {
         let mut pace = (Instant::now(), at);
         loop {
             let (since, before) = pace;
-            if since.elapsed() > self.client.patience() {
-                if ((at - before) as f64) < SLOWEST * since.elapsed().as_secs_f64() {
-                    return Ok(Try::Broken("hardly anything comes".into()));
+            if since.elapsed() > self.client.stall_timeout() {
+                if ((at - before) as f64) < MIN_BYTES_PER_SECOND * since.elapsed().as_secs_f64() {
+                    return Ok(Attempt::Broken("hardly anything comes".into()));
                 }
                 pace = (Instant::now(), at);
             }
             if self.stop.load(Ordering::Relaxed) {
-                return Err(DownloadError::GivenUp);
+                return Err(DownloadError::Aborted);
             }
             // One byte more than belongs there would show that it is another file.
             let most = (self.file.size - at).saturating_add(1).min(CHUNK as u64) as usize;
             let read = match body.read(&mut chunk[..most]) {
-                Ok(0) if at == self.file.size => return Ok(Try::Whole(hasher)),
-                Ok(0) => return Ok(Try::Broken("the connection ended".into())),
+                Ok(0) if at == self.file.size => return Ok(Attempt::Complete(hasher)),
+                Ok(0) => return Ok(Attempt::Broken("the connection ended".into())),
                 Ok(read) => read,
-                Err(error) => return Ok(Try::Broken(error.to_string())),
+                Err(error) => return Ok(Attempt::Broken(error.to_string())),
             };
             if at + read as u64 > self.file.size {
-                self.forget(output, partial, at)?;
-                return Ok(Try::Broken("the server sends more than the file has".into()));
+                self.discard(output, partial, at)?;
+                return Ok(Attempt::Broken("the server sends more than the file has".into()));
             }
             output.write_all(&chunk[..read]).map_err(written)?;
             hasher.update(&chunk[..read]);
             at += read as u64;
-            (self.watch)(Progress::Fetched { bytes: read as u64 });
+            (self.watch)(DownloadEvent::Fetched { bytes: read as u64 });
         }
     }
 
     /// Throws away what is there of the file.
-    fn forget(&self, output: &mut File, partial: &Path, bytes: u64) -> Result<(), DownloadError> {
-        (self.watch)(Progress::Lost { bytes });
+    fn discard(&self, output: &mut File, partial: &Path, bytes: u64) -> Result<(), DownloadError> {
+        (self.watch)(DownloadEvent::Discarded { bytes });
         output.set_len(0).map_err(DownloadError::write(partial))
     }
 

@@ -3,14 +3,14 @@
 /// The state of a reader of JSON that counts brackets, those within texts aside. Bytes that are no JSON do it no harm: the
 /// depth of more closing than opening ones is negative.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Nesting {
+pub(super) struct JsonNesting {
     pub(super) depth: isize,
     /// Within a text.
     pub(super) quoted: bool,
     escaped: bool,
 }
 
-impl Nesting {
+impl JsonNesting {
     #[inline]
     pub(super) fn take(&mut self, byte: u8) {
         match byte {

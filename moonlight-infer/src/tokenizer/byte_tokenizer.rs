@@ -7,7 +7,7 @@
 use moonlight_convert::tokenizer::{TOKENIZER_JSON, byte_to_char};
 use serde_json::{Map, Value, json};
 
-use super::{Companion, Piece};
+use super::{TokenizerFile, Piece};
 use crate::moonlight_template::MOONLIGHT_TEMPLATE;
 
 /// Begins a text, where a model wants that.
@@ -33,14 +33,14 @@ const CHAT_SPECIALS: [(u32, &str); 8] = [
 
 /// Which of the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Bytes {
+pub(super) enum ByteTokenizer {
     /// `bytes`.
     Plain,
     /// `bytes-chat`.
     Chat,
 }
 
-impl Bytes {
+impl ByteTokenizer {
     /// The special tokens by their ids.
     pub(super) fn names(self) -> &'static [(u32, &'static str)] {
         self.table()
@@ -122,8 +122,8 @@ impl Bytes {
 
     /// `tokenizer.json` (byte-level BPE without merges, so that every byte is its own token) and
     /// `tokenizer_config.json`, for `bytes-chat` with Moonlight's chat template.
-    pub(super) fn companions(self) -> Vec<Companion> {
-        let file = |name: &str, value: &Value| Companion {
+    pub(super) fn files(self) -> Vec<TokenizerFile> {
+        let file = |name: &str, value: &Value| TokenizerFile {
             name: name.into(),
             // Pretty printing of plain values cannot fail.
             contents: serde_json::to_vec_pretty(value).unwrap_or_default(),

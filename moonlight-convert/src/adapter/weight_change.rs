@@ -11,14 +11,14 @@ use moonlight_model::CausalLm;
 
 /// What is done to one parameter. Matrices lie as the model has them, `[in, out]`, the embedding as `[vocab, hidden]`.
 #[derive(Debug, Clone)]
-pub(super) enum Change {
+pub(super) enum WeightChange {
     /// Another value.
     Replace(TensorData),
     /// Less its best approximation of this rank (PiSSA, arXiv 2404.02948).
-    WithoutPrincipal(usize),
+    SubtractPrincipal(usize),
     /// Less `scale Q_r R_r` of the QR decomposition of its transpose (OLoRA, arXiv 2406.01775): what lies in the space of the
     /// first `rank` inputs' columns.
-    WithoutFirstColumns { rank: usize, scale: f64 },
+    SubtractFirstColumns { rank: usize, scale: f64 },
     /// `+ scale a b`.
     Add { a: TensorData, b: TensorData, scale: f64 },
     /// `m (W + scale a b) / |W + scale a b|`, the norm over the inputs of each output (DoRA, arXiv 2402.09353).
@@ -29,30 +29,30 @@ pub(super) enum Change {
     Columns(Vec<usize>, TensorData),
 }
 
-/// Changes by the path of the parameter; those of one parameter are made in their order.
-pub(super) type Changes = BTreeMap<String, Vec<Change>>;
+/// WeightChanges by the path of the parameter; those of one parameter are made in their order.
+pub(super) type WeightChanges = BTreeMap<String, Vec<WeightChange>>;
 
 /// The model with the changes made. The error is a parameter that has another shape than its configuration says: one in
 /// few bits.
-pub(super) fn apply(model: CausalLm, changes: Changes) -> Result<CausalLm, String> {
+pub(super) fn apply(model: CausalLm, changes: WeightChanges) -> Result<CausalLm, String> {
     if changes.is_empty() {
         return Ok(model);
     }
     let shapes = model.config().parameter_shapes().into_iter();
     let shapes = shapes.filter(|shape| changes.contains_key(&shape.path)).map(|shape| (shape.path, shape.shape));
-    let mut mapper = Apply { shapes: shapes.collect(), changes, path: Vec::new(), packed: None };
+    let mut mapper = ChangeMapper { shapes: shapes.collect(), changes, path: Vec::new(), packed: None };
     let model = model.map(&mut mapper);
     mapper.packed.map_or(Ok(model), Err)
 }
 
-struct Apply {
+struct ChangeMapper {
     shapes: BTreeMap<String, Vec<usize>>,
-    changes: Changes,
+    changes: WeightChanges,
     path: Vec<String>,
     packed: Option<String>,
 }
 
-impl ModuleMapper for Apply {
+impl ModuleMapper for ChangeMapper {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -76,7 +76,7 @@ impl ModuleMapper for Apply {
     }
 }
 
-fn changed<const D: usize>(weight: Tensor<D>, change: Change) -> Tensor<D> {
+fn changed<const D: usize>(weight: Tensor<D>, change: WeightChange) -> Tensor<D> {
     let device = weight.device();
     let shape = weight.shape();
     let matrix = |data: TensorData| Tensor::<2>::from_data(data, (&device, DType::F32));
@@ -88,20 +88,22 @@ fn changed<const D: usize>(weight: Tensor<D>, change: Change) -> Tensor<D> {
     };
     let product = |a: TensorData, b: TensorData, scale: f64| matrix(a).matmul(matrix(b)).mul_scalar(scale);
     match change {
-        Change::Replace(data) => Tensor::from_data(data, (&device, DType::F32)),
-        Change::WithoutPrincipal(rank) => flat(on_host(two(weight), |weight| without_principal(weight, rank))),
-        Change::WithoutFirstColumns { rank, scale } => {
+        WeightChange::Replace(data) => Tensor::from_data(data, (&device, DType::F32)),
+        WeightChange::SubtractPrincipal(rank) => flat(on_host(two(weight), |weight| without_principal(weight, rank))),
+        WeightChange::SubtractFirstColumns { rank, scale } => {
             flat(on_host(two(weight), |weight| without_first_columns(weight, rank, scale as f32)))
         }
-        Change::Add { a, b, scale } => flat(two(weight) + product(a, b, scale)),
-        Change::Dora { a, b, scale, magnitude } => {
+        WeightChange::Add { a, b, scale } => flat(two(weight) + product(a, b, scale)),
+        WeightChange::Dora { a, b, scale, magnitude } => {
             let sum = two(weight) + product(a, b, scale);
             let norm = (sum.clone() * sum.clone()).sum_dim(0).sqrt();
             let magnitude = Tensor::<1>::from_data(magnitude, (&device, DType::F32)).unsqueeze::<2>();
             flat(sum * (magnitude / norm))
         }
-        Change::Rows(rows, data) => flat(with_rows(two(weight), &rows, matrix(data))),
-        Change::Columns(columns, data) => flat(with_rows(two(weight).transpose(), &columns, matrix(data)).transpose()),
+        WeightChange::Rows(rows, data) => flat(with_rows(two(weight), &rows, matrix(data))),
+        WeightChange::Columns(columns, data) => {
+            flat(with_rows(two(weight).transpose(), &columns, matrix(data)).transpose())
+        }
     }
 }
 
@@ -172,12 +174,12 @@ mod tests {
     #[test]
     fn pissa_takes_the_largest_singular_values_and_olora_the_first_inputs() {
         let weight = || tensor(&[3.0, 0.0, 0.0, 2.0, 0.0, 0.0], [3, 2]);
-        assert_near(values(changed(weight(), Change::WithoutPrincipal(1))), &[0.0, 0.0, 0.0, 2.0, 0.0, 0.0]);
-        assert_near(values(changed(weight(), Change::WithoutPrincipal(9))), &[0.0; 6]);
+        assert_near(values(changed(weight(), WeightChange::SubtractPrincipal(1))), &[0.0, 0.0, 0.0, 2.0, 0.0, 0.0]);
+        assert_near(values(changed(weight(), WeightChange::SubtractPrincipal(9))), &[0.0; 6]);
         // The first input's row is (1, 1): what the others have along it goes, too.
         let weight = || tensor(&[1.0, 1.0, 2.0, 0.0, 0.0, 4.0], [3, 2]);
         let left = [0.0, 0.0, 1.0, -1.0, -2.0, 2.0];
-        let without = |rank, scale| values(changed(weight(), Change::WithoutFirstColumns { rank, scale }));
+        let without = |rank, scale| values(changed(weight(), WeightChange::SubtractFirstColumns { rank, scale }));
         assert_near(without(1, 1.0), &left);
         assert_near(without(5, 1.0), &[0.0; 6]);
         assert_near(without(1, 0.5), &[0.5, 0.5, 1.5, -0.5, -1.0, 3.0]);
@@ -186,7 +188,7 @@ mod tests {
     #[test]
     fn dora_gives_each_output_its_magnitude() {
         let data = |values: &[f32], shape: [usize; 2]| TensorData::new(values.to_vec(), shape);
-        let change = Change::Dora {
+        let change = WeightChange::Dora {
             a: data(&[1.0, 0.0], [2, 1]),
             b: data(&[1.0, 0.0], [1, 2]),
             scale: 2.0,
@@ -200,11 +202,14 @@ mod tests {
     fn rows_and_columns_are_replaced() {
         let weight = || tensor(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [3, 2]);
         let new = || TensorData::new(vec![7.0f32, 8.0, 9.0, 10.0], [2, 2]);
-        let rows = changed(weight(), Change::Rows(vec![2, 0], new()));
+        let rows = changed(weight(), WeightChange::Rows(vec![2, 0], new()));
         assert_near(values(rows), &[9.0, 10.0, 3.0, 4.0, 7.0, 8.0]);
-        let twice = changed(weight(), Change::Rows(vec![1, 1], new()));
+        let twice = changed(weight(), WeightChange::Rows(vec![1, 1], new()));
         assert_near(values(twice), &[1.0, 2.0, 9.0, 10.0, 5.0, 6.0]);
         let columns = TensorData::new(vec![7.0f32, 8.0, 9.0], [1, 3]);
-        assert_near(values(changed(weight(), Change::Columns(vec![1], columns))), &[1.0, 7.0, 3.0, 8.0, 5.0, 9.0]);
+        assert_near(
+            values(changed(weight(), WeightChange::Columns(vec![1], columns))),
+            &[1.0, 7.0, 3.0, 8.0, 5.0, 9.0],
+        );
     }
 }

@@ -1,0 +1,39 @@
+//! The manual's page of commands, made from clap's definitions, and the test that it is current.
+
+use std::path::Path;
+
+use clap::CommandFactory;
+use clap_markdown::{MarkdownOptions, help_markdown_command_custom};
+
+/// Set to write the page instead of comparing it.
+const UPDATE: &str = "UPDATE_COMMAND_REFERENCE";
+const PAGE: &str = "docs/src/reference/moonlight.md";
+const HEAD: &str = "\
+<!-- Made from the command line's definition (moonlight-train/src/cli): change the doc comments there, not this page. -->
+
+# `moonlight`
+
+You will know every command of `moonlight`, its arguments and its options. `moonlight help COMMAND` prints the same.
+Exit codes are in [Exit codes](exit-codes.md), variables that it reads in [Environment variables](environment.md).
+";
+
+#[test]
+fn the_page_of_commands_is_current() {
+    let options = MarkdownOptions::new().show_footer(false).show_table_of_contents(false).title("commands".into());
+    let made = help_markdown_command_custom(&super::Arguments::command(), &options);
+    // Our title takes the place of the crate's, and its headings of the sixth level would be smaller than the text.
+    let (_, commands) = made.split_once("\n\n").expect("a title comes first");
+    let commands = commands.replace("###### **Subcommands:**", "**Commands**");
+    let commands = commands.replace("###### **Arguments:**", "**Arguments**").replace("###### **Options:**", "**Options**");
+    let lines: Vec<&str> = commands.lines().map(str::trim_end).collect();
+    let page = format!("{HEAD}\n{}\n", lines.join("\n").trim());
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(PAGE);
+    if std::env::var_os(UPDATE).is_some() {
+        std::fs::write(&path, &page).unwrap();
+    }
+    assert!(
+        std::fs::read_to_string(&path).unwrap_or_default() == page,
+        "`{PAGE}` differs from the command line's definition. Write it anew with:\n\n    \
+         {UPDATE}=1 cargo test -p moonlight-train --lib cli::reference\n"
+    );
+}
