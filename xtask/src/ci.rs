@@ -11,7 +11,7 @@ use crate::{book, evidence, links, package, scripts, words};
 /// Examples that teach; each asserts what it shows.
 const EXAMPLES: [&str; 5] = ["own_burn_program", "custom_model", "generate", "lora", "custom_loop"];
 
-/// Features beside the default ones, except MPI.
+/// Features in addition to the default ones, except MPI.
 const FEATURES: &str =
     "moonlight-train/cuda,moonlight-train/wgpu,moonlight-train/vulkan,moonlight-train/metal,moonlight-train/parquet";
 
@@ -119,11 +119,11 @@ pub(crate) fn deny(root: &Path) -> Result<()> {
 }
 
 pub(crate) fn mpi(root: &Path) -> Result<()> {
-    call(&mut command(root, "scripts/mpi_smoke.sh"))
+    call(&mut command(root, "scripts/cluster/mpi_smoke.sh"))
 }
 
 pub(crate) fn wgpu(root: &Path) -> Result<()> {
-    call(&mut command(root, "scripts/wgpu_smoke.sh"))
+    call(&mut command(root, "scripts/parity/wgpu_smoke.sh"))
 }
 
 /// The same inputs each time: new ones are for long runs by hand.
