@@ -14,7 +14,7 @@ use burn::module::ParamId;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor};
 use moonlight_convert::adapter::read_adapter;
 use moonlight_convert::{Checkpoint, sidecars_in};
-use moonlight_infer::jsonl::JsonlReader;
+use moonlight_infer::token_reader::TokenReader;
 use moonlight_infer::{ChatEncoder, ChatTemplate, Tokenizer};
 use moonlight_model::ModelConfig;
 use moonlight_model::kernels::{self, AttentionSpec, GroupLayout};
@@ -115,7 +115,7 @@ pub fn chat_template(data: &[u8]) {
     let file = empty("chat").join("chat_template.jinja");
     write(&file, template);
     let tokenizer = Tokenizer::bytes_chat();
-    let template = match ChatTemplate::of_file(&file, &tokenizer) {
+    let template = match ChatTemplate::from_file(&file, &tokenizer) {
         Ok(template) => template,
         Err(error) => return check(&error),
     };
@@ -129,7 +129,7 @@ pub fn chat_template(data: &[u8]) {
             check(&error);
         }
     }
-    if let Err(error) = encoder.weighted(&conversation) {
+    if let Err(error) = encoder.weighted_tokens(&conversation) {
         check(&error);
     }
 }
@@ -185,7 +185,7 @@ pub fn data_records(data: &[u8]) {
     }
     // The same file as it is scored.
     if matches!(ending, "jsonl" | "json" | "csv")
-        && let Ok(reader) = JsonlReader::open(&file)
+        && let Ok(reader) = TokenReader::open(&file)
         && let Err(error) = reader.for_each(Some(&Tokenizer::bytes()), |_| Ok(()))
     {
         check(&error);
@@ -387,7 +387,7 @@ fn use_tokenizer(folder: &Path) {
     }
     tokenizer.decode(&[0, 1, u32::MAX]);
     drop((tokenizer.specials(), tokenizer.eos(), tokenizer.bos(), tokenizer.vocab_size()));
-    if let Err(error) = ChatTemplate::of_tokenizer(&tokenizer) {
+    if let Err(error) = ChatTemplate::for_tokenizer(&tokenizer) {
         check(&error);
     }
 }

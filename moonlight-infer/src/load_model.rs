@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::{DType, Device};
-use moonlight_convert::adapter::{base_of, is_adapter, load_adapter_beside};
+use moonlight_convert::adapter::{base_of, is_adapter, load_adapter_with_head};
 use moonlight_convert::{Checkpoint, CheckpointError};
 use moonlight_model::{CausalLm, QuantBits};
 
@@ -45,7 +45,7 @@ pub fn load_model(
     let checkpoint = Checkpoint::open(&base)?;
     let model = load_opened(&checkpoint, device, dtype, bits)?;
     let model = match adapter {
-        Some(adapter) => load_adapter_beside(model, checkpoint.tied_head(), adapter)?,
+        Some(adapter) => load_adapter_with_head(model, checkpoint.tied_head(), adapter)?,
         None => model,
     };
     Ok(LoadedModel { model, dir: base })
@@ -73,6 +73,6 @@ fn load_opened(
 ) -> Result<CausalLm, CheckpointError> {
     match bits {
         None => Ok(checkpoint.load(device, dtype)?.model),
-        Some(bits) => checkpoint.load_packed(device, dtype, bits),
+        Some(bits) => checkpoint.load_quantized(device, dtype, bits),
     }
 }

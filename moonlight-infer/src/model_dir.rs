@@ -89,7 +89,7 @@ mod tests {
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join(TRAINER_STATE), r#"{"version": 2, "step": 10}"#).unwrap();
         fs::write(dir.join("config.json"), "{}").unwrap();
-        Manifest::of(&dir).unwrap().write(&dir).unwrap();
+        Manifest::compute(&dir).unwrap().write(&dir).unwrap();
         assert_eq!(&*resolve_model(run).unwrap(), dir);
         assert_eq!(&*resolve_model(&dir).unwrap(), dir);
     }

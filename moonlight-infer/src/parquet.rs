@@ -57,7 +57,7 @@ pub type RequiredColumns = &'static [&'static str];
 /// What a conversation is kept in, in each of its shapes.
 pub const CONVERSATION_COLUMNS: RequiredColumns = &["messages", "conversations", "prompt", "instruction"];
 /// What `format = "tokens"` reads.
-pub const TOKENS: RequiredColumns = &["tokens", "input_ids"];
+pub const TOKEN_COLUMNS: RequiredColumns = &["tokens", "input_ids"];
 /// What `format = "text"` reads.
 pub const TEXT_COLUMNS: RequiredColumns = &["text", "content"];
 
@@ -296,7 +296,7 @@ mod tests {
         let lacks =
             "it has none of the columns `messages`, `conversations`, `prompt`, `instruction`; it has `id`, `text`";
         assert!(error.ends_with(lacks), "{error}");
-        let error = read(&fixture("text.parquet"), TOKENS).unwrap_err().to_string();
+        let error = read(&fixture("text.parquet"), TOKEN_COLUMNS).unwrap_err().to_string();
         assert!(error.ends_with("it has none of the columns `tokens`, `input_ids`; it has `id`, `text`"), "{error}");
     }
 

@@ -248,7 +248,7 @@ mod tests {
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join(TRAINER_STATE), format!(r#"{{"version": 2, "step": {step}}}"#)).unwrap();
         fs::write(dir.join("config.json"), "{}").unwrap();
-        Manifest::of(&dir).unwrap().write(&dir).unwrap();
+        Manifest::compute(&dir).unwrap().write(&dir).unwrap();
         dir
     }
 

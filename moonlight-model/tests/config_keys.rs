@@ -267,7 +267,7 @@ fn keys_that_shape_the_computation_and_are_not_followed_are_refused_by_name() {
     ];
     for (base, key, value) in cases {
         let error = refusal(with(&base, json!({key: value})));
-        assert!(matches!(&error, ConfigError::NotFollowed { key: named, .. } if named == key), "{key}: {error:?}");
+        assert!(matches!(&error, ConfigError::Unsupported { key: named, .. } if named == key), "{key}: {error:?}");
         assert!(error.to_string().contains(&format!("`{key}` ")), "{error}");
     }
     // Values of the same keys that leave it off.
@@ -461,7 +461,7 @@ fn a_wrapper_that_is_not_known_or_has_a_shape_of_its_own_is_refused() {
         ("final_logit_softcapping", json!(30.0)),
     ] {
         let error = wrapped(json!({key: value})).unwrap_err();
-        assert!(matches!(&error, ConfigError::NotFollowed { key: named, .. } if named == key), "{error}");
+        assert!(matches!(&error, ConfigError::Unsupported { key: named, .. } if named == key), "{error}");
     }
     for outer in [
         json!({"vocab_size": 97, "hidden_size": 48.0}), // as the text model has them
@@ -544,6 +544,6 @@ fn a_token_id_of_minus_one_is_none() {
 #[test]
 fn the_lists_do_not_overlap() {
     for key in shape_keys() {
-        assert_eq!(moonlight_model::config::passed_over(key), None, "{key}");
+        assert_eq!(moonlight_model::config::ignore_reason(key), None, "{key}");
     }
 }

@@ -75,7 +75,7 @@ fn train(
 
 /// Muon for the hidden matrices; AdamW for the embedding (found by its type), the head (named), norms and biases.
 fn assign(model: &Classifier) -> Result<Assignment, Box<dyn std::error::Error>> {
-    // Any option of Muon and of AdamW is set here, such as `.with_scale(Scale::Spectral)`.
+    // Any option of Muon and of AdamW is set here, such as `.with_scale(UpdateScale::Spectral)`.
     let rules = ParameterRules::muon_except(["output.*"], MuonConfig::new(), AdamWConfig::new());
     Ok(rules.assign(model)?)
 }

@@ -11,7 +11,7 @@ use crate::Assignment;
 
 /// What a step did to a group of parameters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct GroupFigures {
+pub struct GroupMetrics {
     /// The group's name.
     pub group: String,
     /// The RMS of the update, before the learning rate and without decay, over all elements of the group:
@@ -32,13 +32,13 @@ pub struct GroupFigures {
 ///
 /// Keeping `before` (a clone of the module) over the step costs a copy of its parameters: do it on the steps that are
 /// logged.
-pub fn group_figures<M: Module>(
+pub fn group_metrics<M: Module>(
     before: &M,
     after: &M,
     assignment: &Assignment,
     lr: f64,
     step: usize,
-) -> Vec<GroupFigures> {
+) -> Vec<GroupMetrics> {
     let before = flat(before);
     let after = flat(after);
     let mut figures = Vec::new();
@@ -80,14 +80,14 @@ pub fn group_figures<M: Module>(
         let sums: Vec<f64> = sums.into_data().iter::<f64>().collect();
         let rms = |sum: f64| (sum / count as f64).sqrt();
         let (update_rms, weight_rms) = (rms(sums[0]), rms(sums[1]));
-        figures.push(GroupFigures { group: name.to_string(), update_rms, weight_rms, learning_rate });
+        figures.push(GroupMetrics { group: name.to_string(), update_rms, weight_rms, learning_rate });
     }
     figures
 }
 
-/// [`GroupFigures::update_rms`] of each group, by name. For decay that goes by a schedule, see [`group_figures`].
+/// [`GroupMetrics::update_rms`] of each group, by name. For decay that goes by a schedule, see [`group_metrics`].
 pub fn update_rms<M: Module>(before: &M, after: &M, assignment: &Assignment, lr: f64) -> Vec<(String, f64)> {
-    let figures = group_figures(before, after, assignment, lr, 0);
+    let figures = group_metrics(before, after, assignment, lr, 0);
     figures.into_iter().map(|figures| (figures.group, figures.update_rms)).collect()
 }
 
@@ -258,7 +258,7 @@ mod tests {
                 let grads = GradientsParams::from_grads(loss.backward(), &layer);
                 let before = layer.clone();
                 layer = optimizer.step(0.02, layer, grads);
-                let figures = &group_figures(&before, &layer, &assignment, 0.02, step)[0];
+                let figures = &group_metrics(&before, &layer, &assignment, 0.02, step)[0];
                 assert!((figures.update_rms - 0.2).abs() < 2e-3, "{decay:?} step {step}: {figures:?}");
                 assert_eq!(figures.learning_rate, 0.01);
                 let rms = layer.weight.val().square().mean().sqrt().into_scalar::<f32>();

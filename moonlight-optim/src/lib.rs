@@ -110,8 +110,8 @@
 //! with `mu` 0.95, five Newton-Schulz steps and weight decay 0.1. All options, with defaults and sources, are in the table of
 //! [`MuonConfig`]; the main ones:
 //!
-//! * the factor on the update: [`Scale`]; the polynomials: [`Coefficients`], their number, the type of the products
-//!   ([`Precision`]) and the form of the iteration ([`Form`]);
+//! * the factor on the update: [`UpdateScale`]; the polynomials: [`Coefficients`], their number, the type of the products
+//!   ([`Precision`]) and the form of the iteration ([`NewtonSchulzForm`]);
 //! * heads and fused projections as matrices of their own: [`Blocks`], best on a [`Rule`]; convolution kernels:
 //!   [`MatrixView`];
 //! * NorMuon and AdaMuon: [`Adaptive`]; decay that is cautious, scheduled or independent of the learning rate: [`Decay`];
@@ -119,7 +119,7 @@
 //! * parameters in half precision, with stochastic rounding or master weights: [`Rounding`].
 //!
 //! [`MuonAdamW`] steps all equal matrices of a module together, bit for bit as one by one, on one rank or on several, each
-//! with a part of the state ([`distributed`]). [`QkClip`] limits attention logits after a step. [`group_figures`],
+//! with a part of the state ([`distributed`]). [`QkClip`] limits attention logits after a step. [`group_metrics`],
 //! [`diagnostics::orthogonality_error`] and [`diagnostics::Spectrum`] measure updates and weights.
 //!
 //! Burn's own Muon takes matrices only, and its scale for Keller Jordan's rule reads a matrix as PyTorch stores it,
@@ -141,6 +141,7 @@
 //! operations, a stack at a time.
 
 mod adamw;
+mod adaptive;
 mod block_split;
 pub mod coefficients;
 mod decay;
@@ -150,35 +151,36 @@ pub mod distributed;
 mod flex;
 mod load_balance;
 pub mod memory;
+#[cfg(test)]
+mod messages;
 mod mixed_precision;
 mod module_values;
 mod muon;
 mod muon_adamw;
+mod name_or_table;
 mod newton_schulz;
 mod qk_clip;
 #[doc(hidden)]
 pub mod reference;
 mod rules;
 mod scale;
-mod serde_names;
 mod setters;
 mod state;
-mod variants;
 
 pub use adamw::AdamWConfig;
+pub use adaptive::Adaptive;
 pub use block_split::Blocks;
 pub use coefficients::{Coefficients, Preconditioning};
 pub use decay::{Decay, DecaySchedule, decay_for_width};
-pub use diagnostics::{GroupFigures, group_figures, update_rms};
+pub use diagnostics::{GroupMetrics, group_metrics, update_rms};
 pub use mixed_precision::{MixedPrecision, MixedPrecisionState, Rounding};
 pub use module_values::replace_value;
 pub use muon::{MatrixView, MomentumPrecision, MomentumWarmup, Muon, MuonConfig, MuonState, Precision};
 pub use muon_adamw::{MuonAdamW, OptimizerError, OptimizerOptions};
-pub use newton_schulz::{Form, NewtonSchulz, newton_schulz};
+pub use newton_schulz::{NewtonSchulz, NewtonSchulzForm, newton_schulz};
 pub use qk_clip::{HeadLayout, QkClip};
 pub use rules::{
     AssignedParameter, Assignment, GroupOptimizer, GroupSettings, Parameter, ParameterRules, Rule, RuleError,
 };
-pub use scale::{Scale, WeightLayout};
+pub use scale::{UpdateScale, WeightLayout};
 pub use state::StateError;
-pub use variants::Adaptive;

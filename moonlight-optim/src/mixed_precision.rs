@@ -1,4 +1,4 @@
-//! Updates of parameters in half precision.
+//! Mixed precision: updates in f32 of parameters that are stored in bf16 or f16.
 
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{DType, Device, Distribution, Tensor};
@@ -6,46 +6,46 @@ use serde::{Deserialize, Serialize};
 
 use crate::newton_schulz::full_precision;
 
-/// How the updates of parameters stored in bf16 or f16 are rounded. No effect on f32 and f64 parameters.
+/// How the updates of parameters stored in bf16 or f16 are rounded. It has no effect on f32 and f64 parameters.
 ///
-/// bf16 has 8 significant bits: a change of less than 1/512 of a weight is lost if the sum is rounded to nearest. At the
-/// learning rates at the end of a schedule most updates are that small.
+/// bf16 has 8 significant bits: rounding to nearest loses every change of less than 1/512 of a weight. Most updates at the end
+/// of a learning rate schedule are that small.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Rounding {
-    /// To nearest. Small updates are lost.
+    /// Rounds to nearest. Small updates are lost.
     #[default]
     Nearest,
-    /// To one of the two neighbours at random, the nearer one with the higher probability, so that the mean over steps is
-    /// exact. No extra memory. Draws from the device's random generator: a resumed run is the same bit for bit only if that
-    /// is seeded for each step.
+    /// Rounds to one of the two neighbors at random, to the nearer one with the higher probability, so that the mean over
+    /// steps is exact. Takes no memory. It draws from the device's random generator, so a resumed run is the same bit for bit
+    /// only if that is seeded at each step.
     Stochastic,
-    /// The optimizer keeps an f32 copy of the parameter, 4 bytes an element. Elements that something else changed between
-    /// two steps (QK-clip does) continue from the changed value.
+    /// The optimizer keeps an f32 copy of the parameter: 4 bytes an element. Elements that other code changed between two
+    /// steps, as QK-clip does, continue from the changed value.
     #[serde(rename = "master", alias = "master_weights")]
     MasterWeights,
 }
 
-/// Any Burn optimizer, run in f32 on parameters that are stored in less: gradient and parameter are widened, the
-/// parameter is rounded once at the end, the state stays wide. For f32 and f64 parameters it changes nothing.
+/// Any Burn optimizer, run in f32 on parameters that are stored in bf16 or f16. Gradient and parameter are widened, the
+/// parameter is rounded once at the end, and the state stays in f32. It changes nothing for f32 and f64 parameters.
 ///
-/// Burn loads the saved state of its own optimizers in the device's default float type, f32 unless it was changed: with
-/// this, that is the type that the state of half-precision parameters has.
+/// The state has to be f32 also because Burn loads the state of its own optimizers in the device's default float type, which
+/// is f32 unless it was changed.
 #[derive(Clone, Debug)]
 pub struct MixedPrecision<O> {
-    /// The optimizer.
+    /// The optimizer that runs in f32.
     pub optimizer: O,
-    /// How its result is stored.
+    /// How the updated parameter is rounded to its dtype.
     pub rounding: Rounding,
 }
 
-/// The state of the optimizer, and the parameter in f32 if it is kept.
+/// The state of a [`MixedPrecision`] optimizer.
 #[derive(Clone, Debug)]
 pub struct MixedPrecisionState<S, const D: usize> {
-    /// The optimizer's state.
+    /// The state of the inner optimizer.
     pub inner: Option<S>,
-    /// The parameter in f32.
+    /// The parameter in f32, with [`Rounding::MasterWeights`].
     pub master: Option<Tensor<D>>,
 }
 
@@ -101,7 +101,8 @@ impl<O: Optimizer> Optimizer for MixedPrecision<O> {
 }
 
 impl Rounding {
-    /// The start of an update, in full precision: the parameter, or its master where that rounds to the parameter.
+    /// The value that an update starts from, in full precision: the master weight of each element where that rounds to the
+    /// parameter, otherwise the parameter, since something else has changed it.
     pub(crate) fn start<const D: usize>(self, tensor: Tensor<D>, master: Option<Tensor<D>>) -> Tensor<D> {
         let stored = tensor.dtype();
         let wide = full_precision(stored);
@@ -114,7 +115,7 @@ impl Rounding {
         }
     }
 
-    /// The updated parameter in the type `stored`, and its master if the rounding keeps one.
+    /// The updated parameter in the dtype `stored`, and its master weights if the rounding keeps them.
     pub(crate) fn finish<const D: usize>(self, exact: Tensor<D>, stored: DType) -> (Tensor<D>, Option<Tensor<D>>) {
         if stored == exact.dtype() {
             return (exact, None);
@@ -127,18 +128,20 @@ impl Rounding {
     }
 }
 
-/// `x` (f32) in `dtype` (bf16 or f16), rounded to either neighbour with the probability that makes the mean exact.
+/// `x` (f32) in `dtype` (bf16 or f16), rounded to either neighbor with the probability that makes the mean exact. In tensor
+/// operations, since Burn has no stochastic cast.
 pub(crate) fn round_stochastically<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
     let wide = x.dtype();
     let nearest = x.clone().cast(dtype).cast(wide);
     let error = x.clone().sub(nearest.clone());
-    // A nudge of a little more than half a spacing, which is 2^-bits of the value at most and half of that at least:
-    // rounded to nearest it lands on the neighbour, on the near side of a power of two as well.
+    // Find the other neighbor: move from the nearest value towards `x` by a little more than half a spacing and round again.
+    // A spacing is at most 2^(1-bits) of the value and at least half of that, so the move reaches the neighbor on either side
+    // of a power of two.
     let bits = if dtype == DType::BF16 { 8 } else { 11 };
-    let nudge = nearest.clone().abs().mul_scalar(1.01 / f64::from(1 << bits)).mul(error.clone().sign());
-    let other = nearest.clone().add(nudge).cast(dtype).cast(wide);
+    let half_spacing = nearest.clone().abs().mul_scalar(1.01 / f64::from(1 << bits)).mul(error.clone().sign());
+    let other = nearest.clone().add(half_spacing).cast(dtype).cast(wide);
     let distance = other.clone().sub(nearest.clone());
-    // An exact, zero or non-finite value has no neighbour: the quotient is NaN, and no draw is below NaN.
+    // For an exact, zero or non-finite value this is 0 / 0 or worse, a NaN. No draw is below NaN, so the value stays.
     let chance = error.div(distance);
     let draw = Tensor::<D>::random(x.shape(), Distribution::Uniform(0.0, 1.0), &x.device()).cast(wide);
     let moves = draw.lower(chance);
@@ -154,7 +157,7 @@ mod tests {
         tensor.into_data().iter::<f32>().collect()
     }
 
-    /// A bf16 matrix of ones after 200 steps of which each is a tenth of bf16's spacing there, by its mean.
+    /// The mean of a bf16 matrix of ones after 200 steps, each a small part of bf16's spacing at 1.
     fn mean_after(rounding: Rounding, adamw: bool) -> f64 {
         let device = Device::default();
         let lr = 1e-4;
@@ -167,7 +170,7 @@ mod tests {
                 (weight, state) = optimizer.step(lr, weight, grad.clone(), state);
             }
         } else {
-            // Every singular vector of this gradient but one is free of a mean: the mean moves by the rest.
+            // Without a gradient, only decay moves the weight, and it moves all elements alike.
             let config = MuonConfig::new().with_weight_decay(1.0).with_rounding(rounding);
             let optimizer = MixedPrecision { optimizer: config.build(), rounding };
             let mut state = None;
@@ -182,7 +185,7 @@ mod tests {
     #[test]
     fn tiny_updates_are_lost_to_nearest_and_kept_by_the_other_two() {
         for adamw in [false, true] {
-            // Steps of Adam, or of decay alone, are lr long: 200 of 1e-4.
+            // AdamW's steps and those of decay alone have a length of lr: 200 of 1e-4.
             let expected = 0.98;
             assert_eq!(mean_after(Rounding::Nearest, adamw), 1.0);
             let master = mean_after(Rounding::MasterWeights, adamw);
@@ -193,10 +196,10 @@ mod tests {
     }
 
     #[test]
-    fn stochastic_rounding_takes_neighbours_only_and_is_exact_in_the_mean() {
+    fn stochastic_rounding_gives_neighbors_and_is_exact_in_the_mean() {
         let device = Device::default();
         for (dtype, bits) in [(DType::BF16, 7), (DType::F16, 10)] {
-            // Above and below powers of two, of either sign.
+            // Just above and below powers of two, of either sign.
             for value in [1.001_f32, 0.9991, -1.9999, 2.0004, -0.12503, 3.3, 1e-3] {
                 let count = 20_000;
                 let x = Tensor::<1>::full([count], value, &device);
@@ -216,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_master_weight_follows_what_others_do_to_the_parameter() {
+    fn master_weights_follow_changes_of_the_parameter_between_steps() {
         let device = Device::default();
         let optimizer = MixedPrecision {
             optimizer: MuonConfig::new().with_weight_decay(0.0).build(),
@@ -225,14 +228,14 @@ mod tests {
         let weight = Tensor::<2>::ones([2, 2], &device).cast(DType::BF16);
         let zero = weight.zeros_like();
         let (weight, state) = optimizer.step(0.1, weight, zero.clone(), None);
-        let clipped = weight.mul_scalar(0.5);
+        let clipped = weight.mul_scalar(0.5); // as QK-clip does
         let (after, state) = optimizer.step(0.1, clipped, zero, state);
         assert_eq!(floats(after), [0.5; 4]);
         assert_eq!(floats(state.unwrap().master.unwrap()), [0.5; 4]);
     }
 
     #[test]
-    fn wide_parameters_keep_no_copy() {
+    fn f32_parameters_have_no_master_weights() {
         let weight = Tensor::<2>::ones([2, 2], &Device::default());
         let optimizer = MixedPrecision { optimizer: MuonConfig::new().build(), rounding: Rounding::MasterWeights };
         let (_, state) = optimizer.step(0.1, weight.clone(), weight, None);

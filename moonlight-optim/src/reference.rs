@@ -1,28 +1,28 @@
-//! The update written out in plain loops over `f64`, for tests to hold the fast one against.
+//! Newton-Schulz in plain loops over `f64`: the reference that tests compare the kernels with.
 //!
-//! Nothing here is meant to be quick. It is public so that a user can check a backend of their own with it.
+//! It is written to be read, not to be fast. It is public so that users can check a backend of their own with it.
 
 use crate::{NewtonSchulz, Preconditioning};
 
 /// A row-major matrix of `f64`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Matrix {
-    /// Number of rows.
+    /// The number of rows.
     pub rows: usize,
-    /// Number of columns.
+    /// The number of columns.
     pub columns: usize,
-    /// `rows * columns` values, row after row.
+    /// `rows * columns` values, row-major.
     pub values: Vec<f64>,
 }
 
 impl Matrix {
-    /// A matrix from its values, row after row.
+    /// A matrix from its values, row-major.
     ///
     /// # Panics
     ///
     /// If there are not `rows * columns` values.
     pub fn new(rows: usize, columns: usize, values: Vec<f64>) -> Self {
-        assert_eq!(values.len(), rows * columns, "a {rows} by {columns} matrix takes {} values", rows * columns);
+        assert_eq!(values.len(), rows * columns, "a matrix of [{rows}, {columns}] has {} values", rows * columns);
         Self { rows, columns, values }
     }
 
@@ -39,7 +39,7 @@ impl Matrix {
 
     /// The Frobenius norm.
     pub fn norm(&self) -> f64 {
-        // Values are divided by the largest first, so that their squares neither vanish nor overflow.
+        // Divided by the largest value first, so that no square vanishes or overflows.
         let largest = self.values.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
         if largest == 0.0 {
             return 0.0;
@@ -47,7 +47,11 @@ impl Matrix {
         largest * self.values.iter().map(|value| (value / largest).powi(2)).sum::<f64>().sqrt()
     }
 
-    /// The product of two matrices.
+    /// The matrix product `self * other`.
+    ///
+    /// # Panics
+    ///
+    /// If the inner dimensions differ.
     pub fn times(&self, other: &Matrix) -> Matrix {
         assert_eq!(self.columns, other.rows, "the inner dimensions of a product agree");
         let mut values = vec![0.0; self.rows * other.columns];
@@ -62,6 +66,7 @@ impl Matrix {
         Matrix::new(self.rows, other.columns, values)
     }
 
+    /// `own * self + theirs * other`.
     fn combined(&self, own: f64, other: &Matrix, theirs: f64) -> Matrix {
         let values = self.values.iter().zip(&other.values).map(|(x, y)| own * x + theirs * y).collect();
         Matrix::new(self.rows, self.columns, values)
@@ -81,8 +86,9 @@ pub fn newton_schulz(matrix: &Matrix, schedule: &[[f64; 3]], epsilon: f64) -> Ma
     if tall { x.transposed() } else { x }
 }
 
-/// [`newton_schulz`] with the settings of `iteration`, its preconditioning included; types and form are not looked at.
-pub fn orthogonalised(matrix: &Matrix, iteration: &NewtonSchulz) -> Matrix {
+/// [`NewtonSchulz::apply`] of one matrix: [`newton_schulz`] with the preconditioning of `iteration`. Dtype and form have no
+/// effect.
+pub fn orthogonalized(matrix: &Matrix, iteration: &NewtonSchulz) -> Matrix {
     if iteration.preconditioning == Preconditioning::Frobenius {
         return newton_schulz(matrix, &iteration.schedule, iteration.epsilon);
     }
@@ -92,7 +98,7 @@ pub fn orthogonalised(matrix: &Matrix, iteration: &NewtonSchulz) -> Matrix {
     if tall { x.transposed() } else { x }
 }
 
-/// The rescaling of almost orthogonal layers: row `i` over `sqrt(sum_j |X X^T|_ij)`.
+/// AOL, the rescaling of almost orthogonal layers: row `i` over `sqrt(sum_j |X X^T|_ij)`.
 fn almost_orthogonal(mut x: Matrix) -> Matrix {
     let norm = x.norm();
     if norm > 0.0 {

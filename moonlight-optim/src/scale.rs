@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Which dimension of a weight matrix is the input of its layer.
 ///
-/// Used only by [`Scale::KellerJordan`], [`Scale::Spectral`] and [`Adaptive::NorMuon`](crate::Adaptive::NorMuon); the
+/// Used only by [`UpdateScale::KellerJordan`], [`UpdateScale::Spectral`] and [`Adaptive::NorMuon`](crate::Adaptive::NorMuon); the
 /// report's scale is symmetric.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -24,9 +24,9 @@ pub enum WeightLayout {
 /// practice: learning rate and decay found for AdamW can be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[cfg_attr(feature = "schema", schemars(rename = "Scale", transform = allow_names))]
+#[cfg_attr(feature = "schema", schemars(rename = "UpdateScale", transform = allow_names))]
 #[serde(remote = "Self", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Scale {
+pub enum UpdateScale {
     /// `factor * sqrt(max(A, B))`: the report's equation 4, "Adjusted LR", with 0.2. PyTorch calls it
     /// `match_rms_adamw`.
     Report {
@@ -45,7 +45,7 @@ pub enum Scale {
         /// Default: 0.2, the report's.
         #[serde(default = "update_rms")]
         factor: f64,
-        /// The hidden size of the model. Default: 0, to be set by [`Scale::with_hidden_size`]; it is an error to assign
+        /// The hidden size of the model. Default: 0, to be set by [`UpdateScale::with_hidden_size`]; it is an error to assign
         /// parameters before that.
         #[serde(default)]
         hidden: usize,
@@ -59,7 +59,7 @@ pub enum Scale {
     Unit,
 }
 
-crate::serde_names::name_or_table!(Scale, "a scale");
+crate::name_or_table::name_or_table!(UpdateScale, "a scale");
 
 fn update_rms() -> f64 {
     0.2
@@ -67,27 +67,30 @@ fn update_rms() -> f64 {
 
 #[cfg(feature = "schema")]
 fn allow_names(schema: &mut schemars::Schema) {
-    crate::serde_names::allow_names(schema, &["report", "update_norm", "hidden_size"]);
+    crate::name_or_table::allow_names(schema, &["report", "update_norm", "hidden_size"]);
 }
 
-impl Default for Scale {
+impl Default for UpdateScale {
     fn default() -> Self {
-        Scale::Report { factor: update_rms() }
+        UpdateScale::Report { factor: update_rms() }
     }
 }
 
-impl Scale {
+impl UpdateScale {
     /// Sets the RMS of updates, `factor`, in the scales that have one; the others stay as they are.
     pub fn with_update_rms(mut self, rms: f64) -> Self {
-        if let Scale::Report { factor } | Scale::UpdateNorm { factor } | Scale::HiddenSize { factor, .. } = &mut self {
+        if let UpdateScale::Report { factor }
+        | UpdateScale::UpdateNorm { factor }
+        | UpdateScale::HiddenSize { factor, .. } = &mut self
+        {
             *factor = rms;
         }
         self
     }
 
-    /// Fills in the hidden size where the scale is [`Scale::HiddenSize`] and has none yet.
+    /// Fills in the hidden size where the scale is [`UpdateScale::HiddenSize`] and has none yet.
     pub fn with_hidden_size(mut self, size: usize) -> Self {
-        if let Scale::HiddenSize { hidden, .. } = &mut self
+        if let UpdateScale::HiddenSize { hidden, .. } = &mut self
             && *hidden == 0
         {
             *hidden = size;
@@ -96,19 +99,19 @@ impl Scale {
     }
 
     /// The factor for a matrix of `rows` times `columns` as it is stored, or `None` where it depends on the update
-    /// itself ([`Scale::UpdateNorm`]).
+    /// itself ([`UpdateScale::UpdateNorm`]).
     pub fn factor(&self, rows: usize, columns: usize, layout: WeightLayout) -> Option<f64> {
         let (inputs, outputs) = match layout {
             WeightLayout::InOut => (rows as f64, columns as f64),
             WeightLayout::OutIn => (columns as f64, rows as f64),
         };
         match *self {
-            Scale::Report { factor } => Some(factor * inputs.max(outputs).sqrt()),
-            Scale::UpdateNorm { .. } => None,
-            Scale::HiddenSize { factor, hidden } => Some(factor * (hidden as f64).sqrt()),
-            Scale::KellerJordan => Some((outputs / inputs).max(1.0).sqrt()),
-            Scale::Spectral => Some((outputs / inputs).sqrt()),
-            Scale::Unit => Some(1.0),
+            UpdateScale::Report { factor } => Some(factor * inputs.max(outputs).sqrt()),
+            UpdateScale::UpdateNorm { .. } => None,
+            UpdateScale::HiddenSize { factor, hidden } => Some(factor * (hidden as f64).sqrt()),
+            UpdateScale::KellerJordan => Some((outputs / inputs).max(1.0).sqrt()),
+            UpdateScale::Spectral => Some((outputs / inputs).sqrt()),
+            UpdateScale::Unit => Some(1.0),
         }
     }
 }
@@ -119,7 +122,7 @@ mod tests {
 
     #[test]
     fn the_report_scale_is_symmetric() {
-        let scale = Scale::default();
+        let scale = UpdateScale::default();
         assert_eq!(scale.factor(100, 25, WeightLayout::InOut), Some(2.0));
         assert_eq!(scale.factor(25, 100, WeightLayout::InOut), Some(2.0));
         assert_eq!(scale.factor(25, 100, WeightLayout::OutIn), Some(2.0));
@@ -127,12 +130,12 @@ mod tests {
 
     #[test]
     fn keller_jordan_rewards_outputs_in_either_layout() {
-        let scale = Scale::KellerJordan;
+        let scale = UpdateScale::KellerJordan;
         // A layer from 16 to 64 features.
         assert_eq!(scale.factor(16, 64, WeightLayout::InOut), Some(2.0));
         assert_eq!(scale.factor(64, 16, WeightLayout::OutIn), Some(2.0));
         // A layer from 64 to 16 features.
         assert_eq!(scale.factor(64, 16, WeightLayout::InOut), Some(1.0));
-        assert_eq!(Scale::Spectral.factor(64, 16, WeightLayout::InOut), Some(0.5));
+        assert_eq!(UpdateScale::Spectral.factor(64, 16, WeightLayout::InOut), Some(0.5));
     }
 }

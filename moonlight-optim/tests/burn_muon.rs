@@ -4,7 +4,7 @@ use burn::nn::{Linear, LinearConfig};
 use burn::optim::decay::WeightDecayConfig;
 use burn::optim::{AdjustLrFn, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Distribution, Tensor};
-use moonlight_optim::{MuonConfig, Scale, WeightLayout};
+use moonlight_optim::{MuonConfig, UpdateScale, WeightLayout};
 
 /// The weight of a layer after three steps on a fixed batch, from the same start for any optimizer.
 fn trained(start: &Linear, batch: &(Tensor<2>, Tensor<2>), mut optimizer: ModuleOptimizer) -> Tensor<2> {
@@ -46,7 +46,7 @@ fn the_reports_scale_is_burns_match_rms_adamw() {
 /// Burn 0.22.1 reads `[in, out]` as `[out, in]`. Should this fail, Burn has mended it: mend what the crate says of it.
 #[test]
 fn burns_original_scale_reads_a_layer_the_wrong_way_round() {
-    let ours = MuonConfig::new().with_scale(Scale::KellerJordan);
+    let ours = MuonConfig::new().with_scale(UpdateScale::KellerJordan);
     for (inputs, outputs) in [(8, 20), (20, 8)] {
         let turned = compare(inputs, outputs, AdjustLrFn::Original, &ours.clone().with_layout(WeightLayout::OutIn));
         assert!(turned < 1e-5, "[{inputs}, {outputs}]: {turned}");

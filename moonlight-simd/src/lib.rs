@@ -1,7 +1,7 @@
 //! Which vector instructions the CPU kernels of the Moonlight crates use.
 //!
 //! A kernel that exists in several forms asks [`level`] and takes the widest form that the level allows. The level is the best
-//! that the processor has, or at most what the environment says ([`VARIABLE`], `MOONLIGHT_SIMD=avx2`), so that the form for
+//! that the processor has, or at most what the environment says ([`LEVEL_VARIABLE`], `MOONLIGHT_SIMD=avx2`), so that the form for
 //! an older processor can be run and tested on a newer one. Burn's own operations choose for themselves.
 //!
 //! # What is equal at every level
@@ -24,7 +24,7 @@ pub mod gemm;
 pub mod testing;
 
 /// The environment variable that names the level, at most.
-pub const VARIABLE: &str = "MOONLIGHT_SIMD";
+pub const LEVEL_VARIABLE: &str = "MOONLIGHT_SIMD";
 
 /// Sets of vector instructions, each a superset of those before it on the same architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,7 +53,7 @@ impl Level {
         &[Level::Scalar]
     };
 
-    /// Its name in [`VARIABLE`].
+    /// Its name in [`LEVEL_VARIABLE`].
     pub fn name(self) -> &'static str {
         match self {
             Level::Scalar => "scalar",
@@ -143,7 +143,7 @@ impl LevelError {
     pub fn hint(&self) -> Option<String> {
         let names: Vec<&str> =
             Level::ALL.iter().filter(|level| level.is_available()).map(|level| level.name()).collect();
-        Some(format!("unset {VARIABLE}, or set it to one of: {}", names.join(", ")))
+        Some(format!("unset {LEVEL_VARIABLE}, or set it to one of: {}", names.join(", ")))
     }
 }
 
@@ -154,7 +154,7 @@ impl LevelError {
 ///
 /// [`LevelError`] for a name that is no level, and for a level that the processor lacks.
 pub fn from_environment() -> Result<Level, LevelError> {
-    match std::env::var_os(VARIABLE) {
+    match std::env::var_os(LEVEL_VARIABLE) {
         Some(name) if !name.is_empty() => Level::parse(&name.to_string_lossy()),
         _ => Ok(Level::best()),
     }

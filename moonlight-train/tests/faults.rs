@@ -15,8 +15,8 @@ use burn::train::Interrupter;
 use common::{Home, checkpoint, state};
 use moonlight_convert::manifest::Depth;
 use moonlight_convert::storage::{Call, Observation, observe};
-use moonlight_infer::device::Target;
-use moonlight_infer::run_dir::{Verdict, checkpoint_folders, judge};
+use moonlight_infer::device::ComputeDevice;
+use moonlight_infer::run_dir::{CheckpointStatus, checkpoint_folders, check_checkpoint};
 use moonlight_train::error::TrainError;
 use moonlight_train::recipe::Recipe;
 use moonlight_train::trainer::{Outcome, train};
@@ -43,7 +43,7 @@ fn run(home: &Home, name: &str, steps: u64, resume: bool) -> Result<Outcome, Tra
     let recipe = Recipe::load(&home.path("recipe.toml"), &sets).unwrap();
     // The device has one source of random numbers, which every run seeds: one at a time.
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    train(&recipe, &Target::open("cpu").unwrap(), resume, &Interrupter::new())
+    train(&recipe, &ComputeDevice::open("cpu").unwrap(), resume, &Interrupter::new())
 }
 
 /// How the call that is to fail does.
@@ -78,8 +78,8 @@ fn fail(root: PathBuf, position: usize, fault: Fault) -> (Observation, Arc<Atomi
 fn newest(run: &Path) -> Option<u64> {
     let mut newest = None;
     for folder in checkpoint_folders(&run.join("checkpoints")).unwrap() {
-        match judge(&folder, Depth::Digests).unwrap() {
-            Verdict::Whole { step } => newest = newest.max(Some(step)),
+        match check_checkpoint(&folder, Depth::Digests).unwrap() {
+            CheckpointStatus::Complete { step } => newest = newest.max(Some(step)),
             verdict => panic!("{}: {verdict:?}", folder.display()),
         }
     }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::train::Interrupter;
-use moonlight_infer::device::Target;
+use moonlight_infer::device::ComputeDevice;
 use moonlight_train::plan::{MemoryPlan, Threads};
 use moonlight_train::recipe::Recipe;
 use moonlight_train::trainer::train;
@@ -101,7 +101,7 @@ fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, Memo
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let recipe = Recipe::load(&path, &sets).unwrap();
     let plan = MemoryPlan::for_recipe(&recipe, Threads::available()).unwrap();
-    let target = Target::open("cpu").unwrap();
+    let target = ComputeDevice::open("cpu").unwrap();
     let before = LIVE.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
     train(&recipe, &target, false, &Interrupter::new()).unwrap();
@@ -231,7 +231,7 @@ fn the_plan_is_within_a_tenth_of_what_training_takes() {
     let mut wrong = Vec::new();
     for (name, base, changes) in GRID {
         let (taken, plan) = measured_and_foretold(home.path(), name, &[*base, *changes].concat());
-        let (moment, foretold) = (&plan.largest_phase().name, plan.peak());
+        let (moment, foretold) = (&plan.largest_phase().what, plan.peak());
         let ratio = foretold as f64 / taken as f64;
         let (taken, foretold) = (mib(taken as f64), mib(foretold as f64));
         writeln!(table, "| {name} | {taken:.1} | {foretold:.1} | {ratio:.3} | {moment} |").unwrap();

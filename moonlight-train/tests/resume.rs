@@ -11,7 +11,7 @@ use std::process::Output;
 
 use burn::train::Interrupter;
 use common::{Home, Tuned, assert_fails, assert_same_checkpoint, checkpoint, checkpoints, moonlight, text};
-use moonlight_infer::device::Target;
+use moonlight_infer::device::ComputeDevice;
 use moonlight_train::recipe::Recipe;
 use moonlight_train::trainer::{final_report, train};
 use serde_json::Value;
@@ -379,7 +379,7 @@ fn the_end_of_a_run_needs_its_data_files_no_more() {
     let home = Home::new();
     let sets = ["run.name=run".to_owned(), "train.steps=2".into(), "run.device=cpu".into(), "train.plots=true".into()];
     let recipe = Recipe::load(&home.path("recipe.toml"), &sets).unwrap();
-    let outcome = train(&recipe, &Target::open("cpu").unwrap(), false, &Interrupter::new()).unwrap();
+    let outcome = train(&recipe, &ComputeDevice::open("cpu").unwrap(), false, &Interrupter::new()).unwrap();
     fs::remove_dir_all(home.path("text")).unwrap();
     fs::remove_dir_all(home.path("cache")).unwrap();
     final_report(&recipe, outcome).unwrap();

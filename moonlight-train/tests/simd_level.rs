@@ -4,13 +4,13 @@ mod common;
 
 use common::{Home, metrics, moonlight, text};
 use moonlight_model::simd::testing::skipped;
-use moonlight_model::simd::{Level, VARIABLE};
+use moonlight_model::simd::{Level, LEVEL_VARIABLE};
 
 #[test]
 fn a_level_that_cannot_be_had_is_refused_by_name_before_anything_is_done() {
     let absent = Level::ALL.iter().find(|level| !level.is_available());
     for level in ["avx9000", absent.map_or("neon or so", |level| level.name())] {
-        let output = moonlight(&["plan", "nowhere.toml"]).env(VARIABLE, level).output().unwrap();
+        let output = moonlight(&["plan", "nowhere.toml"]).env(LEVEL_VARIABLE, level).output().unwrap();
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{said}");
         assert!(said.contains(&format!("MOONLIGHT_SIMD is `{level}`, which")) && said.contains("hint: "), "{said}");
@@ -24,7 +24,7 @@ fn a_run_is_the_same_run_at_each_level_to_rounding() {
     let home = Home::new();
     let losses = |level: Level| -> Vec<f64> {
         let mut command = home.train(level.name(), &[]);
-        let output = command.env(VARIABLE, level.name()).output().unwrap();
+        let output = command.env(LEVEL_VARIABLE, level.name()).output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
         metrics(&home.run(level.name())).iter().map(|line| line["loss"].as_f64().unwrap()).collect()
     };

@@ -80,7 +80,7 @@ fn write(dir: &Path, name: &str, value: &Value) {
 
 /// The bytes and five added tokens; the end of a turn is special or not.
 fn write_tokenizer(dir: &Path, processor: &Value, special_end: bool, config: &Value) {
-    let mut json: Value = serde_json::from_slice(&Tokenizer::bytes().companions()[0].contents).unwrap();
+    let mut json: Value = serde_json::from_slice(&Tokenizer::bytes().files()[0].contents).unwrap();
     let tokens = [("<s>", BOS), ("</s>", EOS), ("<|done|>", END_OF_TURN), ("<|start|>", START), ("<|middle|>", MIDDLE)];
     json["added_tokens"] = tokens
         .iter()

@@ -215,7 +215,7 @@ impl Checkpoint {
 impl Checkpoint {
     fn ignored_keys(&self) -> BTreeMap<&'static str, Vec<String>> {
         let mut keys: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
-        for (key, reason) in self.config().keys_passed_over() {
+        for (key, reason) in self.config().ignored_keys() {
             keys.entry(reason).or_default().push(key.to_owned());
         }
         keys

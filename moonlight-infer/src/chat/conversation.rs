@@ -73,7 +73,7 @@ impl Turn {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conversation {
     /// The shape that it had.
-    pub shape: ConversationFormat,
+    pub format: ConversationFormat,
     /// What was said, in order.
     pub turns: Vec<Turn>,
     /// What the record holds beside that: `tools` and other variables of templates, and what may be of no use.
@@ -105,7 +105,7 @@ pub(super) fn is_read_here(field: &str) -> bool {
 
 impl From<Vec<Turn>> for Conversation {
     fn from(turns: Vec<Turn>) -> Self {
-        Self { shape: ConversationFormat::Messages, turns, fields: Map::new() }
+        Self { format: ConversationFormat::Messages, turns, fields: Map::new() }
     }
 }
 
@@ -139,7 +139,7 @@ impl Conversation {
         }
         let weight = weight_of_record(&fields)?;
         let of_prompt = has("prompt") && has("completion");
-        let (shape, mut turns) = if has("messages") {
+        let (format, mut turns) = if has("messages") {
             (ConversationFormat::Messages, take_messages(&mut fields, "messages", &knows)?)
         } else if has("conversations") {
             (ConversationFormat::ShareGpt, take_messages(&mut fields, "conversations", &knows)?)
@@ -165,7 +165,7 @@ impl Conversation {
             fields.shift_remove("system");
         }
         if let Some(tools) = fields.shift_remove("tools") {
-            fields.extend(parse_tools(tools, shape)?.map(|tools| ("tools".to_owned(), tools)));
+            fields.extend(parse_tools(tools, format)?.map(|tools| ("tools".to_owned(), tools)));
         }
         let mut of_assistant = turns.iter().filter(|turn| turn.message.role() == "assistant").peekable();
         if of_assistant.peek().is_none() {
@@ -174,7 +174,7 @@ impl Conversation {
         if of_assistant.all(|turn| turn.weight == 0.0) {
             return Err(ConversationError::NothingLearned);
         }
-        Ok(Self { shape, turns, fields })
+        Ok(Self { format, turns, fields })
     }
 
     /// The messages alone.
@@ -574,7 +574,7 @@ mod tests {
             (r#"{"instruction": "Q", "input": "I", "output": "A", "system": "S"}"#, ConversationFormat::Alpaca),
         ] {
             assert_eq!(turns(line), expected);
-            assert_eq!(parse(line).unwrap().shape, shape);
+            assert_eq!(parse(line).unwrap().format, shape);
         }
         let alpaca = r#"{"instruction": "Q", "input": "", "output": "A", "history": [["q", "a"]]}"#;
         let expected = [("user", "q", 0.0), ("assistant", "a", 1.0), ("user", "Q", 0.0), ("assistant", "A", 1.0)];

@@ -519,7 +519,7 @@ impl Tokenizer {
         self.files.to_vec()
     }
 
-    /// Writes the [`companions`](Tokenizer::companions) into a folder, which is made if need be.
+    /// Writes the [`companions`](Tokenizer::files) into a folder, which is made if need be.
     ///
     /// # Errors
     ///
@@ -585,7 +585,7 @@ fn fingerprint(kind: &str, contents: &[u8], added: &AddedTokens) -> String {
 
 /// What the files beside a tokenizer name. A file that was not read for it is not kept.
 fn read_special_names(path: &Path, files: &mut Vec<TokenizerFile>) -> Result<SpecialNames, TokenizerError> {
-    let names = SpecialNames::beside(path).map_err(|error| match error {
+    let names = SpecialNames::next_to(path).map_err(|error| match error {
         CheckpointError::Tokenizer { path, problem } => TokenizerError::Read { path, problem },
         error => TokenizerError::Read { path: path.to_owned(), problem: error.to_string() },
     })?;

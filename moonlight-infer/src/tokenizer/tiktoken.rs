@@ -4,7 +4,7 @@
 //! nobody asks for more, and that added tokens are matched as `tokenizers` matches them: by word, with the white space beside
 //! them, where `tokenizer_config.json` says so.
 
-use moonlight_convert::tokenizer::{Ranks, SpecialNames, TextEnds, pattern, special_tokens};
+use moonlight_convert::tokenizer::{Ranks, SpecialNames, BosEos, pattern, special_tokens};
 use rustc_hash::FxHashMap;
 use tiktoken_rs::CoreBPE;
 
@@ -30,7 +30,7 @@ impl Tiktoken {
     pub(super) fn parse(contents: &[u8], names: &SpecialNames) -> Result<Self, String> {
         let ranks = Ranks::parse(contents).map_err(|error| error.to_string())?;
         let tokens = special_tokens(ranks.count(), &names.added)?;
-        let TextEnds { bos, eos } = TextEnds::of(names, &tokens)?;
+        let BosEos { bos, eos } = BosEos::new(names, &tokens)?;
         let affixes = AffixTokens { prefix: bos.into_iter().collect(), suffix: eos.into_iter().collect() };
         let vocab_size = tokens.last_key_value().map_or(ranks.count(), |(&id, _)| id + 1) as usize;
         let encoder = ranks.tokens().iter().cloned().zip(0..).collect();

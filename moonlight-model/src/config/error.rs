@@ -37,7 +37,7 @@ pub enum ConfigError {
     },
     /// A key that shapes what a model computes, with a value that is not followed here.
     #[error("the model configuration's `{key}` {problem}")]
-    NotFollowed {
+    Unsupported {
         /// The key's name in `config.json`.
         key: String,
         /// What is wrong, as the rest of a sentence.
@@ -91,7 +91,7 @@ impl ConfigError {
     /// What to do about it, where we know.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::NotFollowed { hint, .. } => *hint,
+            Self::Unsupported { hint, .. } => *hint,
             Self::Unknown { .. } => Some(
                 "a key that is not known may shape what the model computes; if it changes nothing, remove it from config.json",
             ),

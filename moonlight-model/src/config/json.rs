@@ -20,7 +20,7 @@ impl ModelConfig {
     ///
     /// A key that the file lacks has the default of the class in transformers ([`fill_class_defaults`]).
     ///
-    /// Every other key is an error: one that shapes the computation and is not followed ([`ConfigError::NotFollowed`], where
+    /// Every other key is an error: one that shapes the computation and is not followed ([`ConfigError::Unsupported`], where
     /// its value does not leave it off), and one that is not known ([`ConfigError::Unknown`]).
     ///
     /// # Errors
@@ -100,7 +100,7 @@ const WRAPPER_KEYS: &[&str] = &[
 fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Result<(), ConfigError> {
     let name = outside.get("model_type").and_then(Value::as_str).unwrap_or_default();
     if !WRAPPER_TYPES.contains(&name) {
-        return Err(ConfigError::NotFollowed {
+        return Err(ConfigError::Unsupported {
             key: "text_config".into(),
             problem: format!("stands in a model of the type `{}`; kimi_vl and kimi_k25 have one", truncate(name)),
             hint: Some("where the files hold a language model alone, put the keys of `text_config` in its place"),
@@ -121,7 +121,7 @@ fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Res
     });
     match other {
         None => Ok(()),
-        Some((key, _)) => Err(ConfigError::NotFollowed {
+        Some((key, _)) => Err(ConfigError::Unsupported {
             key: key.clone(),
             problem: "stands beside `text_config`, and is another there or absent".into(),
             hint: Some("the text model has its keys inside `text_config`: take it there, or out of the file"),
@@ -165,7 +165,7 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     if let Some(activation) = keys.string("hidden_act")?
         && !["silu", "swish"].contains(&activation.as_str())
     {
-        return Err(ConfigError::NotFollowed {
+        return Err(ConfigError::Unsupported {
             key: "hidden_act".into(),
             problem: format!("is `{activation}`; the family has `silu`"),
             hint: None,

@@ -28,7 +28,7 @@ pub use class_defaults::fill_class_defaults;
 pub use error::{ConfigError, PRESETS};
 pub use json::shape_keys;
 pub use model_type::ModelType;
-pub use other_keys::passed_over;
+pub use other_keys::ignore_reason;
 pub use rope::{Llama3Config, RopeConfig, RopeScaling, YarnConfig};
 
 /// The shape of a decoder-only language model of the Moonlight family.

@@ -8,7 +8,7 @@ use super::json::shape_keys;
 use super::{AttentionShape, ModelConfig, ModelType};
 
 /// Keys that change nothing of what the model computes from tokens, with the reason.
-const PASSED_OVER: &[(&str, &[&str])] = &[
+const IGNORED_KEYS: &[(&str, &[&str])] = &[
     (
         "how transformers generates",
         &[
@@ -212,7 +212,7 @@ impl Neutral {
 }
 
 /// Keys that shape the computation of other models, by what they switch on, and the values that leave it off.
-const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
+const UNSUPPORTED_KEYS: &[(&str, Neutral, &[&str])] = &[
     (
         "norms of queries and keys are not computed",
         Neutral::Off,
@@ -336,13 +336,13 @@ const NOT_COMPUTED: &[(&str, Neutral, &[&str])] = &[
 const REMOVE_HINT: &str = "if it changes nothing that the model computes, remove it from config.json";
 
 /// Why a key of `config.json` changes nothing that a model computes, whatever its value; `None` for every other key.
-pub fn passed_over(key: &str) -> Option<&'static str> {
-    PASSED_OVER.iter().find(|(_, keys)| keys.contains(&key)).map(|(reason, _)| *reason)
+pub fn ignore_reason(key: &str) -> Option<&'static str> {
+    IGNORED_KEYS.iter().find(|(_, keys)| keys.contains(&key)).map(|(reason, _)| *reason)
 }
 
 /// Whether a key with this value switches on what is not computed here.
 pub(super) fn is_unsupported(key: &str, value: &Value) -> bool {
-    NOT_COMPUTED.iter().any(|(_, neutral, keys)| keys.contains(&key) && !neutral.matches(value))
+    UNSUPPORTED_KEYS.iter().any(|(_, neutral, keys)| keys.contains(&key) && !neutral.matches(value))
 }
 
 /// Refuses the keys that [`ModelConfig`] did not read and that may shape what the model computes.
@@ -350,7 +350,7 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
     let mut unknown = Vec::new();
     let shapes = shape_keys();
     for (key, value) in config.extra.iter().filter(|(_, value)| !value.is_null()) {
-        if passed_over(key).is_some() {
+        if ignore_reason(key).is_some() {
             continue;
         }
         match check_class_key(config, &shapes, key, value) {
@@ -358,10 +358,10 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
             Some(Err(error)) => return Err(error),
             None => {}
         }
-        match NOT_COMPUTED.iter().find(|(_, _, keys)| keys.contains(&key.as_str())) {
+        match UNSUPPORTED_KEYS.iter().find(|(_, _, keys)| keys.contains(&key.as_str())) {
             Some((_, neutral, _)) if neutral.matches(value) => {}
             Some((what, ..)) => {
-                return Err(ConfigError::NotFollowed {
+                return Err(ConfigError::Unsupported {
                     key: key.clone(),
                     problem: format!("is {}: {what}", quote(value)),
                     hint: Some(REMOVE_HINT),
@@ -377,7 +377,7 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
 fn check_class_key(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value) -> Option<Result<(), ConfigError>> {
     let refuse = |supported: bool, problem: &str, hint: Option<&'static str>| {
         let problem = format!("is {}: {problem}", quote(value));
-        if supported { Ok(()) } else { Err(ConfigError::NotFollowed { key: key.to_owned(), problem, hint }) }
+        if supported { Ok(()) } else { Err(ConfigError::Unsupported { key: key.to_owned(), problem, hint }) }
     };
     let is = |number: usize| value.as_u64() == Some(number as u64);
     Some(match (key, &config.attention) {
@@ -444,7 +444,7 @@ fn check_class_key(config: &ModelConfig, shapes: &[&str], key: &str, value: &Val
 /// Sliding windows are computed in Qwen2 alone: in the other classes, refuses those that are shorter than the longest
 /// sequence.
 fn check_sliding_window(config: &ModelConfig) -> Result<(), ConfigError> {
-    let refuse = |key: &str, problem: String, hint| Err(ConfigError::NotFollowed { key: key.into(), problem, hint });
+    let refuse = |key: &str, problem: String, hint| Err(ConfigError::Unsupported { key: key.into(), problem, hint });
     let used = config.extra.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(true);
     let window = config.extra.get("sliding_window").and_then(Value::as_f64);
     let window = window.filter(|window| used && *window != 0.0);
@@ -487,7 +487,7 @@ fn check_architectures(value: &Value) -> Result<(), ConfigError> {
     if is_language_model {
         return Ok(());
     }
-    Err(ConfigError::NotFollowed {
+    Err(ConfigError::Unsupported {
         key: "architectures".into(),
         problem: format!("is {}: only language models (`…ForCausalLM`) are computed", quote(value)),
         hint: Some("if the files hold a language model all the same, correct the name in config.json"),
@@ -514,8 +514,8 @@ pub(super) fn truncate(text: &str) -> String {
 
 impl ModelConfig {
     /// The keys of the file that were passed over, each with the reason why it does not matter, in the order of their names.
-    pub fn keys_passed_over(&self) -> Vec<(&str, &'static str)> {
-        let mut keys: Vec<_> = self.extra.keys().filter_map(|key| Some((key.as_str(), passed_over(key)?))).collect();
+    pub fn ignored_keys(&self) -> Vec<(&str, &'static str)> {
+        let mut keys: Vec<_> = self.extra.keys().filter_map(|key| Some((key.as_str(), ignore_reason(key)?))).collect();
         keys.sort_unstable();
         keys
     }

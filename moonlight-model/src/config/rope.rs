@@ -159,7 +159,7 @@ impl RopeConfig {
                 Some(RopeScaling::Yarn(YarnConfig::read(&mut inner, original, max_position_embeddings)?))
             }
             other => {
-                return Err(ConfigError::NotFollowed {
+                return Err(ConfigError::Unsupported {
                     key: field.into(),
                     problem: format!(
                         "has the type `{}`; known are default, linear, dynamic, llama3 and yarn",
@@ -179,7 +179,7 @@ impl RopeConfig {
                 _ => false,
             };
             if !harmless {
-                return Err(ConfigError::NotFollowed {
+                return Err(ConfigError::Unsupported {
                     key: format!("{field}.{}", truncate(&key)),
                     problem: format!("is {}, and the scaling `{kind}` knows no such key here", quote(&value)),
                     hint: Some("if it changes nothing that the model computes, remove it from config.json"),

@@ -4,66 +4,68 @@ use std::fmt::Debug;
 
 use burn::tensor::Tensor;
 
-use super::{CollectiveError, Traffic};
+use super::{BytesSent, CollectiveError};
 
-/// A worker's end of a process group.
+/// The collectives of a process group, as one rank sees them (PyTorch's `ProcessGroup` backend).
 ///
-/// Every worker calls the same operations in the same order with tensors of matching sizes; ranks count from 0. Tensors
-/// are float and one-dimensional, on the worker's own device, and so are the results.
+/// Every rank calls the same collectives in the same order with tensors of matching sizes; ranks count from 0. Tensors are
+/// float and one-dimensional, on the rank's own device, and so are the results.
 ///
-/// Sums are taken in f32 and in the order of the ranks, on any transport (except for [`Nested`](super::Nested),
-/// which sums within a process first, and for NCCL): the same gradients give the
-/// same sum bit for bit, that of one worker over as many micro-batches.
+/// Sums are taken in f32 and in rank order, on any transport: the same gradients give the same sum, bit for bit, as one
+/// rank gets that accumulates as many micro-batches in that order. Exceptions are
+/// [`HierarchicalCollective`](super::HierarchicalCollective), which sums within a process first, and
+/// [`NcclCollective`](super::NcclCollective), where NCCL chooses the order.
 pub trait Collective: Debug + Send + Sync {
-    /// This worker's rank.
+    /// This rank, from 0.
     fn rank(&self) -> usize;
 
     /// The world size.
     fn size(&self) -> usize;
 
-    /// Sends `outgoing[w]` to worker `w`; returns what each worker sent to this one, `incoming[w]` elements.
+    /// Sends `outgoing[r]` to rank `r`. Returns what each rank sent to this one: `incoming[r]` elements from rank `r`.
     ///
     /// # Errors
     ///
-    /// [`CollectiveError`], as every operation here.
+    /// [`CollectiveError`], as for every collective here.
     fn all_to_all(&self, outgoing: Vec<Tensor<1>>, incoming: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError>;
 
-    /// The sum over all workers of their `parts[rank]`, with the rank of this one, in f32.
+    /// The sum over all ranks of their `parts[r]`, with `r` this rank, in f32.
     ///
     /// # Errors
     ///
     /// [`CollectiveError`].
     fn reduce_scatter(&self, parts: Vec<Tensor<1>>) -> Result<Tensor<1>, CollectiveError>;
 
-    /// The parts of all workers, in the order of the ranks; `lengths[w]` elements of worker `w`.
+    /// The parts of all ranks, in rank order: `lengths[r]` elements of rank `r`.
     ///
     /// # Errors
     ///
     /// [`CollectiveError`].
     fn all_gather(&self, part: Tensor<1>, lengths: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError>;
 
-    /// The `tensor` of the worker `root`; of the others' only size and type matter.
+    /// The `tensor` of rank `root`. Of the tensors that the other ranks pass only size and type are used.
     ///
     /// # Errors
     ///
     /// [`CollectiveError`].
     fn broadcast(&self, tensor: Tensor<1>, root: usize) -> Result<Tensor<1>, CollectiveError>;
 
-    /// The numbers of each worker, in the order of the ranks; all give equally many.
+    /// The scalars of all ranks, in rank order; every rank passes the same number of them. They stay f64 on the host, for
+    /// norms, losses and counts.
     ///
     /// # Errors
     ///
     /// [`CollectiveError`].
-    fn numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError>;
+    fn all_gather_f64(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError>;
 
-    /// Returns when every worker has called it.
+    /// Returns when every rank has called it.
     ///
     /// # Errors
     ///
     /// [`CollectiveError`].
     fn barrier(&self) -> Result<(), CollectiveError>;
 
-    /// The sum over all workers, in f32.
+    /// The sum over all ranks, in f32.
     ///
     /// # Errors
     ///
@@ -76,38 +78,42 @@ pub trait Collective: Debug + Send + Sync {
         Ok(Tensor::cat(self.all_gather(part, &lengths)?, 0))
     }
 
-    /// Suspends this worker's timeout (`true`) during work that the others must wait for, such as saving, or restores it.
-    /// Calls nest.
+    /// Suspends this rank's timeout (`true`) during work that the others must wait for, such as saving, or restores it
+    /// (`false`). Calls nest.
     fn set_busy(&self, busy: bool);
 
-    /// Called from time to time by the thread that runs the operations, while there is none: for heartbeats.
-    fn idle(&self) {}
+    /// Tells the other ranks that this one is alive, where a busy rank could not show it otherwise. The communication thread
+    /// calls it from time to time while no collective runs.
+    fn heartbeat(&self) {}
 
-    /// Ends the group: the other workers get [`CollectiveError::Failed`]; workers that are processes are aborted.
-    fn fail(&self, message: &str);
+    /// Ends the group: collectives of the other ranks return [`CollectiveError::RankFailed`]; ranks that are processes are
+    /// aborted.
+    fn abort(&self, message: &str);
 
-    /// As [`fail`](Self::fail), for the workers of this process only.
-    fn fail_inside(&self, message: &str) {
+    /// As [`abort`](Self::abort), for the ranks of this process only.
+    fn abort_local(&self, message: &str) {
         let _ = message;
     }
 
-    /// Bytes sent so far.
-    fn traffic(&self) -> Traffic;
+    /// What this rank has sent so far.
+    fn bytes_sent(&self) -> BytesSent;
 }
 
-/// The bounds of `parts` parts of `elements` elements, as even as possible, the larger ones first: `parts + 1` of them.
+/// The bounds of `parts` contiguous parts of `elements` elements, as even as possible, the larger ones first. Part `i` is
+/// `cuts[i]..cuts[i + 1]`, so there are `parts + 1` bounds.
 pub fn even_cuts(elements: usize, parts: usize) -> Vec<usize> {
     let (each, larger) = (elements / parts, elements % parts);
     (0..=parts).map(|part| part * each + part.min(larger)).collect()
 }
 
-/// The parts of a tensor between cuts.
+/// The parts of a tensor between consecutive bounds.
 pub(super) fn split(tensor: &Tensor<1>, cuts: &[usize]) -> Vec<Tensor<1>> {
-    cuts.windows(2).map(|cut| stretch(tensor, cut[0], cut[1] - cut[0])).collect()
+    cuts.windows(2).map(|cut| slice(tensor, cut[0], cut[1] - cut[0])).collect()
 }
 
-/// `length` elements of a tensor; `narrow` refuses 0.
-pub(super) fn stretch(tensor: &Tensor<1>, start: usize, length: usize) -> Tensor<1> {
+/// `length` elements of a tensor from `start` on. A length of 0 needs its own case: `narrow` refuses it, and a rank may own
+/// nothing of a bucket.
+pub(super) fn slice(tensor: &Tensor<1>, start: usize, length: usize) -> Tensor<1> {
     match length {
         0 => Tensor::empty([0], (&tensor.device(), tensor.dtype())),
         _ => tensor.clone().narrow(0, start, length),

@@ -1,4 +1,4 @@
-//! Hierarchical groups: devices within a process, processes across machines.
+//! Hierarchical collectives: within a process first, then between processes.
 
 use std::sync::Arc;
 use std::thread;
@@ -6,40 +6,45 @@ use std::time::Duration;
 
 use burn::tensor::Tensor;
 
-use super::collective::stretch;
-use super::{Collective, CollectiveError, Traffic};
+use super::collective::slice;
+use super::{BytesSent, Collective, CollectiveError};
 
-/// How often heartbeats to the other groups are considered.
-const PULSE: Duration = Duration::from_millis(500);
+/// How often this rank may send a heartbeat to the other groups.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Workers of several equal groups: `inner` joins those of this worker's group, `outer` those that have this worker's
-/// rank in theirs. The worker's rank is `outer.rank() * inner.size() + inner.rank()`.
+/// The collectives of several equal groups, such as the devices of several machines. `inner` connects the ranks of this
+/// rank's group, `outer` the ranks that have the same inner rank in each group. The global rank is
+/// `outer.rank() * inner.size() + inner.rank()`.
 ///
 /// Data crosses between groups once per group: gradients are summed within a group first, and parameters arrive once and
-/// are passed on. `outer` is called from two threads at a time.
+/// are passed on. A sum is therefore a sum of group sums, which rounds differently from the sum in rank order.
+///
+/// `outer` is called by two threads at a time: that of the collectives, and one for heartbeats.
 #[derive(Debug)]
-pub struct Nested {
+pub struct HierarchicalCollective {
     inner: Arc<dyn Collective>,
     outer: Arc<dyn Collective>,
 }
 
-impl Nested {
-    /// Joins the two.
+impl HierarchicalCollective {
+    /// The collectives of one rank, and the thread that sends its heartbeats to the other groups.
     pub fn new(inner: Arc<dyn Collective>, outer: Arc<dyn Collective>) -> Self {
-        // Heartbeats to the other groups, also while this worker waits within its own.
-        let pulse = Arc::downgrade(&outer);
+        // The communication thread sends no heartbeat while it waits within this group, so another one does. It holds no
+        // strong reference, and ends with the collective.
+        let weak = Arc::downgrade(&outer);
         thread::spawn(move || {
-            while let Some(outer) = pulse.upgrade() {
-                outer.idle();
+            while let Some(outer) = weak.upgrade() {
+                outer.heartbeat();
                 drop(outer);
-                thread::sleep(PULSE);
+                thread::sleep(HEARTBEAT_INTERVAL);
             }
         });
         Self { inner, outer }
     }
 
-    /// An operation inside this worker's group, during which its timeout in `outer` is suspended.
-    fn inside<T>(
+    /// A collective within this rank's group. Its timeout in `outer` is suspended meanwhile: to wait for a slow rank of the
+    /// own group must not look like silence to the other groups.
+    fn within_group<T>(
         &self,
         operation: impl FnOnce(&dyn Collective) -> Result<T, CollectiveError>,
     ) -> Result<T, CollectiveError> {
@@ -49,8 +54,8 @@ impl Nested {
         result
     }
 
-    /// An operation between groups, during which this worker's timeout in its own group is suspended.
-    fn outside<T>(
+    /// A collective between groups. This rank's timeout in its own group is suspended meanwhile.
+    fn across_groups<T>(
         &self,
         operation: impl FnOnce(&dyn Collective) -> Result<T, CollectiveError>,
     ) -> Result<T, CollectiveError> {
@@ -60,105 +65,110 @@ impl Nested {
         result
     }
 
-    /// The worker with this place inside its group, of the group `group`.
-    fn number(&self, group: usize, inside: usize) -> usize {
-        group * self.inner.size() + inside
+    fn global_rank(&self, group: usize, inner_rank: usize) -> usize {
+        group * self.inner.size() + inner_rank
     }
 }
 
-/// Cuts a tensor into lengths.
-fn cut(tensor: &Tensor<1>, lengths: &[usize]) -> Vec<Tensor<1>> {
+/// The consecutive parts of a tensor, `lengths[i]` elements each.
+fn split_lengths(tensor: &Tensor<1>, lengths: &[usize]) -> Vec<Tensor<1>> {
     let mut start = 0;
     let mut parts = Vec::with_capacity(lengths.len());
     for &length in lengths {
-        parts.push(stretch(tensor, start, length));
+        parts.push(slice(tensor, start, length));
         start += length;
     }
     parts
 }
 
-impl Collective for Nested {
+impl Collective for HierarchicalCollective {
     fn rank(&self) -> usize {
-        self.number(self.outer.rank(), self.inner.rank())
+        self.global_rank(self.outer.rank(), self.inner.rank())
     }
 
     fn size(&self) -> usize {
         self.inner.size() * self.outer.size()
     }
 
-    /// Each message goes to the worker of the own group that has the receiver's inner rank, and from there to its group.
+    /// Each message goes first to the rank of the own group that has the receiver's inner rank, and from there to the receiver.
     fn all_to_all(&self, outgoing: Vec<Tensor<1>>, incoming: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError> {
-        let (insides, groups) = (self.inner.size(), self.outer.size());
+        let (group_size, groups) = (self.inner.size(), self.outer.size());
         let lengths: Vec<f64> = outgoing.iter().map(|tensor| tensor.dims()[0] as f64).collect();
-        // The lengths that each of the own group sends to each receiver.
-        let lengths = self.inside(|inner| inner.numbers(&lengths))?;
+        // What passes through this rank is known to its senders only, so the group exchanges all lengths first.
+        let lengths = self.within_group(|inner| inner.all_gather_f64(&lengths))?;
         let by_group = |from: usize| -> Vec<usize> {
-            (0..groups).map(|group| lengths[from][self.number(group, self.inner.rank())] as usize).collect()
+            (0..groups).map(|group| lengths[from][self.global_rank(group, self.inner.rank())] as usize).collect()
         };
-        let bundles = (0..insides).map(|inside| {
-            Tensor::cat((0..groups).map(|group| outgoing[self.number(group, inside)].clone()).collect(), 0)
+        let bundles = (0..group_size).map(|inner_rank| {
+            Tensor::cat((0..groups).map(|group| outgoing[self.global_rank(group, inner_rank)].clone()).collect(), 0)
         });
-        let totals: Vec<usize> = (0..insides).map(|from| by_group(from).iter().sum()).collect();
+        let totals: Vec<usize> = (0..group_size).map(|from| by_group(from).iter().sum()).collect();
         let bundles = bundles.collect();
-        let bundles = self.inside(|inner| inner.all_to_all(bundles, &totals))?;
+        let bundles = self.within_group(|inner| inner.all_to_all(bundles, &totals))?;
         let parts: Vec<Vec<Tensor<1>>> =
-            bundles.iter().enumerate().map(|(from, bundle)| cut(bundle, &by_group(from))).collect();
+            bundles.iter().enumerate().map(|(from, bundle)| split_lengths(bundle, &by_group(from))).collect();
         let bundles =
             (0..groups).map(|group| Tensor::cat(parts.iter().map(|parts| parts[group].clone()).collect(), 0)).collect();
-        let of_group =
-            |group: usize| -> Vec<usize> { (0..insides).map(|inside| incoming[self.number(group, inside)]).collect() };
+        let of_group = |group: usize| -> Vec<usize> {
+            (0..group_size).map(|inner_rank| incoming[self.global_rank(group, inner_rank)]).collect()
+        };
         let totals: Vec<usize> = (0..groups).map(|group| of_group(group).iter().sum()).collect();
-        let bundles = self.outside(|outer| outer.all_to_all(bundles, &totals))?;
-        Ok(bundles.iter().enumerate().flat_map(|(group, bundle)| cut(bundle, &of_group(group))).collect())
+        let bundles = self.across_groups(|outer| outer.all_to_all(bundles, &totals))?;
+        Ok(bundles.iter().enumerate().flat_map(|(group, bundle)| split_lengths(bundle, &of_group(group))).collect())
     }
 
     fn reduce_scatter(&self, parts: Vec<Tensor<1>>) -> Result<Tensor<1>, CollectiveError> {
         let groups = self.outer.size();
         let mine: Vec<usize> =
-            (0..groups).map(|group| parts[self.number(group, self.inner.rank())].dims()[0]).collect();
-        let bundles = (0..self.inner.size())
-            .map(|inside| Tensor::cat((0..groups).map(|group| parts[self.number(group, inside)].clone()).collect(), 0));
+            (0..groups).map(|group| parts[self.global_rank(group, self.inner.rank())].dims()[0]).collect();
+        let bundles = (0..self.inner.size()).map(|inner_rank| {
+            Tensor::cat((0..groups).map(|group| parts[self.global_rank(group, inner_rank)].clone()).collect(), 0)
+        });
         let bundles = bundles.collect();
-        let sums = self.inside(|inner| inner.reduce_scatter(bundles))?;
-        self.outside(|outer| outer.reduce_scatter(cut(&sums, &mine)))
+        let sums = self.within_group(|inner| inner.reduce_scatter(bundles))?;
+        self.across_groups(|outer| outer.reduce_scatter(split_lengths(&sums, &mine)))
     }
 
     fn all_gather(&self, part: Tensor<1>, lengths: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError> {
-        let (insides, groups) = (self.inner.size(), self.outer.size());
-        let of_inside =
-            |inside: usize| -> Vec<usize> { (0..groups).map(|group| lengths[self.number(group, inside)]).collect() };
-        let mine = of_inside(self.inner.rank());
-        let column = self.outside(|outer| outer.all_gather(part, &mine))?;
-        let totals: Vec<usize> = (0..insides).map(|inside| of_inside(inside).iter().sum()).collect();
-        let columns = self.inside(|inner| inner.all_gather(Tensor::cat(column, 0), &totals))?;
-        let columns: Vec<Vec<Tensor<1>>> =
-            columns.iter().enumerate().map(|(inside, column)| cut(column, &of_inside(inside))).collect();
-        Ok((0..self.size()).map(|worker| columns[worker % insides][worker / insides].clone()).collect())
+        let (group_size, groups) = (self.inner.size(), self.outer.size());
+        let of_inner_rank = |inner_rank: usize| -> Vec<usize> {
+            (0..groups).map(|group| lengths[self.global_rank(group, inner_rank)]).collect()
+        };
+        let mine = of_inner_rank(self.inner.rank());
+        let column = self.across_groups(|outer| outer.all_gather(part, &mine))?;
+        let totals: Vec<usize> = (0..group_size).map(|inner_rank| of_inner_rank(inner_rank).iter().sum()).collect();
+        let columns = self.within_group(|inner| inner.all_gather(Tensor::cat(column, 0), &totals))?;
+        let columns: Vec<Vec<Tensor<1>>> = columns
+            .iter()
+            .enumerate()
+            .map(|(inner_rank, column)| split_lengths(column, &of_inner_rank(inner_rank)))
+            .collect();
+        Ok((0..self.size()).map(|rank| columns[rank % group_size][rank / group_size].clone()).collect())
     }
 
     fn broadcast(&self, tensor: Tensor<1>, root: usize) -> Result<Tensor<1>, CollectiveError> {
-        let (group, inside) = (root / self.inner.size(), root % self.inner.size());
-        let tensor = match self.inner.rank() == inside {
-            true => self.outside(|outer| outer.broadcast(tensor, group))?,
+        let (group, inner_root) = (root / self.inner.size(), root % self.inner.size());
+        let tensor = match self.inner.rank() == inner_root {
+            true => self.across_groups(|outer| outer.broadcast(tensor, group))?,
             false => tensor,
         };
-        self.inside(|inner| inner.broadcast(tensor, inside))
+        self.within_group(|inner| inner.broadcast(tensor, inner_root))
     }
 
-    fn numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError> {
-        let column = self.outside(|outer| outer.numbers(own))?.concat();
-        let columns = self.inside(|inner| inner.numbers(&column))?;
-        let of = |worker: usize| {
-            let (group, inside) = (worker / self.inner.size(), worker % self.inner.size());
-            columns[inside][group * own.len()..][..own.len()].to_vec()
+    fn all_gather_f64(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError> {
+        let column = self.across_groups(|outer| outer.all_gather_f64(own))?.concat();
+        let columns = self.within_group(|inner| inner.all_gather_f64(&column))?;
+        let of = |rank: usize| {
+            let (group, inner_rank) = (rank / self.inner.size(), rank % self.inner.size());
+            columns[inner_rank][group * own.len()..][..own.len()].to_vec()
         };
         Ok((0..self.size()).map(of).collect())
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
-        self.inside(|inner| inner.barrier())?;
-        self.outside(|outer| outer.barrier())?;
-        self.inside(|inner| inner.barrier())
+        self.within_group(|inner| inner.barrier())?;
+        self.across_groups(|outer| outer.barrier())?;
+        self.within_group(|inner| inner.barrier())
     }
 
     fn set_busy(&self, busy: bool) {
@@ -166,21 +176,21 @@ impl Collective for Nested {
         self.outer.set_busy(busy);
     }
 
-    fn idle(&self) {
-        self.inner.idle();
+    fn heartbeat(&self) {
+        self.inner.heartbeat();
     }
 
-    fn fail(&self, message: &str) {
-        self.inner.fail(message);
-        self.outer.fail(message);
+    fn abort(&self, message: &str) {
+        self.inner.abort(message);
+        self.outer.abort(message);
     }
 
-    fn fail_inside(&self, message: &str) {
-        self.inner.fail_inside(message);
+    fn abort_local(&self, message: &str) {
+        self.inner.abort_local(message);
     }
 
-    /// Within the group and between groups.
-    fn traffic(&self) -> Traffic {
-        self.inner.traffic() + self.outer.traffic()
+    /// The sum of what was sent within the group and between groups.
+    fn bytes_sent(&self) -> BytesSent {
+        self.inner.bytes_sent() + self.outer.bytes_sent()
     }
 }

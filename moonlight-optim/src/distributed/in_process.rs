@@ -1,4 +1,4 @@
-//! Workers that are threads of one process.
+//! Ranks that are threads of one process.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use burn::tensor::Bytes;
 
 use super::transport::{Payload, Transport};
-use super::{ByHost, Collective, CollectiveError, Operation};
+use super::{Collective, CollectiveError, CollectiveOp, HostCollective};
 
-/// A thread's end of a group of threads. Messages are moved; only what several workers get is copied.
+/// The transport between threads of one process, as one rank sees it. Payloads are moved, not copied, unless several ranks
+/// get the same one.
 ///
-/// A worker that panics ends the group: the others get [`CollectiveError::Failed`] instead of waiting.
+/// A rank whose thread panics ends the group: the others get [`CollectiveError::RankFailed`] instead of waiting for the
+/// timeout.
 #[derive(Debug)]
 pub struct InProcess {
     rank: usize,
@@ -28,35 +30,37 @@ struct Group {
 
 #[derive(Debug)]
 struct State {
-    /// Messages not yet received: by operation and receiver, of each sender.
-    waiting: HashMap<(u64, usize), Vec<Option<Payload>>>,
-    /// How many operations each worker has entered.
-    operations: Vec<u64>,
-    /// Nesting of each worker's `set_busy`.
+    /// Payloads not yet received, by collective and receiver, one for each sender. Keyed by collective, since a fast rank may
+    /// send for the next one before a slow rank has received this one.
+    mailboxes: HashMap<(u64, usize), Vec<Option<Payload>>>,
+    /// How many collectives each rank has entered.
+    entered: Vec<u64>,
+    /// How often each rank has called `set_busy(true)` without `set_busy(false)`.
     busy: Vec<usize>,
-    /// When each worker was last active.
-    seen: Vec<Instant>,
+    /// When each rank last entered a collective or changed its busy state.
+    last_active: Vec<Instant>,
+    /// The first rank that failed, and its message.
     failure: Option<(usize, String)>,
 }
 
 impl InProcess {
-    /// The members of a group of `size` workers, each for its own thread. An operation fails if a worker that is not busy
-    /// does not enter it within `timeout`.
+    /// The ranks of a group of `size`, in rank order, each to be moved to a thread of its own. A collective fails if a rank
+    /// that is not busy does not enter it within `timeout`.
     pub fn group(size: usize, timeout: Duration) -> Vec<Self> {
         let state = State {
-            waiting: HashMap::new(),
-            operations: vec![0; size],
+            mailboxes: HashMap::new(),
+            entered: vec![0; size],
             busy: vec![0; size],
-            seen: vec![Instant::now(); size],
+            last_active: vec![Instant::now(); size],
             failure: None,
         };
         let group = Arc::new(Group { size, timeout, state: Mutex::new(state), changed: Condvar::new() });
         (0..size).map(|rank| Self { rank, group: group.clone() }).collect()
     }
 
-    /// [`InProcess::group`] as collectives through host memory.
+    /// [`InProcess::group`] as collectives, ready for [`Communicator::new`](super::Communicator::new).
     pub fn collectives(size: usize, timeout: Duration) -> Vec<Arc<dyn Collective>> {
-        let member = |member| Arc::new(ByHost::new(member)) as Arc<dyn Collective>;
+        let member = |member| Arc::new(HostCollective::new(member)) as Arc<dyn Collective>;
         Self::group(size, timeout).into_iter().map(member).collect()
     }
 
@@ -76,66 +80,68 @@ impl Transport for InProcess {
 
     fn exchange(
         &self,
-        operation: Operation,
+        operation: CollectiveOp,
         outgoing: Vec<Payload>,
         _incoming: &[usize],
     ) -> Result<Vec<Payload>, CollectiveError> {
         let Group { size, timeout, changed, .. } = &*self.group;
         let mut state = self.state();
-        let number = state.operations[self.rank];
-        state.operations[self.rank] += 1;
-        state.seen[self.rank] = Instant::now();
-        for (worker, payload) in outgoing.into_iter().enumerate() {
-            state.waiting.entry((number, worker)).or_insert_with(|| vec![None; *size])[self.rank] = Some(payload);
+        let number = state.entered[self.rank];
+        state.entered[self.rank] += 1;
+        state.last_active[self.rank] = Instant::now();
+        for (receiver, payload) in outgoing.into_iter().enumerate() {
+            state.mailboxes.entry((number, receiver)).or_insert_with(|| vec![None; *size])[self.rank] = Some(payload);
         }
         changed.notify_all();
-        let came = Instant::now();
+        let entered_at = Instant::now();
         loop {
             if let Some((rank, message)) = &state.failure {
-                return Err(CollectiveError::Failed { rank: *rank, message: message.clone() });
+                return Err(CollectiveError::RankFailed { rank: *rank, message: message.clone() });
             }
-            if state.operations.iter().all(|&operations| operations > number) {
-                let received = state.waiting.remove(&(number, self.rank)).unwrap_or_default();
-                let nothing = || Arc::new(Bytes::from_bytes_vec(Vec::new()));
-                return Ok(received.into_iter().map(|payload| payload.unwrap_or_else(nothing)).collect());
+            if state.entered.iter().all(|&entered| entered > number) {
+                let received = state.mailboxes.remove(&(number, self.rank)).unwrap_or_default();
+                let empty = || Arc::new(Bytes::from_bytes_vec(Vec::new()));
+                return Ok(received.into_iter().map(|payload| payload.unwrap_or_else(empty)).collect());
             }
-            // The timeout counts from when this worker entered, or the other was last active, whichever is later.
-            let late = |&worker: &usize| {
-                state.operations[worker] <= number
-                    && state.busy[worker] == 0
-                    && state.seen[worker].max(came).elapsed() >= *timeout
+            // The timeout counts from when this rank entered, or the other was last active, whichever is later: a rank that
+            // has just ended a long save gets the full timeout.
+            let late = |&peer: &usize| {
+                state.entered[peer] <= number
+                    && state.busy[peer] == 0
+                    && state.last_active[peer].max(entered_at).elapsed() >= *timeout
             };
             let missing: Vec<usize> = (0..*size).filter(late).collect();
             if !missing.is_empty() {
                 let (rank, seconds) = (self.rank, timeout.as_secs());
-                return Err(CollectiveError::Silent { rank, missing, operation: operation.name(), seconds });
+                return Err(CollectiveError::Timeout { rank, missing, operation: operation.name(), seconds });
             }
-            let patience = (*timeout / 10).clamp(Duration::from_millis(5), Duration::from_millis(500));
-            state = changed.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
+            // The condition variable wakes this thread when another rank enters; the pause bounds how late a timeout is seen.
+            let pause = (*timeout / 10).clamp(Duration::from_millis(5), Duration::from_millis(500));
+            state = changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     fn set_busy(&self, busy: bool) {
         let mut state = self.state();
-        let times = &mut state.busy[self.rank];
-        *times = if busy { *times + 1 } else { times.saturating_sub(1) };
-        state.seen[self.rank] = Instant::now();
+        let depth = &mut state.busy[self.rank];
+        *depth = if busy { *depth + 1 } else { depth.saturating_sub(1) };
+        state.last_active[self.rank] = Instant::now();
     }
 
-    fn fail(&self, message: &str) {
+    fn abort(&self, message: &str) {
         self.state().failure.get_or_insert_with(|| (self.rank, message.to_string()));
         self.group.changed.notify_all();
     }
 
-    fn fail_inside(&self, message: &str) {
-        self.fail(message);
+    fn abort_local(&self, message: &str) {
+        self.abort(message);
     }
 }
 
 impl Drop for InProcess {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.fail("it panicked");
+            self.abort("its thread panicked");
         }
     }
 }
@@ -145,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_worker_that_does_not_come_is_named() {
+    fn a_rank_that_does_not_enter_is_named() {
         let mut members = InProcess::collectives(3, Duration::from_millis(50));
         let absent = members.remove(1);
         let results: Vec<_> = std::thread::scope(|scope| {
@@ -154,13 +160,13 @@ mod tests {
         });
         for result in results {
             let error = result.unwrap_err();
-            assert!(matches!(&error, CollectiveError::Silent { missing, .. } if missing == &[1]), "{error}");
+            assert!(matches!(&error, CollectiveError::Timeout { missing, .. } if missing == &[1]), "{error}");
         }
         drop(absent);
     }
 
     #[test]
-    fn a_busy_worker_is_waited_for() {
+    fn a_busy_rank_is_waited_for() {
         let members = InProcess::collectives(2, Duration::from_millis(40));
         std::thread::scope(|scope| {
             members[1].set_busy(true);
@@ -173,20 +179,20 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_fails_or_panics_ends_the_others() {
+    fn a_rank_that_fails_or_panics_ends_the_others() {
         let members = InProcess::collectives(2, Duration::from_secs(60));
-        members[1].fail("no space left");
+        members[1].abort("no space left");
         let error = members[0].barrier().unwrap_err();
-        assert_eq!(error, CollectiveError::Failed { rank: 1, message: "no space left".into() });
+        assert_eq!(error, CollectiveError::RankFailed { rank: 1, message: "no space left".into() });
 
         let mut members = InProcess::collectives(2, Duration::from_secs(60));
         let other = members.pop().unwrap();
         let panicked = std::thread::spawn(move || {
             let _held = other;
-            std::panic::resume_unwind(Box::new("broken"));
+            std::panic::resume_unwind(Box::new("a test panic"));
         });
         assert!(panicked.join().is_err());
         let error = members[0].barrier().unwrap_err();
-        assert_eq!(error, CollectiveError::Failed { rank: 1, message: "it panicked".into() });
+        assert_eq!(error, CollectiveError::RankFailed { rank: 1, message: "its thread panicked".into() });
     }
 }

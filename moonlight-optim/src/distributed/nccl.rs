@@ -1,49 +1,51 @@
-//! Devices of one process that reduce among themselves, by Burn's `distributed::all_reduce`: NCCL, on CUDA.
+//! Collectives between the CUDA devices of one process, by NCCL through Burn's `distributed::all_reduce`.
 
 use std::sync::Arc;
 
 use burn::tensor::distributed::{ReduceOperation, all_reduce};
 use burn::tensor::{DType, Device, Tensor};
 
-use super::collective::{split, stretch};
-use super::comm_stats::Counter;
-use super::{Collective, CollectiveError, Operation, Traffic};
+use super::bytes_sent::SentCounter;
+use super::collective::{slice, split};
+use super::{BytesSent, Collective, CollectiveError, CollectiveOp};
 
-/// Whether devices of this kind can reduce tensors among themselves.
+/// Whether devices of this kind can reduce tensors among themselves, by NCCL.
 ///
-/// In Burn 0.22.1 that is CUDA's with NCCL. Every other backend answers `all_reduce` by a panic or an error of its server
-/// (`no_device_transport`), so it cannot be probed.
-pub fn devices_reduce(device: &Device) -> bool {
-    // Without the backend's own types, its name is the only way to tell.
+/// In Burn 0.22.1 only CUDA devices can. Every other backend panics in `all_reduce` or returns an error of its server
+/// (`no_device_transport`), so a probe is not possible.
+pub fn supports_nccl(device: &Device) -> bool {
+    // This crate does not depend on the CUDA backend, so its device type cannot be named here: the text has to do.
     format!("{device:?}").contains("Cuda")
 }
 
-/// A device's end of a group of devices in a process. Burn offers an all-reduce only: a reduce-scatter is the own part of
-/// the sum, and an all-gather is the sum of tensors that are zero where others have their parts. `host` does the rest, and
-/// a barrier before each operation, since a device that waits in NCCL cannot be interrupted.
+/// Collectives between the devices of one process, by NCCL. Never run on a physical GPU.
+///
+/// Burn offers an all-reduce only. A reduce-scatter takes this rank's part of the sum; an all-gather is the sum of tensors
+/// that are zero where other ranks have their parts. `host` does the other collectives, and a barrier before each of NCCL's:
+/// a device that waits in NCCL cannot be interrupted, so a missing rank must be noticed before.
 #[derive(Debug)]
-pub struct OnDevices {
+pub struct NcclCollective {
     host: Arc<dyn Collective>,
     devices: Vec<Device>,
-    sent: Counter,
+    sent: SentCounter,
 }
 
-impl OnDevices {
-    /// Joins the devices of all workers of `host`, in the order of the ranks.
+impl NcclCollective {
+    /// A rank of a group whose ranks are connected by `host`. `devices` are those of all ranks, in rank order.
     pub fn new(host: Arc<dyn Collective>, devices: Vec<Device>) -> Self {
-        Self { host, devices, sent: Counter::default() }
+        Self { host, devices, sent: SentCounter::default() }
     }
 
-    fn sum(&self, operation: Operation, tensor: Tensor<1>) -> Result<Tensor<1>, CollectiveError> {
+    fn sum(&self, operation: CollectiveOp, tensor: Tensor<1>) -> Result<Tensor<1>, CollectiveError> {
         self.host.barrier()?;
-        // A ring all-reduce sends twice (N - 1) / N of the tensor.
+        // A ring all-reduce sends 2 (N - 1) / N of the tensor.
         let bytes = tensor.dims()[0] * tensor.dtype().size();
         self.sent.add(operation, 2 * bytes * (self.size() - 1) / self.size());
         Ok(all_reduce(tensor, ReduceOperation::Sum, self.devices.clone()).resolve())
     }
 }
 
-impl Collective for OnDevices {
+impl Collective for NcclCollective {
     fn rank(&self) -> usize {
         self.host.rank()
     }
@@ -57,20 +59,20 @@ impl Collective for OnDevices {
     }
 
     fn reduce_scatter(&self, parts: Vec<Tensor<1>>) -> Result<Tensor<1>, CollectiveError> {
-        let before: usize = parts[..self.rank()].iter().map(|part| part.dims()[0]).sum();
+        let start: usize = parts[..self.rank()].iter().map(|part| part.dims()[0]).sum();
         let [length] = parts[self.rank()].dims();
         let whole = Tensor::cat(parts, 0).cast(DType::F32);
-        Ok(stretch(&self.sum(Operation::ReduceScatter, whole)?, before, length))
+        Ok(slice(&self.sum(CollectiveOp::ReduceScatter, whole)?, start, length))
     }
 
     fn all_gather(&self, part: Tensor<1>, lengths: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError> {
         let (device, dtype) = (part.device(), part.dtype());
         let mut part = Some(part);
-        let places = lengths.iter().enumerate().map(|(worker, &length)| {
-            let own = part.take_if(|_| worker == self.rank());
+        let parts = lengths.iter().enumerate().map(|(peer, &length)| {
+            let own = part.take_if(|_| peer == self.rank());
             own.unwrap_or_else(|| Tensor::zeros([length], (&device, dtype)))
         });
-        let whole = self.sum(Operation::AllGather, Tensor::cat(places.collect(), 0))?;
+        let whole = self.sum(CollectiveOp::AllGather, Tensor::cat(parts.collect(), 0))?;
         let mut cuts = vec![0];
         cuts.extend(lengths.iter().scan(0, |end, length| {
             *end += length;
@@ -81,15 +83,15 @@ impl Collective for OnDevices {
 
     fn broadcast(&self, tensor: Tensor<1>, root: usize) -> Result<Tensor<1>, CollectiveError> {
         let tensor = if self.rank() == root { tensor } else { tensor.zeros_like() };
-        self.sum(Operation::Broadcast, tensor)
+        self.sum(CollectiveOp::Broadcast, tensor)
     }
 
     fn all_reduce(&self, tensor: Tensor<1>) -> Result<Tensor<1>, CollectiveError> {
-        self.sum(Operation::ReduceScatter, tensor.cast(DType::F32))
+        self.sum(CollectiveOp::ReduceScatter, tensor.cast(DType::F32))
     }
 
-    fn numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError> {
-        self.host.numbers(own)
+    fn all_gather_f64(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError> {
+        self.host.all_gather_f64(own)
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
@@ -100,20 +102,20 @@ impl Collective for OnDevices {
         self.host.set_busy(busy);
     }
 
-    fn idle(&self) {
-        self.host.idle();
+    fn heartbeat(&self) {
+        self.host.heartbeat();
     }
 
-    fn fail(&self, message: &str) {
-        self.host.fail(message);
+    fn abort(&self, message: &str) {
+        self.host.abort(message);
     }
 
-    fn fail_inside(&self, message: &str) {
-        self.host.fail_inside(message);
+    fn abort_local(&self, message: &str) {
+        self.host.abort_local(message);
     }
 
-    fn traffic(&self) -> Traffic {
-        self.sent.read() + self.host.traffic()
+    fn bytes_sent(&self) -> BytesSent {
+        self.sent.read() + self.host.bytes_sent()
     }
 }
 
@@ -122,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cpu_goes_by_the_host() {
-        assert!(!devices_reduce(&Device::default()));
+    fn cpu_devices_have_no_nccl() {
+        assert!(!supports_nccl(&Device::default()));
     }
 }

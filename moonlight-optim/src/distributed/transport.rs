@@ -5,22 +5,22 @@ use std::sync::Arc;
 
 use burn::tensor::{Bytes, DType, Tensor, TensorData};
 
-use super::collective::stretch;
-use super::comm_stats::Counter;
-use super::{Collective, CollectiveError, Operation, Traffic};
+use super::bytes_sent::SentCounter;
+use super::collective::slice;
+use super::{BytesSent, Collective, CollectiveError, CollectiveOp};
 
-/// A message; shared if several workers of a process get the same.
+/// The bytes of a message, shared where several ranks of a process get the same one.
 pub type Payload = Arc<Bytes>;
 
-/// Carries messages between workers.
+/// Carries messages between ranks. [`HostCollective`] makes collectives of it.
 pub trait Transport: Debug + Send + Sync {
-    /// This worker's rank.
+    /// This rank, from 0.
     fn rank(&self) -> usize;
 
     /// The world size.
     fn size(&self) -> usize;
 
-    /// Sends `outgoing[w]` to worker `w`; returns what each worker sent, `incoming[w]` bytes. This worker's own entry is
+    /// Sends `outgoing[r]` to rank `r`. Returns what each rank sent: `incoming[r]` bytes from rank `r`. A rank's own entry is
     /// empty in both.
     ///
     /// # Errors
@@ -28,7 +28,7 @@ pub trait Transport: Debug + Send + Sync {
     /// [`CollectiveError`].
     fn exchange(
         &self,
-        operation: Operation,
+        operation: CollectiveOp,
         outgoing: Vec<Payload>,
         incoming: &[usize],
     ) -> Result<Vec<Payload>, CollectiveError>;
@@ -36,38 +36,38 @@ pub trait Transport: Debug + Send + Sync {
     /// See [`Collective::set_busy`].
     fn set_busy(&self, busy: bool);
 
-    /// See [`Collective::idle`].
-    fn idle(&self) {}
+    /// See [`Collective::heartbeat`].
+    fn heartbeat(&self) {}
 
-    /// See [`Collective::fail`].
-    fn fail(&self, message: &str);
+    /// See [`Collective::abort`].
+    fn abort(&self, message: &str);
 
-    /// See [`Collective::fail_inside`].
-    fn fail_inside(&self, message: &str) {
+    /// See [`Collective::abort_local`].
+    fn abort_local(&self, message: &str) {
         let _ = message;
     }
 }
 
-/// Collectives over a [`Transport`].
+/// Collectives through host memory, over any [`Transport`]: tensors are copied off their device and sent as bytes.
 ///
-/// In a reduce-scatter each worker receives the others' parts and sums them: as many bytes as a ring sends,
-/// `(N - 1) / N` of the tensor, and the sum is in the order of the ranks.
+/// In a reduce-scatter each of `N` ranks receives its part from every other rank and sums the parts itself. A rank sends
+/// `(N - 1) / N` of the tensor, as in a ring, but the sum is taken in rank order, which a ring cannot do.
 #[derive(Debug)]
-pub struct ByHost<T> {
+pub struct HostCollective<T> {
     transport: T,
-    sent: Counter,
+    sent: SentCounter,
 }
 
-impl<T: Transport> ByHost<T> {
-    /// Collectives over this transport.
+impl<T: Transport> HostCollective<T> {
+    /// The collectives of the rank at this end of the transport.
     pub fn new(transport: T) -> Self {
-        Self { transport, sent: Counter::default() }
+        Self { transport, sent: SentCounter::default() }
     }
 
-    /// Every worker's own entry is empty: nothing is sent to oneself.
+    /// Counts the bytes and sends them; `outgoing[rank]` is empty.
     fn exchange(
         &self,
-        operation: Operation,
+        operation: CollectiveOp,
         outgoing: Vec<Payload>,
         incoming: &[usize],
     ) -> Result<Vec<Payload>, CollectiveError> {
@@ -75,45 +75,46 @@ impl<T: Transport> ByHost<T> {
         self.transport.exchange(operation, outgoing, incoming)
     }
 
-    /// Sends `outgoing` (nothing to itself) and returns the tensors received, with `own` as this worker's entry.
-    fn tensors(
+    /// Sends `outgoing`, whose own entry is empty, and returns the tensors received, with `own` as this rank's entry.
+    fn exchange_tensors(
         &self,
-        operation: Operation,
+        operation: CollectiveOp,
         outgoing: Vec<Payload>,
         lengths: &[usize],
         own: Tensor<1>,
     ) -> Result<Vec<Tensor<1>>, CollectiveError> {
         let (device, dtype) = (own.device(), own.dtype());
         let rank = self.rank();
-        let bytes = |(worker, length): (usize, &usize)| if worker == rank { 0 } else { length * dtype.size() };
+        let bytes = |(peer, length): (usize, &usize)| if peer == rank { 0 } else { length * dtype.size() };
         let incoming: Vec<usize> = lengths.iter().enumerate().map(bytes).collect();
         let received = self.exchange(operation, outgoing, &incoming)?;
         let mut own = Some(own);
-        let tensors = received.into_iter().enumerate().map(|(worker, payload)| {
-            own.take_if(|_| worker == rank).unwrap_or_else(|| {
+        let tensors = received.into_iter().enumerate().map(|(peer, payload)| {
+            own.take_if(|_| peer == rank).unwrap_or_else(|| {
+                // A tensor owns its bytes: those of a payload that other ranks of this process hold too must be copied.
                 let bytes = Arc::try_unwrap(payload).unwrap_or_else(|shared| Bytes::clone(&shared));
-                Tensor::from_data(TensorData::from_bytes(bytes, [lengths[worker]], dtype), (&device, dtype))
+                Tensor::from_data(TensorData::from_bytes(bytes, [lengths[peer]], dtype), (&device, dtype))
             })
         });
         Ok(tensors.collect())
     }
 
-    /// A message to each other worker, and none to itself.
+    /// The same payload for every other rank.
     fn to_others(&self, payload: &Payload) -> Vec<Payload> {
-        let to = |worker: usize| if worker == self.rank() { nothing() } else { payload.clone() };
+        let to = |peer: usize| if peer == self.rank() { empty_payload() } else { payload.clone() };
         (0..self.size()).map(to).collect()
     }
 }
 
-fn nothing() -> Payload {
+fn empty_payload() -> Payload {
     Arc::new(Bytes::from_bytes_vec(Vec::new()))
 }
 
-fn bytes_of(tensor: Tensor<1>) -> Bytes {
+fn to_bytes(tensor: Tensor<1>) -> Bytes {
     tensor.into_data().into_parts().0
 }
 
-impl<T: Transport> Collective for ByHost<T> {
+impl<T: Transport> Collective for HostCollective<T> {
     fn rank(&self) -> usize {
         self.transport.rank()
     }
@@ -124,26 +125,27 @@ impl<T: Transport> Collective for ByHost<T> {
 
     fn all_to_all(&self, mut outgoing: Vec<Tensor<1>>, incoming: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError> {
         let rank = self.rank();
-        let empty = stretch(&outgoing[rank], 0, 0);
+        let empty = slice(&outgoing[rank], 0, 0);
         let own = std::mem::replace(&mut outgoing[rank], empty);
-        let outgoing = outgoing.into_iter().map(|tensor| Arc::new(bytes_of(tensor))).collect();
-        self.tensors(Operation::AllToAll, outgoing, incoming, own)
+        let outgoing = outgoing.into_iter().map(|tensor| Arc::new(to_bytes(tensor))).collect();
+        self.exchange_tensors(CollectiveOp::AllToAll, outgoing, incoming, own)
     }
 
     fn reduce_scatter(&self, mut parts: Vec<Tensor<1>>) -> Result<Tensor<1>, CollectiveError> {
         let rank = self.rank();
         let [length] = parts[rank].dims();
-        let empty = stretch(&parts[rank], 0, 0);
+        let empty = slice(&parts[rank], 0, 0);
         let own = std::mem::replace(&mut parts[rank], empty);
-        let outgoing = parts.into_iter().map(|tensor| Arc::new(bytes_of(tensor))).collect();
-        let parts = self.tensors(Operation::ReduceScatter, outgoing, &vec![length; self.size()], own)?;
+        let outgoing = parts.into_iter().map(|tensor| Arc::new(to_bytes(tensor))).collect();
+        let parts = self.exchange_tensors(CollectiveOp::ReduceScatter, outgoing, &vec![length; self.size()], own)?;
+        // Widened before they are added, and in rank order: what one rank gets that accumulates the same micro-batches.
         let sum = parts.into_iter().map(|part| part.cast(DType::F32)).reduce(|sum, part| sum.add(part));
-        Ok(sum.expect("a group has a worker"))
+        Ok(sum.expect("a group has at least one rank"))
     }
 
     fn all_gather(&self, part: Tensor<1>, lengths: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError> {
-        let outgoing = self.to_others(&Arc::new(bytes_of(part.clone())));
-        self.tensors(Operation::AllGather, outgoing, lengths, part)
+        let outgoing = self.to_others(&Arc::new(to_bytes(part.clone())));
+        self.exchange_tensors(CollectiveOp::AllGather, outgoing, lengths, part)
     }
 
     fn broadcast(&self, tensor: Tensor<1>, root: usize) -> Result<Tensor<1>, CollectiveError> {
@@ -151,21 +153,21 @@ impl<T: Transport> Collective for ByHost<T> {
         let mut lengths = vec![0; self.size()];
         lengths[root] = tensor.dims()[0];
         let outgoing = match rank == root {
-            true => self.to_others(&Arc::new(bytes_of(tensor.clone()))),
-            false => self.to_others(&nothing()),
+            true => self.to_others(&Arc::new(to_bytes(tensor.clone()))),
+            false => self.to_others(&empty_payload()),
         };
-        let mut tensors = self.tensors(Operation::Broadcast, outgoing, &lengths, tensor)?;
+        let mut tensors = self.exchange_tensors(CollectiveOp::Broadcast, outgoing, &lengths, tensor)?;
         Ok(tensors.swap_remove(root))
     }
 
-    fn numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError> {
+    fn all_gather_f64(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError> {
         let rank = self.rank();
-        let payload = own.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
+        let payload = own.iter().flat_map(|scalar| scalar.to_le_bytes()).collect::<Vec<u8>>();
         let outgoing = self.to_others(&Arc::new(Bytes::from_bytes_vec(payload)));
-        let bytes = |worker: usize| if worker == rank { 0 } else { 8 * own.len() };
+        let bytes = |peer: usize| if peer == rank { 0 } else { 8 * own.len() };
         let incoming: Vec<usize> = (0..self.size()).map(bytes).collect();
-        let received = self.exchange(Operation::Numbers, outgoing, &incoming)?;
-        let read = |(worker, payload): (usize, Payload)| match worker == rank {
+        let received = self.exchange(CollectiveOp::AllGatherF64, outgoing, &incoming)?;
+        let read = |(peer, payload): (usize, Payload)| match peer == rank {
             true => own.to_vec(),
             false => payload.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect(),
         };
@@ -173,27 +175,27 @@ impl<T: Transport> Collective for ByHost<T> {
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
-        let outgoing = self.to_others(&nothing());
-        self.exchange(Operation::Barrier, outgoing, &vec![0; self.size()]).map(|_| ())
+        let outgoing = self.to_others(&empty_payload());
+        self.exchange(CollectiveOp::Barrier, outgoing, &vec![0; self.size()]).map(|_| ())
     }
 
     fn set_busy(&self, busy: bool) {
         self.transport.set_busy(busy);
     }
 
-    fn idle(&self) {
-        self.transport.idle();
+    fn heartbeat(&self) {
+        self.transport.heartbeat();
     }
 
-    fn fail(&self, message: &str) {
-        self.transport.fail(message);
+    fn abort(&self, message: &str) {
+        self.transport.abort(message);
     }
 
-    fn fail_inside(&self, message: &str) {
-        self.transport.fail_inside(message);
+    fn abort_local(&self, message: &str) {
+        self.transport.abort_local(message);
     }
 
-    fn traffic(&self) -> Traffic {
+    fn bytes_sent(&self) -> BytesSent {
         self.sent.read()
     }
 }

@@ -1,8 +1,8 @@
-//! Products of bf16 operands on processors that have dot-product units for them (AVX512-BF16).
+//! Matrix products of bf16 operands, on processors with AVX512-BF16.
 //!
-//! Matrices are kept in f32. Operands are rounded to bf16 where they are packed, sums are carried in f32, and what is added
-//! to a product (`a X`, `b R`) is added in f32: more exact than an iteration whose matrices are bf16 throughout, at the same
-//! speed. AMX has no stable intrinsics in Rust, and is not used.
+//! Matrices are kept in f32. Operands are rounded to bf16 when they are packed; sums are in f32, and so is what is added to a
+//! product (`a X`, `b R`). That is more exact than an iteration whose matrices are bf16 throughout, at the same speed. AMX is
+//! not used: Rust has no stable intrinsics for it.
 
 use std::arch::x86_64::{
     __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
@@ -11,35 +11,35 @@ use std::arch::x86_64::{
 use moonlight_simd::Level;
 use rayon::prelude::*;
 
-/// Rows and columns of a tile of the result: 8 by 3 registers of sums, which with the operands are 28 of the 32 that there
-/// are.
+/// Rows and columns of a tile of the result: 8 by 3 registers of 16 sums. With the operands, 28 of 32 registers are in use.
 const ROWS: usize = 8;
 const COLUMNS: usize = 48;
-/// Pairs of inner indices that are packed at a time.
+/// Pairs of inner indices that are packed at a time: few enough that the lines written stay in cache.
 const PAIRS: usize = 32;
-/// Rows that a thread takes at a time.
-const BLOCK: usize = 12 * ROWS;
+/// Rows of the result that a thread takes at a time.
+const BLOCK_ROWS: usize = 12 * ROWS;
 
-/// Whether this processor has what the products need, and is to use it.
+/// Whether this processor has AVX512-BF16, and `MOONLIGHT_SIMD` allows AVX512.
 pub(super) fn is_available() -> bool {
     moonlight_simd::level() >= Level::Avx512F
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512bf16")
 }
 
-/// An operand, rounded and laid out in panels of `width` rows (of the left operand) or columns (of the right one): for each
-/// pair of inner indices the pairs of all rows of the panel, the last panel filled up with zeros.
+/// An operand rounded to bf16, in panels of `width` rows (left operand) or columns (right operand). A panel has, for each pair
+/// of inner indices, that pair of every row or column: `[pairs, width]` values of two bf16 each, as the instruction reads
+/// them. The last panel is filled up with zeros.
 #[derive(Default)]
-pub(super) struct Packed {
+pub(super) struct PackedOperand {
     width: usize,
-    /// How many rows or columns there are.
+    /// The number of rows (left) or columns (right).
     outer: usize,
-    /// Pairs of inner indices.
+    /// The number of pairs of inner indices, rounded up.
     pairs: usize,
     values: Vec<u32>,
 }
 
-/// Where an operand's inner index, which is summed over, runs in its matrix.
+/// The direction of an operand's inner index, which is summed over, in its row-major matrix.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Inner {
     /// Along a row.
@@ -48,7 +48,7 @@ pub(super) enum Inner {
     Rows,
 }
 
-/// The upper half of an f32 that is rounded to nearest even. A NaN stays one.
+/// The bf16 of an f32, rounded to nearest even. NaN stays NaN; rounding its bits could give infinity.
 #[inline(always)]
 fn round(value: f32) -> u32 {
     let bits = value.to_bits();
@@ -61,7 +61,7 @@ fn pair(first: f32, second: f32) -> u32 {
     round(first) | round(second) << 16
 }
 
-impl Packed {
+impl PackedOperand {
     /// Packs a row-major `[rows, columns]` matrix as the left operand.
     pub(super) fn set_left(&mut self, matrix: &[f32], rows: usize, columns: usize, inner: Inner, parallel: bool) {
         self.set(matrix, rows, columns, inner, ROWS, parallel);
@@ -74,7 +74,7 @@ impl Packed {
 
     fn set(&mut self, matrix: &[f32], rows: usize, columns: usize, inner: Inner, width: usize, parallel: bool) {
         assert!(is_available(), "this processor has no bf16 products");
-        assert_eq!(matrix.len(), rows * columns, "a matrix has its elements");
+        assert_eq!(matrix.len(), rows * columns, "a matrix has rows * columns elements");
         let (outer, depth) = if inner == Inner::Columns { (rows, columns) } else { (columns, rows) };
         let pairs = depth.div_ceil(2);
         (self.width, self.outer, self.pairs) = (width, outer, pairs);
@@ -83,7 +83,7 @@ impl Packed {
         let task = |(index, panel): (usize, &mut [u32])| {
             let first = index * width;
             let count = width.min(outer - first);
-            // SAFETY: the processor has AVX512, as the first assertion found; slices are checked where they are read.
+            // SAFETY: the processor has AVX512 by the first assertion. Slices are indexed with bounds checks.
             unsafe {
                 match inner {
                     Inner::Columns => pack_rows(panel, width, &matrix[first * columns..][..count * columns], columns),
@@ -104,15 +104,15 @@ impl Packed {
     }
 }
 
-/// A panel of whole rows of `columns` elements, which run along the inner index.
+/// Packs rows of `columns` elements, whose inner index runs along the row.
 ///
 /// # Safety
 ///
-/// The processor must have AVX512, without which the rounding would not be vectorised well.
+/// The processor must have AVX512. The code has no intrinsics: the compiler vectorizes the rounding for it.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn pack_rows(panel: &mut [u32], width: usize, rows: &[f32], columns: usize) {
     let mut values = [0; PAIRS];
-    // A few pairs of each row at a time, so that the strided side stays in cache.
+    // A few pairs of each row at a time, so that the lines of the strided side stay in cache.
     for (block, places) in panel.chunks_mut(PAIRS * width).enumerate() {
         let first = block * 2 * PAIRS;
         for (index, row) in rows.chunks(columns).enumerate() {
@@ -130,7 +130,7 @@ unsafe fn pack_rows(panel: &mut [u32], width: usize, rows: &[f32], columns: usiz
     }
 }
 
-/// A panel of the first `count` columns of rows of `columns` elements; the inner index runs down the columns.
+/// Packs the first `count` columns of rows of `columns` elements, whose inner index runs down the column.
 ///
 /// # Safety
 ///
@@ -148,18 +148,18 @@ unsafe fn pack_columns(panel: &mut [u32], width: usize, matrix: &[f32], columns:
     }
 }
 
-/// `out = keep * out + factor * left * right`, in f32, `out` with as many columns as `right`. With `lower` only the lower
-/// half of a square result is sure to be computed. What stood in `out` is not read where `keep` is 0.
+/// `out = keep * out + factor * left * right`, in f32, `out` with as many columns as `right`. With `lower`, only the lower half
+/// of a square result is computed, and some tiles above it. With a `keep` of 0, `out` is not read.
 ///
-/// The same input gives the same bits whatever the number of threads.
+/// The same input gives the same bits for any number of threads.
 ///
 /// # Panics
 ///
 /// If the operands do not fit, or [`is_available`] is false.
 pub(super) fn multiply(
     out: &mut [f32],
-    left: &Packed,
-    right: &Packed,
+    left: &PackedOperand,
+    right: &PackedOperand,
     keep: f32,
     factor: f32,
     lower: bool,
@@ -168,10 +168,14 @@ pub(super) fn multiply(
     assert!(is_available(), "this processor has no bf16 products");
     assert!(left.pairs == right.pairs, "inner dimensions agree");
     assert!(left.width == ROWS && right.width == COLUMNS, "operands are packed for their side");
-    assert_eq!(out.len(), left.outer * right.outer, "the result has the rows of one and the columns of the other");
+    assert_eq!(
+        out.len(),
+        left.outer * right.outer,
+        "the result has the rows of the left and the columns of the right operand"
+    );
     let columns = right.outer;
     let task = |(block, out): (usize, &mut [f32])| {
-        let first_row = block * BLOCK;
+        let first_row = block * BLOCK_ROWS;
         let last_row = first_row + out.len() / columns - 1;
         for panel in 0..columns.div_ceil(COLUMNS) {
             let column = panel * COLUMNS;
@@ -184,7 +188,7 @@ pub(super) fn multiply(
                     continue;
                 }
                 let mut sums = [0.0; ROWS * COLUMNS];
-                // SAFETY: the processor has the instructions, as the first assertion found.
+                // SAFETY: the processor has AVX512-BF16 by the first assertion.
                 unsafe { tile(&mut sums, left.panel(row / ROWS), right.panel(panel)) };
                 let width = COLUMNS.min(columns - column);
                 for (out, sums) in out.chunks_mut(columns).zip(sums.chunks(COLUMNS)) {
@@ -196,9 +200,9 @@ pub(super) fn multiply(
         }
     };
     if parallel {
-        out.par_chunks_mut(BLOCK * columns).enumerate().for_each(task);
+        out.par_chunks_mut(BLOCK_ROWS * columns).enumerate().for_each(task);
     } else {
-        out.chunks_mut(BLOCK * columns).enumerate().for_each(task);
+        out.chunks_mut(BLOCK_ROWS * columns).enumerate().for_each(task);
     }
 }
 
@@ -212,13 +216,14 @@ unsafe fn tile(sums: &mut [f32; ROWS * COLUMNS], left: &[u32], right: &[u32]) {
     assert_eq!(left.len() / ROWS, right.len() / COLUMNS);
     let mut registers = [[_mm512_setzero_ps(); 3]; ROWS];
     for (left, right) in left.chunks_exact(ROWS).zip(right.chunks_exact(COLUMNS)) {
-        // SAFETY: `chunks_exact` gives `COLUMNS` values, three registers; both types are 512 bits of any pattern.
+        // SAFETY: `chunks_exact` gives `COLUMNS` values, which are three registers. Both types are 512 bits, valid in any
+        // pattern.
         let columns: [__m512bh; 3] = unsafe {
             let base = right.as_ptr();
             [0, 16, 32].map(|start| std::mem::transmute(_mm512_loadu_si512(base.add(start).cast())))
         };
         for row in 0..ROWS {
-            // SAFETY: both types are 512 bits of any pattern.
+            // SAFETY: both types are 512 bits, valid in any pattern.
             let value: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(left[row].cast_signed())) };
             for (sum, column) in registers[row].iter_mut().zip(columns) {
                 *sum = _mm512_dpbf16_ps(*sum, value, column);
@@ -228,7 +233,7 @@ unsafe fn tile(sums: &mut [f32; ROWS * COLUMNS], left: &[u32], right: &[u32]) {
     for (sums, registers) in sums.chunks_exact_mut(COLUMNS).zip(&registers) {
         for (sums, register) in sums.chunks_exact_mut(16).zip(registers) {
             let register: __m512 = *register;
-            // SAFETY: `chunks_exact` gives 16 values, one register.
+            // SAFETY: `chunks_exact_mut` gives 16 values, which are one register.
             unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), register) };
         }
     }
@@ -240,7 +245,7 @@ mod tests {
 
     use super::*;
 
-    /// What an f32 is in bf16.
+    /// An f32 rounded to bf16.
     fn rounded(value: f32) -> f64 {
         f64::from(f32::from_bits(round(value) << 16))
     }
@@ -250,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_rounded_to_the_nearest_even() {
+    fn values_are_rounded_to_nearest_even() {
         for (value, expected) in [
             (1.0, 1.0),
             (-2.5, -2.5),
@@ -267,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn products_of_any_shape_and_layout_are_those_of_the_rounded_operands() {
+    fn products_of_any_shape_and_layout_equal_those_of_the_rounded_operands() {
         if !is_available() {
             return skipped("the products in bf16", "this processor has no AVX512-BF16");
         }
@@ -277,7 +282,7 @@ mod tests {
                 (0..columns).flat_map(|column| (0..rows).map(move |row| matrix[row * columns + column])).collect()
             };
             for (turn, parallel) in [(false, false), (true, false), (false, true), (true, true)] {
-                let (mut lhs, mut rhs) = (Packed::default(), Packed::default());
+                let (mut lhs, mut rhs) = (PackedOperand::default(), PackedOperand::default());
                 if turn {
                     lhs.set_left(&turned(&left, rows, depth), depth, rows, Inner::Rows, parallel);
                     rhs.set_right(&turned(&right, depth, columns), columns, depth, Inner::Columns, parallel);
@@ -309,13 +314,13 @@ mod tests {
     }
 
     #[test]
-    fn the_lower_half_is_the_whole_ones() {
+    fn a_lower_half_equals_that_of_the_full_product() {
         if !is_available() {
             return skipped("the products in bf16", "this processor has no AVX512-BF16");
         }
         let (size, depth) = (217, 40);
         let x = noise(size * depth, 4);
-        let (mut lhs, mut rhs) = (Packed::default(), Packed::default());
+        let (mut lhs, mut rhs) = (PackedOperand::default(), PackedOperand::default());
         lhs.set_left(&x, size, depth, Inner::Columns, false);
         rhs.set_right(&x, size, depth, Inner::Columns, false);
         let (mut whole, mut half) = (vec![0.0; size * size], vec![0.0; size * size]);
@@ -324,7 +329,7 @@ mod tests {
         for row in 0..size {
             assert_eq!(whole[row * size..][..row + 1], half[row * size..][..row + 1]);
         }
-        // What is left out is most of the upper half.
+        // Most of the upper half is not computed.
         assert!(half.iter().filter(|value| **value == 0.0).count() > size * size / 3);
     }
 }

@@ -1,10 +1,11 @@
-//! Newton-Schulz on the CPU backend `flex`, for f32, and for bf16 where the processor has units for it.
+//! Newton-Schulz and the Muon step on the CPU backend `flex`: in f32, and in bf16 where the processor has AVX512-BF16.
 //!
-//! What Burn's own operations do in passes over the whole stack, this does matrix by matrix in memory that stays in
-//! cache: symmetric products are computed by their lower half only, and `a X + (b R + c R^2) X` is one product.
-//! The same input gives the same bits whatever the number of threads and whatever else is in the stack.
-//! [`NewtonSchulz::apply_plain`](crate::NewtonSchulz::apply_plain) is the same computation in Burn's operations; a test
-//! holds the two together.
+//! Burn's operations pass over the whole stack once for each operation. These kernels go matrix by matrix, in a workspace
+//! that stays in cache, compute only the lower half of symmetric products, and compute `a X + (b R + c R^2) X` as one product.
+//!
+//! The same input gives the same bits for any number of threads and any other matrices in the stack.
+//! [`NewtonSchulz::apply_plain`](crate::NewtonSchulz::apply_plain) is the same computation in Burn's operations; the tests of
+//! `newton_schulz` hold both to the reference.
 
 #[cfg(target_arch = "x86_64")]
 mod bf16;
@@ -22,20 +23,20 @@ use rayon::prelude::*;
 use crate::{NewtonSchulz, Preconditioning};
 use product::{Kernel, Side, Symmetric, product};
 
-/// The result for a stack `[batch, rows, columns]` that is f32 and on this backend, if there is a kernel for the type of
-/// the products; `None` for any other.
+/// [`NewtonSchulz::apply`] of a stack `[batch, rows, columns]`; `None` if it is not f32, is not on this backend, or if there is
+/// no kernel for the dtype of the products.
 pub(crate) fn newton_schulz(iteration: &NewtonSchulz, x: &Tensor<3>) -> Option<Tensor<3>> {
     let shape = x.dims();
     if x.dtype() != DType::F32 || !has_kernel(iteration, shape) {
         return None;
     }
     let input = x.clone().try_into_primitive::<Flex>().ok()?.to_contiguous();
-    let output = orthogonalise(iteration, input.as_slice()?, shape);
+    let output = orthogonalize(iteration, input.as_slice()?, shape);
     let output = FlexTensor::new(Bytes::from_elems(output), Layout::contiguous(Shape::new(shape)), DType::F32);
     Some(Tensor::from_primitive::<Flex>(output))
 }
 
-/// Whether there is a kernel here for the type of the products. That for bf16 knows the direct form only.
+/// Whether there is a kernel for the dtype of the products. The one for bf16 has the direct form only.
 fn has_kernel(iteration: &NewtonSchulz, [_, rows, columns]: [usize; 3]) -> bool {
     match iteration.dtype {
         None | Some(DType::F32) => true,
@@ -50,7 +51,7 @@ fn has_kernel(iteration: &NewtonSchulz, [_, rows, columns]: [usize; 3]) -> bool 
     }
 }
 
-fn orthogonalise(iteration: &NewtonSchulz, input: &[f32], [_, rows, columns]: [usize; 3]) -> Vec<f32> {
+fn orthogonalize(iteration: &NewtonSchulz, input: &[f32], [_, rows, columns]: [usize; 3]) -> Vec<f32> {
     let mut output = vec![0.0; input.len()];
     if output.is_empty() {
         return output;
@@ -65,9 +66,10 @@ fn orthogonalise(iteration: &NewtonSchulz, input: &[f32], [_, rows, columns]: [u
     output
 }
 
-/// Runs `task` for each of some matrices of `[rows, columns]`, with memory to iterate it in and whether it may use all
-/// threads. Enough matrices keep all threads busy by themselves, and small ones are not worth sharing out; of few large
-/// ones, each is.
+/// Runs `task` for each matrix of `[rows, columns]`, with a workspace, and with `true` if it may use all threads itself.
+///
+/// Many matrices keep all threads busy, one each. A few large ones are taken one after the other, each by all threads. Small
+/// ones are never divided: that costs more than it gains.
 fn for_each_matrix<M: Send>(
     iteration: &NewtonSchulz,
     rows: usize,
@@ -75,10 +77,10 @@ fn for_each_matrix<M: Send>(
     matrices: Vec<M>,
     task: impl Fn(&mut Workspace<'_>, M, bool) + Sync,
 ) {
-    /// A product of this many elements takes longer than it takes threads to share it.
-    const SHARED: usize = 1 << 14;
+    /// From this many elements on, a matrix is worth dividing among threads.
+    const DIVIDED_ELEMENTS: usize = 1 << 14;
     let work = || Workspace::new(iteration, rows, columns, kernel(iteration));
-    if matrices.len() >= 2 * rayon::current_num_threads() || rows * columns < SHARED {
+    if matrices.len() >= 2 * rayon::current_num_threads() || rows * columns < DIVIDED_ELEMENTS {
         matrices.into_par_iter().for_each_init(work, |work, matrix| task(work, matrix, false));
     } else {
         let mut work = work();
@@ -86,7 +88,8 @@ fn for_each_matrix<M: Send>(
     }
 }
 
-/// The products that f32 matrices are iterated with on this processor.
+/// The fastest kernel for the products on this processor. bf16 products pack their operands themselves, so their matrices stay
+/// row-major.
 fn kernel(iteration: &NewtonSchulz) -> Kernel {
     #[cfg(target_arch = "x86_64")]
     if iteration.dtype != Some(DType::BF16) && tiles::is_available() {
@@ -96,15 +99,15 @@ fn kernel(iteration: &NewtonSchulz) -> Kernel {
     Kernel::Blocks
 }
 
-/// The numbers of a plain Muon step.
+/// The scalars of a plain Muon step.
 #[derive(Clone, Copy)]
-pub(crate) struct Step {
-    /// `mu`.
+pub(crate) struct StepScalars {
+    /// `mu` of this step.
     pub(crate) momentum: f64,
     pub(crate) nesterov: bool,
-    /// What decay leaves of a weight.
+    /// The factor that decay leaves of a weight: 1 - its fraction.
     pub(crate) kept: f64,
-    /// The factor on the orthogonalised update.
+    /// The scale of the orthogonalized update.
     pub(crate) factor: f64,
     pub(crate) learning_rate: f64,
 }
@@ -115,8 +118,8 @@ pub(crate) struct Stepped {
     pub(crate) momentum: Tensor<3>,
 }
 
-/// Whether [`step_many`] takes such a step of these tensors.
-pub(crate) fn takes<'a>(
+/// Whether [`step_many`] can step these tensors.
+pub(crate) fn supports_step<'a>(
     iteration: &NewtonSchulz,
     shape: [usize; 3],
     mut tensors: impl Iterator<Item = &'a Tensor<3>>,
@@ -126,18 +129,18 @@ pub(crate) fn takes<'a>(
         && tensors.all(|x| x.dtype() == DType::F32 && x.clone().try_into_primitive::<Flex>().is_ok())
 }
 
-/// Plain steps of equal stacks that [`takes`] has looked at, `(parameter, gradient, momentum)` of each, with everything that
-/// is done to a matrix done while it is in cache: the same bits as in Burn's operations, without their passes over all of
-/// the memory. Parameters and momenta that nothing else holds are stepped where they lie.
+/// Plain Muon steps of equal stacks that [`supports_step`] accepted: `(parameter, gradient, momentum)` of each. Momentum,
+/// Newton-Schulz, decay and update of a matrix are computed while it is in cache. The result has the same bits as Burn's
+/// operations. Parameters and momenta that have no other handle are updated in place.
 pub(crate) fn step_many(
     iteration: &NewtonSchulz,
-    step: Step,
+    step: StepScalars,
     members: Vec<(Tensor<3>, Tensor<3>, Option<Tensor<3>>)>,
 ) -> Vec<Stepped> {
     let Some((first, _, _)) = members.first() else { return Vec::new() };
     let [batch, rows, columns] = first.dims();
     let size = rows * columns;
-    // What is not contiguous, or a part of something larger, is copied out here.
+    // Copies a tensor that is not contiguous or is a view of a larger one: storage is read and written as a whole below.
     let flex = |tensor: Tensor<3>| match tensor.try_into_primitive::<Flex>() {
         Ok(tensor) => tensor.to_contiguous(),
         Err(_) => unreachable!("the tensors are on this backend"),
@@ -175,13 +178,13 @@ struct Matrix<'a> {
 }
 
 impl Matrix<'_> {
-    fn step(self, step: Step, work: &mut Workspace<'_>, parallel: bool) {
+    fn step(self, step: StepScalars, work: &mut Workspace<'_>, parallel: bool) {
         let Self { tensor, momentum, gradient, is_first } = self;
         let (mu, kept) = (step.momentum as f32, step.kept as f32);
         let (factor, learning_rate) = (step.factor as f32, step.learning_rate as f32);
-        // Parts for each thread, where there is more than one.
-        let part = if parallel { PART } else { gradient.len() };
-        let prepare = |((input, momentum), gradient): ((&mut [f32], &mut [f32]), &[f32])| {
+        // One part for a single thread.
+        let part = if parallel { PART_ELEMENTS } else { gradient.len() };
+        let update_momentum = |((input, momentum), gradient): ((&mut [f32], &mut [f32]), &[f32])| {
             if is_first {
                 momentum.copy_from_slice(gradient);
             } else {
@@ -199,8 +202,9 @@ impl Matrix<'_> {
             }
         };
         let input = work.matrix().par_chunks_mut(part).zip(momentum.par_chunks_mut(part));
-        input.zip(gradient.par_chunks(part)).for_each(prepare);
+        input.zip(gradient.par_chunks(part)).for_each(update_momentum);
         work.run(parallel);
+        // Rounded as Burn's operations do: `update * factor` first, then the learning rate; no fused multiply-add.
         let apply = |(tensor, update): (&mut [f32], &[f32])| {
             for (tensor, update) in tensor.iter_mut().zip(update) {
                 *tensor = *tensor * kept - update * factor * learning_rate;
@@ -210,34 +214,34 @@ impl Matrix<'_> {
     }
 }
 
-/// Elements that a thread takes at a time in passes over a matrix.
-const PART: usize = 1 << 16;
+/// Elements that a thread takes at a time in elementwise passes over a matrix.
+const PART_ELEMENTS: usize = 1 << 16;
 
 /// The memory of one matrix under iteration.
 struct Workspace<'a> {
     iteration: &'a NewtonSchulz,
     plan: Vec<Range<usize>>,
     kernel: Kernel,
-    /// Of the matrix itself.
+    /// The rows and columns of the matrix itself.
     shape: [usize; 2],
-    /// What comes in and goes out, row-major; empty while `x` holds it.
+    /// Input and output, row-major. [`Kernel::Blocks`] swaps it with `x` while it iterates.
     matrix: Vec<f32>,
-    /// Of `X`: that of the matrix, or padded as its kernel wants it.
+    /// The rows and columns of `x`: those of the matrix, or padded for [`Kernel::Tiles`].
     rows: usize,
     columns: usize,
     side: Side,
     x: Vec<f32>,
-    /// `R`: `X X^T` or `X^T X`, on the shorter side.
+    /// `R`, the Gram matrix on the shorter side: `X X^T` or `X^T X`.
     gram: Symmetric,
     /// `P`: `a I + b R + c R^2`.
     polynomial: Symmetric,
-    /// Only in the Gram form: `Q`, the product of the polynomials since the last restart, and room for two products.
-    gathered: [Symmetric; 3],
-    /// The next `X`.
+    /// Only in the Gram form: `Q`, the product of the polynomials since the last restart, and space for two products.
+    accumulated: [Symmetric; 3],
+    /// The result of a step, swapped with `x`.
     next: Vec<f32>,
     /// The operands of a product in bf16, left and right.
     #[cfg(target_arch = "x86_64")]
-    packed: [bf16::Packed; 2],
+    packed: [bf16::PackedOperand; 2],
 }
 
 impl<'a> Workspace<'a> {
@@ -249,7 +253,7 @@ impl<'a> Workspace<'a> {
             Kernel::Tiles => tiles::padded(rows, columns),
         };
         let plan = iteration.plan(shape[0], shape[1], true);
-        let gathers = plan.iter().any(|steps| steps.len() > 1);
+        let accumulates = plan.iter().any(|steps| steps.len() > 1);
         let short = rows.min(columns);
         let square = |needed: bool| Symmetric::new(if needed { short } else { 0 }, kernel);
         Self {
@@ -264,21 +268,21 @@ impl<'a> Workspace<'a> {
             x: if kernel == Kernel::Blocks { Vec::new() } else { vec![0.0; rows * columns] },
             gram: square(true),
             polynomial: square(true),
-            gathered: [square(gathers), square(gathers), square(gathers)],
+            accumulated: [square(accumulates), square(accumulates), square(accumulates)],
             next: vec![0.0; rows * columns],
             #[cfg(target_arch = "x86_64")]
             packed: Default::default(),
         }
     }
 
-    /// The matrix, row-major: to be written before [`Workspace::run`], orthogonalised after it.
+    /// The matrix, row-major: written before [`Workspace::run`], orthogonalized after it.
     fn matrix(&mut self) -> &mut [f32] {
         &mut self.matrix
     }
 
     fn run(&mut self, parallel: bool) {
         let aol = self.iteration.preconditioning == Preconditioning::Aol;
-        normalise(&mut self.matrix, if aol { 0.0 } else { self.iteration.epsilon });
+        normalize(&mut self.matrix, if aol { 0.0 } else { self.iteration.epsilon });
         match self.kernel {
             Kernel::Blocks => {
                 std::mem::swap(&mut self.matrix, &mut self.x);
@@ -308,19 +312,20 @@ impl<'a> Workspace<'a> {
             }
             return;
         }
-        let Self { plan, x, gram, polynomial, gathered, next, .. } = self;
+        let Self { plan, x, gram, polynomial, accumulated, next, .. } = self;
         for (index, steps) in plan.iter().enumerate() {
-            // Rescaling has left the Gram matrix of the first step.
+            // AOL has computed the Gram matrix of the first step and rescaled it.
             if index > 0 || !aol {
                 gram.set_gram(x, rows, columns, side, parallel);
             }
-            let polynomial = gather(gram, polynomial, gathered, &iteration.schedule[steps.clone()], parallel);
+            let polynomial = accumulate(gram, polynomial, accumulated, &iteration.schedule[steps.clone()], parallel);
             product(next, polynomial, x, rows, columns, side, parallel);
             std::mem::swap(next, x);
         }
     }
 
-    /// `X <- a X + (b R + c R^2) X` with products in bf16.
+    /// `X <- a X + (b R + c R^2) X` with bf16 products. `a` stays out of the polynomial and is applied to the f32 `X`, so that it
+    /// is not rounded to bf16.
     #[cfg(target_arch = "x86_64")]
     fn bf16_step(&mut self, [a, b, c]: [f32; 3], parallel: bool) {
         use bf16::{Inner, multiply};
@@ -348,7 +353,7 @@ impl<'a> Workspace<'a> {
         std::mem::swap(next, x);
     }
 
-    /// The rescaling of almost orthogonal layers, of `X` and of its Gram matrix.
+    /// AOL, the rescaling of almost orthogonal layers, of `X` and of its Gram matrix.
     fn rescale(&mut self) {
         let Self { x, gram, columns, side, .. } = self;
         let factors = gram.rescale();
@@ -363,9 +368,10 @@ impl<'a> Workspace<'a> {
     }
 }
 
-/// The polynomial of the Gram matrix that these steps come to. A single one is `P`; of several, each takes
-/// `Q <- Q P` and `R <- P R P`, all of which commute and are symmetric.
-fn gather<'a>(
+/// The polynomial of the Gram matrix that these steps amount to. For a single step it is `P`. Of several, each computes
+/// `Q <- Q P` and `R <- P R P`. All of them are polynomials of one symmetric matrix, so they commute and their products are
+/// symmetric: half of each product is enough.
+fn accumulate<'a>(
     gram: &mut Symmetric,
     polynomial: &'a mut Symmetric,
     [q, spare, product]: &'a mut [Symmetric; 3],
@@ -391,9 +397,11 @@ fn gather<'a>(
     q
 }
 
-/// `x <- x / (||x|| + epsilon)`, the elements divided by the largest of them first so that no square overflows or vanishes.
-/// Zeros stay zeros; a NaN or an infinity makes all elements NaN.
-fn normalise(x: &mut [f32], epsilon: f64) {
+/// `x <- x / (||x|| + epsilon)`. Elements are divided by the largest of them first, so that no square overflows or vanishes.
+/// Zeros stay zeros; NaN or infinity makes all elements NaN.
+fn normalize(x: &mut [f32], epsilon: f64) {
+    // Independent partial results, so that the compiler can use vector registers; their number is fixed, so that every level of
+    // vector instructions sums in the same order.
     const LANES: usize = 16;
     let mut lanes = [0.0_f32; LANES];
     for values in x.chunks(LANES) {
@@ -402,7 +410,7 @@ fn normalise(x: &mut [f32], epsilon: f64) {
     let largest = lanes.into_iter().fold(f32::MIN_POSITIVE, f32::max);
     let mut sums = [0.0_f32; LANES];
     let mut squares = 0.0_f64;
-    // Partial sums of a bounded number of terms each, then f64, so that large matrices lose no digits.
+    // f32 sums of 64 terms at most, added up in f64, so that large matrices lose no digits.
     for values in x.chunks_mut(64 * LANES) {
         sums.fill(0.0);
         for values in values.chunks_mut(LANES) {
@@ -415,7 +423,7 @@ fn normalise(x: &mut [f32], epsilon: f64) {
     }
     let divisor = squares.sqrt() + epsilon / f64::from(largest) + f64::from(f32::MIN_POSITIVE);
     let factor = (1.0 / divisor) as f32;
-    // Of a matrix of zeros the factor is the largest of all, and 0 times it 0.
+    // For a matrix of zeros the factor is at most 1 / f32::MIN_POSITIVE, which is finite, and 0 times it is 0.
     x.iter_mut().for_each(|value| *value *= factor);
 }
 
@@ -428,7 +436,7 @@ mod tests {
     use crate::Coefficients;
     use crate::reference::{self, Matrix};
 
-    fn orthogonalised(iteration: &NewtonSchulz, matrix: &Matrix, kernel: Kernel, parallel: bool) -> Vec<f32> {
+    fn orthogonalized(iteration: &NewtonSchulz, matrix: &Matrix, kernel: Kernel, parallel: bool) -> Vec<f32> {
         let mut work = Workspace::new(iteration, matrix.rows, matrix.columns, kernel);
         work.matrix().iter_mut().zip(&matrix.values).for_each(|(place, value)| *place = *value as f32);
         work.run(parallel);
@@ -438,7 +446,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
 
-        /// Whatever kernel a processor would choose.
+        /// Every kernel, whichever this processor would choose.
         #[test]
         fn every_kernel_agrees_with_the_plain_reference(
             (rows, columns) in (1_usize..70, 1_usize..70),
@@ -449,7 +457,7 @@ mod tests {
             let values = (0..rows * columns).map(|index| f64::from(noise(index) as f32)).collect();
             let matrix = Matrix::new(rows, columns, values);
             let iteration = NewtonSchulz::new(&coefficients, coefficients.default_steps());
-            let expected = reference::orthogonalised(&matrix, &iteration).values;
+            let expected = reference::orthogonalized(&matrix, &iteration).values;
             let norm = expected.iter().map(|value| value * value).sum::<f64>().sqrt().max(f64::MIN_POSITIVE);
             testing::at_each_level("Newton-Schulz", |level| {
                 let mut kernels = vec![Kernel::Blocks];
@@ -458,8 +466,8 @@ mod tests {
                     kernels.push(Kernel::Tiles);
                 }
                 for kernel in kernels {
-                    let found = orthogonalised(&iteration, &matrix, kernel, false);
-                    assert_eq!(&found, &orthogonalised(&iteration, &matrix, kernel, true));
+                    let found = orthogonalized(&iteration, &matrix, kernel, false);
+                    assert_eq!(&found, &orthogonalized(&iteration, &matrix, kernel, true));
                     let squares = found.iter().zip(&expected).map(|(x, y)| (f64::from(*x) - y).powi(2));
                     let error = squares.sum::<f64>().sqrt() / norm;
                     assert!(error < 5e-4, "relative error {error} at {level}");

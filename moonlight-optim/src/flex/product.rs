@@ -1,4 +1,4 @@
-//! The products of a Newton-Schulz step, in blocks of rows; in smaller tiles where the processor can (see [`tiles`]).
+//! The matrix products of a Newton-Schulz step, in blocks of rows by `gemm`, or in tiles on processors with AVX512.
 
 use moonlight_simd::gemm::{self, Operand};
 use rayon::prelude::*;
@@ -6,34 +6,35 @@ use rayon::prelude::*;
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
 
-/// Rows of a block: enough to pay for packing the other operand, few enough to leave out most of the upper half.
-const BLOCK: usize = 96;
+/// Rows of a block. `gemm` packs the other operand for each block, which needs enough rows to pay off; a symmetric product
+/// leaves out what is right of a block's diagonal, which is more the fewer rows it has.
+const BLOCK_ROWS: usize = 96;
 
-/// On which side of `X` the polynomial stands: on the left of a wide matrix, on the right of a tall one.
+/// The side of `X` that the polynomial is multiplied from: left for a wide matrix, right for a tall one.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Side {
     Left,
     Right,
 }
 
-/// Which products a matrix is iterated with.
+/// The kernel of the matrix products.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Kernel {
-    /// Those of `gemm`, of the matrix as it is.
+    /// `gemm`, on the matrix as it is.
     Blocks,
-    /// Our own, of the matrix tall and padded.
+    /// [`tiles`], on the matrix made tall and padded.
     #[cfg(target_arch = "x86_64")]
     Tiles,
 }
 
-/// A symmetric matrix, computed by its lower half and mirrored.
+/// A symmetric matrix `[size, size]`. Only the lower half is computed; the upper half is copied from it.
 pub(super) struct Symmetric {
     size: usize,
     values: Vec<f32>,
     kernel: Kernel,
 }
 
-/// An operand: element `(i, j)` lies at `i * row_stride + j * column_stride`.
+/// A strided matrix: element `(i, j)` is at `i * row_stride + j * column_stride`.
 #[derive(Clone, Copy)]
 struct View<'a> {
     values: &'a [f32],
@@ -67,31 +68,33 @@ impl<'a> View<'a> {
     }
 }
 
-/// `out = keep * out + factor * lhs * rhs` on the calling thread; `out` has `stride` values a row. With `keep` 0 what
-/// stood in `out` is not read.
+/// `out = keep * out + factor * lhs * rhs` on the calling thread; `out` has `stride` values a row. With a `keep` of 0, `out` is
+/// not read.
 fn multiply(out: &mut [f32], stride: usize, lhs: View<'_>, rhs: View<'_>, keep: f32, factor: f32) {
     let reach = |view: View<'_>| (view.rows - 1) * view.row_stride + (view.columns - 1) * view.column_stride;
     assert!(lhs.columns == rhs.rows, "inner dimensions agree");
-    assert!(lhs.rows > 0 && lhs.columns > 0 && rhs.columns > 0, "nothing is empty");
-    assert!(reach(lhs) < lhs.values.len() && reach(rhs) < rhs.values.len(), "operands lie within their slices");
-    assert!(rhs.columns <= stride && (lhs.rows - 1) * stride + rhs.columns <= out.len(), "so does the result");
-    // SAFETY: the first assertion makes the shapes fit, and by the third and fourth the last element that each of the three
-    // matrices reaches lies in its slice (none is empty, by the second). `out` is borrowed for writing, so it overlaps neither
-    // operand.
+    assert!(lhs.rows > 0 && lhs.columns > 0 && rhs.columns > 0, "no operand is empty");
+    assert!(reach(lhs) < lhs.values.len() && reach(rhs) < rhs.values.len(), "operands are within their slices");
+    assert!(
+        rhs.columns <= stride && (lhs.rows - 1) * stride + rhs.columns <= out.len(),
+        "the result is within its slice"
+    );
+    // SAFETY: the first assertion makes the shapes fit. By the third and fourth, the last element that each of the three
+    // matrices reaches is in its slice; by the second, none is empty. `out` is borrowed mutably, so it overlaps no operand.
     unsafe {
         let shape = [lhs.rows, lhs.columns, rhs.columns];
         gemm::multiply(shape, out.as_mut_ptr(), stride, lhs.operand(), rhs.operand(), keep, factor);
     }
 }
 
-/// Runs `task` on each block of rows of `out` with the index of its first row. The blocks, and with them the result,
-/// are the same either way.
+/// Runs `task` on each block of rows of `out`, with the index of its first row. The blocks do not depend on `parallel`, so
+/// neither does the result.
 fn for_each_block(out: &mut [f32], stride: usize, parallel: bool, task: impl Fn(usize, &mut [f32]) + Sync) {
-    let block = BLOCK * stride;
+    let block = BLOCK_ROWS * stride;
     if parallel {
-        out.par_chunks_mut(block).enumerate().for_each(|(index, out)| task(index * BLOCK, out));
+        out.par_chunks_mut(block).enumerate().for_each(|(index, out)| task(index * BLOCK_ROWS, out));
     } else {
-        out.chunks_mut(block).enumerate().for_each(|(index, out)| task(index * BLOCK, out));
+        out.chunks_mut(block).enumerate().for_each(|(index, out)| task(index * BLOCK_ROWS, out));
     }
 }
 
@@ -100,17 +103,16 @@ impl Symmetric {
         Self { size, values: vec![0.0; size * size], kernel }
     }
 
-    /// The length of a side.
     pub(super) fn size(&self) -> usize {
         self.size
     }
 
-    /// The elements, row after row.
+    /// `[size, size]`, row-major.
     pub(super) fn values(&self) -> &[f32] {
         &self.values
     }
 
-    /// Has the lower half written by `write`, and mirrors it.
+    /// Lets `write` write the lower half, and mirrors it.
     pub(super) fn set_lower(&mut self, write: impl FnOnce(&mut [f32])) {
         write(&mut self.values);
         self.mirror();
@@ -157,7 +159,7 @@ impl Symmetric {
         self.mirror();
     }
 
-    /// `left right`, where the product is known to be symmetric: where the two commute.
+    /// `left * right`, for operands that commute, whose product is symmetric.
     pub(super) fn set_product(&mut self, left: &Symmetric, right: &Symmetric, parallel: bool) {
         let size = self.size;
         #[cfg(target_arch = "x86_64")]
@@ -172,14 +174,15 @@ impl Symmetric {
         self.mirror();
     }
 
-    /// Divides row and column `i` by `sqrt(sum_j |value(i, j)|)`; gives the factors.
+    /// AOL: multiplies row and column `i` by `1 / sqrt(sum_j |value(i, j)|)`, and returns these factors. The result is the Gram
+    /// matrix of the rescaled `X`, which need not be computed again.
     pub(super) fn rescale(&mut self) -> Vec<f32> {
         let factors: Vec<f32> = self
             .values
             .chunks(self.size)
             .map(|row| {
                 let sum: f64 = row.iter().map(|value| f64::from(value.abs())).sum();
-                // A row of zeros stays one.
+                // Without the smallest f32, a row of zeros would become 0 / 0.
                 (1.0 / (sum + f64::from(f32::MIN_POSITIVE)).sqrt()) as f32
             })
             .collect();
@@ -189,7 +192,7 @@ impl Symmetric {
         factors
     }
 
-    /// Copies the lower half to the upper one, a tile at a time so that the strided side stays in cache.
+    /// Copies the lower half to the upper one, in tiles, so that the lines of the strided side stay in cache.
     fn mirror(&mut self) {
         const TILE: usize = 32;
         let size = self.size;

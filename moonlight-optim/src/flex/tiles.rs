@@ -1,9 +1,9 @@
-//! Products in tiles of 8 rows by 32 columns, on processors with AVX512.
+//! Matrix products in tiles of 8 rows by 32 columns, on processors with AVX512.
 //!
-//! A general product copies both operands into panels first, and takes so many rows at a time that of a symmetric result of
-//! [64, 64] there is no half to leave out. Here matrices are kept tall and padded with zeros to whole tiles, so that the
-//! left operand is read where it lies, and so is the right one of a small matrix; and of a symmetric result little more
-//! than the lower half is computed.
+//! A general product (`gemm`) copies both operands into panels first. It also takes so many rows at a time that a symmetric
+//! result of [64, 64] has no half to leave out. Here matrices are made tall and padded with zeros to whole tiles. So the left
+//! operand is read in place, the right operand of a small matrix too, and little more than the lower half of a symmetric
+//! result is computed.
 
 use std::arch::x86_64::{
     __m512, _mm512_castpd_ps, _mm512_castps_pd, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_blend_ps,
@@ -15,32 +15,33 @@ use std::arch::x86_64::{
 use moonlight_simd::Level;
 use rayon::prelude::*;
 
-/// Rows of a tile. With two registers a row it has 16 sums, enough to hide how long an addition takes.
+/// Rows of a tile. With two registers a row there are 16 independent sums, enough to hide the latency of a fused multiply-add.
 const ROWS: usize = 8;
-/// f32s in a register.
+/// f32 values in a register.
 const LANES: usize = 16;
 
-/// The length of a row from which on panels are copied.
-const FAR: usize = 128;
+/// From this row length on, panels of the right operand are copied: see [`panel`].
+const COPIED_PANELS_FROM: usize = 128;
 
-/// Rows of a result that a thread takes at a time, where there is more than one.
-const CHUNK: usize = 16 * ROWS;
+/// Rows of a result that a thread takes at a time, if there are several threads.
+const CHUNK_ROWS: usize = 16 * ROWS;
 
-/// Whether this processor has what the products need, and is to use it.
+/// Whether this processor has AVX512, and `MOONLIGHT_SIMD` allows it.
 pub(super) fn is_available() -> bool {
     moonlight_simd::level() >= Level::Avx512F
 }
 
-/// The shape that a matrix has here: tall (or square), in whole tiles.
+/// The shape of a matrix in this layout: tall or square, in whole tiles.
 pub(super) fn padded(rows: usize, columns: usize) -> [usize; 2] {
     let short = rows.min(columns).next_multiple_of(LANES);
     [rows.max(columns).next_multiple_of(ROWS).max(short), short]
 }
 
-/// Writes a row-major `[rows, columns]` matrix as it is kept here.
+/// Writes a row-major `[rows, columns]` matrix into this layout: transposed if it is wide, and padded with zeros, which stay
+/// zeros in every product.
 pub(super) fn pack(out: &mut [f32], matrix: &[f32], rows: usize, columns: usize) {
     let [long, stride] = padded(rows, columns);
-    assert!(out.len() == long * stride && matrix.len() == rows * columns, "a matrix has its elements");
+    assert!(out.len() == long * stride && matrix.len() == rows * columns, "a matrix has rows * columns elements");
     out.fill(0.0);
     if rows > columns {
         out.chunks_mut(stride).zip(matrix.chunks(columns)).for_each(|(out, row)| out[..columns].copy_from_slice(row));
@@ -49,20 +50,20 @@ pub(super) fn pack(out: &mut [f32], matrix: &[f32], rows: usize, columns: usize)
     }
 }
 
-/// The matrix that [`pack`] wrote, row-major `[rows, columns]`.
+/// Reads a matrix that [`pack`] wrote, into row-major `[rows, columns]`.
 pub(super) fn unpack(out: &mut [f32], packed: &[f32], rows: usize, columns: usize) {
     let [long, stride] = padded(rows, columns);
-    assert!(packed.len() == long * stride && out.len() == rows * columns, "a matrix has its elements");
+    assert!(packed.len() == long * stride && out.len() == rows * columns, "a matrix has rows * columns elements");
     if rows > columns {
         out.chunks_mut(columns).zip(packed.chunks(stride)).for_each(|(out, row)| out.copy_from_slice(&row[..columns]));
     } else {
-        // `[columns, stride]` of which the first `rows` of a row are the matrix's.
+        // `[columns, stride]`, whose rows begin with `rows` values of the matrix.
         transpose(out, columns, packed, stride, columns, rows);
     }
 }
 
-/// `out = keep * start + factor * left^T right`, which is known to be symmetric, `[size, size]`: the lower half is
-/// computed and mirrored. The operands are `[depth, size]`.
+/// `out = keep * start + factor * left^T right` `[size, size]`, of operands `[depth, size]`. The result must be symmetric: the
+/// lower half is computed and mirrored.
 pub(super) fn symmetric(
     out: &mut [f32],
     left: &[f32],
@@ -72,36 +73,43 @@ pub(super) fn symmetric(
     factor: f32,
     parallel: bool,
 ) {
-    assert!(is_available(), "this processor has no such registers");
-    assert!(size.is_multiple_of(LANES) && left.len() == right.len() && left.len().is_multiple_of(size), "whole tiles");
-    assert!(out.len() == size * size && start.is_none_or(|(start, _)| start.len() == out.len()), "a square result");
+    assert!(is_available(), "this processor has no AVX512");
+    assert!(
+        size.is_multiple_of(LANES) && left.len() == right.len() && left.len().is_multiple_of(size),
+        "operands are whole tiles"
+    );
+    assert!(
+        out.len() == size * size && start.is_none_or(|(start, _)| start.len() == out.len()),
+        "result and start are square"
+    );
     let task = |(index, out): (usize, &mut [f32])| {
-        // SAFETY: the three assertions above: the processor has AVX512, `size` is whole registers, the operands are whole rows
-        // of one length, and result and start are squares. A chunk of the result is whole tiles, for `CHUNK` and `size` are
-        // multiples of `ROWS`, and begins at row `index * CHUNK`.
-        unsafe { symmetric_tiles(out, index * CHUNK, left, right, size, start, factor) };
+        // SAFETY: by the three assertions above, the processor has AVX512, `size` is whole registers, the operands are whole
+        // rows of one length, and result and start are square. A chunk of the result is whole tiles, since `CHUNK_ROWS` and
+        // `size` are multiples of `ROWS`, and it begins at row `index * CHUNK_ROWS`.
+        unsafe { symmetric_tiles(out, index * CHUNK_ROWS, left, right, size, start, factor) };
     };
     if parallel {
-        out.par_chunks_mut(CHUNK * size).enumerate().for_each(task);
+        out.par_chunks_mut(CHUNK_ROWS * size).enumerate().for_each(task);
     } else {
         task((0, out));
     }
-    // SAFETY: the first and the third assertion above.
+    // SAFETY: by the first and the third assertion above.
     unsafe { mirror(out, size) };
 }
 
-/// `out = x polynomial`, `[rows, size]` of `[rows, size]` and `[size, size]`.
+/// `out = x * polynomial` `[rows, size]`, of `x` `[rows, size]` and `polynomial` `[size, size]`.
 pub(super) fn product(out: &mut [f32], x: &[f32], polynomial: &[f32], size: usize, parallel: bool) {
-    assert!(is_available(), "this processor has no such registers");
-    assert!(size.is_multiple_of(LANES) && x.len().is_multiple_of(ROWS * size), "whole tiles");
-    assert!(out.len() == x.len() && polynomial.len() == size * size, "operands fit");
+    assert!(is_available(), "this processor has no AVX512");
+    assert!(size.is_multiple_of(LANES) && x.len().is_multiple_of(ROWS * size), "operands are whole tiles");
+    assert!(out.len() == x.len() && polynomial.len() == size * size, "result and operands agree in shape");
     let task = |(out, x): (&mut [f32], &[f32])| {
-        // SAFETY: the three assertions above: the processor has AVX512, `size` is whole registers, result and left operand are
-        // whole tiles of rows of one length (so are their chunks, of `CHUNK` rows or what is left), and the right is a square.
+        // SAFETY: by the three assertions above, the processor has AVX512, `size` is whole registers, result and left operand
+        // are whole tiles of rows of one length (so are their chunks of `CHUNK_ROWS` rows, and the rest), and the right operand
+        // is square.
         unsafe { product_tiles(out, x, polynomial, size) };
     };
     if parallel {
-        out.par_chunks_mut(CHUNK * size).zip(x.par_chunks(CHUNK * size)).for_each(task);
+        out.par_chunks_mut(CHUNK_ROWS * size).zip(x.par_chunks(CHUNK_ROWS * size)).for_each(task);
     } else {
         task((out, x));
     }
@@ -109,18 +117,20 @@ pub(super) fn product(out: &mut [f32], x: &[f32], polynomial: &[f32], size: usiz
 
 /// `out[column][row] = matrix[row][column]` for the first `rows` rows and `columns` columns of matrices with strides.
 fn transpose(out: &mut [f32], out_stride: usize, matrix: &[f32], stride: usize, rows: usize, columns: usize) {
-    assert!(is_available(), "this processor has no such registers");
-    assert!(rows > 0 && columns > 0 && columns <= stride && rows <= out_stride, "rows lie apart");
-    assert!((rows - 1) * stride + columns <= matrix.len(), "the operand lies within its slice");
-    assert!((columns - 1) * out_stride + rows <= out.len(), "so does the result");
-    // SAFETY: the four assertions above: the processor has AVX512, and the last element that is read or written lies in its
+    assert!(is_available(), "this processor has no AVX512");
+    assert!(rows > 0 && columns > 0 && columns <= stride && rows <= out_stride, "rows do not overlap");
+    assert!((rows - 1) * stride + columns <= matrix.len(), "the operand is within its slice");
+    assert!((columns - 1) * out_stride + rows <= out.len(), "the result is within its slice");
+    // SAFETY: by the four assertions above, the processor has AVX512, and the last element that is read or written is in its
     // slice.
     unsafe { transpose_blocks(out, out_stride, matrix, stride, rows, columns) };
 }
 
+/// [`transpose`] in blocks of 16 by 16.
+///
 /// # Safety
 ///
-/// The processor must have AVX512, and the matrices the elements that their sizes and strides reach.
+/// The processor must have AVX512, and the slices the elements that sizes and strides reach.
 #[target_feature(enable = "avx512f")]
 unsafe fn transpose_blocks(
     out: &mut [f32],
@@ -137,14 +147,14 @@ unsafe fn transpose_blocks(
             let width = LANES.min(columns - column);
             let mut block = [_mm512_setzero_ps(); LANES];
             for (index, register) in block.iter_mut().enumerate().take(height) {
-                // SAFETY: the mask leaves the lanes below `columns` of a row below `rows`, which exist, as the caller asserted;
-                // others are not read.
+                // SAFETY: the mask selects lanes below `columns` of a row below `rows`; these exist, as the caller asserted, and
+                // no others are read.
                 *register =
                     unsafe { _mm512_maskz_loadu_ps(mask(width), matrix.as_ptr().add((row + index) * stride + column)) };
             }
             let block = transposed(block);
             for (index, register) in block.into_iter().enumerate().take(width) {
-                // SAFETY: likewise: the lanes below `rows` of a row of the result below `columns`.
+                // SAFETY: likewise, for lanes below `rows` of a row of the result below `columns`.
                 unsafe {
                     let place = out.as_mut_ptr().add((column + index) * out_stride + row);
                     _mm512_mask_storeu_ps(place, mask(height), register);
@@ -154,7 +164,7 @@ unsafe fn transpose_blocks(
     }
 }
 
-/// The lower half of some whole tiles of rows of the result, from row `first` on.
+/// Computes the lower half of rows `first..` of the result, as many as `out` has.
 ///
 /// # Safety
 ///
@@ -175,20 +185,20 @@ unsafe fn symmetric_tiles(
     let end = first + out.len() / size;
     let mut copied = Vec::new();
     for column in (0..end).step_by(2 * LANES) {
-        // SAFETY: `column` and `row` are below `end`, which is at most `size`, in steps of whole registers and tiles, and the
-        // second register is left out where it would begin at `size`; so tiles lie within operands of `depth` rows and a
-        // result of `end - first`, as the caller has them.
+        // SAFETY: `column` and `row` are below `end`, which is at most `size`, in steps of whole registers and tiles; the second
+        // register is left out where it would begin at `size`. So tiles are within operands of `depth` rows and a result of
+        // `end - first` rows, which the caller has.
         unsafe {
             let (right, stride) = panel(&mut copied, right, column, size);
             for row in (column.max(first)..end).step_by(ROWS) {
-                let (left, place) = (left.as_ptr().add(row), (row - first) * size + column);
-                // The second register holds nothing below the diagonal, or lies beyond the last column.
+                let (left, offset) = (left.as_ptr().add(row), (row - first) * size + column);
+                // The second register would have nothing below the diagonal, or begin past the last column.
                 if row < column + LANES || column + LANES == size {
                     let sums = tile::<1>(left, 1, size, right, stride, depth);
-                    store(out, place, size, sums, start, factor);
+                    store(out, offset, size, sums, start, factor);
                 } else {
                     let sums = tile::<2>(left, 1, size, right, stride, depth);
-                    store(out, place, size, sums, start, factor);
+                    store(out, offset, size, sums, start, factor);
                 }
             }
         }
@@ -205,13 +215,14 @@ unsafe fn mirror(out: &mut [f32], size: usize) {
     for row in (0..size).step_by(LANES) {
         for column in (0..=row).step_by(LANES) {
             let mut block = [_mm512_setzero_ps(); LANES];
-            // SAFETY: `row` and `column` are multiples of a register below `size`, which is one, so blocks lie within the matrix.
+            // SAFETY: `row` and `column` are multiples of a register's length below `size`, which is one too, so blocks are
+            // within the matrix.
             unsafe {
                 for (index, register) in block.iter_mut().enumerate() {
                     *register = _mm512_loadu_ps(out.as_ptr().add((row + index) * size + column));
                 }
                 for (index, (own, turned)) in block.into_iter().zip(transposed(block)).enumerate() {
-                    // Of a block on the diagonal only what is right of it comes from below.
+                    // In a block on the diagonal, only what is right of the diagonal is replaced.
                     let below = if row == column { u16::MAX << index } else { u16::MAX };
                     let register = _mm512_mask_blend_ps(below, own, turned);
                     _mm512_storeu_ps(out.as_mut_ptr().add((column + index) * size + row), register);
@@ -221,6 +232,8 @@ unsafe fn mirror(out: &mut [f32], size: usize) {
     }
 }
 
+/// [`product`] of some rows.
+///
 /// # Safety
 ///
 /// The processor must have AVX512; `out` and `x` must be of one length in whole tiles of rows of `size`, `polynomial`
@@ -229,28 +242,28 @@ unsafe fn mirror(out: &mut [f32], size: usize) {
 unsafe fn product_tiles(out: &mut [f32], x: &[f32], polynomial: &[f32], size: usize) {
     let mut copied = Vec::new();
     for column in (0..size).step_by(2 * LANES) {
-        // SAFETY: columns are in steps of whole registers below `size`, the second left out where it would begin at `size`, and
-        // rows in whole tiles of a whole number of them; so tiles lie within matrices of the caller's shapes.
+        // SAFETY: columns are in steps of whole registers below `size`, the second register is left out where it would begin at
+        // `size`, and rows are whole tiles. So tiles are within matrices of the shapes that the caller has.
         unsafe {
             let (right, stride) = panel(&mut copied, polynomial, column, size);
             for row in (0..x.len() / size).step_by(ROWS) {
-                let (left, place) = (x.as_ptr().add(row * size), row * size + column);
+                let (left, offset) = (x.as_ptr().add(row * size), row * size + column);
                 if column + LANES == size {
                     let sums = tile::<1>(left, size, 1, right, stride, size);
-                    store(out, place, size, sums, None, 1.0);
+                    store(out, offset, size, sums, None, 1.0);
                 } else {
                     let sums = tile::<2>(left, size, 1, right, stride, size);
-                    store(out, place, size, sums, None, 1.0);
+                    store(out, offset, size, sums, None, 1.0);
                 }
             }
         }
     }
 }
 
-/// Two registers' columns of the right operand and the distance of their rows: where they lie, or copied out of a matrix
-/// whose rows lie so far apart that few of their lines can be in the first cache at once.
+/// Two registers' columns of the right operand, and the distance of their rows. They are read in place in a small matrix, and
+/// copied out of one with long rows: its rows are so far apart that only few of the columns' lines fit in the L1 cache.
 fn panel(copied: &mut Vec<f32>, matrix: &[f32], column: usize, size: usize) -> (*const f32, usize) {
-    if size < FAR {
+    if size < COPIED_PANELS_FROM {
         return (matrix[column..].as_ptr(), size);
     }
     let width = (2 * LANES).min(size - column);
@@ -261,11 +274,12 @@ fn panel(copied: &mut Vec<f32>, matrix: &[f32], column: usize, size: usize) -> (
     (copied.as_ptr(), width)
 }
 
-/// Sums over `depth` of `left[row * across + inner * along] * right[inner * stride + column]`.
+/// A tile of sums over `depth` of `left[row * across + inner * along] * right[inner * stride + column]`. The two strides let it
+/// read the left operand as it is or transposed.
 ///
 /// # Safety
 ///
-/// The processor must have AVX512, and all that is read must exist.
+/// The processor must have AVX512, and the elements that are read must exist.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn tile<const REGISTERS: usize>(
@@ -279,7 +293,7 @@ unsafe fn tile<const REGISTERS: usize>(
     let mut sums = [[_mm512_setzero_ps(); REGISTERS]; ROWS];
     let (mut left, mut right) = (left, right);
     for _ in 0..depth {
-        // SAFETY: the caller's promise that all elements below `depth` exist; the pointers end one step past them, unread.
+        // SAFETY: the caller ensures that all elements below `depth` exist. The pointers end one step past them, unread.
         unsafe {
             let mut columns = [_mm512_setzero_ps(); REGISTERS];
             for (index, column) in columns.iter_mut().enumerate() {
@@ -298,14 +312,16 @@ unsafe fn tile<const REGISTERS: usize>(
     sums
 }
 
+/// Writes a tile, `keep * start + factor * sums`, to `out` from element `offset` on.
+///
 /// # Safety
 ///
-/// The processor must have AVX512, and the tile lie within the matrices.
+/// The processor must have AVX512, and the tile must be within `out` and `start`.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn store<const REGISTERS: usize>(
     out: &mut [f32],
-    place: usize,
+    offset: usize,
     size: usize,
     sums: [[__m512; REGISTERS]; ROWS],
     start: Option<(&[f32], f32)>,
@@ -313,8 +329,8 @@ unsafe fn store<const REGISTERS: usize>(
 ) {
     for (row, sums) in sums.into_iter().enumerate() {
         for (index, sum) in sums.into_iter().enumerate() {
-            let place = place + row * size + index * LANES;
-            // SAFETY: the caller's promise that the tile, from its first `place` on, lies within result and start.
+            let place = offset + row * size + index * LANES;
+            // SAFETY: the caller ensures that the tile is within result and start.
             unsafe {
                 let value = match start {
                     None if factor == 1.0 => sum,
@@ -330,7 +346,7 @@ unsafe fn store<const REGISTERS: usize>(
     }
 }
 
-/// A block of 16 rows of 16, transposed: pairs, then fours, then quarters of registers change places.
+/// Transposes a block of 16 by 16, by interleaving pairs of values, then fours, then quarters of registers.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn transposed(rows: [__m512; LANES]) -> [__m512; LANES] {
@@ -347,7 +363,7 @@ fn transposed(rows: [__m512; LANES]) -> [__m512; LANES] {
         four[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(wide[1], wide[3]));
         four[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(wide[1], wide[3]));
     }
-    // Register `4 i + j` holds, in its quarter `q`, column `4 q + j` of rows `4 i` to `4 i + 3`.
+    // Now register `4 i + j` has, in its quarter `q`, column `4 q + j` of rows `4 i` to `4 i + 3`.
     let mut out = fours;
     for column in 0..4 {
         let [a, b, c, d] = [0, 4, 8, 12].map(|row| fours[row + column]);
@@ -371,7 +387,7 @@ mod tests {
         (0..length).map(|index| ((index * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0).collect()
     }
 
-    /// Runs a test where it can be run, at each level that has these kernels.
+    /// Runs a test at each level of vector instructions that has these kernels.
     fn at_each_level(mut test: impl FnMut() + Send) {
         testing::at_each_level("the products in tiles", |_| {
             if is_available() {
@@ -381,11 +397,11 @@ mod tests {
     }
 
     #[test]
-    fn any_shape_is_packed_tall_and_comes_back() {
-        at_each_level(any_shape_comes_back);
+    fn any_shape_is_packed_tall_and_unpacked_again() {
+        at_each_level(any_shape_is_restored);
     }
 
-    fn any_shape_comes_back() {
+    fn any_shape_is_restored() {
         for (rows, columns) in [(1, 1), (3, 5), (5, 3), (16, 16), (17, 40), (40, 17), (64, 128), (33, 33)] {
             let matrix = noise(rows * columns, rows);
             let [long, short] = padded(rows, columns);
@@ -404,14 +420,14 @@ mod tests {
     }
 
     #[test]
-    fn products_are_those_of_their_definition() {
-        at_each_level(products_are_those_of_f64);
+    fn products_agree_with_f64() {
+        at_each_level(compare_products_with_f64);
     }
 
-    fn products_are_those_of_f64() {
+    fn compare_products_with_f64() {
         for (rows, size) in [(8, 16), (24, 48), (128, 64), (40, 32), (16, 144), (200, 176)] {
             let (x, y) = (noise(rows * size, 1), noise(rows * size, 2));
-            // A symmetric result: x^T y + y^T x, by halves.
+            // A symmetric result of two operands: x^T y + y^T x.
             let both: Vec<f32> = [&x[..], &y[..]].concat();
             let turned: Vec<f32> = [&y[..], &x[..]].concat();
             let start: Vec<f32> = (0..size * size).map(|index| (index / size + index % size) as f32).collect();
@@ -437,7 +453,7 @@ mod tests {
             product(&mut moved, &x, &polynomial, size, false);
             let mut shared = vec![f32::NAN; rows * size];
             product(&mut shared, &x, &polynomial, size, true);
-            assert_eq!(moved, shared, "the threads change nothing");
+            assert_eq!(moved, shared, "the number of threads changes no bit");
             for row in 0..rows {
                 for column in 0..size {
                     let term =

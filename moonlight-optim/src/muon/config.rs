@@ -1,4 +1,4 @@
-//! Settings of Muon.
+//! Muon's config.
 
 use burn::config::{Config, config_to_json};
 use burn::optim::ModuleOptimizer;
@@ -6,9 +6,12 @@ use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
 use super::Muon;
-use crate::{Adaptive, Blocks, Coefficients, Decay, Form, MixedPrecision, NewtonSchulz, Rounding, Scale, WeightLayout};
+use crate::{
+    Adaptive, Blocks, Coefficients, Decay, MixedPrecision, NewtonSchulz, NewtonSchulzForm, Rounding, UpdateScale,
+    WeightLayout,
+};
 
-/// The type of the products inside Newton-Schulz.
+/// The dtype of the matrix products in Newton-Schulz.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -16,13 +19,13 @@ pub enum Precision {
     /// f32 (f64 for f64 parameters).
     #[default]
     F32,
-    /// bf16, as in the report's training: faster where the device has units for it.
+    /// bf16, as in the report's training: faster where the device has units for it (AVX512-BF16 on the CPU).
     Bf16,
-    /// f16: 8 times more precise than bf16. Its largest number, 65504, is far above anything in the iteration.
+    /// f16: 8 times more precise than bf16. Its largest value, 65504, is far above anything in the iteration.
     F16,
 }
 
-/// The type that momentum is stored in between steps.
+/// The dtype in which momentum is stored between steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -30,11 +33,11 @@ pub enum MomentumPrecision {
     /// f32 (f64 for f64 parameters).
     #[default]
     F32,
-    /// bf16: half of the memory. Each step's sum is computed in f32 and rounded once.
+    /// bf16: half of the memory. Each step computes the new momentum in f32 and rounds it once.
     Bf16,
 }
 
-/// How a stored parameter is read as matrices.
+/// How the shape of a parameter is read as matrices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -42,13 +45,13 @@ pub enum MatrixView {
     /// `[A, B]`, or a stack `[batch, A, B]`.
     #[default]
     Stack,
-    /// A convolution kernel `[out, in, ...]` of rank 3 to 5, as one matrix `[out, in * ...]`, as Keller Jordan reads it. The
-    /// outputs are the rows, whatever [`MuonConfig::layout`] says.
+    /// A convolution kernel `[out, in, ...]` of 3 to 5 dimensions, as one matrix `[out, in * ...]`, as in Keller Jordan's Muon.
+    /// Outputs are rows, whatever [`MuonConfig::layout`] is.
     Kernel,
 }
 
 impl MatrixView {
-    /// Whether a parameter of this rank can be read so.
+    /// Whether a parameter with `rank` dimensions can be read this way.
     pub fn takes(self, rank: usize) -> bool {
         match self {
             MatrixView::Stack => (2..=3).contains(&rank),
@@ -56,7 +59,7 @@ impl MatrixView {
         }
     }
 
-    /// `[batch, A, B]` of a shape that it takes.
+    /// The shape as a stack `[batch, A, B]`. Any other shape than [`MatrixView::takes`] accepts becomes one row.
     pub fn stack(self, shape: &[usize]) -> [usize; 3] {
         match (self, shape) {
             (MatrixView::Kernel, [outputs, rest @ ..]) => [1, *outputs, rest.iter().product()],
@@ -67,49 +70,55 @@ impl MatrixView {
     }
 }
 
-/// A lower momentum at the start: linear from `start` to [`MuonConfig::momentum`] over `steps` steps, as in
-/// modded-nanogpt (0.85 to 0.95 over 300).
+/// Momentum warm-up: linear from `start` to [`MuonConfig::momentum`] over `steps` steps, as in modded-nanogpt (0.85 to 0.95
+/// over 300).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MomentumWarmup {
     /// The momentum of the first step.
     pub start: f64,
-    /// Steps until the full momentum.
+    /// The number of steps until the full momentum.
     pub steps: usize,
 }
 
-/// Settings of [`Muon`]; the defaults are those of "Muon is Scalable for LLM Training" (arXiv 2502.16982, section 2.2 and
-/// its released code), called "the report" below.
+/// Configuration to create a [`Muon`] optimizer.
 ///
-/// | field (serde name) | default | alternatives | source |
-/// |---|---|---|---|
-/// | `momentum` | 0.95 | `0..1` | the report |
-/// | `momentum_warmup` | none | `{ start, steps }` | modded-nanogpt |
-/// | `momentum_precision` (`momentum_dtype`) | `f32` | `bf16` | half of Muon's state |
-/// | `nesterov` | `true` | `false`: orthogonalise `M` itself | Keller Jordan |
-/// | `weight_decay` | 0.1 | any | the report |
-/// | `decay` | constant, times the learning rate | [`Decay`]: cosine or inverse-square schedule, independent, cautious | arXiv 2309.14322, 2510.12402 |
-/// | `scale` | `report`: `0.2 sqrt(max(A, B))` | [`Scale`]: `update_norm`, `hidden_size`, `keller_jordan`, `spectral`, `unit` | the report, equations 4 to 6; arXiv 2310.17813 |
-/// | `layout` | `in_out`: Burn's `Linear` | `out_in`: PyTorch's | |
-/// | `view` | `stack`: `[A, B]` or `[batch, A, B]` | `kernel`: a convolution kernel as one matrix | Keller Jordan |
-/// | `blocks` | `whole` | [`Blocks`]: rows or columns, e.g. one block per head | torchtitan's Moonlight |
-/// | `adaptive` | `off` | [`Adaptive`]: `nor_muon`, `ada_muon` | arXiv 2510.05491, 2507.11005 |
-/// | `rounding` | `nearest` | [`Rounding`]: `stochastic`, `master` | for parameters in half precision |
-/// | `coefficients` | `report` | [`Coefficients`]: `quintic`, `polar_express`, `cans`, `aol`, `deepseek_v4`, `custom` | see each |
-/// | `steps` (`newton_schulz_steps`) | the table's own: 5 for `report` | any | the report |
-/// | `epsilon` (`newton_schulz_epsilon`) | 1e-7 | 0: independent of the gradient's size | the report's code |
-/// | `precision` (`newton_schulz_dtype`) | `f32` | `bf16`, `f16` | the report trains in bf16 |
-/// | `form` | `auto`: the cheaper one per shape | [`Form`]: `direct`, `gram` | Dao-AILab/gram-newton-schulz |
+/// The defaults are those of "Muon is Scalable for LLM Training" (arXiv 2502.16982, section 2.2, and its released code),
+/// called "the report" below. They suit a model that was tuned for AdamW: learning rate and weight decay can be kept.
 ///
-/// A config is read and written by serde under the names above, every field is optional, unknown names are errors.
-/// [`Config::save`] and [`Config::load`] write and read it as JSON.
+/// | field | default | alternatives | when to use which | source |
+/// |---|---|---|---|---|
+/// | `momentum` | 0.95 | 0 to 1 | the default | the report |
+/// | `momentum_warmup` | none | `{ start, steps }` | to follow modded-nanogpt's short runs | modded-nanogpt |
+/// | `momentum_precision` (`momentum_dtype`) | `f32` | `bf16` | `bf16` halves Muon's state where memory is short | |
+/// | `nesterov` | `true` | `false`: orthogonalize `M` itself | `false` only to reproduce such a run | Keller Jordan |
+/// | `weight_decay` | 0.1 | 0 and above | the report found decay necessary in long runs | the report, 2.2 |
+/// | `decay` | constant, times the learning rate | [`Decay`]: scheduled, independent, cautious | to reproduce a run that has it | arXiv 2309.14322, 2510.12402 |
+/// | `scale` | `report`: `0.2 sqrt(max(A, B))` | [`UpdateScale`]: `update_norm`, `hidden_size`, `keller_jordan`, `spectral`, `unit` | `report` with a learning rate found for AdamW; `keller_jordan` with one of about 0.02; `spectral` to transfer learning rates over widths | the report, eq. 4 to 6; arXiv 2310.17813 |
+/// | `layout` | `in_out`: Burn's `Linear` | `out_in`: PyTorch's | `out_in` for weights that a module stores as `[out, in]`; the report's scale does not depend on it | |
+/// | `view` | `stack`: `[A, B]` or `[batch, A, B]` | `kernel` | `kernel` for the weights of convolutions | Keller Jordan |
+/// | `blocks` | `whole` | [`Blocks`]: rows or columns | heads, or a fused projection, as matrices of their own; best set on a [`Rule`](crate::Rule) | torchtitan's Moonlight |
+/// | `adaptive` | `off` | [`Adaptive`]: `nor_muon`, `ada_muon` | second moments of the update; NorMuon costs almost no memory, AdaMuon doubles the state | arXiv 2510.05491, 2507.11005 |
+/// | `rounding` | `nearest` | [`Rounding`]: `stochastic`, `master` | for bf16 and f16 parameters: `master` if 4 bytes an element are there, else `stochastic` | |
+/// | `coefficients` | `report` | [`Coefficients`]: `quintic`, `polar_express`, `cans`, `aol`, `deepseek_v4`, `custom` | `polar_express` to converge to 1; `aol` to save a step; the others to reproduce a run | see each |
+/// | `steps` (`newton_schulz_steps`) | as many as the coefficients come with, 5 for `report` | any | more steps are more exact, and no better for `report` | the report, 2.1 |
+/// | `epsilon` (`newton_schulz_epsilon`) | 1e-7 | 0 and above | 0 makes the update independent of the gradient's size | the report's code |
+/// | `precision` (`newton_schulz_dtype`) | `f32` | `bf16`, `f16` | `bf16` where the device has units for it | the report trains in bf16 |
+/// | `form` | `auto`: the cheaper one for each shape | [`NewtonSchulzForm`]: `direct`, `gram` | `direct` for the smallest rounding error | Dao-AILab/gram-newton-schulz |
+///
+/// Serde reads and writes the config under the names of the first column, or that in parentheses, which is the written one.
+/// Every field may be left out; an unknown name is an error. [`Config::save`] and [`Config::load`] use JSON.
 ///
 /// ```
-/// use moonlight_optim::{MuonConfig, Scale};
+/// use moonlight_optim::{MuonConfig, UpdateScale};
 ///
-/// let config = MuonConfig::new().with_weight_decay(0.0).with_scale(Scale::KellerJordan);
-/// let muon = config.build();
+/// // For one parameter group; `.init()` gives an optimizer for a module of matrices alone.
+/// let muon = MuonConfig::new().with_weight_decay(0.0).with_scale(UpdateScale::KellerJordan).build();
+///
+/// let read: MuonConfig = serde_json::from_str(r#"{ "scale": "keller_jordan", "weight_decay": 0.0 }"#)?;
+/// assert_eq!(&read, muon.config());
+/// # Ok::<(), serde_json::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -117,29 +126,31 @@ pub struct MomentumWarmup {
 pub struct MuonConfig {
     /// Momentum `mu` in `M <- mu M + grad`. Default: 0.95.
     pub momentum: f64,
-    /// A lower momentum at the start. Default: none.
+    /// Momentum warm-up: a lower momentum at the start. Default: none.
     pub momentum_warmup: Option<MomentumWarmup>,
-    /// The type that momentum is stored in: `f32` or `bf16`. Default: `f32`.
+    /// The dtype in which momentum is stored: `f32` or `bf16`. Default: `f32`.
     #[serde(rename = "momentum_dtype", alias = "momentum_precision")]
     pub momentum_precision: MomentumPrecision,
     /// Whether Newton-Schulz gets `mu M + grad` (Nesterov) or `M`. Default: `true`.
     pub nesterov: bool,
-    /// Decoupled weight decay: `W <- W - lr * weight_decay * W`, at the learning rate before any scale. Default: 0.1.
+    /// Decoupled weight decay: `W <- W - lr * weight_decay * W`, with the learning rate itself, not times `scale`. Default:
+    /// 0.1.
     pub weight_decay: f64,
     /// Schedule and kind of the decay. Default: constant, times the learning rate, on every weight.
     pub decay: Decay,
-    /// The factor on the orthogonalised update. Default: `report`, `0.2 sqrt(max(A, B))`.
-    pub scale: Scale,
-    /// Which side of a stored matrix is the layer's input; used only by scales that are not symmetric. Default: `in_out`.
+    /// The factor on the orthogonalized update. Default: `report`, `0.2 sqrt(max(A, B))`.
+    pub scale: UpdateScale,
+    /// Which side of a stored matrix is the layer's input. Only scales that are not symmetric, and NorMuon, depend on it.
+    /// Default: `in_out`.
     pub layout: WeightLayout,
-    /// Stacks of matrices, or convolution kernels. Default: `stack`.
+    /// Whether parameters are stacks of matrices or convolution kernels. Default: `stack`.
     pub view: MatrixView,
-    /// The blocks that each matrix is split into, every one orthogonalised alone. Default: `whole`.
+    /// The blocks that each matrix is split into; each is orthogonalized by itself. Default: `whole`.
     pub blocks: Blocks,
     /// Second moments of the update: NorMuon, AdaMuon. Default: `off`.
     pub adaptive: Adaptive,
-    /// How parameters in half precision are stored. Used by [`MuonConfig::init`] and by parameter groups. Default:
-    /// `nearest`.
+    /// How the updates of bf16 and f16 parameters are rounded. [`MuonConfig::init`] and parameter groups follow it;
+    /// [`MuonConfig::build`] alone rounds to nearest. Default: `nearest`.
     pub rounding: Rounding,
     /// The polynomials of Newton-Schulz. Default: `report`.
     pub coefficients: Coefficients,
@@ -149,11 +160,11 @@ pub struct MuonConfig {
     /// Added to a matrix's norm before dividing by it. Default: 1e-7.
     #[serde(rename = "newton_schulz_epsilon", alias = "epsilon")]
     pub epsilon: f64,
-    /// The type of the products inside Newton-Schulz: `f32`, `bf16` or `f16`. Default: `f32`.
+    /// The dtype of the matrix products in Newton-Schulz: `f32`, `bf16` or `f16`. Default: `f32`.
     #[serde(rename = "newton_schulz_dtype", alias = "precision")]
     pub precision: Precision,
     /// The form of the iteration. Default: `auto`, the cheaper one for each shape.
-    pub form: Form,
+    pub form: NewtonSchulzForm,
 }
 
 impl Default for MuonConfig {
@@ -165,7 +176,7 @@ impl Default for MuonConfig {
             nesterov: true,
             weight_decay: 0.1,
             decay: Decay::default(),
-            scale: Scale::default(),
+            scale: UpdateScale::default(),
             layout: WeightLayout::default(),
             view: MatrixView::default(),
             blocks: Blocks::default(),
@@ -175,12 +186,12 @@ impl Default for MuonConfig {
             steps: None,
             epsilon: 1e-7,
             precision: Precision::default(),
-            form: Form::default(),
+            form: NewtonSchulzForm::default(),
         }
     }
 }
 
-/// [`Config::save`] and [`Config::load`]; unlike a derived config's, a file may leave out any field.
+/// [`Config::save`] and [`Config::load`]. Unlike with a derived config, a file may leave out any field.
 impl Config for MuonConfig {}
 
 impl std::fmt::Display for MuonConfig {
@@ -190,18 +201,18 @@ impl std::fmt::Display for MuonConfig {
 }
 
 impl MuonConfig {
-    /// The report's settings.
+    /// The report's config.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Keller Jordan's settings (`SingleDeviceMuonWithAuxAdam` of KellerJordan/Muon): scale `sqrt(max(1, out / in))`, no
-    /// decay. His learning rate is 0.02.
+    /// Keller Jordan's config (`SingleDeviceMuonWithAuxAdam` of KellerJordan/Muon): scale `sqrt(max(1, out / in))`, no decay.
+    /// The learning rate that goes with it is 0.02.
     pub fn keller_jordan() -> Self {
-        Self::default().with_scale(Scale::KellerJordan).with_weight_decay(0.0)
+        Self::default().with_scale(UpdateScale::KellerJordan).with_weight_decay(0.0)
     }
 
-    /// The settings of Kimi K2 (arXiv 2507.20534): the report's, to be used with [`QkClip`](crate::QkClip).
+    /// The config of Kimi K2 (arXiv 2507.20534): the report's, to be used with [`QkClip`](crate::QkClip).
     pub fn kimi_k2() -> Self {
         Self::default()
     }
@@ -212,7 +223,7 @@ impl MuonConfig {
         with_nesterov(nesterov: bool);
         with_weight_decay(weight_decay: f64);
         with_decay(decay: Decay);
-        with_scale(scale: Scale);
+        with_scale(scale: UpdateScale);
         with_layout(layout: WeightLayout);
         with_view(view: MatrixView);
         with_blocks(blocks: Blocks);
@@ -221,7 +232,7 @@ impl MuonConfig {
         with_coefficients(coefficients: Coefficients);
         with_epsilon(epsilon: f64);
         with_precision(precision: Precision);
-        with_form(form: Form);
+        with_form(form: NewtonSchulzForm);
     }
 
     /// Sets [`MuonConfig::steps`].
@@ -230,7 +241,7 @@ impl MuonConfig {
         self
     }
 
-    /// Sets [`MuonConfig::momentum_warmup`]: from `start` over `steps` steps.
+    /// Sets [`MuonConfig::momentum_warmup`]: from a momentum of `start`, over `steps` steps.
     pub fn with_momentum_warmup(mut self, start: f64, steps: usize) -> Self {
         self.momentum_warmup = Some(MomentumWarmup { start, steps });
         self
@@ -246,7 +257,7 @@ impl MuonConfig {
         }
     }
 
-    /// The optimizer of one parameter group (see [`ParameterRules`](crate::ParameterRules)).
+    /// The optimizer of single parameters, as [`ParameterRules`](crate::ParameterRules) and [`Muon::step_batch`] use it.
     pub fn build(&self) -> Muon {
         let newton_schulz = NewtonSchulz {
             epsilon: self.epsilon,
@@ -261,16 +272,17 @@ impl MuonConfig {
         Muon { config: self.clone(), newton_schulz }
     }
 
-    /// Muon for every parameter of a module. Only for a module that consists of matrices alone; any other needs
-    /// [`ParameterRules`](crate::ParameterRules).
+    /// Initialize Muon for every parameter of a module, as Burn's own configs do. Only for a module that consists of matrices;
+    /// any other module needs [`ParameterRules`](crate::ParameterRules), since Muon panics for a vector.
     pub fn init(&self) -> ModuleOptimizer {
         ModuleOptimizer::from(self.mixed())
     }
 
-    /// The shape of [`MuonState::second_moment`](super::MuonState::second_moment) for a parameter of this shape, which the
-    /// view takes.
+    /// The shape of [`MuonState::second_moment`](super::MuonState::second_moment) for a parameter of this shape, if the settings
+    /// keep one.
     pub(crate) fn second_moment_shape(&self, shape: &[usize]) -> Option<[usize; 3]> {
         let [batch, rows, columns] = self.view.stack(shape);
+        // NorMuon averages over a layer's inputs: blocks along that side have an average each.
         let blocks = |cut: bool| if cut { self.blocks.sizes(rows, columns).map_or(1, |sizes| sizes.len()) } else { 1 };
         match (self.adaptive, self.layout_of_view()) {
             (Adaptive::Off, _) => None,
@@ -284,7 +296,7 @@ impl MuonConfig {
         }
     }
 
-    /// Which side of a matrix is the input, under the view.
+    /// Which side of a matrix is the layer's input, as the view reads it.
     pub(super) fn layout_of_view(&self) -> WeightLayout {
         match self.view {
             MatrixView::Stack => self.layout,

@@ -1,4 +1,4 @@
-//! Muon: momentum, orthogonalised.
+//! Muon: momentum, orthogonalized by Newton-Schulz.
 
 mod config;
 mod state;

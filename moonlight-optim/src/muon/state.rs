@@ -1,18 +1,19 @@
-//! What Muon keeps for a parameter between steps.
+//! Muon's state.
 
 use burn::optim::{RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor};
 use burn_pack::Scalar;
 
-/// What Muon keeps for a parameter: one buffer of its shape, half of what AdamW keeps.
+/// Muon's state of one parameter: one tensor of the parameter's shape, half of what AdamW keeps.
 #[derive(Clone, Debug)]
 pub struct MuonState<const D: usize> {
     /// `M`, in f32 (f64 for f64 parameters) or bf16.
     pub momentum: Tensor<D>,
-    /// The second moment of [`Adaptive`](crate::Adaptive): `[batch, A, B]` for AdaMuon; for NorMuon `[batch, 1, out]` or
-    /// `[batch, out, 1]`, by the layout, with one entry per block along the side that is split.
+    /// The second moment of [`Adaptive`](crate::Adaptive). AdaMuon: `[batch, A, B]`. NorMuon: `[batch, 1, out]` for weights
+    /// stored `[in, out]`, `[batch, out, 1]` for `[out, in]`. If [`Blocks`](crate::Blocks) split the input side, NorMuon has
+    /// an entry for each block in place of the 1.
     pub second_moment: Option<Tensor<3>>,
-    /// Steps taken.
+    /// Steps taken so far.
     pub step: usize,
 }
 
@@ -26,7 +27,7 @@ impl<const D: usize> RecordState for MuonState<D> {
     }
 
     fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
-        // The stored type, not the device's default: a state must come back bit for bit.
+        // In the dtype of the file, not the device's default, so that a state comes back bit for bit.
         let data = src.take_tensor(prefix, "momentum")?;
         let dtype = data.dtype();
         let momentum = Tensor::from_data(data, (device, dtype));
@@ -34,7 +35,7 @@ impl<const D: usize> RecordState for MuonState<D> {
             let dtype = data.dtype();
             Tensor::from_data(data, (device, dtype))
         });
-        // Older states have no step.
+        // Earlier versions saved no step. Only a momentum warm-up and decay schedules depend on it.
         let step = src.take_scalar(prefix, "step").and_then(|step| usize::try_from(step).ok()).unwrap_or(0);
         Some(Self { momentum, second_moment, step })
     }

@@ -1,13 +1,13 @@
-//! The update.
+//! Muon's step.
 
 use burn::optim::{LearningRate, Optimizer};
 use burn::tensor::{DType, Device, Tensor};
 
 use super::{MomentumPrecision, MuonConfig, MuonState};
 use crate::newton_schulz::full_precision;
-use crate::{Blocks, NewtonSchulz, Preconditioning, Scale, WeightLayout};
+use crate::{Blocks, NewtonSchulz, Preconditioning, UpdateScale, WeightLayout};
 
-/// The Muon optimizer, for matrices `[A, B]` and for stacks of matrices `[batch, A, B]`.
+/// The Muon optimizer. Should be created with [`MuonConfig`].
 ///
 /// ```text
 /// M <- mu M + grad
@@ -15,47 +15,76 @@ use crate::{Blocks, NewtonSchulz, Preconditioning, Scale, WeightLayout};
 /// W <- W - lr * (0.2 sqrt(max(A, B)) O + weight_decay W)
 /// ```
 ///
-/// Every matrix of a stack, and every block of a matrix, is orthogonalised and scaled as if it stood alone, from its own
-/// two dimensions.
+/// "Muon is Scalable for LLM Training" (arXiv 2502.16982), equations 1 and 4, with the defaults of [`MuonConfig`].
 ///
-/// A zero gradient with zero momentum gives a zero update. A gradient that holds a NaN or an infinity makes the
-/// parameter's own matrix NaN, visibly, and no other matrix of its stack; as with AdamW the momentum keeps the NaN, so
-/// check gradients before a step.
+/// # Shapes
 ///
-/// Momentum and update are computed in f32 (f64 for f64 parameters) and the parameter is rounded once, so bf16
-/// parameters keep an f32 momentum.
+/// Parameter and gradient: a matrix `[A, B]` or a stack of matrices `[batch, A, B]`; with [`MatrixView::Kernel`] a
+/// convolution kernel `[out, in, ...]`. Every matrix of a stack, and every block of a matrix ([`Blocks`]), is orthogonalized
+/// and scaled by itself, from its own two dimensions.
 ///
-/// [`Muon::step`](Optimizer::step) is a function of parameter, gradient and state, and so is [`Muon::step_batch`] for
-/// equal matrices at once: each rank can call it for the matrices that it owns. [`balance`](crate::distributed::balance)
-/// says who owns what.
+/// # Precision
+///
+/// Momentum and update are computed in f32 (f64 for f64 parameters) and the parameter is rounded once. So bf16 parameters
+/// have an f32 momentum.
+///
+/// A zero gradient with zero momentum gives a zero update. A gradient that contains NaN or infinity makes the whole matrix
+/// NaN, and no other matrix of its stack. As with AdamW the momentum stays NaN from then on: check gradients before a step.
+///
+/// # Several ranks
+///
+/// [`Muon::step`](Optimizer::step) is a function of parameter, gradient and state, and so is [`Muon::step_batch`] for equal
+/// matrices at once: each rank can call it for the matrices that it owns. [`balance`](crate::distributed::balance) decides
+/// which those are, and [`MuonAdamW`](crate::MuonAdamW) does all of it.
+///
+/// [`MatrixView`]: crate::MatrixView
+/// [`MatrixView::Kernel`]: crate::MatrixView::Kernel
 ///
 /// # Panics
 ///
-/// [`Optimizer::step`] panics for a parameter whose rank the [`MatrixView`](crate::MatrixView) does not take, where the update has no meaning,
-/// and for [`Blocks`] that do not fill the matrix. [`ParameterRules`](crate::ParameterRules) turns both into errors before
-/// the first step.
+/// [`Optimizer::step`] panics for a parameter whose number of dimensions the [`MatrixView`] does not take, and for [`Blocks`]
+/// that do not fill the matrix. [`ParameterRules`](crate::ParameterRules) turns both into errors before the first step.
+///
+/// ```
+/// use burn::optim::Optimizer;
+/// use burn::tensor::{Device, Tensor};
+/// use moonlight_optim::MuonConfig;
+///
+/// let muon = MuonConfig::new().build();
+/// let device = Device::default();
+/// let (weight, grad) = (Tensor::<2>::ones([4, 6], &device), Tensor::<2>::ones([4, 6], &device));
+/// let (weight, state) = muon.step(0.02, weight, grad, None);
+/// assert_eq!(weight.dims(), [4, 6]);
+/// assert_eq!(state.unwrap().momentum.dims(), [4, 6]);
+/// ```
 #[derive(Clone, Debug)]
 pub struct Muon {
     pub(super) config: MuonConfig,
     pub(super) newton_schulz: NewtonSchulz,
 }
 
-/// Parameter, gradient and state of one matrix of a batch.
+/// Parameter, gradient and state of one member of a batch.
 type Member<const D: usize> = (Tensor<D>, Tensor<D>, Option<MuonState<D>>);
 
 impl Muon {
-    /// The settings it was built from.
+    /// The config that it was built from.
     pub fn config(&self) -> &MuonConfig {
         &self.config
     }
 
-    /// The iteration that it orthogonalises with.
+    /// The iteration that orthogonalizes the momentum.
     pub fn newton_schulz(&self) -> &NewtonSchulz {
         &self.newton_schulz
     }
 
-    /// The update of a parameter for a momentum (Nesterov already applied): orthogonalised and scaled, before the
-    /// learning rate and without decay, `[batch, A, B]` to `[batch, A, B]`; and the second moment after it, if there is one.
+    /// The update for a momentum that Nesterov was already applied to: orthogonalized and scaled, without decay and before the
+    /// learning rate. Also returns the new second moment, for an [`Adaptive`](crate::Adaptive) variant.
+    ///
+    /// # Shapes
+    ///
+    /// - momentum: `[batch, A, B]`
+    /// - second moment: see [`MuonState::second_moment`]
+    /// - update: `[batch, A, B]`
     ///
     /// # Panics
     ///
@@ -70,7 +99,7 @@ impl Muon {
             panic!("{blocks} do not fill a matrix of [{rows}, {columns}]");
         };
         let parts = blocks.cut(&momentum, &sizes);
-        // A second moment has the block's size along the side that is cut, or one number for each block.
+        // Along the side that is split, a second moment has either the sizes of the blocks or one number for each block.
         let mut seconds: Vec<Option<Tensor<3>>> = match &second_moment {
             Some(second) => {
                 let one_each = blocks.extent(second) == sizes.len();
@@ -79,7 +108,7 @@ impl Muon {
             }
             None => vec![None; sizes.len()],
         };
-        // Blocks of equal size go through as one stack.
+        // Blocks of equal size are orthogonalized as one stack.
         let mut updates: Vec<Option<Tensor<3>>> = vec![None; sizes.len()];
         for first in 0..sizes.len() {
             if updates[first].is_some() {
@@ -105,7 +134,8 @@ impl Muon {
         let layout = self.config.layout_of_view();
         let adaptive = self.config.adaptive;
         let input = adaptive.input(momentum);
-        // AOL rescales the outputs of a square matrix, as its authors do: they store outputs as rows.
+        // AOL scales the rows of a square matrix. Its authors store a layer's outputs as rows, Burn as columns: transposed, so
+        // that outputs are scaled in either layout.
         let aol = self.newton_schulz.preconditioning == Preconditioning::Aol;
         let update = if aol && rows == columns && layout == WeightLayout::InOut {
             self.newton_schulz.apply(input.swap_dims(1, 2)).swap_dims(1, 2)
@@ -115,9 +145,9 @@ impl Muon {
         let (update, second) = adaptive.apply(update, second, layout);
         let update = match (self.config.scale.factor(rows, columns, layout), self.config.scale) {
             (Some(factor), _) => update.mul_scalar(factor),
-            (None, Scale::UpdateNorm { factor }) => {
+            (None, UpdateScale::UpdateNorm { factor }) => {
                 let mean_square = update.clone().square().mean_dims(&[1, 2]); // [batch, 1, 1]
-                // An update of zeros stays zero.
+                // Without the smallest f32, an update of zeros would be 0 / 0.
                 let rms = mean_square.sqrt().add_scalar(f64::from(f32::MIN_POSITIVE));
                 update.mul(rms.recip().mul_scalar(factor))
             }
@@ -126,13 +156,13 @@ impl Muon {
         (update, second)
     }
 
-    /// A step of equal matrices at once: `(parameter, gradient, state)` of each to `(parameter, state)` of each, as
-    /// [`Optimizer::step`] gives them one by one, bit for bit, in one Newton-Schulz for all that have taken equally many
-    /// steps.
+    /// A step of several parameters of one shape at once: from `(parameter, gradient, state)` of each to `(parameter, state)`
+    /// of each. The result is that of [`Optimizer::step`] one by one, bit for bit; parameters that have taken equally many
+    /// steps share one batched Newton-Schulz.
     ///
     /// # Panics
     ///
-    /// If the parameters are not of one shape and type, and as [`Optimizer::step`].
+    /// If the parameters differ in shape or dtype, and as [`Optimizer::step`].
     pub fn step_batch<const D: usize>(
         &self,
         lr: LearningRate,
@@ -142,7 +172,7 @@ impl Muon {
         let (shape, dtype) = (first.shape(), first.dtype());
         assert!(
             parameters.iter().all(|(tensor, _, _)| tensor.shape() == shape && tensor.dtype() == dtype),
-            "the parameters of a batch have one shape and one type"
+            "the parameters of a batch have one shape and one dtype"
         );
         let stack = self.stack(shape.as_slice());
         let members = parameters.into_iter().map(|(tensor, grad, state)| {
@@ -162,22 +192,24 @@ impl Muon {
         restored.collect()
     }
 
-    /// [`Muon::step_batch`] of parameters that are stacks `[batch, A, B]` already.
+    /// [`Muon::step_batch`] of parameters that are already stacks `[batch, A, B]`.
     pub(crate) fn step_stacks(&self, lr: LearningRate, parameters: Vec<Member<3>>) -> Vec<(Tensor<3>, MuonState<3>)> {
         let batch = parameters.first().map_or(0, |(tensor, _, _)| tensor.dims()[0]);
         let mut results: Vec<Option<(Tensor<3>, MuonState<3>)>> = vec![None; parameters.len()];
-        let age = |state: &Option<MuonState<3>>| state.as_ref().map(|state| state.step);
+        // Members of one call must be at the same step, since momentum and decay may depend on it. `None` is a member without
+        // state, whose first momentum is the gradient itself.
+        let step_of = |state: &Option<MuonState<3>>| state.as_ref().map(|state| state.step);
         let mut waiting: Vec<(usize, Member<3>)> = parameters.into_iter().enumerate().collect();
         while let Some((_, (_, _, state))) = waiting.first() {
-            let together = age(state);
+            let step = step_of(state);
             let (now, later): (Vec<_>, Vec<_>) =
-                waiting.into_iter().partition(|(_, (_, _, state))| age(state) == together);
+                waiting.into_iter().partition(|(_, (_, _, state))| step_of(state) == step);
             waiting = later;
-            let (places, now): (Vec<usize>, Vec<Member<3>>) = now.into_iter().unzip();
+            let (indices, now): (Vec<usize>, Vec<Member<3>>) = now.into_iter().unzip();
             #[cfg(feature = "cpu")]
-            let now = match self.step_plainly(lr, together.unwrap_or(0), now) {
+            let now = match self.step_in_kernel(lr, step.unwrap_or(0), now) {
                 Ok(stepped) => {
-                    places.into_iter().zip(stepped).for_each(|(place, stepped)| results[place] = Some(stepped));
+                    indices.into_iter().zip(stepped).for_each(|(index, stepped)| results[index] = Some(stepped));
                     continue;
                 }
                 Err(now) => now,
@@ -192,26 +224,26 @@ impl Muon {
                     seconds.extend(state.second_moment);
                 }
             }
-            let state = together.map(|step| MuonState {
+            let state = step.map(|step| MuonState {
                 momentum: Tensor::cat(momenta, 0),
-                second_moment: (seconds.len() == places.len()).then(|| Tensor::cat(seconds, 0)),
+                second_moment: (seconds.len() == indices.len()).then(|| Tensor::cat(seconds, 0)),
                 step,
             });
             let (tensor, state) = self.step_stack(lr, Tensor::cat(tensors, 0), Tensor::cat(grads, 0), state);
-            for (index, place) in places.into_iter().enumerate() {
-                let own = |x: &Tensor<3>| x.clone().narrow(0, index * batch, batch);
+            for (place, index) in indices.into_iter().enumerate() {
+                let own = |x: &Tensor<3>| x.clone().narrow(0, place * batch, batch);
                 let second_moment = state.second_moment.as_ref().map(own);
                 let state = MuonState { momentum: own(&state.momentum), second_moment, step: state.step };
-                results[place] = Some((own(&tensor), state));
+                results[index] = Some((own(&tensor), state));
             }
         }
         results.into_iter().flatten().collect()
     }
 
-    /// A step of members that have taken equally many steps, in the CPU backend's kernel, if it has one for these settings;
-    /// else returns them.
+    /// A step of members that have taken equally many steps, by the CPU kernel that fuses momentum, Newton-Schulz, decay and
+    /// update. Gives the members back if the kernel does not have these settings: it knows plain Muon only.
     #[cfg(feature = "cpu")]
-    fn step_plainly(
+    fn step_in_kernel(
         &self,
         lr: LearningRate,
         step: usize,
@@ -231,10 +263,10 @@ impl Muon {
         let tensors = members.iter().flat_map(|(tensor, grad, state)| {
             [tensor, grad].into_iter().chain(state.as_ref().map(|state| &state.momentum))
         });
-        if !crate::flex::takes(&self.newton_schulz, shape, tensors) {
+        if !crate::flex::supports_step(&self.newton_schulz, shape, tensors) {
             return Err(members);
         }
-        let numbers = crate::flex::Step {
+        let scalars = crate::flex::StepScalars {
             momentum: config.momentum_at(step),
             nesterov: config.nesterov,
             kept: 1.0 - config.decay.fraction(config.weight_decay, lr, step),
@@ -243,40 +275,40 @@ impl Muon {
         };
         let operands =
             members.into_iter().map(|(tensor, grad, state)| (tensor, grad, state.map(|state| state.momentum)));
-        let stepped = crate::flex::step_many(&self.newton_schulz, numbers, operands.collect());
+        let stepped = crate::flex::step_many(&self.newton_schulz, scalars, operands.collect());
         let stepped = stepped.into_iter().map(|crate::flex::Stepped { tensor, momentum }| {
             (tensor, MuonState { momentum, second_moment: None, step: step + 1 })
         });
         Ok(stepped.collect())
     }
 
-    /// `[batch, A, B]` of a parameter's shape.
+    /// The shape `[batch, A, B]` in which a parameter is stepped.
     fn stack(&self, shape: &[usize]) -> [usize; 3] {
         let view = self.config.view;
         assert!(
             view.takes(shape.len()),
-            "Muon orthogonalises matrices `[A, B]` and stacks of matrices `[batch, A, B]`; a parameter of shape {shape:?} \
+            "Muon orthogonalizes matrices `[A, B]` and stacks of matrices `[batch, A, B]`; a parameter of shape {shape:?} \
              is neither and belongs in another parameter group"
         );
         view.stack(shape)
     }
 
-    /// A step of a stack `[batch, A, B]`, by a kernel if there is one.
-    fn step_alone(&self, lr: LearningRate, member: Member<3>) -> (Tensor<3>, MuonState<3>) {
+    /// A step of one stack `[batch, A, B]`, by the CPU kernel where it can.
+    fn step_one(&self, lr: LearningRate, member: Member<3>) -> (Tensor<3>, MuonState<3>) {
         #[cfg(feature = "cpu")]
         let member = {
             let step = member.2.as_ref().map_or(0, |state| state.step);
-            match self.step_plainly(lr, step, vec![member]).map(|mut stepped| stepped.pop()) {
+            match self.step_in_kernel(lr, step, vec![member]).map(|mut stepped| stepped.pop()) {
                 Ok(Some(stepped)) => return stepped,
                 Err(mut members) if members.len() == 1 => members.remove(0),
-                _ => unreachable!("one goes in, and one comes out"),
+                _ => unreachable!("one member gives one result"),
             }
         };
         let (tensor, grad, state) = member;
         self.step_stack(lr, tensor, grad, state)
     }
 
-    /// A step of a stack `[batch, A, B]` in Burn's operations, but for Newton-Schulz.
+    /// A step of a stack `[batch, A, B]` in Burn's operations, except Newton-Schulz, which may have a kernel.
     fn step_stack(
         &self,
         lr: LearningRate,
@@ -301,7 +333,7 @@ impl Muon {
         let input = if nesterov { momentum.clone().mul_scalar(mu).add(grad) } else { momentum.clone() };
         let (update, second_moment) = self.direction(input, second_moment);
 
-        let tensor = self.moved(lr, step, tensor.cast(dtype), update).cast(stored);
+        let tensor = self.decay_and_update(lr, step, tensor.cast(dtype), update).cast(stored);
         let momentum = match self.config.momentum_precision {
             MomentumPrecision::F32 => momentum,
             MomentumPrecision::Bf16 => momentum.cast(DType::BF16),
@@ -311,8 +343,9 @@ impl Muon {
 }
 
 impl Muon {
-    /// A parameter in full precision, decayed and moved by an update, in step `step`.
-    pub(crate) fn moved<const D: usize>(
+    /// `W <- (1 - decay) W - lr update`, for a parameter in full precision at step `step`. The CPU kernel computes the same
+    /// products in the same order, so that both give the same bits.
+    pub(crate) fn decay_and_update<const D: usize>(
         &self,
         lr: LearningRate,
         step: usize,
@@ -320,13 +353,14 @@ impl Muon {
         update: Tensor<D>,
     ) -> Tensor<D> {
         let MuonConfig { weight_decay, decay, .. } = self.config;
-        let lost = decay.fraction(weight_decay, lr, step);
-        let tensor = match (lost != 0.0, decay.cautious) {
+        let fraction = decay.fraction(weight_decay, lr, step);
+        let tensor = match (fraction != 0.0, decay.cautious) {
             (false, _) => tensor,
-            (true, false) => tensor.mul_scalar(1.0 - lost),
+            (true, false) => tensor.mul_scalar(1.0 - fraction),
+            // The update is subtracted: where it has the sign of the weight, both shrink the weight.
             (true, true) => {
                 let agrees = tensor.clone().mul(update.clone()).greater_equal_elem(0.0);
-                let decayed = tensor.clone().mul_scalar(1.0 - lost);
+                let decayed = tensor.clone().mul_scalar(1.0 - fraction);
                 tensor.mask_where(agrees, decayed)
             }
         };
@@ -351,7 +385,7 @@ impl Optimizer for Muon {
             second_moment: state.second_moment,
             step: state.step,
         });
-        let (tensor, state) = self.step_alone(lr, (tensor.reshape(stack), grad.reshape(stack), state));
+        let (tensor, state) = self.step_one(lr, (tensor.reshape(stack), grad.reshape(stack), state));
         let MuonState { momentum, second_moment, step } = state;
         let momentum = momentum.reshape(shape.clone());
         (tensor.reshape(shape), Some(MuonState { momentum, second_moment, step }))

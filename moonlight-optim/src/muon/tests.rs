@@ -4,7 +4,7 @@ use burn::optim::{GradientsParams, Optimizer};
 use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
 
 use super::*;
-use crate::{Adaptive, Blocks, Coefficients, Decay, Scale, WeightLayout};
+use crate::{Adaptive, Blocks, Coefficients, Decay, UpdateScale, WeightLayout};
 
 fn device() -> Device {
     Device::default().autodiff()
@@ -48,13 +48,13 @@ fn scales_that_tell_inputs_from_outputs_do_so_through_a_layer() {
     // sqrt(max(1, out / in)) times an update of RMS 1 / sqrt(max(in, out)).
     let config = MuonConfig::new().with_coefficients(Coefficients::PolarExpress).with_steps(12);
     let cases = [
-        (Scale::KellerJordan, 16, 64, 2.0 / 8.0),
-        (Scale::KellerJordan, 64, 16, 1.0 / 8.0),
-        (Scale::Spectral, 16, 64, 2.0 / 8.0),
-        (Scale::Spectral, 64, 16, 0.5 / 8.0),
-        (Scale::Unit, 64, 16, 1.0 / 8.0),
-        (Scale::HiddenSize { factor: 0.2, hidden: 25 }, 64, 16, 1.0 / 8.0),
-        (Scale::UpdateNorm { factor: 0.2 }, 64, 16, 0.2),
+        (UpdateScale::KellerJordan, 16, 64, 2.0 / 8.0),
+        (UpdateScale::KellerJordan, 64, 16, 1.0 / 8.0),
+        (UpdateScale::Spectral, 16, 64, 2.0 / 8.0),
+        (UpdateScale::Spectral, 64, 16, 0.5 / 8.0),
+        (UpdateScale::Unit, 64, 16, 1.0 / 8.0),
+        (UpdateScale::HiddenSize { factor: 0.2, hidden: 25 }, 64, 16, 1.0 / 8.0),
+        (UpdateScale::UpdateNorm { factor: 0.2 }, 64, 16, 0.2),
     ];
     for (scale, inputs, outputs, expected) in cases {
         let (before, after) = step_on_layer(&config.clone().with_scale(scale), inputs, outputs);
@@ -108,7 +108,7 @@ fn a_zero_gradient_moves_nothing_but_by_decay() {
     let device = Device::default();
     let weight = Tensor::<2>::random([4, 6], Distribution::Default, &device);
     for epsilon in [0.0, 1e-7] {
-        for scale in [Scale::default(), Scale::UpdateNorm { factor: 0.2 }] {
+        for scale in [UpdateScale::default(), UpdateScale::UpdateNorm { factor: 0.2 }] {
             let config = MuonConfig::new().with_epsilon(epsilon).with_scale(scale).with_weight_decay(0.0);
             let (after, _) = config.build().step(0.1, weight.clone(), weight.zeros_like(), None);
             assert_eq!(floats(after), floats(weight.clone()));
@@ -164,12 +164,12 @@ fn half_precision_parameters_keep_a_full_precision_momentum() {
 #[test]
 fn settings_survive_serde_and_unknown_ones_are_refused() {
     let config = MuonConfig::new()
-        .with_scale(Scale::UpdateNorm { factor: 0.1 })
+        .with_scale(UpdateScale::UpdateNorm { factor: 0.1 })
         .with_coefficients(Coefficients::Custom(vec![[2.0, -1.5, 0.5]]));
     let json = serde_json::to_string(&config).unwrap();
     assert_eq!(serde_json::from_str::<MuonConfig>(&json).unwrap(), config);
     let few: MuonConfig = serde_json::from_str(r#"{"scale": "keller_jordan", "coefficients": "quintic"}"#).unwrap();
-    assert_eq!(few, MuonConfig::new().with_scale(Scale::KellerJordan).with_coefficients(Coefficients::Quintic));
+    assert_eq!(few, MuonConfig::new().with_scale(UpdateScale::KellerJordan).with_coefficients(Coefficients::Quintic));
     assert!(serde_json::from_str::<MuonConfig>(r#"{"momentun": 0.9}"#).is_err());
 }
 
@@ -245,7 +245,8 @@ fn blocks_take_the_steps_of_matrices_of_their_own() {
         cases.iter().flat_map(|case| variants.map(|adaptive| (case, adaptive)))
     {
         for layout in [WeightLayout::InOut, WeightLayout::OutIn] {
-            let config = MuonConfig::new().with_adaptive(adaptive).with_layout(layout).with_scale(Scale::KellerJordan);
+            let config =
+                MuonConfig::new().with_adaptive(adaptive).with_layout(layout).with_scale(UpdateScale::KellerJordan);
             let cut = config.clone().with_blocks(blocks.clone());
             let mut whole = (weight.clone(), None);
             for grad in &grads {
@@ -272,7 +273,7 @@ fn a_convolution_kernel_is_one_matrix_with_its_outputs_in_rows() {
     let device = Device::default();
     let weight = Tensor::<4>::random([8, 2, 3, 3], Distribution::Normal(0.0, 1.0), &device);
     let grad = Tensor::<4>::random([8, 2, 3, 3], Distribution::Normal(0.0, 1.0), &device);
-    for scale in [Scale::default(), Scale::KellerJordan, Scale::Spectral] {
+    for scale in [UpdateScale::default(), UpdateScale::KellerJordan, UpdateScale::Spectral] {
         let config = MuonConfig::new().with_scale(scale);
         let kernel = config.clone().with_view(MatrixView::Kernel).build();
         let kernel = kernel.step(0.1, weight.clone(), grad.clone(), None).0;
@@ -385,7 +386,7 @@ fn a_config_is_read_by_its_serde_names_and_by_the_older_ones() {
         .with_epsilon(0.0)
         .with_precision(Precision::F16)
         .with_rounding(crate::Rounding::MasterWeights)
-        .with_scale(Scale::UpdateNorm { factor: 0.2 });
+        .with_scale(UpdateScale::UpdateNorm { factor: 0.2 });
     for text in [new, old] {
         assert_eq!(serde_json::from_str::<MuonConfig>(text).unwrap(), expected);
     }

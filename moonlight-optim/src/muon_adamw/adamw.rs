@@ -1,15 +1,15 @@
-//! The step of a parameter, or of a segment of one, by AdamW.
+//! AdamW's step of a parameter, or of a segment of one.
 
 use burn::optim::{AdamW, AdamWState, AdaptiveMomentumState, Optimizer};
 use burn::tensor::{Shape, Tensor};
 
-use super::{Held, MuonAdamW};
+use super::{MuonAdamW, SegmentState};
 use crate::{MixedPrecision, MixedPrecisionState};
 
 type State<const D: usize> = MixedPrecisionState<AdamWState<D>, D>;
 
 impl MuonAdamW {
-    /// The new values; `key` is the segment's target and first element.
+    /// The new values. `key` is the index of the parameter and the first element of the segment.
     pub(super) fn step_adamw<const D: usize>(
         &mut self,
         key: (usize, usize),
@@ -20,7 +20,7 @@ impl MuonAdamW {
     ) -> Tensor<D> {
         let (shape, device) = (value.shape(), value.device());
         let state = match self.states.remove(&key) {
-            Some(Held::AdamW(state)) => {
+            Some(SegmentState::AdamW(state)) => {
                 Some(MixedPrecision::<AdamW>::to_device(reshaped(state, shape.clone()), &device))
             }
             _ => None,
@@ -29,13 +29,14 @@ impl MuonAdamW {
         let (values, state) = group.optimizer.step(lr * group.learning_rate_factor, value, gradient, state);
         if let Some(state) = state {
             let flat = Shape::from([shape.num_elements()]);
-            self.states.insert(key, Held::AdamW(reshaped(state, flat)));
+            self.states.insert(key, SegmentState::AdamW(reshaped(state, flat)));
         }
         values
     }
 }
 
-/// The same state for a parameter of another shape with as many elements.
+/// The same state for a parameter of another shape with as many elements. AdamW is elementwise, so states are kept flat: a
+/// segment has no other shape.
 fn reshaped<const D: usize, const E: usize>(state: State<D>, shape: Shape) -> State<E> {
     let inner = state.inner.map(|AdamWState { momentum }| {
         let AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2 } = momentum;

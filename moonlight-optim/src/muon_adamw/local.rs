@@ -1,4 +1,4 @@
-//! A step of one rank, which holds everything.
+//! The step of a single rank, which holds all state.
 
 use std::collections::HashMap;
 
@@ -6,7 +6,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Shape, Tensor};
 
-use super::partition::By;
+use super::partition::OptimizerKind;
 use super::whole_matrix::Matrices;
 use super::{MuonAdamW, scaled};
 use crate::distributed::sum_of_squares;
@@ -14,44 +14,44 @@ use crate::memory::step_batches;
 use crate::module_values::{AutodiffSettings, Replacer};
 
 impl MuonAdamW {
-    /// Keeps the gradients as they are, in their own type and layout.
-    pub(super) fn offer_local<M: Module>(&mut self, module: &M, mut gradients: GradientsParams) {
-        if self.offered.is_empty() {
-            self.offered = gradients;
+    /// Keeps the gradients as they are, in their own dtype and layout: no cast and no copy.
+    pub(super) fn add_gradients_local<M: Module>(&mut self, module: &M, mut gradients: GradientsParams) {
+        if self.gradients.is_empty() {
+            self.gradients = gradients;
             return;
         }
-        module.visit(&mut Merge { from: &mut gradients, into: &mut self.offered });
+        module.visit(&mut Merge { from: &mut gradients, into: &mut self.gradients });
     }
 
-    /// In the order of the module.
-    pub(super) fn squares_local<M: Module>(&self, module: &M) -> f64 {
-        let mut squares = Squares { path: Vec::new(), optimizer: self, sum: 0.0 };
-        module.visit(&mut squares);
-        squares.sum
+    /// Summed in the module's order, so that the result does not depend on when each gradient was added.
+    pub(super) fn sum_of_squares_local<M: Module>(&self, module: &M) -> f64 {
+        let mut visitor = SumSquares { path: Vec::new(), optimizer: self, sum: 0.0 };
+        module.visit(&mut visitor);
+        visitor.sum
     }
 
-    /// Muon's batches one after the other, then AdamW's parameters in the order of the module.
+    /// Muon's batches one after the other, then AdamW's parameters in the module's order.
     pub(super) fn apply_local<M: Module>(&mut self, lr: f64, scale: f64, mut module: M) -> M {
-        let mut gradients = std::mem::take(&mut self.offered);
-        let mut listing = Listing {
+        let mut gradients = std::mem::take(&mut self.gradients);
+        let mut listing = ListParameters {
             path: Vec::new(),
             optimizer: self,
             gradients: &gradients,
             matrices: Vec::new(),
-            others: HashMap::new(),
+            adamw: HashMap::new(),
         };
         module.visit(&mut listing);
-        let Listing { matrices, others, .. } = listing;
+        let ListParameters { matrices, adamw, .. } = listing;
         for batch in
             step_batches(matrices, |one| one.matrices.elements(), |one, other| one.matrices.equals(&other.matrices))
         {
-            let mut lifter = Lifter { wanted: &batch, gradients: &mut gradients, scale, lifted: HashMap::new() };
-            module = module.map(&mut lifter);
-            let mut lifted = lifter.lifted;
+            let mut take = TakeBatch { batch: &batch, gradients: &mut gradients, scale, taken: HashMap::new() };
+            module = module.map(&mut take);
+            let mut taken = take.taken;
             let (owners, batch): (Vec<_>, Vec<_>) = batch
                 .into_iter()
-                .filter_map(|Listed { id, shape, matrices }| {
-                    let (value, gradient) = lifted.remove(&id)?;
+                .filter_map(|MuonParameter { id, shape, matrices }| {
+                    let (value, gradient) = taken.remove(&id)?;
                     Some(((id, shape), (matrices, value, gradient)))
                 })
                 .unzip();
@@ -59,17 +59,18 @@ impl MuonAdamW {
             let values = owners.into_iter().zip(updated).map(|((id, shape), values)| (id, (shape, values)));
             module = module.map(&mut Replacer(values.collect()));
         }
-        if !others.is_empty() {
-            module = module.map(&mut AdamWStep { optimizer: self, gradients: &mut gradients, others, lr, scale });
+        if !adamw.is_empty() {
+            module = module.map(&mut StepAdamW { optimizer: self, gradients: &mut gradients, adamw, lr, scale });
         }
+        // Every gradient was taken by the optimizer of its parameter; one that is left has none.
         if !gradients.is_empty() {
-            module.visit(&mut Unassigned { path: Vec::new(), gradients: &gradients });
+            module.visit(&mut RefuseUnassigned { path: Vec::new(), gradients: &gradients });
         }
         module
     }
 }
 
-/// Adds gradients to others.
+/// Moves gradients from one container to another.
 struct Merge<'a> {
     from: &'a mut GradientsParams,
     into: &'a mut GradientsParams,
@@ -83,14 +84,14 @@ impl ModuleVisitor for Merge<'_> {
     }
 }
 
-/// Sums the squares of the offered gradients.
-struct Squares<'a> {
+/// Sums the squares of the gradients.
+struct SumSquares<'a> {
     path: Vec<String>,
     optimizer: &'a MuonAdamW,
     sum: f64,
 }
 
-impl ModuleVisitor for Squares<'_> {
+impl ModuleVisitor for SumSquares<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_string());
     }
@@ -100,7 +101,8 @@ impl ModuleVisitor for Squares<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = self.optimizer.offered.get::<D>(param.id)
+        if let Some(gradient) = self.optimizer.gradients.get::<D>(param.id)
+            // Excludes the second name of a shared tensor.
             && self.optimizer.by_path.contains_key(&self.path.join("."))
         {
             self.sum += sum_of_squares(gradient);
@@ -108,24 +110,24 @@ impl ModuleVisitor for Squares<'_> {
     }
 }
 
-/// A parameter of Muon's with a gradient.
-struct Listed {
+/// A parameter that has a gradient and belongs to Muon.
+struct MuonParameter {
     id: ParamId,
     shape: Shape,
     matrices: Matrices,
 }
 
-/// Lists the parameters that have a gradient.
-struct Listing<'a> {
+/// Lists the parameters that have a gradient, by optimizer.
+struct ListParameters<'a> {
     path: Vec<String>,
     optimizer: &'a MuonAdamW,
     gradients: &'a GradientsParams,
-    matrices: Vec<Listed>,
-    /// AdamW's: target and optimizer.
-    others: HashMap<ParamId, (usize, usize)>,
+    matrices: Vec<MuonParameter>,
+    /// Index of the parameter, and of its AdamW.
+    adamw: HashMap<ParamId, (usize, usize)>,
 }
 
-impl ModuleVisitor for Listing<'_> {
+impl ModuleVisitor for ListParameters<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_string());
     }
@@ -136,80 +138,80 @@ impl ModuleVisitor for Listing<'_> {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(gradient) = self.gradients.get::<D>(param.id) else { return };
-        // A tensor's second name is not among the targets.
-        let Some(&target) = self.optimizer.by_path.get(&self.path.join(".")) else { return };
-        match self.optimizer.targets[target].by {
-            By::Muon { optimizer, .. } => {
+        // The second name of a shared tensor is not in `by_path`.
+        let Some(&parameter) = self.optimizer.by_path.get(&self.path.join(".")) else { return };
+        match self.optimizer.parameters[parameter].kind {
+            OptimizerKind::Muon { optimizer, .. } => {
                 let (shape, stored, device) = (gradient.shape(), param.val().dtype(), gradient.device());
                 let view = self.optimizer.muon[optimizer].optimizer.config().view;
                 let stack = view.stack(shape.as_slice());
-                let matrices = Matrices { key: (target, 0), optimizer, stack, stored, device };
-                self.matrices.push(Listed { id: param.id, shape, matrices });
+                let matrices = Matrices { key: (parameter, 0), optimizer, stack, stored, device };
+                self.matrices.push(MuonParameter { id: param.id, shape, matrices });
             }
-            By::AdamW { optimizer } => {
-                self.others.insert(param.id, (target, optimizer));
+            OptimizerKind::AdamW { optimizer } => {
+                self.adamw.insert(param.id, (parameter, optimizer));
             }
-            By::Other => {}
+            OptimizerKind::Other => {}
         }
     }
 }
 
-/// Takes the parameters of a batch out of the module, and their gradients, so that nothing else holds them and the step
-/// can reuse their memory.
-struct Lifter<'a> {
-    wanted: &'a [Listed],
+/// Takes the parameters of a batch out of the module, with their gradients, and leaves empty tensors behind. Then the step
+/// has the only handle on them and can update them in place; otherwise it would copy each one first.
+struct TakeBatch<'a> {
+    batch: &'a [MuonParameter],
     gradients: &'a mut GradientsParams,
     scale: f64,
-    lifted: HashMap<ParamId, (Tensor<3>, Tensor<3>)>,
+    taken: HashMap<ParamId, (Tensor<3>, Tensor<3>)>,
 }
 
-impl ModuleMapper for Lifter<'_> {
+impl ModuleMapper for TakeBatch<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(Listed { id, matrices, .. }) = self.wanted.iter().find(|wanted| wanted.id == param.id) else {
+        let Some(MuonParameter { id, matrices, .. }) = self.batch.iter().find(|member| member.id == param.id) else {
             return param;
         };
         let Some(gradient) = self.gradients.remove::<D>(param.id) else { return param };
-        let Self { lifted, scale, .. } = self;
+        let Self { taken, scale, .. } = self;
         param.map(|old| {
             let empty = Tensor::<D>::empty([0; D], (&matrices.device, matrices.stored));
             let empty = AutodiffSettings::of(&old).apply(empty);
             let value = old.inner().to_device(&matrices.device);
             let gradient = scaled(gradient, *scale).reshape(matrices.stack);
-            lifted.insert(*id, (value.reshape(matrices.stack), gradient));
+            taken.insert(*id, (value.reshape(matrices.stack), gradient));
             empty
         })
     }
 }
 
 /// Steps AdamW's parameters.
-struct AdamWStep<'a> {
+struct StepAdamW<'a> {
     optimizer: &'a mut MuonAdamW,
     gradients: &'a mut GradientsParams,
-    others: HashMap<ParamId, (usize, usize)>,
+    adamw: HashMap<ParamId, (usize, usize)>,
     lr: f64,
     scale: f64,
 }
 
-impl ModuleMapper for AdamWStep<'_> {
+impl ModuleMapper for StepAdamW<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(&(target, optimizer)) = self.others.get(&param.id) else { return param };
+        let Some(&(parameter, optimizer)) = self.adamw.get(&param.id) else { return param };
         let Some(gradient) = self.gradients.remove::<D>(param.id) else { return param };
         let Self { optimizer: all, lr, scale, .. } = self;
         param.map(|old| {
             let settings = AutodiffSettings::of(&old);
             let value = old.inner().to_device(&gradient.device());
-            settings.apply(all.step_adamw((target, 0), optimizer, *lr, value, scaled(gradient, *scale)))
+            settings.apply(all.step_adamw((parameter, 0), optimizer, *lr, value, scaled(gradient, *scale)))
         })
     }
 }
 
-/// Finds a parameter that has a gradient and no optimizer.
-struct Unassigned<'a> {
+/// Panics for a parameter that has a gradient but no optimizer.
+struct RefuseUnassigned<'a> {
     path: Vec<String>,
     gradients: &'a GradientsParams,
 }
 
-impl ModuleVisitor for Unassigned<'_> {
+impl ModuleVisitor for RefuseUnassigned<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_string());
     }

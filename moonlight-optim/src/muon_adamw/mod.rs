@@ -1,6 +1,7 @@
-//! The optimizer of an assignment: Muon for its matrices, AdamW for the rest, on one rank or several.
+//! The optimizer of a whole module: Muon for its matrices, AdamW for the rest, on one rank or several.
 
 mod adamw;
+mod flat;
 mod local;
 mod options;
 mod partition;
@@ -9,7 +10,6 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod whole_matrix;
-mod zero1;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -18,21 +18,21 @@ use burn::module::Module;
 use burn::optim::{AdamW, AdamWState, GradientsParams};
 use burn::tensor::Tensor;
 
-use crate::distributed::{CollectiveError, Traffic, Worker};
+use crate::distributed::{BytesSent, CollectiveError, Communicator};
 use crate::{Adaptive, Assignment, MixedPrecision, MixedPrecisionState, Muon};
 pub use options::{DistributedConfig, GatherPrecision, OptimizerError, OptimizerOptions};
 pub use partition::DistributedForm;
 use partition::{Bucket, partition};
-pub(crate) use partition::{By, Target, targets};
+pub(crate) use partition::{OptimizedParameter, OptimizerKind, optimized_parameters};
 use sharded::Reduction;
 
-/// The state of a segment of a parameter, its elements in a row.
+/// The optimizer state of a segment of a parameter: flat tensors with an element for each of the segment's.
 #[derive(Clone)]
-#[allow(clippy::large_enum_variant, reason = "handles of tensors are large, and there are a few for each parameter")]
-enum Held {
+#[allow(clippy::large_enum_variant, reason = "tensor handles are large, and there are only a few for each parameter")]
+enum SegmentState {
     Muon {
         momentum: Tensor<1>,
-        /// `[matrices, ...]`.
+        /// `[matrices, ...]`; see [`MuonState::second_moment`](crate::MuonState::second_moment).
         second_moment: Option<Tensor<3>>,
         step: usize,
         master: Option<Tensor<1>>,
@@ -40,56 +40,79 @@ enum Held {
     AdamW(MixedPrecisionState<AdamWState<1>, 1>),
 }
 
-/// An optimizer, and the factor on the learning rate of its group.
+/// The optimizer of a parameter group, and the group's factor on the learning rate.
 #[derive(Clone, Debug)]
 struct Group<O> {
     optimizer: O,
     learning_rate_factor: f64,
 }
 
-/// Muon and AdamW for a whole module, with the parameter groups of an [`Assignment`]: made by [`Assignment::build`] and
-/// [`Assignment::load`].
+/// Muon and AdamW for a whole module, with the parameter groups of an [`Assignment`]. Should be created with
+/// [`Assignment::build`], or with [`Assignment::load`] to resume.
 ///
-/// Equal matrices are stepped together, in one Newton-Schulz, bit for bit as one by one.
+/// Matrices of equal shape are stepped together in one batched Newton-Schulz, bit for bit as one by one.
+///
+/// ```
+/// # use burn::nn::{Linear, LinearConfig};
+/// # use burn::optim::GradientsParams;
+/// # use burn::tensor::{Device, Tensor};
+/// use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules};
+/// # let device = Device::default().autodiff();
+/// # let mut model: Linear = LinearConfig::new(8, 16).init(&device);
+/// # let loss = |model: &Linear| model.forward(Tensor::<2>::ones([2, 8], &device)).square().mean();
+///
+/// let rules = ParameterRules::muon_except(Vec::<String>::new(), MuonConfig::new(), AdamWConfig::new());
+/// let mut optimizer = rules.assign(&model)?.build(OptimizerOptions::new())?;
+/// let gradients = GradientsParams::from_grads(loss(&model).backward(), &model);
+///
+/// // One call: `model = optimizer.step(3e-4, model, gradients)?`. With gradient clipping to a norm of 1:
+/// optimizer.add_gradients(&model, gradients);
+/// let norm = optimizer.local_sum_of_squares(&model)?.sqrt(); // of one rank; see below for several
+/// model = optimizer.apply(3e-4, (1.0 / norm).min(1.0), model)?;
+/// # let _ = model;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Ranks
 ///
-/// One rank is the ordinary case: it holds everything, nothing is communicated, and a parameter without a gradient stays
-/// as it is, so that a step can also be taken in parts, with a layer's gradients at a time.
+/// One rank is the ordinary case: it holds all state, nothing is communicated, and a parameter without a gradient is left
+/// unchanged. So a step can also be taken in parts, one layer's gradients at a time.
 ///
-/// With several ranks ([`OptimizerOptions::with_worker`]) all hold the whole module and see different data; the gradient of
-/// a step is the sum over the ranks. Each rank keeps the state of a part of the parameters, updates these, and all gather
-/// the result: "Muon is Scalable for LLM Training" (arXiv 2502.16982), section 2.3 and Algorithm 1; see
-/// [`DistributedForm`]. A parameter to which a rank has no gradient counts as one with a gradient of zeros there.
+/// With several ranks ([`OptimizerOptions::with_communicator`]) each holds the whole module and sees different data; the
+/// gradient of a step is the sum over the ranks. Each rank keeps the state of a part of the parameters and updates these;
+/// then all ranks gather the result ("Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.3 and Algorithm 1; see
+/// [`DistributedForm`]). Where a rank has no gradient for a parameter, zeros count.
 ///
-/// [`DistributedForm::Flat`] divides alike on one rank and on several, and rounds alike: it treats missing gradients as
-/// zeros on one rank, too.
+/// [`DistributedForm::Flat`] divides and rounds on one rank as on several: it treats missing gradients as zeros on one rank,
+/// too.
 ///
 /// # A step in parts
 ///
-/// [`step`](Self::step) is all of it. To clip by the global norm, or to reduce gradients while the backward pass is still
-/// running: [`offer`](Self::offer) takes gradients as they are made, [`squares`](Self::squares) is this rank's share of
-/// the squared norm, and [`apply`](Self::apply) updates.
+/// [`step`](Self::step) is the whole step. Its parts serve to clip by the global norm, or to reduce gradients while the
+/// backward pass is still running: [`add_gradients`](Self::add_gradients) takes gradients as they are computed,
+/// [`local_sum_of_squares`](Self::local_sum_of_squares) is this rank's share of the squared norm, and
+/// [`apply`](Self::apply) updates the module.
 ///
 /// # State
 ///
-/// [`save`](Self::save) writes a rank's part of the state to a file; the files of all ranks together are the state, and
-/// any number of ranks can load them, in either form.
+/// [`save`](Self::save) writes a rank's part of the state to a file. The files of all ranks together are the state, and any
+/// number of ranks can load them, in either form.
 pub struct MuonAdamW {
-    worker: Worker,
+    communicator: Communicator,
     config: DistributedConfig,
     /// In the module's order.
-    targets: Vec<Target>,
+    parameters: Vec<OptimizedParameter>,
+    /// The index in `parameters` of each path.
     by_path: HashMap<String, usize>,
     muon: Vec<Group<Muon>>,
     adamw: Vec<Group<MixedPrecision<AdamW>>>,
     buckets: Vec<Bucket>,
-    /// By target and first element.
-    states: BTreeMap<(usize, usize), Held>,
-    /// One rank: the gradients that were offered.
-    offered: GradientsParams,
-    /// Several ranks: the gradients that wait for the others of their bucket.
-    arrived: HashMap<usize, Tensor<1>>,
+    /// By parameter and first element of the segment.
+    states: BTreeMap<(usize, usize), SegmentState>,
+    /// One rank: the gradients added since the last step.
+    gradients: GradientsParams,
+    /// Several ranks: the gradients that wait for the rest of their bucket, by parameter.
+    waiting: HashMap<usize, Tensor<1>>,
     /// Several ranks: the sums, by bucket.
     reductions: Vec<Reduction>,
 }
@@ -97,56 +120,58 @@ pub struct MuonAdamW {
 impl std::fmt::Debug for MuonAdamW {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("MuonAdamW")
-            .field("worker", &self.worker)
+            .field("communicator", &self.communicator)
             .field("config", &self.config)
-            .field("parameters", &self.targets.len())
+            .field("parameters", &self.parameters.len())
             .finish_non_exhaustive()
     }
 }
 
 impl Assignment {
-    /// The optimizer of the module that the rules were assigned to, without any state.
+    /// The optimizer of the module that the rules were assigned to, without state.
     ///
     /// # Errors
     ///
-    /// [`OptimizerError`], for groups that are neither Muon nor AdamW and settings that cannot be divided.
+    /// [`OptimizerError`], for a group that is neither Muon nor AdamW, and for [`Adaptive`] variants with
+    /// [`DistributedForm::Flat`].
     pub fn build(&self, options: OptimizerOptions) -> Result<MuonAdamW, OptimizerError> {
-        let OptimizerOptions { worker, distributed: config } = options;
-        let (targets, optimizers) = targets(self);
-        if let Some(other) = targets.iter().find(|target| matches!(target.by, By::Other)) {
+        let OptimizerOptions { communicator, distributed: config } = options;
+        let (parameters, optimizers) = optimized_parameters(self);
+        if let Some(other) = parameters.iter().find(|parameter| matches!(parameter.kind, OptimizerKind::Other)) {
             return Err(OptimizerError::UnknownOptimizer { group: other.group.clone() });
         }
         let adaptive = optimizers.muon.iter().any(|(muon, _)| muon.adaptive != Adaptive::Off);
         if adaptive && config.form == DistributedForm::Flat {
-            return Err(OptimizerError::AdaptiveParts);
+            return Err(OptimizerError::AdaptiveNeedsWholeMatrices);
         }
-        let buckets = partition(&targets, &optimizers, config.form, worker.size(), config.bucket_elements);
+        let buckets = partition(&parameters, &optimizers, config.form, communicator.size(), config.bucket_elements);
         let muon = optimizers.muon.iter().map(|(muon, factor)| Group::new(muon.build(), *factor));
         let adamw = optimizers.adamw.iter().map(|(adamw, factor)| Group::new(adamw.build(), *factor));
         Ok(MuonAdamW {
-            by_path: targets.iter().enumerate().map(|(index, target)| (target.path.clone(), index)).collect(),
+            by_path: parameters.iter().enumerate().map(|(index, parameter)| (parameter.path.clone(), index)).collect(),
             muon: muon.collect(),
             adamw: adamw.collect(),
             reductions: buckets.iter().map(|_| Reduction::Open).collect(),
-            offered: GradientsParams::new(),
-            arrived: HashMap::new(),
+            gradients: GradientsParams::new(),
+            waiting: HashMap::new(),
             states: BTreeMap::new(),
-            worker,
+            communicator,
             config,
-            targets,
+            parameters,
             buckets,
         })
     }
 
-    /// [`Assignment::build`] with the state in `files`, bit for bit, matched by parameter path: the files that the ranks of
-    /// a [`MuonAdamW`] saved, of any number and in either form, or the one that Burn's `ModuleOptimizer::save` wrote. Each
-    /// rank reads its own part of them.
+    /// As [`Assignment::build`], with the state in `files`, bit for bit. States are matched by parameter path, since Burn's
+    /// `ParamId`s differ in every process.
     ///
-    /// A parameter without an entry starts without state, as one that had no gradient before the save.
+    /// `files` are all files that the ranks of a [`MuonAdamW`] saved, for any world size and either form, or the one file of
+    /// Burn's `ModuleOptimizer::save`. Each rank reads its own part of them. A parameter without an entry starts without
+    /// state: it had no gradient before the save.
     ///
     /// # Errors
     ///
-    /// [`OptimizerError`].
+    /// [`OptimizerError`]; [`StateError`](crate::StateError) for files that cannot be read or do not fit the module.
     pub fn load<P: AsRef<Path>>(&self, files: &[P], options: OptimizerOptions) -> Result<MuonAdamW, OptimizerError> {
         let mut optimizer = self.build(options)?;
         optimizer.restore(files)?;
@@ -161,69 +186,75 @@ impl<O> Group<O> {
 }
 
 impl MuonAdamW {
-    /// The rank, and its process group.
-    pub fn worker(&self) -> &Worker {
-        &self.worker
+    /// This rank's handle on its process group.
+    pub fn communicator(&self) -> &Communicator {
+        &self.communicator
     }
 
-    /// Bytes that this rank has sent so far.
-    pub fn traffic(&self) -> Traffic {
-        self.worker.traffic()
+    /// What this rank has sent so far.
+    pub fn bytes_sent(&self) -> BytesSent {
+        self.communicator.bytes_sent()
     }
 
-    /// Whether parameters without a gradient stay as they are, so that a step can be taken with some parameters' gradients
-    /// at a time: on one rank with whole matrices.
-    pub fn takes_partial_steps(&self) -> bool {
-        self.worker.size() == 1 && self.config.form == DistributedForm::WholeMatrix
+    /// Whether a parameter without a gradient is left unchanged, so that a step can be taken with the gradients of some
+    /// parameters at a time. That is so on one rank with whole matrices.
+    pub fn supports_partial_steps(&self) -> bool {
+        self.communicator.size() == 1 && self.config.form == DistributedForm::WholeMatrix
     }
 
-    /// A step with learning rate `lr`, by the gradients; with several ranks, by the sum of theirs.
+    /// A step with learning rate `lr`, from these gradients; with several ranks, from the sum over the ranks.
     ///
-    /// On one rank there are never two copies of more than a batch of parameters, if the caller keeps none.
+    /// On one rank no more than a batch of parameters exists twice at a time, if the caller keeps no copy of the module: see
+    /// [`step_batches`](crate::memory::step_batches).
     ///
     /// # Errors
     ///
-    /// [`CollectiveError`], with several ranks; the module is lost.
+    /// [`CollectiveError`], with several ranks. The module is lost then.
     ///
     /// # Panics
     ///
     /// If the module is not the one that the rules were assigned to.
     pub fn step<M: Module>(&mut self, lr: f64, module: M, gradients: GradientsParams) -> Result<M, CollectiveError> {
-        self.offer(&module, gradients);
+        self.add_gradients(&module, gradients);
         self.apply(lr, 1.0, module)
     }
 
-    /// Takes the gradients of some parameters, complete as far as this rank is concerned. With several ranks a bucket of
-    /// which all have come is reduced at once, in the background.
-    pub fn offer<M: Module>(&mut self, module: &M, gradients: GradientsParams) {
-        if self.takes_partial_steps() {
-            self.offer_local(module, gradients);
+    /// Takes the gradients of some parameters of this step, each of them complete for this rank (summed over its
+    /// micro-batches). With several ranks, the reduction of a bucket starts in the background as soon as all of its gradients
+    /// are there.
+    pub fn add_gradients<M: Module>(&mut self, module: &M, gradients: GradientsParams) {
+        if self.supports_partial_steps() {
+            self.add_gradients_local(module, gradients);
         } else {
-            self.offer_sharded(module, gradients);
+            self.add_gradients_sharded(module, gradients);
         }
     }
 
-    /// The sum of the squares of this rank's part of the gradient, in f64; over all ranks, the square of its norm. Waits
-    /// for the reduction of all gradients.
+    /// The sum of the squares of the gradients that this rank owns, in f64. The sum over all ranks is the square of the
+    /// gradient's norm. Waits until all gradients are reduced.
     ///
     /// # Errors
     ///
     /// [`CollectiveError`], with several ranks.
-    pub fn squares<M: Module>(&mut self, module: &M) -> Result<f64, CollectiveError> {
-        if self.takes_partial_steps() { Ok(self.squares_local(module)) } else { self.squares_sharded(module) }
+    pub fn local_sum_of_squares<M: Module>(&mut self, module: &M) -> Result<f64, CollectiveError> {
+        if self.supports_partial_steps() {
+            Ok(self.sum_of_squares_local(module))
+        } else {
+            self.sum_of_squares_sharded(module)
+        }
     }
 
-    /// Updates the module by the gradients that were offered, times `scale`.
+    /// Updates the module by the gradients added since the last step, times `scale` (1, or the factor that clips them).
     ///
     /// # Errors
     ///
-    /// [`CollectiveError`], with several ranks; the module is lost.
+    /// [`CollectiveError`], with several ranks. The module is lost then.
     ///
     /// # Panics
     ///
     /// As [`MuonAdamW::step`].
     pub fn apply<M: Module>(&mut self, lr: f64, scale: f64, module: M) -> Result<M, CollectiveError> {
-        if self.takes_partial_steps() {
+        if self.supports_partial_steps() {
             Ok(self.apply_local(lr, scale, module))
         } else {
             self.apply_sharded(lr, scale, module)
@@ -231,7 +262,7 @@ impl MuonAdamW {
     }
 }
 
-/// A gradient times the factor of a step.
+/// A gradient times the step's factor. A factor of 1 is left out: it would copy the gradient.
 fn scaled<const D: usize>(gradient: Tensor<D>, scale: f64) -> Tensor<D> {
     if scale == 1.0 { gradient } else { gradient.mul_scalar(scale) }
 }

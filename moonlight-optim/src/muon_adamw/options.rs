@@ -1,4 +1,4 @@
-//! How an optimizer is built from an assignment.
+//! Options of an optimizer, and the errors of building one.
 
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
@@ -6,32 +6,33 @@ use thiserror::Error;
 
 use super::DistributedForm;
 use crate::StateError;
-use crate::distributed::{CollectiveError, Worker};
+use crate::distributed::{CollectiveError, Communicator};
 
-/// The type in which momentum is gathered for [`DistributedForm::Flat`].
+/// The dtype in which [`DistributedForm::Flat`] gathers momentum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum GatherPrecision {
-    /// bf16, the report's. Every matrix is rounded, however many ranks hold parts of it, so that the world size does not
-    /// change the result.
+    /// bf16, as in the report. Every matrix is rounded, on one rank as on many, so that the world size does not change the
+    /// result.
     #[default]
     Bf16,
-    /// f32: twice the bytes, and the update of a single rank.
+    /// f32: twice the bytes, and the same update as whole matrices within rounding.
     F32,
 }
 
-/// How an optimizer is distributed over the ranks of a process group.
+/// How an optimizer is sharded over the ranks of a process group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct DistributedConfig {
     /// How Muon's work and state are divided: `whole-matrix` or `flat`. Default: `whole-matrix`.
     pub form: DistributedForm,
-    /// The type of the momentum that `flat` gathers: `bf16` or `f32`. Default: `bf16`.
+    /// The dtype in which `flat` gathers momentum: `bf16` or `f32`. Default: `bf16`.
     #[serde(rename = "gather_dtype")]
     pub gather: GatherPrecision,
-    /// Elements of a gradient bucket: it is reduced as soon as all of its gradients exist. Default: 2^22.
+    /// Elements of a gradient bucket, at least: a bucket is reduced as soon as all of its gradients exist. Larger ones mean
+    /// fewer messages, smaller ones overlap better with the backward pass. Default: 2^22.
     pub bucket_elements: usize,
 }
 
@@ -41,11 +42,11 @@ impl Default for DistributedConfig {
     }
 }
 
-/// [`Config::save`] and [`Config::load`]; unlike a derived config's, a file may leave out any field.
+/// [`Config::save`] and [`Config::load`]. Unlike with a derived config, a file may leave out any field.
 impl Config for DistributedConfig {}
 
 impl DistributedConfig {
-    /// Whole matrices.
+    /// Whole matrices, in buckets of 2^22 elements.
     pub fn new() -> Self {
         Self::default()
     }
@@ -57,32 +58,33 @@ impl DistributedConfig {
     }
 }
 
-/// Where and how a [`MuonAdamW`](super::MuonAdamW) runs. The default is one rank, which holds everything.
+/// Options of [`Assignment::build`](crate::Assignment::build): the process group of a [`MuonAdamW`](super::MuonAdamW), and
+/// how it is sharded. The default is one rank, which holds all state.
 #[derive(Clone, Debug)]
 pub struct OptimizerOptions {
-    pub(super) worker: Worker,
+    pub(super) communicator: Communicator,
     pub(super) distributed: DistributedConfig,
 }
 
 impl Default for OptimizerOptions {
     fn default() -> Self {
-        Self { worker: Worker::alone(), distributed: DistributedConfig::default() }
+        Self { communicator: Communicator::single_rank(), distributed: DistributedConfig::default() }
     }
 }
 
 impl OptimizerOptions {
-    /// One rank.
+    /// One rank, which holds all state.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// One rank of a process group, each of which holds a part of the optimizer's state.
-    pub fn with_worker(mut self, worker: Worker) -> Self {
-        self.worker = worker;
+    /// Makes the optimizer that of one rank of a process group. Each rank holds a part of the state.
+    pub fn with_communicator(mut self, communicator: Communicator) -> Self {
+        self.communicator = communicator;
         self
     }
 
-    /// How the ranks divide the optimizer.
+    /// Sets how the ranks divide the optimizer.
     pub fn with_distributed(mut self, config: DistributedConfig) -> Self {
         self.distributed = config;
         self
@@ -94,15 +96,15 @@ impl OptimizerOptions {
 #[non_exhaustive]
 pub enum OptimizerError {
     /// A group whose optimizer is neither Muon nor AdamW.
-    #[error("the group `{group}` has an optimizer that is neither Muon nor AdamW: it is not known how to divide it")]
+    #[error("the optimizer of the group `{group}` is neither Muon nor AdamW, so it cannot be sharded")]
     UnknownOptimizer {
-        /// Its name.
+        /// The name of the group.
         group: String,
     },
-    /// Second moments of whole updates, on parts of matrices.
-    #[error("the flat form has parts of matrices, and `adaptive` needs second moments of whole ones")]
-    AdaptiveParts,
-    /// The process group failed.
+    /// An [`Adaptive`](crate::Adaptive) variant with [`DistributedForm::Flat`].
+    #[error("`adaptive` needs whole matrices, and the form `flat` divides them")]
+    AdaptiveNeedsWholeMatrices,
+    /// A collective failed.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
     /// The saved state could not be used.
@@ -114,12 +116,40 @@ impl OptimizerError {
     /// What to do about it, if known.
     pub fn hint(&self) -> Option<String> {
         match self {
-            OptimizerError::UnknownOptimizer { .. } => {
-                Some("`Assignment::to_module_optimizer` takes any of Burn's optimizers, on one rank".to_string())
-            }
-            OptimizerError::AdaptiveParts => Some("use the form `whole-matrix`".to_string()),
+            OptimizerError::UnknownOptimizer { .. } => Some(
+                "use `Assignment::to_module_optimizer`, which takes any optimizer of Burn's, on one rank".to_string(),
+            ),
+            OptimizerError::AdaptiveNeedsWholeMatrices => Some("set the form to `whole-matrix`".to_string()),
             OptimizerError::Collective(error) => error.hint(),
             OptimizerError::State(error) => error.hint(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::messages::{render, seen};
+
+    #[test]
+    fn messages() {
+        let errors = [
+            OptimizerError::UnknownOptimizer { group: "sgd".into() },
+            OptimizerError::AdaptiveNeedsWholeMatrices,
+            OptimizerError::Collective(CollectiveError::RankFailed {
+                rank: 1,
+                message: "no space left on device".into(),
+            }),
+            OptimizerError::State(StateError::UnknownParameter { path: "head.weight".into() }),
+        ];
+        // A new variant does not compile until it has a name here, and fails the test until it has an example above.
+        let name = |error: &OptimizerError| match error {
+            OptimizerError::UnknownOptimizer { .. } => "UnknownOptimizer",
+            OptimizerError::AdaptiveNeedsWholeMatrices => "AdaptiveNeedsWholeMatrices",
+            OptimizerError::Collective(_) => "Collective",
+            OptimizerError::State(_) => "State",
+        };
+        assert_eq!(seen(&errors, name).len(), 4);
+        insta::assert_snapshot!(render(&errors, name, OptimizerError::hint));
     }
 }

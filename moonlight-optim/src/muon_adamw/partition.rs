@@ -1,4 +1,4 @@
-//! Who holds what: every element of every parameter has one owner.
+//! How parameters are divided among ranks: every element of every parameter has one owner.
 
 use burn::module::ParamId;
 use serde::{Deserialize, Serialize};
@@ -7,90 +7,94 @@ use crate::distributed::even_cuts;
 use crate::load_balance::balance;
 use crate::{AdamWConfig, Assignment, Blocks, GroupSettings, MuonConfig};
 
-/// How Muon's work and state are divided.
+/// How Muon's work and state are divided among ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum DistributedForm {
     /// Each rank owns whole matrices, balanced by the cost of their Newton-Schulz: it alone keeps their momentum and
-    /// orthogonalises them. The traffic is that of a sharded AdamW.
+    /// orthogonalizes them. As many bytes are sent as with a sharded AdamW.
     #[default]
     WholeMatrix,
-    /// The report's Algorithm 1 (ZeRO-1): the parameters in a row are cut into as many even parts as there are ranks. A
-    /// rank that holds a part of a matrix gathers the whole of its momentum, orthogonalises it, and keeps its part of the
-    /// update.
+    /// The report's Algorithm 1 (ZeRO-1): the concatenated parameters are cut into as many even parts as there are ranks. A
+    /// rank that holds a part of a matrix gathers the momentum of the whole matrix, orthogonalizes it, and keeps its part of
+    /// the update.
     Flat,
 }
 
-/// A parameter that is optimised.
+/// A parameter with its optimizer.
 #[derive(Clone, Debug)]
-pub(crate) struct Target {
+pub(crate) struct OptimizedParameter {
     pub(crate) path: String,
     /// Burn's identity of the parameter in the module that the rules were assigned to.
     pub(crate) id: ParamId,
     pub(crate) group: String,
     pub(crate) shape: Vec<usize>,
-    pub(crate) by: By,
+    pub(crate) kind: OptimizerKind,
 }
 
-/// The optimizer of a target.
+/// The optimizer of a parameter; `optimizer` is its index in the list of [`Optimizers`].
 #[derive(Clone, Debug)]
-pub(crate) enum By {
-    /// Muon, as a stack `[matrices, rows, columns]`; its number among the optimizers.
-    Muon { optimizer: usize, stack: [usize; 3] },
-    /// AdamW; its number among the optimizers.
-    AdamW { optimizer: usize },
-    /// Another of Burn's optimizers.
+pub(crate) enum OptimizerKind {
+    /// `stack` is `[matrices, rows, columns]`.
+    Muon {
+        optimizer: usize,
+        stack: [usize; 3],
+    },
+    AdamW {
+        optimizer: usize,
+    },
+    /// Any other optimizer of Burn's.
     Other,
 }
 
-impl Target {
+impl OptimizedParameter {
     pub(crate) fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Elements of one of its matrices; of all of it, where it is none of Muon's.
+    /// The elements that are orthogonalized together: those of one matrix for Muon, of the whole parameter otherwise.
     pub(crate) fn unit(&self) -> usize {
-        match self.by {
-            By::Muon { stack: [_, rows, columns], .. } => rows * columns,
-            By::AdamW { .. } | By::Other => self.elements(),
+        match self.kind {
+            OptimizerKind::Muon { stack: [_, rows, columns], .. } => rows * columns,
+            OptimizerKind::AdamW { .. } | OptimizerKind::Other => self.elements(),
         }
     }
 }
 
-/// The optimizers of an assignment, each with the learning rate's factor.
+/// The distinct optimizers of an assignment, each with its factor on the learning rate.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Optimizers {
     pub(crate) muon: Vec<(MuonConfig, f64)>,
     pub(crate) adamw: Vec<(AdamWConfig, f64)>,
 }
 
-/// The parameters of an assignment, in the module's order.
-pub(crate) fn targets(assignment: &Assignment) -> (Vec<Target>, Optimizers) {
+/// The parameters of an assignment that have an optimizer, in the module's order.
+pub(crate) fn optimized_parameters(assignment: &Assignment) -> (Vec<OptimizedParameter>, Optimizers) {
     let mut optimizers = Optimizers::default();
-    let mut targets = Vec::new();
+    let mut parameters = Vec::new();
     let group_of = |name: &str| assignment.groups().find(|(group, _)| *group == name).map(|(_, group)| group);
     for row in assignment.rows().iter().filter(|row| row.is_optimized()) {
-        let by = match group_of(&row.group).map(|group| (group.settings(), group.learning_rate_factor())) {
+        let kind = match group_of(&row.group).map(|group| (group.settings(), group.learning_rate_factor())) {
             Some((GroupSettings::Muon(config), factor)) => {
                 let blocks = if row.blocks == Blocks::Whole { config.blocks.clone() } else { row.blocks.clone() };
                 let config = config.as_ref().clone().with_blocks(blocks);
                 let stack = config.view.stack(&row.shape);
-                By::Muon { optimizer: place(&mut optimizers.muon, (config, factor)), stack }
+                OptimizerKind::Muon { optimizer: index_of(&mut optimizers.muon, (config, factor)), stack }
             }
             Some((GroupSettings::AdamW(config), factor)) => {
-                By::AdamW { optimizer: place(&mut optimizers.adamw, (config.clone(), factor)) }
+                OptimizerKind::AdamW { optimizer: index_of(&mut optimizers.adamw, (config.clone(), factor)) }
             }
-            Some((GroupSettings::Other { .. }, _)) | None => By::Other,
+            Some((GroupSettings::Other { .. }, _)) | None => OptimizerKind::Other,
         };
         let (path, group, shape) = (row.path.clone(), row.group.clone(), row.shape.clone());
-        targets.push(Target { path, id: row.id, group, shape, by });
+        parameters.push(OptimizedParameter { path, id: row.id, group, shape, kind });
     }
-    (targets, optimizers)
+    (parameters, optimizers)
 }
 
-/// The number of an item in a list, to which it is added if it is not there.
-fn place<T: PartialEq>(list: &mut Vec<T>, item: T) -> usize {
+/// The index of an item in a list; the item is added if it is new.
+fn index_of<T: PartialEq>(list: &mut Vec<T>, item: T) -> usize {
     list.iter().position(|known| *known == item).unwrap_or_else(|| {
         list.push(item);
         list.len() - 1
@@ -100,7 +104,8 @@ fn place<T: PartialEq>(list: &mut Vec<T>, item: T) -> usize {
 /// Consecutive elements of a parameter that one rank owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Segment {
-    pub(super) target: usize,
+    /// Index of the parameter.
+    pub(super) parameter: usize,
     pub(super) start: usize,
     pub(super) end: usize,
 }
@@ -114,104 +119,108 @@ impl Segment {
 /// Parameters whose gradients are reduced together.
 #[derive(Clone, Debug)]
 pub(super) struct Bucket {
-    pub(super) targets: Vec<usize>,
-    /// The segments of each rank, in the order of parameters and elements.
+    /// Indices of the parameters, descending.
+    pub(super) parameters: Vec<usize>,
+    /// The segments that each rank owns, in the order of `parameters` and of elements.
     pub(super) parts: Vec<Vec<Segment>>,
 }
 
 impl Bucket {
-    /// Elements of each rank.
+    /// The number of elements that each rank owns.
     pub(super) fn lengths(&self) -> Vec<usize> {
         self.parts.iter().map(|segments| segments.iter().map(Segment::len).sum()).collect()
     }
 }
 
-/// Buckets in the order in which a backward pass reaches them: from the last parameter to the first.
+/// Divides the parameters into buckets of at least `bucket_elements` elements, and each bucket among `ranks`. Buckets go from
+/// the last parameter to the first, as a backward pass computes gradients, so that the first buckets are reduced while it is
+/// still running.
 pub(super) fn partition(
-    targets: &[Target],
+    parameters: &[OptimizedParameter],
     optimizers: &Optimizers,
     form: DistributedForm,
-    workers: usize,
+    ranks: usize,
     bucket_elements: usize,
 ) -> Vec<Bucket> {
     let owners = match form {
-        DistributedForm::WholeMatrix => owners(targets, optimizers, workers),
-        DistributedForm::Flat => vec![None; targets.len()],
+        DistributedForm::WholeMatrix => owners(parameters, optimizers, ranks),
+        DistributedForm::Flat => vec![None; parameters.len()],
     };
-    let mut groups: Vec<(usize, Vec<usize>)> = Vec::new(); // elements, targets
-    for (index, target) in targets.iter().enumerate().rev() {
+    let mut groups: Vec<(usize, Vec<usize>)> = Vec::new(); // elements, indices
+    for (index, parameter) in parameters.iter().enumerate().rev() {
         match groups.last_mut().filter(|(elements, _)| *elements < bucket_elements) {
             Some((elements, members)) => {
-                *elements += target.elements();
+                *elements += parameter.elements();
                 members.push(index);
             }
-            None => groups.push((target.elements(), vec![index])),
+            None => groups.push((parameter.elements(), vec![index])),
         }
     }
     let bucket = |(_, members): (usize, Vec<usize>)| {
-        let mut parts = vec![Vec::new(); workers];
-        for &target in members.iter().filter(|&&target| owners[target].is_some()) {
-            let unit = targets[target].unit();
-            for (matrix, &owner) in owners[target].iter().flatten().enumerate() {
-                add(&mut parts[owner], Segment { target, start: matrix * unit, end: (matrix + 1) * unit });
+        let mut parts = vec![Vec::new(); ranks];
+        for &parameter in members.iter().filter(|&&index| owners[index].is_some()) {
+            let unit = parameters[parameter].unit();
+            for (matrix, &owner) in owners[parameter].iter().flatten().enumerate() {
+                add(&mut parts[owner], Segment { parameter, start: matrix * unit, end: (matrix + 1) * unit });
             }
         }
-        // Parameters without an owner are put in a row and cut evenly.
-        let flat: Vec<usize> = members.iter().copied().filter(|&target| owners[target].is_none()).collect();
-        let elements = flat.iter().map(|&target| targets[target].elements()).sum();
-        let cuts = even_cuts(elements, workers);
+        // Parameters without an owner are concatenated and cut evenly: elementwise optimizers may be cut anywhere.
+        let flat: Vec<usize> = members.iter().copied().filter(|&index| owners[index].is_none()).collect();
+        let elements = flat.iter().map(|&index| parameters[index].elements()).sum();
+        let cuts = even_cuts(elements, ranks);
         let mut before = 0;
-        for target in flat {
-            let length = targets[target].elements();
-            for worker in 0..workers {
-                let start = cuts[worker].clamp(before, before + length) - before;
-                let end = cuts[worker + 1].clamp(before, before + length) - before;
+        for parameter in flat {
+            let length = parameters[parameter].elements();
+            for rank in 0..ranks {
+                let start = cuts[rank].clamp(before, before + length) - before;
+                let end = cuts[rank + 1].clamp(before, before + length) - before;
                 if end > start {
-                    add(&mut parts[worker], Segment { target, start, end });
+                    add(&mut parts[rank], Segment { parameter, start, end });
                 }
             }
             before += length;
         }
-        Bucket { targets: members, parts }
+        Bucket { parameters: members, parts }
     };
     groups.into_iter().map(bucket).collect()
 }
 
-/// Adds a segment, joined to the last one if it continues that.
+/// Adds a segment, or extends the last one if the two are adjacent: an expert stack is stepped in as few pieces as possible.
 fn add(segments: &mut Vec<Segment>, segment: Segment) {
-    match segments.last_mut().filter(|last| last.target == segment.target && last.end == segment.start) {
+    match segments.last_mut().filter(|last| last.parameter == segment.parameter && last.end == segment.start) {
         Some(last) => last.end = segment.end,
         None => segments.push(segment),
     }
 }
 
-/// The owner of each matrix of Muon's; `None` for other parameters.
-fn owners(targets: &[Target], optimizers: &Optimizers, workers: usize) -> Vec<Option<Vec<usize>>> {
+/// The owner of each matrix of a Muon parameter; `None` for other parameters.
+fn owners(parameters: &[OptimizedParameter], optimizers: &Optimizers, ranks: usize) -> Vec<Option<Vec<usize>>> {
     let mut costs = Vec::new();
-    for target in targets {
-        if let By::Muon { optimizer, stack: [matrices, rows, columns] } = target.by {
+    for parameter in parameters {
+        if let OptimizerKind::Muon { optimizer, stack: [matrices, rows, columns] } = parameter.kind {
             let iteration = optimizers.muon[optimizer].0.build();
-            // The cost without symmetric kernels, which does not depend on the backend, so that all ranks agree.
+            // Without symmetric kernels the cost does not depend on the backend, so that all ranks compute the same owners.
             let cost = iteration.newton_schulz().flops(rows, columns, false);
             costs.extend(std::iter::repeat_n(cost, matrices));
         }
     }
-    let mut worker_of = balance(&costs, workers).rank_of.into_iter();
-    let owners = targets.iter().map(|target| match target.by {
-        By::Muon { stack: [matrices, ..], .. } => Some(worker_of.by_ref().take(matrices).collect()),
-        By::AdamW { .. } | By::Other => None,
+    let mut rank_of = balance(&costs, ranks).rank_of.into_iter();
+    let owners = parameters.iter().map(|parameter| match parameter.kind {
+        OptimizerKind::Muon { stack: [matrices, ..], .. } => Some(rank_of.by_ref().take(matrices).collect()),
+        OptimizerKind::AdamW { .. } | OptimizerKind::Other => None,
     });
     owners.collect()
 }
 
-/// The parts of a matrix that each rank holds, if it holds one: `(rank, start, end)` in elements of the matrix.
-pub(super) fn holders(bucket: &Bucket, target: usize, start: usize, end: usize) -> Vec<(usize, usize, usize)> {
+/// The ranks that own a part of the elements `start..end` of a parameter, with the part of each: `(rank, start, end)`, counted
+/// from `start`.
+pub(super) fn holders(bucket: &Bucket, parameter: usize, start: usize, end: usize) -> Vec<(usize, usize, usize)> {
     let mut holders = Vec::new();
-    for (worker, segments) in bucket.parts.iter().enumerate() {
-        for segment in segments.iter().filter(|segment| segment.target == target) {
+    for (rank, segments) in bucket.parts.iter().enumerate() {
+        for segment in segments.iter().filter(|segment| segment.parameter == parameter) {
             let (from, to) = (segment.start.max(start), segment.end.min(end));
             if from < to {
-                holders.push((worker, from - start, to - start));
+                holders.push((rank, from - start, to - start));
             }
         }
     }
@@ -222,22 +231,22 @@ pub(super) fn holders(bucket: &Bucket, target: usize, start: usize, end: usize) 
 mod tests {
     use super::*;
 
-    fn examples() -> (Vec<Target>, Optimizers) {
-        let muon = |path: &str, stack: [usize; 3]| Target {
+    fn examples() -> (Vec<OptimizedParameter>, Optimizers) {
+        let muon = |path: &str, stack: [usize; 3]| OptimizedParameter {
             path: path.into(),
             id: ParamId::new(),
             group: "muon".into(),
             shape: stack.to_vec(),
-            by: By::Muon { optimizer: 0, stack },
+            kind: OptimizerKind::Muon { optimizer: 0, stack },
         };
-        let adamw = |path: &str, shape: &[usize]| Target {
+        let adamw = |path: &str, shape: &[usize]| OptimizedParameter {
             path: path.into(),
             id: ParamId::new(),
             group: "adamw".into(),
             shape: shape.to_vec(),
-            by: By::AdamW { optimizer: 0 },
+            kind: OptimizerKind::AdamW { optimizer: 0 },
         };
-        let targets = vec![
+        let parameters = vec![
             adamw("embedding", &[11, 4]),
             muon("a", [1, 4, 6]),
             adamw("norm", &[4]),
@@ -245,23 +254,24 @@ mod tests {
             muon("b", [1, 4, 6]),
         ];
         let optimizers = Optimizers { muon: vec![(MuonConfig::new(), 1.0)], adamw: vec![(AdamWConfig::new(), 1.0)] };
-        (targets, optimizers)
+        (parameters, optimizers)
     }
 
     #[test]
     fn every_element_has_one_owner() {
-        let (targets, optimizers) = examples();
+        let (parameters, optimizers) = examples();
         for form in [DistributedForm::WholeMatrix, DistributedForm::Flat] {
-            for workers in 1..=7 {
+            for ranks in 1..=7 {
                 for bucket_elements in [1, 50, 10_000] {
-                    let buckets = partition(&targets, &optimizers, form, workers, bucket_elements);
-                    let order: Vec<usize> = buckets.iter().flat_map(|bucket| bucket.targets.clone()).collect();
+                    let buckets = partition(&parameters, &optimizers, form, ranks, bucket_elements);
+                    let order: Vec<usize> = buckets.iter().flat_map(|bucket| bucket.parameters.clone()).collect();
                     assert_eq!(order, [4, 3, 2, 1, 0]);
-                    let mut owned: Vec<Vec<u8>> = targets.iter().map(|target| vec![0; target.elements()]).collect();
+                    let mut owned: Vec<Vec<u8>> =
+                        parameters.iter().map(|parameter| vec![0; parameter.elements()]).collect();
                     for segment in buckets.iter().flat_map(|bucket| bucket.parts.iter().flatten()) {
-                        owned[segment.target][segment.start..segment.end].iter_mut().for_each(|count| *count += 1);
+                        owned[segment.parameter][segment.start..segment.end].iter_mut().for_each(|count| *count += 1);
                     }
-                    assert!(owned.iter().flatten().all(|&count| count == 1), "{form:?} {workers} {bucket_elements}");
+                    assert!(owned.iter().flatten().all(|&count| count == 1), "{form:?} {ranks} {bucket_elements}");
                 }
             }
         }
@@ -269,15 +279,15 @@ mod tests {
 
     #[test]
     fn matrices_stay_whole_and_flat_parts_are_even() {
-        let (targets, optimizers) = examples();
-        let buckets = partition(&targets, &optimizers, DistributedForm::WholeMatrix, 3, 1000);
+        let (parameters, optimizers) = examples();
+        let buckets = partition(&parameters, &optimizers, DistributedForm::WholeMatrix, 3, 1000);
         for segment in buckets.iter().flat_map(|bucket| bucket.parts.iter().flatten()) {
-            let target = &targets[segment.target];
-            if matches!(target.by, By::Muon { .. }) {
-                assert!(segment.start % target.unit() == 0 && segment.end % target.unit() == 0);
+            let parameter = &parameters[segment.parameter];
+            if matches!(parameter.kind, OptimizerKind::Muon { .. }) {
+                assert!(segment.start % parameter.unit() == 0 && segment.end % parameter.unit() == 0);
             }
         }
-        let flat = partition(&targets, &optimizers, DistributedForm::Flat, 3, 1000);
+        let flat = partition(&parameters, &optimizers, DistributedForm::Flat, 3, 1000);
         assert_eq!(flat[0].lengths(), [52, 52, 52]);
         // The third expert, elements 48 to 60 of bucket positions 24 + 24..36, crosses the first cut.
         assert_eq!(holders(&flat[0], 3, 24, 36), [(0, 0, 4), (1, 4, 12)]);

@@ -1,4 +1,4 @@
-//! A step of several ranks: gradients are summed bucket by bucket, each rank updates what it owns, all gather the result.
+//! The step of several ranks: gradients are reduced bucket by bucket, each rank updates what it owns, all gather the result.
 
 use std::collections::HashMap;
 
@@ -6,70 +6,71 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Shape, Tensor};
 
-use super::partition::{Bucket, By, DistributedForm, Segment, Target, holders};
+use super::partition::{Bucket, DistributedForm, OptimizedParameter, OptimizerKind, Segment, holders};
 use super::{GatherPrecision, MuonAdamW, scaled};
-use crate::distributed::{CollectiveError, Pending, sum_of_squares};
+use crate::distributed::{CollectiveError, PendingCollective, sum_of_squares};
 use crate::module_values::Replacer;
 
-/// A segment of a parameter that this rank updates.
-pub(super) struct Work {
-    /// Its bucket.
+/// A segment of a parameter that this rank owns, in its step.
+pub(super) struct OwnedSegment {
     pub(super) bucket: usize,
     pub(super) segment: Segment,
     pub(super) value: Tensor<1>,
     pub(super) gradient: Tensor<1>,
 }
 
-/// The gradients of a bucket.
+/// The reduction of a bucket's gradients.
 #[derive(Debug)]
 pub(super) enum Reduction {
-    /// Some are missing.
+    /// Not started: gradients are missing.
     Open,
-    Running(Box<Pending<Tensor<1>>>),
-    /// The sums of this rank's segments.
+    Running(Box<PendingCollective<Tensor<1>>>),
+    /// The sums of the segments that this rank owns, in their order.
     Done(Vec<Tensor<1>>),
 }
 
-/// A parameter of the module as it is.
-struct Seen {
+/// A parameter as the module has it now.
+struct ModuleParameter {
     id: ParamId,
     dtype: DType,
     device: Device,
-    /// Its values in a row, where this rank owns some.
+    /// Its values, flat, if this rank owns a part of them.
     value: Option<Tensor<1>>,
 }
 
-fn absent(target: &Target) -> ! {
-    panic!("the module has no `{}`: it is not the one that the rules were assigned to", target.path);
+fn refuse_missing(parameter: &OptimizedParameter) -> ! {
+    panic!("the module has no `{}`: it is not the one that the rules were assigned to", parameter.path);
 }
 
 impl MuonAdamW {
-    pub(super) fn offer_sharded<M: Module>(&mut self, module: &M, mut gradients: GradientsParams) {
-        let mut visitor = Arriving { path: Vec::new(), optimizer: self, gradients: &mut gradients };
+    pub(super) fn add_gradients_sharded<M: Module>(&mut self, module: &M, mut gradients: GradientsParams) {
+        let mut visitor = TakeGradients { path: Vec::new(), optimizer: self, gradients: &mut gradients };
         module.visit(&mut visitor);
-        self.start_ready();
+        self.start_complete_buckets();
     }
 
-    /// Starts the buckets that are complete, in their order: all ranks must start the same ones.
-    fn start_ready(&mut self) {
+    /// Starts the reduction of buckets whose gradients are all there. It stops at the first incomplete bucket, even if a later
+    /// one is complete: all ranks must start the same collectives in the same order, and gradients may arrive in another order
+    /// on another rank.
+    fn start_complete_buckets(&mut self) {
         for (bucket, reduction) in self.buckets.iter().zip(&mut self.reductions) {
             if !matches!(reduction, Reduction::Open) {
                 continue;
             }
-            if !bucket.targets.iter().all(|target| self.arrived.contains_key(target)) {
+            if !bucket.parameters.iter().all(|parameter| self.waiting.contains_key(parameter)) {
                 return;
             }
             let gradients: HashMap<usize, Tensor<1>> =
-                bucket.targets.iter().filter_map(|&target| self.arrived.remove_entry(&target)).collect();
+                bucket.parameters.iter().filter_map(|&index| self.waiting.remove_entry(&index)).collect();
             let segment =
-                |segment: &Segment| gradients[&segment.target].clone().narrow(0, segment.start, segment.len());
-            if self.worker.size() == 1 {
+                |segment: &Segment| gradients[&segment.parameter].clone().narrow(0, segment.start, segment.len());
+            if self.communicator.size() == 1 {
                 let own = bucket.parts[0].iter().map(|part| segment(part).cast(DType::F32));
                 *reduction = Reduction::Done(own.collect());
                 continue;
             }
             let device = gradients.values().next().map(Tensor::device).unwrap_or_default();
-            // Gradients of a bucket that are not of one type are sent as f32.
+            // One message has one dtype: where gradients differ in it, all are sent as f32.
             let mut types = gradients.values().map(Tensor::dtype);
             let first = types.next().unwrap_or(DType::F32);
             let dtype = if types.all(|dtype| dtype == first) { first } else { DType::F32 };
@@ -81,27 +82,27 @@ impl MuonAdamW {
                     segments => Tensor::cat(segments.iter().map(|part| segment(part).cast(dtype)).collect(), 0),
                 })
                 .collect();
-            let pending = self.worker.start(move |collective| collective.reduce_scatter(parts));
+            let pending = self.communicator.start(move |collective| collective.reduce_scatter(parts));
             *reduction = Reduction::Running(Box::new(pending));
         }
     }
 
-    /// Waits for the sums of all gradients; those that no rank was offered are zeros.
-    fn complete<M: Module>(&mut self, module: &M) -> Result<(), CollectiveError> {
+    /// Waits for the sums of all gradients. This rank counts zeros for parameters that have no gradient here: another rank may
+    /// have one.
+    fn finish_reductions<M: Module>(&mut self, module: &M) -> Result<(), CollectiveError> {
         if self.reductions.iter().any(|reduction| matches!(reduction, Reduction::Open)) {
-            for (index, seen) in self.look(module).into_iter().enumerate() {
-                let open =
-                    self.buckets.iter().zip(&self.reductions).any(|(bucket, reduction)| {
-                        matches!(reduction, Reduction::Open) && bucket.targets.contains(&index)
-                    });
-                if let Some(Seen { dtype, device, .. }) = seen.filter(|_| open) {
-                    let elements = self.targets[index].elements();
-                    self.arrived.entry(index).or_insert_with(|| Tensor::zeros([elements], (&device, dtype)));
+            for (index, found) in self.read_module(module).into_iter().enumerate() {
+                let open = self.buckets.iter().zip(&self.reductions).any(|(bucket, reduction)| {
+                    matches!(reduction, Reduction::Open) && bucket.parameters.contains(&index)
+                });
+                if let Some(ModuleParameter { dtype, device, .. }) = found.filter(|_| open) {
+                    let elements = self.parameters[index].elements();
+                    self.waiting.entry(index).or_insert_with(|| Tensor::zeros([elements], (&device, dtype)));
                 }
             }
-            self.start_ready();
+            self.start_complete_buckets();
         }
-        let rank = self.worker.rank();
+        let rank = self.communicator.rank();
         for (bucket, reduction) in self.buckets.iter().zip(&mut self.reductions) {
             if !matches!(reduction, Reduction::Running(_)) {
                 continue;
@@ -119,8 +120,8 @@ impl MuonAdamW {
         Ok(())
     }
 
-    pub(super) fn squares_sharded<M: Module>(&mut self, module: &M) -> Result<f64, CollectiveError> {
-        self.complete(module)?;
+    pub(super) fn sum_of_squares_sharded<M: Module>(&mut self, module: &M) -> Result<f64, CollectiveError> {
+        self.finish_reductions(module)?;
         let own = self.reductions.iter().filter_map(|reduction| match reduction {
             Reduction::Done(gradients) => Some(gradients),
             _ => None,
@@ -129,78 +130,79 @@ impl MuonAdamW {
     }
 
     pub(super) fn apply_sharded<M: Module>(&mut self, lr: f64, scale: f64, module: M) -> Result<M, CollectiveError> {
-        self.complete(&module)?;
-        let seen = self.look(&module);
-        let rank = self.worker.rank();
-        let mut works = Vec::new();
+        self.finish_reductions(&module)?;
+        let found = self.read_module(&module);
+        let rank = self.communicator.rank();
+        let mut owned = Vec::new();
         for (index, (bucket, reduction)) in self.buckets.iter().zip(&mut self.reductions).enumerate() {
             let Reduction::Done(gradients) = std::mem::replace(reduction, Reduction::Open) else { continue };
             for (&segment, gradient) in bucket.parts[rank].iter().zip(gradients) {
-                let value = seen[segment.target].as_ref().and_then(|seen| seen.value.clone());
-                let value = value.unwrap_or_else(|| absent(&self.targets[segment.target]));
+                let value = found[segment.parameter].as_ref().and_then(|found| found.value.clone());
+                let value = value.unwrap_or_else(|| refuse_missing(&self.parameters[segment.parameter]));
                 let value = value.narrow(0, segment.start, segment.len());
-                works.push(Work { bucket: index, segment, value, gradient: scaled(gradient, scale) });
+                owned.push(OwnedSegment { bucket: index, segment, value, gradient: scaled(gradient, scale) });
             }
         }
-        let segments: Vec<(usize, Segment)> = works.iter().map(|work| (work.bucket, work.segment)).collect();
-        let updated = self.update(lr, works)?;
+        let segments: Vec<(usize, Segment)> = owned.iter().map(|owned| (owned.bucket, owned.segment)).collect();
+        let updated = self.update(lr, owned)?;
         let mut own: Vec<Vec<Tensor<1>>> = self.buckets.iter().map(|_| Vec::new()).collect();
         for ((bucket, _), values) in segments.into_iter().zip(updated) {
             own[bucket].push(values);
         }
         let ids: Vec<Option<(ParamId, DType, Device)>> =
-            seen.into_iter().map(|seen| seen.map(|seen| (seen.id, seen.dtype, seen.device))).collect();
+            found.into_iter().map(|found| found.map(|found| (found.id, found.dtype, found.device))).collect();
         self.gather(module, own, &ids)
     }
 
-    /// The new values of each of this rank's segments.
-    fn update(&mut self, lr: f64, works: Vec<Work>) -> Result<Vec<Tensor<1>>, CollectiveError> {
-        let mut results: Vec<Option<Tensor<1>>> = works.iter().map(|_| None).collect();
+    /// The new values of each segment that this rank owns, in their order.
+    fn update(&mut self, lr: f64, owned: Vec<OwnedSegment>) -> Result<Vec<Tensor<1>>, CollectiveError> {
+        let mut results: Vec<Option<Tensor<1>>> = owned.iter().map(|_| None).collect();
         let mut matrices = Vec::new();
-        for (place, work) in works.into_iter().enumerate() {
-            match self.targets[work.segment.target].by {
-                By::Muon { .. } => matrices.push((place, work)),
-                By::AdamW { optimizer } => {
-                    let key = (work.segment.target, work.segment.start);
-                    results[place] = Some(self.step_adamw(key, optimizer, lr, work.value, work.gradient));
+        for (index, owned) in owned.into_iter().enumerate() {
+            match self.parameters[owned.segment.parameter].kind {
+                OptimizerKind::Muon { .. } => matrices.push((index, owned)),
+                OptimizerKind::AdamW { optimizer } => {
+                    let key = (owned.segment.parameter, owned.segment.start);
+                    results[index] = Some(self.step_adamw(key, optimizer, lr, owned.value, owned.gradient));
                 }
-                By::Other => {}
+                OptimizerKind::Other => {}
             }
         }
         let updated = match self.config.form {
             DistributedForm::WholeMatrix => self.step_whole(lr, matrices),
             DistributedForm::Flat => self.step_flat(lr, matrices)?,
         };
-        for (place, values) in updated {
-            results[place] = Some(values);
+        for (index, values) in updated {
+            results[index] = Some(values);
         }
         Ok(results.into_iter().flatten().collect())
     }
 
-    /// Gathers what all ranks updated, a bucket at a time, and puts it into the module.
+    /// Gathers the new values of all ranks, bucket by bucket, and puts them into the module. All gathers are started before
+    /// the first is waited for, so that one runs while the values of another are copied.
     fn gather<M: Module>(
         &self,
         mut module: M,
         own: Vec<Vec<Tensor<1>>>,
         ids: &[Option<(ParamId, DType, Device)>],
     ) -> Result<M, CollectiveError> {
-        let alone = self.worker.size() == 1;
+        let single_rank = self.communicator.size() == 1;
         let mut running = Vec::with_capacity(own.len());
         for (bucket, own) in self.buckets.iter().zip(own) {
-            if alone {
+            if single_rank {
                 running.push((bucket, None, own));
                 continue;
             }
             let dtype = self.bucket_dtype(bucket, ids);
             let part = match own.as_slice() {
                 [] => {
-                    let device = bucket.targets.iter().find_map(|&target| ids[target].as_ref().map(|seen| &seen.2));
+                    let device = bucket.parameters.iter().find_map(|&index| ids[index].as_ref().map(|found| &found.2));
                     Tensor::empty([0], (&device.cloned().unwrap_or_default(), dtype))
                 }
                 _ => Tensor::cat(own.into_iter().map(|values| values.cast(dtype)).collect(), 0),
             };
             let lengths = bucket.lengths();
-            let pending = self.worker.start(move |collective| collective.all_gather(part, &lengths));
+            let pending = self.communicator.start(move |collective| collective.all_gather(part, &lengths));
             running.push((bucket, Some(pending), Vec::new()));
         }
         for (bucket, pending, own) in running {
@@ -218,17 +220,18 @@ impl MuonAdamW {
                     all
                 }
             };
-            segments.sort_by_key(|(segment, _)| (segment.target, segment.start));
+            // In the order of elements, so that the segments of a parameter join to the whole.
+            segments.sort_by_key(|(segment, _)| (segment.parameter, segment.start));
             let mut new = HashMap::new();
             let mut segments = segments.into_iter().peekable();
             while let Some((segment, first)) = segments.next() {
                 let mut parts = vec![first];
-                while let Some((_, next)) = segments.next_if(|(next, _)| next.target == segment.target) {
+                while let Some((_, next)) = segments.next_if(|(next, _)| next.parameter == segment.parameter) {
                     parts.push(next);
                 }
                 let values = if parts.len() == 1 { parts.swap_remove(0) } else { Tensor::cat(parts, 0) };
-                if let Some((id, dtype, _)) = &ids[segment.target] {
-                    let shape = Shape::from(self.targets[segment.target].shape.clone());
+                if let Some((id, dtype, _)) = &ids[segment.parameter] {
+                    let shape = Shape::from(self.parameters[segment.parameter].shape.clone());
                     new.insert(*id, (shape, values.cast(*dtype)));
                 }
             }
@@ -237,46 +240,51 @@ impl MuonAdamW {
         Ok(module)
     }
 
-    /// The type in which a bucket's parameters are sent: theirs, or f32 if they have several.
+    /// The dtype in which a bucket's parameters are sent: their own, or f32 if they differ in it.
     fn bucket_dtype(&self, bucket: &Bucket, ids: &[Option<(ParamId, DType, Device)>]) -> DType {
-        let mut types = bucket.targets.iter().filter_map(|&target| ids[target].as_ref().map(|seen| seen.1));
+        let mut types = bucket.parameters.iter().filter_map(|&index| ids[index].as_ref().map(|found| found.1));
         let first = types.next().unwrap_or(DType::F32);
         if types.all(|dtype| dtype == first) { first } else { DType::F32 }
     }
 
-    /// The parameters of the module, by target.
-    fn look<M: Module>(&self, module: &M) -> Vec<Option<Seen>> {
-        let rank = self.worker.rank();
-        let mut owned = vec![false; self.targets.len()];
+    /// The module's parameters, in the order of `self.parameters`.
+    fn read_module<M: Module>(&self, module: &M) -> Vec<Option<ModuleParameter>> {
+        let rank = self.communicator.rank();
+        let mut owned = vec![false; self.parameters.len()];
         for segment in self.buckets.iter().flat_map(|bucket| &bucket.parts[rank]) {
-            owned[segment.target] = true;
+            owned[segment.parameter] = true;
         }
-        let seen = self.targets.iter().map(|_| None).collect();
-        let mut looking = Looking { path: Vec::new(), by_path: &self.by_path, owned: &owned, seen };
-        module.visit(&mut looking);
-        looking.seen
+        let found = self.parameters.iter().map(|_| None).collect();
+        let mut visitor = ReadModule { path: Vec::new(), by_path: &self.by_path, owned: &owned, found };
+        module.visit(&mut visitor);
+        visitor.found
     }
 
-    /// The bytes that a rank sends in a step, in the mean over the ranks, computed from the shapes: gradients, momentum,
-    /// parameters. With `b` bytes a gradient and a parameter each, the first and the last are `b P (N - 1) / N` for `P`
-    /// parameters and `N` ranks; the second is 0 for whole matrices, and for the flat form the bytes of each part of a
-    /// matrix times the other ranks that hold parts of it.
-    pub fn traffic_by_formula<M: Module>(&self, module: &M) -> [f64; 3] {
-        let seen = self.look(module);
-        let ids: Vec<_> = seen.into_iter().map(|seen| seen.map(|seen| (seen.id, seen.dtype, seen.device))).collect();
-        let ranks = self.worker.size() as f64;
+    /// The bytes that a rank sends in a step, predicted from the shapes, in the mean over the ranks: gradients, momentum,
+    /// parameters.
+    ///
+    /// With `P` parameters of `b` bytes and `N` ranks, gradients and parameters take `b P (N - 1) / N` each. Momentum takes 0
+    /// for whole matrices; for the flat form it takes the bytes of each part of a matrix times the number of other ranks that
+    /// hold parts of it.
+    pub fn predicted_bytes_sent<M: Module>(&self, module: &M) -> [f64; 3] {
+        let found = self.read_module(module);
+        let ids: Vec<_> =
+            found.into_iter().map(|found| found.map(|found| (found.id, found.dtype, found.device))).collect();
+        let ranks = self.communicator.size() as f64;
         let (mut values, mut momentum) = (0.0, 0.0);
         for bucket in &self.buckets {
-            let elements: usize = bucket.targets.iter().map(|&target| self.targets[target].elements()).sum();
+            let elements: usize = bucket.parameters.iter().map(|&index| self.parameters[index].elements()).sum();
             values += (elements * self.bucket_dtype(bucket, &ids).size()) as f64 * (ranks - 1.0) / ranks;
             if self.config.form == DistributedForm::WholeMatrix {
                 continue;
             }
-            for &target in &bucket.targets {
-                let By::Muon { stack: [matrices, ..], .. } = self.targets[target].by else { continue };
-                let unit = self.targets[target].unit();
+            for &parameter in &bucket.parameters {
+                let OptimizerKind::Muon { stack: [matrices, ..], .. } = self.parameters[parameter].kind else {
+                    continue;
+                };
+                let unit = self.parameters[parameter].unit();
                 for matrix in 0..matrices {
-                    let others = holders(bucket, target, matrix * unit, (matrix + 1) * unit).len() - 1;
+                    let others = holders(bucket, parameter, matrix * unit, (matrix + 1) * unit).len() - 1;
                     momentum += (unit * others * self.gather_dtype().size()) as f64 / ranks;
                 }
             }
@@ -292,14 +300,14 @@ impl MuonAdamW {
     }
 }
 
-/// Takes the gradients of targets out of a bundle.
-struct Arriving<'a> {
+/// Takes the gradients of optimized parameters out of a container.
+struct TakeGradients<'a> {
     path: Vec<String>,
     optimizer: &'a mut MuonAdamW,
     gradients: &'a mut GradientsParams,
 }
 
-impl ModuleVisitor for Arriving<'_> {
+impl ModuleVisitor for TakeGradients<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_string());
     }
@@ -309,22 +317,22 @@ impl ModuleVisitor for Arriving<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some(&target) = self.optimizer.by_path.get(&self.path.join(".")) else { return };
+        let Some(&parameter) = self.optimizer.by_path.get(&self.path.join(".")) else { return };
         let Some(gradient) = self.gradients.remove::<D>(param.id) else { return };
         let elements = gradient.shape().num_elements();
-        self.optimizer.arrived.insert(target, gradient.reshape([elements]));
+        self.optimizer.waiting.insert(parameter, gradient.reshape([elements]));
     }
 }
 
-/// Looks up the targets in a module.
-struct Looking<'a> {
+/// Reads the optimized parameters of a module.
+struct ReadModule<'a> {
     path: Vec<String>,
     by_path: &'a HashMap<String, usize>,
     owned: &'a [bool],
-    seen: Vec<Option<Seen>>,
+    found: Vec<Option<ModuleParameter>>,
 }
 
-impl ModuleVisitor for Looking<'_> {
+impl ModuleVisitor for ReadModule<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_string());
     }
@@ -334,10 +342,10 @@ impl ModuleVisitor for Looking<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some(&target) = self.by_path.get(&self.path.join(".")) else { return };
+        let Some(&parameter) = self.by_path.get(&self.path.join(".")) else { return };
         let value = param.val().inner();
         let (dtype, device, elements) = (value.dtype(), value.device(), value.shape().num_elements());
-        let value = self.owned[target].then(|| value.reshape([elements]));
-        self.seen[target] = Some(Seen { id: param.id, dtype, device, value });
+        let value = self.owned[parameter].then(|| value.reshape([elements]));
+        self.found[parameter] = Some(ModuleParameter { id: param.id, dtype, device, value });
     }
 }

@@ -1,4 +1,4 @@
-//! State: its size, saving, loading.
+//! The size of the optimizer state, saving, and loading.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,26 +7,26 @@ use burn::optim::{AdamWState, AdaptiveMomentumState};
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_pack::Scalar;
 
-use super::partition::{By, Segment};
-use super::{Held, MuonAdamW};
+use super::partition::{OptimizerKind, Segment};
+use super::{MuonAdamW, SegmentState};
 use crate::state::sharded_state::{PartToSave, Piece, collect, write_parts};
 use crate::{MixedPrecisionState, StateError};
 
 impl MuonAdamW {
-    /// Bytes of this rank's optimizer state, and those of Muon's momentum among them.
+    /// The bytes of this rank's optimizer state, and of those the bytes of Muon's momentum.
     pub fn state_bytes(&self) -> (u64, u64) {
         let bytes = |tensor: &Tensor<1>| (tensor.dims()[0] * tensor.dtype().size()) as u64;
         let (mut all, mut momenta) = (0, 0);
-        for held in self.states.values() {
-            match held {
-                Held::Muon { momentum, second_moment, master, .. } => {
+        for state in self.states.values() {
+            match state {
+                SegmentState::Muon { momentum, second_moment, master, .. } => {
                     momenta += bytes(momentum);
                     all += bytes(momentum) + master.as_ref().map_or(0, bytes);
                     all += second_moment
                         .as_ref()
                         .map_or(0, |second| (second.shape().num_elements() * second.dtype().size()) as u64);
                 }
-                Held::AdamW(state) => {
+                SegmentState::AdamW(state) => {
                     all += state.master.as_ref().map_or(0, bytes);
                     if let Some(AdamWState { momentum }) = &state.inner {
                         all += bytes(&momentum.moment_1) + bytes(&momentum.moment_2);
@@ -37,44 +37,46 @@ impl MuonAdamW {
         (all, momenta)
     }
 
-    /// Writes this rank's part of the state to a file of its own. The files of all ranks together are the state.
+    /// Writes this rank's part of the state to a file. The files of all ranks together are the state.
     ///
-    /// Tensors come off their device one at a time, each when it is written.
+    /// Tensors are copied from the device one at a time, each when it is written.
     ///
     /// # Errors
     ///
-    /// If the file cannot be written.
+    /// [`StateError::Unreadable`], with the error of the file system, if the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), StateError> {
         let mut parts = Vec::new();
         let mut scalars = BTreeMap::new();
-        for (&(target, start), held) in &self.states {
-            let target = &self.targets[target];
-            let path = &target.path;
+        for (&(parameter, start), state) in &self.states {
+            let parameter = &self.parameters[parameter];
+            let path = &parameter.path;
             let mut push = |field: &'static str, shape: Vec<usize>, offset: usize, values: Tensor<1>| {
                 parts.push(PartToSave { path: path.clone(), field, shape, offset, values });
             };
-            match held {
-                Held::Muon { momentum, second_moment, step, master } => {
-                    push("momentum", target.shape.clone(), start, momentum.clone());
+            match state {
+                SegmentState::Muon { momentum, second_moment, step, master } => {
+                    push("momentum", parameter.shape.clone(), start, momentum.clone());
                     if let Some(master) = master {
-                        push("master", target.shape.clone(), start, master.clone());
+                        push("master", parameter.shape.clone(), start, master.clone());
                     }
-                    if let (Some(second), By::Muon { stack: [matrices, ..], .. }) = (second_moment, &target.by) {
+                    if let (Some(second), OptimizerKind::Muon { stack: [matrices, ..], .. }) =
+                        (second_moment, &parameter.kind)
+                    {
                         let [_, rows, columns] = second.dims();
-                        let offset = start / target.unit() * rows * columns;
+                        let offset = start / parameter.unit() * rows * columns;
                         let elements = second.shape().num_elements();
                         let values = second.clone().reshape([elements]);
                         push("second_moment", vec![*matrices, rows, columns], offset, values);
                     }
                     scalars.insert((path.clone(), "step"), Scalar::from(*step));
                 }
-                Held::AdamW(state) => {
+                SegmentState::AdamW(state) => {
                     if let Some(master) = &state.master {
-                        push("master", target.shape.clone(), start, master.clone());
+                        push("master", parameter.shape.clone(), start, master.clone());
                     }
                     if let Some(AdamWState { momentum }) = &state.inner {
-                        push("momentum.moment_1", target.shape.clone(), start, momentum.moment_1.clone());
-                        push("momentum.moment_2", target.shape.clone(), start, momentum.moment_2.clone());
+                        push("momentum.moment_1", parameter.shape.clone(), start, momentum.moment_1.clone());
+                        push("momentum.moment_2", parameter.shape.clone(), start, momentum.moment_2.clone());
                         scalars.insert((path.clone(), "momentum.time"), Scalar::from(momentum.time));
                     }
                 }
@@ -85,43 +87,44 @@ impl MuonAdamW {
 
     /// Reads this rank's part of the state.
     pub(super) fn restore<P: AsRef<Path>>(&mut self, files: &[P]) -> Result<(), StateError> {
-        let rank = self.worker.rank();
+        let rank = self.communicator.rank();
         let own = self.buckets.iter().flat_map(|bucket| &bucket.parts[rank]);
-        let pieces: Vec<Piece> = own.map(|&Segment { target, start, end }| Piece { target, start, end }).collect();
+        let pieces: Vec<Piece> =
+            own.map(|&Segment { parameter, start, end }| Piece { parameter, start, end }).collect();
         let configs: Vec<_> = self.muon.iter().map(|group| group.optimizer.config()).collect();
-        let mut collected = collect(files, &self.targets, &configs, &pieces)?;
+        let mut collected = collect(files, &self.parameters, &configs, &pieces)?;
         let device = Device::default();
         let flat = |data: TensorData| {
             let dtype = data.dtype();
             Tensor::<1>::from_data(data, (&device, dtype))
         };
         for piece in pieces {
-            let target = &self.targets[piece.target];
+            let parameter = &self.parameters[piece.parameter];
             let master = collected.take(piece, "master").map(flat);
-            let held = match &target.by {
-                By::Muon { optimizer, .. } => {
+            let state = match &parameter.kind {
+                OptimizerKind::Muon { optimizer, .. } => {
                     let Some(momentum) = collected.take(piece, "momentum").map(flat) else { continue };
-                    let matrices = (piece.end - piece.start) / target.unit();
-                    let shape = configs[*optimizer].second_moment_shape(&target.shape);
+                    let matrices = (piece.end - piece.start) / parameter.unit();
+                    let shape = configs[*optimizer].second_moment_shape(&parameter.shape);
                     let second = collected.take(piece, "second_moment").map(flat);
                     let second_moment =
                         second.zip(shape).map(|(second, [_, rows, columns])| second.reshape([matrices, rows, columns]));
-                    let step = collected.number(piece.target, "step");
-                    Held::Muon { momentum, second_moment, step, master }
+                    let step = collected.number(piece.parameter, "step");
+                    SegmentState::Muon { momentum, second_moment, step, master }
                 }
-                By::AdamW { .. } => {
+                OptimizerKind::AdamW { .. } => {
                     let moments = (
                         collected.take(piece, "momentum.moment_1").map(flat),
                         collected.take(piece, "momentum.moment_2").map(flat),
                     );
                     let (Some(moment_1), Some(moment_2)) = moments else { continue };
-                    let time = collected.number(piece.target, "momentum.time");
+                    let time = collected.number(piece.parameter, "momentum.time");
                     let momentum = AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2: None };
-                    Held::AdamW(MixedPrecisionState { inner: Some(AdamWState { momentum }), master })
+                    SegmentState::AdamW(MixedPrecisionState { inner: Some(AdamWState { momentum }), master })
                 }
-                By::Other => continue,
+                OptimizerKind::Other => continue,
             };
-            self.states.insert((piece.target, piece.start), held);
+            self.states.insert((piece.parameter, piece.start), state);
         }
         Ok(())
     }

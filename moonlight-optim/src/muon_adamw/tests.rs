@@ -1,4 +1,4 @@
-//! One rank, against Burn's optimizer.
+//! One rank against Burn's optimizer.
 
 use std::path::PathBuf;
 
@@ -14,8 +14,8 @@ fn build(assignment: &Assignment) -> MuonAdamW {
     assignment.build(OptimizerOptions::new()).unwrap()
 }
 
-/// What either kind saved, the other loads.
-fn crossed(assignment: &Assignment, plain: &ModuleOptimizer, batched: &MuonAdamW) -> (ModuleOptimizer, MuonAdamW) {
+/// Each kind of optimizer, loaded from the file that the other saved.
+fn swapped(assignment: &Assignment, plain: &ModuleOptimizer, batched: &MuonAdamW) -> (ModuleOptimizer, MuonAdamW) {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str| -> PathBuf { dir.path().join(name) };
     plain.save(file("plain.bpk")).unwrap();
@@ -73,7 +73,7 @@ fn values(net: &Net) -> Vec<f32> {
 }
 
 #[test]
-fn the_steps_are_those_of_burns_optimizer_bit_for_bit() {
+fn steps_equal_those_of_burns_optimizer_bit_for_bit() {
     for adaptive in [Adaptive::Off, Adaptive::nor_muon(), Adaptive::ada_muon()] {
         let start = net();
         let assignment = rules(adaptive).assign(&start).unwrap();
@@ -88,20 +88,20 @@ fn the_steps_are_those_of_burns_optimizer_bit_for_bit() {
         }
         assert_ne!(values(&one), values(&start));
 
-        // What either saved, the other loads.
-        let (mut back, mut crossed) = crossed(&assignment, &plain, &batched);
+        // Each loads what the other saved.
+        let (mut back, mut other_back) = swapped(&assignment, &plain, &batched);
         for seed in 4..6 {
             let taken = gradients(&one, seed);
             one = back.step(0.05, one, taken);
             let taken = gradients(&other, seed);
-            other = crossed.step(0.05, other, taken).unwrap();
+            other = other_back.step(0.05, other, taken).unwrap();
             assert_eq!(values(&one), values(&other), "{adaptive:?} step {seed}");
         }
     }
 }
 
 #[test]
-fn masters_are_kept_saved_and_loaded_by_either_kind() {
+fn either_kind_keeps_saves_and_loads_master_weights() {
     let narrow = |net: Net| {
         struct Narrow;
         impl ModuleMapper for Narrow {
@@ -143,14 +143,14 @@ fn masters_are_kept_saved_and_loaded_by_either_kind() {
         other = batched.step(1e-3, other, taken(seed)).unwrap();
         assert_eq!(values(&one), values(&other), "step {seed}");
         if seed == 2 {
-            (plain, batched) = crossed(&assignment, &plain, &batched);
+            (plain, batched) = swapped(&assignment, &plain, &batched);
         }
     }
     assert_ne!(values(&one), values(&start));
 }
 
 #[test]
-fn parameters_still_train_afterwards() {
+fn parameters_still_require_gradients_after_a_step() {
     let start = net();
     let mut batched = build(&rules(Adaptive::Off).assign(&start).unwrap());
     let taken = gradients(&start, 0);
@@ -159,9 +159,9 @@ fn parameters_still_train_afterwards() {
     assert!(stepped.experts.val().is_require_grad());
 }
 
-/// The gradients of some parameters at a time, as a backward pass that updates each layer has them.
+/// With the gradients of some parameters at a time, as in a backward pass that updates each layer.
 #[test]
-fn a_step_in_parts_is_the_step() {
+fn a_step_in_parts_equals_the_whole_step() {
     struct Split<'a> {
         from: &'a mut GradientsParams,
         parts: Vec<GradientsParams>,
@@ -176,8 +176,8 @@ fn a_step_in_parts_is_the_step() {
     }
     let start = net();
     let assignment = rules(Adaptive::nor_muon()).assign(&start).unwrap();
-    let (mut whole, mut parts, mut offered) = (build(&assignment), build(&assignment), build(&assignment));
-    assert!(whole.takes_partial_steps());
+    let (mut whole, mut parts, mut added) = (build(&assignment), build(&assignment), build(&assignment));
+    assert!(whole.supports_partial_steps());
     let (mut one, mut other, mut third) = (start.clone(), start.clone(), start.clone());
     for seed in 0..3 {
         let taken = gradients(&one, seed);
@@ -195,18 +195,18 @@ fn a_step_in_parts_is_the_step() {
         }
         assert_eq!(values(&one), values(&other), "step {seed}");
         for part in split(&third) {
-            offered.offer(&third, part);
+            added.add_gradients(&third, part);
         }
-        third = offered.apply(0.05, 1.0, third).unwrap();
+        third = added.apply(0.05, 1.0, third).unwrap();
         assert_eq!(values(&one), values(&third), "step {seed}");
     }
 }
 
-/// Clipping: the gradient times a factor, in the gradient's own type.
+/// Clipping multiplies the gradient by a factor, in the gradient's own dtype.
 #[test]
-fn a_scaled_step_is_that_of_the_scaled_gradient() {
-    struct Scale<'a>(&'a mut GradientsParams, f64, f64);
-    impl ModuleVisitor for Scale<'_> {
+fn a_scaled_step_is_the_step_of_the_scaled_gradient() {
+    struct ScaleBy<'a>(&'a mut GradientsParams, f64, f64);
+    impl ModuleVisitor for ScaleBy<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let Some(gradient) = self.0.remove::<D>(param.id) else { return };
             self.2 += crate::distributed::sum_of_squares(gradient.clone());
@@ -219,13 +219,13 @@ fn a_scaled_step_is_that_of_the_scaled_gradient() {
     let (mut scaled, mut plain) = (build(&assignment), build(&assignment));
     for seed in 0..3 {
         let mut taken = gradients(&one, seed);
-        let mut scale = Scale(&mut taken, 0.3, 0.0);
+        let mut scale = ScaleBy(&mut taken, 0.3, 0.0);
         one.visit(&mut scale);
         let squares = scale.2;
         one = plain.step(0.05, one, taken).unwrap();
         let taken = gradients(&other, seed);
-        scaled.offer(&other, taken);
-        assert_eq!(scaled.squares(&other).unwrap(), squares);
+        scaled.add_gradients(&other, taken);
+        assert_eq!(scaled.local_sum_of_squares(&other).unwrap(), squares);
         other = scaled.apply(0.05, 0.3, other).unwrap();
         assert_eq!(values(&one), values(&other), "step {seed}");
     }

@@ -1,44 +1,44 @@
-//! Direct or Gram form of Newton-Schulz, and the cost of each.
+//! The direct and the Gram form of Newton-Schulz, and the cost of each.
 //!
-//! With `n` the shorter side of a matrix and `m` the longer one, a step of the direct form takes a Gram matrix, its
-//! square, and the product of a polynomial of it with `X`. The Gram form ("Gram Newton-Schulz",
-//! <https://github.com/Dao-AILab/gram-newton-schulz>) iterates on the `n` by `n` Gram matrix alone and multiplies `X` once,
-//! at the end: cheaper for every matrix that is not square, the more so the longer it is. The price is precision:
-//! the Gram matrix has the squares of the singular values, and rounding in it grows with every step, so it is recomputed
-//! from `X` before that matters.
+//! Let `n` be the shorter side of a matrix and `m` the longer one. A step of the direct form takes a Gram matrix, its square,
+//! and the product of a polynomial of it with `X`. The Gram form ("Gram Newton-Schulz",
+//! <https://github.com/Dao-AILab/gram-newton-schulz>) iterates on the `n` by `n` Gram matrix alone and multiplies `X` once, at
+//! the end. That is cheaper for matrices that are not square, the more so the larger `m / n` is. The price is precision: the
+//! Gram matrix has the squares of the singular values, and its rounding errors grow with every step. So it is recomputed from
+//! `X` (a restart) before they matter.
 
 use std::ops::Range;
 
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
-/// How the iteration is computed; the result is the same up to rounding.
+/// How the iteration is computed. The forms give the same result up to rounding.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Form {
-    /// The Gram form if it costs less, restarted as often as the type of the products requires, else the direct one. In
-    /// half precision always the direct form, since the Gram form would restart at every step.
+pub enum NewtonSchulzForm {
+    /// The cheaper one for each shape. The Gram form restarts as often as the precision of the products requires; in half
+    /// precision that is at every step, so it is always the direct form there.
     #[default]
     Auto,
-    /// Every step multiplies `X`.
+    /// Every step multiplies `X`: the smallest rounding error.
     Direct,
-    /// Steps on the Gram matrix, with a fresh start before each step of this index (from 0).
+    /// Steps on the Gram matrix, which is recomputed from `X` at the steps named.
     Gram {
-        /// Indices of steps, ascending; `[2]` is what the method's authors take for five steps in f16.
+        /// Steps (from 0) before which the Gram matrix is recomputed. The authors use `[2]` for five steps in f16.
         restarts: Vec<usize>,
     },
 }
 
-/// How far rounding in the Gram matrix may grow, relative to its norm, before the Gram form restarts.
+/// How far rounding errors in the Gram matrix may grow, relative to its norm, before the Gram form restarts.
 ///
 /// Chosen by measurement, for five steps in f32 against f64 on 300 matrices of [12, 18]. The largest error of the direct form
 /// is 1e-6 with the report's coefficients, 7e-7 with the quintic, 5e-6 with Polar Express. Restarts by this limit, before
-/// every second step or sooner, make it 2.5e-6, 3e-6 and 1e-5. One restart for five steps would make it 1.6e-5, 9e-5 and
-/// 1.3e-4, none up to 2e-3, and ten steps without restart overflow.
+/// every second step or sooner, make it 2.5e-6, 3e-6 and 1e-5. A single restart in five steps would make it 1.6e-5, 9e-5 and
+/// 1.3e-4; without restarts it is up to 2e-3, and ten steps overflow.
 const LARGEST_GROWTH: f64 = 1.2e-6;
 
-/// The unit roundoff of a type.
+/// The unit roundoff of a dtype.
 fn roundoff(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 2_f64.powi(-53),
@@ -48,14 +48,14 @@ fn roundoff(dtype: DType) -> f64 {
     }
 }
 
-/// The steps of the Gram form between restarts: as long as rounding allows. A small eigenvalue `r` of the Gram matrix
-/// becomes `a^2 r` in a step, and what is wrong with it grows alike.
+/// The steps of the Gram form between restarts, as many as the rounding error allows. A step takes a small eigenvalue `r` of
+/// the Gram matrix to about `a^2 r`, and its error grows by the same factor.
 fn segments(schedule: &[[f64; 3]], dtype: DType) -> Vec<Range<usize>> {
     let mut segments = Vec::new();
     let mut start = 0;
     let mut growth = roundoff(dtype);
     for (index, [a, _, _]) in schedule.iter().enumerate() {
-        // Whether the step after this one may still use the Gram matrix that this one leaves.
+        // The next step would use the Gram matrix that this one computes, with an error of `growth`.
         growth *= a * a;
         if growth > LARGEST_GROWTH || index + 1 == schedule.len() {
             segments.push(start..index + 1);
@@ -66,13 +66,14 @@ fn segments(schedule: &[[f64; 3]], dtype: DType) -> Vec<Range<usize>> {
     segments
 }
 
+/// A segment for each step: the direct form.
 fn direct(steps: usize) -> Vec<Range<usize>> {
     (0..steps).map(|step| step..step + 1).collect()
 }
 
-/// The steps that share a Gram matrix. A segment of one step is a step of the direct form.
+/// Groups the steps into segments that share a Gram matrix. A segment of one step is a step of the direct form.
 pub(crate) fn plan(
-    form: &Form,
+    form: &NewtonSchulzForm,
     schedule: &[[f64; 3]],
     dtype: DType,
     rows: usize,
@@ -81,15 +82,15 @@ pub(crate) fn plan(
 ) -> Vec<Range<usize>> {
     let steps = schedule.len();
     match form {
-        Form::Direct => direct(steps),
-        Form::Gram { restarts } => {
+        NewtonSchulzForm::Direct => direct(steps),
+        NewtonSchulzForm::Gram { restarts } => {
             let mut bounds: Vec<usize> = restarts.iter().copied().filter(|step| (1..steps).contains(step)).collect();
             bounds.extend([0, steps]);
             bounds.sort_unstable();
             bounds.dedup();
             bounds.windows(2).map(|pair| pair[0]..pair[1]).collect()
         }
-        Form::Auto => {
+        NewtonSchulzForm::Auto => {
             let gram = segments(schedule, dtype);
             let direct = direct(steps);
             let cost = |plan: &[Range<usize>]| plan_flops(plan, rows, columns, symmetric);
@@ -98,20 +99,21 @@ pub(crate) fn plan(
     }
 }
 
-/// The Gram form is more, smaller products: it must save this much before it is quicker, too.
+/// The Gram form has more and smaller products, which run at a lower rate: its FLOPs must be below this share of the direct
+/// form's before it is also faster.
 const MARGIN: f64 = 0.95;
 
-/// Floating point operations of a plan for one matrix.
+/// The FLOPs of a plan for one matrix.
 ///
-/// A segment of `k` steps takes a Gram matrix, `k` squares, `k - 1` products to gather the polynomial, `2 (k - 1)` to
-/// carry the Gram matrix on, and one product with `X`. All but the last are symmetric, and a kernel that computes half of
-/// a symmetric result (`symmetric`) does them in half of the operations.
+/// A segment of `k` steps takes a Gram matrix, `k` squares, `k - 1` products to accumulate the polynomial, `2 (k - 1)` to
+/// update the Gram matrix, and one product with `X`. All except the last are symmetric, and a kernel that computes half of a
+/// symmetric result (`symmetric`) needs half of the operations.
 pub(crate) fn plan_flops(plan: &[Range<usize>], rows: usize, columns: usize, symmetric: bool) -> f64 {
     let (n, m) = (rows.min(columns) as f64, rows.max(columns) as f64);
-    let share = if symmetric { 1.0 } else { 2.0 };
+    let factor = if symmetric { 1.0 } else { 2.0 };
     let segment = |steps: f64| {
-        let squares = steps + 3.0 * (steps - 1.0);
-        share * n * n * m + share * squares * n * n * n + 2.0 * n * n * m
+        let square_products = steps + 3.0 * (steps - 1.0);
+        factor * n * n * m + factor * square_products * n * n * n + 2.0 * n * n * m
     };
     plan.iter().map(|steps| segment(steps.len() as f64)).sum()
 }
@@ -126,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn steeper_polynomials_restart_sooner() {
+    fn steeper_polynomials_restart_more_often() {
         let cases: [(Coefficients, &[usize]); 5] = [
             (Coefficients::Report, &[2, 2, 1]),
             (Coefficients::Quintic, &[2, 2, 1]),
@@ -152,7 +154,7 @@ mod tests {
     #[test]
     fn the_form_is_the_cheaper_one() {
         let schedule = Coefficients::Report.schedule(5);
-        let plan = |rows, columns| lengths(&plan(&Form::Auto, &schedule, DType::F32, rows, columns, true));
+        let plan = |rows, columns| lengths(&plan(&NewtonSchulzForm::Auto, &schedule, DType::F32, rows, columns, true));
         assert_eq!(plan(512, 512), [1; 5]);
         assert_eq!(plan(1408, 1536), [1; 5]);
         assert_eq!(plan(2048, 1408), [2, 2, 1]);
@@ -161,23 +163,23 @@ mod tests {
     }
 
     #[test]
-    fn operations_are_those_of_the_formula() {
+    fn flops_follow_the_formula() {
         let schedule = Coefficients::Report.schedule(5);
         let (n, m) = (100.0_f64, 400.0_f64);
-        let whole = |form: Form, symmetric| {
+        let whole = |form: NewtonSchulzForm, symmetric| {
             plan_flops(&plan(&form, &schedule, DType::F32, 100, 400, symmetric), 100, 400, symmetric)
         };
-        // 2 n^2 m + 2 n^3 + 2 n^2 m a step, as PyTorch computes it.
-        assert_eq!(whole(Form::Direct, false), 5.0 * (4.0 * n * n * m + 2.0 * n.powi(3)));
-        assert_eq!(whole(Form::Direct, true), 5.0 * (3.0 * n * n * m + n.powi(3)));
-        assert_eq!(whole(Form::Gram { restarts: vec![] }, true), 3.0 * n * n * m + 17.0 * n.powi(3));
-        assert_eq!(whole(Form::Gram { restarts: vec![3] }, true), 6.0 * n * n * m + 14.0 * n.powi(3));
+        // PyTorch's products: 2 n^2 m + 2 n^3 + 2 n^2 m a step.
+        assert_eq!(whole(NewtonSchulzForm::Direct, false), 5.0 * (4.0 * n * n * m + 2.0 * n.powi(3)));
+        assert_eq!(whole(NewtonSchulzForm::Direct, true), 5.0 * (3.0 * n * n * m + n.powi(3)));
+        assert_eq!(whole(NewtonSchulzForm::Gram { restarts: vec![] }, true), 3.0 * n * n * m + 17.0 * n.powi(3));
+        assert_eq!(whole(NewtonSchulzForm::Gram { restarts: vec![3] }, true), 6.0 * n * n * m + 14.0 * n.powi(3));
     }
 
     #[test]
-    fn restarts_out_of_range_or_out_of_order_do_no_harm() {
+    fn restarts_out_of_range_or_order_are_ignored_or_sorted() {
         let schedule = Coefficients::Report.schedule(5);
-        let plan = plan(&Form::Gram { restarts: vec![4, 0, 2, 9, 2] }, &schedule, DType::F32, 3, 9, true);
+        let plan = plan(&NewtonSchulzForm::Gram { restarts: vec![4, 0, 2, 9, 2] }, &schedule, DType::F32, 3, 9, true);
         assert_eq!(plan, vec![0..2, 2..4, 4..5]);
     }
 }

@@ -1,4 +1,4 @@
-//! Orthogonalisation by Newton-Schulz, a stack of matrices at a time.
+//! Orthogonalization by Newton-Schulz iteration, a stack of matrices at a time.
 
 mod form;
 
@@ -6,49 +6,67 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 
-pub use form::Form;
+pub use form::NewtonSchulzForm;
 
 use crate::{Coefficients, Preconditioning};
 use form::{plan, plan_flops};
 
-/// The iteration: which polynomials, how many, and what is done before them.
+/// The Newton-Schulz iteration: it brings the singular values of a matrix near 1 and keeps the singular vectors, `U S V^T` to
+/// about `U V^T`.
+///
+/// Each step applies an odd polynomial to the singular values: `X <- a X + b (X X^T) X + c (X X^T)^2 X` ("Muon is Scalable for
+/// LLM Training", arXiv 2502.16982, section 2.1).
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use moonlight_optim::diagnostics::orthogonality_error;
+/// use moonlight_optim::{Coefficients, NewtonSchulz};
+///
+/// let x = Tensor::<3>::random([2, 8, 12], Distribution::Default, &Device::default()); // two matrices of [8, 12]
+/// let o = NewtonSchulz::new(&Coefficients::PolarExpress, 12).apply(x);
+/// assert!(orthogonality_error(o).iter().all(|error| *error < 1e-3));
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewtonSchulz {
-    /// `[a, b, c]` of each step.
+    /// The coefficients `[a, b, c]` of each step.
     pub schedule: Vec<[f64; 3]>,
-    /// What brings the singular values below 1 before the first step.
+    /// How the singular values are brought to at most 1 before the first step.
     pub preconditioning: Preconditioning,
-    /// Added to the norm of each matrix before dividing by it; 1e-7 in the released code. With 0 the result does not
-    /// depend on the scale of the input. [`Preconditioning::Aol`] never depends on it and takes no epsilon.
+    /// Added to the norm of each matrix before dividing by it: 1e-7 in the report's code. With 0 the result does not depend on
+    /// the scale of the input. [`Preconditioning::Aol`] ignores it.
     pub epsilon: f64,
-    /// The type of the products' operands; the norm is computed in f32 at least whatever this is. `None` means f32, or f64
-    /// for an f64 input.
+    /// The dtype of the operands of matrix products. `None` means f32, or f64 for an f64 input. The norm is computed in at
+    /// least f32 in any case.
     pub dtype: Option<DType>,
     /// The direct form, the Gram form, or the cheaper one.
-    pub form: Form,
+    pub form: NewtonSchulzForm,
 }
 
 impl NewtonSchulz {
-    /// `steps` steps of `coefficients` with their preconditioning, with the released code's epsilon, in f32.
+    /// `steps` steps of `coefficients` with their preconditioning, in f32, with an epsilon of 1e-7.
     pub fn new(coefficients: &Coefficients, steps: usize) -> Self {
         Self {
             schedule: coefficients.schedule(steps),
             preconditioning: coefficients.preconditioning(),
             epsilon: 1e-7,
             dtype: None,
-            form: Form::Auto,
+            form: NewtonSchulzForm::Auto,
         }
     }
 
-    /// Orthogonalises each of the `batch` matrices of `x` `[batch, rows, columns]` by itself.
+    /// Orthogonalizes each matrix of a stack by itself.
     ///
-    /// The singular vectors of each matrix stay (but see [`Preconditioning::Aol`]), its singular values come near one. The
-    /// result has the input's shape and at least f32's precision (f64 for an f64 input). A matrix of zeros gives
-    /// zeros. A matrix that holds a NaN or an infinity gives NaN in all its elements, and no other matrix of the stack is
-    /// touched by that.
+    /// The singular vectors are kept (see [`Preconditioning::Aol`] for an exception), the singular values come near 1. A matrix
+    /// of zeros gives zeros. A matrix that contains NaN or infinity gives NaN in all of its elements, and no other matrix of
+    /// the stack is affected.
     ///
-    /// The products run in kernels of this crate on the CPU backend (feature `cpu`; f32, and bf16 on processors with
-    /// AVX512-BF16), and as [`NewtonSchulz::apply_plain`] anywhere else.
+    /// On the CPU backend (feature `cpu`) the products run in kernels of this crate: f32, and bf16 on processors with
+    /// AVX512-BF16. Everywhere else this is [`NewtonSchulz::apply_plain`].
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[batch, rows, columns]`
+    /// - output: `[batch, rows, columns]`, in f32 (f64 for an f64 input)
     pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
         #[cfg(feature = "cpu")]
         if let Some(result) = crate::flex::newton_schulz(self, &x) {
@@ -57,14 +75,14 @@ impl NewtonSchulz {
         self.apply_plain(x)
     }
 
-    /// As [`NewtonSchulz::apply`], in Burn's own tensor operations on every backend.
+    /// As [`NewtonSchulz::apply`], in Burn's tensor operations on every backend.
     pub fn apply_plain(&self, x: Tensor<3>) -> Tensor<3> {
         let [_, rows, columns] = x.dims();
         let wide = full_precision(x.dtype());
         let dtype = self.dtype.unwrap_or(wide);
         let mut x = match self.preconditioning {
-            Preconditioning::Frobenius => normalise(x.cast(wide), self.epsilon),
-            Preconditioning::Aol => aol(normalise(x.cast(wide), 0.0)),
+            Preconditioning::Frobenius => normalize(x.cast(wide), self.epsilon),
+            Preconditioning::Aol => aol(normalize(x.cast(wide), 0.0)),
         };
         x = x.cast(dtype);
         for steps in plan(&self.form, &self.schedule, dtype, rows, columns, false) {
@@ -73,13 +91,13 @@ impl NewtonSchulz {
         x.cast(wide)
     }
 
-    /// Floating point operations that the iteration takes for one matrix of this shape: those of the kernels, which compute
-    /// only half of a symmetric product, or (`symmetric` false) those of the same products in full, as
-    /// [`NewtonSchulz::apply_plain`] and PyTorch do them. For f32, or for [`NewtonSchulz::dtype`].
+    /// The FLOPs of the iteration for one matrix of this shape, in the dtype of [`NewtonSchulz::dtype`] or f32. With `symmetric`
+    /// they are those of the kernels, which compute half of a symmetric product; without, those of the same products in full,
+    /// as [`NewtonSchulz::apply_plain`] and PyTorch compute them.
     pub fn flops(&self, rows: usize, columns: usize, symmetric: bool) -> f64 {
         let preconditioning = match self.preconditioning {
             Preconditioning::Frobenius => 0.0,
-            // One more Gram matrix.
+            // AOL needs a Gram matrix of its own.
             Preconditioning::Aol => {
                 let short = rows.min(columns) as f64;
                 short * short * rows.max(columns) as f64 * if symmetric { 1.0 } else { 2.0 }
@@ -88,7 +106,7 @@ impl NewtonSchulz {
         preconditioning + plan_flops(&self.plan(rows, columns, symmetric), rows, columns, symmetric)
     }
 
-    /// Whether a matrix of this shape is iterated in the Gram form.
+    /// Whether a matrix of this shape is iterated in the Gram form; see [`NewtonSchulzForm`].
     pub fn uses_gram(&self, rows: usize, columns: usize) -> bool {
         self.plan(rows, columns, cfg!(feature = "cpu")).iter().any(|steps| steps.len() > 1)
     }
@@ -98,29 +116,31 @@ impl NewtonSchulz {
     }
 }
 
-/// Newton-Schulz on a stack of matrices `[batch, rows, columns]`: `steps` steps of `coefficients`, everything else as
-/// in the report's released code. See [`NewtonSchulz::apply`].
+/// Orthogonalizes each matrix of a stack `[batch, rows, columns]` by `steps` steps of `coefficients`, with the other options
+/// as in the report's code. Short for [`NewtonSchulz::new`] and [`NewtonSchulz::apply`].
 pub fn newton_schulz(x: Tensor<3>, coefficients: &Coefficients, steps: usize) -> Tensor<3> {
     NewtonSchulz::new(coefficients, steps).apply(x)
 }
 
-/// The Gram matrix on the shorter side. What the report writes for wide matrices, `p(X X^T) X`, is `X p(X^T X)` for tall
-/// ones, so nothing needs to be transposed in memory.
+/// The Gram matrix on the shorter side: `X X^T` of a wide matrix, `X^T X` of a tall one. The report transposes a tall matrix
+/// first; `p(X X^T) X = X p(X^T X)`, so that is not necessary.
 fn gram(x: &Tensor<3>) -> Tensor<3> {
     let [_, rows, columns] = x.dims();
     let transposed = x.clone().swap_dims(1, 2);
     if rows <= columns { x.clone().matmul(transposed) } else { transposed.matmul(x.clone()) }
 }
 
-/// Steps that share one Gram matrix `R`. With `Z = b R + c R^2` a step is `X <- a X + Z X`; several of them are
-/// `Q <- a Q + Q Z`, `R <- (a I + Z)^2 R` for each and `X <- Q X` in the end.
+/// Steps that share one Gram matrix `R`. With `Z = b R + c R^2` a step is `X <- a X + Z X`. Several steps are
+/// `Q <- a Q + Q Z` and `R <- (a I + Z)^2 R` each, from `Q = I`, and `X <- Q X` at the end. (All of these are polynomials of
+/// `R`, so they commute.)
 fn segment(x: Tensor<3>, steps: &[[f64; 3]]) -> Tensor<3> {
     let [_, rows, columns] = x.dims();
     let times = |polynomial: Tensor<3>, x: Tensor<3>| {
         if rows <= columns { polynomial.matmul(x) } else { x.matmul(polynomial) }
     };
-    let mut r = gram(&x);
+    let mut r = gram(&x); // [batch, short, short]
     let z_of = |r: &Tensor<3>, b: f64, c: f64| r.clone().matmul(r.clone()).mul_scalar(c).add(r.clone().mul_scalar(b));
+    // A single step needs no `Q`: that is the direct form.
     if let &[[a, b, c]] = steps {
         return x.clone().mul_scalar(a).add(times(z_of(&r, b, c), x));
     }
@@ -134,6 +154,7 @@ fn segment(x: Tensor<3>, steps: &[[f64; 3]]) -> Tensor<3> {
             }
             Some(q) => q.clone().mul_scalar(a).add(q.matmul(z.clone())),
         });
+        // The last step's `R` is not used.
         if index + 1 < steps.len() {
             let rz = r.clone().mul_scalar(a).add(r.matmul(z.clone()));
             r = rz.clone().mul_scalar(a).add(z.matmul(rz));
@@ -145,28 +166,30 @@ fn segment(x: Tensor<3>, steps: &[[f64; 3]]) -> Tensor<3> {
     }
 }
 
-/// The type that norms, momentum and the final update are computed in: f64 for f64, f32 for everything else.
+/// The dtype in which norms, momentum and updates are computed: f64 for f64, f32 for everything else.
 pub(crate) fn full_precision(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
-/// `x / (||x|| + epsilon)` for each matrix, without overflow or underflow of the squares: the elements are divided by
-/// the largest of them first.
-fn normalise(x: Tensor<3>, epsilon: f64) -> Tensor<3> {
+/// `x / (||x|| + epsilon)` for each matrix. Elements are divided by the largest of them first, so that no square overflows
+/// (above 1e19 in f32) or vanishes.
+fn normalize(x: Tensor<3>, epsilon: f64) -> Tensor<3> {
     let tiny = f64::from(f32::MIN_POSITIVE);
     let largest = x.clone().max_abs_dims(&[1, 2]).clamp_min(tiny); // [batch, 1, 1]
     let x = x.div(largest.clone());
     let norm = x.clone().square().sum_dims(&[1, 2]).sqrt(); // relative to the largest element
-    // `tiny` is lost in any norm but that of a zero matrix, whose 0 / 0 it turns into 0. (A clamp would also hide NaN.)
+    // The norm relative to the largest element is at least 1, where adding `tiny` changes nothing; that of a zero matrix is 0,
+    // and `tiny` makes 0 / 0 a 0. A clamp would do that too, but would also hide NaN.
     let divisor = norm.add(largest.recip().mul_scalar(epsilon)).add_scalar(tiny);
     x.div(divisor)
 }
 
-/// The rescaling of almost orthogonal layers, on the shorter side: row `i` over `sqrt(sum_j |X X^T|_ij)`. `x` has norm 1.
+/// AOL, the rescaling of almost orthogonal layers, on the shorter side: row `i` over `sqrt(sum_j |X X^T|_ij)`. `x` is
+/// normalized, so that the Gram matrix does not overflow; the result does not depend on the norm.
 fn aol(x: Tensor<3>) -> Tensor<3> {
     let [_, rows, columns] = x.dims();
     let sums = gram(&x).abs().sum_dim(2); // [batch, short, 1]
-    // A row of zeros stays one.
+    // Without the smallest f32, a row of zeros would become 0 / 0.
     let factors = sums.add_scalar(f64::from(f32::MIN_POSITIVE)).sqrt().recip();
     x.mul(if rows <= columns { factors } else { factors.swap_dims(1, 2) })
 }
@@ -183,14 +206,14 @@ mod tests {
         tensor.into_data().iter::<f64>().collect()
     }
 
-    /// `batch` matrices in one tensor.
+    /// Matrices of one shape as a stack.
     fn stack(matrices: &[Matrix]) -> Tensor<3> {
         let shape = [matrices.len(), matrices[0].rows, matrices[0].columns];
         let values: Vec<f32> = matrices.iter().flat_map(|m| &m.values).map(|value| *value as f32).collect();
         Tensor::from_data(TensorData::new(values, shape), &Device::default())
     }
 
-    /// The norm of the difference over the norm of what is expected, and the largest difference of an element.
+    /// The norm of the difference relative to the norm of `expected`, and the largest difference of an element.
     fn distance(actual: &[f64], expected: &[f64]) -> (f64, f64) {
         let matrix = |values: Vec<f64>| Matrix::new(1, values.len(), values);
         let difference: Vec<f64> = actual.iter().zip(expected).map(|(x, y)| x - y).collect();
@@ -206,16 +229,16 @@ mod tests {
         let expected: Vec<f64> = matrices
             .iter()
             .flat_map(|m| {
-                // The reference gets what f32 holds of the values, so that only the iteration is compared.
+                // The reference starts from the values rounded to f32, so that only the iteration is compared.
                 let rounded = m.values.iter().map(|value| f64::from(*value as f32)).collect();
                 let matrix = Matrix::new(m.rows, m.columns, rounded);
-                reference::orthogonalised(&matrix, iteration).values
+                reference::orthogonalized(&matrix, iteration).values
             })
             .collect();
         distance(&actual, &expected).0.max(distance(&plain, &expected).0)
     }
 
-    /// Deterministic values that look random, in -1..1.
+    /// Deterministic pseudo-random values in -1..1.
     fn noise(rows: usize, columns: usize, seed: u64) -> Matrix {
         let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
         let mut next = || {
@@ -240,7 +263,7 @@ mod tests {
         ]
     }
 
-    /// Coefficients with a number of steps; of those whose values swing far on the way, as many as they are made for.
+    /// Coefficients and a number of steps. Tables whose intermediate values are large get the number that they were made for.
     fn schedules() -> impl Strategy<Value = (usize, Coefficients)> {
         prop_oneof![
             (0_usize..8, coefficients()),
@@ -250,8 +273,12 @@ mod tests {
         ]
     }
 
-    fn forms() -> impl Strategy<Value = Form> {
-        prop_oneof![Just(Form::Auto), Just(Form::Direct), Just(Form::Gram { restarts: vec![2, 4, 6] })]
+    fn forms() -> impl Strategy<Value = NewtonSchulzForm> {
+        prop_oneof![
+            Just(NewtonSchulzForm::Auto),
+            Just(NewtonSchulzForm::Direct),
+            Just(NewtonSchulzForm::Gram { restarts: vec![2, 4, 6] })
+        ]
     }
 
     proptest! {
@@ -276,8 +303,8 @@ mod tests {
                 .collect();
             let iteration = NewtonSchulz { epsilon, form, ..NewtonSchulz::new(&coefficients, steps) };
             let error = against_reference(&matrices, &iteration);
-            // Rounding is multiplied by the slope of the whole composition. CANS is steepest at a singular value of 1, which
-            // a matrix of rank one has, and DeepSeek-V4's ten steps at 0, where they multiply by 8e4.
+            // A rounding error is multiplied by the slope of the composed polynomial. CANS is steepest at a singular value of 1,
+            // which a matrix of rank one has; DeepSeek-V4's ten steps are steepest at 0, where they multiply by 8e4.
             let tolerance = match coefficients {
                 Coefficients::Cans => 1e-2,
                 Coefficients::DeepseekV4 => 5e-3,
@@ -292,10 +319,10 @@ mod tests {
             seed in any::<u64>(),
         ) {
             let matrix = noise(rows, rank, seed).times(&noise(rank, columns, seed ^ 1));
-            for form in [Form::Auto, Form::Direct] {
+            for form in [NewtonSchulzForm::Auto, NewtonSchulzForm::Direct] {
             let iteration = NewtonSchulz { form, ..NewtonSchulz::new(&Coefficients::Report, 5) };
             let error = against_reference(std::slice::from_ref(&matrix), &iteration);
-            // Rounding grows by 3.4445 a step in the directions that should stay empty.
+            // Rounding errors grow by 3.4445 a step in the directions where the matrix has no component.
             prop_assert!(error < 5e-4, "relative error {error}");
             }
         }
@@ -311,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn zero_gives_zero_beside_any_neighbour() {
+    fn zero_gives_zero_whatever_the_rest_of_the_stack() {
         for epsilon in [0.0, 1e-7] {
             let zero = Matrix::new(3, 5, vec![0.0; 15]);
             let iteration = NewtonSchulz { epsilon, ..NewtonSchulz::new(&Coefficients::Report, 5) };
@@ -325,12 +352,12 @@ mod tests {
     }
 
     #[test]
-    fn a_matrix_that_is_not_finite_spoils_itself_and_no_other() {
+    fn a_non_finite_matrix_makes_itself_nan_and_no_other() {
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-            let mut spoilt = noise(4, 6, 3);
-            spoilt.values[5] = bad;
+            let mut non_finite = noise(4, 6, 3);
+            non_finite.values[5] = bad;
             let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
-            let input = stack(&[noise(4, 6, 1), spoilt, noise(4, 6, 2)]);
+            let input = stack(&[noise(4, 6, 1), non_finite, noise(4, 6, 2)]);
             let alone = stack(&[noise(4, 6, 1)]);
             for (result, alone) in [
                 (iteration.apply(input.clone()), iteration.apply(alone.clone())),
@@ -345,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_and_largest_numbers_are_orthogonalised_too() {
+    fn the_smallest_and_largest_numbers_are_orthogonalized_too() {
         let iteration = NewtonSchulz { epsilon: 0.0, ..NewtonSchulz::new(&Coefficients::Report, 5) };
         let matrix = noise(8, 12, 5);
         let expected = values(iteration.apply(stack(std::slice::from_ref(&matrix))));
@@ -393,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_transposed_view_is_read_as_what_it_shows() {
+    fn a_transposed_view_is_read_by_its_strides() {
         let input = stack(&[noise(5, 8, 1), noise(5, 8, 2)]);
         let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
         let turned = values(iteration.apply(input.clone().swap_dims(1, 2)).swap_dims(1, 2));
@@ -414,9 +441,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
 
-        /// bf16 has 8 significant bits, and five of the report's steps multiply what is wrong with a singular value by up to
-        /// 485: as exact as this is for some matrices, it is no more so for others (0.46 was seen for one of 3 x 5 that is
-        /// nearly singular). What is wrong altogether is off by 1.
+        /// bf16 has 8 significant bits, and five of the report's steps multiply the error of a singular value by up to 485. So the
+        /// error is large for some matrices (0.46 was seen for one of 3 x 5 that is nearly singular). A wrong result would have
+        /// an error of about 1.
         #[test]
         fn bf16_of_any_shape_and_scale_stays_near_the_reference(
             (batch, rows, columns) in (1_usize..5, 1_usize..70, 1_usize..70),
@@ -441,12 +468,12 @@ mod tests {
     }
 
     #[test]
-    fn bf16_zero_and_spoilt_matrices_are_as_in_f32() {
-        let mut spoilt = noise(4, 6, 3);
-        spoilt.values[5] = f64::INFINITY;
+    fn bf16_handles_zero_and_non_finite_matrices_as_f32_does() {
+        let mut non_finite = noise(4, 6, 3);
+        non_finite.values[5] = f64::INFINITY;
         let zero = Matrix::new(4, 6, vec![0.0; 24]);
         let iteration = NewtonSchulz { dtype: Some(DType::BF16), ..NewtonSchulz::new(&Coefficients::Report, 5) };
-        let result = values(iteration.apply(stack(&[zero, spoilt, noise(4, 6, 2)])));
+        let result = values(iteration.apply(stack(&[zero, non_finite, noise(4, 6, 2)])));
         assert!(result[..24].iter().all(|value| *value == 0.0));
         assert!(result[24..48].iter().all(|value| value.is_nan()));
         assert!(result[48..].iter().all(|value| value.is_finite() && *value != 0.0));

@@ -19,7 +19,7 @@ pub use group::{GroupOptimizer, GroupSettings};
 pub use parameter::Parameter;
 pub use rule::Rule;
 
-use crate::{AdamWConfig, Blocks, MuonConfig, Scale};
+use crate::{AdamWConfig, Blocks, MuonConfig, UpdateScale};
 use pattern::PathPattern;
 
 /// Groups of parameters, each with an optimizer, and the rules that fill them. The first rule that matches a
@@ -215,7 +215,7 @@ impl ParameterRules {
             }
         }
         for (name, group) in &self.groups {
-            if let Some(Scale::HiddenSize { hidden: 0, .. }) = group.muon().map(|muon| muon.scale) {
+            if let Some(UpdateScale::HiddenSize { hidden: 0, .. }) = group.muon().map(|muon| muon.scale) {
                 return Err(RuleError::NoHiddenSize { group: name.clone() });
             }
         }

@@ -256,12 +256,12 @@ fn a_group_takes_its_share_of_the_learning_rate() {
 
 #[test]
 fn a_scale_without_its_hidden_size_is_refused() {
-    let muon = |scale: Scale| ParameterRules::moonlight(MuonConfig::new().with_scale(scale), AdamWConfig::new());
-    let unset = Scale::HiddenSize { factor: 0.2, hidden: 0 };
+    let muon = |scale: UpdateScale| ParameterRules::moonlight(MuonConfig::new().with_scale(scale), AdamWConfig::new());
+    let unset = UpdateScale::HiddenSize { factor: 0.2, hidden: 0 };
     let error = muon(unset).assign(&model(true)).unwrap_err();
     assert_eq!(error, RuleError::NoHiddenSize { group: "muon".into() });
     assert!(muon(unset.with_hidden_size(64)).assign(&model(true)).is_ok());
     // What is set stays.
-    let set = Scale::HiddenSize { factor: 0.2, hidden: 16 };
-    assert_eq!((set.with_hidden_size(64), Scale::Unit.with_hidden_size(64)), (set, Scale::Unit));
+    let set = UpdateScale::HiddenSize { factor: 0.2, hidden: 16 };
+    assert_eq!((set.with_hidden_size(64), UpdateScale::Unit.with_hidden_size(64)), (set, UpdateScale::Unit));
 }

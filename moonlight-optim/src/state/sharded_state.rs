@@ -1,9 +1,13 @@
-//! The one format of state, and its reader, which also knows Burn's.
+//! The file format of optimizer state, and its reader, which also reads Burn's record.
 //!
-//! A file is a burnpack with the parts of the state that one rank holds. A tensor's name is `path:field:offset`, its values
-//! are those of the field from element `offset` on, and the metadata `path:field` is the shape of the whole field; scalars
-//! are `path:name`. Burn's record (`ModuleOptimizer::save`) has `id.field` for tensors and scalars and the metadata
-//! `id` = path; it is read as a file with every field in one part. A reader takes what it needs from any number of files.
+//! | | a file of parts, as [`write_parts`] writes it | Burn's record, as `ModuleOptimizer::save` writes it |
+//! |---|---|---|
+//! | contents | what one rank owns | everything, each field in one part |
+//! | tensor | `path:field:offset`: elements of a field from `offset` on | `id.field` |
+//! | scalar | `path:name` | `id.name` |
+//! | metadata | `path:field`: the shape of the whole field, as `4,6` | `id`: the path |
+//!
+//! Both are burnpacks. A reader takes what it needs from any number of files.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
@@ -13,20 +17,21 @@ use burn_pack::{Reader, Scalar, Tensor as Stored, Writer};
 
 use super::StateError;
 use crate::MuonConfig;
-use crate::muon_adamw::{By, Target};
+use crate::muon_adamw::{OptimizedParameter, OptimizerKind};
 
-/// The key under which Burn keeps the rank of a parameter's state.
+/// The key under which Burn's record has the number of dimensions of a parameter.
 pub(super) const RANK: &str = "__rank";
 
 /// The metadata that marks a file of parts.
 const PARTS: &str = "moonlight-optim:parts";
 
-/// A part of a field of a parameter's state.
+/// A part of a field (such as `momentum`) of a parameter's state.
 pub(crate) struct PartToSave {
     pub(crate) path: String,
     pub(crate) field: &'static str,
-    /// Shape of the whole field.
+    /// The shape of the whole field.
     pub(crate) shape: Vec<usize>,
+    /// The element of the field that the part begins with.
     pub(crate) offset: usize,
     pub(crate) values: Tensor<1>,
 }
@@ -42,7 +47,7 @@ pub(crate) fn write_parts(
         let key = format!("{path}:{field}");
         let (name, dtype, [elements]) = (format!("{key}:{offset}"), values.dtype(), values.dims());
         metadata.insert(key, shape.iter().map(usize::to_string).collect::<Vec<_>>().join(","));
-        // Each comes off its device when it is written.
+        // Copied from the device when it is written, so that only one tensor at a time is on the host.
         let provider = move || Ok(values.clone().into_data().into_parts().0);
         Stored::deferred(name, dtype, Shape::from([elements]), None, elements * dtype.size(), provider)
     });
@@ -59,7 +64,8 @@ pub(crate) fn write_parts(
 /// A segment of a parameter whose state is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Piece {
-    pub(crate) target: usize,
+    /// Index of the parameter.
+    pub(crate) parameter: usize,
     /// In elements of the parameter.
     pub(crate) start: usize,
     pub(crate) end: usize,
@@ -69,9 +75,9 @@ pub(crate) struct Piece {
 #[derive(Debug, Default)]
 pub(crate) struct Collected {
     pub(crate) fields: BTreeMap<(Piece, String), Values>,
-    /// By target.
+    /// OptimizerKind parameter.
     pub(crate) scalars: BTreeMap<usize, BTreeMap<String, Scalar>>,
-    /// The targets that have an entry, be it without a tensor.
+    /// The parameters that have an entry, with or without a tensor.
     pub(crate) present: BTreeSet<usize>,
 }
 
@@ -81,27 +87,27 @@ pub(crate) struct Values {
     pub(crate) bytes: Vec<u8>,
     /// Elements read so far.
     filled: usize,
-    /// Of the whole field.
+    /// The shape of the whole field.
     pub(crate) shape: Vec<usize>,
 }
 
 impl Collected {
-    /// A field of a piece.
+    /// Takes out a field of a piece; `None` if the files have none.
     pub(crate) fn take(&mut self, piece: Piece, field: &str) -> Option<TensorData> {
         let Values { dtype, bytes, .. } = self.fields.remove(&(piece, field.to_string()))?;
         let elements = bytes.len() / dtype.size();
         Some(TensorData::from_bytes(Bytes::from_bytes_vec(bytes), [elements], dtype))
     }
 
-    /// A whole number beside a target's state.
-    pub(crate) fn number(&self, target: usize, name: &str) -> usize {
-        let scalar = self.scalars.get(&target).and_then(|scalars| scalars.get(name));
+    /// A scalar of a parameter's state, such as its step; 0 if the files have none.
+    pub(crate) fn number(&self, parameter: usize, name: &str) -> usize {
+        let scalar = self.scalars.get(&parameter).and_then(|scalars| scalars.get(name));
         scalar.and_then(|scalar| usize::try_from(*scalar).ok()).unwrap_or(0)
     }
 }
 
 /// A part of a field in a file.
-struct Found {
+struct StoredPart {
     path: String,
     field: String,
     shape: Vec<usize>,
@@ -109,54 +115,59 @@ struct Found {
     stored: Stored,
 }
 
-/// The content of a file.
-struct Contents {
-    found: Vec<Found>,
+struct FileContents {
+    parts: Vec<StoredPart>,
     scalars: BTreeMap<(String, String), Scalar>,
     /// The parameters that it has an entry for.
     paths: BTreeSet<String>,
 }
 
-/// The state of `pieces` from files. It is an error if a parameter is not one of the targets, has another shape, or lacks
-/// a part of a piece; a parameter without any state is not.
+/// The state of `pieces` from files. It is an error if the files have state for an unknown parameter, in another shape, or
+/// lack a part of a piece. It is none if a parameter has no state in any file.
 pub(crate) fn collect<P: AsRef<Path>>(
     files: &[P],
-    targets: &[Target],
+    parameters: &[OptimizedParameter],
     muon: &[&MuonConfig],
     pieces: &[Piece],
 ) -> Result<Collected, StateError> {
     let by_path: HashMap<&str, usize> =
-        targets.iter().enumerate().map(|(index, target)| (target.path.as_str(), index)).collect();
-    let of = |path: String| by_path.get(path.as_str()).copied().ok_or(StateError::UnknownParameter { path });
+        parameters.iter().enumerate().map(|(index, parameter)| (parameter.path.as_str(), index)).collect();
+    let index_of = |path: String| by_path.get(path.as_str()).copied().ok_or(StateError::UnknownParameter { path });
     let mut wanted: HashMap<usize, Vec<Piece>> = HashMap::new();
     for &piece in pieces {
-        wanted.entry(piece.target).or_default().push(piece);
+        wanted.entry(piece.parameter).or_default().push(piece);
     }
     let mut collected = Collected::default();
     for file in files {
-        let Contents { mut found, scalars, paths } = read(file.as_ref())?;
+        let FileContents { mut parts, scalars, paths } = read(file.as_ref())?;
         for path in paths {
-            collected.present.insert(of(path)?);
+            collected.present.insert(index_of(path)?);
         }
         for ((path, name), value) in scalars {
-            collected.scalars.entry(of(path)?).or_default().insert(name, value);
+            collected.scalars.entry(index_of(path)?).or_default().insert(name, value);
         }
-        // The order in Burn's file is random; errors name the first parameter by path.
-        found.sort_by(|one, other| (&one.path, &one.field, one.offset).cmp(&(&other.path, &other.field, other.offset)));
-        for part in found {
-            let target = of(part.path.clone())?;
-            collected.add(part, &targets[target], muon, wanted.get(&target).map_or(&[], Vec::as_slice))?;
+        // The order in Burn's record is random. Sorted, so that an error names the same parameter every time.
+        parts.sort_by(|one, other| (&one.path, &one.field, one.offset).cmp(&(&other.path, &other.field, other.offset)));
+        for part in parts {
+            let parameter = index_of(part.path.clone())?;
+            collected.add(part, &parameters[parameter], muon, wanted.get(&parameter).map_or(&[], Vec::as_slice))?;
         }
     }
-    check(&collected, targets, pieces)?;
+    check(&collected, parameters, pieces)?;
     Ok(collected)
 }
 
 impl Collected {
-    /// Adds a part of a field to the pieces that need it.
-    fn add(&mut self, part: Found, target: &Target, muon: &[&MuonConfig], pieces: &[Piece]) -> Result<(), StateError> {
-        let Found { path, field, shape, offset, stored } = part;
-        match expected_shape(target, muon, &field)? {
+    /// Copies a stored part into the pieces that overlap with it. Its bytes are not read if none does.
+    fn add(
+        &mut self,
+        part: StoredPart,
+        parameter: &OptimizedParameter,
+        muon: &[&MuonConfig],
+        pieces: &[Piece],
+    ) -> Result<(), StateError> {
+        let StoredPart { path, field, shape, offset, stored } = part;
+        match expected_shape(parameter, muon, &field)? {
             Expected::Any => {}
             Expected::Nothing => return Ok(()),
             Expected::Shape(expected) if shape == expected => {}
@@ -166,24 +177,27 @@ impl Collected {
         let size = dtype.size();
         let length = stored.shape.num_elements();
         let whole: usize = shape.iter().product();
-        let range = |piece: Piece| match target.by {
-            By::Other => (0, whole),
-            _ => (field_place(target, &shape, &field, piece.start), field_place(target, &shape, &field, piece.end)),
+        let range = |piece: Piece| match parameter.kind {
+            OptimizerKind::Other => (0, whole),
+            _ => (
+                field_offset(parameter, &shape, &field, piece.start),
+                field_offset(parameter, &shape, &field, piece.end),
+            ),
         };
-        let touched: Vec<(Piece, usize, usize)> = pieces
+        let overlapping: Vec<(Piece, usize, usize)> = pieces
             .iter()
             .map(|&piece| (piece, range(piece)))
             .filter(|&(_, (start, end))| start < offset + length && offset < end)
             .map(|(piece, (start, end))| (piece, start, end))
             .collect();
-        if touched.is_empty() {
+        if overlapping.is_empty() {
             return Ok(());
         }
         let bytes = stored.into_bytes()?;
         if bytes.len() != length * size {
             return Err(StateError::Unreadable(format!("the {field} of `{path}` has {} bytes", bytes.len())));
         }
-        for (piece, start, end) in touched {
+        for (piece, start, end) in overlapping {
             let values = self.fields.entry((piece, field.clone())).or_insert_with(|| Values {
                 dtype,
                 bytes: vec![0; (end - start) * size],
@@ -191,7 +205,7 @@ impl Collected {
                 shape: shape.clone(),
             });
             if values.dtype != dtype {
-                return Err(StateError::Unreadable(format!("parts of the {field} of `{path}` differ in type")));
+                return Err(StateError::Unreadable(format!("parts of the {field} of `{path}` differ in dtype")));
             }
             let (from, to) = (start.max(offset), end.min(offset + length));
             values.bytes[(from - start) * size..(to - start) * size]
@@ -202,71 +216,72 @@ impl Collected {
     }
 }
 
-/// What a field may be.
+/// What a field must be.
 enum Expected {
     Shape(Vec<usize>),
-    /// The state of an optimizer of which nothing is known.
+    /// Unknown: the field of an optimizer that is neither Muon nor AdamW.
     Any,
-    /// A second moment that the Muon of now does not keep: it is dropped.
+    /// Dropped: a second moment that Muon's present settings do not keep.
     Nothing,
 }
 
-fn expected_shape(target: &Target, muon: &[&MuonConfig], field: &str) -> Result<Expected, StateError> {
-    let own = || Ok(Expected::Shape(target.shape.clone()));
-    match (&target.by, field) {
-        (By::Other, _) => Ok(Expected::Any),
-        (By::Muon { optimizer, .. }, "second_moment") => {
-            Ok(match muon[*optimizer].second_moment_shape(&target.shape) {
+fn expected_shape(parameter: &OptimizedParameter, muon: &[&MuonConfig], field: &str) -> Result<Expected, StateError> {
+    let own = || Ok(Expected::Shape(parameter.shape.clone()));
+    match (&parameter.kind, field) {
+        (OptimizerKind::Other, _) => Ok(Expected::Any),
+        (OptimizerKind::Muon { optimizer, .. }, "second_moment") => {
+            Ok(match muon[*optimizer].second_moment_shape(&parameter.shape) {
                 Some(shape) => Expected::Shape(shape.to_vec()),
                 None => Expected::Nothing,
             })
         }
-        (By::Muon { .. }, "momentum") | (By::AdamW { .. }, "momentum.moment_1" | "momentum.moment_2") => own(),
+        (OptimizerKind::Muon { .. }, "momentum")
+        | (OptimizerKind::AdamW { .. }, "momentum.moment_1" | "momentum.moment_2") => own(),
         (_, "master") => own(),
-        _ => Err(StateError::OtherOptimizer { path: target.path.clone(), group: target.group.clone() }),
+        _ => Err(StateError::OtherOptimizer { path: parameter.path.clone(), group: parameter.group.clone() }),
     }
 }
 
-/// Where the state of a parameter's element begins in a field.
-fn field_place(target: &Target, shape: &[usize], field: &str, element: usize) -> usize {
+/// The element of a field that belongs to an element of the parameter (the first of its matrix, for a second moment).
+fn field_offset(parameter: &OptimizedParameter, shape: &[usize], field: &str, element: usize) -> usize {
     match field {
-        // One for each matrix, of another size than the matrix.
-        "second_moment" => element / target.unit() * shape[1..].iter().product::<usize>(),
+        // `[matrices, ...]`: a matrix has another number of second moments than of elements.
+        "second_moment" => element / parameter.unit() * shape[1..].iter().product::<usize>(),
         _ => element,
     }
 }
 
-/// Every field is complete and finite, and every state is that of its optimizer.
-fn check(collected: &Collected, targets: &[Target], pieces: &[Piece]) -> Result<(), StateError> {
+/// Checks that every field is complete and finite, and that every state has the fields of its parameter's optimizer.
+fn check(collected: &Collected, parameters: &[OptimizedParameter], pieces: &[Piece]) -> Result<(), StateError> {
     for ((piece, field), values) in &collected.fields {
-        let (path, needed) = (&targets[piece.target].path, values.bytes.len() / values.dtype.size());
+        let (path, needed) = (&parameters[piece.parameter].path, values.bytes.len() / values.dtype.size());
         if !is_finite(values.dtype, &values.bytes) {
-            return Err(StateError::Unreadable(format!("the {field} of `{path}` holds infinite or NaN values")));
+            return Err(StateError::Unreadable(format!("the {field} of `{path}` contains NaN or infinity")));
         }
         if values.filled < needed {
             return Err(StateError::Unreadable(format!("a part of the {field} of `{path}` is missing")));
         }
         if values.filled > needed {
-            return Err(StateError::Unreadable(format!("a part of the {field} of `{path}` is there twice")));
+            return Err(StateError::Unreadable(format!("a part of the {field} of `{path}` appears twice")));
         }
     }
     for &piece in pieces {
-        let target = &targets[piece.target];
+        let parameter = &parameters[piece.parameter];
         let has = |field: &str| collected.fields.contains_key(&(piece, field.to_string()));
-        let needed: &[&str] = match target.by {
-            By::Muon { .. } => &["momentum"],
-            By::AdamW { .. } => &["momentum.moment_1", "momentum.moment_2"],
-            By::Other => &[],
+        let needed: &[&str] = match parameter.kind {
+            OptimizerKind::Muon { .. } => &["momentum"],
+            OptimizerKind::AdamW { .. } => &["momentum.moment_1", "momentum.moment_2"],
+            OptimizerKind::Other => &[],
         };
         let some = ["momentum", "momentum.moment_1", "momentum.moment_2", "master"].into_iter().any(has);
         if some && !needed.iter().all(|field| has(field)) {
-            return Err(StateError::OtherOptimizer { path: target.path.clone(), group: target.group.clone() });
+            return Err(StateError::OtherOptimizer { path: parameter.path.clone(), group: parameter.group.clone() });
         }
     }
     Ok(())
 }
 
-/// Whether no value has all bits of its exponent set, as infinities and NaN have.
+/// Whether no value is NaN or an infinity. Those have all bits of their exponent set; a test of the bits needs no conversion.
 fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
     let none16 = |mask: u16| bytes.chunks_exact(2).all(|value| u16::from_le_bytes([value[0], value[1]]) & mask != mask);
     match dtype {
@@ -279,8 +294,8 @@ fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
     }
 }
 
-/// Reads a file of either kind; tensors are left in it until they are needed.
-fn read(file: &Path) -> Result<Contents, StateError> {
+/// Reads a file of either format. The bytes of tensors stay in it until they are needed.
+fn read(file: &Path) -> Result<FileContents, StateError> {
     let reader = Reader::from_file(file)?;
     if reader.metadata().contains_key(PARTS) { read_parts(reader) } else { read_burn(reader) }
 }
@@ -289,16 +304,16 @@ fn nameless(entry: &str) -> StateError {
     StateError::Nameless { entry: entry.to_string() }
 }
 
-/// Burn's record of a `ModuleOptimizer`.
-fn read_burn(reader: Reader) -> Result<Contents, StateError> {
+/// Reads Burn's record of a `ModuleOptimizer`.
+fn read_burn(reader: Reader) -> Result<FileContents, StateError> {
     let (metadata, scalars) = (reader.metadata().clone(), reader.scalars().clone());
     let mut paths = BTreeSet::new();
     for path in metadata.values() {
         if !paths.insert(path.clone()) {
-            return Err(StateError::Unreadable(format!("`{path}` is there twice")));
+            return Err(StateError::Unreadable(format!("`{path}` appears twice")));
         }
     }
-    let place = |entry: &str| {
+    let key = |entry: &str| {
         let (id, field) = entry.split_once('.').ok_or_else(|| nameless(entry))?;
         let path = metadata.get(id).ok_or_else(|| nameless(entry))?;
         Ok::<_, StateError>((path.clone(), field.to_string()))
@@ -306,37 +321,38 @@ fn read_burn(reader: Reader) -> Result<Contents, StateError> {
     let scalars = scalars
         .iter()
         .filter(|(name, _)| !name.ends_with(RANK))
-        .map(|(name, value)| Ok((place(name)?, *value)))
+        .map(|(name, value)| Ok((key(name)?, *value)))
         .collect::<Result<_, StateError>>()?;
-    let found = reader.into_tensors()?.into_iter().map(|stored| {
-        let (path, field) = place(&stored.name)?;
-        Ok(Found { path, field, shape: stored.shape.as_slice().to_vec(), offset: 0, stored })
+    let parts = reader.into_tensors()?.into_iter().map(|stored| {
+        let (path, field) = key(&stored.name)?;
+        Ok(StoredPart { path, field, shape: stored.shape.as_slice().to_vec(), offset: 0, stored })
     });
-    Ok(Contents { found: found.collect::<Result<_, StateError>>()?, scalars, paths })
+    Ok(FileContents { parts: parts.collect::<Result<_, StateError>>()?, scalars, paths })
 }
 
-/// Parts, as [`write_parts`] writes them.
-fn read_parts(reader: Reader) -> Result<Contents, StateError> {
+/// Reads a file that [`write_parts`] wrote.
+fn read_parts(reader: Reader) -> Result<FileContents, StateError> {
     let (metadata, scalars) = (reader.metadata().clone(), reader.scalars().clone());
     let scalars = scalars.iter().map(|(name, value)| {
         let (path, field) = name.split_once(':').ok_or_else(|| nameless(name))?;
         Ok(((path.to_string(), field.to_string()), *value))
     });
     let scalars = scalars.collect::<Result<BTreeMap<_, _>, StateError>>()?;
-    let found = reader.into_tensors()?.into_iter().map(|stored| {
-        let place = stored.name.rsplit_once(':').and_then(|(key, offset)| {
+    let parts = reader.into_tensors()?.into_iter().map(|stored| {
+        let name = stored.name.rsplit_once(':').and_then(|(key, offset)| {
             let (path, field) = key.split_once(':')?;
             let shape = metadata.get(key)?.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>().ok()?;
             Some((path.to_string(), field.to_string(), shape, offset.parse::<usize>().ok()?))
         });
-        let (path, field, shape, offset) = place.ok_or_else(|| nameless(&stored.name))?;
+        let (path, field, shape, offset) = name.ok_or_else(|| nameless(&stored.name))?;
+        // The shape is read from the file and may overflow; 0 makes any part too long.
         let whole = shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side)).unwrap_or(0);
         if offset.checked_add(stored.shape.num_elements()).is_none_or(|end| end > whole) {
-            return Err(StateError::Unreadable(format!("`{}` is longer than its parameter", stored.name)));
+            return Err(StateError::Unreadable(format!("`{}` is longer than its field", stored.name)));
         }
-        Ok(Found { path, field, shape, offset, stored })
+        Ok(StoredPart { path, field, shape, offset, stored })
     });
-    let found = found.collect::<Result<Vec<_>, StateError>>()?;
-    let paths = found.iter().map(|part| part.path.clone()).chain(scalars.keys().map(|(path, _)| path.clone()));
-    Ok(Contents { paths: paths.collect(), found, scalars })
+    let parts = parts.collect::<Result<Vec<_>, StateError>>()?;
+    let paths = parts.iter().map(|part| part.path.clone()).chain(scalars.keys().map(|(path, _)| path.clone()));
+    Ok(FileContents { paths: paths.collect(), parts, scalars })
 }

@@ -54,8 +54,8 @@ fn bits(pair: &Pair) -> Vec<Vec<u32>> {
     ]
 }
 
-/// The same values under new identities, as after loading a checkpoint in a new process.
-fn reborn(old: &Pair) -> Pair {
+/// The same values under new `ParamId`s, as after loading a checkpoint in a new process.
+fn with_new_ids(old: &Pair) -> Pair {
     fn copy(old: &Linear) -> Linear {
         let [inputs, outputs] = old.weight.dims();
         let device = &Device::default().autodiff();
@@ -70,7 +70,7 @@ fn reborn(old: &Pair) -> Pair {
 }
 
 #[test]
-fn a_run_goes_on_bit_for_bit_under_new_identities() {
+fn a_resumed_run_continues_bit_for_bit_under_new_ids() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("optimizer.bpk");
     let mut model = pair(4);
@@ -79,7 +79,7 @@ fn a_run_goes_on_bit_for_bit_under_new_identities() {
         model = step(&mut optimizer, model, 2);
     }
     optimizer.save(&file).unwrap();
-    let mut resumed = reborn(&model);
+    let mut resumed = with_new_ids(&model);
     assert_ne!(resumed.first.weight.id, model.first.weight.id);
     assert_eq!(bits(&resumed), bits(&model));
     let mut restored = assign(&resumed, true).load_module_optimizer(&[&file]).unwrap();
@@ -94,8 +94,8 @@ fn a_run_goes_on_bit_for_bit_under_new_identities() {
     }
 }
 
-/// The weights of a pair in bf16, without biases.
-fn narrow(pair: Pair) -> Pair {
+/// The pair with weights in bf16 and without biases.
+fn in_bf16(pair: Pair) -> Pair {
     let cast = |mut layer: Linear| {
         let half = |tensor: Tensor<2>| Tensor::from_inner(tensor.inner().cast(DType::BF16)).require_grad();
         layer.weight = layer.weight.map(half);
@@ -105,8 +105,8 @@ fn narrow(pair: Pair) -> Pair {
     Pair { first: cast(pair.first), second: cast(pair.second) }
 }
 
-/// A step of a narrow pair.
-fn narrow_step(optimizer: &mut ModuleOptimizer, lr: f64, pair: Pair) -> Pair {
+/// A step of a pair in bf16.
+fn bf16_step(optimizer: &mut ModuleOptimizer, lr: f64, pair: Pair) -> Pair {
     let x = Tensor::<2>::ones([2, 4], &Device::default().autodiff()).cumsum(0).cast(DType::BF16);
     let loss = pair.second.forward(pair.first.forward(x)).square().mean();
     let grads = GradientsParams::from_grads(loss.backward(), &pair);
@@ -115,15 +115,15 @@ fn narrow_step(optimizer: &mut ModuleOptimizer, lr: f64, pair: Pair) -> Pair {
 
 #[test]
 fn bf16_weights_resume_bit_for_bit_with_their_f32_state() {
-    let step = |optimizer: &mut ModuleOptimizer, pair: Pair| narrow_step(optimizer, 0.01, pair);
+    let step = |optimizer: &mut ModuleOptimizer, pair: Pair| bf16_step(optimizer, 0.01, pair);
     let bits = |pair: &Pair| -> Vec<f32> { pair.second.weight.val().into_data().iter::<f32>().collect() };
     for muon in [true, false] {
-        let mut model = narrow(pair(4));
+        let mut model = in_bf16(pair(4));
         let mut optimizer = assign(&model, muon).to_module_optimizer();
         for _ in 0..3 {
             model = step(&mut optimizer, model);
         }
-        let mut resumed = narrow(reborn(&model));
+        let mut resumed = in_bf16(with_new_ids(&model));
         let mut restored = load(&assign(&resumed, muon), optimizer.into_bytes().unwrap()).unwrap();
         for _ in 0..3 {
             model = step(&mut optimizer, model);
@@ -133,14 +133,14 @@ fn bf16_weights_resume_bit_for_bit_with_their_f32_state() {
     }
 }
 
-/// The behaviour of Burn that this module exists for; should it change, the module can go.
+/// The behavior of Burn that this module exists for. If this test fails, the module may no longer be needed.
 #[test]
-fn burns_own_load_forgets_the_state_under_new_identities() {
+fn burns_own_load_drops_the_state_under_new_ids() {
     let mut model = pair(4);
     let mut optimizer = assign(&model, true).to_module_optimizer();
     model = step(&mut optimizer, model, 2);
     let bytes = optimizer.into_bytes().unwrap();
-    let resumed = reborn(&model);
+    let resumed = with_new_ids(&model);
     let mut restored = assign(&resumed, true).to_module_optimizer().from_bytes(bytes).unwrap();
     assert_ne!(bits(&step(&mut restored, resumed, 3)), bits(&step(&mut optimizer, model, 3)));
 }
@@ -155,33 +155,33 @@ fn a_state_that_does_not_fit_is_refused() {
 
     assert_eq!(
         message(load(&assign(&model, false), bytes())),
-        "the optimizer state of `first.weight` is not that of the group `adamw` which takes the parameter now"
+        "the optimizer state of `first.weight` is of another optimizer than that of its group `adamw`"
     );
     assert_eq!(
         message(load(&assign(&pair(6), true), bytes())),
-        "the optimizer state of `first.weight` has shape [4, 5], the parameter has [6, 5]"
+        "the optimizer state of `first.weight` has shape [4, 5], expected [6, 5]"
     );
     let rules = ParameterRules::muon_except(Vec::<String>::new(), MuonConfig::new(), AdamWConfig::new());
     let linear = rules.assign(&pair(4).first).unwrap();
     assert_eq!(
         message(load(&linear, bytes())),
-        "the optimizer state holds `first.bias`, which the model does not train"
+        "the optimizer state contains `first.bias`, which the model does not train"
     );
-    let mut broken = bytes().to_vec();
-    broken.truncate(broken.len() - 8);
-    let error = message(load(&assign(&model, true), Bytes::from_bytes_vec(broken)));
+    let mut truncated = bytes().to_vec();
+    truncated.truncate(truncated.len() - 8);
+    let error = message(load(&assign(&model, true), Bytes::from_bytes_vec(truncated)));
     assert!(error.starts_with("the optimizer state cannot be read"), "{error}");
-    // The values of the last tensor end the file.
+    // The file ends with the values of the last tensor.
     let mut infinite = bytes().to_vec();
     let end = infinite.len();
     infinite[end - 4..].copy_from_slice(&f32::NEG_INFINITY.to_le_bytes());
     let error = message(load(&assign(&model, true), Bytes::from_bytes_vec(infinite)));
-    assert!(error.ends_with("holds infinite or NaN values"), "{error}");
+    assert!(error.ends_with("contains NaN or infinity"), "{error}");
     let missing = assign(&model, true).load_module_optimizer(&["/nowhere/optimizer.bpk"]);
     assert!(message(missing).contains("/nowhere/optimizer.bpk"));
 }
 
-/// Saved by one configuration and loaded by another: what is missing starts anew, what is not wanted is dropped.
+/// Saved with some settings and loaded with others: missing second moments start anew, unused ones are dropped.
 #[test]
 fn a_state_loads_into_other_types_variants_and_groups() {
     let save = |muon: &MuonConfig, model: &Pair| {
@@ -190,7 +190,7 @@ fn a_state_loads_into_other_types_variants_and_groups() {
         let model = step(&mut optimizer, model.clone(), 2);
         (optimizer, model)
     };
-    // Another division into groups: each layer's matrix has one of its own.
+    // Other groups: each layer's matrix has one of its own.
     let load = |muon: &MuonConfig, model: &Pair, bytes: Bytes| {
         let assignment = ParameterRules::new()
             .group("first", muon.clone())
@@ -205,41 +205,40 @@ fn a_state_loads_into_other_types_variants_and_groups() {
     };
     let start = pair(4);
     let plain = MuonConfig::new();
-    let narrow = MuonConfig::new().with_momentum_precision(MomentumPrecision::Bf16);
+    let bf16 = MuonConfig::new().with_momentum_precision(MomentumPrecision::Bf16);
     let nor = MuonConfig::new().with_adaptive(Adaptive::nor_muon());
     let ada = MuonConfig::new().with_adaptive(Adaptive::ada_muon());
-    for (from, to) in [(&plain, &narrow), (&narrow, &plain), (&plain, &nor), (&nor, &plain), (&nor, &nor), (&ada, &ada)]
-    {
+    for (from, to) in [(&plain, &bf16), (&bf16, &plain), (&plain, &nor), (&nor, &plain), (&nor, &nor), (&ada, &ada)] {
         let (optimizer, model) = save(from, &start);
         let mut restored = load(to, &model, optimizer.into_bytes().unwrap()).unwrap();
         let after = step(&mut restored, model, 3);
         assert!(bits(&after).iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()));
-        // What is held now is what the new settings keep.
+        // The state has the tensors that the new settings keep.
         let (native, _) = save(to, &start);
         assert_eq!(restored.to_record().len(), native.to_record().len());
     }
     let (optimizer, model) = save(&nor, &start);
     assert_eq!(
         load(&ada, &model, optimizer.into_bytes().unwrap()).err().unwrap().to_string(),
-        "the optimizer state of `first.weight` has shape [1, 1, 5], the parameter has [1, 4, 5]"
+        "the optimizer state of `first.weight` has shape [1, 1, 5], expected [1, 4, 5]"
     );
 }
 
 #[test]
 fn master_weights_are_saved_and_loaded() {
-    let step = |optimizer: &mut ModuleOptimizer, pair: Pair| narrow_step(optimizer, 1e-4, pair);
+    let step = |optimizer: &mut ModuleOptimizer, pair: Pair| bf16_step(optimizer, 1e-4, pair);
     let values = |pair: &Pair| -> Vec<f32> { pair.second.weight.val().into_data().iter::<f32>().collect() };
     let rules = ParameterRules::new()
         .group("muon", MuonConfig::new().with_rounding(Rounding::MasterWeights))
         .group("adamw", AdamWConfig::new().with_rounding(Rounding::MasterWeights))
         .rule(Rule::to("muon").path("first.weight"))
         .rule(Rule::to("adamw").path("second.weight"));
-    let mut model = narrow(pair(4));
+    let mut model = in_bf16(pair(4));
     let mut optimizer = rules.assign(&model).unwrap().to_module_optimizer();
     for _ in 0..3 {
         model = step(&mut optimizer, model);
     }
-    let mut resumed = narrow(reborn(&model));
+    let mut resumed = in_bf16(with_new_ids(&model));
     let bytes = optimizer.into_bytes().unwrap();
     let mut restored = load(&rules.assign(&resumed).unwrap(), bytes).unwrap();
     for _ in 0..30 {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use burn::module::Module;
 use burn::optim::ModuleOptimizer;
 use burn::tensor::{DType, Device};
-use moonlight_optim::distributed::{DistributedConfig, DistributedForm, InProcess, Worker};
+use moonlight_optim::distributed::{Communicator, DistributedConfig, DistributedForm, InProcess};
 use moonlight_optim::{AdamWConfig, Adaptive, MuonAdamW, MuonConfig, OptimizerOptions, ParameterRules};
 use net::{MICRO_BATCHES, Net, RATE, STEPS, gradients, half_precision, net, rules, values, with_values};
 
@@ -84,10 +84,16 @@ fn expected(case: &Case) -> Vec<Vec<f32>> {
 }
 
 /// Steps of one rank from where the state was written.
-fn continued(case: &Case, load: &[PathBuf], worker: &Worker, start: &[f32], save: Option<&Path>) -> Vec<Vec<f32>> {
+fn continued(
+    case: &Case,
+    load: &[PathBuf],
+    worker: &Communicator,
+    start: &[f32],
+    save: Option<&Path>,
+) -> Vec<Vec<f32>> {
     let mut model = with_values(net(case.dtype).fork(&Device::default().autodiff()), start);
     let config = DistributedConfig::new().with_form(case.form).with_bucket_elements(60);
-    let options = OptimizerOptions::new().with_worker(worker.clone()).with_distributed(config);
+    let options = OptimizerOptions::new().with_communicator(worker.clone()).with_distributed(config);
     let mut optimizer: MuonAdamW = case.rules.assign(&model).unwrap().load(load, options).unwrap();
     if let Some(save) = save {
         optimizer.save(save.join(format!("{}.bpk", worker.rank()))).unwrap();
@@ -134,7 +140,7 @@ fn every_old_state_continues_as_before_on_any_number_of_ranks() {
                         let (case, load, start) = (case.clone(), load.clone(), expected[0].clone());
                         let save = again.path().to_path_buf();
                         std::thread::spawn(move || {
-                            continued(&case, &load, &Worker::new(collective), &start, Some(&save))
+                            continued(&case, &load, &Communicator::new(collective), &start, Some(&save))
                         })
                     })
                     .collect();

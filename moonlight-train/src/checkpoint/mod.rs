@@ -16,7 +16,7 @@
 //! the place of the model's configuration and weights.
 //!
 //! A checkpoint is written under a hidden name, flushed, and renamed in one step, so that a folder with a step's name is
-//! complete. Whether it still is what was written, its manifest tells: [`judge`] is asked
+//! complete. Whether it still is what was written, its manifest tells: [`check_checkpoint`] is asked
 //! when a run resumes (`recovery.rs`), when old checkpoints are removed (`rotation.rs`), and by whoever reads a run's folder.
 //! `identity.rs` says whether a run that resumes is the same run.
 
@@ -32,8 +32,8 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::adapter::write_adapter;
 use moonlight_convert::manifest::{Depth, Manifest};
 use moonlight_convert::{FileError, SaveOptions, remove_directory, replace_directory, storage, write_into};
-use moonlight_infer::run_dir::{Verdict, checkpoint_folders, checkpoint_name, judge, optimizer_files, optimizer_part};
-use moonlight_infer::tokenizer::Companion;
+use moonlight_infer::run_dir::{CheckpointStatus, checkpoint_folders, checkpoint_name, check_checkpoint, optimizer_files, optimizer_part};
+use moonlight_infer::tokenizer::TokenizerFile;
 use moonlight_model::CausalLm;
 
 use crate::error::TrainError;
@@ -48,7 +48,7 @@ pub struct Checkpoints {
     dir: PathBuf,
     keep: usize,
     keep_best: bool,
-    companions: Vec<Companion>,
+    companions: Vec<TokenizerFile>,
     companions_from: Option<PathBuf>,
     /// Whether the adapters alone are saved, without their base model.
     adapters: bool,
@@ -72,7 +72,7 @@ impl Checkpoints {
         dir: PathBuf,
         keep: usize,
         keep_best: bool,
-        companions: Vec<Companion>,
+        companions: Vec<TokenizerFile>,
         companions_from: Option<PathBuf>,
     ) -> Self {
         Self { dir, keep, keep_best, companions, companions_from, adapters: false, resumed_from: None }
@@ -110,7 +110,7 @@ impl Checkpoints {
                 written.and_then(|()| self.write_model(model, new)).and_then(|()| self.write_state(new, state));
             let written = optimizer.end(new, written);
             // Last, so that a checkpoint with a manifest is complete.
-            let written = written.and_then(|()| Ok(Manifest::of(new).and_then(|manifest| manifest.write(new))?));
+            let written = written.and_then(|()| Ok(Manifest::compute(new).and_then(|manifest| manifest.write(new))?));
             // `replace_directory` knows the converter's errors only; ours is kept beside them.
             failure = written.err();
             match &failure {
@@ -139,7 +139,7 @@ impl Checkpoints {
     }
 
     fn write_state(&self, dir: &Path, state: &TrainerState) -> Result<(), TrainError> {
-        for Companion { name, contents } in &self.companions {
+        for TokenizerFile { name, contents } in &self.companions {
             let path = dir.join(name);
             storage::write(&path, contents).map_err(TrainError::write(&path))?;
         }
@@ -149,7 +149,7 @@ impl Checkpoints {
     /// The newest whole checkpoint's folder, as far as names and sizes tell.
     pub fn newest(&self) -> Option<PathBuf> {
         let folders = checkpoint_folders(&self.dir).ok()?;
-        folders.into_iter().find(|path| matches!(judge(path, Depth::Sizes), Ok(Verdict::Whole { .. })))
+        folders.into_iter().find(|path| matches!(check_checkpoint(path, Depth::Sizes), Ok(CheckpointStatus::Complete { .. })))
     }
 
     /// The checkpoint of a step.
@@ -168,10 +168,10 @@ impl Checkpoints {
         let damaged = |problem| TrainError::NoCompleteCheckpoint {
             damaged: vec![DamagedCheckpoint { path: path.clone(), problem }],
         };
-        match judge(&path, Depth::Sizes)? {
-            Verdict::Whole { .. } => {}
-            Verdict::Damaged(problem) => return Err(damaged(problem)),
-            Verdict::Newer { version } => return Err(TrainError::NewerCheckpoint { path, version }),
+        match check_checkpoint(&path, Depth::Sizes)? {
+            CheckpointStatus::Complete { .. } => {}
+            CheckpointStatus::Damaged(problem) => return Err(damaged(problem)),
+            CheckpointStatus::Newer { version } => return Err(TrainError::NewerCheckpoint { path, version }),
         }
         match TrainerState::read(&path)? {
             Ok(state) => Ok(FoundCheckpoint { path, state }),
@@ -188,8 +188,8 @@ impl Checkpoints {
         // Damaged ones neither count nor go: nobody knows what can still be saved of them.
         let whole: BTreeMap<u64, PathBuf> = folders
             .into_iter()
-            .filter_map(|path| match judge(&path, Depth::Sizes) {
-                Ok(Verdict::Whole { step }) if path == self.path(step) => Some((step, path)),
+            .filter_map(|path| match check_checkpoint(&path, Depth::Sizes) {
+                Ok(CheckpointStatus::Complete { step }) if path == self.path(step) => Some((step, path)),
                 _ => None,
             })
             .collect();

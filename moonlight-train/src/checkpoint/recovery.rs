@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use moonlight_convert::manifest::Depth;
 use moonlight_convert::{FileError, clean_leftovers, storage};
-use moonlight_infer::run_dir::{Verdict, checkpoint_folders, is_checkpoint_name, judge};
+use moonlight_infer::run_dir::{CheckpointStatus, checkpoint_folders, is_checkpoint_name, check_checkpoint};
 
 use super::{Checkpoints, FoundCheckpoint, TrainerState};
 use crate::error::TrainError;
@@ -46,7 +46,7 @@ impl Checkpoints {
         for path in checkpoint_folders(&self.dir)? {
             // One of an earlier version, whose contents no digest vouches for, is only opened if it is to be resumed.
             let depth = if newest.is_none() { Depth::Digests } else { Depth::Sizes };
-            let verdict = match judge(&path, depth) {
+            let verdict = match check_checkpoint(&path, depth) {
                 Ok(verdict) => verdict,
                 // An older one that cannot be read today is no reason not to resume.
                 Err(error) if newest.is_some() => {
@@ -56,11 +56,11 @@ impl Checkpoints {
                 Err(error) => return Err(error.into()),
             };
             let problem = match verdict {
-                Verdict::Newer { .. } if newest.is_some() => continue,
-                Verdict::Newer { version } => return Err(TrainError::NewerCheckpoint { path, version }),
-                Verdict::Damaged(problem) => problem,
-                Verdict::Whole { .. } if newest.is_some() => continue,
-                Verdict::Whole { .. } => match TrainerState::read(&path)? {
+                CheckpointStatus::Newer { .. } if newest.is_some() => continue,
+                CheckpointStatus::Newer { version } => return Err(TrainError::NewerCheckpoint { path, version }),
+                CheckpointStatus::Damaged(problem) => problem,
+                CheckpointStatus::Complete { .. } if newest.is_some() => continue,
+                CheckpointStatus::Complete { .. } => match TrainerState::read(&path)? {
                     Err(problem) => problem,
                     Ok(state) => {
                         let found = FoundCheckpoint { path: path.clone(), state };

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use moonlight_convert::{Access, FileError};
 use moonlight_infer::chat::{ChatEncoder, Message};
-use moonlight_infer::generate::{Sampler, Session, Stop};
+use moonlight_infer::generate::{Sampler, Session, StopReason};
 use moonlight_infer::tokenizer::Tokenizer;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -207,8 +207,8 @@ impl Conversation<'_> {
         self.messages.push(Message::new("assistant", answer));
         written.and_then(|()| print("\n"))?;
         match generated.stop {
-            Stop::Eos | Stop::Interrupted => {}
-            Stop::Length => tracing::info!("(cut at {} tokens)", generated.tokens.len()),
+            StopReason::Eos | StopReason::Interrupted => {}
+            StopReason::Length => tracing::info!("(cut at {} tokens)", generated.tokens.len()),
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use moonlight_convert::{Printable, printable, printable_lines};
-use moonlight_infer::records::Place;
+use moonlight_infer::records::FilePosition;
 use moonlight_infer::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
@@ -137,7 +137,7 @@ impl Show<'_> {
         let path = Printable(path.display());
         let place = match (*line, *column) {
             (0, _) => path.to_string(),
-            (line, column) => format!("{path}:{}", Place { line: line as usize, column: column as usize }),
+            (line, column) => format!("{path}:{}", FilePosition { line: line as usize, column: column as usize }),
         };
         let mut text = format!("\n{place}: {} tokens, {learned} learned\n", tokens.len());
         let shown = &tokens[..tokens.len().min(self.longest)];

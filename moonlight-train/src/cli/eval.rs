@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use moonlight_convert::printable_lines;
-use moonlight_infer::eval::{Reader, Task, TaskFormat, evaluate, table, to_json};
+use moonlight_infer::eval::{EvalModel, Task, TaskFormat, evaluate, table, to_json};
 
 use super::model::{ModelArguments, TextArguments};
 use super::output::{JsonLines, print};
@@ -59,7 +59,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let mut output = arguments.output.as_deref().map(|path| JsonLines::create(Some(path), inputs())).transpose()?;
     let opened = arguments.model.open()?;
     let tokenizer = arguments.text.tokenizer(opened.tokenizer()?)?;
-    let reader = Reader { model: &opened.model, tokenizer: &tokenizer, dir: Some(&opened.dir) };
+    let reader = EvalModel { model: &opened.model, tokenizer: &tokenizer, dir: Some(&opened.dir) };
     let mut evaluations = Vec::new();
     for path in &arguments.tasks {
         let task = Task {

@@ -7,7 +7,7 @@ use clap::{ArgGroup, Args};
 use moonlight_convert::Printable;
 use moonlight_infer::OpenedModel;
 use moonlight_infer::generate::{Generated, Sampling, check_prompt, generate, generate_many};
-use moonlight_infer::jsonl::JsonlReader;
+use moonlight_infer::token_reader::TokenReader;
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::CausalLm;
 use serde_json::{Value, json};
@@ -93,7 +93,7 @@ fn number(text: &str) -> Result<f64, String> {
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     if let Some(prompts) = &arguments.prompts {
         let output = JsonLines::create(arguments.output.as_deref(), [prompts])?;
-        return run_many(JsonlReader::open(prompts)?, output, arguments);
+        return run_many(TokenReader::open(prompts)?, output, arguments);
     }
     let Opened { model, tokenizer, eos, end_of_turn } = arguments.open()?;
     let prompt = match (&arguments.prompt_tokens, &arguments.prompt, &tokenizer) {
@@ -186,7 +186,7 @@ fn with_end_of_turn(mut eos: Vec<u32>, end_of_turn: Option<u32>, prompts: &[Vec<
 }
 
 /// Goes on from the prompts of a file. A text is printed when it and all before it are there.
-fn run_many(file: JsonlReader, mut output: JsonLines, arguments: &Arguments) -> Result<(), TrainError> {
+fn run_many(file: TokenReader, mut output: JsonLines, arguments: &Arguments) -> Result<(), TrainError> {
     let Opened { model, tokenizer, eos, end_of_turn } = arguments.open()?;
     let config = model.config();
     let mut prompts = Vec::new();

@@ -6,8 +6,8 @@ use burn::tensor::DType;
 use clap::Args;
 use moonlight_convert::adapter::base_of;
 use moonlight_convert::{Checkpoint, CheckpointError, SaveOptions, replace_directory, write_into};
-use moonlight_infer::device::{self, Target};
-use moonlight_infer::{LoadedModel, load_model, resolve_model, weights_in};
+use moonlight_infer::device::{self, ComputeDevice};
+use moonlight_infer::{LoadedModel, load_model, resolve_model, resolve_weights};
 
 use crate::error::TrainError;
 use crate::output_file::Unfinished;
@@ -34,12 +34,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     if std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some()) {
         return Err(CheckpointError::Exists { dir: output.clone() }.into());
     }
-    let target = Target::open("cpu").or_else(|_| Target::open("auto"))?;
-    let dtype = arguments.dtype.as_deref().map(|dtype| device::dtype(dtype, &target)).transpose()?.flatten();
-    let adapter = weights_in(&arguments.adapter)?;
+    let target = ComputeDevice::open("cpu").or_else(|_| ComputeDevice::open("auto"))?;
+    let dtype = arguments.dtype.as_deref().map(|dtype| device::parse_dtype(dtype, &target)).transpose()?.flatten();
+    let adapter = resolve_weights(&arguments.adapter)?;
     let base = match &arguments.model {
         Some(model) => resolve_model(model)?,
-        None => weights_in(&base_of(&adapter)?)?,
+        None => resolve_weights(&base_of(&adapter)?)?,
     };
     // As stored, unless that is narrower than what is written: the sum is taken in f32 and rounded once.
     let loaded = dtype.filter(|&dtype| dtype == DType::F32);

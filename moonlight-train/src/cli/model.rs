@@ -20,7 +20,7 @@ pub(super) struct ModelArguments {
     adapter: Option<PathBuf>,
     /// Keep the layers' weights in so many bits, with a scale for each 64 of them.
     #[arg(long, value_enum)]
-    quantise: Option<Quantise>,
+    quantise: Option<Quantize>,
     /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has.
     #[arg(long, default_value = "auto")]
     device: String,
@@ -53,7 +53,7 @@ impl TextArguments {
             (false, true) => AddBos::Never,
             (false, false) => AddBos::Auto,
         };
-        if let Some(note) = tokenizer.bos_note().filter(|_| bos == AddBos::Auto) {
+        if let Some(note) = tokenizer.bos_conflict().filter(|_| bos == AddBos::Auto) {
             tracing::warn!("{note}; `--bos` or `--no-bos` decides");
         }
         Ok(tokenizer.clone().with_bos(bos)?)
@@ -70,14 +70,14 @@ pub(super) struct ParseArguments {
 
 /// `--quantise`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Quantise {
+enum Quantize {
     /// 8 bits.
     Int8,
     /// 4 bits.
     Int4,
 }
 
-impl Quantise {
+impl Quantize {
     fn bits(self) -> QuantBits {
         match self {
             Self::Int8 => QuantBits::Eight,

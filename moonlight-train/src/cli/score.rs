@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use moonlight_infer::jsonl::JsonlReader;
+use moonlight_infer::token_reader::TokenReader;
 use moonlight_infer::score::score;
 use serde_json::json;
 
@@ -30,7 +30,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
-    let data = JsonlReader::open(&arguments.data)?;
+    let data = TokenReader::open(&arguments.data)?;
     let mut output = JsonLines::create(arguments.output.as_deref(), [&arguments.data])?;
     let opened = arguments.model.open()?;
     let tokenizer = opened.tokenizer.as_ref().map(|tokenizer| arguments.text.tokenizer(tokenizer)).transpose()?;

@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use moonlight_infer::chat::{ChatEncoder, ChatError, ChatTemplate};
-use moonlight_infer::records::Place;
-use moonlight_infer::tokenizer::{Companion, Tokenizer};
+use moonlight_infer::records::FilePosition;
+use moonlight_infer::tokenizer::{TokenizerFile, Tokenizer};
 
 use super::bigram::bigram_loss;
 use super::files::{self, SourceFile};
@@ -25,7 +25,7 @@ pub struct Dataset {
     /// The files of the training data, by which its documents are named.
     pub(super) files: Vec<SourceFile>,
     /// The template, where it does not come with the tokenizer.
-    template: Option<Companion>,
+    template: Option<TokenizerFile>,
     /// The token that ends what the assistant says.
     end: Option<u32>,
     seed: Option<u64>,
@@ -70,7 +70,7 @@ impl Dataset {
         let mut nothing: Vec<(&str, String, Option<String>)> = Vec::new();
         if let Some(chat) = &chat {
             notes.push(format!("data: chat template: {}", chat.template().source()));
-            if chat.template().writes_the_date() {
+            if chat.template().uses_date() {
                 notes.push(
                     "data: the chat template writes the date: that of the day on which the records were read".into(),
                 );
@@ -144,7 +144,7 @@ impl Dataset {
             notes.extend(valid.as_ref().map(|valid| learned("valid", valid)).transpose()?);
         }
         let end = chat.as_ref().and_then(ChatEncoder::end_token);
-        let template = chat.filter(|chat| !comes_with_tokenizer(config, tokenizer, chat)).map(|chat| Companion {
+        let template = chat.filter(|chat| !comes_with_tokenizer(config, tokenizer, chat)).map(|chat| TokenizerFile {
             name: "chat_template.jinja".into(),
             contents: chat.template().text().as_bytes().to_owned(),
         });
@@ -154,7 +154,7 @@ impl Dataset {
 
     /// The chat template that the data were made with, where the tokenizer's own files have none or another: a
     /// checkpoint should carry it.
-    pub fn template(&self) -> Option<&Companion> {
+    pub fn template(&self) -> Option<&TokenizerFile> {
         self.template.as_ref()
     }
 
@@ -287,8 +287,8 @@ fn nothing_in(files: &[SourceFile], reasons: &[String]) -> String {
 /// The template and the tokenizer of `format = "chat"`.
 fn chat_encoder(config: &DataConfig, tokenizer: &Tokenizer) -> Result<ChatEncoder, DataError> {
     let template = match config.chat_template.as_os_str().is_empty() {
-        true => ChatTemplate::of_tokenizer(tokenizer),
-        false => ChatTemplate::of_file(&config.chat_template, tokenizer),
+        true => ChatTemplate::for_tokenizer(tokenizer),
+        false => ChatTemplate::from_file(&config.chat_template, tokenizer),
     };
     let template = template.map_err(|error| DataError::Template {
         problem: error.to_string(),
@@ -305,9 +305,9 @@ fn chat_encoder(config: &DataConfig, tokenizer: &Tokenizer) -> Result<ChatEncode
 }
 
 fn comes_with_tokenizer(config: &DataConfig, tokenizer: Option<&Tokenizer>, chat: &ChatEncoder) -> bool {
-    let own = tokenizer.and_then(|tokenizer| ChatTemplate::of_tokenizer(tokenizer).ok());
+    let own = tokenizer.and_then(|tokenizer| ChatTemplate::for_tokenizer(tokenizer).ok());
     config.chat_template.as_os_str().is_empty()
-        && own.is_some_and(|own| own.source() == chat.template().source() && own.is_in_a_file())
+        && own.is_some_and(|own| own.source() == chat.template().source() && own.is_from_file())
 }
 
 fn packing(config: &DataConfig) -> Packing {
@@ -357,7 +357,7 @@ fn parts(store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Resul
             LongRecords::Error => {
                 return Err(DataError::Record {
                     path: files.get(file as usize).map(|file| file.path.clone()).unwrap_or_default(),
-                    place: Place { line: line as usize, column: column as usize },
+                    place: FilePosition { line: line as usize, column: column as usize },
                     problem: format!("the record has {length} tokens; data.sequence_length is {longest}"),
                     hint: Some(match config.format {
                         DataFormat::Chat => {

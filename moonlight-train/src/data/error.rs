@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use moonlight_infer::expand;
-use moonlight_infer::records::{Place, RecordError};
+use moonlight_infer::expand_env;
+use moonlight_infer::records::{FilePosition, RecordError};
 
 /// Data that cannot be read, or that does not fit the recipe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -60,7 +60,7 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
         /// Its line, in a parquet file its row, and perhaps its column.
-        place: Place,
+        place: FilePosition,
         /// What is wrong.
         problem: String,
         /// What to do about it.
@@ -101,7 +101,7 @@ impl DataError {
     /// What to do about it, where we know.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::EmptyGlob { glob, .. } if expand(glob).is_ok_and(|folder| Path::new(&folder).is_dir()) => {
+            Self::EmptyGlob { glob, .. } if expand_env(glob).is_ok_and(|folder| Path::new(&folder).is_dir()) => {
                 Some(format!("it is a folder; its files are `{}/**/*.jsonl`, for example", glob.trim_end_matches('/')))
             }
             Self::EmptyGlob { .. } => {

@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use glob::Pattern;
-use moonlight_infer::expand;
+use moonlight_infer::expand_env;
 
 use super::DataError;
 use super::hash::Hash;
@@ -37,7 +37,7 @@ pub(super) fn find(key: &'static str, globs: &[String]) -> Result<Vec<SourceFile
     let mut files: HashMap<FileId, SourceFile> = HashMap::new();
     for glob in globs {
         let fault = |problem: String| DataError::Glob { key, glob: glob.clone(), problem };
-        let pattern = expand(glob).map_err(|name| fault(format!("the environment has no `{name}`")))?;
+        let pattern = expand_env(glob).map_err(|name| fault(format!("the environment has no `{name}`")))?;
         let mut found = false;
         for path in matches(&pattern).map_err(fault)? {
             // What cannot be looked at, such as a link to nothing, is no file; nor are folders, pipes and devices.

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use moonlight_convert::Printable;
-use moonlight_infer::chat::Shape;
-use moonlight_infer::records::Place;
+use moonlight_infer::chat::ConversationFormat;
+use moonlight_infer::records::FilePosition;
 use serde::{Deserialize, Serialize};
 
 use super::files::SourceFile;
@@ -24,7 +24,7 @@ pub(super) struct Report {
     /// Records in which half of a surrogate pair was read as U+FFFD.
     pub(super) surrogates: Faults,
     /// Conversations of each shape.
-    pub(super) shapes: BTreeMap<Shape, u64>,
+    pub(super) shapes: BTreeMap<ConversationFormat, u64>,
     /// Fields of records that nothing reads, neither this program nor a chat template.
     pub(super) unread: Fields,
     /// Fields of records that a chat template is given as variables, as it names them.
@@ -134,7 +134,7 @@ impl Faults {
 impl Fault {
     fn named(&self, files: &[SourceFile]) -> String {
         let path = path_of(self.file, files);
-        let place = Place { line: self.line as usize, column: self.column as usize };
+        let place = FilePosition { line: self.line as usize, column: self.column as usize };
         match self.problem.as_str() {
             "" => format!("{path}:{place}"),
             problem => format!("{path}:{place} ({problem})"),

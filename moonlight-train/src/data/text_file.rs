@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use moonlight_infer::parquet::TEXTS;
-use moonlight_infer::records::{FileKind, RecordError, RecordReader, Source, ending, parse};
+use moonlight_infer::parquet::TEXT_COLUMNS;
+use moonlight_infer::records::{FileKind, RecordError, RecordReader, Source, extension, parse};
 use serde_json::{Map, Value};
 
 use super::DataError;
@@ -33,12 +33,12 @@ impl TextFile {
         let source = Source::open(path)?;
         let is_parquet = matches!(source.kind(), Ok(FileKind::Parquet));
         if !is_parquet {
-            source.refuse_foreign()?;
+            source.refuse_binary()?;
         }
-        let ending = ending(path);
-        match ending.as_str() {
-            _ if is_parquet => Self::records(RecordReader::of(source, TEXTS, limit)?),
-            "jsonl" | "ndjson" => Self::records(RecordReader::of(source, &[], limit)?),
+        let extension = extension(path);
+        match extension.as_str() {
+            _ if is_parquet => Self::records(RecordReader::from_source(source, TEXT_COLUMNS, limit)?),
+            "jsonl" | "ndjson" => Self::records(RecordReader::from_source(source, &[], limit)?),
             // Source files end so as well as data.
             "json" => {
                 let may_hold = matches!(source.kind(), Ok(FileKind::JsonLines | FileKind::JsonArray));
@@ -112,7 +112,7 @@ impl TextFile {
         if !may_hold {
             return Ok(Self::Plain { source, what });
         }
-        match RecordReader::of(source, &[], limit) {
+        match RecordReader::from_source(source, &[], limit) {
             Ok(reader) if reader.first().is_some_and(|first| is_record_of_text(&first.json)) => Self::records(reader),
             _ => Ok(Self::Plain { source: Source::open(&path)?, what }),
         }

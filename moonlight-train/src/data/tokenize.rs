@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, Read};
 use std::path::Path;
 
-use moonlight_infer::chat::{ChatEncoder, ChatError, ConversationError, Shape, WeightedTokens};
+use moonlight_infer::chat::{ChatEncoder, ChatError, ConversationError, ConversationFormat, WeightedTokens};
 use moonlight_infer::parquet;
 use moonlight_infer::records::{
-    FileKind, JsonError, Parsed, Place, Record, RecordReader, Source, lone_surrogates, parse, parse_tokens,
+    FileKind, JsonError, ParsedJson, FilePosition, Record, RecordReader, Source, lone_surrogates, parse, parse_tokens,
 };
 use moonlight_infer::tokenizer::{Tokenizer, TokenizerError};
 use rayon::prelude::*;
@@ -74,7 +74,7 @@ pub(super) struct Tokenized {
     replaced: bool,
     /// Halves of surrogate pairs that were replaced.
     surrogates: usize,
-    shape: Option<Shape>,
+    shape: Option<ConversationFormat>,
     /// Fields that nothing reads.
     unread: Vec<String>,
     /// Fields that a chat template is given as variables.
@@ -192,8 +192,8 @@ impl TokenizeJob<'_> {
         // Where `max_bytes` ends in a file it is of the unpacked bytes, and of a parquet file of the records.
         let limit = (file.read < file.size).then_some(file.read);
         let wanted = match self.format {
-            DataFormat::Chat => parquet::CONVERSATIONS,
-            DataFormat::Tokens => parquet::TOKENS,
+            DataFormat::Chat => parquet::CONVERSATION_COLUMNS,
+            DataFormat::Tokens => parquet::TOKEN_COLUMNS,
             DataFormat::Text => {
                 return match TextFile::open(&file.path, limit)? {
                     TextFile::Plain { source, what } => {
@@ -224,13 +224,13 @@ impl TokenizeJob<'_> {
         let tokenized: Vec<_> = blocks.par_iter().map(|block| self.tokenize(block)).collect();
         for (block, tokenized) in blocks.iter().zip(tokenized) {
             let Origin { file, line, column } = block.origin;
-            let fault = |problem: String, place: Place| Fault {
+            let fault = |problem: String, place: FilePosition| Fault {
                 file,
                 line: saturating_u32(place.line),
                 column: saturating_u32(place.column),
                 problem,
             };
-            let here = Place { line: line as usize, column: column as usize };
+            let here = FilePosition { line: line as usize, column: column as usize };
             let tokenized = match tokenized? {
                 Ok(tokenized) => tokenized,
                 Err(rejected) if self.broken == BrokenRecords::Skip && (block.skippable || !rejected.is_no_json) => {
@@ -269,7 +269,7 @@ impl TokenizeJob<'_> {
 
     fn record(&self, block: &Block, RejectedRecord { problem, hint, at, .. }: RejectedRecord) -> DataError {
         let path = self.files[block.origin.file as usize].path.clone();
-        let place = Place { line: block.origin.line as usize, column: block.origin.column as usize };
+        let place = FilePosition { line: block.origin.line as usize, column: block.origin.column as usize };
         DataError::Record { path, place: at.map_or(place, |at| place.within(at)), problem, hint }
     }
 
@@ -325,7 +325,7 @@ impl TokenizeJob<'_> {
         let block = |bytes, begins, end| Block { origin, bytes, begins, field: None, end, skippable: false };
         let cut = file.read < file.size;
         // What has been added to the file since it was looked at is not read.
-        let limit = (cut || !source.is_packed()).then_some(file.read);
+        let limit = (cut || !source.is_compressed()).then_some(file.read);
         let mut reader = source.into_reader(limit);
         let mut bytes = Vec::new();
         let mut is_first = true;
@@ -333,7 +333,7 @@ impl TokenizeJob<'_> {
             let wanted = (BLOCK_BYTES - bytes.len().min(BLOCK_BYTES - 1)) as u64;
             let read = reader.by_ref().take(wanted).read_to_end(&mut bytes).map_err(io)?;
             if (read as u64) < wanted || reader.fill_buf().map_err(io)?.is_empty() {
-                let cut = cut && reader.is_cut();
+                let cut = cut && reader.reached_limit();
                 if cut {
                     bytes.truncate(whole_characters(&bytes));
                 }
@@ -359,7 +359,7 @@ impl TokenizeJob<'_> {
         field: Option<&'static str>,
         state: &mut TokenizeState,
     ) -> Result<bool, DataError> {
-        let skippable = reader.kind().ends_records();
+        let skippable = reader.kind().has_record_boundaries();
         loop {
             let record = match reader.next_record() {
                 Ok(Some(record)) => record,
@@ -446,7 +446,7 @@ struct Document {
 
 /// The document in a record of `format = "text"`.
 fn text_of(record: &[u8], field: &str) -> Result<Document, RejectedRecord> {
-    let Parsed { value, replaced } = parse(record).map_err(|error| RejectedRecord::from(&error))?;
+    let ParsedJson { value, replaced } = parse(record).map_err(|error| RejectedRecord::from(&error))?;
     match value {
         Value::Object(mut fields) => match fields.remove(field) {
             Some(text @ (Value::String(_) | Value::Null)) => {
@@ -484,7 +484,7 @@ pub(super) fn tokens_of(record: &[u8]) -> Result<Tokenized, RejectedRecord> {
 
 /// The tokens and weights of a conversation.
 fn conversation_of(record: &[u8], chat: &ChatEncoder) -> Result<Tokenized, RejectedRecord> {
-    let read = chat.parse(record).and_then(|conversation| Ok((conversation.shape, chat.weighted(&conversation)?)));
+    let read = chat.parse(record).and_then(|conversation| Ok((conversation.format, chat.weighted_tokens(&conversation)?)));
     match read {
         Ok((shape, WeightedTokens { tokens, weights, unread, given })) => {
             let surrogates = lone_surrogates(record);

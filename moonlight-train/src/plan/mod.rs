@@ -16,7 +16,7 @@ mod system_memory;
 #[cfg(test)]
 mod tests;
 
-use moonlight_infer::device::Target;
+use moonlight_infer::device::ComputeDevice;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterCount;
 use moonlight_optim::{Adaptive, MomentumPrecision, Rounding};
@@ -37,7 +37,7 @@ pub struct Threads(pub usize);
 
 impl Threads {
     /// Those of this machine.
-    pub fn here() -> Self {
+    pub fn available() -> Self {
         Self(rayon::current_num_threads())
     }
 }
@@ -73,7 +73,7 @@ impl MemorySettings {
             threads: threads.0,
             frozen: frozen_parameters(config, &recipe.train.freeze)?,
             lora: recipe.lora.as_ref().map(LoraRecipe::config),
-            packed: recipe.model.quantise.bits(),
+            packed: recipe.model.quantize.bits(),
             probed: {
                 let every = recipe.train.probe_every;
                 every > 0 && (every <= recipe.train.steps || recipe.train.epochs > 0.0)
@@ -107,7 +107,7 @@ impl MemoryPlan {
     pub fn for_recipe(recipe: &Recipe, threads: Threads) -> Result<Self, TrainError> {
         let tokenizer = recipe.data.open_tokenizer()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
-        let cpu = Target::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
+        let cpu = ComputeDevice::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
         let settings = MemorySettings::for_recipe(recipe, &config, cpu, threads)?;
         Ok(Self::new(config, settings))
     }

@@ -21,8 +21,8 @@ const WAYS: [Way; 6] = [
     ),
     ("all parameters, fused", "moonlight-16b-sft-80gb.toml", &[]),
     ("LoRA on everything, bf16", "moonlight-16b-lora-80gb.toml", &[]),
-    ("LoRA on everything, 8 bits", "moonlight-16b-lora-80gb.toml", &["model.quantise=int8"]),
-    ("LoRA on everything, 4 bits", "moonlight-16b-lora-80gb.toml", &["model.quantise=int4"]),
+    ("LoRA on everything, 8 bits", "moonlight-16b-lora-80gb.toml", &["model.quantize=int8"]),
+    ("LoRA on everything, 4 bits", "moonlight-16b-lora-80gb.toml", &["model.quantize=int4"]),
     ("LoRA on attention, 4 bits", "moonlight-16b-lora-24gb.toml", &[]),
 ];
 const LENGTHS: [usize; 2] = [4096, 8192];

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::Check;
 use super::run::path;
-use moonlight_infer::expand;
+use moonlight_infer::expand_env;
 use moonlight_infer::tokenizer::{AddBos, BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Tokenizer, TokenizerError};
 
 /// The value of `tokenizer` that stands for none at all, for data that are tokens already.
@@ -217,7 +217,7 @@ impl DataConfig {
     pub fn open_tokenizer(&self) -> Result<Option<Tokenizer>, TokenizerError> {
         let Some(tokenizer) = self.tokenizer.open()? else { return Ok(None) };
         let is_read = self.format == DataFormat::Text && self.bos == Bos::Auto;
-        if let Some(note) = tokenizer.bos_note().filter(|_| is_read) {
+        if let Some(note) = tokenizer.bos_conflict().filter(|_| is_read) {
             tracing::warn!("{note}; `data.bos` decides");
         }
         tokenizer.with_bos(self.bos.into()).map(Some)
@@ -232,7 +232,7 @@ impl DataConfig {
         for (key, globs) in [("data.train", &self.train), ("data.valid", &self.valid)] {
             for text in globs {
                 // What they expand to belongs to the machine, not to the recipe.
-                match expand(text).map(|glob| glob::Pattern::new(&glob)) {
+                match expand_env(text).map(|glob| glob::Pattern::new(&glob)) {
                     Ok(Ok(_)) => {}
                     Ok(Err(error)) => check.invalid(key, format!("has `{text}`, which is not a glob: {error}"), None),
                     Err(name) => {

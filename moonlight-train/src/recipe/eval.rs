@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::Check;
 use moonlight_infer::eval::Task;
-use moonlight_infer::expand;
+use moonlight_infer::expand_env;
 
 /// What the model is asked before the first step and after the last.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -24,7 +24,7 @@ pub struct EvalConfig {
 impl EvalConfig {
     pub(super) fn check(&self, check: &mut Check<'_>) {
         for text in &self.tasks {
-            if let Err(name) = expand(text) {
+            if let Err(name) = expand_env(text) {
                 check.invalid("eval.tasks", format!("has `{text}`, but the environment has no `{name}`"), None);
             }
         }
@@ -32,7 +32,7 @@ impl EvalConfig {
 
     /// The tasks; examples go before questions only.
     pub fn tasks(&self) -> Vec<Task> {
-        let path = |text: &String| PathBuf::from(expand(text).unwrap_or_else(|_| text.clone()));
+        let path = |text: &String| PathBuf::from(expand_env(text).unwrap_or_else(|_| text.clone()));
         let task = |text| Task { path: path(text), shots: self.shots, limit: self.limit, ..Task::default() };
         self.tasks.iter().map(task).collect()
     }

@@ -39,7 +39,7 @@ pub use distributed::DistributedRecipe;
 pub use error::RecipeError;
 pub use eval::EvalConfig;
 pub use lora::LoraRecipe;
-pub use model::{ModelDtype, ModelRecipe, Quantise};
+pub use model::{ModelDtype, ModelRecipe, Quantize};
 pub use optimizer::{OptimizerName, OptimizerRecipe};
 pub use run::{DeviceName, RunConfig, SampleConfig};
 pub use schema::schema;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use moonlight_convert::Checkpoint;
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_infer::{ModelDir, resolve_model};
-use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, fill_class_defaults, passed_over, shape_keys};
+use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, fill_class_defaults, ignore_reason, shape_keys};
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -25,7 +25,7 @@ pub struct ModelRecipe {
     /// The dtype of the weights.
     pub dtype: ModelDtype,
     /// The bits of frozen weights.
-    pub quantise: Quantise,
+    pub quantize: Quantize,
     /// The folder of weights to start from, with their `config.json`; `None` for a shape.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
@@ -50,7 +50,8 @@ struct Keys {
     /// The dtype of the weights while they are trained.
     dtype: ModelDtype,
     /// The bits of the frozen projections beside which `[lora]` trains; embedding, head, norms and routers stay in `dtype`.
-    quantise: Quantise,
+    #[serde(alias = "quantise")]
+    quantize: Quantize,
     /// Weights to start from: a folder with their `config.json`, the folder of a run (its newest checkpoint), or `org/name` in the Hub's
     /// cache (its snapshot).
     #[serde(deserialize_with = "optional_path")]
@@ -90,7 +91,7 @@ impl ModelDtype {
 /// The bits of frozen weights.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Quantise {
+pub enum Quantize {
     /// As many as the dtype has.
     #[default]
     None,
@@ -100,7 +101,7 @@ pub enum Quantise {
     Int4,
 }
 
-impl Quantise {
+impl Quantize {
     /// The model's own form of this setting; `None` for weights in full.
     pub fn bits(self) -> Option<QuantBits> {
         match self {
@@ -113,8 +114,8 @@ impl Quantise {
 
 impl<'de> Deserialize<'de> for ModelRecipe {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let (Keys { dtype, quantise, path, preset }, shape) = read_flattened(deserializer)?;
-        Ok(Self { dtype, quantise, path, preset, shape, place: String::new(), held: None })
+        let (Keys { dtype, quantize, path, preset }, shape) = read_flattened(deserializer)?;
+        Ok(Self { dtype, quantize, path, preset, shape, place: String::new(), held: None })
     }
 }
 
@@ -152,7 +153,7 @@ impl JsonSchema for ModelRecipe {
 impl PartialEq for ModelRecipe {
     /// Where it was written makes no difference.
     fn eq(&self, other: &Self) -> bool {
-        let parts = |it: &Self| (it.dtype, it.quantise, it.path.clone(), it.preset.clone(), it.shape.clone());
+        let parts = |it: &Self| (it.dtype, it.quantize, it.path.clone(), it.preset.clone(), it.shape.clone());
         parts(self) == parts(other)
     }
 }
@@ -168,10 +169,10 @@ impl ModelRecipe {
         } else if self.preset.is_none() && self.shape.is_empty() {
             check.missing("model.path", "`path` of weights to start from, `preset`, or the keys of a config.json");
         }
-        if !frozen && self.quantise != Quantise::None {
+        if !frozen && self.quantize != Quantize::None {
             let problem = "is for weights that stand still, and without `[lora]` they are what is trained";
             let hint = "add a `[lora]` section, or train in `dtype = \"bf16\"`";
-            check.invalid("model.quantise", problem, Some(hint.into()));
+            check.invalid("model.quantize", problem, Some(hint.into()));
         }
     }
 
@@ -328,6 +329,6 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
         return Ok(shape_of(&config, &[]));
     }
     // Keys that are not known are kept, for the configuration to refuse. The name of the class follows from `model_type`.
-    shape.retain(|key, value| key != "architectures" && passed_over(key).is_none() && !value.is_null());
+    shape.retain(|key, value| key != "architectures" && ignore_reason(key).is_none() && !value.is_null());
     Ok(shape)
 }

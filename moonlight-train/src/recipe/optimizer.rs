@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules, QkClip, Rounding, Scale};
+use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules, QkClip, Rounding, UpdateScale};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 use serde_json::{Map, Value};
@@ -102,7 +102,7 @@ impl Serialize for OptimizerRecipe {
             }
         }
         // The factor is `update_rms`, and a hidden size that is not given is the model's.
-        if !matches!(muon.scale, Scale::HiddenSize { hidden: 1.., .. })
+        if !matches!(muon.scale, UpdateScale::HiddenSize { hidden: 1.., .. })
             && let Some(Value::Object(scale)) = table.get("scale")
             && let Some(word) = scale.keys().next().cloned()
         {
@@ -197,9 +197,11 @@ impl OptimizerRecipe {
 }
 
 /// The factor of a scale that has one.
-fn update_rms(scale: &Scale) -> Option<f64> {
+fn update_rms(scale: &UpdateScale) -> Option<f64> {
     match *scale {
-        Scale::Report { factor } | Scale::UpdateNorm { factor } | Scale::HiddenSize { factor, .. } => Some(factor),
-        Scale::KellerJordan | Scale::Spectral | Scale::Unit => None,
+        UpdateScale::Report { factor }
+        | UpdateScale::UpdateNorm { factor }
+        | UpdateScale::HiddenSize { factor, .. } => Some(factor),
+        UpdateScale::KellerJordan | UpdateScale::Spectral | UpdateScale::Unit => None,
     }
 }

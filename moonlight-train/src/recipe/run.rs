@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de};
 
 use super::check::Check;
-use moonlight_infer::expand;
+use moonlight_infer::expand_env;
 
 /// The run's name, folder, seed and device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -66,7 +66,7 @@ impl Deref for DeviceName {
 /// Reads a path with `~` and variables expanded.
 pub(super) fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
     let text = String::deserialize(deserializer)?;
-    expand(&text).map(PathBuf::from).map_err(|name| de::Error::custom(unset(&text, &name)))
+    expand_env(&text).map(PathBuf::from).map_err(|name| de::Error::custom(unset(&text, &name)))
 }
 
 /// The same, of a path that need not be there.

@@ -1,7 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use moonlight_infer::tokenizer::Tokenizer;
-use moonlight_optim::{AdamWConfig, MomentumPrecision, MuonConfig, Precision, Rounding, Scale};
+use moonlight_optim::{AdamWConfig, MomentumPrecision, MuonConfig, Precision, Rounding, UpdateScale};
 
 use super::*;
 use crate::schedule::Schedule;
@@ -454,13 +454,13 @@ fn as_the_older_program_read(keys: &toml::Value) -> (MuonConfig, AdamWConfig) {
     };
     let factor = number("update_rms");
     let scale = match word("scale") {
-        "report" => Scale::Report { factor },
-        "update_norm" => Scale::UpdateNorm { factor },
+        "report" => UpdateScale::Report { factor },
+        "update_norm" => UpdateScale::UpdateNorm { factor },
         // The hidden size is filled in when parameters are assigned.
-        "hidden_size" => Scale::HiddenSize { factor, hidden: 0 },
-        "keller_jordan" => Scale::KellerJordan,
-        "spectral" => Scale::Spectral,
-        "unit" => Scale::Unit,
+        "hidden_size" => UpdateScale::HiddenSize { factor, hidden: 0 },
+        "keller_jordan" => UpdateScale::KellerJordan,
+        "spectral" => UpdateScale::Spectral,
+        "unit" => UpdateScale::Unit,
         other => panic!("{other}"),
     };
     let bf16 = |key: &str| match word(key) {

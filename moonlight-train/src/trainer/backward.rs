@@ -86,7 +86,7 @@ impl<'a> ReducingSink<'a> {
     /// Hands over the sums of parameters that had no gradient in the last micro-batch.
     pub(crate) fn finish(self) {
         if let Sums::Earlier(rest) = self.sums {
-            self.optimizer.offer(self.model, rest);
+            self.optimizer.add_gradients(self.model, rest);
         }
     }
 }
@@ -100,10 +100,10 @@ impl GradientSink for ReducingSink<'_> {
         match &mut self.sums {
             Sums::Accumulating(sums) => sums.accumulate(self.model, gradients),
             Sums::Earlier(earlier) => {
-                let mut stage = SumStage { earlier, new: gradients, sums: GradientsParams::new() };
-                self.model.visit(&mut stage);
-                let sums = stage.sums;
-                self.optimizer.offer(self.model, sums);
+                let mut adding = Adding { earlier, new: gradients, sums: GradientsParams::new() };
+                self.model.visit(&mut adding);
+                let sums = adding.sums;
+                self.optimizer.add_gradients(self.model, sums);
             }
         }
         Ok(())
@@ -115,8 +115,8 @@ impl GradientSink for ReducingSink<'_> {
         }
     }
 
-    fn must_finish_pass(&self) -> bool {
-        self.optimizer.worker().size() > 1
+    fn must_finish(&self) -> bool {
+        self.optimizer.communicator().size() > 1
     }
 }
 
@@ -164,8 +164,8 @@ impl GradientSink for UpdatingSink<'_> {
     }
 
     fn add(&mut self, gradients: GradientsParams) -> Result<(), CollectiveError> {
-        self.optimizer.offer(&**self.model, gradients);
-        self.squares += self.optimizer.squares(&**self.model)?;
+        self.optimizer.add_gradients(&**self.model, gradients);
+        self.squares += self.optimizer.local_sum_of_squares(&**self.model)?;
         self.model.update(|model| self.optimizer.apply(self.learning_rate, 1.0, model))
     }
 }

@@ -2,7 +2,7 @@
 
 use moonlight_model::CausalLm;
 use moonlight_optim::MuonAdamW;
-use moonlight_optim::distributed::Traffic;
+use moonlight_optim::distributed::BytesSent;
 
 use super::exchange::{all_gather, exchange_fields};
 use crate::error::TrainError;
@@ -25,16 +25,16 @@ exchange_fields!(RankBytes { gradients, momentum, parameters, numbers, state, mo
 pub(super) fn comm_report(
     optimizer: &MuonAdamW,
     model: &CausalLm,
-    sent: Traffic,
+    sent: BytesSent,
     steps: u64,
 ) -> Result<String, TrainError> {
-    let worker = optimizer.worker();
+    let worker = optimizer.communicator();
     let (state, momentum_state) = optimizer.state_bytes();
     let own = RankBytes {
         gradients: sent.reduce_scatter,
         momentum: sent.all_to_all,
         parameters: sent.all_gather,
-        numbers: sent.numbers,
+        numbers: sent.scalars,
         state,
         momentum_state,
     };
@@ -44,7 +44,7 @@ pub(super) fn comm_report(
     let largest = |bytes: fn(&RankBytes) -> u64| all.iter().map(|rank| bytes(rank) as f64).fold(0.0, f64::max);
     let a_step = |bytes: fn(&RankBytes) -> u64| mean(bytes) / steps.max(1) as f64;
     let imbalance = |bytes: fn(&RankBytes) -> u64| if mean(bytes) > 0.0 { largest(bytes) / mean(bytes) } else { 1.0 };
-    let [gradients, gathered, parameters] = optimizer.traffic_by_formula(model);
+    let [gradients, gathered, parameters] = optimizer.predicted_bytes_sent(model);
     let megabytes = |bytes: f64| format!("{:.3} MB", bytes / 1e6);
     // A sharded AdamW sends gradients and parameters; Muon gathers momentum in addition (arXiv 2502.16982, section 2.3).
     let ratio = |momentum: f64, rest: f64| if rest > 0.0 { (momentum + rest) / rest } else { 1.0 };

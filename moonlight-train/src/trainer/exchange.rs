@@ -3,7 +3,7 @@
 //! A collective carries the same number of f64 from each rank. [`Exchange`] encodes a value as f64 and decodes it again,
 //! field by field, so that no code counts indices. With one rank all of this is a copy.
 
-use moonlight_optim::distributed::{CollectiveError, Worker};
+use moonlight_optim::distributed::{CollectiveError, Communicator};
 
 use crate::error::TrainError;
 
@@ -86,41 +86,42 @@ macro_rules! exchange_fields {
 }
 pub(super) use exchange_fields;
 
-/// The values of all ranks, in the order of the ranks.
-pub(super) fn all_gather<T: Exchange>(worker: &Worker, local: &T) -> Result<Vec<T>, CollectiveError> {
+/// The values of all ranks, in their order.
+pub(super) fn all_gather<T: Exchange>(worker: &Communicator, own: &T) -> Result<Vec<T>, CollectiveError> {
     let mut numbers = Vec::new();
-    local.encode(&mut numbers);
-    let all = worker.numbers(numbers)?;
-    Ok(all.iter().map(|numbers| T::decode(local, &mut numbers.iter().copied())).collect())
+    own.encode(&mut numbers);
+    let all = worker.all_gather_f64(numbers)?;
+    Ok(all.iter().map(|numbers| T::decode(own, &mut numbers.iter().copied())).collect())
 }
 
-/// Whether `local` is true on any rank.
-pub(super) fn any(worker: &Worker, local: bool) -> Result<bool, CollectiveError> {
-    Ok(all_gather(worker, &local)?.contains(&true))
+/// Whether any rank says so.
+pub(super) fn any(worker: &Communicator, own: bool) -> Result<bool, CollectiveError> {
+    Ok(all_gather(worker, &own)?.contains(&true))
 }
 
-/// Succeeds if all ranks succeeded. A rank that failed returns its own error, the others [`TrainError::RemoteFailure`].
-pub(super) fn agree<T>(worker: &Worker, local: Result<T, TrainError>) -> Result<T, TrainError> {
-    let failed = any(worker, local.is_err())?;
-    match local {
+/// Success if all ranks succeeded: one that failed keeps its own error, and the others get
+/// [`TrainError::RemoteFailure`].
+pub(super) fn agree<T>(worker: &Communicator, own: Result<T, TrainError>) -> Result<T, TrainError> {
+    let failed = any(worker, own.is_err())?;
+    match own {
         Ok(_) if failed => Err(TrainError::RemoteFailure),
         local => local,
     }
 }
 
-/// The number of rank 0, if it has one.
-pub(super) fn broadcast_number(worker: &Worker, local: Option<u64>) -> Result<Option<u64>, CollectiveError> {
-    let is_some = all_gather(worker, &local.is_some())?[0];
-    let number = all_gather(worker, &local.unwrap_or_default())?[0];
+/// The number of rank 0, or none.
+pub(super) fn broadcast_number(worker: &Communicator, own: Option<u64>) -> Result<Option<u64>, CollectiveError> {
+    let is_some = all_gather(worker, &own.is_some())?[0];
+    let number = all_gather(worker, &own.unwrap_or_default())?[0];
     Ok(is_some.then_some(number))
 }
 
-/// The text of rank 0, if it has one.
-pub(super) fn broadcast_text(worker: &Worker, local: Option<&str>) -> Result<Option<String>, CollectiveError> {
-    let local = local.unwrap_or_default().as_bytes();
-    let length = all_gather(worker, &(local.len() as u64))?[0] as usize;
-    // Collectives carry f64 and no bytes; an f64 holds every u32 exactly.
-    let mut words: Vec<u64> = local.chunks(4).map(word).collect();
+/// The text of rank 0; `None` where it has none.
+pub(super) fn broadcast_text(worker: &Communicator, own: Option<&str>) -> Result<Option<String>, CollectiveError> {
+    let own = own.unwrap_or_default().as_bytes();
+    let length = all_gather(worker, &(own.len() as u64))?[0] as usize;
+    // Collectives carry no bytes; a u32 fits into an f64 exactly.
+    let mut words: Vec<u64> = own.chunks(4).map(word).collect();
     words.resize(length.div_ceil(4), 0);
     let words = all_gather(worker, &words)?.swap_remove(0);
     let mut bytes: Vec<u8> = words.iter().flat_map(|&word| (word as u32).to_le_bytes()).collect();
@@ -143,9 +144,9 @@ mod tests {
     use super::*;
 
     /// The results of `run` on each of three ranks.
-    fn on_three<T: Send>(run: impl Fn(&Worker) -> T + Sync) -> Vec<T> {
-        let workers: Vec<Worker> =
-            InProcess::collectives(3, Duration::from_secs(20)).into_iter().map(Worker::new).collect();
+    fn on_three<T: Send>(run: impl Fn(&Communicator) -> T + Sync) -> Vec<T> {
+        let workers: Vec<Communicator> =
+            InProcess::collectives(3, Duration::from_secs(20)).into_iter().map(Communicator::new).collect();
         std::thread::scope(|scope| {
             let run = &run;
             let threads: Vec<_> = workers.iter().map(|worker| scope.spawn(move || run(worker))).collect();
@@ -175,7 +176,7 @@ mod tests {
         for all in on_three(|worker| all_gather(worker, &example(worker.rank())).unwrap()) {
             assert_eq!(all, expected);
         }
-        assert_eq!(all_gather(&Worker::alone(), &expected[1]).unwrap(), expected[1..2]);
+        assert_eq!(all_gather(&Communicator::single_rank(), &expected[1]).unwrap(), expected[1..2]);
     }
 
     #[test]

@@ -46,7 +46,7 @@ mod train_loop;
 use std::io::IsTerminal;
 
 use burn::train::Interrupter;
-use moonlight_infer::device::Target;
+use moonlight_infer::device::ComputeDevice;
 use tracing::Level;
 
 use crate::error::TrainError;
@@ -70,7 +70,7 @@ use process_group::{Display, ProcessGroup};
 /// # Errors
 ///
 /// [`TrainError`]. Whatever fails, the checkpoints that were written stay complete.
-pub fn train(recipe: &Recipe, target: &Target, resume: bool, interrupter: &Interrupter) -> Result<Outcome, TrainError> {
+pub fn train(recipe: &Recipe, target: &ComputeDevice, resume: bool, interrupter: &Interrupter) -> Result<Outcome, TrainError> {
     let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal() && terminal::has_keys();
     // A program that logs warnings but not `info` was asked to be quiet. One without a subscriber was not.
     let is_quiet = tracing::enabled!(Level::WARN) && !tracing::enabled!(Level::INFO);

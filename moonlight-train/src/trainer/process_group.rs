@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use burn::train::Interrupter;
-use moonlight_infer::device::{self, Target};
+use moonlight_infer::device::{self, ComputeDevice};
 use moonlight_model::CausalLm;
 use moonlight_optim::distributed::{
-    Collective, CollectiveError, InProcess, Nested, OnDevices, Solo, Worker, devices_reduce, sum_of_squares,
+    Collective, CollectiveError, Communicator, HierarchicalCollective, InProcess, NcclCollective, SingleRank,
+    sum_of_squares, supports_nccl,
 };
 
 use super::exchange::{agree, all_gather, broadcast_number};
@@ -143,51 +144,55 @@ impl ProcessGroup {
         if let Some(processes) = self.processes.as_ref().filter(|processes| processes.size() > 1) {
             return Ok(processes.collectives(groups, self.recipe.timeout())?);
         }
-        Ok((0..groups).map(|_| Arc::new(Solo) as Arc<dyn Collective>).collect())
+        Ok((0..groups).map(|_| Arc::new(SingleRank) as Arc<dyn Collective>).collect())
     }
 
     /// The devices of this process's ranks: `first`, which the recipe names, and the ones after it. Processes on one host
     /// take consecutive devices.
-    fn targets(&self, recipe: &Recipe, first: &Target) -> Result<Vec<Target>, TrainError> {
+    fn targets(&self, recipe: &Recipe, first: &ComputeDevice) -> Result<Vec<ComputeDevice>, TrainError> {
         #[cfg(feature = "mpi")]
         let before = self.processes.as_ref().map_or(0, |processes| processes.local_rank()) * self.recipe.devices;
         #[cfg(not(feature = "mpi"))]
         let before = 0;
         let target = |offset| match before + offset {
             0 => Ok(first.clone()),
-            offset => Ok(Target::open(&device::name_at_offset(&recipe.run.device, offset))?),
+            offset => Ok(ComputeDevice::open(&device::nth_device_name(&recipe.run.device, offset))?),
         };
         (0..self.recipe.devices).map(target).collect()
     }
 
     /// A worker for each device of this process.
-    fn workers(&self, targets: &[Target], across: Vec<Arc<dyn Collective>>) -> Vec<Worker> {
+    fn workers(&self, targets: &[Target], across: Vec<Arc<dyn Collective>>) -> Vec<Communicator> {
         let devices: Vec<Device> = targets.iter().map(|target| target.device.clone()).collect();
         if devices.len() == 1 {
-            return across.into_iter().take(1).map(Worker::new).collect();
+            return across.into_iter().take(1).map(Communicator::new).collect();
         }
-        let direct = devices_reduce(&devices[0]);
+        let direct = supports_nccl(&devices[0]);
         let inside = InProcess::collectives(devices.len(), self.recipe.timeout()).into_iter().map(|host| {
-            if direct { Arc::new(OnDevices::new(host, devices.clone())) as Arc<dyn Collective> } else { host }
+            if direct { Arc::new(NcclCollective::new(host, devices.clone())) as Arc<dyn Collective> } else { host }
         });
         let nested = inside.zip(across).map(|(inside, across)| {
-            if across.size() == 1 { inside } else { Arc::new(Nested::new(inside, across)) as Arc<dyn Collective> }
+            if across.size() == 1 {
+                inside
+            } else {
+                Arc::new(HierarchicalCollective::new(inside, across)) as Arc<dyn Collective>
+            }
         });
-        nested.map(Worker::new).collect()
+        nested.map(Communicator::new).collect()
     }
 
     /// Trains with all ranks of this process, the first of them on `target`.
     pub(super) fn train(
         &self,
         recipe: &Recipe,
-        target: &Target,
+        target: &ComputeDevice,
         resume: bool,
         display: Display,
         interrupter: &Interrupter,
     ) -> Result<Outcome, TrainError> {
         let targets = self.targets(recipe, target)?;
-        let mut across = self.collectives_between_processes()?;
-        let between = across.pop().map_or_else(Worker::alone, Worker::new);
+        let mut across = self.across()?;
+        let between = across.pop().map_or_else(Communicator::single_rank, Communicator::new);
         let mut setup = open(recipe, &targets[0], resume, &between)?;
         let reporters = {
             let _busy = between.busy();
@@ -202,7 +207,7 @@ impl ProcessGroup {
             log_every: setup.recipe.train.log_every,
         };
         let workers = self.workers(&targets, across);
-        let ranks: Vec<(Worker, Target)> = workers.into_iter().zip(targets).collect();
+        let ranks: Vec<(Communicator, Target)> = workers.into_iter().zip(targets).collect();
         let trainers = setup.into_trainers(&ranks, self.distributed);
         let (trainers, report_inputs) = agree(&between, trainers)?;
         drop(between);
@@ -228,18 +233,18 @@ impl ProcessGroup {
         for mut trainer in trainers {
             let sender = sender.clone();
             thread::spawn(move || {
-                let worker = trainer.worker().clone();
-                // The first rank alone reports and sees the user's interrupt; the loop passes the interrupt on.
-                let mut no_reporters: Vec<Box<dyn Reporter>> = Vec::new();
-                let result = run_guarded(&worker, || train_loop(&mut trainer, &mut no_reporters, &Interrupter::new()));
+                let worker = trainer.communicator().clone();
+                // Only the first rank looks for the user's interrupt; it tells the others.
+                let mut nobody: Vec<Box<dyn Reporter>> = Vec::new();
+                let result = guarded(&worker, || train_loop(&mut trainer, &mut nobody, &Interrupter::new()));
                 // The receiver may be gone if another rank failed first.
                 let _ = sender.send((worker.rank(), result));
             });
         }
         drop(sender);
-        let worker = first.worker().clone();
-        let result = run_guarded(&worker, || train_loop(&mut first, &mut reporters, interrupter));
-        drop(reporters); // a dashboard restores the terminal before an error is printed
+        let worker = first.communicator().clone();
+        let result = guarded(&worker, || train_loop(&mut first, &mut reporters, interrupter));
+        drop(reporters); // a dashboard gives the terminal back before an error is reported
         let mut results = vec![(worker.rank(), result)];
         let mut deadline: Option<Instant> = None;
         while results.len() <= others {
@@ -264,7 +269,7 @@ impl ProcessGroup {
     fn outcome(
         &self,
         results: Vec<(usize, Result<Outcome, TrainError>)>,
-        worker: &Worker,
+        worker: &Communicator,
     ) -> Result<Outcome, TrainError> {
         let mut first = None;
         let mut cause: Option<(u8, usize, TrainError)> = None;
@@ -287,15 +292,14 @@ impl ProcessGroup {
             // The lowest rank that can report does, and aborts the job before the others report the same error.
             thread::sleep(report_delay(&error, rank));
             error.report();
-            worker.fail(&error.to_string());
+            worker.abort(&error.to_string());
         }
         Err(error)
     }
 }
 
-/// Opens the run in each process: first in process 0, which finds the checkpoint to resume from and renames damaged ones,
-/// then in the others, from the same checkpoint.
-fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Worker) -> Result<Setup, TrainError> {
+/// Opens the run in each process: in the first one, then in the others, at the checkpoint that it found.
+fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Communicator) -> Result<Setup, TrainError> {
     let from = if resume { ResumePoint::Newest } else { ResumePoint::Start };
     let opened = {
         let _busy = between.busy();
@@ -316,8 +320,8 @@ fn open(recipe: &Recipe, target: &Target, resume: bool, between: &Worker) -> Res
     Ok(setup)
 }
 
-/// Fails unless all processes start from the same weights: with different ones every rank would train a model of its own.
-fn check_weights(between: &Worker, model: &CausalLm) -> Result<(), TrainError> {
+/// Fails unless all processes start from the same weights.
+fn check_weights(between: &Communicator, model: &CausalLm) -> Result<(), TrainError> {
     struct Fingerprint(Vec<f64>);
     impl ModuleVisitor for Fingerprint {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -344,8 +348,8 @@ fn check_weights(between: &Worker, model: &CausalLm) -> Result<(), TrainError> {
     }
 }
 
-/// Runs a rank's loop. If it ends in an error or a panic, the other ranks of the process leave their collectives.
-fn run_guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+/// Runs a rank's loop. If it ends in an error or a panic, the other ranks of its process are told.
+fn guarded<T>(worker: &Communicator, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
     if worker.size() == 1 {
         return run(); // no other rank waits for it, and a panic stays a panic
     }
@@ -355,7 +359,7 @@ fn run_guarded<T>(worker: &Worker, run: impl FnOnce() -> Result<T, TrainError>) 
     if let Err(error) = &result
         && !is_known_to_all(error)
     {
-        worker.fail_inside(&error.to_string());
+        worker.abort_local(&error.to_string());
     }
     result
 }
@@ -370,7 +374,7 @@ fn is_known_to_all(error: &TrainError) -> bool {
 fn root_cause_priority(error: &TrainError) -> u8 {
     match error {
         TrainError::RemoteFailure => 0,
-        TrainError::Collective(CollectiveError::Failed { .. }) => 1,
+        TrainError::Collective(CollectiveError::RankFailed { .. }) => 1,
         TrainError::Collective(_) => 2,
         _ => 3,
     }
@@ -383,14 +387,14 @@ fn with_rank(rank: usize, error: TrainError) -> TrainError {
             error
         }
         error if rank == 0 => error,
-        error => TrainError::Rank { rank, source: Box::new(error) },
+        error => TrainError::Communicator { rank, source: Box::new(error) },
     }
 }
 
 /// How long a rank waits before it reports an error that others may report as well.
 fn report_delay(error: &TrainError, rank: usize) -> Duration {
     let before = match error {
-        TrainError::Collective(CollectiveError::Silent { missing, .. }) => {
+        TrainError::Collective(CollectiveError::Timeout { missing, .. }) => {
             (0..rank).filter(|rank| !missing.contains(rank)).count()
         }
         TrainError::Collective(_) => rank + 1,

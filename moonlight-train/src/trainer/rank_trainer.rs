@@ -8,7 +8,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::Interrupter;
 use moonlight_model::{CausalLm, Probe};
-use moonlight_optim::distributed::{Worker, even_cuts};
+use moonlight_optim::distributed::{Communicator, even_cuts};
 use moonlight_optim::{Assignment, MuonAdamW, update_rms};
 
 use super::backward::MemoryOptions;
@@ -59,25 +59,25 @@ exchange_fields!(BatchLoss { loss_sum, predicted });
 
 impl RankTrainer {
     /// This rank.
-    pub(super) fn worker(&self) -> &Worker {
-        self.optimizer.worker()
+    pub(super) fn communicator(&self) -> &Communicator {
+        self.optimizer.communicator()
     }
 
-    /// Whether this is rank 0, which reports for all ranks.
-    fn is_leader(&self) -> bool {
-        self.worker().rank() == 0
+    /// Whether this rank reports and is the one to name an error that all ranks have.
+    fn leads(&self) -> bool {
+        self.communicator().rank() == 0
     }
 
     /// Whether a rank was asked to stop.
     pub(super) fn any_rank_stops(&self, interrupter: &Interrupter) -> Result<bool, TrainError> {
-        Ok(any(self.worker(), interrupter.should_stop())?)
+        Ok(any(self.communicator(), interrupter.should_stop())?)
     }
 
     /// Takes the next step.
     pub(super) fn step(&mut self) -> Result<Metrics, TrainError> {
         let started = Instant::now();
-        // In the first step kernels are compiled and tuned, at each rank's own speed: the others must not time out.
-        let _busy = (self.state.step == self.resumed_at).then(|| self.worker().busy());
+        // In the first step kernels are compiled and tuned, on each rank at its own speed.
+        let _busy = (self.state.step == self.resumed_at).then(|| self.communicator().busy());
         let index = self.state.step;
         let settings = self.settings(index);
         let probed = self.is_probed(index);
@@ -85,7 +85,7 @@ impl RankTrainer {
 
         let next = (index + 1 < self.recipe.train.steps).then(|| self.batch_request(index + 1));
         let batches = self.data.next(&self.batch_request(index), next)?;
-        let totals = StepTotals::local(&batches).all_reduce(self.worker());
+        let totals = StepTotals::local(&batches).all_reduce(self.communicator());
         let totals = totals.map_err(|error| self.step_error(index, error))?;
         let result = step(&mut self.model, &mut self.optimizer, &batches, totals, &settings, &self.device);
         let result = result.map_err(|error| self.step_error(index, error))?;
@@ -123,8 +123,8 @@ impl RankTrainer {
         let step_seed = self.recipe.run.seed.wrapping_add(index.wrapping_mul(SEED_STRIDE));
         self.device.seed(step_seed);
         let dropout = lora.as_ref().is_some_and(|lora| lora.adapters.dropout > 0.0);
-        // Ranks see different sequences, so each needs its own dropout masks.
-        let rank = (self.worker().rank() as u64) << 32;
+        // Each rank drops other inputs.
+        let rank = (self.communicator().rank() as u64) << 32;
         StepSettings {
             learning_rate: self.schedule.rate(index),
             gradient_clip: train.gradient_clip,
@@ -152,8 +152,8 @@ impl RankTrainer {
         let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
         // No overflow to check for here: the stream refuses a step of more than `MAX_STEP_TOKENS` tokens.
         let sequences = passes.saturating_mul(train.batch_size);
-        let cuts = even_cuts(sequences, self.worker().size());
-        let share = cuts[self.worker().rank()]..cuts[self.worker().rank() + 1];
+        let cuts = even_cuts(sequences, self.communicator().size());
+        let share = cuts[self.communicator().rank()]..cuts[self.communicator().rank() + 1];
         let batches = share.len().div_ceil(train.batch_size).max(1);
         BatchRequest { sequences, share, batches }
     }
@@ -177,7 +177,7 @@ impl RankTrainer {
     pub(super) fn validate(&mut self) -> Result<Option<Metrics>, TrainError> {
         let model = self.model.valid();
         let device = self.device.clone().inner();
-        let worker = self.worker();
+        let worker = self.communicator();
         let train = &self.recipe.train;
         let limit = if train.validate_batches == 0 { usize::MAX } else { train.validate_batches };
         // Batch `i` goes to rank `i % world_size`. All losses are gathered and then summed in the order of the batches, so

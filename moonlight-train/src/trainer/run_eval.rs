@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use moonlight_infer::eval::{Reader, evaluate, table, to_json};
+use moonlight_infer::eval::{EvalModel, evaluate, table, to_json};
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_model::CausalLm;
 use serde_json::{Map, Value};
@@ -27,7 +27,7 @@ pub(super) fn run_eval(
         problem: "`eval.tasks` needs a tokenizer, but `data.tokenizer` is `none`".into(),
         hint: Some("set `data.tokenizer` to that of the model, or leave `eval.tasks` out".into()),
     })?;
-    let reader = Reader { model, tokenizer, dir: None };
+    let reader = EvalModel { model, tokenizer, dir: None };
     let evaluations = tasks.iter().map(|task| evaluate(reader, task)).collect::<Result<Vec<_>, _>>()?;
     for evaluation in &evaluations {
         for note in &evaluation.notes {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use burn::tensor::DType;
-use moonlight_infer::tokenizer::{Companion, Tokenizer};
+use moonlight_infer::tokenizer::{TokenizerFile, Tokenizer};
 use moonlight_model::{CausalLm, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -58,7 +58,7 @@ pub(super) fn run_identity(
     dtype: Option<DType>,
 ) -> Result<RunIdentity, TrainError> {
     let mut hash = Xxh3::new();
-    for Companion { name, contents } in tokenizer.map(Tokenizer::companions).unwrap_or_default() {
+    for TokenizerFile { name, contents } in tokenizer.map(Tokenizer::files).unwrap_or_default() {
         for part in [name.as_bytes(), &contents] {
             hash.update(&(part.len() as u64).to_le_bytes());
             hash.update(part);
@@ -66,7 +66,7 @@ pub(super) fn run_identity(
     }
     let name = tokenizer.map_or("none".into(), |tokenizer| format!("`{}`", tokenizer.name()));
     // A built-in tokenizer has no files, so its name stands for its contents.
-    let is_built_in = tokenizer.is_none_or(|tokenizer| tokenizer.companions().is_empty());
+    let is_built_in = tokenizer.is_none_or(|tokenizer| tokenizer.files().is_empty());
     if is_built_in {
         hash.update(name.as_bytes());
     }

@@ -19,7 +19,7 @@ pub(super) fn save(
     optimizer: &MuonAdamW,
     state: &TrainerState,
 ) -> Result<PathBuf, TrainError> {
-    let worker = optimizer.worker();
+    let worker = optimizer.communicator();
     if worker.rank() > 0 {
         let Some(dir) = broadcast_text(worker, None)? else { return Err(TrainError::RemoteFailure) };
         let written = {
@@ -57,20 +57,20 @@ impl StateWriter for RankZeroWriter<'_> {
         self.announced = true;
         // Other ranks may have other working directories.
         let dir = std::path::absolute(dir).map_err(TrainError::read(dir))?;
-        broadcast_text(self.optimizer.worker(), Some(&dir.to_string_lossy()))?;
+        broadcast_text(self.optimizer.communicator(), Some(&dir.to_string_lossy()))?;
         Ok(())
     }
 
     fn end(&mut self, dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError> {
         let written = written.and_then(|()| write_part(dir, self.optimizer));
-        let agreed = agree(self.optimizer.worker(), written);
+        let agreed = agree(self.optimizer.communicator(), written);
         self.disagreed = agreed.is_err();
         agreed
     }
 }
 
 fn write_part(dir: &Path, optimizer: &MuonAdamW) -> Result<(), TrainError> {
-    let worker = optimizer.worker();
+    let worker = optimizer.communicator();
     let path = Checkpoints::part(dir, worker.rank(), worker.size());
     if !dir.exists() {
         return Err(TrainError::Request {

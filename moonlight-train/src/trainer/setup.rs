@@ -8,11 +8,11 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
 use moonlight_convert::adapter::{AdapterError, read_adapter};
 use moonlight_convert::{Checkpoint, CheckpointError, ConfinedDir, load};
-use moonlight_infer::device::{self, Target};
-use moonlight_infer::tokenizer::{Companion, Tokenizer};
+use moonlight_infer::device::{self, ComputeDevice};
+use moonlight_infer::tokenizer::{TokenizerFile, Tokenizer};
 use moonlight_infer::{InferError, load_base};
 use moonlight_model::{CausalLm, ModelConfig};
-use moonlight_optim::distributed::Worker;
+use moonlight_optim::distributed::Communicator;
 use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions, StateError};
 use serde_json::{Value, json};
 
@@ -68,7 +68,7 @@ pub(super) enum ResumePoint {
 impl Setup {
     /// Opens everything that a recipe names, and the checkpoint to resume from. Locks the run's folder, but writes no file
     /// into it before everything is checked.
-    pub(super) fn open(recipe: &Recipe, target: &Target, from: ResumePoint) -> Result<Self, TrainError> {
+    pub(super) fn open(recipe: &Recipe, target: &ComputeDevice, from: ResumePoint) -> Result<Self, TrainError> {
         let path = recipe.run.folder();
         let folder = match from {
             ResumePoint::AtStep(_) => None,
@@ -93,7 +93,7 @@ impl Setup {
         let checkpoints = if recipe.lora.is_some() { checkpoints.for_adapters() } else { checkpoints };
         let weights = Weights { recipe: &recipe, path: weights, target, checkpoints: &checkpoints };
         let (model, resumed) = weights.open(&config, from)?;
-        let dtype = device::dtype(recipe.model.dtype.as_str(), target)?;
+        let dtype = device::parse_dtype(recipe.model.dtype.as_str(), target)?;
         let identity = run_identity(&recipe, &model, tokenizer.as_ref(), &dataset, dtype)?;
         let start = dataset.train_stream(recipe.train.batch_size);
         let mut state = match &resumed {
@@ -148,7 +148,7 @@ impl Setup {
     /// The trainers of this process's ranks, and what the final report needs in addition to the trained model.
     pub(super) fn into_trainers(
         self,
-        ranks: &[(Worker, Target)],
+        ranks: &[(Communicator, Target)],
         distributed: bool,
     ) -> Result<(Vec<RankTrainer>, ReportInputs), TrainError> {
         let mut trainers = Vec::with_capacity(ranks.len());
@@ -242,11 +242,11 @@ impl ReportInputs {
 fn optimizer(
     assignment: &Assignment,
     recipe: &Recipe,
-    worker: Worker,
-    resumed: Option<&FoundCheckpoint>,
+    worker: Communicator,
+    resumed: Option<&Found>,
 ) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
-    let options = OptimizerOptions::new().with_worker(worker).with_distributed(config);
+    let options = OptimizerOptions::new().with_communicator(worker).with_distributed(config);
     let Some(found) = resumed else { return Ok(assignment.build(options)?) };
     let files = found.optimizer();
     assignment.load(&files, options).map_err(|error| match error {
@@ -263,7 +263,7 @@ struct Weights<'a> {
     recipe: &'a Recipe,
     /// The weights that the recipe starts from; `None` to initialize them.
     path: Option<&'a Path>,
-    target: &'a Target,
+    target: &'a ComputeDevice,
     checkpoints: &'a Checkpoints,
 }
 
@@ -272,10 +272,10 @@ impl Weights<'_> {
     fn open(&self, config: &ModelConfig, from: ResumePoint) -> Result<(CausalLm, Option<FoundCheckpoint>), TrainError> {
         let Self { recipe, path, target, checkpoints } = *self;
         let device = target.device.clone().autodiff();
-        let dtype = device::dtype(recipe.model.dtype.as_str(), target)?;
+        let dtype = device::parse_dtype(recipe.model.dtype.as_str(), target)?;
         // Checkpoints of a LoRA run contain adapters only; their base model is loaded once for all that are tried.
         let base = match (&recipe.lora, path) {
-            (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantise.bits())?),
+            (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantize.bits())?),
             _ => None,
         };
         let adapters = base.as_ref().zip(recipe.lora.as_ref());
@@ -324,8 +324,8 @@ fn companions(
     dataset: &Dataset,
     config: &ModelConfig,
     from: Option<&Path>,
-) -> Result<Vec<Companion>, TrainError> {
-    let mut companions = tokenizer.map(Tokenizer::companions).unwrap_or_default();
+) -> Result<Vec<TokenizerFile>, TrainError> {
+    let mut companions = tokenizer.map(Tokenizer::files).unwrap_or_default();
     if let Some(template) = dataset.template() {
         companions.retain(|companion| companion.name != template.name);
         companions.push(template.clone());
@@ -356,7 +356,7 @@ fn companions(
         }
         generation["eos_token_id"] = stops.into();
         let contents = serde_json::to_vec_pretty(&generation).unwrap_or_default();
-        companions.push(Companion { name: GENERATION_CONFIG.into(), contents });
+        companions.push(TokenizerFile { name: GENERATION_CONFIG.into(), contents });
     }
     Ok(companions)
 }
@@ -367,7 +367,7 @@ fn confined(dir: &Path) -> Result<ConfinedDir, TrainError> {
 }
 
 /// Refuses a run that does not fit into memory. On a GPU the available memory is not known, and no run is refused.
-fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &Target) -> Result<(), TrainError> {
+fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &ComputeDevice) -> Result<(), TrainError> {
     let Some(available) = available_memory().filter(|_| target.is_cpu && recipe.train.check_memory) else {
         return Ok(());
     };
@@ -413,8 +413,8 @@ fn check_state(recipe: &Recipe, model: &CausalLm, found: &FoundCheckpoint) -> Re
     }
     let assigned = recipe.optimizer.rules(model.config().hidden_size).assign(model);
     let assignment = assigned.map_err(|error| Err(TrainError::from(error)))?;
-    match optimizer(&assignment, recipe, Worker::alone(), Some(found)) {
-        // A state of another optimizer or model is not damaged: `check_same_run` reports the difference later.
+    match optimizer(&assignment, recipe, Communicator::single_rank(), Some(found)) {
+        // Of another optimizer or model: no damage, and an error of its own later.
         Err(TrainError::OptimizerState { source: source @ StateError::Unreadable(_), path }) => {
             Err(Ok(TrainError::OptimizerState { path, source }.to_string()))
         }
@@ -426,7 +426,7 @@ fn check_state(recipe: &Recipe, model: &CausalLm, found: &FoundCheckpoint) -> Re
 fn adapted(base: CausalLm, dir: &Path, lora: &LoraRecipe) -> Result<CausalLm, TrainError> {
     let mut adapters = read_adapter(base.config(), dir)?;
     adapters.iter_mut().for_each(|adapter| adapter.settings.dropout = lora.adapters.dropout);
-    base.with_adapters(adapters).map_err(|source| AdapterError::Misfit { dir: dir.to_owned(), source }.into())
+    base.with_adapters(adapters).map_err(|source| AdapterError::Mismatch { dir: dir.to_owned(), source }.into())
 }
 
 /// The sizes of the data, as text.

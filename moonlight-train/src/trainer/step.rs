@@ -55,7 +55,7 @@ pub(crate) fn step(
     if totals.predicted == 0.0 {
         return Ok(StepResult::default());
     }
-    let worker = optimizer.worker().clone();
+    let worker = optimizer.communicator().clone();
     let result = match settings.update {
         UpdateMode::DuringBackward => {
             let mut sink = UpdatingSink::new(model, optimizer, settings.learning_rate);
@@ -67,7 +67,7 @@ pub(crate) fn step(
             let mut sink = ReducingSink::new(model, optimizer);
             let mut local = run_micro_batches(&mut sink, batches, totals, settings, device)?;
             sink.finish();
-            local.gradient_squares = optimizer.squares(&**model)?;
+            local.gradient_squares = optimizer.local_sum_of_squares(&**model)?;
             let result = local.all_reduce(&worker)?;
             let scale = clip_factor(settings.gradient_clip, result.gradient_norm());
             model.update(|model| optimizer.apply(settings.learning_rate, scale, model))?;

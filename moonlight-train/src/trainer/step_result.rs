@@ -1,7 +1,7 @@
 //! What a step measures, on one rank and over all of them.
 
 use moonlight_model::ForwardStats;
-use moonlight_optim::distributed::Worker;
+use moonlight_optim::distributed::Communicator;
 
 use super::exchange::{all_gather, exchange_fields};
 use super::step_error::{NonFinite, StepError};
@@ -31,7 +31,7 @@ impl StepTotals {
     }
 
     /// The sums over all ranks.
-    pub(crate) fn all_reduce(self, worker: &Worker) -> Result<Self, StepError> {
+    pub(crate) fn all_reduce(self, worker: &Communicator) -> Result<Self, StepError> {
         let all = all_gather(worker, &self)?;
         Ok(Self {
             predicted: all.iter().map(|totals| totals.predicted).sum(),
@@ -89,8 +89,8 @@ impl StepResult {
     /// The whole step's result, from each rank's share: the same bits on every rank, because all of them merge the shares
     /// in the order of the ranks.
     ///
-    /// A non-finite loss or gradient is an error on every rank.
-    pub(crate) fn all_reduce(self, worker: &Worker) -> Result<Self, StepError> {
+    /// A loss or gradient that is not finite is an error, on every rank alike.
+    pub(crate) fn all_reduce(self, worker: &Communicator) -> Result<Self, StepError> {
         let all = all_gather(worker, &self)?;
         if let Some((rank, share)) = all.iter().enumerate().find(|(_, share)| !share.loss.is_finite()) {
             let rank = (worker.size() > 1).then_some(rank);
@@ -194,7 +194,7 @@ mod tests {
         let threads: Vec<_> = collectives
             .into_iter()
             .zip(shares)
-            .map(|(collective, share)| std::thread::spawn(move || share.all_reduce(&Worker::new(collective))))
+            .map(|(collective, share)| std::thread::spawn(move || share.all_reduce(&Communicator::new(collective))))
             .collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     }
@@ -219,8 +219,9 @@ mod tests {
             let Err(StepError::NonFinite(found)) = result else { panic!("expected an error") };
             assert_eq!((found.what, found.rank), ("loss", Some(1)));
         }
-        let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Worker::alone()) else {
-            panic!("expected an error")
+        let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Communicator::single_rank())
+        else {
+            panic!("it is an error")
         };
         assert_eq!(found.rank, None);
         let mut overflow = share(0.5, 3, 7.0);

@@ -9,9 +9,9 @@ use moonlight_convert::{SaveOptions, save};
 use moonlight_model::{CausalLm, ModelConfig, QuantBits};
 use serde_json::json;
 
-use moonlight_infer::device::Target;
+use moonlight_infer::device::ComputeDevice;
 use moonlight_infer::load_base;
-use moonlight_optim::distributed::Worker;
+use moonlight_optim::distributed::Communicator;
 
 use super::setup::{ResumePoint, Setup};
 use crate::recipe::Recipe;
@@ -62,10 +62,10 @@ fn trained(home: &Path, name: &str, sets: &[&str]) -> CausalLm {
     let text = RECIPE.replace("HOME", &home.display().to_string()).replace("NAME", name);
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let recipe = Recipe::parse(&text, &home.join("recipe.toml"), &sets).unwrap();
-    let target = Target::open("cpu").unwrap();
+    let target = ComputeDevice::open("cpu").unwrap();
     let mut setup = Setup::open(&recipe, &target, ResumePoint::Start).unwrap();
     setup.begin(false).unwrap();
-    let (mut trainers, _) = setup.into_trainers(&[(Worker::alone(), target)], false).unwrap();
+    let (mut trainers, _) = setup.into_trainers(&[(Communicator::single_rank(), target)], false).unwrap();
     for _ in 0..5 {
         trainers[0].step().unwrap();
     }
@@ -106,7 +106,7 @@ fn bits(model: &CausalLm) -> BTreeMap<String, Vec<u8>> {
 }
 
 fn tokens() -> Tensor<2, Int> {
-    Tensor::from_ints([[3, 1, 4, 1, 5]], &Target::open("cpu").unwrap().device)
+    Tensor::from_ints([[3, 1, 4, 1, 5]], &ComputeDevice::open("cpu").unwrap().device)
 }
 
 /// The files of a checkpoint.
@@ -120,14 +120,14 @@ fn training_adapters_leaves_every_bit_of_the_base_model_unchanged() {
     let home = home();
     let model = home.path().join("model");
     let before = files(&model);
-    let device = Target::open("cpu").unwrap().device.autodiff();
-    for (quantise, packed) in [("none", None), ("int8", Some(QuantBits::Eight)), ("int4", Some(QuantBits::Four))] {
+    let device = ComputeDevice::open("cpu").unwrap().device.autodiff();
+    for (quantize, packed) in [("none", None), ("int8", Some(QuantBits::Eight)), ("int4", Some(QuantBits::Four))] {
         let base = load_base(&model, &device, Some(DType::F32), packed).unwrap();
         let of_files = bits(&base);
         for optimizer in ["muon", "adamw"] {
-            let name = format!("{quantise}-{optimizer}");
-            let (quantise, optimizer) = (format!("model.quantise={quantise}"), format!("optimizer.name={optimizer}"));
-            let model_of_run = trained(home.path(), &name, &[&quantise, &optimizer, "lora.targets=[\"all\"]"]);
+            let name = format!("{quantize}-{optimizer}");
+            let (quantize, optimizer) = (format!("model.quantize={quantize}"), format!("optimizer.name={optimizer}"));
+            let model_of_run = trained(home.path(), &name, &[&quantize, &optimizer, "lora.targets=[\"all\"]"]);
             let of_run = bits(&model_of_run);
             assert!(of_run.len() > 20 && of_run.keys().eq(of_files.keys()), "{name}");
             for (path, bits) in &of_files {
@@ -145,7 +145,7 @@ fn training_adapters_leaves_every_bit_of_the_base_model_unchanged() {
 fn frozen_parameters_keep_every_bit_of_the_files() {
     let home = home();
     let model = home.path().join("model");
-    let device = Target::open("cpu").unwrap().device.autodiff();
+    let device = ComputeDevice::open("cpu").unwrap().device.autodiff();
     let of_files = bits(&load_base(&model, &device, Some(DType::F32), None).unwrap());
     for optimizer in ["muon", "adamw"] {
         let name = format!("optimizer.name={optimizer}");
@@ -186,10 +186,10 @@ fn loss_weights_of_any_size_train() {
         std::fs::copy(home.path().join(format!("{name}.jsonl")), home.path().join("valid.jsonl")).unwrap();
         let valid = valid.replace(&format!("{name}.jsonl"), "valid.jsonl");
         let recipe = Recipe::parse(&text, &home.path().join("recipe.toml"), &[valid]).unwrap();
-        let target = Target::open("cpu").unwrap();
+        let target = ComputeDevice::open("cpu").unwrap();
         let mut setup = Setup::open(&recipe, &target, ResumePoint::Start).unwrap();
         setup.begin(false).unwrap();
-        let (mut trainers, _) = setup.into_trainers(&[(Worker::alone(), target)], false).unwrap();
+        let (mut trainers, _) = setup.into_trainers(&[(Communicator::single_rank(), target)], false).unwrap();
         let mut losses: Vec<f64> = (0..5).map(|_| trainers[0].step().unwrap().loss.unwrap()).collect();
         losses.push(trainers[0].validate().unwrap().unwrap().loss.unwrap());
         assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{name}: {losses:?}");

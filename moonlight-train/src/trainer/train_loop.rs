@@ -1,7 +1,7 @@
 //! The training loop.
 
 use burn::train::Interrupter;
-use moonlight_optim::distributed::Traffic;
+use moonlight_optim::distributed::BytesSent;
 
 use super::comm_report::comm_report;
 use super::outcome::Outcome;
@@ -21,14 +21,14 @@ pub(super) fn train_loop(
     let settings = trainer.recipe.train.clone();
     let first = trainer.state.step;
     let (mut valid_loss, mut saved) = (None, None);
-    let mut sent = Traffic::default();
+    let mut sent = BytesSent::default();
 
     // Only the first rank of a process sees the user's interrupt, so the ranks agree before each step whether to stop.
     while trainer.state.step < settings.steps && !trainer.any_rank_stops(interrupter)? {
         reporter.begin_step();
-        let before = trainer.worker().traffic();
+        let before = trainer.communicator().bytes_sent();
         let metrics = trainer.step()?;
-        sent = sent + (trainer.worker().traffic() - before); // of steps alone, not of validations and checkpoints
+        sent = sent + (trainer.communicator().bytes_sent() - before); // of steps alone, not of validations and checkpoints
         reporter.report(&metrics)?;
 
         // `state.step` counts from 1 here: "every 100" validates after the hundredth step and not after the 101st.

@@ -85,7 +85,7 @@ impl SlidingWindow {
                 .collect::<Option<Vec<bool>>>()
         })?;
         if tokens.is_none() && kinds.as_ref().is_some_and(|kinds| kinds.contains(&true)) {
-            return Err(ConfigError::NotFollowed {
+            return Err(ConfigError::Unsupported {
                 key: "layer_types".into(),
                 problem: "has layers of `sliding_attention`, and no `sliding_window` is in use".into(),
                 hint: None,

@@ -7,7 +7,7 @@ use crate::WeightLayout;
 
 /// Whether and how the orthogonalised update is divided by the root of its second moment.
 ///
-/// Both methods restore the Frobenius norm of the update afterwards. With [`Scale::UpdateNorm`](crate::Scale::UpdateNorm)
+/// Both methods restore the Frobenius norm of the update afterwards. With [`UpdateScale::UpdateNorm`](crate::UpdateScale::UpdateNorm)
 /// of 0.2 that is the rescaling of both papers, `0.2 sqrt(A B) / ||O||`; with any other scale the update keeps
 /// the norm of Muon's, as in microsoft/dion.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -44,7 +44,7 @@ pub enum Adaptive {
     },
 }
 
-crate::serde_names::name_or_table!(Adaptive, "a variant of Muon");
+crate::name_or_table::name_or_table!(Adaptive, "a variant of Muon");
 
 fn beta_2() -> f64 {
     0.95
@@ -60,7 +60,7 @@ fn sign() -> bool {
 
 #[cfg(feature = "schema")]
 fn allow_names(schema: &mut schemars::Schema) {
-    crate::serde_names::allow_names(schema, &["nor_muon", "ada_muon"]);
+    crate::name_or_table::allow_names(schema, &["nor_muon", "ada_muon"]);
 }
 
 impl Adaptive {

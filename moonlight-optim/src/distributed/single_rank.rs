@@ -2,13 +2,13 @@
 
 use burn::tensor::{DType, Tensor};
 
-use super::{Collective, CollectiveError, Traffic};
+use super::{BytesSent, Collective, CollectiveError};
 
-/// A group of one worker: every operation returns its input.
+/// A group of one rank: every collective returns its input, a reduce-scatter in f32 as any other.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Solo;
+pub struct SingleRank;
 
-impl Collective for Solo {
+impl Collective for SingleRank {
     fn rank(&self) -> usize {
         0
     }
@@ -33,7 +33,7 @@ impl Collective for Solo {
         Ok(tensor)
     }
 
-    fn numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError> {
+    fn all_gather_f64(&self, own: &[f64]) -> Result<Vec<Vec<f64>>, CollectiveError> {
         Ok(vec![own.to_vec()])
     }
 
@@ -43,9 +43,9 @@ impl Collective for Solo {
 
     fn set_busy(&self, _busy: bool) {}
 
-    fn fail(&self, _message: &str) {}
+    fn abort(&self, _message: &str) {}
 
-    fn traffic(&self) -> Traffic {
-        Traffic::default()
+    fn bytes_sent(&self) -> BytesSent {
+        BytesSent::default()
     }
 }

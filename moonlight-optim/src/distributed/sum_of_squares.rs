@@ -2,13 +2,13 @@
 
 use burn::tensor::{DType, Tensor};
 
-/// Elements widened to f64 at a time.
+/// Elements widened to f64 at a time: 8 MiB, so that the norm of a large embedding needs no f64 copy of it.
 const CHUNK: usize = 1 << 20;
 
 /// The sum of the squares of all elements, in f64 where the device has it, else in f32.
 ///
-/// In f64 the order of summation changes about the 12th digit: the parts that different ranks hold sum to the whole, so
-/// that every world size clips by the same f32 factor.
+/// In f64 the order of summation changes about the 12th digit. So the sums of the parts that different ranks hold add up to
+/// the sum of the whole within f32 precision, and every world size clips by the same f32 factor.
 pub fn sum_of_squares<const D: usize>(tensor: Tensor<D>) -> f64 {
     let elements = tensor.shape().num_elements();
     let wide = if tensor.device().supports_dtype(DType::F64) { DType::F64 } else { DType::F32 };
@@ -27,7 +27,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_have_the_sum_of_the_whole() {
+    fn the_sums_of_parts_add_up_to_the_sum_of_the_whole() {
         let device = Device::default();
         let whole = Tensor::<1>::random([3_000_001], Distribution::Default, &device);
         let exact: f64 = whole.clone().into_data().iter::<f64>().map(|value| value * value).sum();
@@ -40,7 +40,7 @@ mod tests {
         assert!((parts / sum - 1.0).abs() < 1e-12);
         assert_eq!(sum_of_squares(Tensor::<2>::zeros([0, 3], &device)), 0.0);
         assert!(sum_of_squares(Tensor::<1>::full([3], f32::NAN, &device)).is_nan());
-        // Squares that overflow f32.
+        // These squares overflow f32.
         assert!(sum_of_squares(Tensor::<1>::full([3], 1e30, &device)).is_finite());
     }
 }

@@ -96,7 +96,7 @@ impl<'de, E: Error> VariantAccess<'de> for Named<'_, E> {
 /// fields. (`remote` makes serde's derived code an inherent function, which leaves the trait to be implemented here.)
 macro_rules! name_or_table {
     ($type:ident, $expected:literal) => {
-        impl $crate::serde_names::Tagged for $type {
+        impl $crate::name_or_table::Tagged for $type {
             const EXPECTED: &'static str = $expected;
 
             fn read_tagged<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -106,7 +106,7 @@ macro_rules! name_or_table {
 
         impl<'de> serde::Deserialize<'de> for $type {
             fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                $crate::serde_names::read(deserializer)
+                $crate::name_or_table::read(deserializer)
             }
         }
 
@@ -136,7 +136,7 @@ pub(crate) fn allow_names(schema: &mut schemars::Schema, names: &[&str]) {
 mod tests {
     use serde::Deserialize;
 
-    use crate::{Adaptive, MuonConfig, Scale};
+    use crate::{Adaptive, MuonConfig, UpdateScale};
 
     fn read<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T, String> {
         serde_json::from_str(text).map_err(|error| error.to_string())
@@ -144,9 +144,9 @@ mod tests {
 
     #[test]
     fn a_name_alone_takes_the_defaults_of_its_fields() {
-        assert_eq!(read(r#""report""#), Ok(Scale::Report { factor: 0.2 }));
-        assert_eq!(read(r#"{"report": {"factor": 0.3}}"#), Ok(Scale::Report { factor: 0.3 }));
-        assert_eq!(read(r#""spectral""#), Ok(Scale::Spectral));
+        assert_eq!(read(r#""report""#), Ok(UpdateScale::Report { factor: 0.2 }));
+        assert_eq!(read(r#"{"report": {"factor": 0.3}}"#), Ok(UpdateScale::Report { factor: 0.3 }));
+        assert_eq!(read(r#""spectral""#), Ok(UpdateScale::Spectral));
         assert_eq!(read(r#""nor_muon""#), Ok(Adaptive::nor_muon()));
         let unsigned = Adaptive::AdaMuon { beta_2: 0.95, epsilon: 1e-8, sign: false };
         assert_eq!(read(r#"{"ada_muon": {"sign": false}}"#), Ok(unsigned));
@@ -154,11 +154,11 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        let error = read::<Scale>(r#""repport""#).unwrap_err();
+        let error = read::<UpdateScale>(r#""repport""#).unwrap_err();
         assert!(error.contains("unknown variant `repport`, expected one of `report`"), "{error}");
-        let error = read::<Scale>(r#"{"report": {"faktor": 1.0}}"#).unwrap_err();
+        let error = read::<UpdateScale>(r#"{"report": {"faktor": 1.0}}"#).unwrap_err();
         assert!(error.contains("unknown field `faktor`"), "{error}");
-        let error = read::<Scale>("3").unwrap_err();
+        let error = read::<UpdateScale>("3").unwrap_err();
         assert!(error.contains("a name, or a table of one name and its settings"), "{error}");
         let error = read::<MuonConfig>(r#"{"scale": "unit", "colour": 1}"#).unwrap_err();
         assert!(error.contains("unknown field `colour`"), "{error}");
@@ -174,7 +174,7 @@ mod tests {
             object.keys().cloned().collect::<std::collections::BTreeSet<_>>()
         };
         assert_eq!(names(properties), names(written.as_object().unwrap()));
-        let scale = schema["$defs"]["Scale"]["oneOf"].as_array().unwrap();
+        let scale = schema["$defs"]["UpdateScale"]["oneOf"].as_array().unwrap();
         assert!(
             scale.iter().any(|variant| variant["enum"] == serde_json::json!(["report", "update_norm", "hidden_size"]))
         );
