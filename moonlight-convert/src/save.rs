@@ -174,7 +174,7 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// Those of [`save`] and of [`load`](crate::load); [`CheckpointError::NoRoom`] before anything is written.
+    /// Those of [`save`] and of [`load`](fn@crate::load); [`CheckpointError::NoRoom`] before anything is written.
     pub fn convert(&self, dir: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
         self.convert_with(dir, options, &())
     }
