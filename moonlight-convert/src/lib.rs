@@ -42,6 +42,8 @@ pub use io::confined_dir::ConfinedDir;
 pub use io::file_error::{Access, FileError};
 #[doc(hidden)]
 pub use io::storage;
+#[doc(hidden)]
+pub use io::temporary::new_file;
 pub use load::{LoadReport, Loaded, load};
 pub use mapping::names::{HfTensor, SkipReason, hugging_face_tensors};
 pub use printable::{Printable, printable, printable_lines};

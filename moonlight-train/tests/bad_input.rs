@@ -12,11 +12,11 @@ fn train(home: &Home, set: &str) -> Output {
     home.train("bad", &["--set", set]).output().unwrap()
 }
 
-/// The error of a recipe, which must leave no run behind.
+/// The error of a recipe, which must not leave a run's folder.
 fn refused(set: &str, expected: &str) {
     let home = Home::new();
     assert_fails(&train(&home, set), expected);
-    assert!(!home.run("bad").exists(), "`{set}` left a run behind");
+    assert!(!home.run("bad").exists(), "`{set}` left a folder");
 }
 
 #[test]
@@ -75,7 +75,7 @@ fn broken_token_files_name_the_line() {
     assert_fails(&run("{\"tokens\": [1, 999]}\n"), "data.jsonl:1");
     let long: Vec<u32> = vec![1; 40];
     assert_fails(&run(&format!("{{\"tokens\": {long:?}}}\n")), "data.jsonl:1");
-    assert_fails(&run(""), "`data.train` hold nothing to learn from");
+    assert_fails(&run(""), "`data.train` contain nothing to learn from");
 }
 
 /// A trained checkpoint, spoilt, and the error of opening it.
@@ -257,7 +257,7 @@ fn a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint_whole() {
         .unwrap();
     assert_fails(&output, "cannot be written");
     assert_eq!(checkpoints(&run), ["step-00000002"], "{}", text(&output.stderr));
-    // With room again the run goes on.
+    // With free space again the run resumes.
     home.trained("full", &["--set", "train.steps=4", "--resume"]);
     assert!(checkpoints(&run).contains(&"step-00000004".to_owned()));
 }

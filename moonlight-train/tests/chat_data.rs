@@ -157,7 +157,7 @@ fn broken_conversations_are_one_line() {
     assert!(kept.contains(note.strip_prefix("note: ").unwrap()) && kept.contains("talk.jsonl:2 ("), "{kept}");
 }
 
-/// What of a record nobody reads is said once, with counts, on the console and in `data.txt`.
+/// Ignored fields of records are listed once, with their counts, on the console and in `data.txt`.
 #[test]
 fn fields_that_nobody_reads_are_named() {
     let (home, sets) = home();
@@ -187,7 +187,7 @@ fn fields_that_nobody_reads_are_named() {
         ["--set", &set, "--set", "data.valid_fraction=0", "--set", "train.steps=1", "--set", "train.validate_every=0"];
     let output = home.train("noted", &arguments(&sets, &more)).output().unwrap();
     assert!(output.status.success(), "{}", text_of(&output));
-    let note = "data.train: fields that nothing reads, and in how many records: `id` (3), \
+    let note = "data.train: ignored fields (number of records): `id` (3), \
                 `messages[].time` (3), `messages[].tool_call_id` (3), `source` (1), `tools` (1)";
     assert!(text_of(&output).contains(note), "{}", text_of(&output));
     let kept = fs::read_to_string(home.run("noted").join("data.txt")).unwrap();

@@ -73,7 +73,7 @@ fn conversations_are_the_same_in_every_kind_of_file() {
         ("objects.json", format!("{pretty}\n{pretty}\n")),
         ("table.csv", format!("id,messages\n1,{quoted}\n2,{quoted}\n")),
         ("table.tsv", format!("\u{feff}messages\tid\r\n{quoted}\t1\r\n{quoted}\t2\r\n")),
-        // A field that nothing reads may hold what only Python calls JSON.
+        // An ignored field may contain what only Python calls JSON.
         (
             "nan.jsonl",
             RECORD
@@ -87,7 +87,7 @@ fn conversations_are_the_same_in_every_kind_of_file() {
         assert_eq!(look.tokens(name, &contents, &["data.broken=skip"]), expected, "{name}");
     }
     let notes = notes(&look.seen("list.json", format!("[{RECORD}]"), &[]));
-    assert!(notes.contains("data.train: files by what they are: 1 JSON array\n"), "{notes}");
+    assert!(notes.contains("data.train: files by kind: 1 JSON array\n"), "{notes}");
 }
 
 #[test]
@@ -173,11 +173,12 @@ fn a_run_without_data_says_why() {
     let look = Look::new();
     let long = RECORD.replace('Q', &"w".repeat(600));
     let output = look.at("long.jsonl", &long, &["data.too_long=truncate"]);
-    let why = "hold nothing to learn from: 1 record was left out, as nothing in the first 512 tokens is learned: ";
+    let why =
+        "contain nothing to learn from: 1 record was left out, because nothing in the first 512 tokens is learned: ";
     assert_fails(&output, why);
     assert!(text(&output.stderr).contains("long.jsonl:1 ("), "{}", text(&output.stderr));
     let output = look.at("other.jsonl", "{\"a\": 1}\n{\"a\": 2}\n", &["data.broken=skip"]);
-    assert_fails(&output, "hold nothing to learn from: 2 records were broken and left out: ");
+    assert_fails(&output, "contain nothing to learn from: 2 records were broken and left out: ");
     assert!(text(&output.stderr).contains("other.jsonl:1 (the record is no conversation"), "{}", text(&output.stderr));
 }
 

@@ -185,7 +185,7 @@ fn a_part_that_is_missing_is_named_and_the_checkpoint_before_is_taken() {
     let stderr = text(&output.stderr);
     assert!(output.status.success(), "{stderr}");
     assert!(stderr.contains("is damaged: `optimizer-00002-of-00004.bpk` is missing"), "{stderr}");
-    assert!(stderr.contains("resuming from step 8"), "{stderr}");
+    assert!(stderr.contains("resumed after step 8"), "{stderr}");
 }
 
 #[test]
@@ -202,9 +202,9 @@ fn a_run_of_workers_says_what_it_sent_and_held() {
             let line = stderr.lines().find(|line| line.starts_with(start));
             line.unwrap_or_else(|| panic!("no `{start}` in {stderr}"))[start.len()..].trim().to_owned()
         };
-        let sent = after("sent by a worker in a step:");
+        let sent = after("sent by a rank in a step:");
         let sent = sent.split(", numbers").next().unwrap().to_owned();
-        assert_eq!(sent, after("by the formula:"));
+        assert_eq!(sent, after("predicted from the shapes:"));
         let ratio = after("against a sharded AdamW:");
         ratio.split(' ').next().unwrap().parse::<f64>().unwrap()
     };
@@ -222,7 +222,7 @@ fn a_loss_that_is_no_number_ends_all_workers_with_one_error() {
 fn a_worker_without_a_sequence_is_refused() {
     let home = Home::new();
     let output = home.train("many", &["--set", "distributed.devices=9"]).output().unwrap();
-    assert_fails(&output, "there are 9 workers, and a step has 4 sequences");
+    assert_fails(&output, "there are 9 ranks, but a step has only 4 sequences");
 }
 
 #[test]
@@ -254,6 +254,6 @@ fn a_plan_says_what_a_run_on_many_needs() {
 fn a_build_without_mpi_says_so_under_a_launcher() {
     let home = Home::new();
     let output = home.train("launched", &[]).env("OMPI_COMM_WORLD_SIZE", "4").output().unwrap();
-    assert_fails(&output, "this build of the program knows no MPI");
+    assert_fails(&output, "this build has no MPI");
     assert!(text(&output.stderr).contains("--features mpi"));
 }

@@ -49,7 +49,7 @@ fn a_checkpoint_is_evaluated_and_drawn() {
     assert!(text(&plot("x.svg")).starts_with("<svg"));
     assert!(plot("x.png").starts_with(b"\x89PNG"));
     let output = moonlight(&["plot", "--metric", "nothing"]).arg(&a).output().unwrap();
-    assert_fails(&output, "none of the runs has the figure `nothing`");
+    assert_fails(&output, "none of the runs has the metric `nothing`");
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn killed_at_twenty_random_moments_it_always_resumes() {
 
 #[test]
 fn a_run_of_adapters_killed_at_random_moments_always_resumes() {
-    for base in ["model.quantise=none", "model.quantise=int4"] {
+    for base in ["model.quantize=none", "model.quantize=int4"] {
         let Tuned { home, base: path } = Tuned::new();
         let files = files(&path);
         let arguments = [OFTEN, &["--set", base, "--set", "lora.dropout=0.1"]].concat();

@@ -119,7 +119,7 @@ fn adapters_learn_beside_a_base_in_few_bits() {
     let tuned = Tuned::new();
     let whole = losses(&tuned.home.trained("whole", &[]), "valid");
     for (bits, near) in [("int8", 0.02), ("int4", 0.2)] {
-        let set = format!("model.quantise={bits}");
+        let set = format!("model.quantize={bits}");
         let run = tuned.home.trained(bits, &["--set", &set]);
         let (train, valid) = (losses(&run, "train"), losses(&run, "valid"));
         assert!(valid[1] < train[0] && train[11] < train[0], "{bits}: {train:?} {valid:?}");
@@ -142,13 +142,13 @@ fn recipes_that_contradict_themselves_are_refused() {
     let tuned = Tuned::new();
     for (set, expected) in [
         ("lora.targets=[\"qproj\"]", "`lora.targets`: the target `qproj` matches no projection of the model"),
-        ("lora.targets=[]", "`lora.targets` names nothing to adapt"),
+        ("lora.targets=[]", "`lora.targets` is empty"),
         ("lora.rank=0", "`lora.rank` is 0; it must be from 1 to 4096"),
-        ("lora.dropout=1", "`lora.dropout` is 1; it must be from 0 to below 1"),
+        ("lora.dropout=1", "`lora.dropout` is 1; it must be at least 0 and below 1"),
         ("optimizer.qk_clip=10", "`optimizer.qk_clip` scales weights that `[lora]` freezes"),
         ("moe.bias_update_rate=0.1", "`moe.bias_update_rate` moves the routers of a model that `[lora]` freezes"),
-        ("train.freeze=[\"**.mlp.**\"]", "`train.freeze` says nothing beside `[lora]`"),
-        ("model.quantise=int3", "`model.quantise` is `int3`; it must be one of: none, int8, int4"),
+        ("train.freeze=[\"**.mlp.**\"]", "`train.freeze` has no effect with `[lora]`"),
+        ("model.quantize=int3", "`model.quantize` is `int3`; it must be one of: none, int8, int4"),
         ("lora.rnak=3", "unknown key `lora.rnak` (the nearest known key is `lora.rank`)"),
     ] {
         assert_fails(&tuned.train("refused", &["--set", set]), expected);
@@ -156,8 +156,8 @@ fn recipes_that_contradict_themselves_are_refused() {
     }
     let home = Home::new();
     assert_fails(&home.train("shape", &["--set", "lora.rank=4"]).output().unwrap(), "`[lora]` needs weights");
-    let frozen = home.train("bits", &["--set", "model.quantise=int8"]).output().unwrap();
-    assert_fails(&frozen, "`model.quantise` is for weights that stand still");
+    let frozen = home.train("bits", &["--set", "model.quantize=int8"]).output().unwrap();
+    assert_fails(&frozen, "`model.quantize` is for frozen weights");
 }
 
 #[test]

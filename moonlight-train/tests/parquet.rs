@@ -87,7 +87,7 @@ mod parquet_built_in {
         let [parquet, lines] = ["text.parquet", "text.jsonl"].map(looked);
         assert_eq!(parquet["train"], lines["train"]);
         let notes = parquet["notes"].to_string();
-        assert!(notes.contains("files by what they are: 1 parquet (a document in each `text`)"), "{notes}");
+        assert!(notes.contains("files by kind: 1 parquet (a document in each `text`)"), "{notes}");
     }
 
     #[test]

@@ -34,7 +34,7 @@ fn assert_resumes(home: &Home, sets: &[&str], step: u64) -> String {
     let output = resumed(home, sets);
     let stderr = text(&output.stderr);
     assert!(output.status.success(), "{stderr}");
-    assert!(stderr.contains(&format!("resuming from step {step}\n")), "{stderr}");
+    assert!(stderr.contains(&format!("resumed after step {step}\n")), "{stderr}");
     stderr
 }
 
@@ -135,7 +135,7 @@ fn where_no_checkpoint_is_whole_the_run_is_refused_and_nothing_is_changed() {
     }
     let before = contents(&run);
     let output = resumed(&home, &[]);
-    assert_fails(&output, "no checkpoint to resume from is whole");
+    assert_fails(&output, "no complete checkpoint to resume from");
     let stderr = text(&output.stderr);
     assert!(
         stderr.contains("step-00000008`: `trainer.json`") && stderr.contains("step-00000012`: `trainer.json`"),
@@ -179,7 +179,7 @@ fn another_run_is_refused_by_name_before_anything_is_written() {
     let before = contents(&run);
     for (sets, expected) in cases {
         let output = resumed(&home, sets);
-        assert_fails(&output, "this is not the run that");
+        assert_fails(&output, "is a checkpoint of another run");
         for expected in *expected {
             assert!(text(&output.stderr).contains(expected), "{sets:?}: {}", text(&output.stderr));
         }
@@ -347,7 +347,7 @@ fn a_validation_loss_that_is_no_number_is_not_the_best() {
         serde_json::from_slice(&fs::read(checkpoint(&home.run("run"), 1).join("trainer.json")).unwrap()).unwrap();
     assert_eq!(state["best"], Value::Null);
     let output = home.train("run", &[&arguments[..], &["--resume"]].concat()).output().unwrap();
-    assert!(text(&output.stderr).contains("resuming from step 1"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("resumed after step 1"), "{}", text(&output.stderr));
 }
 
 #[test]

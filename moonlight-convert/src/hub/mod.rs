@@ -126,6 +126,23 @@ fn snapshot_in(folder: &Path, revision: &str) -> Result<Option<PathBuf>, Checkpo
     }
 }
 
+/// The folder of the Hub's cache, which need not exist: by the same environment variables as `huggingface_hub` reads.
+pub fn cache_folder() -> PathBuf {
+    cache_dir(|name| std::env::var_os(name))
+}
+
+/// Where a download would read the user's token: the name of an environment variable, or the path of a file. `None` without a token.
+/// The token itself is not read.
+pub fn token_source() -> Option<String> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    if let Some(name) = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].into_iter().find(|name| set(name).is_some()) {
+        return Some(name.to_owned());
+    }
+    let file =
+        set("HF_TOKEN_PATH").map_or_else(|| home_dir(|name| std::env::var_os(name)).join("token"), PathBuf::from);
+    file.is_file().then(|| file.display().to_string())
+}
+
 /// `HF_HUB_CACHE`, or the older `HUGGINGFACE_HUB_CACHE`, or `hub` in the Hub's [home](home_dir).
 pub(crate) fn cache_dir(variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
     ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]

@@ -79,9 +79,7 @@ pub fn train(
     let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal() && terminal::has_keys();
     // A program that logs warnings but not `info` was asked to be quiet. One without a subscriber was not.
     let is_quiet = tracing::enabled!(Level::WARN) && !tracing::enabled!(Level::INFO);
-    let draws = terminal && !is_quiet && can_draw(|name| std::env::var_os(name));
-    let display = if draws { Display::Dashboard } else { Display::Lines };
-    ProcessGroup::open(recipe)?.train(recipe, target, resume, display, interrupter)
+    terminal && !is_quiet && can_draw(|name| std::env::var_os(name))
 }
 
 /// Whether the terminal understands cursor movement and colors, and the user has not turned colors off
