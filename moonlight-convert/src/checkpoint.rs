@@ -126,7 +126,7 @@ impl Checkpoint {
     /// [`config`](Checkpoint::config) is that of an untied model.
     ///
     /// Missing and damaged files are no error yet: [`problems`](Checkpoint::problems) lists them along with what does
-    /// not match the model, and [`load`](crate::load) refuses all of it in one error.
+    /// not match the model, and [`load`](fn@crate::load) refuses all of it in one error.
     ///
     /// # Errors
     ///

@@ -2,7 +2,7 @@
 //!
 //! # Modules
 //!
-//! * [`Checkpoint`] is an opened and validated directory; [`load`] makes a model of it, [`save`] writes one.
+//! * [`Checkpoint`] is an opened and validated directory; [`load`](fn@load) makes a model of it, [`save`](fn@save) writes one.
 //! * [`report`] describes, checks and compares checkpoints; [`manifest`] detects later damage.
 //! * [`adapter`] reads and writes LoRA adapters in peft's layout.
 //! * [`hub`] finds models in the Hub's cache and downloads into it; [`tokenizer`] writes `tokenizer.json`.

@@ -80,11 +80,11 @@ pub fn load(dir: &Path, device: &Device, dtype: Option<DType>) -> Result<Loaded,
 }
 
 impl Checkpoint {
-    /// [`load`](crate::load) for a checkpoint that is already open.
+    /// [`load`](fn@crate::load) for a checkpoint that is already open.
     ///
     /// # Errors
     ///
-    /// Those of [`load`](crate::load).
+    /// Those of [`load`](fn@crate::load).
     pub fn load(&self, device: &Device, dtype: Option<DType>) -> Result<Loaded, CheckpointError> {
         let plan = self.checked_plan(Scope::All)?;
         self.warn();
@@ -97,7 +97,7 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// Those of [`load`](crate::load).
+    /// Those of [`load`](fn@crate::load).
     pub fn load_quantized(
         &self,
         device: &Device,
@@ -147,7 +147,7 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// Those of [`load`](crate::load), and [`CheckpointError::NoSuchPart`].
+    /// Those of [`load`](fn@crate::load), and [`CheckpointError::NoSuchPart`].
     ///
     /// # Panics
     ///

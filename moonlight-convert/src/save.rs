@@ -79,8 +79,8 @@ impl Default for SaveOptions {
 /// The directory appears complete or not at all, and an existing one is replaced in one step: the new files are written
 /// to a hidden sibling, flushed to the disk and renamed. After a crash at any moment the old or the new checkpoint is
 /// complete. (Linux and macOS exchange the names of the two directories atomically. Where a file system cannot, three
-/// renames do it, and the next [`Checkpoint::open`] of the directory recovers from a crash between them.) An error,
-/// such as a full disk, removes what was written and leaves the old checkpoint unchanged.
+/// renames do it; after a crash between them [`Checkpoint::open`] finds the new one, and the next save finishes.) An
+/// error, such as a full disk, removes what was written and leaves the old checkpoint unchanged.
 ///
 /// Quantized weights are dequantized and adapters are merged; [`write_adapter`](crate::adapter::write_adapter) writes
 /// the adapters alone.
@@ -174,7 +174,7 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// Those of [`save`] and of [`load`](crate::load); [`CheckpointError::NoRoom`] before anything is written.
+    /// Those of [`save`] and of [`load`](fn@crate::load); [`CheckpointError::NoRoom`] before anything is written.
     pub fn convert(&self, dir: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
         self.convert_with(dir, options, &())
     }
