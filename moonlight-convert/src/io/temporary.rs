@@ -11,7 +11,7 @@ use crate::io::storage::{self, Call};
 /// Creates an empty file in a directory, which is removed unless it is persisted. Its name is unique among all
 /// processes, also on other hosts that share the directory. Its permissions follow the process's umask, as those of
 /// other files (`tempfile` would make it private to the user).
-pub(crate) fn new_file(dir: &Path, prefix: &str, suffix: &str) -> io::Result<NamedTempFile> {
+pub fn new_file(dir: &Path, prefix: &str, suffix: &str) -> io::Result<NamedTempFile> {
     let mut builder = Builder::new();
     builder.prefix(prefix).suffix(suffix);
     #[cfg(unix)]
