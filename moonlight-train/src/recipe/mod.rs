@@ -33,6 +33,7 @@ mod train;
 
 use std::path::{Path, PathBuf};
 
+use moonlight_model::ModelConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -102,8 +103,30 @@ pub struct Draft {
     folder: Option<PathBuf>,
 }
 
+/// A recipe for a plan: with the shape of its model, without its weights, tokenizer and data.
+#[derive(Debug)]
+pub struct ShapedRecipe {
+    /// The recipe. Its paths need not exist.
+    pub recipe: Recipe,
+    /// The shape of its model.
+    pub config: ModelConfig,
+    /// Where the shape is from, if not from the recipe's own keys or weights: the rest of a sentence.
+    pub assumed: Option<String>,
+}
+
 impl Draft {
-    /// Parses the text of the recipe at `path`, applies each `section.key=value` of `sets`, fills in defaults and checks it.
+    /// [`parse`](Self::parse) of a file.
+    ///
+    /// # Errors
+    ///
+    /// [`RecipeError`], which names the key and the place.
+    pub fn load(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| RecipeError::Read { path: path.to_owned(), problem: error.to_string() })?;
+        Self::parse(&text, path, sets)
+    }
+
+    /// Reads the text of a recipe from `path`, lays each `section.key=value` of `sets` over it, fills in defaults and checks it.
     ///
     /// # Errors
     ///
@@ -138,17 +161,33 @@ impl Draft {
         let Self { mut recipe, document, folder } = self;
         let mut check = Check::new(&document);
         if let Some(config) = recipe.model.resolve(folder.as_deref(), &mut check) {
-            let longest = config.max_position_embeddings;
-            if !check.has("data.sequence_length") {
-                recipe.data.sequence_length = recipe.data.sequence_length.min(longest);
-            }
-            recipe.data.check_length(longest, &mut check);
+            recipe.data.fit_length(config.max_position_embeddings, &mut check);
         }
         if !check.has("data.tokenizer") {
             recipe.data.tokenizer = TokenizerName::default_for(recipe.data.format, recipe.model.path.as_deref());
         }
         check.finish()?;
         Ok(recipe)
+    }
+
+    /// The recipe with the shape of its model and nothing else: neither weights nor data nor a tokenizer need to be there.
+    ///
+    /// The shape is that of `named` (as [`named_config`] reads it) if given; else the recipe's own; else that of the `config.json` at
+    /// `model.path`; else, if there is none, that of `model.preset`. Only a shape without `vocab_size` opens the tokenizer.
+    ///
+    /// # Errors
+    ///
+    /// [`RecipeError`] for a shape that cannot be found, and for what does not go with it.
+    pub fn resolve_shape(self, named: Option<&str>) -> Result<ShapedRecipe, RecipeError> {
+        let Self { mut recipe, document, folder } = self;
+        let mut check = Check::new(&document);
+        let shaped = recipe.model.resolve_shape(named, folder.as_deref(), &recipe.data.tokenizer, &mut check);
+        if let Some((config, _)) = &shaped {
+            recipe.data.fit_length(config.max_position_embeddings, &mut check);
+        }
+        check.finish()?;
+        let (config, assumed) = shaped.expect("a shape that is not found is a problem");
+        Ok(ShapedRecipe { recipe, config, assumed })
     }
 }
 
@@ -159,9 +198,7 @@ impl Recipe {
     ///
     /// [`RecipeError`], which names the key and the place.
     pub fn load(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| RecipeError::Read { path: path.to_owned(), problem: error.to_string() })?;
-        Self::parse(&text, path, sets)
+        Draft::load(path, sets)?.resolve()
     }
 
     /// Like [`load`](Recipe::load), from text that was read from `path`.
