@@ -42,7 +42,7 @@ pub use distributed::DistributedRecipe;
 pub use error::RecipeError;
 pub use eval::EvalConfig;
 pub use lora::LoraRecipe;
-pub use model::{ModelDtype, ModelRecipe, Quantize};
+pub use model::{ModelDtype, ModelRecipe, Quantize, named_config};
 pub(crate) use old_names::RENAMED_KEYS;
 pub use optimizer::{OptimizerName, OptimizerRecipe};
 pub use run::{DeviceName, RunConfig, SampleConfig};
