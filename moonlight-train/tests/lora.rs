@@ -104,7 +104,7 @@ fn an_adapter_generates_and_merges() {
 
     // What cannot be merged is an error, and leaves no file.
     let again = moonlight(&["merge", "--adapter", &run, "--output", &merged]).output().unwrap();
-    assert_fails(&again, "exists already");
+    assert_fails(&again, "already exists");
     let elsewhere = tuned.home.path("elsewhere").display().to_string();
     let none = moonlight(&["merge", "--adapter", &base, "--output", &elsewhere]).output().unwrap();
     assert_fails(&none, "has no `adapter_config.json`");
@@ -131,7 +131,7 @@ fn adapters_are_trained_on_a_quantized_base() {
         let parts = tuned.home.trained(&parts, &[&schedule[..], &["--resume"]].concat());
         assert_same_adapter(&checkpoint(&run, 12), &checkpoint(&parts, 12));
         let model = run.display().to_string();
-        let command = ["generate", "--prompt", "File", "--max-new-tokens", "4", "--model", &model, "--quantise", bits];
+        let command = ["generate", "--prompt", "File", "--max-new-tokens", "4", "--model", &model, "--quantize", bits];
         let output = moonlight(&command).output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
     }

@@ -116,7 +116,7 @@ mod parquet_built_in {
         for expected in [
             "3 records were broken and left out",
             "bad-records.parquet:4 (`messages[1]` has the unknown role `robot`",
-            "bad-records.parquet:5 (the record is no conversation: it has `prompt_id`)",
+            "bad-records.parquet:5 (the record is not a conversation: it has `prompt_id`)",
         ] {
             assert!(notes.contains(expected), "{expected}\n{notes}");
         }

@@ -23,6 +23,7 @@ mod error;
 mod eval;
 mod lora;
 mod model;
+mod old_names;
 mod optimizer;
 mod reader;
 mod run;
@@ -42,6 +43,7 @@ pub use error::RecipeError;
 pub use eval::EvalConfig;
 pub use lora::LoraRecipe;
 pub use model::{ModelDtype, ModelRecipe, Quantize, named_config};
+pub(crate) use old_names::RENAMED_KEYS;
 pub use optimizer::{OptimizerName, OptimizerRecipe};
 pub use run::{DeviceName, RunConfig, SampleConfig};
 pub use schema::schema;
@@ -52,10 +54,6 @@ use document::Node;
 
 use crate::data::MAX_STEP_TOKENS;
 use crate::schedule::{AccumulationChange, ScheduleConfig};
-
-/// Keys that were renamed, as `section.key`, with their names today. Recipes and checkpoints of earlier versions have the old
-/// names and mean the same.
-pub(crate) const RENAMED_KEYS: &[(&str, &str)] = &[("model.quantise", "model.quantize")];
 
 /// A resolved recipe: everything that `moonlight train` needs to know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]

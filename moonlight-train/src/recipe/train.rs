@@ -37,8 +37,8 @@ pub struct TrainConfig {
     pub keep_best: bool,
     /// Steps between lines of the log, of `metrics.jsonl` and of TensorBoard, from 1.
     pub log_every: u64,
-    /// Steps between measurements of the attention logits and of the update RMS, each of which makes its step slower; 0 to
-    /// never measure them.
+    /// Steps between measurements of the attention logits and of the update RMS; a step that measures them is slower. 0 to never
+    /// measure them.
     pub probe_every: u64,
     /// Whether TensorBoard event files are written, into `tensorboard/` of the run's folder.
     pub tensorboard: bool,
