@@ -124,7 +124,7 @@ pub fn parse(json: &[u8]) -> Result<ParsedJson, JsonError> {
     }
 }
 
-/// The number of lone surrogates (`\ud83d` without its other half) in a record, each of which is read as U+FFFD.
+/// The number of lone surrogates (`\ud83d` without its other half) in a record; each is read as U+FFFD.
 pub fn lone_surrogates(json: &[u8]) -> usize {
     // Nearly all records have no escape at all.
     match memchr::memmem::find(json, b"\\u") {
