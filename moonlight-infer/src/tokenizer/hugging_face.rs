@@ -71,8 +71,8 @@ impl HuggingFace {
         inner.with_truncation(None).map_err(|error| error.to_string())?;
         let vocab = inner.get_vocab(true);
         if let Some(token) = vocab.keys().find(|token| token.len() > limits::MAX_TOKEN_BYTES) {
-            let (bytes, most) = (token.len(), limits::MAX_TOKEN_BYTES);
-            return Err(format!("it has a token of {bytes} bytes, more than the limit of {most}"));
+            let (bytes, limit) = (token.len(), limits::MAX_TOKEN_BYTES);
+            return Err(format!("it has a token of {bytes} bytes, more than the limit of {limit}"));
         }
         let vocab_size = vocab.into_values().max().map_or(0, |id| id as usize + 1);
         let added = inner.get_added_tokens_decoder().into_iter().map(|(id, token)| {

@@ -135,16 +135,16 @@ pub struct TokenizerFile {
 impl Tokenizer {
     /// The 256 bytes, and [`BOS`], [`EOS`] and [`PAD`].
     pub fn bytes() -> Self {
-        Self::of_bytes(ByteTokenizer::Plain)
+        Self::from_bytes(ByteTokenizer::Plain)
     }
 
     /// [`bytes`](Tokenizer::bytes) with Moonlight's chat template and its special tokens: `<|im_end|>`, `<|im_user|>`,
     /// `<|im_assistant|>`, `<|im_system|>` and `<|im_middle|>` are 0xF5 to 0xF9, which never occur in UTF-8.
     pub fn bytes_chat() -> Self {
-        Self::of_bytes(ByteTokenizer::Chat)
+        Self::from_bytes(ByteTokenizer::Chat)
     }
 
-    fn of_bytes(kind: ByteTokenizer) -> Self {
+    fn from_bytes(kind: ByteTokenizer) -> Self {
         let (fingerprint, name) = match kind {
             ByteTokenizer::Plain => ("bytes-1", BYTES_TOKENIZER),
             ByteTokenizer::Chat => ("bytes-chat-1", BYTES_CHAT_TOKENIZER),
@@ -409,15 +409,15 @@ impl Tokenizer {
 
     /// The text of tokens, without special and unknown ones. Bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, tokens: &[u32]) -> String {
-        self.text_of(tokens, false)
+        self.decode_text(tokens, false)
     }
 
     /// The text of tokens, with special ones.
     pub fn decode_with_special(&self, tokens: &[u32]) -> String {
-        self.text_of(tokens, true)
+        self.decode_text(tokens, true)
     }
 
-    fn text_of(&self, tokens: &[u32], with_special: bool) -> String {
+    fn decode_text(&self, tokens: &[u32], with_special: bool) -> String {
         let lossy = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         match &self.kind {
             Kind::Bytes(kind) => lossy(kind.bytes(tokens, with_special)),
