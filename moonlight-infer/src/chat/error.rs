@@ -122,7 +122,7 @@ pub enum ConversationError {
     /// A part of the record that is not as expected.
     #[error("{} {problem}", quoted_place(place))]
     Message {
-        /// The message or field, or [`THE_RECORD`].
+        /// The message or field, as `messages[0]`, or `the record`.
         place: String,
         /// The rest of the sentence.
         problem: String,
