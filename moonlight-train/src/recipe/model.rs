@@ -19,26 +19,26 @@ use super::schema::merged;
 use super::{RecipeError, TokenizerName};
 use crate::hints::checkpoint_hint;
 
-/// Where the model comes from: the `path` of weights, or a shape to be initialised from scratch.
+/// `[model]`: weights at a `path`, or a shape whose weights are initialized.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct ModelRecipe {
-    /// The dtype of the weights.
+    /// The dtype of the weights during training.
     pub dtype: ModelDtype,
-    /// The bits of frozen weights.
+    /// How the frozen weights of a LoRA run are quantized.
     pub quantize: Quantize,
-    /// The folder of weights to start from, with their `config.json`; `None` for a shape.
+    /// The folder of the weights to start from, with their `config.json`; `None` for a shape.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// A shape by name; `None` once it is spelled out.
+    /// The name of a shape; `None` once the recipe is resolved, when `shape` has all its keys.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preset: Option<String>,
     /// Keys of `config.json`: the shape, or what differs from the preset.
     #[serde(flatten)]
     pub shape: Map<String, Value>,
-    /// Where the recipe says so.
+    /// The line of the recipe that errors about the model name.
     #[serde(skip)]
     place: String,
-    /// Keeps the folder at `path` from being removed, where it is a checkpoint of a run.
+    /// A lock on the folder at `path`: another run does not remove it, if it is a checkpoint of that run.
     #[serde(skip)]
     held: Option<ModelDir>,
 }
@@ -47,13 +47,13 @@ pub struct ModelRecipe {
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default)]
 struct Keys {
-    /// The dtype of the weights while they are trained.
+    /// The dtype of the weights during training. `--dtype` overrides it.
     dtype: ModelDtype,
-    /// The bits of the frozen projections beside which `[lora]` trains; embedding, head, norms and routers stay in `dtype`.
-    #[serde(alias = "quantise")]
+    /// How the frozen projections of a LoRA run are quantized, to need less memory; embedding, head, norms and routers stay in
+    /// `dtype`. Needs `[lora]`.
     quantize: Quantize,
-    /// Weights to start from: a folder with their `config.json`, the folder of a run (its newest checkpoint), or `org/name` in the Hub's
-    /// cache (its snapshot).
+    /// Weights to start from: a folder with `config.json` and safetensors files, the folder of a run (its newest checkpoint),
+    /// or `org/name` in the Hub's cache. Excludes `preset` and the keys of `config.json`.
     #[serde(deserialize_with = "optional_path")]
     path: Option<PathBuf>,
     /// A shape by name, or a TOML or JSON file of `config.json`'s keys, or another recipe, relative to the recipe. Any key of
@@ -61,18 +61,18 @@ struct Keys {
     preset: Option<String>,
 }
 
-/// The dtype of weights while they are trained.
+/// The dtype of weights during training.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ModelDtype {
-    /// f32 on the CPU, elsewhere as stored.
+    /// f32 on the CPU, and the dtype of the files on a GPU.
     #[default]
     Auto,
-    /// 32 bits.
+    /// 32-bit floating point.
     F32,
-    /// 16 bits, of which 8 are significant.
+    /// bfloat16, 16 bits: the range of f32 with 8 significant bits. Half the memory of f32.
     Bf16,
-    /// 16 bits, of which 11 are significant.
+    /// IEEE half precision, 16 bits: 11 significant bits, but a range of 6e-8 to 65504.
     F16,
 }
 
@@ -88,21 +88,21 @@ impl ModelDtype {
     }
 }
 
-/// The bits of frozen weights.
+/// How frozen weights are quantized.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantize {
-    /// As many as the dtype has.
+    /// Not at all.
     #[default]
     None,
-    /// 8 bits, with a scale for each block.
+    /// To 8-bit integers with a scale for each block, about half of bf16's memory.
     Int8,
-    /// 4 bits, with a scale for each block.
+    /// To 4-bit integers with a scale for each block, about a quarter of bf16's memory.
     Int4,
 }
 
 impl Quantize {
-    /// The model's own form of this setting; `None` for weights in full.
+    /// The setting as the model takes it; `None` for weights that are not quantized.
     pub fn bits(self) -> Option<QuantBits> {
         match self {
             Self::None => None,
@@ -128,7 +128,7 @@ impl JsonSchema for ModelRecipe {
         let keys = shape_keys();
         let others: Map<String, Value> = keys
             .iter()
-            .map(|&key| (key.to_owned(), json!({"description": "As in the published `config.json`."})))
+            .map(|&key| (key.to_owned(), json!({"description": "As in a published `config.json`."})))
             .collect();
         let mut shape = merged(
             "",
@@ -144,14 +144,14 @@ impl JsonSchema for ModelRecipe {
             properties.retain(|key, _| keys.contains(&key.as_str()));
         }
         merged(
-            "Where the model comes from: the `path` of weights, a `preset`, or a shape in the words of `config.json`.",
+            "The model: the `path` of weights to start from, a `preset`, or a shape by the keys of `config.json`.",
             [Keys::json_schema(generator), shape],
         )
     }
 }
 
 impl PartialEq for ModelRecipe {
-    /// Where it was written makes no difference.
+    /// Compares the values, and not where they were written.
     fn eq(&self, other: &Self) -> bool {
         let parts = |it: &Self| (it.dtype, it.quantize, it.path.clone(), it.preset.clone(), it.shape.clone());
         parts(self) == parts(other)
@@ -166,17 +166,17 @@ impl ModelRecipe {
                 check.invalid(&format!("model.{key}"), problem, None);
             }
         } else if self.preset.is_none() && self.shape.is_empty() {
-            check.missing("model.path", "`path` of weights to start from, `preset`, or the keys of a config.json");
+            check.missing("model.path", "write the `path` of weights, a `preset`, or the keys of a `config.json`");
         }
         if !frozen && self.quantize != Quantize::None {
-            let problem = "is for weights that stand still, and without `[lora]` they are what is trained";
+            let problem = "is for frozen weights, but without `[lora]` the weights are trained";
             let hint = "add a `[lora]` section, or train in `dtype = \"bf16\"`";
             check.invalid("model.quantize", problem, Some(hint.into()));
         }
     }
 
-    /// Finds the weights at `path`, or spells out the shape with every default of `config.json`; a preset that is a file is looked for in
-    /// `folder` first. The model's configuration, of any vocabulary where neither shape nor weights say one.
+    /// Finds the weights at `path`, or completes the shape with the defaults of `config.json`. A preset that is a file is
+    /// searched in `folder` first. Returns the model's config; its vocabulary is a placeholder if the shape has none.
     pub(super) fn resolve(&mut self, folder: Option<&Path>, check: &mut Check<'_>) -> Option<ModelConfig> {
         self.place = check.place(if self.path.is_some() { "model.path" } else { "model" });
         if let Some(path) = &mut self.path {
@@ -185,7 +185,7 @@ impl ModelRecipe {
                     *path = found.to_path_buf();
                     self.held = Some(found);
                 }
-                Err(error) => check.invalid("model.path", format!("is wrong: {error}"), checkpoint_hint(&error)),
+                Err(error) => check.invalid("model.path", format!("cannot be used: {error}"), checkpoint_hint(&error)),
             }
         }
         // Next to weights a preset only says what to plan with while they are absent.
@@ -296,8 +296,8 @@ impl ModelRecipe {
     ///
     /// # Errors
     ///
-    /// [`RecipeError`] for a shape that is not one, for a folder without a `config.json`, and for a model whose
-    /// vocabulary is smaller than the tokenizer's.
+    /// [`RecipeError`] for an invalid shape, for a folder without a `config.json`, and for a model whose vocabulary is smaller
+    /// than the tokenizer's.
     pub fn config(&self, vocab_size: usize) -> Result<ModelConfig, RecipeError> {
         let model = |source: ConfigError| RecipeError::Model { place: self.place.clone(), source };
         let config = match &self.path {
@@ -307,18 +307,20 @@ impl ModelRecipe {
                     place: self.place.clone(),
                     key: "model.path".into(),
                     problem: format!("is `{}`, but `{}` cannot be read: {error}", folder.display(), file.display()),
-                    hint: Some("it must be a folder with config.json and safetensors files".into()),
+                    hint: Some("name a folder with `config.json` and safetensors files".into()),
                 })?;
                 let config = ModelConfig::from_json(&text).map_err(model)?;
-                // Whether a head is tied is also the files' to say; what is wrong with them is said where they are loaded.
+                // Whether the head is tied depends on the weight files too: they may lack the head. Errors in them are
+                // reported when they are loaded.
                 let opened = config.tie_word_embeddings.then(|| Checkpoint::open(folder).ok()).flatten();
                 opened.map_or(config, |checkpoint| checkpoint.config().clone())
             }
             None => {
                 let mut shape = self.shape.clone();
-                // Any vocabulary will do to look at the rest of the shape.
-                let unknown = if vocab_size == 0 { u32::MAX as usize } else { vocab_size };
-                shape.entry("vocab_size").or_insert_with(|| unknown.into());
+                // While the vocabulary is unknown, a placeholder lets the rest of the shape be checked. The largest one is
+                // never smaller than a tokenizer's.
+                let placeholder = if vocab_size == 0 { u32::MAX as usize } else { vocab_size };
+                shape.entry("vocab_size").or_insert_with(|| placeholder.into());
                 ModelConfig::from_value(Value::Object(shape)).map_err(model)?
             }
         };
@@ -331,12 +333,12 @@ impl ModelRecipe {
         Ok(config)
     }
 
-    /// The configuration of a model that speaks the tokenizer's tokens: [`config`](ModelRecipe::config), with the
-    /// tokenizer's first and last token where a shape names none.
+    /// The config of a model for the tokenizer: [`config`](ModelRecipe::config), with the tokenizer's BOS and EOS if the shape
+    /// has none.
     ///
     /// # Errors
     ///
-    /// As [`config`](ModelRecipe::config); and a shape without `vocab_size` where there is no tokenizer.
+    /// As [`config`](ModelRecipe::config), and for a shape without `vocab_size` if there is no tokenizer.
     pub fn config_for(&self, tokenizer: Option<&Tokenizer>) -> Result<ModelConfig, RecipeError> {
         let vocab_size = tokenizer.map_or(0, Tokenizer::vocab_size);
         if self.path.is_some() {
@@ -356,7 +358,7 @@ impl ModelRecipe {
         Ok(config)
     }
 
-    /// Replaces the shape by what it means, every default of `config.json` spelled out.
+    /// Replaces the shape by that of `config`, in which every default of `config.json` is written out.
     fn spell_out(&mut self, config: &ModelConfig) {
         if self.path.is_some() {
             return;
@@ -367,7 +369,7 @@ impl ModelRecipe {
     }
 }
 
-/// The keys of `config.json` that shape a model, but for some.
+/// The keys of `config.json` that shape a model, except those in `without`.
 fn shape_of(config: &ModelConfig, without: &[&str]) -> Map<String, Value> {
     let Value::Object(mut shape) = config.to_value() else { return Map::new() };
     let keys = shape_keys();
@@ -406,11 +408,11 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     let is_toml = name.ends_with(".toml");
     if !is_toml && !name.ends_with(".json") {
         let config = ModelConfig::preset(name).map_err(|error| format!("is unknown: {error}"))?;
-        // Which tokens begin and end a text is the tokenizer's to say.
+        // BOS and EOS are those of the tokenizer that the data use.
         return Ok(shape_of(&config, &["bos_token_id", "eos_token_id"]));
     }
-    let beside = folder.map(|folder| folder.join(name)).filter(|path| path.exists());
-    let file = beside.unwrap_or_else(|| PathBuf::from(name));
+    let next_to_recipe = folder.map(|folder| folder.join(name)).filter(|path| path.exists());
+    let file = next_to_recipe.unwrap_or_else(|| PathBuf::from(name));
     let text =
         std::fs::read_to_string(&file).map_err(|error| format!("`{}` cannot be read: {error}", file.display()))?;
     let mut shape: Map<String, Value> = if is_toml {
@@ -431,14 +433,14 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
         return Err(format!("`{name}` has the unknown key `{key}`"));
     }
     if !is_toml {
-        // The file is a model's `config.json`.
+        // A JSON file is a model's `config.json`, in which absent keys have the defaults of its class in transformers.
         fill_class_defaults(&mut shape);
     }
     if shape.contains_key("text_config") {
         let config = ModelConfig::from_value(Value::Object(shape)).map_err(|error| format!("`{name}`: {error}"))?;
         return Ok(shape_of(&config, &[]));
     }
-    // Keys that are not known are kept, for the configuration to refuse. The name of the class follows from `model_type`.
+    // Unknown keys are kept, so that `ModelConfig` refuses them. `architectures` follows from `model_type`.
     shape.retain(|key, value| key != "architectures" && ignore_reason(key).is_none() && !value.is_null());
     Ok(shape)
 }
