@@ -5,7 +5,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use moonlight_infer::device::ComputeDevice;
+use moonlight_infer::device::{ComputeDevice, DeviceError};
 use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
 
@@ -161,7 +161,12 @@ impl Answers {
                 .map(str::to_owned)
                 .collect();
         }
-        let on_cpu = ComputeDevice::open(&arguments.device)?.is_cpu;
+        let on_cpu = match ComputeDevice::open(&arguments.device) {
+            Ok(device) => device.is_cpu,
+            // The recipe may be for another machine.
+            Err(DeviceError::NotBuilt { .. }) => false,
+            Err(error) => return Err(error.into()),
+        };
         let budget =
             arguments.budget.map(|budget| (budget * 1e9) as u64).or_else(|| available_memory().filter(|_| on_cpu));
         Ok(Self {

@@ -56,10 +56,8 @@ struct Keys {
     /// or `org/name` in the Hub's cache. Excludes `preset` and the keys of `config.json`.
     #[serde(deserialize_with = "optional_path")]
     path: Option<PathBuf>,
-    /// A shape whose weights are initialized: a name such as `moonlight-16b-a3b`, or a TOML or JSON file with keys of
-    /// `config.json`, relative to the recipe. Keys of `config.json` in this section override those of the preset; without a
-    /// preset they are the shape. With
-    /// `path`, the shape that `moonlight plan` assumes where the weights are absent.
+    /// A shape by name, or a TOML or JSON file of `config.json`'s keys, or another recipe, relative to the recipe. Any key of
+    /// `config.json` may be laid over it; those keys alone are a shape, too. With `path`, the shape that `moonlight plan` assumes while the weights are absent.
     preset: Option<String>,
 }
 
@@ -237,30 +235,33 @@ impl ModelRecipe {
             let config = self.config(0).map_err(|error| check.problem(error)).ok()?;
             return Some((config, None));
         }
-        let (place, name, assumed) = match (named, &self.path, preset) {
-            (Some(name), ..) => {
-                ("--model-config".to_owned(), name.to_owned(), format!("the shape of the model is that of `{name}`"))
+        match (named, self.path.take(), preset) {
+            (Some(name), path, _) => {
+                self.path = path;
+                match named_config(name) {
+                    Ok(config) => Some((config, Some(format!("the shape of the model is that of `{name}`")))),
+                    Err(problem) => {
+                        let place = "--model-config".into();
+                        check.problem(RecipeError::Invalid { place, key: name.into(), problem, hint: None });
+                        None
+                    }
+                }
             }
             (None, Some(path), Some(preset)) => {
-                let local = folder.map(|folder| folder.join(&preset)).filter(|path| path.is_file());
-                let name = local.map_or(preset.clone(), |path| path.to_string_lossy().into_owned());
-                let path = path.display();
-                let assumed = format!("`{path}` is not there; the shape is that of the preset `{preset}`");
-                (check.place("model.preset"), name, assumed)
+                // As if the model were to be initialized, except for the dtype, which weights have and a shape has not.
+                let config = self.own_shape(folder, tokenizer, check);
+                self.shape = Map::new();
+                let dtype = ModelConfig::preset(&preset).ok().and_then(|config| config.dtype);
+                let absent = format!("`{}` is not there; the shape is that of the preset `{preset}`", path.display());
+                self.path = Some(path);
+                config.map(|config| (ModelConfig { dtype: dtype.or(config.dtype), ..config }, Some(absent)))
             }
             (None, Some(path), None) => {
                 let hint = "name the shape as `model.preset` or with `--model-config`: a preset, or a config.json";
                 check.invalid("model.path", format!("is `{}`, which is not there", path.display()), Some(hint.into()));
-                return None;
-            }
-            (None, None, _) => return self.own_shape(folder, tokenizer, check).map(|config| (config, None)),
-        };
-        match named_config(&name) {
-            Ok(config) => Some((config, Some(assumed))),
-            Err(problem) => {
-                check.problem(RecipeError::Invalid { place, key: name, problem, hint: None });
                 None
             }
+            (None, None, _) => self.own_shape(folder, tokenizer, check).map(|config| (config, None)),
         }
     }
 
@@ -419,6 +420,14 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     } else {
         serde_json::from_str(&text).map_err(|error| format!("`{name}`: {error}"))?
     };
+    // A recipe, whose model is meant.
+    if is_toml && let Some(Value::Object(model)) = shape.remove("model") {
+        let other = ["path", "preset", "dtype", "quantize"];
+        shape = model.into_iter().filter(|(key, _)| !other.contains(&key.as_str())).collect();
+        if shape.is_empty() {
+            return Err(format!("`{name}` is a recipe whose `[model]` has no shape of its own"));
+        }
+    }
     let keys = shape_keys();
     if let Some(key) = shape.keys().find(|key| is_toml && !keys.contains(&key.as_str())) {
         return Err(format!("`{name}` has the unknown key `{key}`"));
