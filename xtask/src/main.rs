@@ -82,7 +82,11 @@ enum Task {
         no_verify: bool,
     },
     /// Check licenses, advisories and sources of dependencies with `cargo deny`
-    Deny,
+    Deny {
+        /// Do not fetch the advisories
+        #[arg(long)]
+        no_advisories: bool,
+    },
     /// Train on two ranks with MPI
     Mpi,
     /// Run the GPU kernels on a Vulkan device in software
@@ -126,7 +130,7 @@ fn run(task: &Task, root: &Path) -> Result<()> {
         Task::Links => links::run(root, true),
         Task::Evidence { check } => evidence::run(root, *check),
         Task::Package { no_verify } => package::run(root, *no_verify),
-        Task::Deny => ci::deny(root),
+        Task::Deny { no_advisories } => ci::deny(root, !no_advisories),
         Task::Mpi => ci::mpi(root),
         Task::Wgpu => ci::wgpu(root),
         Task::Fuzz { seconds } => ci::fuzz(root, *seconds),
