@@ -263,6 +263,7 @@ pub(crate) fn run_blocks(root: &Path, programs: &Path) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let path = std::env::join_paths(std::iter::once(programs).chain(std::env::split_paths(&path)))?;
     let mut count = 0;
+    remove_traces(root)?;
     for page in pages::manual(root)? {
         for block in page.blocks.iter().filter(|block| block.is("sh") && block.is_marked("run")) {
             eprintln!("{}", page.place(block.line));
@@ -273,6 +274,17 @@ pub(crate) fn run_blocks(root: &Path, programs: &Path) -> Result<()> {
         }
     }
     eprintln!("{count} blocks ran");
+    remove_traces(root)
+}
+
+/// Removes what earlier blocks have written: their runs and files are named `book-...`.
+fn remove_traces(root: &Path) -> Result<()> {
+    for pattern in ["runs/book-*", "target/book-*"] {
+        for path in glob::glob(&root.join(pattern).to_string_lossy())? {
+            let path = path?;
+            fs::remove_dir_all(&path).with_context(|| format!("`{}`", path.display()))?;
+        }
+    }
     Ok(())
 }
 
