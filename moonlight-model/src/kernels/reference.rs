@@ -331,7 +331,7 @@ pub(super) fn attention_grad<B: Backend>(
     (B::float_swap_dims(grad_query, 1, 2), B::float_swap_dims(grad_key_value, 1, 2), grad_shared)
 }
 
-/// See [`super::cached_attention`].
+/// See [`super::cached_attention`](fn@super::cached_attention).
 pub(super) fn cached_attention_forward<B: Backend>(
     query: FloatTensor<B>,
     cache: FloatTensor<B>,
