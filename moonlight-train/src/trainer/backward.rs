@@ -103,7 +103,7 @@ impl GradientSink for ReducingSink<'_> {
                 let mut stage = SumStage { earlier, new: gradients, sums: GradientsParams::new() };
                 self.model.visit(&mut stage);
                 let sums = stage.sums;
-                self.optimizer.offer(self.model, sums);
+                self.optimizer.add_gradients(self.model, sums);
             }
         }
         Ok(())
@@ -116,7 +116,7 @@ impl GradientSink for ReducingSink<'_> {
     }
 
     fn must_finish_pass(&self) -> bool {
-        self.optimizer.worker().size() > 1
+        self.optimizer.communicator().size() > 1
     }
 }
 
