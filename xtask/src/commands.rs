@@ -55,11 +55,14 @@ fn check(page: &Page, root: &Path, known: &Known, keys: &Keys, problems: &mut Ve
                 if let Err(problem) = check_command(&command, known, keys) {
                     problems.push(format!("{}: {problem}", page.place(block.line + line)));
                 }
-                problems.extend(missing_files(&command, root).map(|it| format!("{}: {it}", page.place(block.line + line))));
+                problems
+                    .extend(missing_files(&command, root).map(|it| format!("{}: {it}", page.place(block.line + line))));
             }
         }
         if block.is("toml") {
-            problems.extend(check_recipe(&block.text, keys).into_iter().map(|it| format!("{}: {it}", page.place(block.line))));
+            problems.extend(
+                check_recipe(&block.text, keys).into_iter().map(|it| format!("{}: {it}", page.place(block.line))),
+            );
         }
     }
     for (line, code) in &page.codes {
@@ -125,7 +128,8 @@ fn check_command(words: &[String], known: &Known, keys: &Keys) -> Result<(), Str
         word => word.rsplit('/').next().unwrap_or_default().to_owned(),
     };
     let mut rest = &words[1..];
-    while let Some(next) = rest.first().map(|word| format!("{command} {word}")).filter(|next| known.contains_key(next)) {
+    while let Some(next) = rest.first().map(|word| format!("{command} {word}")).filter(|next| known.contains_key(next))
+    {
         (command, rest) = (next, &rest[1..]);
     }
     let options = known.get(&command).ok_or_else(|| format!("there is no program `{command}`"))?;
@@ -185,8 +189,16 @@ fn check_recipe(text: &str, keys: &Keys) -> Vec<String> {
 
 /// Files of this repository that words name and that are not there.
 fn missing_files<'a>(words: &'a [String], root: &'a Path) -> impl Iterator<Item = String> + 'a {
-    const FOLDERS: [&str; 8] =
-        ["scripts", "configs", "docs", "xtask", "moonlight-train", "moonlight-model", "moonlight-optim", "moonlight-convert"];
+    const FOLDERS: [&str; 8] = [
+        "scripts",
+        "configs",
+        "docs",
+        "xtask",
+        "moonlight-train",
+        "moonlight-model",
+        "moonlight-optim",
+        "moonlight-convert",
+    ];
     const ENDINGS: [&str; 6] = [".py", ".sh", ".toml", ".rs", ".md", ".json"];
     let names = words.iter().map(|word| word.trim_end_matches([',', ';', ':']));
     let files = names.filter(|word| {

@@ -117,8 +117,14 @@ impl Claim {
         let Self { claim, date, machine, commit, command, measured, .. } = self;
         ensure!(machines.contains_key(machine), "claim `{claim}`: there is no machine `{machine}`");
         let is_date = date.len() == 10 && date.split('-').map(str::len).eq([4, 2, 2]);
-        ensure!(is_date && date.chars().all(|c| c == '-' || c.is_ascii_digit()), "claim `{claim}`: `{date}` is no date");
-        ensure!(commit.len() >= 7 && commit.chars().all(|c| c.is_ascii_hexdigit()), "claim `{claim}`: `{commit}` is no commit");
+        ensure!(
+            is_date && date.chars().all(|c| c == '-' || c.is_ascii_digit()),
+            "claim `{claim}`: `{date}` is no date"
+        );
+        ensure!(
+            commit.len() >= 7 && commit.chars().all(|c| c.is_ascii_hexdigit()),
+            "claim `{claim}`: `{commit}` is no commit"
+        );
         ensure!(!command.is_empty() && !measured.is_empty(), "claim `{claim}` is incomplete");
         Ok(())
     }

@@ -73,7 +73,10 @@ mod tests {
 
     #[test]
     fn paths_are_taken_to_their_end() {
-        assert_eq!(normal(Path::new("docs/src/guides/../reference/./recipe.md")), Path::new("docs/src/reference/recipe.md"));
+        assert_eq!(
+            normal(Path::new("docs/src/guides/../reference/./recipe.md")),
+            Path::new("docs/src/reference/recipe.md")
+        );
     }
 
     #[test]
