@@ -267,7 +267,7 @@ impl DataConfig {
         check.require("data.sequence_length", self.sequence_length > 0, || "is 0; it must be at least 1".into());
     }
 
-    /// Checks the length of sequences against a model that reads at most `longest` tokens; a default is shortened to that.
+    /// Checks the sequence length for a model that reads at most `longest` tokens, and lowers the default to that.
     pub(super) fn fit_length(&mut self, longest: usize, check: &mut Check<'_>) {
         if !check.has("data.sequence_length") {
             self.sequence_length = self.sequence_length.min(longest);
