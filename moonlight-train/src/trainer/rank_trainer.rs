@@ -175,6 +175,7 @@ impl RankTrainer {
 
     /// The mean loss over the validation batches, the same ones each time; `None` if the recipe has no validation data.
     pub(super) fn validate(&mut self) -> Result<Option<Metrics>, TrainError> {
+        let started = Instant::now();
         let model = self.model.valid();
         let device = self.device.clone().inner();
         let comm = self.communicator();
@@ -208,6 +209,9 @@ impl RankTrainer {
             return Ok(None);
         }
         let loss = loss_sum / predicted;
+        if self.is_leader() {
+            tracing::debug!("validated {} batches in {:.1} s", losses.len(), started.elapsed().as_secs_f64());
+        }
         self.state.update_best(loss);
         Ok(Some(Metrics {
             split: Split::Valid,
