@@ -81,8 +81,10 @@ impl RankTrainer {
         let index = self.state.step;
         let settings = self.settings(index);
         let probed = self.is_probed(index);
+        // A second handle keeps the old weights alive through the update, so a probed step needs them in memory twice.
         let before = (probed && self.is_leader()).then(|| CausalLm::clone(&self.model));
 
+        // The next step's batches are prefetched during this step; after the last step there is none.
         let next = (index + 1 < self.recipe.train.steps).then(|| self.batch_request(index + 1));
         let batches = self.data.next(&self.batch_request(index), next)?;
         let totals = StepTotals::local(&batches).all_reduce(self.communicator());
@@ -123,7 +125,8 @@ impl RankTrainer {
         let step_seed = self.recipe.run.seed.wrapping_add(index.wrapping_mul(SEED_STRIDE));
         self.device.seed(step_seed);
         let dropout = lora.as_ref().is_some_and(|lora| lora.adapters.dropout > 0.0);
-        // Ranks see different sequences, so each needs its own dropout masks.
+        // Ranks see different sequences, so each needs its own dropout masks. The rank is in the upper half of the seed, because
+        // micro-batches count up in the lower one.
         let rank = (self.communicator().rank() as u64) << 32;
         StepSettings {
             learning_rate: self.schedule.rate(index),
