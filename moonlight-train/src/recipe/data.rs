@@ -171,7 +171,7 @@ pub struct DataConfig {
     /// Tokens in a sequence, from 1 to the model's `max_position_embeddings`. Memory and, for attention, time grow with it.
     /// Default: 1024, or the model's maximum if that is smaller.
     pub sequence_length: usize,
-    /// Whether several documents share a sequence: texts are laid end to end and cut every `sequence_length` tokens;
+    /// Whether several documents share a sequence: texts are concatenated and cut every `sequence_length` tokens;
     /// conversations are combined without cutting any. Attention never crosses documents. With `false` each record is a
     /// sequence of its own, padded on the right.
     pub pack: bool,
