@@ -145,7 +145,7 @@ fn a_text_starts_with_bos_if_the_tokenizer_says_so() {
     assert_eq!(prompt(&["--prompt", "Hi"]), (json!([BOS, 72, 105]), String::new()));
     assert_eq!(prompt(&["--prompt", "Hi", "--no-bos"]).0, json!([72, 105]));
     assert_eq!(prompt(&["--prompt-tokens", "72,105"]).0, json!([72, 105]));
-    assert_fails(&run("generate", dir, &["--prompt-tokens", "72", "--bos"]), "`--prompt-tokens` are taken as they are");
+    assert_fails(&run("generate", dir, &["--prompt-tokens", "72", "--bos"]), "`--prompt-tokens` excludes `--bos`");
     assert_eq!(prompt(&["--prompt", "<s>Hi"]).0, spelled(&[BOS], &[]));
     let (twice, warning) = prompt(&["--prompt", "<s>Hi", "--parse-special"]);
     assert_eq!(twice, json!([BOS, BOS, 72, 105]), "as transformers gives it");

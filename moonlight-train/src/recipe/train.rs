@@ -13,7 +13,7 @@ pub struct TrainConfig {
     /// Optimizer steps of the run. Required, unless `epochs` or the stages of `[schedule]` give them. 0 stands for the steps of
     /// `epochs`.
     pub steps: u64,
-    /// Passes over the training data, a fraction if need be, instead of `steps`. The run's own `recipe.toml` gets the number of
+    /// Passes over the training data, not necessarily a whole number, instead of `steps`. The run's own `recipe.toml` gets the number of
     /// steps. 0 if `steps` is given.
     pub epochs: f64,
     /// Sequences of one micro-batch, from 1. Lower it if activations do not fit into memory, and raise
