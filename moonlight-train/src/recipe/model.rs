@@ -53,11 +53,12 @@ struct Keys {
     /// `dtype`. Needs `[lora]`.
     quantize: Quantize,
     /// Weights to start from: a folder with `config.json` and safetensors files, the folder of a run (its newest checkpoint),
-    /// or `org/name` in the Hub's cache. Excludes `preset` and the keys of `config.json`.
+    /// or `org/name` in the Hub's cache. Excludes the keys of `config.json`.
     #[serde(deserialize_with = "optional_path")]
     path: Option<PathBuf>,
-    /// A shape by name, or a TOML or JSON file of `config.json`'s keys, or another recipe, relative to the recipe. Any key of
-    /// `config.json` may be laid over it; those keys alone are a shape, too. With `path`, the shape that `moonlight plan` assumes while the weights are absent.
+    /// A shape whose weights are initialized: a name such as `moonlight-16b-a3b`, or a file relative to the recipe, which is TOML or
+    /// JSON with keys of `config.json`, or another recipe. Keys of `config.json` in this section override those of the preset;
+    /// without a preset they are the shape. With `path`, the shape that `moonlight plan` assumes while the weights are absent.
     preset: Option<String>,
 }
 
@@ -420,7 +421,7 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     } else {
         serde_json::from_str(&text).map_err(|error| format!("`{name}`: {error}"))?
     };
-    // A recipe, whose model is meant.
+    // Of a recipe the model is meant.
     if is_toml && let Some(Value::Object(model)) = shape.remove("model") {
         let other = ["path", "preset", "dtype", "quantize"];
         shape = model.into_iter().filter(|(key, _)| !other.contains(&key.as_str())).collect();
