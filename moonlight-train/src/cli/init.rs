@@ -529,7 +529,7 @@ mod tests {
         let (pretrain, peak) =
             written(&["--task", "pretrain", "--preset", "bench-small", "--data", "d/*.txt", "--budget", "2"]);
         assert!(peak <= 2_000_000_000 && pretrain.recipe.lora.is_none());
-        let moonlight = ["--model", "moonshotai/Moonlight-16B-A3B", "--data", "c.jsonl", "--device", "auto"];
+        let moonlight = ["--model", "moonshotai/Moonlight-16B-A3B", "--data", "c.jsonl", "--device", "cuda"];
         let with = |more: &[&'static str]| [more, &moonlight].concat();
         let (chat, peak) = written(&with(&["--task", "chat", "--budget", "80"]));
         assert!(peak <= 80_000_000_000 && chat.recipe.train.fuse_update, "{peak}");
@@ -539,7 +539,18 @@ mod tests {
 
     #[test]
     fn a_budget_that_nothing_fits_is_an_error_with_a_hint() {
-        let arguments = ["--task", "chat", "--model", "moonshotai/Moonlight-16B-A3B", "--data", "c", "--budget", "8"];
+        let arguments = [
+            "--task",
+            "chat",
+            "--model",
+            "moonshotai/Moonlight-16B-A3B",
+            "--data",
+            "c",
+            "--budget",
+            "8",
+            "--device",
+            "cuda",
+        ];
         let error = answers(&arguments).fitted(Path::new("r.toml")).unwrap_err();
         assert!(error.to_string().starts_with("no settings fit into 8.00 GB"), "{error}");
         assert!(error.hint().unwrap().contains("--task lora"));

@@ -430,7 +430,7 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     } else {
         serde_json::from_str(&text).map_err(|error| format!("`{name}`: {error}"))?
     };
-    // A recipe, whose model is meant.
+    // Of a recipe the model is meant.
     if is_toml && let Some(Value::Object(model)) = shape.remove("model") {
         let other = ["path", "preset", "dtype", "quantize"];
         shape = model.into_iter().filter(|(key, _)| !other.contains(&key.as_str())).collect();
