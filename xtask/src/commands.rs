@@ -133,6 +133,8 @@ fn check_command(words: &[String], known: &Known, keys: &Keys) -> Result<(), Str
         (command, rest) = (next, &rest[1..]);
     }
     let options = known.get(&command).ok_or_else(|| format!("there is no program `{command}`"))?;
+    // Those of the program are those of its commands as well.
+    let global = command.split(' ').next().and_then(|program| known.get(program));
     if PROGRAMS.contains(&command.as_str())
         && let Some(word) = rest.first()
         && !word.starts_with('-')
@@ -145,7 +147,8 @@ fn check_command(words: &[String], known: &Known, keys: &Keys) -> Result<(), Str
     for (at, word) in rest.iter().enumerate() {
         let option = word.split('=').next().unwrap_or_default();
         let is_option = option.starts_with("--") && option.len() > 2;
-        if is_option && !options.contains(option) && !["--help", "--version"].contains(&option) {
+        let is_known = options.contains(option) || global.is_some_and(|global| global.contains(option));
+        if is_option && !is_known && !["--help", "--version"].contains(&option) {
             return Err(format!("`{command}` has no option `{option}`"));
         }
         if word == "--set"
