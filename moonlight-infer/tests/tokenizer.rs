@@ -29,10 +29,11 @@ const PLAIN: [(u32, &str); 4] =
 /// What this repository holds of code and prose, and scripts and signs that it does not hold.
 fn texts() -> Vec<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let mut texts: Vec<String> = ["README.md", "docs/src/reference/recipe.md", "CONTRIBUTING.md", "scripts/fixtures/make_fixtures.py"]
-        .iter()
-        .filter_map(|name| fs::read_to_string(root.join(name)).ok())
-        .collect();
+    let mut texts: Vec<String> =
+        ["README.md", "docs/src/reference/recipe.md", "CONTRIBUTING.md", "scripts/make_fixtures.py"]
+            .iter()
+            .filter_map(|name| fs::read_to_string(root.join(name)).ok())
+            .collect();
     for folder in ["moonlight-infer/src/tokenizer", "moonlight-infer/src/chat", "moonlight-train/src/data"] {
         for entry in fs::read_dir(root.join(folder)).into_iter().flatten().flatten() {
             texts.extend(fs::read_to_string(entry.path()));

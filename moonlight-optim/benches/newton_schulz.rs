@@ -1,7 +1,7 @@
-//! Five Newton-Schulz steps of the stacks of matrices that `bench-small` has: `cargo bench -p moonlight-optim`.
+//! Five Newton-Schulz steps on the stacks of matrices of `bench-small`: `cargo bench -p moonlight-optim`.
 //!
-//! Rated by floating-point operations a second ("elem/s"): a step's Gram matrix, its square, and their product with `X`, whole,
-//! although two of the three are symmetric.
+//! "elem/s" is FLOP/s, counting the Gram matrix, its square and the product with `X` of each step in full, although two of the
+//! three are symmetric.
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! The report's Lemma 1, measured: `cargo run --release --example lemma_1`.
 //!
-//! An orthogonal `[A, B]` update of full rank has RMS `1 / sqrt(max(A, B))`, one of rank `r` `sqrt(r / (A B))`. Prints the RMS
-//! of orthogonalised updates over that, for gradients of full rank and for gradients of an eighth of it.
+//! An orthogonal `[A, B]` update has an RMS of `1 / sqrt(max(A, B))` at full rank, and `sqrt(r / (A B))` at rank `r`. Prints the
+//! ratio of the RMS of orthogonalized updates to that, for gradients of full rank and of an eighth of it.
 
 use burn::tensor::{Device, Distribution, Tensor};
 use moonlight_optim::{Coefficients, NewtonSchulz};
@@ -11,7 +11,7 @@ fn main() {
     let normal = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device);
     let report = NewtonSchulz::new(&Coefficients::Report, 5);
     let exact = NewtonSchulz::new(&Coefficients::PolarExpress, 12);
-    println!("| A | B | rank | lemma | report, 5 steps, over it | Polar Express, 12 steps, over it |");
+    println!("| A | B | rank | lemma | report, 5 steps: ratio | Polar Express, 12 steps: ratio |");
     println!("|---|---|---|---|---|---|");
     for [rows, columns] in [[64, 64], [64, 256], [256, 64], [256, 256], [128, 1024], [512, 352], [1024, 1024]] {
         let short = rows.min(columns);

@@ -10,7 +10,7 @@ use burn::optim::Optimizer;
 use burn::tensor::{Device, Distribution, Tensor};
 use moonlight_optim::{MuonConfig, MuonState, Precision};
 
-/// `(how many, [rows, columns])`.
+/// `(number of matrices, [rows, columns])` of a workload.
 fn workload(name: &str) -> Option<Vec<(usize, [usize; 2])>> {
     match name {
         "dense" => Some(vec![(48, [768, 768]), (24, [768, 2048]), (12, [2048, 768])]),
@@ -20,7 +20,7 @@ fn workload(name: &str) -> Option<Vec<(usize, [usize; 2])>> {
     }
 }
 
-/// A figure of `/proc/self/status`, in MiB; `None` elsewhere than on Linux.
+/// A field of `/proc/self/status` in MiB; `None` on other systems than Linux.
 fn memory(field: &str) -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with(field))?;
@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (count, [rows, columns]) = matrices[0];
         let random = || Tensor::<3>::random([count, rows, columns], Distribution::Normal(0.0, 1.0), &device);
         let (gradient, mut held) = (random(), Some((random(), None)));
-        quickest(steps, || {
+        fastest(steps, || {
             if let Some((weight, state)) = held.take() {
                 held = Some(muon.step(1e-3, weight, gradient.clone(), state));
             }
@@ -65,7 +65,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 (gradients, (0..count).map(|_| (random(shape), None)).collect())
             })
             .collect();
-        quickest(steps, || {
+        fastest(steps, || {
             for (gradients, held) in &mut groups {
                 let parameters = held.drain(..).zip(gradients.iter());
                 let batch = parameters.map(|((weight, state), gradient)| (weight, gradient.clone(), state)).collect();
@@ -83,8 +83,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// The quickest of some runs after one to warm up, in seconds.
-fn quickest(steps: usize, mut run: impl FnMut()) -> f64 {
+/// The fastest of several runs after one to warm up, in seconds.
+fn fastest(steps: usize, mut run: impl FnMut()) -> f64 {
     run();
     (0..steps)
         .map(|_| {

@@ -8,8 +8,8 @@ use burn::optim::Optimizer;
 use burn::tensor::{Device, Distribution, Tensor};
 use moonlight_optim::{Coefficients, MuonConfig, newton_schulz};
 
-/// Five runs after one to warm up; the quickest, in seconds.
-fn quickest(mut run: impl FnMut()) -> f64 {
+/// The fastest of five runs after one to warm up, in seconds.
+fn fastest(mut run: impl FnMut()) -> f64 {
     run();
     (0..5)
         .map(|_| {
@@ -25,11 +25,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let shape @ [batch, rows, columns] = match given[..] {
         [batch, rows, columns] => [batch, rows, columns],
         [] => [32, 512, 352],
-        _ => return Err("three sizes are needed: BATCH ROWS COLUMNS".into()),
+        _ => return Err("expected three sizes: BATCH ROWS COLUMNS".into()),
     };
     let device = Device::default();
     let gradient = Tensor::<3>::random(shape, Distribution::Normal(0.0, 1.0), &device);
-    let seconds = quickest(|| {
+    let seconds = fastest(|| {
         newton_schulz(gradient.clone(), &Coefficients::Report, 5);
         device.sync().ok();
     });
@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let muon = MuonConfig::new().build();
     let mut held = Some((gradient.clone(), None));
-    let seconds = quickest(|| {
+    let seconds = fastest(|| {
         if let Some((weight, state)) = held.take() {
             held = Some(muon.step(1e-3, weight, gradient.clone(), state));
         }

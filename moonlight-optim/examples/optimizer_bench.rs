@@ -1,8 +1,8 @@
 //! Whole optimizer steps of a module, Muon and AdamW, on one rank, without forward and backward:
 //! `cargo run --release --example optimizer_bench -- [STEPS] [bf16]`.
 //!
-//! 8 layers of four [512, 512] and two [512, 1408] matrices, a stack of 16 [512, 352], norms, and an embedding of 8,000
-//! tokens. Prints one line of JSON: seconds of each step after the first, and the peak memory.
+//! 8 layers, each with four [512, 512] and two [512, 1408] matrices, a stack of 16 [512, 352] and a norm, and an embedding of
+//! 8,000 tokens. Prints one line of JSON: seconds of each step after the first, and the peak memory.
 
 use std::time::Instant;
 
@@ -70,7 +70,7 @@ fn net(dtype: DType, device: &Device) -> Net {
     Net { embedding: random([8000, 512], dtype, device), layers: (0..8).map(layer).collect() }
 }
 
-/// Some gradient, as quickly as it is to be had.
+/// A gradient that costs next to nothing: half of each parameter.
 fn gradients(model: &Net) -> GradientsParams {
     struct Register(GradientsParams);
     impl ModuleVisitor for Register {

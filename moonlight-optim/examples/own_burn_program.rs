@@ -1,6 +1,7 @@
-//! Muon in a Burn program of one's own: `cargo run -p moonlight-optim --example own_burn_program`.
+//! Muon in your own Burn program: `cargo run -p moonlight-optim --example own_burn_program`.
 //!
-//! A small classifier of token pairs. It was trained by Burn's AdamW; each change is marked by the line that it replaces.
+//! A small classifier of token pairs, which was trained with Burn's AdamW before. Each change has the line that it replaces in a
+//! comment.
 
 use burn::module::Module;
 use burn::nn::loss::CrossEntropyLossConfig;
@@ -10,7 +11,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 // Was: use burn::optim::AdamWConfig;
 use moonlight_optim::{AdamWConfig, Assignment, MuonAdamW, MuonConfig, OptimizerOptions, ParameterRules};
 
-/// Learning rate: the one that was used with AdamW.
+/// The learning rate that was used with AdamW.
 const RATE: f64 = 1e-2;
 const VOCAB: usize = 32;
 const WIDTH: usize = 64;
@@ -53,7 +54,7 @@ fn data(device: &Device) -> (Tensor<2, Int>, Tensor<1, Int>) {
     (Tensor::from_data(tokens, device), Tensor::from_data(TensorData::new(classes, [VOCAB * VOCAB]), device))
 }
 
-/// Takes some steps; the loss before the first of them and after the last.
+/// Trains for some steps. Returns the model, and the loss before and after.
 fn train(
     mut model: Classifier,
     optimizer: &mut MuonAdamW,
@@ -73,9 +74,9 @@ fn train(
     Ok((model, before, after))
 }
 
-/// Muon for the hidden matrices; AdamW for the embedding (found by its type), the head (named), norms and biases.
+/// Muon for the hidden matrices; AdamW for the embedding (found by its type), the output head (named), norms and biases.
 fn assign(model: &Classifier) -> Result<Assignment, Box<dyn std::error::Error>> {
-    // Any option of Muon and of AdamW is set here, such as `.with_scale(UpdateScale::Spectral)`.
+    // Options of Muon and AdamW are set here, such as `MuonConfig::new().with_scale(UpdateScale::Spectral)`.
     let rules = ParameterRules::muon_except(["output.*"], MuonConfig::new(), AdamWConfig::new());
     Ok(rules.assign(model)?)
 }
@@ -93,7 +94,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("loss {before:.3}, after 40 steps {after:.3}");
     assert!(after < 0.7 * before, "the loss falls");
 
-    // Stop and resume. In another process the module has other identities: state is matched by parameter path.
+    // Save and resume. State is matched by parameter path, since `ParamId`s differ in another process.
     let file = std::env::temp_dir().join(format!("own-burn-program-{}.bpk", std::process::id()));
     optimizer.save(&file)?;
     let mut resumed = assign(&model)?.load(&[&file], OptimizerOptions::new())?;
@@ -101,6 +102,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (_, _, uninterrupted) = train(model.clone(), &mut optimizer, 10, &device)?;
     let (_, _, after_resume) = train(model, &mut resumed, 10, &device)?;
     println!("after 50 steps {uninterrupted:.3}, resumed after 40 {after_resume:.3}");
-    assert_eq!(uninterrupted.to_bits(), after_resume.to_bits(), "a resumed run is the run, bit for bit");
+    assert_eq!(uninterrupted.to_bits(), after_resume.to_bits(), "a resumed run repeats the run bit for bit");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! AdamW beside Muon: Burn's, with the report's settings, in full precision.
+//! AdamW for what Muon does not take: Burn's, with the report's settings, in f32.
 
 use burn::config::{Config, config_to_json};
 use burn::optim::{AdamW, ModuleOptimizer};
@@ -6,25 +6,33 @@ use serde::{Deserialize, Serialize};
 
 use crate::{MixedPrecision, Rounding};
 
-/// Settings of AdamW for what Muon does not take: the report's, which are not Burn's defaults.
+/// Configuration to create an AdamW optimizer, for what Muon does not take: Burn's AdamW, run in f32 ([`MixedPrecision`]).
+///
+/// The defaults are those of "Muon is Scalable for LLM Training" (arXiv 2502.16982), which differ from Burn's.
 ///
 /// | field | default | source |
 /// |---|---|---|
 /// | `betas` | `[0.9, 0.95]` | the report |
 /// | `epsilon` | 1e-8 | the report |
-/// | `weight_decay` | 0.1, decoupled, on every parameter of the group | the report, which found decay of gains crucial |
+/// | `weight_decay` | 0.1, decoupled, on every parameter of the group | the report, which found decay of norm gains crucial |
 /// | `rounding` | `nearest` | see [`Rounding`] |
+///
+/// ```
+/// use moonlight_optim::AdamWConfig;
+///
+/// let adamw = AdamWConfig::new().with_weight_decay(0.0).build();
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct AdamWConfig {
-    /// Decay of the first and of the second moment. Default: `[0.9, 0.95]`.
+    /// The decay rates of the first and the second moment. Default: `[0.9, 0.95]`.
     pub betas: [f64; 2],
-    /// Added to the root of the second moment. Default: 1e-8.
+    /// Added to the square root of the second moment. Default: 1e-8.
     pub epsilon: f64,
-    /// Decoupled weight decay. Default: 0.1.
+    /// Decoupled weight decay: `W <- W - lr * weight_decay * W`. Default: 0.1.
     pub weight_decay: f64,
-    /// How parameters in half precision are stored. Default: `nearest`.
+    /// How the updates of bf16 and f16 parameters are rounded. Default: `nearest`.
     pub rounding: Rounding,
 }
 
@@ -34,7 +42,7 @@ impl Default for AdamWConfig {
     }
 }
 
-/// [`Config::save`] and [`Config::load`]; unlike a derived config's, a file may leave out any field.
+/// [`Config::save`] and [`Config::load`]. Unlike with a derived config, a file may leave out any field.
 impl Config for AdamWConfig {}
 
 impl std::fmt::Display for AdamWConfig {
@@ -44,17 +52,17 @@ impl std::fmt::Display for AdamWConfig {
 }
 
 impl AdamWConfig {
-    /// The report's settings.
+    /// The report's config.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Keller Jordan's settings beside his Muon (`SingleDeviceMuonWithAuxAdam`): epsilon 1e-10, no decay.
+    /// The config that goes with Keller Jordan's Muon (`SingleDeviceMuonWithAuxAdam`): epsilon 1e-10, no decay.
     pub fn keller_jordan() -> Self {
         Self::default().with_epsilon(1e-10).with_weight_decay(0.0)
     }
 
-    /// Sets both betas.
+    /// Sets [`betas`](Self::betas).
     pub fn with_betas(mut self, beta_1: f64, beta_2: f64) -> Self {
         self.betas = [beta_1, beta_2];
         self
@@ -66,7 +74,7 @@ impl AdamWConfig {
         with_rounding(rounding: Rounding);
     }
 
-    /// Burn's AdamW with these settings, its moments kept in full precision.
+    /// The optimizer of single parameters, whose moments are in f32 for any parameter (f64 for f64).
     pub fn build(&self) -> MixedPrecision<AdamW> {
         let optimizer = burn::optim::AdamWConfig::new()
             .with_beta_1(self.betas[0] as f32)
@@ -77,7 +85,7 @@ impl AdamWConfig {
         MixedPrecision { optimizer, rounding: self.rounding }
     }
 
-    /// AdamW for every parameter of a module.
+    /// Initialize AdamW for every parameter of a module, as Burn's own configs do.
     pub fn init(&self) -> ModuleOptimizer {
         ModuleOptimizer::from(self.build())
     }
@@ -95,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn half_precision_parameters_are_stepped_in_full_precision() {
+    fn half_precision_parameters_are_stepped_in_f32() {
         let device = Device::default();
         let mut narrow = Tensor::<1>::random([64], Distribution::Default, &device).cast(DType::BF16);
         let optimizer = AdamWConfig::new().build();
@@ -120,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn decay_reaches_a_gain_without_gradient() {
+    fn decay_applies_without_a_gradient() {
         let device = Device::default();
         let gain = Tensor::<1>::ones([4], &device);
         let (after, _) = AdamWConfig::new().build().step(0.5, gain.clone(), gain.zeros_like(), None);

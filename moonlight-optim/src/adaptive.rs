@@ -1,43 +1,45 @@
-//! Second moments of orthogonalised updates: NorMuon and AdaMuon.
+//! Second moments of the orthogonalized update: NorMuon and AdaMuon.
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::WeightLayout;
 
-/// Whether and how the orthogonalised update is divided by the root of its second moment.
+/// Whether the orthogonalized update is divided by the square root of its second moment, and in which way.
 ///
-/// Both methods restore the Frobenius norm of the update afterwards. With [`UpdateScale::UpdateNorm`](crate::UpdateScale::UpdateNorm)
-/// of 0.2 that is the rescaling of both papers, `0.2 sqrt(A B) / ||O||`; with any other scale the update keeps
-/// the norm of Muon's, as in microsoft/dion.
+/// Both variants restore the Frobenius norm of the update afterwards. With [`UpdateScale::UpdateNorm`] of 0.2 that is the
+/// rescaling of both papers, `0.2 sqrt(A B) / ||O||`; with any other scale the update keeps the norm of Muon's, as in
+/// microsoft/dion.
+///
+/// [`UpdateScale::UpdateNorm`]: crate::UpdateScale::UpdateNorm
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "schema", schemars(rename = "Adaptive", transform = allow_names))]
 #[serde(remote = "Self", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Adaptive {
-    /// Plain Muon.
+    /// Muon without second moments.
     #[default]
     Off,
-    /// "NorMuon" (arXiv 2510.05491), Algorithm 1: one second moment for each neuron, that is for each output of the layer:
-    /// `v <- beta_2 v + (1 - beta_2) mean_in(O^2)`, `O <- O / (sqrt(v) + epsilon)`. The state grows by one value per output.
+    /// "NorMuon" (arXiv 2510.05491), Algorithm 1: a second moment for each neuron, that is for each output of the layer:
+    /// `v <- beta_2 v + (1 - beta_2) mean_in(O^2)`, `O <- O / (sqrt(v) + epsilon)`. The state grows by one value an output.
     NorMuon {
-        /// Decay of the second moment. Default: 0.95, the paper's.
+        /// The decay rate of the second moment. Default: 0.95, the paper's.
         #[serde(default = "beta_2")]
         beta_2: f64,
-        /// Added to the root of the second moment. Default: 1e-8.
+        /// Added to the square root of the second moment. Default: 1e-8.
         #[serde(default = "epsilon")]
         epsilon: f64,
     },
     /// "AdaMuon" (arXiv 2507.11005), Algorithm 1: a second moment for each element,
     /// `V <- beta_2 V + (1 - beta_2) O^2`, `O <- O / (sqrt(V) + epsilon)`. The state is twice Muon's.
     AdaMuon {
-        /// Decay of the second moment. Default: 0.95, in the paper also the momentum.
+        /// The decay rate of the second moment. Default: 0.95. In the paper it equals the momentum.
         #[serde(default = "beta_2")]
         beta_2: f64,
-        /// Added to the root of the second moment. Default: 1e-8.
+        /// Added to the square root of the second moment. Default: 1e-8.
         #[serde(default = "epsilon")]
         epsilon: f64,
-        /// Whether the signs of the momentum are orthogonalised (the paper's later versions) or the momentum itself.
+        /// Whether the signs of the momentum are orthogonalized, as in the paper's later versions, or the momentum itself.
         /// Default: `true`.
         #[serde(default = "sign")]
         sign: bool,
@@ -74,16 +76,16 @@ impl Adaptive {
         Adaptive::AdaMuon { beta_2: beta_2(), epsilon: epsilon(), sign: sign() }
     }
 
-    /// The input of Newton-Schulz.
+    /// The input of Newton-Schulz: the momentum or its signs.
     pub(crate) fn input(&self, momentum: Tensor<3>) -> Tensor<3> {
         match self {
-            // The second term is 0, or NaN for a non-finite momentum, which a sign would hide.
+            // The sign of NaN or infinity is finite. The second term is 0, or NaN for these, so that they still show in the update.
             Adaptive::AdaMuon { sign: true, .. } => momentum.clone().sign().add(momentum.mul_scalar(0.0)),
             _ => momentum,
         }
     }
 
-    /// The adapted update `[batch, rows, columns]` and the second moment after it.
+    /// The update `[batch, rows, columns]` divided by its second moment, and the new second moment.
     pub(crate) fn apply(
         &self,
         update: Tensor<3>,
@@ -97,19 +99,19 @@ impl Adaptive {
                     WeightLayout::InOut => 1,
                     WeightLayout::OutIn => 2,
                 };
-                (beta_2, epsilon, update.clone().square().mean_dim(inputs))
+                (beta_2, epsilon, update.clone().square().mean_dim(inputs)) // [batch, 1, out] or [batch, out, 1]
             }
             Adaptive::AdaMuon { beta_2, epsilon, .. } => (beta_2, epsilon, update.clone().square()),
         };
-        let fresh = squares.mul_scalar(1.0 - beta);
+        let new = squares.mul_scalar(1.0 - beta);
         let second = match second {
-            Some(second) => second.mul_scalar(beta).add(fresh),
-            None => fresh,
+            Some(second) => second.mul_scalar(beta).add(new),
+            None => new,
         };
         let adapted = update.clone().div(second.clone().sqrt().add_scalar(epsilon));
         let norm = |x: Tensor<3>| x.square().sum_dims(&[1, 2]).sqrt(); // [batch, 1, 1]
-        let tiny = f64::from(f32::MIN_POSITIVE); // an update of zeros stays zero
-        let length = norm(update).div(norm(adapted.clone()).add_scalar(tiny));
-        (adapted.mul(length), Some(second))
+        let tiny = f64::from(f32::MIN_POSITIVE); // keeps an update of zeros from becoming 0 / 0
+        let ratio = norm(update).div(norm(adapted.clone()).add_scalar(tiny));
+        (adapted.mul(ratio), Some(second))
     }
 }

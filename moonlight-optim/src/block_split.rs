@@ -1,31 +1,38 @@
-//! Splitting matrices that are several in one: heads, fused projections.
+//! Splitting a matrix into blocks that are orthogonalized by themselves: heads, fused projections.
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-/// How a stored matrix is split before it is orthogonalised: every block is orthogonalised and scaled on its own.
+/// How a stored matrix is split into blocks. Each block is orthogonalized and scaled by itself.
 ///
-/// Sizes are repeated until they fill the side, which they must do exactly: `[192]` splits a query projection into heads
-/// of 192, `[q, k, v]` a fused projection into its three parts. In Burn's `Linear`, `[in, out]`, heads are blocks of
-/// columns.
+/// Sizes are repeated until they fill the side, which they must do exactly: `[192]` splits a query projection into heads of
+/// 192, `[q, k, v]` a fused projection into its three parts. In Burn's `Linear`, `[in, out]`, heads are blocks of columns.
 ///
-/// The report orthogonalises whole matrices, and so do the presets. Blocks for each head of `q_proj` and `kv_b_proj` are
-/// what torchtitan's Moonlight recipe takes (its `BlockShard`).
+/// The report orthogonalizes whole matrices, and so do the presets. torchtitan's Moonlight recipe has a block for each head of
+/// `q_proj` and `kv_b_proj` (its `BlockShard`).
+///
+/// ```
+/// use moonlight_optim::Blocks;
+///
+/// let heads = Blocks::Columns(vec![192]);
+/// assert_eq!(heads.sizes(2048, 3 * 192), Some(vec![192, 192, 192]));
+/// assert_eq!(heads.sizes(2048, 500), None);
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Blocks {
-    /// The whole matrix.
+    /// The whole matrix is one block.
     #[default]
     Whole,
-    /// Blocks of these many rows.
+    /// Blocks of these numbers of rows.
     Rows(Vec<usize>),
-    /// Blocks of these many columns.
+    /// Blocks of these numbers of columns.
     Columns(Vec<usize>),
 }
 
 impl Blocks {
-    /// The sizes of the blocks of a `[rows, columns]` matrix along the side that is cut, or `None` if they do not fill it.
+    /// The sizes of the blocks of a `[rows, columns]` matrix along the side that is split; `None` if they do not fill it.
     pub fn sizes(&self, rows: usize, columns: usize) -> Option<Vec<usize>> {
         let (pattern, side) = match self {
             Blocks::Whole => return Some(vec![rows]),
@@ -44,11 +51,11 @@ impl Blocks {
             left = left.checked_sub(size)?;
             sizes.push(size);
         }
-        // Whole patterns only: half of a fused projection is a mistake.
+        // The pattern must be complete: a part of a fused projection is a mistake.
         (sizes.len() % pattern.len() == 0).then_some(sizes)
     }
 
-    /// The dimension of `[batch, rows, columns]` that is cut.
+    /// The dimension of `[batch, rows, columns]` that is split.
     fn dimension(&self) -> usize {
         match self {
             Blocks::Whole | Blocks::Rows(_) => 1,
@@ -56,8 +63,8 @@ impl Blocks {
         }
     }
 
-    /// The blocks of a stack, in order. `sizes` fill the side.
-    pub(crate) fn cut(&self, stack: &Tensor<3>, sizes: &[usize]) -> Vec<Tensor<3>> {
+    /// The blocks of a stack, in order. The `sizes` must fill the side.
+    pub(crate) fn split(&self, stack: &Tensor<3>, sizes: &[usize]) -> Vec<Tensor<3>> {
         let mut start = 0;
         let mut blocks = Vec::with_capacity(sizes.len());
         for &size in sizes {
@@ -67,7 +74,7 @@ impl Blocks {
         blocks
     }
 
-    /// What [`Blocks::cut`] cut.
+    /// Joins what [`Blocks::split`] has split.
     pub(crate) fn join(&self, mut blocks: Vec<Tensor<3>>) -> Tensor<3> {
         match (blocks.len(), blocks.pop()) {
             (1, Some(only)) => only,
@@ -79,7 +86,7 @@ impl Blocks {
         }
     }
 
-    /// The size of a block along the side that is cut.
+    /// The size of a block along the side that is split.
     pub(crate) fn extent(&self, block: &Tensor<3>) -> usize {
         block.dims()[self.dimension()]
     }

@@ -1,13 +1,13 @@
-//! The polynomials of the Newton-Schulz iteration, each table with its source.
+//! The polynomials of the Newton-Schulz iteration: tables of coefficients, each with its source.
 
 use serde::{Deserialize, Serialize};
 
-/// The quintic of Keller Jordan and of the report, the same in every step.
+/// The quintic polynomial of Keller Jordan and of the report, the same in every step.
 ///
 /// Source: <https://kellerjordan.github.io/posts/muon/>; "Muon is Scalable for LLM Training" (arXiv 2502.16982), 2.1.
 pub const REPORT: [[f64; 3]; 1] = [[3.4445, -4.7750, 2.0315]];
 
-/// Five different steps found by optimisation (You Jiacheng, `train_gpt_medium.py` of modded-nanogpt; also the
+/// Five different steps, found by optimization (You Jiacheng, `train_gpt_medium.py` of modded-nanogpt; also the
 /// default of microsoft/dion and the set "quintic" of NVIDIA's Emerging-Optimizers).
 ///
 /// Source: <https://leloykun.github.io/ponder/muon-opt-coeffs/>.
@@ -32,16 +32,16 @@ pub const POLAR_EXPRESS: [[f64; 3]; 8] = [
     [1.875, -1.25, 0.375],
 ];
 
-/// The safety factor of "The Polar Express", 3.4 and Algorithm 1: every polynomial but the last is read at
-/// `x / 1.01`, so that rounding cannot push a singular value out of the interval that the polynomial was made for.
+/// The safety factor of "The Polar Express", 3.4 and Algorithm 1: every polynomial except the last is evaluated at `x / 1.01`, so
+/// that rounding cannot push a singular value out of the interval that the polynomial was made for.
 pub const POLAR_EXPRESS_SAFETY: f64 = 1.01;
 
 /// The composition of "Accelerating Newton-Schulz Iteration for Orthogonalization via Chebyshev-type Polynomials" (CANS,
 /// arXiv 2506.10935): Remez polynomials on intervals that adapt to the step before.
 ///
 /// Source: the set "cans" of NVIDIA's Emerging-Optimizers (`muon_utils.py`), made with the paper's `polynomials.py`. It has no
-/// safety factor and is steepest at 1: a matrix of rank one, whose singular value is 1 after the norm, gets its length to
-/// about 4e-3 only in f32, here and in PyTorch alike.
+/// safety factor and is steepest at 1. A matrix of rank one has a singular value of 1 after normalization: its result has an
+/// error of about 4e-3 in f32, here and in PyTorch.
 pub const CANS: [[f64; 3]; 5] = [
     [8.4703, -25.1081, 18.6293],
     [4.1828, -3.1087, 0.5806],
@@ -50,18 +50,18 @@ pub const CANS: [[f64; 3]; 5] = [
     [2.2737, -1.6447, 0.4162],
 ];
 
-/// Four steps for a matrix that is preconditioned as in "Turbo-Muon" (arXiv 2512.04632), by the rescaling of "Almost
-/// Orthogonal Layers" (arXiv 2208.03160): see [`Preconditioning::Aol`].
+/// Four steps for a matrix that is preconditioned as in "Turbo-Muon" (arXiv 2512.04632), by the rescaling of "Almost-Orthogonal
+/// Layers" (arXiv 2208.03160): see [`Preconditioning::Aol`].
 ///
 /// Source: <https://github.com/thib-s/flash-newton-schulz>, as in `newton_schulz_triton_fast` of microsoft/dion. The older
 /// table of the same name in NVIDIA's Emerging-Optimizers begins with 4.0098, -7.0585, 2.4635, which takes a singular
-/// value of 1 to -0.585: AOL brings the one singular value of a rank-one matrix to exactly 1, and its update would point
-/// uphill. This one is positive on all of (0, 1].
+/// value of 1 to -0.585. AOL brings the singular value of a rank-one matrix to exactly 1, so that its update would point uphill.
+/// This table is positive on all of (0, 1].
 pub const AOL: [[f64; 3]; 4] =
     [[4.6051, -9.6552, 5.6769], [4.7505, -6.0861, 2.1790], [2.7763, -2.3190, 0.5523], [2.4231, -2.2861, 0.8193]];
 
-/// The ten steps of DeepSeek-V4: eight of Jordan's quintic, which lift small singular values fast, then two of
-/// `2 x - 1.5 x^3 + 0.5 x^5`, which settle them at 1.
+/// The ten steps of DeepSeek-V4: eight of Jordan's quintic, which raise small singular values fast, then two of
+/// `2 x - 1.5 x^3 + 0.5 x^5`, which converge to 1.
 ///
 /// Source: the DeepSeek-V4 report (`DeepSeek_V4.pdf` of deepseek-ai/DeepSeek-V4-Pro), by the set "deepseekv4" of NVIDIA's
 /// Emerging-Optimizers (`muon_utils.py`).
@@ -78,17 +78,17 @@ pub const DEEPSEEK_V4: [[f64; 3]; 10] = [
     [2.0, -1.5, 0.5],
 ];
 
-/// The scaling of a matrix before the first step, so that its largest singular value is at most 1.
+/// The scaling of a matrix before the first step. It makes the largest singular value at most 1, where the polynomials converge.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Preconditioning {
-    /// `X <- X / ||X||`, the Frobenius norm.
+    /// `X <- X / ||X||`, by the Frobenius norm.
     #[default]
     Frobenius,
-    /// `X <- S X` with `S = diag(1 / sqrt(sum_j |X X^T|_ij))`, on the shorter side: the rescaling of "Almost Orthogonal
-    /// Layers". It is closer to orthogonal than `X / ||X||`, which saves a step, but it changes the singular vectors
-    /// a little: the result is near the orthogonal factor of `S X`, not of `X`.
+    /// `X <- S X` with `S = diag(1 / sqrt(sum_j |X X^T|_ij))`, on the shorter side: the rescaling of "Almost-Orthogonal Layers".
+    /// `S X` is closer to orthogonal than `X / ||X||`, which saves a step, but its singular vectors differ a little from those
+    /// of `X`: the result is near the orthogonal factor of `S X`.
     Aol,
 }
 
@@ -97,22 +97,21 @@ pub enum Preconditioning {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Coefficients {
-    /// [`REPORT`]: 3.4445, -4.7750, 2.0315 in every step. After five steps the singular values lie between about 0.7
-    /// and 1.2, not at 1; the report found ten steps more exact and no better.
+    /// [`REPORT`]: 3.4445, -4.7750, 2.0315 in every step. After five steps the singular values are between about 0.7
+    /// and 1.2, not 1; the report found ten steps more exact and no better.
     #[default]
     Report,
-    /// [`QUINTIC`]: five different steps, the last one repeated if more are asked for.
+    /// [`QUINTIC`]: five different steps; further steps repeat the last one.
     Quintic,
-    /// [`POLAR_EXPRESS`] with its safety factor: converges to 1, the last polynomial repeated.
+    /// [`POLAR_EXPRESS`] with its safety factor: converges to 1; further steps repeat the last polynomial.
     PolarExpress,
-    /// [`CANS`]: five steps to within 12 % of 1 from 1e-3 up, the last one repeated if more are asked for.
+    /// [`CANS`]: five steps to within 12 % of 1, for singular values from 1e-3 up; further steps repeat the last one.
     Cans,
-    /// [`AOL`] after [`Preconditioning::Aol`]: four steps to within 6 % of 1, the last one repeated.
+    /// [`AOL`] after [`Preconditioning::Aol`]: four steps to within 6 % of 1; further steps repeat the last one.
     Aol,
-    /// [`DEEPSEEK_V4`]: ten steps, the last one repeated.
+    /// [`DEEPSEEK_V4`]: ten steps; further steps repeat the last one.
     DeepseekV4,
-    /// One triple `[a, b, c]` a step, the last one repeated if there are more steps than triples. Empty means no
-    /// step at all.
+    /// A triple `[a, b, c]` for each step; further steps repeat the last one. Empty means no steps.
     Custom(Vec<[f64; 3]>),
 }
 
@@ -137,7 +136,7 @@ impl Coefficients {
         Some([a, b, c])
     }
 
-    /// How many steps their source takes: 5, but 4 of AOL, 10 of DeepSeek-V4, and of custom ones as many as there are.
+    /// The number of steps in their source: 4 for AOL, 10 for DeepSeek-V4, as many as there are triples for custom ones, else 5.
     pub fn default_steps(&self) -> usize {
         match self {
             Coefficients::Report | Coefficients::Quintic | Coefficients::PolarExpress | Coefficients::Cans => 5,
@@ -147,7 +146,7 @@ impl Coefficients {
         }
     }
 
-    /// The scaling that the polynomials need before the first of them.
+    /// The scaling that the polynomials need before the first step.
     pub fn preconditioning(&self) -> Preconditioning {
         match self {
             Coefficients::Aol => Preconditioning::Aol,
@@ -155,7 +154,7 @@ impl Coefficients {
         }
     }
 
-    /// The triples of the first `steps` steps.
+    /// The triples `[a, b, c]` of the first `steps` steps.
     pub fn schedule(&self, steps: usize) -> Vec<[f64; 3]> {
         (0..steps).map_while(|index| self.step(index)).collect()
     }
@@ -189,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn every_table_brings_singular_values_as_near_to_one_as_its_documentation_says() {
+    fn every_table_brings_singular_values_as_near_to_one_as_documented() {
         let range = |coefficients: &Coefficients, lowest: f64| {
             (0..=1000).fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), thousandth| {
                 let start = lowest + (1.0 - lowest) * f64::from(thousandth) / 1000.0;
@@ -199,7 +198,7 @@ mod tests {
         };
         let cases = [
             (Coefficients::Cans, 1e-3, 0.88, 1.12),
-            // AOL makes singular values several times larger than the Frobenius norm does.
+            // AOL leaves singular values several times larger than division by the Frobenius norm does.
             (Coefficients::Aol, 1e-2, 0.94, 1.06),
             (Coefficients::DeepseekV4, 1e-3, 0.9, 1.05),
             (Coefficients::Quintic, 5e-3, 0.7, 1.25),
@@ -211,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn only_aol_has_a_preconditioning_of_its_own() {
+    fn only_aol_has_its_own_preconditioning() {
         assert_eq!(Coefficients::Aol.preconditioning(), Preconditioning::Aol);
         assert_eq!(Coefficients::DeepseekV4.preconditioning(), Preconditioning::Frobenius);
         assert_eq!(
@@ -221,8 +220,8 @@ mod tests {
     }
 
     #[test]
-    fn the_safety_factor_scales_the_argument_of_all_but_the_last_polynomial() {
-        // The figures of pytorch-image-models' table for the same safety (timm/optim/muon.py, "polar_express").
+    fn the_safety_factor_scales_the_argument_of_all_polynomials_except_the_last() {
+        // The values of pytorch-image-models' table for the same safety factor (timm/optim/muon.py, "polar_express").
         let [a, b, c] = Coefficients::PolarExpress.step(0).unwrap();
         assert!((a - 8.28721201814563 / 1.01).abs() < 1e-15);
         assert!((b + 23.595886519098837 / 1.030301).abs() < 1e-12);

@@ -1,21 +1,21 @@
-//! Weight decay: coupling to the learning rate, schedule, and cautious decay.
+//! Weight decay: its schedule, its coupling to the learning rate, and cautious decay.
 
 use serde::{Deserialize, Serialize};
 
-/// How decay is applied; the rate is [`MuonConfig::weight_decay`](crate::MuonConfig::weight_decay). The default is the
-/// report's: constant, times the learning rate, on every weight.
+/// How weight decay is applied. Its rate is [`MuonConfig::weight_decay`](crate::MuonConfig::weight_decay). The default is that
+/// of the report: constant, times the learning rate, on every weight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct Decay {
-    /// The rate over the steps. Default: `constant`.
+    /// The rate over the steps, relative to the first. Default: `constant`.
     pub schedule: DecaySchedule,
-    /// `W <- W - rate W` instead of `W <- W - lr rate W`: decay does not depend on the learning rate (the "independent"
-    /// decay of NVIDIA's Emerging-Optimizers and of "Small-scale proxies", arXiv 2309.14322). Rates are then about `lr`
-    /// times smaller. Default: `false`.
+    /// `W <- W - rate W` instead of `W <- W - lr rate W`: decay that does not depend on the learning rate ("independent" decay
+    /// in NVIDIA's Emerging-Optimizers and in "Small-scale proxies", arXiv 2309.14322). A suitable rate is then smaller by
+    /// about the factor `lr`. Default: `false`.
     pub independent: bool,
-    /// Only where update and weight agree in sign, so that decay never opposes the update: "Cautious Weight Decay"
-    /// (arXiv 2510.12402). Default: `false`.
+    /// Decay only the elements whose update and weight agree in sign, so that decay never opposes the update: "Cautious Weight
+    /// Decay" (arXiv 2510.12402). Default: `false`.
     pub cautious: bool,
 }
 
@@ -24,26 +24,26 @@ pub struct Decay {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum DecaySchedule {
-    /// Always the full rate.
+    /// 1 at every step.
     #[default]
     Constant,
-    /// Half a cosine from 1 to `last` over `steps`, `last` from then on.
+    /// Half a cosine from 1 to `last` over `steps` steps, then `last`.
     Cosine {
-        /// Length of the cosine, in steps.
+        /// The length of the cosine in steps.
         steps: usize,
-        /// The rate after it, relative to the first.
+        /// The rate after the cosine, relative to the first.
         last: f64,
     },
     /// 1 for `hold` steps, then `(hold / step)^2`.
     InverseSquare {
-        /// Steps at the full rate.
+        /// The number of steps at the full rate.
         hold: usize,
     },
 }
 
 impl DecaySchedule {
-    /// The share of the rate at step `step` (from 0).
-    pub fn share(&self, step: usize) -> f64 {
+    /// The factor on the rate at step `step` (from 0).
+    pub fn factor(&self, step: usize) -> f64 {
         match *self {
             DecaySchedule::Constant => 1.0,
             DecaySchedule::Cosine { steps, last } => {
@@ -57,14 +57,14 @@ impl DecaySchedule {
 }
 
 impl Decay {
-    /// The fraction of a weight that a step removes.
+    /// The fraction of a weight that decay removes at step `step` (from 0) with learning rate `lr`.
     pub fn fraction(&self, rate: f64, lr: f64, step: usize) -> f64 {
-        rate * self.schedule.share(step) * if self.independent { 1.0 } else { lr }
+        rate * self.schedule.factor(step) * if self.independent { 1.0 } else { lr }
     }
 }
 
-/// `rate (base_width / width)^2`: the decay for a width from that of another, as nanochat scales its models
-/// (`nanochat/optim.py`: decay goes with the inverse square of the width).
+/// The decay rate for a model's width, from one that suits `base_width`: `rate (base_width / width)^2`, as nanochat scales its
+/// models (`nanochat/optim.py`).
 pub fn decay_for_width(rate: f64, base_width: usize, width: usize) -> f64 {
     rate * (base_width as f64 / width as f64).powi(2)
 }
@@ -74,19 +74,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn schedules_start_at_one_and_end_where_they_say() {
+    fn schedules_start_at_one_and_end_at_their_last_value() {
         let cosine = DecaySchedule::Cosine { steps: 10, last: 0.2 };
-        assert_eq!(cosine.share(0), 1.0);
-        assert!((cosine.share(5) - 0.6).abs() < 1e-12);
-        assert!((cosine.share(10) - 0.2).abs() < 1e-12 && cosine.share(99) == cosine.share(10));
+        assert_eq!(cosine.factor(0), 1.0);
+        assert!((cosine.factor(5) - 0.6).abs() < 1e-12);
+        assert!((cosine.factor(10) - 0.2).abs() < 1e-12 && cosine.factor(99) == cosine.factor(10));
         let square = DecaySchedule::InverseSquare { hold: 4 };
-        assert_eq!([square.share(0), square.share(4), square.share(8)], [1.0, 1.0, 0.25]);
-        assert_eq!(DecaySchedule::Constant.share(1000), 1.0);
+        assert_eq!([square.factor(0), square.factor(4), square.factor(8)], [1.0, 1.0, 0.25]);
+        assert_eq!(DecaySchedule::Constant.factor(1000), 1.0);
         assert_eq!(decay_for_width(0.2, 512, 1024), 0.05);
     }
 
     #[test]
-    fn independent_decay_does_not_see_the_learning_rate() {
+    fn independent_decay_does_not_depend_on_the_learning_rate() {
         let independent = Decay { independent: true, ..Decay::default() };
         assert_eq!(independent.fraction(0.1, 0.01, 3), 0.1);
         assert_eq!(Decay::default().fraction(0.1, 0.01, 3), 0.001);

@@ -1,4 +1,4 @@
-//! Figures about updates and weights, as values.
+//! Metrics of updates and weights: RMS, orthogonality error, spectrum.
 
 use std::collections::HashMap;
 
@@ -9,29 +9,49 @@ use serde::{Deserialize, Serialize};
 
 use crate::Assignment;
 
-/// What a step did to a group of parameters.
+/// Metrics of one step for a parameter group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GroupMetrics {
-    /// The group's name.
+    /// The name of the group.
     pub group: String,
     /// The RMS of the update, before the learning rate and without decay, over all elements of the group:
-    /// `sqrt(mean(((before - after) / lr - decay)^2))`. With the report's scale Muon's is about 0.2 (less where updates
-    /// are not of full rank), and AdamW's is 0.2 to 0.4 in practice.
+    /// `sqrt(mean(((before - after) / lr - decay)^2))`. With the report's scale Muon's is about 0.2 (less if updates are not of
+    /// full rank); AdamW's is 0.2 to 0.4 in practice.
     pub update_rms: f64,
     /// The RMS of the parameters after the step, as in the report's Tables 1 and 8.
     pub weight_rms: f64,
-    /// The learning rate that the group was stepped with: the step's times the group's own factor.
+    /// The learning rate of the group: that of the step times the group's factor.
     pub learning_rate: f64,
 }
 
-/// The figures of each group for one step taken with learning rate `lr`, the module's `step`-th (from 0; only decay that
-/// goes by a schedule needs to know it).
+/// The metrics of each group for one step: `before` and `after` are the module around the step, `lr` is its learning rate, and
+/// `step` its index from 0, which only decay schedules depend on.
 ///
-/// `before` and `after` are the module around the step. Groups come in the order in which they were declared; a group
-/// without parameters, or a learning rate of 0, gives no figure.
+/// Groups are in the order of their declaration. A group without parameters, or with a learning rate of 0, is left out.
 ///
-/// Keeping `before` (a clone of the module) over the step costs a copy of its parameters: do it on the steps that are
-/// logged.
+/// A clone of the module that is kept over a step costs a copy of its parameters, since the step cannot reuse their memory: do
+/// this only on steps that are logged.
+///
+/// ```
+/// # use burn::nn::{Linear, LinearConfig};
+/// # use burn::optim::GradientsParams;
+/// # use burn::tensor::{Device, Tensor};
+/// # use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules};
+/// use moonlight_optim::group_metrics;
+/// # let device = Device::default().autodiff();
+/// # let model: Linear = LinearConfig::new(8, 16).init(&device);
+/// # let rules = ParameterRules::muon_except(Vec::<String>::new(), MuonConfig::new(), AdamWConfig::new());
+/// # let assignment = rules.assign(&model)?;
+/// # let mut optimizer = assignment.build(OptimizerOptions::new())?;
+/// # let loss = model.forward(Tensor::<2>::ones([2, 8], &device)).square().mean();
+/// # let gradients = GradientsParams::from_grads(loss.backward(), &model);
+/// let before = model.clone();
+/// let after = optimizer.step(0.02, model, gradients)?;
+/// for group in group_metrics(&before, &after, &assignment, 0.02, 0) {
+///     println!("{}: update RMS {:.2}", group.group, group.update_rms);
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn group_metrics<M: Module>(
     before: &M,
     after: &M,
@@ -39,9 +59,9 @@ pub fn group_metrics<M: Module>(
     lr: f64,
     step: usize,
 ) -> Vec<GroupMetrics> {
-    let before = flat(before);
-    let after = flat(after);
-    let mut figures = Vec::new();
+    let before = flat_tensors(before);
+    let after = flat_tensors(after);
+    let mut metrics = Vec::new();
     for (name, group) in assignment.groups() {
         let learning_rate = lr * group.learning_rate_factor();
         if learning_rate == 0.0 {
@@ -49,25 +69,26 @@ pub fn group_metrics<M: Module>(
         }
         let decay = group.decay();
         let rate = decay.fraction(group.weight_decay(), learning_rate, step) / learning_rate;
-        let mut sums: Option<Tensor<1>> = None; // of squared updates, of squared weights
+        let mut sums: Option<Tensor<1>> = None; // [2]: of squared updates, of squared weights
         let mut count = 0;
         for row in assignment.parameters_of(name) {
             let (Some(old), Some(new)) = (before.get(&row.path), after.get(&row.path)) else { continue };
-            // In f32 one parameter at a time: of a model in half precision all of them are twice the model.
+            // Cast one parameter at a time: an f32 copy of a bf16 model would be twice its size.
             let (old, new) = (old.clone().cast(DType::F32), new.clone().cast(DType::F32));
             let change = old.clone().sub(new.clone()).div_scalar(learning_rate);
             let decayed = change.clone().sub(old.clone().mul_scalar(rate));
             let update = if decay.cautious {
-                // Along the weight, a change with decay is `rate` of it at least, and one without is against it.
+                // Cautious decay was applied where the update has the sign of the weight. There `change * weight` is at least
+                // `rate * weight^2`, elsewhere it is negative: the threshold is between the two.
                 let along = change.clone().mul(old.clone());
-                let against = along.lower(old.clone().square().mul_scalar(0.5 * rate));
-                decayed.mask_where(against, change)
+                let without_decay = along.lower(old.clone().square().mul_scalar(0.5 * rate));
+                decayed.mask_where(without_decay, change)
             } else {
                 decayed
             };
             let squares = Tensor::cat(vec![update.square().sum(), new.square().sum()], 0);
             count += row.elements();
-            // Kept on the device: two numbers a group are read back, not two a parameter.
+            // Summed on the device: one read for a group instead of one for each parameter.
             sums = Some(match sums {
                 Some(sums) => {
                     let device = sums.device();
@@ -80,19 +101,19 @@ pub fn group_metrics<M: Module>(
         let sums: Vec<f64> = sums.into_data().iter::<f64>().collect();
         let rms = |sum: f64| (sum / count as f64).sqrt();
         let (update_rms, weight_rms) = (rms(sums[0]), rms(sums[1]));
-        figures.push(GroupMetrics { group: name.to_string(), update_rms, weight_rms, learning_rate });
+        metrics.push(GroupMetrics { group: name.to_string(), update_rms, weight_rms, learning_rate });
     }
-    figures
+    metrics
 }
 
-/// [`GroupMetrics::update_rms`] of each group, by name. For decay that goes by a schedule, see [`group_metrics`].
+/// [`GroupMetrics::update_rms`] of each group, with its name. With a decay schedule, use [`group_metrics`].
 pub fn update_rms<M: Module>(before: &M, after: &M, assignment: &Assignment, lr: f64) -> Vec<(String, f64)> {
-    let figures = group_metrics(before, after, assignment, lr, 0);
-    figures.into_iter().map(|figures| (figures.group, figures.update_rms)).collect()
+    let metrics = group_metrics(before, after, assignment, lr, 0);
+    metrics.into_iter().map(|metrics| (metrics.group, metrics.update_rms)).collect()
 }
 
-/// How far each matrix of a stack `[batch, rows, columns]` is from orthogonal: `||X X^T - I|| / sqrt(n)` in the Frobenius
-/// norm, with the Gram matrix on the shorter side, `n` long. 0 is orthogonal; singular values of 0.7 to 1.2 give about 0.3.
+/// How far each matrix of a stack `[batch, rows, columns]` is from orthogonal, `[batch]`: `||X X^T - I|| / sqrt(n)` in the
+/// Frobenius norm, with the Gram matrix on the shorter side `n`. 0 is orthogonal; singular values of 0.7 to 1.2 give about 0.3.
 pub fn orthogonality_error(x: Tensor<3>) -> Vec<f64> {
     let [_, rows, columns] = x.dims();
     let x = x.cast(DType::F32);
@@ -104,7 +125,7 @@ pub fn orthogonality_error(x: Tensor<3>) -> Vec<f64> {
     squares.into_data().iter::<f64>().map(|square| (square / short as f64).sqrt()).collect()
 }
 
-/// The singular values of a matrix, and what the report reads from them (3.4).
+/// The singular values of a matrix, with the metrics of the report (section 3.4).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spectrum {
     /// In descending order.
@@ -112,13 +133,14 @@ pub struct Spectrum {
 }
 
 impl Spectrum {
-    /// The spectrum of a matrix `[rows, columns]`, by Burn's `svd`, which runs on the host in the time of a few `m n^2`
-    /// scalar operations: seconds for matrices of a thousand rows. `None` for a matrix that is not finite.
+    /// The spectrum of a matrix `[rows, columns]`; `None` if it contains NaN or infinity.
+    ///
+    /// Burn's `svd` runs on the host and takes a few `m n^2` scalar operations: seconds for a matrix of a thousand rows.
     pub fn of(matrix: Tensor<2>) -> Option<Self> {
-        /// QR sweeps a singular value; two or three are usual.
+        /// The most QR sweeps for a singular value; two or three are usual.
         const SWEEPS: usize = 60;
         let matrix = matrix.cast(DType::F32);
-        // Divided by the largest element, so that squares inside neither overflow nor vanish.
+        // Divided by the largest element, so that no square in the SVD overflows or vanishes.
         let largest = f64::from(matrix.clone().abs().max().into_scalar::<f32>());
         if !largest.is_finite() {
             return None;
@@ -132,8 +154,8 @@ impl Spectrum {
         Some(Self { singular_values })
     }
 
-    /// `H = -1 / log(n) sum_i p_i log p_i` with `p_i = sigma_i^2 / sum_j sigma_j^2`, the report's SVD entropy: 1 where all
-    /// singular values are equal, 0 where there is one, and 0 for a matrix of zeros.
+    /// The report's SVD entropy, 0 to 1: `H = -1 / log(n) sum_i p_i log p_i` with `p_i = sigma_i^2 / sum_j sigma_j^2`. 1 if all
+    /// singular values are equal, 0 for a matrix of rank one and for a matrix of zeros.
     pub fn entropy(&self) -> f64 {
         let squares = self.squares();
         let sum: f64 = squares.iter().sum();
@@ -144,15 +166,14 @@ impl Spectrum {
         -terms.sum::<f64>() / (squares.len() as f64).ln()
     }
 
-    /// `sum_i sigma_i^2 / max_i sigma_i^2`: how many singular values as large as the largest would weigh as much. 0 for a
-    /// matrix of zeros.
+    /// The stable rank, `sum_i sigma_i^2 / max_i sigma_i^2`: from 1 to the rank. 0 for a matrix of zeros.
     pub fn stable_rank(&self) -> f64 {
         let squares = self.squares();
         let largest = squares.iter().copied().fold(0.0, f64::max);
         if largest == 0.0 { 0.0 } else { squares.iter().sum::<f64>() / largest }
     }
 
-    /// Squares, as a share of the largest singular value.
+    /// The squares of the singular values relative to the largest.
     fn squares(&self) -> Vec<f64> {
         let largest = self.singular_values.iter().copied().fold(0.0, f64::max);
         if largest == 0.0 {
@@ -162,20 +183,20 @@ impl Spectrum {
     }
 }
 
-/// The float tensors of a module by path, flat and outside any graph.
-fn flat<M: Module>(module: &M) -> HashMap<String, Tensor<1>> {
-    let mut collector = Flat::default();
+/// The float tensors of a module by path, flat and without autodiff graph.
+fn flat_tensors<M: Module>(module: &M) -> HashMap<String, Tensor<1>> {
+    let mut collector = FlatTensors::default();
     module.visit(&mut collector);
     collector.tensors
 }
 
 #[derive(Default)]
-struct Flat {
+struct FlatTensors {
     path: Vec<String>,
     tensors: HashMap<String, Tensor<1>>,
 }
 
-impl ModuleVisitor for Flat {
+impl ModuleVisitor for FlatTensors {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_string());
     }
@@ -204,7 +225,7 @@ mod tests {
     };
 
     #[test]
-    fn the_figures_are_those_of_the_update_rules() {
+    fn update_rms_is_that_of_the_update_rules() {
         let device = Device::default().autodiff();
         let layer: Linear = LinearConfig::new(24, 16).init(&device);
         let muon = MuonConfig::new().with_coefficients(Coefficients::PolarExpress).with_steps(12);
@@ -218,16 +239,16 @@ mod tests {
         let lr = 0.01;
         let after = assignment.to_module_optimizer().step(lr, layer, grads);
 
-        let figures = update_rms(&before, &after, &assignment, lr);
-        assert_eq!(figures.len(), 2);
-        // 0.2 at full rank with singular values of 1; the first step of Adam has all elements of length 1.
-        assert!(figures[0].0 == "muon" && (figures[0].1 - 0.2).abs() < 1e-3, "{figures:?}");
-        assert!(figures[1].0 == "adamw" && (figures[1].1 - 1.0).abs() < 1e-3, "{figures:?}");
+        let metrics = update_rms(&before, &after, &assignment, lr);
+        assert_eq!(metrics.len(), 2);
+        // 0.2 at full rank with singular values of 1; in AdamW's first step every element has a magnitude of 1.
+        assert!(metrics[0].0 == "muon" && (metrics[0].1 - 0.2).abs() < 1e-3, "{metrics:?}");
+        assert!(metrics[1].0 == "adamw" && (metrics[1].1 - 1.0).abs() < 1e-3, "{metrics:?}");
         assert!(update_rms(&before, &after, &assignment, 0.0).is_empty());
     }
 
     #[test]
-    fn figures_see_through_every_kind_of_decay() {
+    fn update_rms_excludes_every_kind_of_decay() {
         let device = Device::default().autodiff();
         let schedule = DecaySchedule::InverseSquare { hold: 1 };
         let decays = [
@@ -237,7 +258,7 @@ mod tests {
             Decay { schedule, ..Decay::default() },
         ];
         for decay in decays {
-            // Weights far larger than updates, so that any decay that is not taken out would show.
+            // Weights far larger than updates, so that decay that is not excluded shows.
             let mut layer: Linear = LinearConfig::new(12, 20).with_bias(false).init(&device);
             layer.weight = layer.weight.map(|weight| weight.mul_scalar(20.0).detach().require_grad());
             let muon = MuonConfig::new()
@@ -258,11 +279,11 @@ mod tests {
                 let grads = GradientsParams::from_grads(loss.backward(), &layer);
                 let before = layer.clone();
                 layer = optimizer.step(0.02, layer, grads);
-                let figures = &group_metrics(&before, &layer, &assignment, 0.02, step)[0];
-                assert!((figures.update_rms - 0.2).abs() < 2e-3, "{decay:?} step {step}: {figures:?}");
-                assert_eq!(figures.learning_rate, 0.01);
+                let metrics = &group_metrics(&before, &layer, &assignment, 0.02, step)[0];
+                assert!((metrics.update_rms - 0.2).abs() < 2e-3, "{decay:?} step {step}: {metrics:?}");
+                assert_eq!(metrics.learning_rate, 0.01);
                 let rms = layer.weight.val().square().mean().sqrt().into_scalar::<f32>();
-                assert!((figures.weight_rms - f64::from(rms)).abs() < 1e-4);
+                assert!((metrics.weight_rms - f64::from(rms)).abs() < 1e-4);
             }
         }
     }
@@ -279,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn spectra_of_known_matrices() {
+    fn known_matrices_have_their_spectra() {
         let device = Device::default();
         let spectrum = |matrix: Tensor<2>| Spectrum::of(matrix).unwrap();
         let identity = spectrum(Tensor::eye(8, &device).mul_scalar(1e-25));
@@ -289,7 +310,7 @@ mod tests {
         assert!((one.singular_values[0] - 24_f64.sqrt()).abs() < 1e-4);
         let diagonal = spectrum(Tensor::from_data([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]], &device));
         assert!((diagonal.stable_rank() - 25.0 / 16.0).abs() < 1e-6);
-        // p = 9/25 and 16/25.
+        // p is 9/25 and 16/25.
         let expected = -(0.36_f64 * 0.36_f64.ln() + 0.64 * 0.64_f64.ln()) / 2_f64.ln();
         assert!((diagonal.entropy() - expected).abs() < 1e-6);
         let zero = spectrum(Tensor::zeros([3, 3], &device));
@@ -303,13 +324,13 @@ mod tests {
         let device = Device::default();
         for [rows, columns] in [[16, 16], [16, 64], [64, 16], [24, 200], [128, 96], [1, 50]] {
             let x = Tensor::<3>::random([2, rows, columns], Distribution::Normal(0.0, 1.0), &device);
-            // Converged, so that the singular values are 1 as the lemma has them; a square one needs the most steps.
+            // Enough steps to converge to singular values of 1, as in the lemma; a square matrix needs the most.
             let update = NewtonSchulz::new(&Coefficients::PolarExpress, 14).apply(x);
             let rms = update.square().mean().sqrt().into_scalar::<f32>();
             let expected = 1.0 / (rows.max(columns) as f32).sqrt();
             assert!((rms / expected - 1.0).abs() < 1e-3, "[{rows}, {columns}]: {rms}, not {expected}");
         }
-        // Of rank r: sqrt(r / (A B)).
+        // Rank r: sqrt(r / (A B)).
         let low = Tensor::<2>::random([30, 3], Distribution::Normal(0.0, 1.0), &device).matmul(Tensor::random(
             [3, 40],
             Distribution::Normal(0.0, 1.0),

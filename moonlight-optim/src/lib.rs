@@ -1,103 +1,18 @@
-//! Muon for [Burn](burn), as in "Muon is Scalable for LLM Training" (arXiv 2502.16982), for any Burn module.
+#![doc = include_str!("../README.md")]
 //!
-//! Muon replaces the update of a weight matrix by the nearest orthogonal one. [`Muon`] is an `impl burn::optim::Optimizer`
-//! that takes matrices and stacks of matrices (`[experts, in, out]`), on any backend. A model needs AdamW beside it, for
-//! embeddings, the output head, norms and biases; [`ParameterRules`] says which parameter goes where and checks that
-//! against the module, and [`Assignment::build`] makes the optimizer of it, a [`MuonAdamW`].
+//! # Where to start
 //!
-//! ```
-//! use burn::module::Module;
-//! use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
-//! use burn::optim::GradientsParams;
-//! use burn::tensor::{Device, Int, Tensor};
-//! use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules, update_rms};
-//!
-//! // A module of yours.
-//! #[derive(Module, Debug)]
-//! struct Model {
-//!     tokens: Embedding,
-//!     hidden: Linear,
-//!     output: Linear,
-//! }
-//!
-//! let device = Device::default().autodiff();
-//! let mut model = Model {
-//!     tokens: EmbeddingConfig::new(10, 16).init(&device),
-//!     hidden: LinearConfig::new(16, 32).init(&device),
-//!     output: LinearConfig::new(32, 10).init(&device),
-//! };
-//!
-//! // Muon for all matrices but embeddings, which are found by their type, and what matches the patterns given.
-//! let rules = ParameterRules::muon_except(["output.*"], MuonConfig::new(), AdamWConfig::new());
-//! let assignment = rules.assign(&model)?;
-//! assert_eq!(
-//!     assignment.to_string(),
-//!     "\
-//! parameter      shape     optimizer  why
-//! tokens.weight  [10, 16]  adamw      embedding
-//! hidden.weight  [16, 32]  muon       matrix
-//! hidden.bias    [32]      adamw      not a matrix
-//! output.weight  [32, 10]  adamw      excepted by `output.*`
-//! output.bias    [10]      adamw      excepted by `output.*`
-//!
-//! muon: 1 tensor, 512 elements
-//! adamw: 4 tensors, 522 elements"
-//! );
-//!
-//! let mut optimizer = assignment.build(OptimizerOptions::new())?;
-//! for _ in 0..3 {
-//!     let tokens = Tensor::<2, Int>::from_data([[1, 2, 3, 4]], &device);
-//!     let logits = model.output.forward(model.hidden.forward(model.tokens.forward(tokens)));
-//!     let grads = GradientsParams::from_grads(logits.square().mean().backward(), &model);
-//!     let before = model.clone();
-//!     model = optimizer.step(0.02, model, grads)?;
-//!     // Updates of both groups have a similar RMS, so that one learning rate serves both.
-//!     println!("{:?}", update_rms(&before, &model, &assignment, 0.02));
-//! }
-//!
-//! // Stop, and resume in another process, whose module has other `ParamId`s: state is matched by parameter path.
-//! # let dir = tempfile::tempdir()?;
-//! # let file = dir.path().join("optimizer.bpk");
-//! optimizer.save(&file)?;
-//! let optimizer = assignment.load(&[&file], OptimizerOptions::new())?;
-//! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```
-//!
-//! # From AdamW to Muon
-//!
-//! A project that trains with Burn's `AdamWConfig::new().init()` changes six lines (`examples/own_burn_program.rs` is a whole
-//! program):
-//!
-//! ```
-//! # use burn::nn::{Linear, LinearConfig};
-//! # use burn::optim::GradientsParams;
-//! # use burn::tensor::{Device, Tensor};
-//! # #[derive(burn::module::Module, Debug)]
-//! # struct Net { hidden: Linear, output: Linear }
-//! # let device = Device::default().autodiff();
-//! # let mut model =
-//! #     Net { hidden: LinearConfig::new(8, 16).init(&device), output: LinearConfig::new(16, 4).init(&device) };
-//! # let loss = |model: &Net| {
-//! #     model.output.forward(model.hidden.forward(Tensor::<2>::ones([2, 8], &device))).square().mean()
-//! # };
-//! // Before: use burn::optim::AdamWConfig;
-//! use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules};
-//!
-//! // Before: let mut optimizer = AdamWConfig::new().init();
-//! let rules = ParameterRules::muon_except(["output.*"], MuonConfig::new(), AdamWConfig::new());
-//! let assignment = rules.assign(&model)?;
-//! println!("{assignment}");
-//! let mut optimizer = assignment.build(OptimizerOptions::new())?;
-//!
-//! let grads = GradientsParams::from_grads(loss(&model).backward(), &model);
-//! // Before, at the same learning rate: model = optimizer.step(3e-4, model, grads);
-//! model = optimizer.step(3e-4, model, grads)?;
-//! # let _ = model;
-//! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```
-//!
-//! burn-train's `Learner`, and whatever else takes Burn's own `ModuleOptimizer`, gets one by
-//! [`Assignment::to_module_optimizer`]; each loads what the other saved.
+//! | to | see |
+//! |---|---|
+//! | choose which parameters Muon gets | [`ParameterRules`], [`Rule`], [`Assignment`] |
+//! | choose the options of Muon | the table of [`MuonConfig`] |
+//! | step, clip, save and load | [`MuonAdamW`] |
+//! | use burn-train or another optimizer of Burn's | [`Assignment::to_module_optimizer`], [`GroupOptimizer`] |
+//! | train on several ranks | [`distributed`] |
+//! | step single matrices | [`Muon`], an `impl burn::optim::Optimizer` |
+//! | orthogonalize a matrix | [`NewtonSchulz`] |
+//! | limit attention logits | [`QkClip`] |
+//! | measure updates and weights | [`group_metrics`], [`diagnostics`] |
 //!
 //! # The update
 //!
@@ -107,38 +22,42 @@
 //! W <- W - lr * (0.2 sqrt(max(A, B)) O + weight_decay W)
 //! ```
 //!
-//! with `mu` 0.95, five Newton-Schulz steps and weight decay 0.1. All options, with defaults and sources, are in the table of
-//! [`MuonConfig`]; the main ones:
+//! The defaults are a momentum `mu` of 0.95, five Newton-Schulz steps and a weight decay of 0.1.
 //!
-//! * the factor on the update: [`UpdateScale`]; the polynomials: [`Coefficients`], their number, the type of the products
-//!   ([`Precision`]) and the form of the iteration ([`NewtonSchulzForm`]);
-//! * heads and fused projections as matrices of their own: [`Blocks`], best on a [`Rule`]; convolution kernels:
-//!   [`MatrixView`];
-//! * NorMuon and AdaMuon: [`Adaptive`]; decay that is cautious, scheduled or independent of the learning rate: [`Decay`];
-//!   momentum that warms up or is kept in bf16;
-//! * parameters in half precision, with stochastic rounding or master weights: [`Rounding`].
+//! # Saving and resuming
 //!
-//! [`MuonAdamW`] steps all equal matrices of a module together, bit for bit as one by one, on one rank or on several, each
-//! with a part of the state ([`distributed`]). [`QkClip`] limits attention logits after a step. [`group_metrics`],
-//! [`diagnostics::orthogonality_error`] and [`diagnostics::Spectrum`] measure updates and weights.
+//! State is matched by parameter path, since Burn's `ParamId`s differ in every process.
 //!
-//! Burn's own Muon takes matrices only, and its scale for Keller Jordan's rule reads a matrix as PyTorch stores it,
-//! `[out, in]`, while Burn's `Linear` stores `[in, out]`. Scales here that tell the two apart are right for Burn's layers,
-//! or for PyTorch's layout with [`WeightLayout::OutIn`].
+//! ```
+//! # use burn::nn::{Linear, LinearConfig};
+//! # use burn::optim::GradientsParams;
+//! # use burn::tensor::{Device, Tensor};
+//! # use moonlight_optim::{AdamWConfig, MuonConfig, OptimizerOptions, ParameterRules};
+//! # let device = Device::default().autodiff();
+//! # let mut model: Linear = LinearConfig::new(8, 16).init(&device);
+//! # let rules = ParameterRules::muon_except(Vec::<String>::new(), MuonConfig::new(), AdamWConfig::new());
+//! # let assignment = rules.assign(&model)?;
+//! # let mut optimizer = assignment.build(OptimizerOptions::new())?;
+//! # let loss = model.forward(Tensor::<2>::ones([2, 8], &device)).square().mean();
+//! # let gradients = GradientsParams::from_grads(loss.backward(), &model);
+//! # model = optimizer.step(0.02, model, gradients)?;
+//! # let dir = tempfile::tempdir()?;
+//! # let file = dir.path().join("optimizer.bpk");
+//! optimizer.save(&file)?;
+//! // In another process, with the module loaded from its own checkpoint:
+//! let optimizer = rules.assign(&model)?.load(&[&file], OptimizerOptions::new())?;
+//! # let _ = (model, optimizer);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 //!
 //! # Gradients of zero, NaN and infinity
 //!
-//! A zero gradient gives a zero update. A NaN or an infinity in a gradient makes that matrix NaN, and no other matrix of
-//! its stack: it shows in the next loss, rather than being passed over. Gradients of any finite size, 1e-38 or 1e38, are
-//! orthogonalised without overflow; with the default epsilon of 1e-7, as in the report's code, those much smaller than
-//! that are treated as nearly zero, and with an epsilon of 0 the size does not matter at all.
+//! A zero gradient gives a zero update. NaN or infinity in a gradient makes its own matrix NaN, and no other matrix of the
+//! stack, so that it shows in the next loss.
 //!
-//! # Speed
-//!
-//! On the CPU backend (feature `cpu`, on by default) Newton-Schulz runs in kernels of this crate: in f32, and in bf16 where
-//! the processor has AVX512-BF16. Symmetric products are computed by half, and matrices that are not square iterate on
-//! their Gram matrix where that is cheaper. The README has figures against PyTorch. Other backends run it in Burn's
-//! operations, a stack at a time.
+//! Gradients of any finite size are orthogonalized without overflow, from 1e-38 to 1e38. With the default epsilon of 1e-7, as in
+//! the report's code, gradients whose norm is much smaller than that are treated as nearly zero; with an epsilon of 0 their size
+//! does not matter.
 
 mod adamw;
 mod adaptive;

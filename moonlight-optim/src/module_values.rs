@@ -1,11 +1,11 @@
-//! New values in the place of a parameter's.
+//! Replacing the values of parameters.
 
 use std::collections::HashMap;
 
 use burn::module::{ModuleMapper, Param, ParamId};
 use burn::tensor::{GradientCheckpointingStrategy, Shape, Tensor};
 
-/// What a parameter's tensor carries beside its values.
+/// The autodiff settings of a parameter's tensor.
 #[derive(Clone, Copy)]
 pub(crate) struct AutodiffSettings {
     checkpointing: Option<GradientCheckpointingStrategy>,
@@ -17,7 +17,7 @@ impl AutodiffSettings {
         Self { checkpointing: tensor.gradient_checkpointing_strategy(), require_grad: tensor.is_require_grad() }
     }
 
-    /// A tensor without a graph as the parameter's new value.
+    /// `new`, a tensor without a graph, with these settings.
     pub(crate) fn apply<const D: usize>(self, new: Tensor<D>) -> Tensor<D> {
         let mut new = Tensor::from_inner(new);
         if let Some(strategy) = self.checkpointing {
@@ -27,13 +27,13 @@ impl AutodiffSettings {
     }
 }
 
-/// `new`, a tensor without a graph, as the new value of a parameter: it requires a gradient if `old` did, and is
-/// checkpointed in the same way. For changes of weights outside of an optimizer, as [`QkClip`](crate::QkClip)'s.
+/// Makes `new`, a tensor without a graph, the new value of a parameter: it requires a gradient if `old` did, and has the same
+/// gradient checkpointing. For changes of weights outside of an optimizer, as with [`QkClip`](crate::QkClip).
 pub fn replace_value<const D: usize>(old: &Tensor<D>, new: Tensor<D>) -> Tensor<D> {
     AutodiffSettings::of(old).apply(new)
 }
 
-/// Puts new values into a module: by identity, the parameter's shape and its values in any shape of as many elements.
+/// Puts new values into a module: for each `ParamId` the parameter's shape, and values in any shape with as many elements.
 pub(crate) struct Replacer<const S: usize>(pub(crate) HashMap<ParamId, (Shape, Tensor<S>)>);
 
 impl<const S: usize> ModuleMapper for Replacer<S> {

@@ -1,7 +1,7 @@
-//! Reading enums whose variants may be written by their names alone.
+//! Enums that serde reads from a name or a table.
 //!
-//! Serde reads `{ report = { factor = 0.3 } }` for a variant with fields, and refuses `"report"`. A configuration file is
-//! easier to write with both: the name alone stands for the variant with the defaults of its fields.
+//! For a variant with fields, serde's derive reads `{ report = { factor = 0.3 } }` and refuses `"report"`. Here the name alone
+//! is accepted too, and means the variant with the defaults of its fields.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -11,9 +11,9 @@ use serde::de::{
     DeserializeSeed, Deserializer, EnumAccess, Error, IntoDeserializer, MapAccess, VariantAccess, Visitor,
 };
 
-/// An enum with serde's derived (externally tagged) reader; implemented by [`name_or_table`].
+/// An enum with serde's derived, externally tagged reader. Implemented by [`name_or_table`].
 pub(crate) trait Tagged: Sized {
-    /// What its values are, for messages.
+    /// What a value is, for messages: "a scale".
     const EXPECTED: &'static str;
 
     fn read_tagged<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error>;
@@ -42,7 +42,7 @@ impl<'de, T: Tagged> Visitor<'de> for NameOrTable<T> {
     }
 }
 
-/// A variant of which only the name is given.
+/// A deserializer of a variant that is given by its name alone.
 struct Named<'a, E> {
     name: &'a str,
     error: PhantomData<E>,
@@ -87,13 +87,13 @@ impl<'de, E: Error> VariantAccess<'de> for Named<'_, E> {
     }
 
     fn struct_variant<V: Visitor<'de>>(self, _fields: &'static [&'static str], visitor: V) -> Result<V::Value, E> {
-        // No field is given: each takes its default, and one without a default is named as missing.
+        // An empty table: each field takes its default, and serde reports one that has none.
         visitor.visit_map(MapDeserializer::new(std::iter::empty::<(&str, &str)>()))
     }
 }
 
-/// Lets an enum with `#[serde(remote = "Self")]` be read from a name or a table, and written as a table where it has
-/// fields. (`remote` makes serde's derived code an inherent function, which leaves the trait to be implemented here.)
+/// Implements reading from a name or a table for an enum with `#[serde(remote = "Self")]`, and writing as a table for variants
+/// with fields. `remote` makes serde's derived code inherent functions, so that the traits can be implemented here.
 macro_rules! name_or_table {
     ($type:ident, $expected:literal) => {
         impl $crate::name_or_table::Tagged for $type {
@@ -119,11 +119,11 @@ macro_rules! name_or_table {
 }
 pub(crate) use name_or_table;
 
-/// Adds to the schema of an enum the names of variants with fields, alone, which [`name_or_table`] reads.
+/// Adds the bare names of variants with fields, which [`name_or_table`] reads, to the schema of an enum.
 #[cfg(feature = "schema")]
 pub(crate) fn allow_names(schema: &mut schemars::Schema, names: &[&str]) {
     let alone = schemars::json_schema!({
-        "description": "The name alone: with the defaults of its settings.",
+        "description": "The name alone: the defaults of its settings.",
         "type": "string",
         "enum": names,
     });
@@ -153,20 +153,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn errors_name_the_wrong_variant_or_field() {
         let error = read::<UpdateScale>(r#""repport""#).unwrap_err();
         assert!(error.contains("unknown variant `repport`, expected one of `report`"), "{error}");
         let error = read::<UpdateScale>(r#"{"report": {"faktor": 1.0}}"#).unwrap_err();
         assert!(error.contains("unknown field `faktor`"), "{error}");
         let error = read::<UpdateScale>("3").unwrap_err();
         assert!(error.contains("a name, or a table of one name and its settings"), "{error}");
-        let error = read::<MuonConfig>(r#"{"scale": "unit", "colour": 1}"#).unwrap_err();
-        assert!(error.contains("unknown field `colour`"), "{error}");
+        let error = read::<MuonConfig>(r#"{"scale": "unit", "momentun": 1}"#).unwrap_err();
+        assert!(error.contains("unknown field `momentun`"), "{error}");
     }
 
     #[cfg(feature = "schema")]
     #[test]
-    fn the_schema_has_the_serde_names_and_the_bare_words() {
+    fn the_schema_has_the_serde_names_and_the_bare_names() {
         let schema = schemars::schema_for!(MuonConfig).to_value();
         let properties = schema["properties"].as_object().unwrap();
         let written = serde_json::to_value(MuonConfig::new()).unwrap();

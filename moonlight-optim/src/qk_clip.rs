@@ -1,16 +1,17 @@
-//! QK-clip: limits attention logits by scaling the query and key weights.
+//! QK-clip: limits attention logits by scaling the query and key projections.
 
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::WeightLayout;
 
-/// QK-clip of MuonClip ("Kimi K2", arXiv 2507.20534, section 2.1 and Algorithm 1): after a step, a head whose largest
-/// attention logit `s` was above `threshold` gets its query and key weights scaled by `gamma = threshold / s` together, so
-/// that the same input would give `threshold`. The other heads are not touched.
+/// QK-clip of MuonClip ("Kimi K2", arXiv 2507.20534, section 2.1 and Algorithm 1).
 ///
-/// In multi-head latent attention a logit is `q_c . k_c + q_r . k_r`, and the rotated key `k_r` is shared by all heads:
-/// `q_c` and `k_c` take `sqrt(gamma)` each, `q_r` takes `gamma`, `k_r` stays.
+/// After a step, the query and key weights of each head whose largest attention logit `s` was above `threshold` are scaled by
+/// `gamma = threshold / s` together, so that the same input would give a logit of `threshold`. Other heads are unchanged.
+///
+/// In multi-head latent attention a logit is `q_c . k_c + q_r . k_r`, and all heads share the rotated key `k_r`. So `q_c` and
+/// `k_c` take `sqrt(gamma)` each, `q_r` takes `gamma`, and `k_r` is unchanged.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -20,7 +21,7 @@ use crate::WeightLayout;
 /// let device = Device::default();
 /// let query = Tensor::<2>::ones([8, 2 * 192], &device);
 /// let key_value = Tensor::<2>::ones([8, 2 * 256], &device);
-/// // As the model reports them for this step: the second head is too loud.
+/// // The largest logit of each head in this step, as the model measures them.
 /// let clip = QkClip::default().factors(&[30.0, 400.0]);
 /// assert_eq!(clip, [1.0, 0.25]);
 /// let query = heads.clip_query(query, &clip);
@@ -31,7 +32,7 @@ use crate::WeightLayout;
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct QkClip {
-    /// Heads whose largest attention logit is above this are scaled down. Default: 100, as in the paper.
+    /// The largest attention logit that a head may have before its weights are scaled down. Default: 100, as in the paper.
     pub threshold: f64,
 }
 
@@ -42,10 +43,9 @@ impl Default for QkClip {
 }
 
 impl QkClip {
-    /// `gamma` of each head from its largest logit over all sequences of the step: `min(1, threshold / s)`.
+    /// The factor `gamma = min(1, threshold / s)` of each head, from its largest logit over all sequences of the step.
     ///
-    /// A logit that is zero, negative, NaN or infinite leaves its head unchanged: there is nothing to limit, or no factor
-    /// that would.
+    /// A logit that is zero, negative or non-finite gives 1: there is nothing to limit, or no factor that could.
     pub fn factors(&self, largest_logits: &[f64]) -> Vec<f64> {
         let factor = |logit: f64| {
             if logit.is_finite() && logit > self.threshold { self.threshold / logit } else { 1.0 }
@@ -54,41 +54,48 @@ impl QkClip {
     }
 }
 
-/// How heads lie in the projections of an attention layer.
+/// How the heads are laid out in the projections of an attention layer, in the terms of DeepSeek-V3's `config.json`.
 ///
-/// Plain multi-head attention is `rope` and `value` of 0 with its head size as `nope`, for the query and for the key
-/// projection alike.
+/// For plain multi-head attention, `nope` is the head size and `rope` and `value` are 0, for the query and the key projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeadLayout {
-    /// Number of heads.
+    /// The number of heads (`num_attention_heads`).
     pub heads: usize,
-    /// Features of a head's query and key that are not rotated, `q_c` and `k_c`.
+    /// The features of a head's query and key that are not rotated, `q_c` and `k_c` (`qk_nope_head_dim`).
     pub nope: usize,
-    /// Features of a head's query that are rotated, `q_r`, after those that are not.
+    /// The features of a head's query that are rotated, `q_r` (`qk_rope_head_dim`). They follow those that are not.
     pub rope: usize,
-    /// Features of a head's value, after its key in the joint projection.
+    /// The features of a head's value (`v_head_dim`). They follow the key in the joint projection.
     pub value: usize,
-    /// Which side of the stored matrix is the output, where the heads are.
+    /// How the projections are stored. Heads are along the output side.
     pub layout: WeightLayout,
 }
 
 impl HeadLayout {
-    /// Moonlight's and DeepSeek-V3's: 128 features without rotation, 64 with it, values of 128, in Burn's layout.
+    /// The layout of Moonlight and DeepSeek-V3: 128 features without rotation, 64 with rotation, values of 128, stored as Burn
+    /// does.
     pub fn moonlight(heads: usize) -> Self {
         Self { heads, nope: 128, rope: 64, value: 128, layout: WeightLayout::InOut }
     }
 
-    /// The query projection, `[in, heads * (nope + rope)]`, of heads scaled by `factors`.
+    /// Scales the heads of a query projection: `q_c` by `sqrt(gamma)`, `q_r` by `gamma`. `factors` has `gamma` of each head.
+    ///
+    /// # Shapes
+    ///
+    /// - weight: `[in, heads * (nope + rope)]`, transposed with [`WeightLayout::OutIn`]
     ///
     /// # Panics
     ///
-    /// If the matrix has not as many outputs, or there is not one factor a head.
+    /// If the matrix has another number of outputs, or there is not one factor for each head.
     pub fn clip_query(&self, weight: Tensor<2>, factors: &[f64]) -> Tensor<2> {
         self.scale(weight, factors, self.nope, f64::sqrt, self.rope, |gamma| gamma)
     }
 
-    /// The joint key and value projection, `[rank, heads * (nope + value)]`, of heads scaled by `factors`: keys take
-    /// `sqrt(gamma)`, values stay.
+    /// Scales the heads of a joint key and value projection: `k_c` by `sqrt(gamma)`; values are unchanged.
+    ///
+    /// # Shapes
+    ///
+    /// - weight: `[rank, heads * (nope + value)]`, transposed with [`WeightLayout::OutIn`]
     ///
     /// # Panics
     ///
@@ -125,7 +132,7 @@ impl HeadLayout {
         let device: Device = weight.device();
         let dtype = weight.dtype();
         let scales = Tensor::<2>::from_data(TensorData::new(scales, shape), &device);
-        // In full precision and rounded once, whatever the weight is stored in.
+        // Computed in full precision and rounded once, for weights in half precision.
         let wide = crate::newton_schulz::full_precision(dtype);
         weight.cast(wide).mul(scales.cast(wide)).cast(dtype)
     }
@@ -176,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn clipped_heads_give_the_threshold_and_the_others_what_they_gave() {
+    fn clipped_heads_give_the_threshold_and_other_heads_are_unchanged() {
         let device = Device::default();
         let heads = HeadLayout { heads: 3, nope: 4, rope: 2, value: 3, layout: WeightLayout::InOut };
         let query = Tensor::<2>::random([5, 18], Distribution::Uniform(0.5, 1.5), &device);
@@ -197,7 +204,7 @@ mod tests {
         }
         assert!(factors[1] < 1.0);
 
-        // Values are not touched, whatever the factor.
+        // Values are unchanged for any factor.
         let values = |weight: Tensor<2>| floats(weight.narrow(1, 4, 3));
         assert_eq!(values(heads.clip_key_value(key_value.clone(), &[0.25; 3])), values(key_value));
     }

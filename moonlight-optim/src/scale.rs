@@ -1,11 +1,11 @@
-//! The norm of the orthogonalised update: the scales of the report and of other implementations.
+//! The factor on the orthogonalized update: the scales of the report and of other implementations.
 
 use serde::{Deserialize, Serialize};
 
-/// Which dimension of a weight matrix is the input of its layer.
+/// Which dimension of a stored weight matrix is the input of its layer.
 ///
-/// Used only by [`UpdateScale::KellerJordan`], [`UpdateScale::Spectral`] and [`Adaptive::NorMuon`](crate::Adaptive::NorMuon); the
-/// report's scale is symmetric.
+/// Only [`UpdateScale::KellerJordan`], [`UpdateScale::Spectral`] and [`Adaptive::NorMuon`](crate::Adaptive::NorMuon) depend on
+/// it; the report's scale is symmetric.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -17,24 +17,30 @@ pub enum WeightLayout {
     OutIn,
 }
 
-/// The factor on the orthogonalised update `O` of an `[A, B]` matrix.
+/// The factor on the orthogonalized update `O` of an `[A, B]` matrix: `W <- W - lr (factor * O + weight_decay * W)`.
 ///
-/// The update is `W <- W - lr (factor * O + weight_decay * W)`. A full-rank `O` has RMS `1 / sqrt(max(A, B))` (the
-/// report's Lemma 1), so the report's scale gives every update the same RMS whatever its shape, equal to AdamW's in
-/// practice: learning rate and decay found for AdamW can be kept.
+/// A full-rank `O` has an RMS of `1 / sqrt(max(A, B))` ("Muon is Scalable for LLM Training", arXiv 2502.16982, Lemma 1). So the
+/// report's scale gives updates of every shape the same RMS, about that of AdamW's updates: a learning rate and a weight decay
+/// found for AdamW can be kept.
+///
+/// ```
+/// use moonlight_optim::{UpdateScale, WeightLayout};
+///
+/// let scale = UpdateScale::default(); // `report`, 0.2 sqrt(max(A, B))
+/// assert_eq!(scale.factor(100, 25, WeightLayout::InOut), Some(2.0));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "schema", schemars(rename = "UpdateScale", transform = allow_names))]
 #[serde(remote = "Self", rename_all = "snake_case", deny_unknown_fields)]
 pub enum UpdateScale {
-    /// `factor * sqrt(max(A, B))`: the report's equation 4, "Adjusted LR", with 0.2. PyTorch calls it
-    /// `match_rms_adamw`.
+    /// `factor * sqrt(max(A, B))`: the report's equation 4, "Adjusted LR", with 0.2. PyTorch's `match_rms_adamw`.
     Report {
         /// The RMS of a full-rank update. Default: 0.2, the report's.
         #[serde(default = "update_rms")]
         factor: f64,
     },
-    /// `factor / RMS(O)`: the report's equation 6, "Update Norm": the RMS is `factor` whatever the rank.
+    /// `factor / RMS(O)`: the report's equation 6, "Update Norm". The update's RMS is `factor` for any rank of `O`.
     UpdateNorm {
         /// The RMS of the update. Default: 0.2, the report's.
         #[serde(default = "update_rms")]
@@ -42,20 +48,20 @@ pub enum UpdateScale {
     },
     /// `factor * sqrt(hidden)`: the report's equation 5, its "Baseline" in Table 1.
     HiddenSize {
-        /// Default: 0.2, the report's.
+        /// The RMS of a full-rank update of a `[hidden, hidden]` matrix. Default: 0.2, the report's.
         #[serde(default = "update_rms")]
         factor: f64,
-        /// The hidden size of the model. Default: 0, to be set by [`UpdateScale::with_hidden_size`]; it is an error to assign
-        /// parameters before that.
+        /// The hidden size of the model. Default: 0, which stands for unset: [`UpdateScale::with_hidden_size`] sets it, and
+        /// assigning parameters without it is an error.
         #[serde(default)]
         hidden: usize,
     },
-    /// `sqrt(max(1, out / in))`: Keller Jordan's Muon, with the layer's own inputs and outputs whatever the layout.
+    /// `sqrt(max(1, out / in))`: Keller Jordan's Muon. `in` and `out` are those of the layer, for either [`WeightLayout`].
     KellerJordan,
     /// `sqrt(out / in)`: the spectral condition of "A Spectral Condition for Feature Learning" (arXiv 2310.17813);
     /// the default of microsoft/dion.
     Spectral,
-    /// 1: the report's equations 1 and 3.
+    /// 1: no scale, the report's equations 1 and 3.
     Unit,
 }
 
@@ -77,7 +83,7 @@ impl Default for UpdateScale {
 }
 
 impl UpdateScale {
-    /// Sets the RMS of updates, `factor`, in the scales that have one; the others stay as they are.
+    /// Sets `factor`, the RMS of updates, of a scale that has one. Other scales are unchanged.
     pub fn with_update_rms(mut self, rms: f64) -> Self {
         if let UpdateScale::Report { factor }
         | UpdateScale::UpdateNorm { factor }
@@ -88,7 +94,7 @@ impl UpdateScale {
         self
     }
 
-    /// Fills in the hidden size where the scale is [`UpdateScale::HiddenSize`] and has none yet.
+    /// Sets the hidden size of [`UpdateScale::HiddenSize`] if it is unset. Other scales are unchanged.
     pub fn with_hidden_size(mut self, size: usize) -> Self {
         if let UpdateScale::HiddenSize { hidden, .. } = &mut self
             && *hidden == 0
@@ -98,8 +104,8 @@ impl UpdateScale {
         self
     }
 
-    /// The factor for a matrix of `rows` times `columns` as it is stored, or `None` where it depends on the update
-    /// itself ([`UpdateScale::UpdateNorm`]).
+    /// The factor for a matrix that is stored as `[rows, columns]`; `None` where it depends on the update itself
+    /// ([`UpdateScale::UpdateNorm`]).
     pub fn factor(&self, rows: usize, columns: usize, layout: WeightLayout) -> Option<f64> {
         let (inputs, outputs) = match layout {
             WeightLayout::InOut => (rows as f64, columns as f64),
@@ -129,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn keller_jordan_rewards_outputs_in_either_layout() {
+    fn keller_jordans_scale_grows_with_outputs_in_either_layout() {
         let scale = UpdateScale::KellerJordan;
         // A layer from 16 to 64 features.
         assert_eq!(scale.factor(16, 64, WeightLayout::InOut), Some(2.0));

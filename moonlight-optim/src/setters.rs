@@ -1,7 +1,7 @@
-//! `with_*` methods, as `#[derive(Config)]` of Burn makes them. (The derive itself would make every field required in a
-//! file and let unknown ones pass.)
+//! `with_*` methods as Burn's `#[derive(Config)]` makes them. The derive itself is not used: it requires every field in a file
+//! and ignores unknown ones.
 
-/// A documented `with_*` method for each field.
+/// A documented `with_*` method for each field named.
 macro_rules! setters {
     ($($setter:ident($field:ident: $type:ty);)*) => {
         $(

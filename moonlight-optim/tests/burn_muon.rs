@@ -1,4 +1,4 @@
-//! Against Burn's own Muon: the same where both can do a thing, and what this crate says of the difference.
+//! Against Burn's own Muon: equal where both have the same rule, and different where this crate documents a difference.
 
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::decay::WeightDecayConfig;
@@ -6,7 +6,7 @@ use burn::optim::{AdjustLrFn, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Distribution, Tensor};
 use moonlight_optim::{MuonConfig, UpdateScale, WeightLayout};
 
-/// The weight of a layer after three steps on a fixed batch, from the same start for any optimizer.
+/// The weight of a layer after three steps on a fixed batch, from a given start.
 fn trained(start: &Linear, batch: &(Tensor<2>, Tensor<2>), mut optimizer: ModuleOptimizer) -> Tensor<2> {
     let mut layer = start.clone();
     for _ in 0..3 {
@@ -36,14 +36,14 @@ fn compare(inputs: usize, outputs: usize, theirs: AdjustLrFn, ours: &MuonConfig)
 }
 
 #[test]
-fn the_reports_scale_is_burns_match_rms_adamw() {
+fn the_reports_scale_equals_burns_match_rms_adamw() {
     for (inputs, outputs) in [(8, 20), (20, 8), (12, 12)] {
         let error = compare(inputs, outputs, AdjustLrFn::MatchRmsAdamW, &MuonConfig::new());
         assert!(error < 1e-5, "[{inputs}, {outputs}]: {error}");
     }
 }
 
-/// Burn 0.22.1 reads `[in, out]` as `[out, in]`. Should this fail, Burn has mended it: mend what the crate says of it.
+/// Burn 0.22.1 reads `[in, out]` as `[out, in]`. If this test fails, Burn has fixed that: correct the README's comparison.
 #[test]
 fn burns_original_scale_reads_a_layer_the_wrong_way_round() {
     let ours = MuonConfig::new().with_scale(UpdateScale::KellerJordan);

@@ -1,7 +1,7 @@
-//! The parity table: other people's definitions of Muon against this one, through Burn's `Linear`.
+//! The parity table: published definitions of Muon against this one, through Burn's `Linear`.
 //!
-//! The fixture is made by `scripts/muon_parity.py`, where each definition stands with its source; the versions it was made
-//! with stand in it. `cargo test -p moonlight-optim --test parity -- --nocapture` prints the table.
+//! `scripts/muon_parity.py` makes the fixture. The script has each definition with its source, the fixture the versions that it
+//! was made with. `cargo test -p moonlight-optim --test parity -- --nocapture` prints the table.
 
 use burn::module::Param;
 use burn::nn::{Linear, LinearConfig};
@@ -10,12 +10,12 @@ use burn::tensor::{Device, Tensor, TensorData};
 use moonlight_optim::MuonConfig;
 use serde::Deserialize;
 
-/// The norm of the difference of the weights over that of the weights' change, after all steps.
+/// The most that the norm of the difference may be, relative to the norm of the weights' change, after all steps.
 const BUDGET: f64 = 1e-5;
 
-/// CANS is so steep at both ends that PyTorch's own f32 is 4e-6 to 6e-6 from f64 here. Where the fixture has the weights in
-/// f64, ours may be this many times as far from them as PyTorch's f32 is; two such errors differ from order to order of
-/// the same sums.
+/// CANS is so steep at both ends that PyTorch's own f32 has an error of 4e-6 to 6e-6 against f64 here. Where the fixture has
+/// weights in f64, the error may be this many times that of PyTorch's f32: two such errors differ with the order of the same
+/// sums.
 const TIMES_AS_FAR: f64 = 5.0;
 
 #[derive(Deserialize)]
@@ -48,7 +48,7 @@ struct Case {
     config: MuonConfig,
     /// `[inputs, outputs]`
     weight_after: Vec<f32>,
-    /// The same in f64, where f32 itself is a matter of the budget.
+    /// The same in f64, where the error of f32 itself is near the budget.
     exact: Option<Vec<f64>>,
 }
 
@@ -79,7 +79,7 @@ fn distance<X: Copy + Into<f64>, Y: Copy + Into<f64>>(one: &[X], other: &[Y]) ->
 }
 
 #[test]
-fn every_scale_table_and_variant_is_what_its_source_says() {
+fn every_scale_table_and_variant_agrees_with_its_source() {
     let fixture: Fixture =
         serde_json::from_str(include_str!("fixtures/muon_parity.json")).expect("the fixture is well-formed");
     assert!(fixture.cases.len() >= 3 * 20);

@@ -1,6 +1,6 @@
 //! Steps through Burn's layers against the report's rule in PyTorch, and against `torch.optim.Muon`.
 //!
-//! The fixture is made by `scripts/muon_reference.py`; the versions it was made with stand in it.
+//! `scripts/muon_reference.py` makes the fixture, which has the versions that it was made with.
 
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
@@ -20,7 +20,7 @@ struct Fixture {
 #[derive(Deserialize)]
 struct Case {
     name: String,
-    /// How many matrices are stacked; 0 is a plain layer.
+    /// The number of stacked matrices; 0 for a plain layer.
     stack: usize,
     inputs: usize,
     outputs: usize,
@@ -32,7 +32,7 @@ struct Case {
     weight: Vec<f32>,
     /// `[outputs]` for each matrix
     bias: Vec<f32>,
-    /// By step.
+    /// After each step.
     weight_after: Vec<Vec<f32>>,
     bias_after: Vec<Vec<f32>>,
     torch_weight_after: Option<Vec<Vec<f32>>>,
@@ -50,7 +50,7 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
 
-/// The norm of the difference over the norm of what is expected.
+/// The norm of the difference relative to the norm of `expected`.
 fn distance(actual: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(actual.len(), expected.len());
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
@@ -83,7 +83,7 @@ fn train_layer(fixture: &Fixture, case: &Case) -> Vec<(Vec<f32>, Vec<f32>)> {
         let before = layer.clone();
         layer = optimizer.step(fixture.learning_rate, layer, grads);
         let rms = update_rms(&before, &layer, &assignment, fixture.learning_rate);
-        // Muon's is 0.2 at full rank, with Newton-Schulz' singular values of 0.7 to 1.2.
+        // 0.2 for Muon at full rank, times the singular values of 0.7 to 1.2 that Newton-Schulz gives.
         let full_rank = case.inputs.min(case.outputs) > 1;
         assert_eq!(rms[0].0, "muon");
         assert!((0.13..0.25).contains(&rms[0].1) || !full_rank, "{}: {rms:?}", case.name);
@@ -99,7 +99,7 @@ struct Experts {
     bias: Param<Tensor<1>>,
 }
 
-/// The same for a stack, `[stack, inputs, outputs]`. The biases lie behind one another, as AdamW does not mind.
+/// The same for a stack, `[stack, inputs, outputs]`. The biases are concatenated, which makes no difference to AdamW.
 fn train_stack(fixture: &Fixture, case: &Case) -> Vec<(Vec<f32>, Vec<f32>)> {
     let Case { stack, inputs, outputs, .. } = *case;
     let mut experts = Experts {
@@ -123,7 +123,7 @@ fn train_stack(fixture: &Fixture, case: &Case) -> Vec<(Vec<f32>, Vec<f32>)> {
 }
 
 #[test]
-fn steps_through_a_layer_are_the_reports_and_torchs() {
+fn steps_through_a_layer_agree_with_the_report_and_torch() {
     let fixture = fixture();
     assert!(!fixture.cases.is_empty());
     for case in &fixture.cases {

@@ -3,14 +3,17 @@
 
 mod book;
 mod ci;
+mod commands;
+mod errors;
 mod evidence;
 mod links;
 mod package;
+mod pages;
 mod scripts;
 mod shell;
 mod words;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -57,6 +60,12 @@ enum Task {
         /// Write nothing; fail where a page is out of date
         #[arg(long)]
         check: bool,
+    },
+    /// Run the blocks of the manual that are marked for it
+    Blocks {
+        /// The folder with the programs
+        #[arg(default_value = "target/release")]
+        programs: PathBuf,
     },
     /// Check the links of all pages
     Links,
@@ -117,6 +126,7 @@ fn run(task: &Task, root: &Path) -> Result<()> {
         Task::Examples => ci::examples(root),
         Task::Scripts => scripts::run(root),
         Task::Book { check } => book::run(root, *check),
+        Task::Blocks { programs } => commands::run_blocks(root, &root.join(programs)),
         Task::Links => links::run(root, true),
         Task::Evidence { check } => evidence::run(root, *check),
         Task::Package { no_verify } => package::run(root, *no_verify),

@@ -24,7 +24,8 @@ fn the_page_of_commands_is_current() {
     // Our title takes the place of the crate's, and its headings of the sixth level would be smaller than the text.
     let (_, commands) = made.split_once("\n\n").expect("a title comes first");
     let commands = commands.replace("###### **Subcommands:**", "**Commands**");
-    let commands = commands.replace("###### **Arguments:**", "**Arguments**").replace("###### **Options:**", "**Options**");
+    let commands =
+        commands.replace("###### **Arguments:**", "**Arguments**").replace("###### **Options:**", "**Options**");
     let lines: Vec<&str> = commands.lines().map(str::trim_end).collect();
     let page = format!("{HEAD}\n{}\n", lines.join("\n").trim());
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(PAGE);

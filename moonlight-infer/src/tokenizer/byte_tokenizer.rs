@@ -7,7 +7,7 @@
 use moonlight_convert::tokenizer::{TOKENIZER_JSON, byte_to_char};
 use serde_json::{Map, Value, json};
 
-use super::{TokenizerFile, Piece};
+use super::{Piece, TokenizerFile};
 use crate::moonlight_template::MOONLIGHT_TEMPLATE;
 
 /// Begins a text, where a model wants that.

@@ -93,7 +93,8 @@ impl HuggingFace {
         });
         let added = AddedTokens::new(added.collect())?;
         let (parsing, anchored) = (OnceLock::new(), OnceLock::new());
-        let tokenizer = Self { inner, vocab_size, may_expand, affixes, added, parsing, prepends_first_only: false, anchored };
+        let tokenizer =
+            Self { inner, vocab_size, may_expand, affixes, added, parsing, prepends_first_only: false, anchored };
         // A model that has neither bytes nor an unknown token fails on a character that it has not seen, and a table of
         // characters that is damaged at those that are in it. Say so now, not in the middle of the data.
         let ordinary: String = (' '..='~').chain('\u{A0}'..='\u{17F}').collect();

@@ -135,7 +135,9 @@ fn follow_steps(name: &str, part: &Value, steps: &mut usize, growth: &mut usize)
     }
     let own = step_growth(name, step)?;
     if own > MAX_GROWTH && !step.contains_key("precompiled_charsmap") && !is_unicode(step) {
-        return Err(format!("a step of its {name} can make a text {own} times as long, past the limit of {MAX_GROWTH}"));
+        return Err(format!(
+            "a step of its {name} can make a text {own} times as long, past the limit of {MAX_GROWTH}"
+        ));
     }
     *growth = growth.saturating_mul(own);
     Ok(())
@@ -152,7 +154,9 @@ fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
     for key in ["content", "prepend", "prefix", "suffix", "replacement"] {
         if let Some(content) = text(key).filter(|content| content.len() > MAX_CONTENT_BYTES) {
             let bytes = content.len();
-            return Err(format!("its {name} writes a text of {bytes} bytes, more than the limit of {MAX_CONTENT_BYTES}"));
+            return Err(format!(
+                "its {name} writes a text of {bytes} bytes, more than the limit of {MAX_CONTENT_BYTES}"
+            ));
         }
     }
     if step.get("length").and_then(Value::as_u64) == Some(0) {

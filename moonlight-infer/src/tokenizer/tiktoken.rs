@@ -4,7 +4,7 @@
 //! nobody asks for more, and that added tokens are matched as `tokenizers` matches them: by word, with the white space beside
 //! them, where `tokenizer_config.json` says so.
 
-use moonlight_convert::tokenizer::{Ranks, SpecialNames, BosEos, pattern, special_tokens};
+use moonlight_convert::tokenizer::{BosEos, Ranks, SpecialNames, pattern, special_tokens};
 use rustc_hash::FxHashMap;
 use tiktoken_rs::CoreBPE;
 

@@ -99,12 +99,14 @@ impl Collective for HierarchicalCollective {
         let by_group = |from: usize| -> Vec<usize> {
             (0..groups).map(|group| lengths[from][self.global_rank(group, self.inner.rank())] as usize).collect()
         };
+        // First hop, within the group: to the rank with the receiver's inner rank, its messages for all groups in one tensor.
         let bundles = (0..group_size).map(|inner_rank| {
             Tensor::cat((0..groups).map(|group| outgoing[self.global_rank(group, inner_rank)].clone()).collect(), 0)
         });
         let totals: Vec<usize> = (0..group_size).map(|from| by_group(from).iter().sum()).collect();
         let bundles = bundles.collect();
         let bundles = self.within_group(|inner| inner.all_to_all(bundles, &totals))?;
+        // Regroup by destination group; the senders of a bundle stay in the order of their inner ranks.
         let parts: Vec<Vec<Tensor<1>>> =
             bundles.iter().enumerate().map(|(from, bundle)| split_lengths(bundle, &by_group(from))).collect();
         let bundles =
@@ -112,6 +114,7 @@ impl Collective for HierarchicalCollective {
         let of_group = |group: usize| -> Vec<usize> {
             (0..group_size).map(|inner_rank| incoming[self.global_rank(group, inner_rank)]).collect()
         };
+        // Second hop, between groups: one message for each group instead of one for each of its ranks.
         let totals: Vec<usize> = (0..groups).map(|group| of_group(group).iter().sum()).collect();
         let bundles = self.across_groups(|outer| outer.all_to_all(bundles, &totals))?;
         Ok(bundles.iter().enumerate().flat_map(|(group, bundle)| split_lengths(bundle, &of_group(group))).collect())
@@ -119,6 +122,7 @@ impl Collective for HierarchicalCollective {
 
     fn reduce_scatter(&self, parts: Vec<Tensor<1>>) -> Result<Tensor<1>, CollectiveError> {
         let groups = self.outer.size();
+        // The parts of the ranks with this inner rank, one in each group: their group sums pass through this rank.
         let mine: Vec<usize> =
             (0..groups).map(|group| parts[self.global_rank(group, self.inner.rank())].dims()[0]).collect();
         let bundles = (0..self.inner.size()).map(|inner_rank| {
@@ -135,9 +139,10 @@ impl Collective for HierarchicalCollective {
             (0..groups).map(|group| lengths[self.global_rank(group, inner_rank)]).collect()
         };
         let mine = of_inner_rank(self.inner.rank());
-        let column = self.across_groups(|outer| outer.all_gather(part, &mine))?;
+        // Each part crosses between groups once, and the ranks of a group exchange what they received.
+        let column = self.across_groups(|outer| outer.all_gather(part, &mine))?; // by group
         let totals: Vec<usize> = (0..group_size).map(|inner_rank| of_inner_rank(inner_rank).iter().sum()).collect();
-        let columns = self.within_group(|inner| inner.all_gather(Tensor::cat(column, 0), &totals))?;
+        let columns = self.within_group(|inner| inner.all_gather(Tensor::cat(column, 0), &totals))?; // by inner rank
         let columns: Vec<Vec<Tensor<1>>> = columns
             .iter()
             .enumerate()

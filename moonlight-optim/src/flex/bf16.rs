@@ -179,17 +179,20 @@ pub(super) fn multiply(
         let last_row = first_row + out.len() / columns - 1;
         for panel in 0..columns.div_ceil(COLUMNS) {
             let column = panel * COLUMNS;
+            // This panel and all after it are above the diagonal in every row of the block.
             if lower && column > last_row {
                 break;
             }
             for (strip, out) in out.chunks_mut(ROWS * columns).enumerate() {
                 let row = first_row + strip * ROWS;
+                // Above the diagonal in these rows.
                 if lower && column > row + ROWS - 1 {
                     continue;
                 }
                 let mut sums = [0.0; ROWS * COLUMNS];
                 // SAFETY: the processor has AVX512-BF16 by the first assertion.
                 unsafe { tile(&mut sums, left.panel(row / ROWS), right.panel(panel)) };
+                // The last panel has columns of padding, which are computed and not stored.
                 let width = COLUMNS.min(columns - column);
                 for (out, sums) in out.chunks_mut(columns).zip(sums.chunks(COLUMNS)) {
                     for (out, sum) in out[column..column + width].iter_mut().zip(sums) {

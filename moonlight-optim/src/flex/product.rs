@@ -133,6 +133,7 @@ impl Symmetric {
         let size = self.size;
         for_each_block(&mut self.values, size, parallel, |start, out| {
             let count = out.len() / size;
+            // Columns up to the last row of the block: the lower half, and the block's own triangle above the diagonal.
             multiply(out, size, lhs.rows(start, count), rhs.first_columns(start + count), 0.0, 1.0);
         });
         self.mirror();

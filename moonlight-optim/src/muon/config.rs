@@ -52,14 +52,14 @@ pub enum MatrixView {
 
 impl MatrixView {
     /// Whether a parameter with `rank` dimensions can be read this way.
-    pub fn takes(self, rank: usize) -> bool {
+    pub fn accepts(self, rank: usize) -> bool {
         match self {
             MatrixView::Stack => (2..=3).contains(&rank),
             MatrixView::Kernel => (3..=5).contains(&rank),
         }
     }
 
-    /// The shape as a stack `[batch, A, B]`. Any other shape than [`MatrixView::takes`] accepts becomes one row.
+    /// The shape as a stack `[batch, A, B]`. Any other shape than [`MatrixView::accepts`] accepts becomes one row.
     pub fn stack(self, shape: &[usize]) -> [usize; 3] {
         match (self, shape) {
             (MatrixView::Kernel, [outputs, rest @ ..]) => [1, *outputs, rest.iter().product()],

@@ -98,13 +98,13 @@ impl Muon {
         let Some(sizes) = blocks.sizes(rows, columns) else {
             panic!("{blocks} do not fill a matrix of [{rows}, {columns}]");
         };
-        let parts = blocks.cut(&momentum, &sizes);
+        let parts = blocks.split(&momentum, &sizes);
         // Along the side that is split, a second moment has either the sizes of the blocks or one number for each block.
         let mut seconds: Vec<Option<Tensor<3>>> = match &second_moment {
             Some(second) => {
                 let one_each = blocks.extent(second) == sizes.len();
                 let ones = vec![1; sizes.len()];
-                blocks.cut(second, if one_each { &ones } else { &sizes }).into_iter().map(Some).collect()
+                blocks.split(second, if one_each { &ones } else { &sizes }).into_iter().map(Some).collect()
             }
             None => vec![None; sizes.len()],
         };
@@ -115,7 +115,7 @@ impl Muon {
                 continue;
             }
             let members: Vec<usize> = (first..sizes.len()).filter(|&block| sizes[block] == sizes[first]).collect();
-            let stacked = Tensor::cat(members.iter().map(|&block| parts[block].clone()).collect(), 0);
+            let stacked = Tensor::cat(members.iter().map(|&block| parts[block].clone()).collect(), 0); // [members * batch, ...]
             let second = members.iter().map(|&block| seconds[block].take()).collect::<Option<Vec<_>>>();
             let (update, second) = self.block_direction(stacked, second.map(|seconds| Tensor::cat(seconds, 0)));
             for (place, &block) in members.iter().enumerate() {
@@ -224,6 +224,7 @@ impl Muon {
                     seconds.extend(state.second_moment);
                 }
             }
+            // Stacks of equal shape are one larger stack, [members * batch, A, B].
             let state = step.map(|step| MuonState {
                 momentum: Tensor::cat(momenta, 0),
                 second_moment: (seconds.len() == indices.len()).then(|| Tensor::cat(seconds, 0)),
@@ -286,7 +287,7 @@ impl Muon {
     fn stack(&self, shape: &[usize]) -> [usize; 3] {
         let view = self.config.view;
         assert!(
-            view.takes(shape.len()),
+            view.accepts(shape.len()),
             "Muon orthogonalizes matrices `[A, B]` and stacks of matrices `[batch, A, B]`; a parameter of shape {shape:?} \
              is neither and belongs in another parameter group"
         );
@@ -334,6 +335,7 @@ impl Muon {
         let (update, second_moment) = self.direction(input, second_moment);
 
         let tensor = self.decay_and_update(lr, step, tensor.cast(dtype), update).cast(stored);
+        // Rounded after the update was computed from the exact sum.
         let momentum = match self.config.momentum_precision {
             MomentumPrecision::F32 => momentum,
             MomentumPrecision::Bf16 => momentum.cast(DType::BF16),

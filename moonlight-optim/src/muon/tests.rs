@@ -14,8 +14,8 @@ fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
 
-/// One step on a layer from `inputs` to `outputs` features, from a batch that gives every direction a gradient: the
-/// weight before and after, `[in, out]`, without decay and with learning rate 1.
+/// One step on a layer from `inputs` to `outputs` features, with a full-rank gradient, no decay and a learning rate of 1: the
+/// weight `[in, out]` before and after.
 fn step_on_layer(config: &MuonConfig, inputs: usize, outputs: usize) -> (Tensor<2>, Tensor<2>) {
     let device = device();
     let layer: Linear = LinearConfig::new(inputs, outputs).with_bias(false).init(&device);
@@ -33,8 +33,8 @@ fn rms(tensor: Tensor<2>) -> f64 {
 }
 
 #[test]
-fn the_update_has_the_reports_rms_whatever_the_layers_shape() {
-    // Polar Express to convergence, so that the singular values are 1 and Lemma 1 holds to rounding.
+fn the_update_has_the_reports_rms_for_any_shape() {
+    // Enough steps of Polar Express to converge: the singular values are 1, and Lemma 1 holds up to rounding.
     let config = MuonConfig::new().with_coefficients(Coefficients::PolarExpress).with_steps(12);
     for (inputs, outputs) in [(24, 64), (64, 24), (32, 32)] {
         let (before, after) = step_on_layer(&config, inputs, outputs);
@@ -44,7 +44,7 @@ fn the_update_has_the_reports_rms_whatever_the_layers_shape() {
 }
 
 #[test]
-fn scales_that_tell_inputs_from_outputs_do_so_through_a_layer() {
+fn scales_that_depend_on_inputs_and_outputs_are_right_for_a_layer() {
     // sqrt(max(1, out / in)) times an update of RMS 1 / sqrt(max(in, out)).
     let config = MuonConfig::new().with_coefficients(Coefficients::PolarExpress).with_steps(12);
     let cases = [
@@ -80,7 +80,7 @@ fn a_layer_stored_column_major_takes_the_same_step() {
 }
 
 #[test]
-fn a_stack_takes_the_steps_of_its_matrices_alone() {
+fn a_stack_takes_the_same_steps_as_its_matrices_alone() {
     let device = Device::default();
     for (rows, columns) in [(5, 9), (9, 5), (7, 7)] {
         let weight = Tensor::<3>::random([6, rows, columns], Distribution::Normal(0.0, 1.0), &device);
@@ -104,7 +104,7 @@ fn a_stack_takes_the_steps_of_its_matrices_alone() {
 }
 
 #[test]
-fn a_zero_gradient_moves_nothing_but_by_decay() {
+fn a_zero_gradient_leaves_only_decay() {
     let device = Device::default();
     let weight = Tensor::<2>::random([4, 6], Distribution::Default, &device);
     for epsilon in [0.0, 1e-7] {
@@ -119,7 +119,7 @@ fn a_zero_gradient_moves_nothing_but_by_decay() {
 }
 
 #[test]
-fn decay_is_at_the_unadjusted_rate() {
+fn decay_uses_the_learning_rate_before_the_scale() {
     let device = Device::default();
     let weight = Tensor::<2>::random([16, 100], Distribution::Default, &device);
     let grad = Tensor::<2>::random([16, 100], Distribution::Default, &device);
@@ -131,7 +131,7 @@ fn decay_is_at_the_unadjusted_rate() {
 }
 
 #[test]
-fn a_gradient_that_is_not_finite_shows_and_stays_in_its_own_matrix() {
+fn a_non_finite_gradient_makes_its_own_matrix_nan_and_no_other() {
     let device = Device::default();
     let weight = Tensor::<3>::ones([2, 3, 3], &device);
     let mut grad = vec![0.5_f32; 18];
@@ -175,7 +175,7 @@ fn settings_survive_serde_and_unknown_ones_are_refused() {
 
 #[test]
 fn a_bare_parameter_trains() {
-    // The optimum of 0.5 ||W - T||^2 is T; sign-like updates reach it to within their length.
+    // The optimum of ||W - T||^2 is T; updates of a fixed length reach it to within that length.
     #[derive(Module, Debug)]
     struct Bare {
         weight: Param<Tensor<2>>,
@@ -194,7 +194,7 @@ fn a_bare_parameter_trains() {
 }
 
 #[test]
-fn a_batch_takes_the_steps_of_its_members() {
+fn a_batch_takes_the_same_steps_as_its_members_alone() {
     let device = Device::default();
     let random = |_| Tensor::<2>::random([6, 9], Distribution::Normal(0.0, 1.0), &device);
     let weights: Vec<_> = (0..5).map(random).collect();
@@ -209,7 +209,7 @@ fn a_batch_takes_the_steps_of_its_members() {
         let mut alone = together.clone();
         for step in 0..3 {
             let grads: Vec<_> = (0..5).map(random).collect();
-            // The third one sits the second step out, so that the batch falls into two.
+            // The third one skips the second step, so that the next batch has members at two different steps.
             let parameters: Vec<usize> = (0..5).filter(|index| step != 1 || *index != 2).collect();
             let batch = parameters.iter().map(|&index| {
                 let (weight, state) = together[index].clone();
@@ -230,7 +230,7 @@ fn a_batch_takes_the_steps_of_its_members() {
 }
 
 #[test]
-fn blocks_take_the_steps_of_matrices_of_their_own() {
+fn blocks_take_the_same_steps_as_separate_matrices() {
     let device = Device::default();
     let weight = Tensor::<2>::random([8, 12], Distribution::Normal(0.0, 1.0), &device);
     let grads: Vec<_> = (0..3).map(|_| Tensor::<2>::random([8, 12], Distribution::Default, &device)).collect();
@@ -284,7 +284,7 @@ fn a_convolution_kernel_is_one_matrix_with_its_outputs_in_rows() {
 }
 
 #[test]
-fn momentum_warms_up_on_a_straight_line() {
+fn momentum_warms_up_linearly() {
     let config = MuonConfig::new().with_momentum_warmup(0.85, 10);
     assert!((config.momentum_at(0) - 0.85).abs() < 1e-12);
     assert!((config.momentum_at(5) - 0.90).abs() < 1e-12);
@@ -303,7 +303,7 @@ fn momentum_warms_up_on_a_straight_line() {
 }
 
 #[test]
-fn cautious_decay_holds_back_where_it_would_work_against_the_update() {
+fn cautious_decay_applies_where_update_and_weight_agree_in_sign() {
     let device = Device::default();
     let weight = Tensor::<2>::random([16, 24], Distribution::Normal(0.0, 1.0), &device);
     let grad = Tensor::<2>::random([16, 24], Distribution::Normal(0.0, 1.0), &device);
@@ -313,18 +313,18 @@ fn cautious_decay_holds_back_where_it_would_work_against_the_update() {
         floats(config.build().step(0.1, weight.clone(), grad.clone(), None).0)
     };
     let (plain, decayed, cautious) = (step(0.0, false), step(0.5, false), step(0.5, true));
-    let mut held = 0;
+    let mut undecayed = 0;
     for (index, before) in floats(weight.clone()).into_iter().enumerate() {
         let update = before - plain[index];
         let expected = if before * update >= 0.0 { decayed[index] } else { plain[index] };
-        held += usize::from(before * update < 0.0);
+        undecayed += usize::from(before * update < 0.0);
         assert!((cautious[index] - expected).abs() < 1e-6);
     }
-    assert!((100..284).contains(&held), "{held} of 384");
+    assert!((100..284).contains(&undecayed), "{undecayed} of 384");
 }
 
 #[test]
-fn bf16_momentum_is_half_the_state_and_nearly_the_same() {
+fn bf16_momentum_gives_nearly_the_same_steps() {
     let device = Device::default();
     let weight = Tensor::<2>::random([24, 16], Distribution::Normal(0.0, 1.0), &device);
     let grads: Vec<_> =
@@ -346,7 +346,7 @@ fn bf16_momentum_is_half_the_state_and_nearly_the_same() {
 }
 
 #[test]
-fn an_infinite_gradient_shows_through_signs_as_well() {
+fn a_non_finite_gradient_gives_nan_with_signs_too() {
     let device = Device::default();
     let grad = Tensor::<2>::from_data([[1.0_f32, f32::INFINITY], [0.5, 2.0]], &device);
     let config = MuonConfig::new().with_adaptive(Adaptive::ada_muon());
@@ -375,7 +375,7 @@ fn half_precisions_stay_near_f32() {
 }
 
 #[test]
-fn a_config_is_read_by_its_serde_names_and_by_the_older_ones() {
+fn a_config_is_read_by_its_serde_names_and_by_older_ones() {
     let new = r#"{"momentum_dtype": "bf16", "newton_schulz_steps": 7, "newton_schulz_epsilon": 0.0,
         "newton_schulz_dtype": "f16", "rounding": "master", "scale": "update_norm"}"#;
     let old = r#"{"momentum_precision": "bf16", "steps": 7, "epsilon": 0.0, "precision": "f16",
@@ -390,7 +390,7 @@ fn a_config_is_read_by_its_serde_names_and_by_the_older_ones() {
     for text in [new, old] {
         assert_eq!(serde_json::from_str::<MuonConfig>(text).unwrap(), expected);
     }
-    // By Burn's trait, to a file and back.
+    // Through Burn's `Config` trait, to a file and back.
     use burn::config::Config;
     let dir = tempfile::tempdir().unwrap();
     expected.save(dir.path().join("muon.json")).unwrap();

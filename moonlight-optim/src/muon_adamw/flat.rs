@@ -79,6 +79,7 @@ impl MuonAdamW {
             true => momentum.clone().mul_scalar(mu).add(gradient),
             false => momentum.clone(),
         };
+        // The state is rounded after the input was computed from the f32 sum, so that it is rounded once a step.
         let momentum = match config.momentum_precision {
             MomentumPrecision::F32 => momentum,
             MomentumPrecision::Bf16 => momentum.cast(DType::BF16),
@@ -100,6 +101,7 @@ impl MuonAdamW {
                 continue;
             };
             let unit = rows * columns;
+            // A segment may begin and end within a matrix.
             for matrix in first / unit..last.div_ceil(unit) {
                 let start = matrix * unit;
                 let holders = holders(&self.buckets[part.bucket], parameter, start, start + unit);
@@ -125,7 +127,7 @@ impl MuonAdamW {
         let mut outgoing: Vec<Vec<Tensor<1>>> = vec![Vec::new(); size];
         let mut incoming = vec![0; size];
         for matrix in &*matrices {
-            let own = matrix.parts.iter().flatten().next();
+            let own = matrix.parts.iter().flatten().next(); // none has been received yet
             for &(holder, from, to) in matrix.holders.iter().filter(|(holder, ..)| *holder != rank) {
                 outgoing[holder].extend(own.cloned());
                 incoming[holder] += to - from;
@@ -156,6 +158,7 @@ impl MuonAdamW {
         let equal = |one: &Matrix, other: &Matrix| {
             (one.optimizer, one.rows, one.columns) == (other.optimizer, other.rows, other.columns)
         };
+        // Batches take matrices out of their order; the numbers put the updates back into it.
         let numbered: Vec<(usize, Matrix)> = matrices.into_iter().enumerate().collect();
         let count = numbered.len();
         let mut updates: Vec<Option<(usize, Tensor<1>)>> = (0..count).map(|_| None).collect();

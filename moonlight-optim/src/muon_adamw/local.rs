@@ -56,6 +56,7 @@ impl MuonAdamW {
                 })
                 .unzip();
             let updated = self.step_matrices(lr, batch);
+            // Put back before the next batch is taken: only one batch exists outside of the module at a time.
             let values = owners.into_iter().zip(updated).map(|((id, shape), values)| (id, (shape, values)));
             module = module.map(&mut Replacer(values.collect()));
         }
@@ -156,7 +157,7 @@ impl ModuleVisitor for ListParameters<'_> {
     }
 }
 
-/// Takes the parameters of a batch out of the module, with their gradients, and leaves empty tensors behind. Then the step
+/// Takes the parameters of a batch out of the module, with their gradients, and puts empty tensors in their place. Then the step
 /// has the only handle on them and can update them in place; otherwise it would copy each one first.
 struct TakeBatch<'a> {
     batch: &'a [MuonParameter],

@@ -140,6 +140,7 @@ impl Assignment {
         if let Some(other) = parameters.iter().find(|parameter| matches!(parameter.kind, OptimizerKind::Other)) {
             return Err(OptimizerError::UnknownOptimizer { group: other.group.clone() });
         }
+        // NorMuon averages over whole rows or columns, and both variants rescale by the norm of the whole update.
         let adaptive = optimizers.muon.iter().any(|(muon, _)| muon.adaptive != Adaptive::Off);
         if adaptive && config.form == DistributedForm::Flat {
             return Err(OptimizerError::AdaptiveNeedsWholeMatrices);

@@ -26,7 +26,7 @@ pub enum DistributedForm {
 #[derive(Clone, Debug)]
 pub(crate) struct OptimizedParameter {
     pub(crate) path: String,
-    /// Burn's identity of the parameter in the module that the rules were assigned to.
+    /// Burn's id of the parameter in the module that the rules were assigned to.
     pub(crate) id: ParamId,
     pub(crate) group: String,
     pub(crate) shape: Vec<usize>,
@@ -121,7 +121,7 @@ impl Segment {
 pub(super) struct Bucket {
     /// Indices of the parameters, descending.
     pub(super) parameters: Vec<usize>,
-    /// The segments that each rank owns, in the order of `parameters` and of elements.
+    /// The segments that each rank owns: whole matrices first, then the rest, each in the order of `parameters` and of elements.
     pub(super) parts: Vec<Vec<Segment>>,
 }
 
@@ -164,7 +164,8 @@ pub(super) fn partition(
                 add(&mut parts[owner], Segment { parameter, start: matrix * unit, end: (matrix + 1) * unit });
             }
         }
-        // Parameters without an owner are concatenated and cut evenly: elementwise optimizers may be cut anywhere.
+        // Parameters without owners are concatenated and cut evenly: all of them in the flat form, else AdamW's, which is
+        // elementwise and may be cut anywhere.
         let flat: Vec<usize> = members.iter().copied().filter(|&index| owners[index].is_none()).collect();
         let elements = flat.iter().map(|&index| parameters[index].elements()).sum();
         let cuts = even_cuts(elements, ranks);

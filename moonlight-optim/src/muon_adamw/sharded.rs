@@ -64,6 +64,7 @@ impl MuonAdamW {
                 bucket.parameters.iter().filter_map(|&index| self.waiting.remove_entry(&index)).collect();
             let segment =
                 |segment: &Segment| gradients[&segment.parameter].clone().narrow(0, segment.start, segment.len());
+            // In f32 as after a reduction, so that the flat form gives the same on one rank.
             if self.communicator.size() == 1 {
                 let own = bucket.parts[0].iter().map(|part| segment(part).cast(DType::F32));
                 *reduction = Reduction::Done(own.collect());
@@ -103,6 +104,7 @@ impl MuonAdamW {
             self.start_complete_buckets();
         }
         let rank = self.communicator.rank();
+        // A received part has the segments of this rank one after the other.
         for (bucket, reduction) in self.buckets.iter().zip(&mut self.reductions) {
             if !matches!(reduction, Reduction::Running(_)) {
                 continue;

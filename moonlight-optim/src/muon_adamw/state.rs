@@ -63,7 +63,7 @@ impl MuonAdamW {
                         (second_moment, &parameter.kind)
                     {
                         let [_, rows, columns] = second.dims();
-                        let offset = start / parameter.unit() * rows * columns;
+                        let offset = start / parameter.unit() * rows * columns; // of the segment's first matrix
                         let elements = second.shape().num_elements();
                         let values = second.clone().reshape([elements]);
                         push("second_moment", vec![*matrices, rows, columns], offset, values);

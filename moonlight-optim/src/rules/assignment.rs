@@ -1,4 +1,4 @@
-//! The outcome of applying rules to a module.
+//! The assignment of a module's parameters to groups.
 
 use burn::module::{ParamGroup, ParamId};
 use burn::optim::ModuleOptimizer;
@@ -9,34 +9,34 @@ use super::group::{GroupSettings, Unassigned};
 use super::{GroupOptimizer, Parameter, Rule};
 use crate::Blocks;
 
-/// The name under which tensors without gradients are listed.
+/// The group name of tensors without gradients in the table.
 pub(crate) const BUFFER: &str = "buffer";
 
-/// A parameter, and what takes it.
+/// A parameter and its group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct AssignedParameter {
-    /// Names from the root of the module, separated by dots.
+    /// The names from the root of the module, separated by dots.
     pub path: String,
     /// The shape as stored.
     pub shape: Vec<usize>,
     /// The name of its group, or `buffer`.
     pub group: String,
-    /// Why it is there.
+    /// Why it is in this group.
     pub reason: String,
-    /// The path of the parameter that this one shares its tensor with, if it is not the first of them.
+    /// The path of an earlier parameter that this one shares its tensor with, such as a tied head.
     pub shared_with: Option<String>,
-    /// How Muon cuts it, where the rule says so.
+    /// The blocks of its rule. [`Blocks::Whole`] means those of the group.
     pub blocks: Blocks,
-    /// Burn's identity of the parameter. It is not part of the serialised table, as it is another in every process.
+    /// Burn's id of the parameter. It is not serialized, since it differs in every process.
     #[serde(skip)]
     pub id: ParamId,
 }
 
 impl AssignedParameter {
-    pub(crate) fn taken(parameter: Parameter, rule: &Rule) -> Self {
+    pub(crate) fn by_rule(parameter: Parameter, rule: &Rule) -> Self {
         let Parameter { path, shape, id, .. } = parameter;
         let (group, blocks) = (rule.group.clone(), rule.blocks.clone());
-        Self { path, shape, group, reason: rule.why(), shared_with: None, blocks, id }
+        Self { path, shape, group, reason: rule.table_reason(), shared_with: None, blocks, id }
     }
 
     pub(crate) fn buffer(parameter: Parameter) -> Self {
@@ -50,7 +50,7 @@ impl AssignedParameter {
         Self { path: parameter.path, reason, shared_with: Some(self.path.clone()), ..self.clone() }
     }
 
-    /// Whether an optimizer takes it: it is neither a buffer nor a second name of another parameter.
+    /// Whether it has an optimizer: it is neither a buffer nor the second name of a shared tensor.
     pub fn is_optimized(&self) -> bool {
         self.group != BUFFER && self.shared_with.is_none()
     }
@@ -61,8 +61,13 @@ impl AssignedParameter {
     }
 }
 
-/// Which group takes each parameter of a module. Prints as a table, and serialises as one: `parameters`, each with path,
-/// shape, group and reason, and `groups`, each with its optimizer's settings and totals.
+/// The group of each parameter of a module. Made by [`ParameterRules::assign`](crate::ParameterRules::assign).
+///
+/// It prints as a table. It serializes as `parameters`, each with path, shape, group and reason, and `groups`, each with the
+/// settings of its optimizer and totals.
+///
+/// [`build`](Self::build) makes the optimizer of it, [`load`](Self::load) one with saved state, and
+/// [`to_module_optimizer`](Self::to_module_optimizer) Burn's own.
 #[derive(Clone, Debug)]
 pub struct Assignment {
     rows: Vec<AssignedParameter>,
@@ -79,18 +84,18 @@ impl Assignment {
         &self.rows
     }
 
-    /// The groups in the order in which they were declared, those without a parameter included.
+    /// The groups in the order of their declaration, including those without parameters.
     pub fn groups(&self) -> impl Iterator<Item = (&str, &GroupOptimizer)> {
         self.groups.iter().map(|(name, optimizer)| (name.as_str(), optimizer))
     }
 
-    /// The parameters that the optimizer of a group takes.
+    /// The parameters of a group that its optimizer steps.
     pub fn parameters_of<'a>(&'a self, group: &'a str) -> impl Iterator<Item = &'a AssignedParameter> {
         self.rows.iter().filter(move |row| row.is_optimized() && row.group == group)
     }
 
-    /// The parameters that the optimizer of a group takes, by the blocks that it cuts them into: those of their rule, or of
-    /// the group's settings.
+    /// The parameters of a group that its optimizer steps, by the blocks that they are split into: those of their rule, or of
+    /// the group.
     pub(crate) fn by_blocks(&self, group: &str) -> Vec<(Blocks, Vec<&str>)> {
         let own = self.groups().find(|(name, _)| *name == group).and_then(|(_, optimizer)| optimizer.muon());
         let own = own.map_or(Blocks::Whole, |config| config.blocks.clone());
@@ -105,25 +110,27 @@ impl Assignment {
         by_blocks
     }
 
-    /// Burn's own optimizer for the module, without any state: one group of a `ModuleOptimizer` for each of ours, by path.
-    /// For burn-train's `Learner` and other code that takes a `ModuleOptimizer`, and for groups of other optimizers than
-    /// Muon and AdamW. Else [`Assignment::build`] gives the same parameters, bit for bit, and is faster if there are many
-    /// equal matrices (stochastic rounding draws in another order).
+    /// Burn's own optimizer for the module, without state: a `ModuleOptimizer` with a group for each group here, matched by
+    /// path. Use it with burn-train's `Learner` and other code that takes a `ModuleOptimizer`, and for groups of other
+    /// optimizers than Muon and AdamW.
     ///
-    /// It works for any module with the same paths. It panics on a step with a parameter that was not there when the rules
-    /// were assigned.
+    /// [`Assignment::build`] gives the same parameters bit for bit and is faster if many matrices have equal shapes. (Only
+    /// stochastic rounding differs, since it draws in another order.)
+    ///
+    /// The optimizer works for any module with the same paths. Its step panics for a gradient of a parameter that did not exist
+    /// when the rules were assigned.
     pub fn to_module_optimizer(&self) -> ModuleOptimizer {
         let mut optimizer = ModuleOptimizer::from(Unassigned);
         for (name, group) in self.groups() {
             for (blocks, paths) in self.by_blocks(name) {
-                optimizer = optimizer.with_group(ParamGroup::from_paths(paths), group.shared(&blocks), None);
+                optimizer = optimizer.with_group(ParamGroup::from_paths(paths), group.with_blocks(&blocks), None);
             }
         }
         optimizer
     }
 }
 
-/// A group of a serialised table.
+/// A group of the serialized table.
 #[derive(Serialize)]
 struct Group<'a> {
     name: &'a str,

@@ -1,4 +1,4 @@
-//! What can be wrong with parameter rules.
+//! Errors of parameter rules.
 
 use thiserror::Error;
 
@@ -11,10 +11,10 @@ pub enum RuleError {
     Pattern {
         /// The pattern as given.
         pattern: String,
-        /// What the glob parser says.
+        /// The message of the glob parser.
         reason: String,
     },
-    /// A rule names a group that there is none of.
+    /// A rule names a group that does not exist.
     #[error("the rule for {rule} names the parameter group `{group}`, which does not exist")]
     UnknownGroup {
         /// The rule, in words.
@@ -24,9 +24,9 @@ pub enum RuleError {
         /// The groups that exist.
         known: Vec<String>,
     },
-    /// Two groups have one name, or one has the name that buffers are listed under.
-    #[error("the parameter group name `{group}` is taken")]
-    TakenGroupName {
+    /// Two groups have the same name, or one has the name that buffers are listed under.
+    #[error("the parameter group name `{group}` is already in use")]
+    DuplicateGroup {
         /// The name.
         group: String,
     },
@@ -36,58 +36,58 @@ pub enum RuleError {
         /// The rule, in words.
         rule: String,
     },
-    /// Everything that a rule matches is taken by rules before it.
-    #[error("the rule for {rule} takes no parameter: all {matched} that it matches are taken by earlier rules")]
-    TakesNothing {
+    /// Earlier rules match everything that a rule matches.
+    #[error("the rule for {rule} has no effect: earlier rules match all {matched} of its parameters")]
+    Shadowed {
         /// The rule, in words.
         rule: String,
         /// How many parameters it matches.
         matched: usize,
     },
-    /// Parameters that no rule takes.
-    #[error("no rule takes {}", list(parameters))]
-    NotTaken {
+    /// Parameters that no rule matches.
+    #[error("no rule matches {}", list(parameters))]
+    Unmatched {
         /// Path and shape of each.
         parameters: Vec<(String, Vec<usize>)>,
     },
-    /// A rule gives Muon something that is not a matrix or a stack of matrices.
-    #[error("the rule for {rule} gives Muon what is not a matrix or a stack of matrices: {}", list(parameters))]
+    /// A rule assigns to Muon what is not a matrix or a stack of matrices.
+    #[error("the rule for {rule} assigns to Muon what is not a matrix or a stack of matrices: {}", list(parameters))]
     NotAMatrix {
         /// The rule, in words.
         rule: String,
         /// Path and shape of each.
         parameters: Vec<(String, Vec<usize>)>,
     },
-    /// A rule cuts matrices into blocks that do not fill them, or that no Muon takes.
-    #[error("the rule for {rule} cuts `{path}` {shape:?} into {blocks}, which {problem}")]
+    /// A rule splits matrices into blocks that do not fill them, or for another optimizer than Muon.
+    #[error("the rule for {rule} splits `{path}` {shape:?} into {blocks}, which {problem}")]
     Blocks {
         /// The rule, in words.
         rule: String,
-        /// A parameter that it takes.
+        /// The path of a parameter that it matches.
         path: String,
-        /// Its shape.
+        /// The shape of that parameter.
         shape: Vec<usize>,
         /// The blocks, in words.
         blocks: String,
-        /// What is wrong with that.
+        /// The rest of the sentence.
         problem: &'static str,
     },
-    /// A rule without conditions sends matrices to a group that is not Muon's.
-    #[error("the rule for every parameter sends matrices past Muon to `{group}`: {}", list(parameters))]
-    MatrixPastMuon {
-        /// The group that takes them.
+    /// A rule without conditions assigns matrices to another group than Muon's.
+    #[error("the rule for every parameter assigns matrices to `{group}` instead of Muon: {}", list(parameters))]
+    MatrixWithoutMuon {
+        /// The group that they are assigned to.
         group: String,
         /// Path and shape of each.
         parameters: Vec<(String, Vec<usize>)>,
     },
-    /// A group's scale is that of the hidden size, and no hidden size is set.
-    #[error("the scale of the group `{group}` is that of the model's hidden size, which is not set")]
+    /// The scale of a group depends on the model's hidden size, which is not set.
+    #[error("the scale of the group `{group}` needs the model's hidden size, which is not set")]
     NoHiddenSize {
-        /// The name.
+        /// The name of the group.
         group: String,
     },
-    /// The module has no parameter to optimise.
-    #[error("the module has no trainable parameter")]
+    /// The module has no trainable parameters.
+    #[error("the module has no trainable parameters")]
     NoParameters,
 }
 
@@ -96,26 +96,26 @@ impl RuleError {
     pub fn hint(&self) -> Option<String> {
         match self {
             RuleError::Pattern { .. } => {
-                Some("`*` stands for any characters of one name, `**` for any number of whole names".to_string())
+                Some("use `*` for any characters of one name, `**` for any number of whole names".to_string())
             }
-            RuleError::UnknownGroup { known, .. } => Some(format!("the groups are: {}", known.join(", "))),
-            RuleError::TakenGroupName { .. } => None,
+            RuleError::UnknownGroup { known, .. } => Some(format!("use one of the groups {}", known.join(", "))),
+            RuleError::DuplicateGroup { .. } => Some("choose another name; `buffer` is reserved".to_string()),
             RuleError::MatchesNothing { .. } => {
-                Some("mark the rule `.optional()` if some models lack these parameters".to_string())
+                Some("correct the rule, or mark it `.optional()` if some models lack these parameters".to_string())
             }
-            RuleError::TakesNothing { .. } => Some("the first rule that matches wins: move this one up".to_string()),
-            RuleError::NotTaken { .. } => Some("add a rule for them".to_string()),
+            RuleError::Shadowed { .. } => Some("move the rule up: the first rule that matches decides".to_string()),
+            RuleError::Unmatched { .. } => Some("add a rule for them".to_string()),
             RuleError::NotAMatrix { .. } => Some("restrict the rule with `.rank(2..=3)`".to_string()),
-            RuleError::Blocks { .. } => {
-                Some("sizes are repeated until they fill the side; a layer's outputs are its columns".to_string())
-            }
-            RuleError::MatrixPastMuon { .. } => {
-                Some("name them in a rule, or mark the rule `.matrices_too()`".to_string())
+            RuleError::Blocks { .. } => Some(
+                "choose sizes that fill the side when repeated; the outputs of a Burn `Linear` are columns".to_string(),
+            ),
+            RuleError::MatrixWithoutMuon { .. } => {
+                Some("name them in a rule, or mark this rule `.matrices_too()`".to_string())
             }
             RuleError::NoHiddenSize { .. } => Some("set `hidden` of the scale `hidden_size`".to_string()),
-            RuleError::NoParameters => {
-                Some("parameters with `require_grad` off count as buffers, and so do integer tensors".to_string())
-            }
+            RuleError::NoParameters => Some(
+                "check `require_grad`: parameters without it count as buffers, and so do integer tensors".to_string(),
+            ),
         }
     }
 }
@@ -129,4 +129,52 @@ fn list(parameters: &[(String, Vec<usize>)]) -> String {
         text.push_str(&format!(" and {} more", parameters.len() - SHOWN));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::messages::{render, seen};
+
+    #[test]
+    fn messages() {
+        let rule = || "path `layers.**`".to_string();
+        let group = || "adamw".to_string();
+        let parameters = |count: usize| (0..count).map(|index| (format!("layers.{index}.norm"), vec![64])).collect();
+        let errors = [
+            RuleError::Pattern { pattern: "layers.**x".into(), reason: "recursive wildcards must be alone".into() },
+            RuleError::UnknownGroup { rule: rule(), group: "moun".into(), known: vec!["muon".into(), group()] },
+            RuleError::DuplicateGroup { group: group() },
+            RuleError::MatchesNothing { rule: rule() },
+            RuleError::Shadowed { rule: rule(), matched: 12 },
+            RuleError::Unmatched { parameters: parameters(2) },
+            RuleError::NotAMatrix { rule: rule(), parameters: parameters(7) },
+            RuleError::Blocks {
+                rule: rule(),
+                path: "layers.0.up.weight".into(),
+                shape: vec![4, 6],
+                blocks: "blocks of 4 columns".into(),
+                problem: "do not fill it",
+            },
+            RuleError::MatrixWithoutMuon { group: group(), parameters: vec![("head.weight".into(), vec![4, 6])] },
+            RuleError::NoHiddenSize { group: "muon".into() },
+            RuleError::NoParameters,
+        ];
+        // A new variant does not compile until it has a name here, and fails the test until it has an example above.
+        let name = |error: &RuleError| match error {
+            RuleError::Pattern { .. } => "Pattern",
+            RuleError::UnknownGroup { .. } => "UnknownGroup",
+            RuleError::DuplicateGroup { .. } => "DuplicateGroup",
+            RuleError::MatchesNothing { .. } => "MatchesNothing",
+            RuleError::Shadowed { .. } => "Shadowed",
+            RuleError::Unmatched { .. } => "Unmatched",
+            RuleError::NotAMatrix { .. } => "NotAMatrix",
+            RuleError::Blocks { .. } => "Blocks",
+            RuleError::MatrixWithoutMuon { .. } => "MatrixWithoutMuon",
+            RuleError::NoHiddenSize { .. } => "NoHiddenSize",
+            RuleError::NoParameters => "NoParameters",
+        };
+        assert_eq!(seen(&errors, name).len(), 11);
+        insta::assert_snapshot!(render(&errors, name, RuleError::hint));
+    }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{AdamWConfig, Blocks, Decay, MuonConfig};
 
-/// What a parameter group is optimised by: [`MuonConfig`], [`AdamWConfig`], or any Burn optimizer.
+/// The optimizer of a parameter group: Muon, AdamW, or any other optimizer of Burn's.
 ///
 /// ```
 /// use moonlight_optim::{AdamWConfig, GroupOptimizer};
@@ -28,32 +28,32 @@ pub struct GroupOptimizer {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GroupSettings {
-    /// Muon.
+    /// Muon, with its config.
     Muon(Box<MuonConfig>),
-    /// AdamW.
+    /// AdamW, with its config.
     AdamW(AdamWConfig),
-    /// Any other optimizer, of which no more is known.
+    /// Any other optimizer, whose settings are unknown.
     Other {
-        /// Its decoupled weight decay.
+        /// The decoupled weight decay that it applies.
         weight_decay: f64,
     },
 }
 
 impl GroupOptimizer {
-    /// Any Burn optimizer. `weight_decay` is the decoupled decay that it applies, if it does; only
-    /// [`update_rms`](crate::update_rms) needs to know it, to tell the update from the decay.
+    /// Any optimizer of Burn's. `weight_decay` is the decoupled decay that it applies, or 0. It serves only
+    /// [`update_rms`](crate::update_rms), which separates the update from the decay.
     pub fn new(optimizer: impl Optimizer, weight_decay: f64) -> Self {
         let settings = GroupSettings::Other { weight_decay };
         Self { optimizer: Arc::new(optimizer), settings, learning_rate_factor: 1.0 }
     }
 
-    /// Sets what the learning rate of a step is multiplied with for this group.
+    /// Sets the factor on a step's learning rate for this group.
     pub fn with_learning_rate_factor(mut self, factor: f64) -> Self {
         self.learning_rate_factor = factor;
         self
     }
 
-    /// What the learning rate of a step is multiplied with for this group; 1 unless set.
+    /// The factor on a step's learning rate for this group; 1 unless set.
     pub fn learning_rate_factor(&self) -> f64 {
         self.learning_rate_factor
     }
@@ -67,12 +67,12 @@ impl GroupOptimizer {
         }
     }
 
-    /// The optimizer's settings.
+    /// The settings of the optimizer.
     pub fn settings(&self) -> &GroupSettings {
         &self.settings
     }
 
-    /// The settings, if it is Muon.
+    /// The config, if the optimizer is Muon.
     pub(crate) fn muon(&self) -> Option<&MuonConfig> {
         match &self.settings {
             GroupSettings::Muon(config) => Some(config),
@@ -80,20 +80,20 @@ impl GroupOptimizer {
         }
     }
 
-    /// The decay of a step that is taken with learning rate `lr` before the group's factor.
+    /// How decay is applied: Muon's setting, or the default for other optimizers.
     pub(crate) fn decay(&self) -> Decay {
         self.muon().map(|config| config.decay).unwrap_or_default()
     }
 
-    /// The same group for parameters that are cut into blocks.
-    pub(crate) fn shared(&self, blocks: &Blocks) -> Shared {
+    /// The group's optimizer for parameters that are split into `blocks`.
+    pub(crate) fn with_blocks(&self, blocks: &Blocks) -> GroupMember {
         let optimizer = match (self.muon(), blocks) {
             (Some(config), blocks) if *blocks != Blocks::Whole => {
                 Arc::new(config.clone().with_blocks(blocks.clone()).mixed())
             }
             _ => self.optimizer.clone(),
         };
-        Shared { optimizer, learning_rate_factor: self.learning_rate_factor }
+        GroupMember { optimizer, learning_rate_factor: self.learning_rate_factor }
     }
 }
 
@@ -120,13 +120,14 @@ impl From<AdamWConfig> for GroupOptimizer {
     }
 }
 
-/// A shared optimizer as `ModuleOptimizer::with_group` takes one.
-pub(crate) struct Shared {
+/// A group's optimizer as `ModuleOptimizer::with_group` takes it. It applies the group's factor on the learning rate, for which
+/// Burn has no setting.
+pub(crate) struct GroupMember {
     optimizer: Arc<dyn DynOptimizer>,
     learning_rate_factor: f64,
 }
 
-impl DynOptimizer for Shared {
+impl DynOptimizer for GroupMember {
     fn step_dyn(
         &self,
         rank: usize,
@@ -151,8 +152,8 @@ impl DynOptimizer for Shared {
     }
 }
 
-/// The fallback that `ModuleOptimizer` asks for. Assignment covers every parameter of the module that it was made for,
-/// so this one is reached only with another module.
+/// The default group that `ModuleOptimizer` requires. An assignment covers every parameter of its module, so this group is
+/// reached only with another module.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Unassigned;
 

@@ -1,4 +1,4 @@
-//! Which optimizer takes which parameter: rules, checked against a module before the first step.
+//! Rules that assign parameters to optimizers, checked against a module before the first step.
 
 mod assignment;
 mod error;
@@ -22,8 +22,11 @@ pub use rule::Rule;
 use crate::{AdamWConfig, Blocks, MuonConfig, UpdateScale};
 use pattern::PathPattern;
 
-/// Groups of parameters, each with an optimizer, and the rules that fill them. The first rule that matches a
-/// parameter takes it.
+/// Parameter groups, each with an optimizer, and the rules that assign parameters to them. The first rule that matches a
+/// parameter decides.
+///
+/// Rules do not guess: [`assign`](Self::assign) returns an error for a rule that matches nothing, a parameter that no rule
+/// matches, and a matrix that would reach AdamW only because a pattern missed it.
 ///
 /// ```
 /// use burn::nn::{Linear, LinearConfig};
@@ -48,25 +51,25 @@ pub struct ParameterRules {
 }
 
 impl ParameterRules {
-    /// No group and no rule.
+    /// No groups and no rules.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The report's division for the models of this project: Muon (group `muon`) for every matrix and stack of
-    /// matrices but `embed_tokens` and `lm_head`; AdamW (group `adamw`) for these two, for norms and for biases.
+    /// The rules of the report, for models with the parameter names of Hugging Face: Muon (group `muon`) for matrices and stacks
+    /// of matrices, except `embed_tokens` and `lm_head`; AdamW (group `adamw`) for these two, for norms and for biases.
     pub fn moonlight(muon: MuonConfig, adamw: AdamWConfig) -> Self {
         Self::new()
             .group("muon", muon)
             .group("adamw", adamw)
             .rule(Rule::to("adamw").path("**.embed_tokens.**").because("embedding"))
-            // Absent where the head is tied to the embedding.
+            // Optional: a head that is tied to the embedding has no parameter.
             .rule(Rule::to("adamw").path("**.lm_head.**").because("output head").optional())
             .with_matrices_and_vectors()
     }
 
-    /// The same division for any module: AdamW for the weights of Burn's `Embedding` modules, for whatever matches
-    /// `except` (globs; the output head belongs here) and for what is not a matrix; Muon for all other matrices.
+    /// The same rules for any module. AdamW takes the weights of Burn's `Embedding` modules, what matches a glob of `except` (name
+    /// the output head there), and what is not a matrix; Muon takes all other matrices and stacks of matrices.
     pub fn muon_except<P: Into<String>>(
         except: impl IntoIterator<Item = P>,
         muon: MuonConfig,
@@ -84,8 +87,8 @@ impl ParameterRules {
         rules.with_matrices_and_vectors()
     }
 
-    /// Keller Jordan's division and settings: as [`ParameterRules::muon_except`], with AdamW at 0.015 times the learning
-    /// rate, that is 3e-4 beside Muon's 0.02 (`MuonWithAuxAdam` of KellerJordan/Muon).
+    /// Keller Jordan's rules and settings: those of [`ParameterRules::muon_except`], with AdamW at 0.015 times the learning rate,
+    /// which is 3e-4 for Muon's 0.02 (`MuonWithAuxAdam` of KellerJordan/Muon).
     pub fn keller_jordan<P: Into<String>>(except: impl IntoIterator<Item = P>) -> Self {
         let rules = Self::muon_except(except, MuonConfig::keller_jordan(), AdamWConfig::keller_jordan());
         let slower = |(name, group): (String, GroupOptimizer)| {
@@ -95,7 +98,7 @@ impl ParameterRules {
         Self { groups: rules.groups.into_iter().map(slower).collect(), ..rules }
     }
 
-    /// Kimi K2's: the report's division and settings. Its other half is [`QkClip`](crate::QkClip), after each step.
+    /// Kimi K2's rules and settings, which are the report's. It also applies [`QkClip`](crate::QkClip) after each step.
     pub fn kimi_k2() -> Self {
         Self::moonlight(MuonConfig::kimi_k2(), AdamWConfig::new())
     }
@@ -111,31 +114,36 @@ impl ParameterRules {
             .rule(Rule::to("adamw").rank(..=1).because("not a matrix").optional())
     }
 
-    /// Adds a group. It gets its parameters from the rules that name it.
+    /// Adds a group, which gets its parameters from the rules that name it.
     pub fn group(mut self, name: impl Into<String>, optimizer: impl Into<GroupOptimizer>) -> Self {
         self.groups.push((name.into(), optimizer.into()));
         self
     }
 
-    /// Adds a rule after those already there.
+    /// Adds a rule after the existing ones.
     pub fn rule(mut self, rule: Rule) -> Self {
         self.rules.push(rule);
         self
     }
 
-    /// Applies the rules to a module.
+    /// Assigns every parameter of a module to a group.
     ///
     /// # Errors
     ///
-    /// A rule that matches nothing, or nothing that earlier rules left (unless it is optional or matches frozen parameters),
-    /// a trainable parameter that no rule takes, a parameter given to Muon that is not a matrix or a stack of matrices,
-    /// blocks that do not fill their matrix, a rule without conditions that sends matrices past Muon, a group that does not
-    /// exist or exists twice, a scale without its hidden size, a malformed pattern, a module without trainable parameters.
+    /// [`RuleError`]:
+    ///
+    /// * a rule that matches nothing, or nothing that earlier rules left (unless it is optional or matches frozen parameters)
+    /// * a trainable parameter that no rule matches
+    /// * a parameter assigned to Muon that is not a matrix or a stack of matrices
+    /// * blocks that do not fill their matrix
+    /// * a rule without conditions that assigns matrices to another group than Muon's
+    /// * a group that does not exist, or exists twice
+    /// * a scale without its hidden size, a malformed pattern, a module without trainable parameters
     pub fn assign<M: Module>(&self, module: &M) -> Result<Assignment, RuleError> {
         self.assign_parameters(Parameter::of(module))
     }
 
-    /// Applies the rules to a list of parameters, without a module.
+    /// Assigns a list of parameters, without a module.
     ///
     /// # Errors
     ///
@@ -150,54 +158,55 @@ impl ParameterRules {
 
         let mut matched = vec![0_usize; self.rules.len()];
         let mut frozen = vec![0_usize; self.rules.len()];
-        let mut taken = vec![Vec::new(); self.rules.len()];
-        let mut not_taken = Vec::new();
+        let mut assigned = vec![Vec::new(); self.rules.len()];
+        let mut unmatched = Vec::new();
         let mut rows = Vec::with_capacity(parameters.len());
         let mut first_paths = HashMap::new();
         for parameter in parameters {
             if !parameter.trainable {
-                // A rule that matches only frozen parameters is not an error: its pattern is not misspelt.
+                // A rule that matches only frozen parameters is not an error: its pattern is not misspelled.
                 for (rule, count) in frozen.iter_mut().enumerate() {
                     *count += usize::from(matches(rule, &parameter));
                 }
                 rows.push(AssignedParameter::buffer(parameter));
                 continue;
             }
+            // A second name of a tensor, such as a tied head: it must be stepped once.
             if let Some(&first) = first_paths.get(&parameter.id) {
                 let owner: &AssignedParameter = &rows[first];
                 rows.push(owner.shared_as(parameter));
                 continue;
             }
-            let mut taker = None;
+            let mut first_match = None;
             for (rule, count) in matched.iter_mut().enumerate() {
                 if matches(rule, &parameter) {
                     *count += 1;
-                    taker = taker.or(Some(rule));
+                    first_match = first_match.or(Some(rule));
                 }
             }
             let name = (parameter.path.clone(), parameter.shape.clone());
-            let Some(rule) = taker else {
-                not_taken.push(name);
+            let Some(rule) = first_match else {
+                unmatched.push(name);
                 continue;
             };
-            taken[rule].push(name);
+            assigned[rule].push(name);
             first_paths.insert(parameter.id, rows.len());
-            rows.push(AssignedParameter::taken(parameter, &self.rules[rule]));
+            rows.push(AssignedParameter::by_rule(parameter, &self.rules[rule]));
         }
 
-        if !not_taken.is_empty() {
-            return Err(RuleError::NotTaken { parameters: not_taken });
+        if !unmatched.is_empty() {
+            return Err(RuleError::Unmatched { parameters: unmatched });
         }
         if first_paths.is_empty() {
             return Err(RuleError::NoParameters);
         }
-        for (index, (rule, (&matched, taken))) in self.rules.iter().zip(matched.iter().zip(&taken)).enumerate() {
+        for (index, (rule, (&matched, assigned))) in self.rules.iter().zip(matched.iter().zip(&assigned)).enumerate() {
             if matched > 0 || frozen[index] == 0 {
-                self.check_rule(rule, matched, taken)?;
+                self.check_rule(rule, matched, assigned)?;
             }
         }
-        for (rule, taken) in self.rules.iter().zip(&taken) {
-            self.check_past_muon(rule, taken)?;
+        for (rule, assigned) in self.rules.iter().zip(&assigned) {
+            self.check_matrices(rule, assigned)?;
         }
         Ok(Assignment::new(rows, self.groups.clone()))
     }
@@ -211,7 +220,7 @@ impl ParameterRules {
     fn check_groups(&self) -> Result<(), RuleError> {
         for (index, (name, _)) in self.groups.iter().enumerate() {
             if name == BUFFER || self.groups[..index].iter().any(|(earlier, _)| earlier == name) {
-                return Err(RuleError::TakenGroupName { group: name.clone() });
+                return Err(RuleError::DuplicateGroup { group: name.clone() });
             }
         }
         for (name, group) in &self.groups {
@@ -228,28 +237,28 @@ impl ParameterRules {
         Ok(())
     }
 
-    fn check_rule(&self, rule: &Rule, matched: usize, taken: &[(String, Vec<usize>)]) -> Result<(), RuleError> {
+    fn check_rule(&self, rule: &Rule, matched: usize, assigned: &[(String, Vec<usize>)]) -> Result<(), RuleError> {
         if matched == 0 && !rule.optional {
             return Err(RuleError::MatchesNothing { rule: rule.describe() });
         }
-        if taken.is_empty() && !rule.optional {
-            return Err(RuleError::TakesNothing { rule: rule.describe(), matched });
+        if assigned.is_empty() && !rule.optional {
+            return Err(RuleError::Shadowed { rule: rule.describe(), matched });
         }
         let muon = self.groups.iter().find(|(name, _)| *name == rule.group).and_then(|(_, group)| group.muon());
         let Some(muon) = muon else {
-            return match taken.first() {
+            return match assigned.first() {
                 Some(parameter) if rule.blocks != Blocks::Whole => {
-                    Err(Self::blocks(rule, &rule.blocks, parameter, "only Muon does"))
+                    Err(Self::blocks(rule, &rule.blocks, parameter, "only Muon can do"))
                 }
                 _ => Ok(()),
             };
         };
-        let wrong: Vec<_> = taken.iter().filter(|(_, shape)| !muon.view.takes(shape.len())).cloned().collect();
+        let wrong: Vec<_> = assigned.iter().filter(|(_, shape)| !muon.view.accepts(shape.len())).cloned().collect();
         if !wrong.is_empty() {
             return Err(RuleError::NotAMatrix { rule: rule.describe(), parameters: wrong });
         }
         let blocks = if rule.blocks == Blocks::Whole { &muon.blocks } else { &rule.blocks };
-        for parameter in taken {
+        for parameter in assigned {
             let [_, rows, columns] = muon.view.stack(&parameter.1);
             if blocks.sizes(rows, columns).is_none() {
                 return Err(Self::blocks(rule, blocks, parameter, "do not fill it"));
@@ -258,14 +267,15 @@ impl ParameterRules {
         Ok(())
     }
 
-    /// Another group than Muon's must not get matrices by a rule that has no condition.
-    fn check_past_muon(&self, rule: &Rule, taken: &[(String, Vec<usize>)]) -> Result<(), RuleError> {
+    /// Refuses a rule without conditions that assigns matrices to another group than Muon's: it would hide a pattern that has
+    /// missed them.
+    fn check_matrices(&self, rule: &Rule, assigned: &[(String, Vec<usize>)]) -> Result<(), RuleError> {
         let muon =
             |name: &str| self.groups.iter().any(|(group, optimizer)| group == name && optimizer.muon().is_some());
-        let matrices: Vec<_> = taken.iter().filter(|(_, shape)| shape.len() >= 2).cloned().collect();
+        let matrices: Vec<_> = assigned.iter().filter(|(_, shape)| shape.len() >= 2).cloned().collect();
         let any_muon = self.groups.iter().any(|(name, _)| muon(name));
         if any_muon && !muon(&rule.group) && rule.matches_all() && !rule.matrices_too && !matrices.is_empty() {
-            return Err(RuleError::MatrixPastMuon { group: rule.group.clone(), parameters: matrices });
+            return Err(RuleError::MatrixWithoutMuon { group: rule.group.clone(), parameters: matrices });
         }
         Ok(())
     }

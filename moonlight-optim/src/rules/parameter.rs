@@ -1,4 +1,4 @@
-//! What a module is made of, as rules see it.
+//! The parameters of a module, as rules see them.
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, Int, Tensor};
@@ -6,27 +6,27 @@ use burn::tensor::{Bool, Int, Tensor};
 /// A parameter or buffer of a module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parameter {
-    /// Names from the root of the module, separated by dots.
+    /// The names from the root of the module, separated by dots: `layers.0.up.weight`.
     pub path: String,
     /// The shape as stored.
     pub shape: Vec<usize>,
     /// The type of the module that holds it, such as `Linear`.
     pub module: String,
-    /// Whether it gets gradients. What does not is a buffer, and no rule is asked about it.
+    /// Whether it gets gradients. One that does not is a buffer, and rules do not apply to it.
     pub trainable: bool,
-    /// Burn's identity of the parameter: the same in two places means one tensor shared.
+    /// Burn's id of the parameter. The same id at two paths means one shared tensor.
     pub id: ParamId,
 }
 
 impl Parameter {
-    /// All parameters and buffers of a module, in its own order.
+    /// All parameters and buffers of a module, in the module's order.
     pub fn of<M: Module>(module: &M) -> Vec<Parameter> {
         let mut collector = Collector::default();
         module.visit(&mut collector);
         if collector.parameters.iter().any(|parameter| parameter.trainable) {
             return collector.parameters;
         }
-        // A module that is not on an autodiff device has no gradients switched on; it still knows which it would have.
+        // A module on a device without autodiff requires no gradients; `train` gives the ones that it would require.
         let mut collector = Collector::default();
         module.clone().train().visit(&mut collector);
         collector.parameters
@@ -36,7 +36,7 @@ impl Parameter {
 #[derive(Default)]
 struct Collector {
     path: Vec<String>,
-    /// The types of the structs entered, innermost last; empty for containers such as `Vec`.
+    /// The types of the modules entered, innermost last; empty for containers such as `Vec`.
     modules: Vec<String>,
     parameters: Vec<Parameter>,
 }

@@ -2,8 +2,8 @@
 
 use glob::{MatchOptions, Pattern};
 
-/// A glob over a parameter's path in which the dots are what slashes are for files: `*` stands for any characters
-/// within one name, `**` for any number of names, `?` for one character, `[0-9]` for one of a set.
+/// A glob over a parameter's path, in which dots separate names as slashes do in file paths: `*` matches any characters within
+/// one name, `**` any number of names, `?` one character, `[0-9]` one of a set.
 #[derive(Clone, Debug)]
 pub(crate) struct PathPattern(Pattern);
 
@@ -28,7 +28,7 @@ mod tests {
     }
 
     #[test]
-    fn stars_stay_within_a_name_and_double_stars_do_not() {
+    fn a_star_matches_within_a_name_and_a_double_star_across_names() {
         assert!(matches("embed_tokens.*", "embed_tokens.weight"));
         assert!(!matches("embed_tokens", "embed_tokens.weight"));
         assert!(matches("**.router.weight", "layers.1.mlp.router.weight"));
@@ -37,7 +37,7 @@ mod tests {
         assert!(matches("**.embed_tokens.**", "embed_tokens.weight"));
         assert!(matches("**.embed_tokens.**", "model.embed_tokens.weight"));
         assert!(!matches("**.embed_tokens.**", "model.my_embed_tokens.weight"));
-        assert!(matches("**", "anything.at.all"));
+        assert!(matches("**", "any.path.whatever"));
         assert!(matches("layers.[0-3].**", "layers.2.mlp.up_proj.weight"));
     }
 

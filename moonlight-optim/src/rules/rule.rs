@@ -1,11 +1,11 @@
-//! One rule: which parameters, which group, why.
+//! A rule: which parameters, which group, and why.
 
 use std::ops::{Bound, RangeBounds};
 
 use super::parameter::Parameter;
 use crate::Blocks;
 
-/// Sends the parameters that it matches to a group. All conditions given must hold; a rule without any matches every
+/// Assigns the parameters that it matches to a group. All of its conditions must hold; a rule without conditions matches every
 /// parameter.
 ///
 /// ```
@@ -28,7 +28,7 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// A rule that sends every parameter to the group of this name.
+    /// A rule that assigns every parameter to the group of this name.
     pub fn to(group: impl Into<String>) -> Self {
         Self {
             group: group.into(),
@@ -43,8 +43,8 @@ impl Rule {
         }
     }
 
-    /// Only parameters whose path matches a glob in which names are separated by dots: `*` stands for any characters
-    /// of one name, `**` for any number of whole names, `?` for one character, `[0-9]` for one of a set.
+    /// Only parameters whose path matches a glob, in which names are separated by dots: `*` matches any characters of one name,
+    /// `**` any number of whole names, `?` one character, `[0-9]` one of a set.
     pub fn path(mut self, pattern: impl Into<String>) -> Self {
         self.path = Some(pattern.into());
         self
@@ -56,7 +56,8 @@ impl Rule {
         self
     }
 
-    /// Only parameters with this many dimensions: 0 and 1 are scalars and vectors, 2 matrices, 3 stacks of matrices.
+    /// Only parameters with these numbers of dimensions: 2 for matrices, 3 for stacks of matrices, `..=1` for vectors and
+    /// scalars.
     pub fn rank(mut self, ranks: impl RangeBounds<usize>) -> Self {
         self.lowest_rank = match ranks.start_bound() {
             Bound::Included(rank) => *rank,
@@ -65,7 +66,7 @@ impl Rule {
         };
         self.highest_rank = match ranks.end_bound() {
             Bound::Included(rank) => *rank,
-            // `..0` matches nothing, which assignment reports.
+            // `..0` matches nothing, which `assign` returns as an error.
             Bound::Excluded(0) => {
                 self.lowest_rank = 1;
                 0
@@ -76,20 +77,20 @@ impl Rule {
         self
     }
 
-    /// The reason that the printed table gives for the parameters of this rule.
+    /// The reason for the parameters of this rule in the printed table. Without it, the table has the conditions.
     pub fn because(mut self, reason: impl Into<String>) -> Self {
         self.reason = Some(reason.into());
         self
     }
 
-    /// Lets the rule match nothing. Without this, a rule that matches nothing is an error, as it usually is a misspelt
+    /// Lets the rule match nothing. Without this, a rule that matches nothing is an error, since that is usually a misspelled
     /// name.
     pub fn optional(mut self) -> Self {
         self.optional = true;
         self
     }
 
-    /// Has Muon cut the matrices of this rule into blocks, in place of what its group's settings say.
+    /// Makes Muon split the matrices of this rule into blocks, in place of the blocks of its group.
     ///
     /// ```
     /// use moonlight_optim::{Blocks, Rule};
@@ -101,19 +102,19 @@ impl Rule {
         self
     }
 
-    /// Says that a rule without any condition may send matrices to a group that is not Muon's. Without this it is an error
-    /// where there is a Muon group, as it is how a matrix that a pattern missed ends up with AdamW unnoticed.
+    /// Lets a rule without conditions assign matrices to another group than Muon's. Without this that is an error if there is a
+    /// Muon group: a matrix that a pattern missed would be trained by AdamW unnoticed.
     pub fn matrices_too(mut self) -> Self {
         self.matrices_too = true;
         self
     }
 
-    /// Whether it has no condition.
+    /// Whether the rule has no conditions.
     pub(crate) fn matches_all(&self) -> bool {
         self.path.is_none() && self.module.is_none() && (self.lowest_rank, self.highest_rank) == (0, usize::MAX)
     }
 
-    /// Whether rank and module type match; the path is matched by its compiled pattern.
+    /// Whether the number of dimensions and the module type match. The path is matched by its compiled pattern.
     pub(crate) fn matches_kind(&self, parameter: &Parameter) -> bool {
         let rank = parameter.shape.len();
         let module = self.module.as_ref().is_none_or(|name| *name == parameter.module);
@@ -138,8 +139,8 @@ impl Rule {
         if parts.is_empty() { "every parameter".to_string() } else { parts.join(", ") }
     }
 
-    /// What the table says about why.
-    pub(crate) fn why(&self) -> String {
+    /// The reason in the printed table, with the blocks.
+    pub(crate) fn table_reason(&self) -> String {
         let reason = self.reason.clone().unwrap_or_else(|| self.describe());
         if self.blocks == Blocks::Whole { reason } else { format!("{reason}, {}", self.blocks) }
     }

@@ -8,7 +8,7 @@ use super::{AssignedParameter, Assignment, BUFFER};
 impl fmt::Display for Assignment {
     /// A row for each parameter (path, shape, group, reason), then a line for each group with its totals.
     ///
-    /// `{:#}` puts the like parameters of all layers in one row: `layers.{0-26}.input_layernorm.weight`.
+    /// `{:#}` merges the equal parameters of all layers into one row: `layers.{0-26}.input_layernorm.weight`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let header = ["parameter", "shape", "optimizer", "why"].map(str::to_string);
         let mut rows = vec![header];
@@ -31,7 +31,7 @@ fn cells(path: String, row: &AssignedParameter) -> [String; 4] {
     [path, format!("{:?}", row.shape), row.group.clone(), row.reason.clone()]
 }
 
-/// Parameters that differ in the first number of their paths only.
+/// Parameters whose paths differ only in the first number.
 struct Merged<'a> {
     first: &'a AssignedParameter,
     /// The path before and after the number.
@@ -96,7 +96,7 @@ fn ranges(numbers: &[usize]) -> String {
 }
 
 impl Assignment {
-    /// A line for each group: how many parameters it has and how many elements they have.
+    /// A line for each group, with the number of its tensors and of their elements.
     pub fn summary(&self) -> String {
         let mut lines = Vec::new();
         for (name, _) in self.groups() {

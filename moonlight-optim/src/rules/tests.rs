@@ -39,7 +39,7 @@ fn moonlight() -> ParameterRules {
 }
 
 #[test]
-fn the_table_says_what_takes_each_parameter_and_why() {
+fn the_table_has_the_group_of_each_parameter_and_the_reason() {
     let assignment = moonlight().assign(&model(true)).unwrap();
     let expected = "\
 parameter            shape      optimizer  why
@@ -88,7 +88,7 @@ fn a_tied_head_may_be_absent_but_not_the_embedding() {
 }
 
 #[test]
-fn a_module_off_the_autodiff_device_is_assigned_as_it_would_train() {
+fn a_module_without_autodiff_is_assigned_as_it_would_be_for_training() {
     let trained = moonlight().assign(&model(true)).unwrap();
     let plain = moonlight().assign(&model(true).valid()).unwrap();
     assert_eq!(plain.to_string(), trained.to_string());
@@ -113,18 +113,18 @@ fn every_mistake_in_the_rules_is_an_error_that_names_it() {
     let rules = base().rule(Rule::to("muon").rank(3..=3)).rule(Rule::to("adamw").rank(..2));
     assert_eq!(
         message(rules),
-        "no rule takes `embed_tokens.weight` [10, 4], `layers.0.up.weight` [4, 6], `layers.1.up.weight` [4, 6], \
+        "no rule matches `embed_tokens.weight` [10, 4], `layers.0.up.weight` [4, 6], `layers.1.up.weight` [4, 6], \
          `lm_head.weight` [4, 10]"
     );
     let rules = base().rule(Rule::to("adamw")).rule(Rule::to("muon").path("layers.*.experts"));
     assert_eq!(
         message(rules),
-        "the rule for path `layers.*.experts` takes no parameter: all 2 that it matches are taken by earlier rules"
+        "the rule for path `layers.*.experts` has no effect: earlier rules match all 2 of its parameters"
     );
     let rules = base().rule(Rule::to("muon").path("layers.**")).rule(Rule::to("adamw"));
     assert_eq!(
         message(rules),
-        "the rule for path `layers.**` gives Muon what is not a matrix or a stack of matrices: \
+        "the rule for path `layers.**` assigns to Muon what is not a matrix or a stack of matrices: \
          `layers.0.up.bias` [6], `layers.0.norm.gamma` [4], `layers.1.up.bias` [6], `layers.1.norm.gamma` [4]"
     );
     let rules = base().rule(Rule::to("moun").rank(2..=3)).rule(Rule::to("adamw"));
@@ -132,15 +132,15 @@ fn every_mistake_in_the_rules_is_an_error_that_names_it() {
     let rules = base().rule(Rule::to("adamw").path("layers.**x"));
     assert!(message(rules).starts_with("the pattern `layers.**x` of a parameter rule is malformed"));
     let rules = base().group("muon", MuonConfig::new()).rule(Rule::to("adamw"));
-    assert_eq!(message(rules), "the parameter group name `muon` is taken");
+    assert_eq!(message(rules), "the parameter group name `muon` is already in use");
     let rules = ParameterRules::new().group("buffer", AdamWConfig::new()).rule(Rule::to("buffer"));
-    assert_eq!(message(rules), "the parameter group name `buffer` is taken");
+    assert_eq!(message(rules), "the parameter group name `buffer` is already in use");
     let rules = base().rule(Rule::to("adamw").rank(..0)).rule(Rule::to("muon"));
     assert!(message(rules).ends_with("matches no parameter"));
 }
 
 #[test]
-fn a_shared_tensor_is_taken_once() {
+fn a_shared_tensor_is_assigned_once() {
     let device = &Device::default().autodiff();
     let first: Linear = LinearConfig::new(4, 6).with_bias(false).init(device);
     let pair = vec![first.clone(), first];
@@ -150,8 +150,9 @@ fn a_shared_tensor_is_taken_once() {
     assert_eq!(assignment.rows()[1].shared_with.as_deref(), Some("0.weight"));
     assert!(assignment.to_string().contains("same tensor as `0.weight`"));
 }
+
 #[test]
-fn matrices_do_not_fall_past_muon_unnoticed() {
+fn matrices_do_not_reach_another_optimizer_unnoticed() {
     let base = || {
         ParameterRules::new()
             .group("muon", MuonConfig::new())
@@ -162,26 +163,26 @@ fn matrices_do_not_fall_past_muon_unnoticed() {
     let error = base().rule(Rule::to("adamw")).assign(&model(true)).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the rule for every parameter sends matrices past Muon to `adamw`: `embed_tokens.weight` [10, 4], \
+        "the rule for every parameter assigns matrices to `adamw` instead of Muon: `embed_tokens.weight` [10, 4], \
          `lm_head.weight` [4, 10]"
     );
     assert!(error.hint().unwrap().contains(".matrices_too()"));
     assert!(base().rule(Rule::to("adamw").matrices_too()).assign(&model(true)).is_ok());
-    // A rank that neither Muon nor a rule takes is not passed on either: a convolution kernel, say.
+    // Nor does a parameter whose number of dimensions no rule has, such as a convolution kernel.
     #[derive(Module, Debug)]
     struct Kernel {
         weight: Param<Tensor<4>>,
     }
     let kernel = Kernel { weight: Initializer::Ones.init([2, 3, 4, 4], &Device::default().autodiff()) };
     let rules = ParameterRules::muon_except(Vec::<String>::new(), MuonConfig::new(), AdamWConfig::new());
-    assert_eq!(rules.assign(&kernel).unwrap_err().to_string(), "no rule takes `weight` [2, 3, 4, 4]");
+    assert_eq!(rules.assign(&kernel).unwrap_err().to_string(), "no rule matches `weight` [2, 3, 4, 4]");
     let kernels = MuonConfig::new().with_view(crate::MatrixView::Kernel);
     let rules = ParameterRules::new().group("kernels", kernels).rule(Rule::to("kernels").rank(4..=4));
     assert!(rules.assign(&kernel).is_ok());
 }
 
 #[test]
-fn blocks_of_a_rule_are_checked_and_shown() {
+fn blocks_of_a_rule_are_checked_and_printed() {
     let rules = |blocks: Blocks| {
         ParameterRules::new()
             .group("muon", MuonConfig::new())
@@ -199,18 +200,18 @@ fn blocks_of_a_rule_are_checked_and_shown() {
     let error = rules(Blocks::Columns(vec![4])).assign(&model(true)).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the rule for path `layers.*.up.weight` cuts `layers.0.up.weight` [4, 6] into blocks of 4 columns, which do not \
-         fill it"
+        "the rule for path `layers.*.up.weight` splits `layers.0.up.weight` [4, 6] into blocks of 4 columns, which do \
+         not fill it"
     );
     let other = ParameterRules::new()
         .group("adamw", AdamWConfig::new())
         .rule(Rule::to("adamw").path("lm_head.*").blocks(Blocks::Rows(vec![2])))
         .rule(Rule::to("adamw"));
-    assert!(other.assign(&model(true)).unwrap_err().to_string().ends_with("blocks of 2 rows, which only Muon does"));
+    assert!(other.assign(&model(true)).unwrap_err().to_string().ends_with("blocks of 2 rows, which only Muon can do"));
 }
 
 #[test]
-fn the_table_serialises() {
+fn the_table_serializes() {
     let assignment = ParameterRules::keller_jordan(["lm_head.*"]).assign(&model(true)).unwrap();
     let table = serde_json::to_value(assignment).unwrap();
     assert_eq!(
@@ -232,7 +233,7 @@ fn the_table_serialises() {
 }
 
 #[test]
-fn a_group_takes_its_share_of_the_learning_rate() {
+fn a_group_applies_its_factor_to_the_learning_rate() {
     use burn::optim::GradientsParams;
     let device = &Device::default().autodiff();
     let layer: Linear = LinearConfig::new(4, 6).init(device);
@@ -261,7 +262,7 @@ fn a_scale_without_its_hidden_size_is_refused() {
     let error = muon(unset).assign(&model(true)).unwrap_err();
     assert_eq!(error, RuleError::NoHiddenSize { group: "muon".into() });
     assert!(muon(unset.with_hidden_size(64)).assign(&model(true)).is_ok());
-    // What is set stays.
+    // A hidden size that is set is kept.
     let set = UpdateScale::HiddenSize { factor: 0.2, hidden: 16 };
     assert_eq!((set.with_hidden_size(64), UpdateScale::Unit.with_hidden_size(64)), (set, UpdateScale::Unit));
 }

@@ -273,6 +273,7 @@ fn check(collected: &Collected, parameters: &[OptimizedParameter], pieces: &[Pie
             OptimizerKind::AdamW { .. } => &["momentum.moment_1", "momentum.moment_2"],
             OptimizerKind::Other => &[],
         };
+        // Some fields, but not all that the optimizer needs: the state is of another optimizer.
         let some = ["momentum", "momentum.moment_1", "momentum.moment_2", "master"].into_iter().any(has);
         if some && !needed.iter().all(|field| has(field)) {
             return Err(StateError::OtherOptimizer { path: parameter.path.clone(), group: parameter.group.clone() });

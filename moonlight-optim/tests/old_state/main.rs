@@ -1,5 +1,5 @@
-//! Optimizer states that were written before there was one format of them: each loads, and the steps that follow are, bit
-//! for bit, those that the optimizer which wrote it took.
+//! Optimizer states of earlier versions, in the formats of the time: each loads, and the steps that follow are bit for bit those
+//! of the version that wrote it.
 //!
 //! `fixtures/optimizer-state/README.md` says how the files were made.
 
@@ -16,14 +16,14 @@ use moonlight_optim::distributed::{Communicator, DistributedConfig, DistributedF
 use moonlight_optim::{AdamWConfig, Adaptive, MuonAdamW, MuonConfig, OptimizerOptions, ParameterRules};
 use net::{MICRO_BATCHES, Net, RATE, STEPS, gradients, half_precision, net, rules, values, with_values};
 
-/// One kind of state that is kept.
+/// A kind of state and its fixtures.
 struct Case {
     /// Its key in `expected.json`.
     name: &'static str,
     dtype: DType,
     rules: ParameterRules,
     form: DistributedForm,
-    /// Folders or files, each a whole state.
+    /// Files, or folders with a file for each rank: each is a complete state.
     states: &'static [&'static str],
 }
 
@@ -70,7 +70,7 @@ fn files(state: &str) -> Vec<PathBuf> {
     entries.map(|entry| entry.unwrap().path()).collect()
 }
 
-/// The parameters when the state was written and after each step that followed, as their bits.
+/// The parameters when the state was written and after each of the steps that followed.
 fn expected(case: &Case) -> Vec<Vec<f32>> {
     let text = std::fs::read_to_string(fixtures().join("expected.json")).unwrap();
     let all: std::collections::BTreeMap<String, Vec<String>> = serde_json::from_str(&text).unwrap();
@@ -83,23 +83,23 @@ fn expected(case: &Case) -> Vec<Vec<f32>> {
     history.collect()
 }
 
-/// Steps of one rank from where the state was written.
+/// The parameters of one rank after loading a state and after each step that follows.
 fn continued(
     case: &Case,
     load: &[PathBuf],
-    worker: &Communicator,
+    communicator: &Communicator,
     start: &[f32],
     save: Option<&Path>,
 ) -> Vec<Vec<f32>> {
     let mut model = with_values(net(case.dtype).fork(&Device::default().autodiff()), start);
     let config = DistributedConfig::new().with_form(case.form).with_bucket_elements(60);
-    let options = OptimizerOptions::new().with_communicator(worker.clone()).with_distributed(config);
+    let options = OptimizerOptions::new().with_communicator(communicator.clone()).with_distributed(config);
     let mut optimizer: MuonAdamW = case.rules.assign(&model).unwrap().load(load, options).unwrap();
     if let Some(save) = save {
-        optimizer.save(save.join(format!("{}.bpk", worker.rank()))).unwrap();
+        optimizer.save(save.join(format!("{}.bpk", communicator.rank()))).unwrap();
     }
-    let each = MICRO_BATCHES / worker.size();
-    let own = worker.rank() * each..(worker.rank() + 1) * each;
+    let each = MICRO_BATCHES / communicator.size();
+    let own = communicator.rank() * each..(communicator.rank() + 1) * each;
     let mut history = vec![values(&model)];
     for step in STEPS..2 * STEPS {
         let gradients = gradients(&model, step, own.clone());
@@ -109,14 +109,14 @@ fn continued(
     history
 }
 
-/// The recorded numbers came from a processor with AVX-512. Kernels for other ones may round in other places.
+/// The fixtures were written on a processor with AVX-512. Kernels for other processors may round differently.
 fn assert_same(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {
     assert_eq!(found.len(), expected.len());
     let far = found.iter().flatten().zip(expected.iter().flatten()).map(|(one, other)| (one - other).abs());
     let far = far.fold(0.0, f32::max);
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx512f") {
-        assert!(found == expected, "{what}: not a bit may differ, and {far} does");
+        assert!(found == expected, "{what}: expected equal bits, found a difference of {far}");
     }
     assert!(far < 1e-2, "{what}: {far}");
 }
@@ -129,8 +129,8 @@ fn every_old_state_continues_as_before_on_any_number_of_ranks() {
         assert!(expected[0] != expected[3] && expected[0] != values(&net(case.dtype)));
         for state in case.states {
             let mut load = files(state);
-            let mut held = Vec::new(); // folders, until they are read
-            // Each world size loads what the one before wrote.
+            let mut held = Vec::new(); // temporary folders, which the next world size reads
+            // Each world size loads what the one before it wrote.
             for size in [1, 2, 3] {
                 let again = tempfile::tempdir().unwrap();
                 let groups = InProcess::collectives(size, Duration::from_secs(60));

@@ -1,6 +1,6 @@
-//! The module and the gradients that the optimizer states of `fixtures/optimizer-state` were written for. Every value is
-//! a small multiple of 1/16 or 1/64, exact in bf16, and so is every sum of gradients: neither the order of a sum nor the
-//! number of ranks changes a bit of what goes into a step.
+//! The module and the gradients of the optimizer states in `fixtures/optimizer-state`. Every value is a small multiple of 1/16 or
+//! 1/64, exact in bf16, and so is every sum of gradients: the input of a step has the same bits for any order of sums and any
+//! number of ranks.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
@@ -9,7 +9,7 @@ use moonlight_optim::{
     AdamWConfig, Adaptive, Blocks, GroupOptimizer, MomentumPrecision, MuonConfig, ParameterRules, Rounding, Rule,
 };
 
-/// Micro-batches of a step, shared out evenly over 1, 2, 3 or 6 ranks.
+/// Micro-batches of a step, which 1, 2, 3 or 6 ranks divide evenly.
 pub(crate) const MICRO_BATCHES: usize = 6;
 /// Learning rate of every step.
 pub(crate) const RATE: f64 = 0.03;
@@ -25,7 +25,7 @@ pub(crate) struct Net {
     gain: Param<Tensor<1>>,
 }
 
-/// Values `k / 64` with `|k| <= 40`, other ones for each seed.
+/// Values `k * unit` with `|k| <= 40`, different for each seed.
 fn pattern<const D: usize>(shape: [usize; D], seed: usize, unit: f32) -> Tensor<D> {
     let count: usize = shape.iter().product();
     let value = |i: usize| ((((i * i * 7 + i * 37 + seed * 101) ^ (seed * 13 + i)) % 81) as f32 - 40.0) * unit;
@@ -48,7 +48,7 @@ pub(crate) fn net(dtype: DType) -> Net {
     }
 }
 
-/// Muon for what is a matrix but the embedding, `heads` in blocks of four columns.
+/// Muon for matrices except the embedding, `heads` in blocks of four columns.
 pub(crate) fn rules(muon: MuonConfig, adamw: AdamWConfig) -> ParameterRules {
     ParameterRules::new()
         .group("muon", GroupOptimizer::from(muon).with_learning_rate_factor(0.5))

@@ -100,9 +100,9 @@ impl GradientSink for ReducingSink<'_> {
         match &mut self.sums {
             Sums::Accumulating(sums) => sums.accumulate(self.model, gradients),
             Sums::Earlier(earlier) => {
-                let mut adding = Adding { earlier, new: gradients, sums: GradientsParams::new() };
-                self.model.visit(&mut adding);
-                let sums = adding.sums;
+                let mut stage = SumStage { earlier, new: gradients, sums: GradientsParams::new() };
+                self.model.visit(&mut stage);
+                let sums = stage.sums;
                 self.optimizer.add_gradients(self.model, sums);
             }
         }
@@ -115,7 +115,7 @@ impl GradientSink for ReducingSink<'_> {
         }
     }
 
-    fn must_finish(&self) -> bool {
+    fn must_finish_pass(&self) -> bool {
         self.optimizer.communicator().size() > 1
     }
 }

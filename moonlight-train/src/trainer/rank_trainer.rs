@@ -63,8 +63,8 @@ impl RankTrainer {
         self.optimizer.communicator()
     }
 
-    /// Whether this rank reports and is the one to name an error that all ranks have.
-    fn leads(&self) -> bool {
+    /// Whether this is rank 0, which reports for all ranks.
+    fn is_leader(&self) -> bool {
         self.communicator().rank() == 0
     }
 
@@ -76,7 +76,7 @@ impl RankTrainer {
     /// Takes the next step.
     pub(super) fn step(&mut self) -> Result<Metrics, TrainError> {
         let started = Instant::now();
-        // In the first step kernels are compiled and tuned, on each rank at its own speed.
+        // In the first step kernels are compiled and tuned, at each rank's own speed: the others must not time out.
         let _busy = (self.state.step == self.resumed_at).then(|| self.communicator().busy());
         let index = self.state.step;
         let settings = self.settings(index);
@@ -123,7 +123,7 @@ impl RankTrainer {
         let step_seed = self.recipe.run.seed.wrapping_add(index.wrapping_mul(SEED_STRIDE));
         self.device.seed(step_seed);
         let dropout = lora.as_ref().is_some_and(|lora| lora.adapters.dropout > 0.0);
-        // Each rank drops other inputs.
+        // Ranks see different sequences, so each needs its own dropout masks.
         let rank = (self.communicator().rank() as u64) << 32;
         StepSettings {
             learning_rate: self.schedule.rate(index),
@@ -177,7 +177,7 @@ impl RankTrainer {
     pub(super) fn validate(&mut self) -> Result<Option<Metrics>, TrainError> {
         let model = self.model.valid();
         let device = self.device.clone().inner();
-        let worker = self.communicator();
+        let comm = self.communicator();
         let train = &self.recipe.train;
         let limit = if train.validate_batches == 0 { usize::MAX } else { train.validate_batches };
         // Batch `i` goes to rank `i % world_size`. All losses are gathered and then summed in the order of the batches, so
@@ -185,7 +185,7 @@ impl RankTrainer {
         let mut losses = Vec::new();
         for (index, batch) in self.dataset.valid_batches(train.batch_size).take(limit).enumerate() {
             let batch = batch?;
-            losses.push(match index % worker.size() == worker.rank() {
+            losses.push(match index % comm.size() == comm.rank() {
                 true => BatchLoss {
                     loss_sum: {
                         let scale = mask_scale(batch.predicted());
@@ -197,10 +197,10 @@ impl RankTrainer {
                 false => BatchLoss { loss_sum: 0.0, predicted: 0.0 },
             });
         }
-        let all = all_gather(worker, &losses)?;
+        let all = all_gather(comm, &losses)?;
         let (mut loss_sum, mut predicted) = (0.0, 0.0);
         for index in 0..losses.len() {
-            let batch = &all[index % worker.size()][index];
+            let batch = &all[index % comm.size()][index];
             loss_sum += batch.loss_sum;
             predicted += batch.predicted;
         }

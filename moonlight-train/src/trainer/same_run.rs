@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use burn::tensor::DType;
-use moonlight_infer::tokenizer::{TokenizerFile, Tokenizer};
+use moonlight_infer::tokenizer::{Tokenizer, TokenizerFile};
 use moonlight_model::{CausalLm, ModelConfig};
 use xxhash_rust::xxh3::Xxh3;
 

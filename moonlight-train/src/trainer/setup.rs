@@ -9,7 +9,7 @@ use burn::tensor::{DType, Tensor};
 use moonlight_convert::adapter::{AdapterError, read_adapter};
 use moonlight_convert::{Checkpoint, CheckpointError, ConfinedDir, load};
 use moonlight_infer::device::{self, ComputeDevice};
-use moonlight_infer::tokenizer::{TokenizerFile, Tokenizer};
+use moonlight_infer::tokenizer::{Tokenizer, TokenizerFile};
 use moonlight_infer::{InferError, load_base};
 use moonlight_model::{CausalLm, ModelConfig};
 use moonlight_optim::distributed::Communicator;
@@ -27,7 +27,7 @@ use crate::checkpoint::{Checkpoints, FoundCheckpoint, TrainerState};
 use crate::data::{Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{ConsoleLines, LogEvery, MetricsFile, Reporter};
-use crate::plan::{MemorySettings, MemoryPlan, Threads, available_memory};
+use crate::plan::{MemoryPlan, MemorySettings, Threads, available_memory};
 use crate::recipe::{LoraRecipe, Recipe};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventFile;
@@ -148,7 +148,7 @@ impl Setup {
     /// The trainers of this process's ranks, and what the final report needs in addition to the trained model.
     pub(super) fn into_trainers(
         self,
-        ranks: &[(Communicator, Target)],
+        ranks: &[(Communicator, ComputeDevice)],
         distributed: bool,
     ) -> Result<(Vec<RankTrainer>, ReportInputs), TrainError> {
         let mut trainers = Vec::with_capacity(ranks.len());
@@ -159,7 +159,7 @@ impl Setup {
             .map(|(_, target)| self.model.clone().fork(&target.device.clone().autodiff()))
             .collect();
         models.insert(0, self.model);
-        for ((worker, target), model) in ranks.iter().zip(models) {
+        for ((comm, target), model) in ranks.iter().zip(models) {
             let mut data = self.dataset.train_stream(self.recipe.train.batch_size);
             if self.resumed.is_some() {
                 data.seek(self.state.data)?;
@@ -169,7 +169,7 @@ impl Setup {
                 dataset: self.dataset.clone(),
                 data: Prefetcher::new(data),
                 model: ModelCell::new(model),
-                optimizer: optimizer(&self.assignment, &self.recipe, worker.clone(), self.resumed.as_ref())?,
+                optimizer: optimizer(&self.assignment, &self.recipe, comm.clone(), self.resumed.as_ref())?,
                 assignment: self.assignment.clone(),
                 device: target.device.clone().autodiff(),
                 checkpoints: self.checkpoints.clone(),
@@ -242,11 +242,11 @@ impl ReportInputs {
 fn optimizer(
     assignment: &Assignment,
     recipe: &Recipe,
-    worker: Communicator,
-    resumed: Option<&Found>,
+    comm: Communicator,
+    resumed: Option<&FoundCheckpoint>,
 ) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
-    let options = OptimizerOptions::new().with_communicator(worker).with_distributed(config);
+    let options = OptimizerOptions::new().with_communicator(comm).with_distributed(config);
     let Some(found) = resumed else { return Ok(assignment.build(options)?) };
     let files = found.optimizer();
     assignment.load(&files, options).map_err(|error| match error {
@@ -414,7 +414,7 @@ fn check_state(recipe: &Recipe, model: &CausalLm, found: &FoundCheckpoint) -> Re
     let assigned = recipe.optimizer.rules(model.config().hidden_size).assign(model);
     let assignment = assigned.map_err(|error| Err(TrainError::from(error)))?;
     match optimizer(&assignment, recipe, Communicator::single_rank(), Some(found)) {
-        // Of another optimizer or model: no damage, and an error of its own later.
+        // A state of another optimizer or model is not damaged: `check_same_run` reports the difference later.
         Err(TrainError::OptimizerState { source: source @ StateError::Unreadable(_), path }) => {
             Err(Ok(TrainError::OptimizerState { path, source }.to_string()))
         }

@@ -31,8 +31,8 @@ impl StepTotals {
     }
 
     /// The sums over all ranks.
-    pub(crate) fn all_reduce(self, worker: &Communicator) -> Result<Self, StepError> {
-        let all = all_gather(worker, &self)?;
+    pub(crate) fn all_reduce(self, comm: &Communicator) -> Result<Self, StepError> {
+        let all = all_gather(comm, &self)?;
         Ok(Self {
             predicted: all.iter().map(|totals| totals.predicted).sum(),
             sequences: all.iter().map(|totals| totals.sequences).sum(),
@@ -89,11 +89,11 @@ impl StepResult {
     /// The whole step's result, from each rank's share: the same bits on every rank, because all of them merge the shares
     /// in the order of the ranks.
     ///
-    /// A loss or gradient that is not finite is an error, on every rank alike.
-    pub(crate) fn all_reduce(self, worker: &Communicator) -> Result<Self, StepError> {
-        let all = all_gather(worker, &self)?;
+    /// A non-finite loss or gradient is an error on every rank.
+    pub(crate) fn all_reduce(self, comm: &Communicator) -> Result<Self, StepError> {
+        let all = all_gather(comm, &self)?;
         if let Some((rank, share)) = all.iter().enumerate().find(|(_, share)| !share.loss.is_finite()) {
-            let rank = (worker.size() > 1).then_some(rank);
+            let rank = (comm.size() > 1).then_some(rank);
             return Err(NonFinite { what: "loss", value: share.loss, rank }.into());
         }
         let whole = all.into_iter().reduce(|mut whole, share| {
@@ -221,7 +221,7 @@ mod tests {
         }
         let Err(StepError::NonFinite(found)) = share(f64::INFINITY, 1, 0.0).all_reduce(&Communicator::single_rank())
         else {
-            panic!("it is an error")
+            panic!("expected an error")
         };
         assert_eq!(found.rank, None);
         let mut overflow = share(0.5, 3, 7.0);

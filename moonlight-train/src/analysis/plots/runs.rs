@@ -1,4 +1,4 @@
-//! The curves of several runs over each other.
+//! The curves of several runs in one figure.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,14 +11,14 @@ use super::draw::{Curve, Format, draw};
 use crate::error::TrainError;
 use crate::output_file::OutputFile;
 
-/// What the curves are drawn over.
+/// The horizontal axis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Axis {
     /// Optimizer steps.
     Step,
-    /// Tokens read.
+    /// Tokens trained on, from the start of the run.
     Tokens,
-    /// Seconds of the steps, without validation and saving.
+    /// Seconds spent in steps, without validation and saving.
     Seconds,
 }
 
@@ -30,7 +30,7 @@ impl FromStr for Axis {
             "step" => Ok(Self::Step),
             "tokens" => Ok(Self::Tokens),
             "seconds" => Ok(Self::Seconds),
-            _ => Err("it is step, tokens or seconds".into()),
+            _ => Err("expected step, tokens or seconds".into()),
         }
     }
 }
@@ -45,25 +45,25 @@ impl Axis {
     }
 }
 
-/// What to draw.
+/// Runs, and the metric to draw of each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunComparison {
     /// Folders of runs, or their `metrics.jsonl`.
     pub runs: Vec<PathBuf>,
-    /// A figure of `metrics.jsonl`, such as `loss`.
+    /// A metric of `metrics.jsonl`, such as `loss`.
     pub metric: String,
-    /// What it is drawn over.
+    /// The horizontal axis.
     pub axis: Axis,
 }
 
-/// Draws the curves of runs over each other into a file, `.svg` or `.png`. Where validation has the figure as well it is
-/// drawn in full and training pale behind it.
+/// Draws a metric of several runs into one file, `.svg` or `.png`. If validation has the metric too, its curve is drawn in full and
+/// that of training pale.
 ///
 /// # Errors
 ///
-/// A run without metrics, a figure that none of them has, an ending that is neither, a file that cannot be written.
+/// A run without `metrics.jsonl`, a metric that no run has, another file extension, a file that cannot be written.
 pub fn plot_runs(comparison: &RunComparison, output: &Path) -> Result<(), TrainError> {
-    let format = match output.extension().and_then(|ending| ending.to_str()) {
+    let format = match output.extension().and_then(|extension| extension.to_str()) {
         Some("svg") => Format::Svg,
         Some("png") => Format::Png,
         _ => return Err(TrainError::PlotFormat(output.to_owned())),
@@ -76,11 +76,11 @@ pub fn plot_runs(comparison: &RunComparison, output: &Path) -> Result<(), TrainE
         let found = records.iter().filter_map(Value::as_object).flatten().filter(|(_, value)| value.is_number());
         known.extend(found.map(|(key, _)| key.clone()));
         let [train, valid] = ["train", "valid"].map(|split| points(&records, split, metric, *axis));
-        let beside = !valid.is_empty() && !train.is_empty();
+        let both = !valid.is_empty() && !train.is_empty();
         let of = |name: String, points, strong| Curve { name, points, color, strong };
         if !train.is_empty() {
-            let name = if beside { String::new() } else { name.clone() };
-            curves.push(of(name, train, !beside));
+            let name = if both { String::new() } else { name.clone() };
+            curves.push(of(name, train, !both));
         }
         if !valid.is_empty() {
             curves.push(of(name, valid, true));
@@ -90,24 +90,24 @@ pub fn plot_runs(comparison: &RunComparison, output: &Path) -> Result<(), TrainE
         let known = known.into_iter().filter(|key| key != "step").collect::<Vec<_>>().join(", ");
         return Err(TrainError::UnknownMetric { metric: metric.clone(), known });
     }
-    // In front what is drawn in full, whatever run it is of.
+    // Later curves cover earlier ones: the pale ones of all runs come first.
     curves.sort_by_key(|curve| curve.strong);
-    let both = curves.iter().any(|curve| !curve.strong);
-    let title = if both { format!("{metric} (validation; training pale)") } else { metric.clone() };
+    let has_pale = curves.iter().any(|curve| !curve.strong);
+    let title = if has_pale { format!("{metric} (validation; training pale)") } else { metric.clone() };
     let bytes = draw(&title, axis.name(), &curves, format)
         .map_err(|problem| TrainError::write(output)(std::io::Error::other(problem)))?;
     OutputFile::write(output, &bytes).map_err(TrainError::write(output))
 }
 
-/// The records of a run.
+/// The records of a run's `metrics.jsonl`.
 fn read(run: &Path) -> Result<Vec<Value>, TrainError> {
     let path = if run.is_dir() { run.join("metrics.jsonl") } else { run.to_owned() };
     let text = fs::read_to_string(&path).map_err(TrainError::read(&path))?;
-    // A run that is still going may be in the middle of its last line.
+    // The last line may be half written: by a run that still trains, or by one that was killed.
     Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 
-/// A name for each run: its folder's, or the whole path where two are called the same.
+/// A name for each run: that of its folder, or the full path if two have the same name.
 fn names(runs: &[PathBuf]) -> Vec<String> {
     let short = |run: &PathBuf| {
         let folder = if run.is_file() { run.parent().unwrap_or(run) } else { run };
@@ -121,7 +121,7 @@ fn names(runs: &[PathBuf]) -> Vec<String> {
     runs.iter().zip(&short).map(name).collect()
 }
 
-/// The values of a figure over the axis.
+/// `(axis, value)` of a metric, for the records of a split.
 fn points(records: &[Value], split: &str, metric: &str, axis: Axis) -> Vec<(f64, f64)> {
     let (mut seconds, mut tokens) = (0.0, 0.0);
     let mut points = Vec::new();
@@ -130,7 +130,7 @@ fn points(records: &[Value], split: &str, metric: &str, axis: Axis) -> Vec<(f64,
         if let (Some(now), Some(rate)) = (number("tokens"), number("tokens_per_second"))
             && rate > 0.0
         {
-            // Where not every step is logged, the others are taken to be as quick.
+            // Steps between two log lines are assumed to be as fast as the logged one.
             seconds += (now - tokens) / rate;
             tokens = now;
         }
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_lie_over_each_other() {
+    fn runs_are_drawn_into_one_figure() {
         let home = tempfile::tempdir().unwrap();
         let runs = vec![run(home.path(), "muon", 1.0), run(home.path(), "adamw", 2.0)];
         let records = read(&runs[0]).unwrap();
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_drawn_is_named() {
+    fn an_unknown_metric_file_or_run_is_named() {
         let home = tempfile::tempdir().unwrap();
         let runs = vec![run(home.path(), "a", 1.0)];
         let error = |runs: &[PathBuf], metric: &str, file: &str| {
@@ -213,11 +213,11 @@ mod tests {
         assert_eq!(unknown.to_string(), "none of the runs has the figure `los`");
         assert_eq!(unknown.hint().unwrap(), "they have: loss, lr, tokens, tokens_per_second");
         assert!(error(&runs, "loss", "x.jpg").to_string().contains("neither an SVG nor a PNG"));
-        assert!(error(&[home.path().join("nowhere")], "loss", "x.svg").to_string().contains("nowhere"));
+        assert!(error(&[home.path().join("missing")], "loss", "x.svg").to_string().contains("missing"));
     }
 
     #[test]
-    fn runs_of_one_name_are_told_apart() {
+    fn runs_of_the_same_name_are_shown_by_their_paths() {
         let home = tempfile::tempdir().unwrap();
         let runs =
             vec![run(&home.path().join("x"), "a", 1.0), run(&home.path().join("y"), "a", 1.0), home.path().join("b")];
