@@ -56,9 +56,9 @@ struct Keys {
     /// or `org/name` in the Hub's cache. Excludes the keys of `config.json`.
     #[serde(deserialize_with = "optional_path")]
     path: Option<PathBuf>,
-    /// A shape whose weights are initialized: a name such as `moonlight-16b-a3b`, or a TOML or JSON file with keys of
-    /// `config.json`, relative to the recipe. Keys of `config.json` in this section override those of the preset; without a
-    /// preset they are the shape. With `path`, the shape that `moonlight plan` assumes if the weights are absent.
+    /// A shape whose weights are initialized: a name such as `moonlight-16b-a3b`, or a file relative to the recipe, which is TOML or
+    /// JSON with keys of `config.json`, or another recipe. Keys of `config.json` in this section override those of the preset;
+    /// without a preset they are the shape. With `path`, the shape that `moonlight plan` assumes while the weights are absent.
     preset: Option<String>,
 }
 
@@ -249,11 +249,13 @@ impl ModelRecipe {
                 }
             }
             (None, Some(path), Some(preset)) => {
-                let local = folder.map(|folder| folder.join(&preset)).filter(|path| path.is_file());
-                let name = local.map_or(preset.clone(), |path| path.to_string_lossy().into_owned());
-                let path = path.display();
-                let assumed = format!("`{path}` does not exist; the shape is that of the preset `{preset}`");
-                (check.place("model.preset"), name, assumed)
+                // As for a model to initialize, except for the dtype: weights have one, a shape does not.
+                let config = self.own_shape(folder, tokenizer, check);
+                self.shape = Map::new();
+                let dtype = ModelConfig::preset(&preset).ok().and_then(|config| config.dtype);
+                let absent = format!("`{}` does not exist; the shape is that of the preset `{preset}`", path.display());
+                self.path = Some(path);
+                config.map(|config| (ModelConfig { dtype: dtype.or(config.dtype), ..config }, Some(absent)))
             }
             (None, Some(path), None) => {
                 let hint = "name the shape as `model.preset` or with `--model-config`: a preset, or a config.json";
@@ -262,14 +264,6 @@ impl ModelRecipe {
                     format!("is `{}`, which does not exist", path.display()),
                     Some(hint.into()),
                 );
-                return None;
-            }
-            (None, None, _) => return self.own_shape(folder, tokenizer, check).map(|config| (config, None)),
-        };
-        match named_config(&name) {
-            Ok(config) => Some((config, Some(assumed))),
-            Err(problem) => {
-                check.problem(RecipeError::Invalid { place, key: name, problem, hint: None });
                 None
             }
             (None, None, _) => self.own_shape(folder, tokenizer, check).map(|config| (config, None)),
@@ -430,7 +424,7 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     } else {
         serde_json::from_str(&text).map_err(|error| format!("`{name}`: {error}"))?
     };
-    // Of a recipe the model is meant.
+    // A recipe as preset: its `[model]` is the shape.
     if is_toml && let Some(Value::Object(model)) = shape.remove("model") {
         let other = ["path", "preset", "dtype", "quantize"];
         shape = model.into_iter().filter(|(key, _)| !other.contains(&key.as_str())).collect();
