@@ -326,7 +326,7 @@ mod tests {
 
         let absent = shaped(dir, "path = \"org/absent\"\npreset = \"moonlight-16b-a3b\"", None).unwrap();
         assert_eq!(absent.config.dtype.as_deref(), Some("bfloat16"), "weights have the dtype of the preset");
-        assert!(absent.assumed.unwrap().contains("`org/absent` is not there"));
+        assert!(absent.assumed.unwrap().contains("`org/absent` does not exist"));
 
         let error = shaped(dir, "path = \"org/absent\"", None).unwrap_err();
         assert!(error.hint().unwrap().contains("--model-config"), "{error}");
